@@ -1,0 +1,287 @@
+"""Every option, once: `LossConfig` for the losses, `CPPOConfig` for the trainer.
+
+Both are frozen dataclasses whose fields are documented where they stand; a value that makes no
+sense raises ValueError naming the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+IMPORTANCE = ("token", "sequence")
+REDUCTIONS = ("grpo", "dapo", "dr_grpo")
+DIVERGENCES = ("k3", "k1", "full")
+CPL_REDUCTIONS = ("token", "sequence")
+SCALES = ("group", "none", "batch")
+SCOPES = ("group", "batch")
+PRUNES = ("smallest", "largest", "random")
+PRECISIONS = ("fp32", "bf16")
+ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
+
+
+class _Checked:
+    """Field checks that name the config, the field, what is allowed and what came."""
+
+    def _fail(self, name: str, expected: str) -> None:
+        value = getattr(self, name)
+        raise ValueError(f"{type(self).__name__}.{name} must be {expected}, got {value!r}")
+
+    def _one_of(self, name: str, choices: Sequence[str]) -> None:
+        if getattr(self, name) not in choices:
+            self._fail(name, "one of " + ", ".join(repr(choice) for choice in choices))
+
+    def _number(
+        self,
+        *names: str,
+        at_least: float = -math.inf,
+        above: float = -math.inf,
+        at_most: float = math.inf,
+        below: float = math.inf,
+    ) -> None:
+        for name in names:
+            value = getattr(self, name)
+            bounds = [
+                f"{word} {bound:g}"
+                for word, bound in ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
+                if math.isfinite(bound)
+            ]
+            ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not ok or not (at_least <= value <= at_most and above < value < below):
+                self._fail(name, "a number " + " and ".join(bounds))
+
+    def _integer(self, *names: str, at_least: int) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+                self._fail(name, f"an integer >= {at_least}")
+
+    def _boolean(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                self._fail(name, "true or false")
+
+
+@dataclass(frozen=True)
+class LossConfig(_Checked):
+    """Coefficients of `cppo_loss` and `linear_cppo_loss` (DESIGN of the losses: README)."""
+
+    temperature: float = 1.0
+    """Divides the logits everywhere: sampling, log-probabilities, entropies. > 0."""
+    clip_low: float = 0.2
+    """The importance ratio is clipped below at 1 - clip_low. In [0, 1]."""
+    clip_high: float = 0.2
+    """The importance ratio is clipped above at 1 + clip_high. >= 0."""
+    dual_clip: float | None = None
+    """For A < 0 the surrogate is bounded below by dual_clip * A. > 1; None: off."""
+    importance: str = "token"
+    """"token": a ratio per token (GRPO). "sequence": its geometric mean per completion (GSPO)."""
+    reduction: str = "grpo"
+    """"grpo": mean over completions of the token mean. "dapo": sum over tokens / tokens.
+    "dr_grpo": sum over tokens / (completions x max_length)."""
+    max_length: int | None = None
+    """Length that "dr_grpo" divides by, in tokens. None: L if padded, the longest if packed."""
+    kl_coef: float = 0.0
+    """Weight of the k3 estimate of KL(policy || reference). >= 0; needs `ref_logps`."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus. >= 0."""
+    cpl_coef: float = 0.01
+    """Weight of the contrastive perception loss. >= 0; acts where perturbed views are given."""
+    divergence: str = "k3"
+    """"k3" or "k1" on the sampled token, or "full": over the whole vocabulary."""
+    tau: float = 0.1
+    """Temperature of the contrast. > 0."""
+    fraction: float = 0.5
+    """Share of the tokens with rising entropy that are perception tokens. In [0, 1]."""
+    gating: bool = True
+    """Perception tokens only in completions with A > 0."""
+    detach_anchor: bool = False
+    """Stops the contrastive gradient at the anchor view."""
+    cpl_reduction: str = "token"
+    """"token": mean over the selected tokens (the authors' code). "sequence": mean over
+    completions of their token mean, independent of how a batch is cut into micro-batches."""
+
+    def __post_init__(self) -> None:
+        self._number("temperature", "tau", above=0, below=math.inf)
+        self._number("clip_low", "fraction", at_least=0, at_most=1)
+        self._number("clip_high", "kl_coef", "entropy_coef", "cpl_coef", at_least=0, below=math.inf)
+        if self.dual_clip is not None:
+            self._number("dual_clip", above=1, below=math.inf)
+        if self.max_length is not None:
+            self._integer("max_length", at_least=1)
+        self._one_of("importance", IMPORTANCE)
+        self._one_of("reduction", REDUCTIONS)
+        self._one_of("divergence", DIVERGENCES)
+        self._one_of("cpl_reduction", CPL_REDUCTIONS)
+        self._boolean("gating", "detach_anchor")
+
+
+@dataclass(frozen=True)
+class LoraConfig(_Checked):
+    """Low-rank adapters through peft; with them the reference policy is the model without."""
+
+    r: int = 16
+    """Rank."""
+    alpha: int = 32
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.0
+    """In [0, 1). Above 0 the update is not on-policy to the last bit."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of the layers that get adapters; "all-linear": every one but the LM head."""
+
+    def __post_init__(self) -> None:
+        self._integer("r", "alpha", at_least=1)
+        self._number("dropout", at_least=0, below=1)
+        if isinstance(self.target_modules, list):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+
+@dataclass(frozen=True)
+class CPPOConfig(_Checked):
+    """Options of `CPPOTrainer`. One step = one rollout and the update on it."""
+
+    output_dir: str = "runs/cppo"
+    """Checkpoints, metrics.jsonl, sample completions and the report go here."""
+    seed: int = 0
+    """Of the question order, the sampling, the perturbations and the optimizer."""
+
+    # The rollout
+    max_steps: int = 100
+    """Rollouts, each followed by its update."""
+    batch_size: int = 64
+    """Completions of one step over all processes: those that the update runs on when
+    `dynamic_allocation`, else those that are sampled."""
+    group_size: int = 8
+    """Completions per question (G)."""
+    prune_rate: float = 0.0
+    """Share of each question's completions that is dropped before the update. In [0, 1)."""
+    dynamic_allocation: bool = True
+    """Draw so many more questions that the kept completions fill `batch_size`."""
+    prune_scope: str = "group"
+    """"group": per question (the paper). "batch": over the process's completions."""
+    prune: str = "smallest"
+    """The side that is dropped by |advantage|: "smallest", "largest" or "random" (ablations)."""
+    drop_zero_variance: bool = False
+    """Also drop completions with A = 0: whole groups of equal reward."""
+    scale_rewards: str = "group"
+    """Advantages are divided by the std of their "group", of the whole "batch", or "none"."""
+    max_prompt_tokens: int | None = None
+    """Questions with a longer prompt are skipped with a warning. None: no limit."""
+    max_completion_tokens: int = 256
+    """Generation stops here."""
+    mask_overlong: bool = False
+    """Completions cut at `max_completion_tokens` take part in advantages but not in the loss."""
+    reward_weights: tuple[float, ...] | None = None
+    """One weight per reward function. None: all 1."""
+
+    # The update
+    loss: LossConfig = field(default_factory=lambda: LossConfig(cpl_reduction="sequence"))
+    """Coefficients of the loss. In CPPOConfig the contrastive mean is per completion by default,
+    so that micro-batches and processes do not change the gradient."""
+    num_iterations: int = 1
+    """Passes over each rollout."""
+    optimizer_steps: int = 1
+    """Optimizer steps per pass; the kept completions are dealt evenly to them."""
+    max_tokens_per_microbatch: int = 16384
+    """Prompt and response tokens of one forward and backward pass; gradients accumulate."""
+    positive_views: tuple[Any, ...] = ("color_jitter", "perspective", "rotation")
+    """Information-preserving perturbations, one is drawn per image (names: `cppo.views`)."""
+    negative_views: tuple[Any, ...] = ("noise_patches", "zoom_crop")
+    """Information-removing perturbations, one is drawn per image."""
+
+    # The optimizer
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0: not at all."""
+    lr_scheduler: str = "constant_with_warmup"
+    """A schedule of transformers: linear, cosine, constant_with_warmup, ..."""
+    warmup_steps: int = 0
+    """Optimizer steps until the learning rate reaches its peak."""
+
+    # The model
+    precision: str = "fp32"
+    """"bf16": autocast with fp32 master weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the model."""
+    freeze_vision_tower: bool = False
+    """Do not train the vision encoder."""
+    attention: str = "auto"
+    """Attention of the packed forward: "flash_attention_2" on a GPU that has it, else "sdpa"."""
+
+    # What is written
+    eval_every: int = 0
+    """Evaluate the held-out set every so many steps, and before and after. 0: before and after."""
+    eval_samples: int = 1
+    """Sampled completions per held-out question (avg@N)."""
+    eval_greedy: bool = True
+    """Also evaluate the greedy completion."""
+    eval_batch_size: int = 64
+    """Questions that are generated at once in an evaluation."""
+    save_every: int = 0
+    """Write a checkpoint every so many steps, and at the end. 0: at the end."""
+    keep_checkpoints: int = 2
+    """The newest so many checkpoints stay, and the best."""
+    best_metric: str | None = None
+    """Evaluation metric that "best" maximises. None: the first sampled one."""
+    log_every: int = 1
+    """Steps between rows of the console table and the trackers."""
+    log_completions: int = 4
+    """Sample completions written to completions.jsonl every `log_every` steps."""
+    trackers: tuple[str, ...] = ()
+    """Trackers of accelerate: "tensorboard", "trackio", "wandb", ..."""
+
+    def __post_init__(self) -> None:
+        for name in ("reward_weights", "positive_views", "negative_views", "betas", "trackers"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._integer(
+            "max_steps",
+            "batch_size",
+            "group_size",
+            "max_completion_tokens",
+            "num_iterations",
+            "optimizer_steps",
+            "max_tokens_per_microbatch",
+            "eval_samples",
+            "eval_batch_size",
+            "keep_checkpoints",
+            "log_every",
+            at_least=1,
+        )
+        self._integer("seed", "warmup_steps", "eval_every", "save_every", at_least=0)
+        self._integer("log_completions", at_least=0)
+        if self.max_prompt_tokens is not None:
+            self._integer("max_prompt_tokens", at_least=1)
+        self._number("prune_rate", at_least=0, below=1)
+        self._number("learning_rate", above=0, below=math.inf)
+        self._number("weight_decay", "max_grad_norm", at_least=0, below=math.inf)
+        self._one_of("prune_scope", SCOPES)
+        self._one_of("prune", PRUNES)
+        self._one_of("scale_rewards", SCALES)
+        self._one_of("precision", PRECISIONS)
+        self._one_of("attention", ATTENTIONS)
+        self._boolean(
+            "dynamic_allocation",
+            "drop_zero_variance",
+            "mask_overlong",
+            "gradient_checkpointing",
+            "freeze_vision_tower",
+            "eval_greedy",
+        )
+        if not isinstance(self.loss, LossConfig):
+            self._fail("loss", "a LossConfig")
+        if self.lora is not None and not isinstance(self.lora, LoraConfig):
+            self._fail("lora", "a LoraConfig or None")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            self._fail("betas", "two numbers in [0, 1)")
+        if not self.dynamic_allocation and self.batch_size % self.group_size:
+            self._fail("batch_size", f"a multiple of group_size = {self.group_size}")

@@ -1,0 +1,537 @@
+"""The executable specification: every op in plain PyTorch, in the order of the flow.
+
+    rewards -> advantages -> prune -> pack -> (forward) -> token statistics -> perception mask
+    -> loss -> gradients
+
+Papers: completion pruning (Lin et al. 2025, arXiv 2503.22342) and contrastive perception
+(Rezaei et al. 2026, arXiv 2601.00501). Every other backend is held to these functions, and these
+to fp64: nothing here casts down, `_promote` only lifts bf16 and fp16 to fp32. Arguments are
+assumed valid; the public functions in `cppo.ops` check them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cppo.config import LossConfig
+from cppo.records import LossOutput, NumItems, TokenStats, Views
+
+
+def _promote(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# Advantages and pruning
+
+
+def group_advantages(
+    rewards: Tensor, group_size: int, scale: str = "group", eps: float = 1e-4
+) -> Tensor:
+    """A = (r - mean_g(r)) / (std_g(r) + eps), computed in fp64, returned in fp32: (B,)."""
+    groups = rewards.double().view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    # Rounding of the mean must not turn equal rewards into advantages.
+    centred = centred.masked_fill((groups == groups[:, :1]).all(1, keepdim=True), 0.0)
+    if scale == "group" and group_size > 1:
+        centred = centred / (groups.std(1, keepdim=True) + eps)
+    elif scale == "batch" and rewards.numel() > 1:
+        centred = centred / (groups.std() + eps)
+    return centred.flatten().float()
+
+
+def kept_per_unit(unit_size: int, prune_rate: float) -> int:
+    """Completions that stay of a unit of `unit_size`: n - floor(round(n * rate, 6)), at least 1."""
+    return max(1, unit_size - math.floor(round(unit_size * prune_rate, 6)))
+
+
+def prune_completions(
+    advantages: Tensor,
+    group_size: int,
+    prune_rate: float,
+    scope: str = "group",
+    prune: str = "smallest",
+    drop_zero: bool = False,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Indices of the completions that stay, ascending: (K,) int64.
+
+    `noise` (B,) ranks the completions when `prune="random"`.
+    """
+    unit_size = group_size if scope == "group" else advantages.numel()
+    if advantages.numel() == 0:
+        return torch.empty(0, dtype=torch.int64, device=advantages.device)
+    score = {
+        "smallest": lambda: advantages.abs(),
+        "largest": lambda: -advantages.abs(),
+        "random": lambda: noise,
+    }[prune]()
+    ranked = score.view(-1, unit_size).sort(dim=1, descending=True, stable=True).indices
+    in_unit = ranked[:, : kept_per_unit(unit_size, prune_rate)].sort(dim=1).values
+    first = torch.arange(0, advantages.numel(), unit_size, device=advantages.device)
+    kept = (first[:, None] + in_unit).flatten()
+    return kept[advantages[kept] != 0] if drop_zero else kept
+
+
+def advantages_and_prune(
+    rewards: Tensor,
+    group_size: int,
+    prune_rate: float,
+    scale: str = "group",
+    eps: float = 1e-4,
+    scope: str = "group",
+    prune: str = "smallest",
+    drop_zero: bool = False,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both of the above: advantages (B,) fp32 and kept (K,) int64."""
+    advantages = group_advantages(rewards, group_size, scale, eps)
+    kept = prune_completions(
+        advantages, group_size, prune_rate, scope, prune, drop_zero, noise
+    )
+    return advantages, kept
+
+
+# Packing and planning
+
+
+def pack_completions(
+    input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, kept: Tensor
+) -> tuple[Tensor, ...]:
+    """The kept completions without their padding, as the tensors of a `PackedBatch`.
+
+    Returns input_ids, position_ids, cu_seqlens, rows, targets, row_cu_seqlens, token_index,
+    target_index. A response token is attended, marked in `completion_mask`, and has a predecessor.
+    """
+    attended = attention_mask[kept].bool()
+    position = attended.cumsum(1) - 1
+    response = attended & completion_mask[kept].bool() & (position > 0)
+    length = input_ids.shape[1]
+    flat_index = kept[:, None] * length + torch.arange(length, device=kept.device)
+    token_index, target_index = flat_index[attended], flat_index[response]
+    flat_ids = input_ids.flatten()
+
+    def cumulative(mask: Tensor) -> Tensor:
+        return F.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+
+    rows = response[attended].nonzero()[:, 0] - 1
+    return (
+        flat_ids[token_index],
+        position[attended],
+        cumulative(attended),
+        rows,
+        flat_ids[target_index],
+        cumulative(response),
+        token_index,
+        target_index,
+    )
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
+def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """First-fit decreasing: bins of at most `max_tokens`, ordered by their first index."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in _longest_first(lengths):
+        place = next((b for b, free in enumerate(room) if lengths[i] <= free), None)
+        if place is None:
+            bins.append([])
+            room.append(max_tokens)
+            place = len(bins) - 1
+        bins[place].append(i)
+        room[place] -= lengths[i]
+    return sorted(sorted(members) for members in bins)
+
+
+def balance_ranks(lengths: Sequence[int], world_size: int) -> list[list[int]]:
+    """Longest first to the rank with the fewest tokens; counts differ by at most one."""
+    base, extra = divmod(len(lengths), world_size)
+    ranks: list[list[int]] = [[] for _ in range(world_size)]
+    totals = [0] * world_size
+    for i in _longest_first(lengths):
+        larger = sum(len(members) > base for members in ranks)
+        has_room = [
+            r
+            for r, members in enumerate(ranks)
+            if len(members) < base or (len(members) == base and larger < extra)
+        ]
+        rank = min(has_room, key=lambda r: totals[r])
+        ranks[rank].append(i)
+        totals[rank] += lengths[i]
+    return [sorted(members) for members in ranks]
+
+
+def questions_needed(batch_size: int, group_size: int, prune_rate: float) -> int:
+    """Dynamic allocation: questions whose kept completions fill a batch of `batch_size`."""
+    return math.ceil(batch_size / kept_per_unit(group_size, prune_rate))
+
+
+# Token statistics
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(_promote(logits) / temperature, dim=-1)
+
+
+def _stats(logp_all: Tensor, targets: Tensor) -> TokenStats:
+    """logp of each target and H = -sum_v p_v log p_v, from (T, V) log-probabilities."""
+    logps = logp_all.gather(-1, targets[:, None])[:, 0]
+    # p log p -> 0 where a logit is -inf; the product alone would be 0 * -inf.
+    finite = logp_all.masked_fill(logp_all == -math.inf, 0.0)
+    return TokenStats(logps, -(logp_all.exp() * finite).sum(-1))
+
+
+def token_stats(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, mask: Tensor | None = None
+) -> TokenStats:
+    """Log-probability of the target and entropy of every row of (..., V); zero where masked."""
+    valid = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
+    logps, entropy = _stats(_log_softmax(logits[valid], temperature), targets[valid].long())
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(valid.shape).masked_scatter(valid, values)
+
+    return TokenStats(spread(logps), spread(entropy))
+
+
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = F.linear(hidden, weight)
+    return logits if bias is None else _promote(logits) + bias
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+) -> TokenStats:
+    """`token_stats` of the logits hidden @ weight^T + bias."""
+    return token_stats(_linear(hidden, weight, bias), targets, temperature, mask)
+
+
+# Perception mask
+
+
+def _completion_of_row(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """(T,) index of the completion that each packed row belongs to."""
+    row = torch.arange(num_rows, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+
+
+def perception_mask(
+    anchor_entropy: Tensor,
+    negative_entropy: Tensor,
+    fraction: float = 0.5,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The share `fraction` of a completion's tokens whose entropy rises most under the negative.
+
+    dH = H_neg - H_anchor, score = relu(dH) / (H_neg + 1e-6); the threshold is the k-th largest
+    score among the c tokens with dH > 0, k = max(1, floor(fraction * c)); ties stay in.
+    """
+    anchor_entropy, negative_entropy = anchor_entropy.detach(), negative_entropy.detach()
+    if cu_seqlens is not None:
+        # Packed: the same selection on the padded rectangle, read back at the rows.
+        num_rows = anchor_entropy.numel()
+        owner = _completion_of_row(cu_seqlens, num_rows)
+        column = torch.arange(num_rows, device=owner.device) - cu_seqlens[owner]
+        width = int(cu_seqlens.diff().max()) if num_rows else 0
+        shape = (cu_seqlens.numel() - 1, width)
+
+        def padded(values: Tensor) -> Tensor:
+            return values.new_zeros(shape).index_put((owner, column), values)
+
+        valid = torch.ones_like(owner, dtype=torch.bool) if mask is None else mask.bool()
+        selected = perception_mask(
+            padded(anchor_entropy), padded(negative_entropy), fraction, padded(valid)
+        )
+        return selected[owner, column]
+    rise = negative_entropy - anchor_entropy
+    rises = rise > 0
+    if mask is not None:
+        rises &= mask.bool()
+    if rises.numel() == 0:
+        return rises
+    score = (rise.clamp(min=0) / (negative_entropy + 1e-6)).masked_fill(~rises, -math.inf)
+    k = (rises.sum(1).double() * fraction).floor().long().clamp(min=1)
+    threshold = score.sort(dim=1, descending=True).values.gather(1, k[:, None] - 1)
+    return rises & (score >= threshold)
+
+
+# Losses
+
+
+def _divergence(logps: Tensor, anchor_logps: Tensor, kind: str) -> Tensor:
+    """Divergence of a view from the anchor, estimated on the sampled token."""
+    if kind == "k1":
+        return anchor_logps - logps
+    d = (logps - anchor_logps).clamp(-20, 20)
+    return (d.exp() - d - 1).clamp(-10, 10)
+
+
+def _full_margin(anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """KL(anchor || positive) - KL(anchor || negative) from (T, V) log-probabilities."""
+    ratio = (negative - positive).masked_fill(anchor == -math.inf, 0.0)
+    return (anchor.exp() * ratio).sum(-1)
+
+
+def contrastive_loss(
+    views_logp_all: Views, views_logps: Views, selected: Tensor, config: LossConfig
+) -> Tensor:
+    """softplus((div(a, p) - div(a, n)) / tau) at the selected rows: (number selected,)."""
+    if config.divergence == "full":
+        anchor, positive, negative = (x[selected] for x in views_logp_all)
+        anchor = anchor.detach() if config.detach_anchor else anchor
+        margin = _full_margin(anchor, positive, negative)
+    else:
+        anchor, positive, negative = (x[selected] for x in views_logps)
+        anchor = anchor.detach() if config.detach_anchor else anchor
+        margin = _divergence(positive, anchor, config.divergence) - _divergence(
+            negative, anchor, config.divergence
+        )
+    return F.softplus(margin / config.tau)
+
+
+def policy_loss(
+    logps: Tensor,
+    advantages: Tensor,
+    old_logps: Tensor,
+    owner: Tensor,
+    num_completions: int,
+    config: LossConfig,
+) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate per row (T,), and where the clip stops the gradient (T,) bool."""
+    log_ratio = logps - old_logps
+    if config.importance == "sequence":
+        log_ratio = _mean_per_completion(log_ratio, owner, num_completions)[owner]
+    ratio = log_ratio.exp()
+    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    surrogate = torch.minimum(ratio * advantages, bounded * advantages)
+    clipped = ((ratio < 1 - config.clip_low) & (advantages < 0)) | (
+        (ratio > 1 + config.clip_high) & (advantages > 0)
+    )
+    if config.dual_clip is not None:
+        floor = config.dual_clip * advantages
+        clipped |= (advantages < 0) & (surrogate < floor)
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, floor), surrogate)
+    return -surrogate, clipped
+
+
+def _sum_per_completion(values: Tensor, owner: Tensor, num_completions: int) -> Tensor:
+    return values.new_zeros(num_completions).index_add(0, owner, values)
+
+
+def _mean_per_completion(values: Tensor, owner: Tensor, num_completions: int) -> Tensor:
+    count = torch.bincount(owner, minlength=num_completions).clamp(min=1)
+    return _sum_per_completion(values, owner, num_completions) / count
+
+
+def _reduce(
+    per_row: Tensor, owner: Tensor, num_completions: int, reduction: str, denominator: float | Tensor
+) -> Tensor:
+    if reduction == "grpo":
+        per_row = _mean_per_completion(per_row, owner, num_completions)
+    return per_row.sum() / denominator
+
+
+def _at_least_one(count: float | Tensor) -> float | Tensor:
+    """A denominator that an empty batch cannot make zero."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def _denominators(
+    num_rows: int,
+    num_completions: int,
+    num_selected: Tensor,
+    max_length: int,
+    num_items: int | float | Tensor | NumItems | None,
+    config: LossConfig,
+) -> tuple[float | Tensor, float | Tensor]:
+    """What the policy terms and the contrastive term are divided by."""
+
+    def policy(completions: int | Tensor, tokens: int | Tensor) -> int | Tensor:
+        return {
+            "grpo": completions,
+            "dapo": tokens,
+            "dr_grpo": completions * (config.max_length or max_length),
+        }[config.reduction]
+
+    own = _at_least_one(policy(num_completions, num_rows))
+    per_sequence = config.cpl_reduction == "sequence"
+    own_cpl = _at_least_one(num_completions if per_sequence else num_selected)
+    if num_items is None:
+        return own, own_cpl
+    if isinstance(num_items, NumItems):
+        whole = _at_least_one(policy(num_items.completions, num_items.tokens))
+        if per_sequence:
+            return whole, _at_least_one(num_items.completions)
+        if num_items.selected is not None:
+            return whole, _at_least_one(num_items.selected)
+    else:
+        whole = num_items
+    # Only the share of the whole is known: the part's contrastive mean is weighted by it.
+    return whole, own_cpl * (whole / own)
+
+
+def _cppo_loss(
+    project: Callable[[Tensor], Tensor],
+    views: Views,
+    targets: Tensor,
+    advantages: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_items: int | float | Tensor | NumItems | None,
+    config: LossConfig,
+) -> LossOutput:
+    """The loss on rows in either layout; `project` maps a view's rows to their logits."""
+    valid = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
+    num_completions = advantages.numel()
+    if cu_seqlens is None:
+        completion = torch.arange(num_completions, device=targets.device)[:, None].expand_as(valid)
+        longest = targets.shape[1]
+    else:
+        completion = _completion_of_row(cu_seqlens, targets.numel())
+        longest = int(cu_seqlens.diff().max()) if num_completions else 0
+    owner = completion[valid]
+    advantage = _promote(advantages)[owner]
+
+    logp_all = _log_softmax(project(views.anchor[valid]), config.temperature)
+    logps, entropy = _stats(logp_all, targets[valid].long())
+    old = logps.detach() if old_logps is None else old_logps[valid]
+    per_row, clipped = policy_loss(logps, advantage, old, owner, num_completions, config)
+    metrics = {"policy_loss": per_row, "entropy": entropy, "clip_fraction": clipped.to(logps)}
+    if config.entropy_coef:
+        per_row = per_row - config.entropy_coef * entropy
+    if ref_logps is not None:
+        d = ref_logps[valid] - logps
+        kl = d.exp() - d - 1
+        metrics["kl"] = kl
+        per_row = per_row + config.kl_coef * kl
+
+    selected = torch.zeros_like(owner, dtype=torch.bool)
+    cpl = logps.new_zeros(0)
+    if views.negative is not None:
+        looks = advantages > 0 if config.gating else torch.ones_like(advantages, dtype=torch.bool)
+        in_view = looks[completion]
+        rows, use = valid & in_view, looks[owner]
+        # The perturbed views come whole, or as the rows of the completions with A > 0 alone.
+        if views.negative.shape[0] == targets.shape[0]:
+            at = rows
+        else:
+            at = valid[looks] if cu_seqlens is None else valid[in_view]
+
+        def view_logp_all(view: Tensor) -> Tensor:
+            return _log_softmax(project(view[at]), config.temperature)
+
+        negative_all = view_logp_all(views.negative)
+        negative = _stats(negative_all, targets[rows].long())
+        counts = torch.bincount(owner[use], minlength=num_completions)
+        selected[use] = perception_mask(
+            entropy[use],
+            negative.entropy,
+            config.fraction,
+            cu_seqlens=F.pad(counts.cumsum(0), (1, 0)),
+        )
+        if views.positive is not None:
+            positive_all = view_logp_all(views.positive)
+            positive = _stats(positive_all, targets[rows].long())
+            cpl = contrastive_loss(
+                Views(logp_all[use], positive_all, negative_all),
+                Views(logps[use], positive.logps, negative.logps),
+                selected[use],
+                config,
+            )
+
+    policy_denominator, cpl_denominator = _denominators(
+        logps.numel(), num_completions, selected.sum(), longest, num_items, config
+    )
+
+    def reduce(values: Tensor) -> Tensor:
+        return _reduce(values, owner, num_completions, config.reduction, policy_denominator)
+
+    loss = reduce(per_row)
+    metrics = {name: reduce(values).detach() for name, values in metrics.items()}
+    if views.positive is not None:
+        if config.cpl_reduction == "sequence":
+            cpl = _mean_per_completion(cpl, owner[selected], num_completions)
+        cpl_loss = cpl.sum() / cpl_denominator
+        metrics["cpl_loss"] = cpl_loss.detach()
+        loss = loss + config.cpl_coef * cpl_loss
+    if views.negative is not None:
+        metrics["perception_share"] = (selected.sum() / max(int(use.sum()), 1)).to(logps)
+        metrics["num_selected"] = selected.sum()
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(valid.shape).masked_scatter(valid, values.detach())
+
+    return LossOutput(loss, spread(logps), spread(entropy), spread(selected), metrics)
+
+
+def _as_views(rows: Tensor | Views) -> Views:
+    return rows if isinstance(rows, Views) else Views(rows)
+
+
+def cppo_loss(
+    logits: Tensor | Views,
+    targets: Tensor,
+    advantages: Tensor,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_items: int | float | Tensor | NumItems | None = None,
+    config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
+) -> LossOutput:
+    """policy + kl_coef * KL + cpl_coef * CPL - entropy_coef * H, from logits."""
+    return _cppo_loss(
+        lambda rows: rows,
+        _as_views(logits),
+        targets,
+        advantages,
+        old_logps,
+        ref_logps,
+        mask,
+        cu_seqlens,
+        num_items,
+        config,
+    )
+
+
+def linear_cppo_loss(
+    hidden: Tensor | Views,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    bias: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_items: int | float | Tensor | NumItems | None = None,
+    config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
+) -> LossOutput:
+    """`cppo_loss` of the logits hidden @ weight^T + bias."""
+    return _cppo_loss(
+        lambda rows: _linear(rows, weight, bias),
+        _as_views(hidden),
+        targets,
+        advantages,
+        old_logps,
+        ref_logps,
+        mask,
+        cu_seqlens,
+        num_items,
+        config,
+    )

@@ -1,0 +1,39 @@
+// Table of contents of the compiled ops: every schema, and who implements it on the CPU.
+// The CUDA implementations are listed in cuda/cuda.cpp, in a library of their own, because the
+// CPU build of torch lacks the symbols that a CUDA library needs.
+//
+// B completions in blocks of group_size (a question) and of unit_size (what is pruned together:
+// a question, or the whole batch); `keep` completions of each unit stay.
+
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(cppo, m) {
+  m.def("group_advantages(Tensor rewards, int group_size, str scale, float eps) -> Tensor");
+  m.def(
+      "prune_completions(Tensor advantages, int unit_size, int keep, str prune, bool drop_zero, "
+      "Tensor? noise) -> Tensor");
+  m.def(
+      "advantages_and_prune(Tensor rewards, int group_size, int unit_size, int keep, str scale, "
+      "float eps, str prune, bool drop_zero, Tensor? noise) -> (Tensor, Tensor)");
+  m.def(
+      "pack_completions(Tensor input_ids, Tensor attention_mask, Tensor completion_mask, "
+      "Tensor kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cppo, CPU, m) {
+  m.impl("group_advantages", TORCH_BOX(&cppo::cpu::group_advantages));
+  m.impl("prune_completions", TORCH_BOX(&cppo::cpu::prune_completions));
+  m.impl("advantages_and_prune", TORCH_BOX(&cppo::cpu::advantages_and_prune));
+  m.impl("pack_completions", TORCH_BOX(&cppo::cpu::pack_completions));
+}
+
+// `import cppo._C` loads the library, which runs the registrations above; there is nothing else.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                               nullptr,               nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,148 @@
+// Advantages and pruning on the CPU (specification: cppo/reference.py). Rewards are read in fp64.
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "check.h"
+#include "ops.h"
+#include "parse.h"
+
+namespace cppo::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+double mean_of(const double* values, int64_t count) {
+  return std::accumulate(values, values + count, 0.0) / static_cast<double>(count);
+}
+
+// With n - 1, as torch.std; two passes, because one pass cancels for large rewards.
+double std_of(const double* values, int64_t count) {
+  const double mean = mean_of(values, count);
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) sum += (values[i] - mean) * (values[i] - mean);
+  return std::sqrt(sum / static_cast<double>(count - 1));
+}
+
+void advantages_into(const double* rewards, float* out, int64_t total, int64_t group_size,
+                     Scale scale, double eps) {
+  const double batch_std = scale == Scale::kBatch && total > 1 ? std_of(rewards, total) : 0.0;
+  for (int64_t first = 0; first < total; first += group_size) {
+    const double* group = rewards + first;
+    // Rounding of the mean must not turn equal rewards into advantages.
+    if (std::all_of(group, group + group_size, [&](double r) { return r == group[0]; })) {
+      std::fill_n(out + first, group_size, 0.0f);
+      continue;
+    }
+    const double mean = mean_of(group, group_size);
+    double divisor = 1.0;
+    if (scale == Scale::kGroup) divisor = std_of(group, group_size) + eps;
+    if (scale == Scale::kBatch) divisor = batch_std + eps;
+    for (int64_t i = 0; i < group_size; ++i) {
+      out[first + i] = static_cast<float>((group[i] - mean) / divisor);
+    }
+  }
+}
+
+// Larger score first; a NaN counts as the largest, as in torch.sort, so that the order is total.
+struct Better {
+  const float* score;
+  bool operator()(int64_t a, int64_t b) const {
+    const bool nan_a = std::isnan(score[a]), nan_b = std::isnan(score[b]);
+    if (nan_a != nan_b) return nan_a;
+    if (nan_a || score[a] == score[b]) return a < b;
+    return score[a] > score[b];
+  }
+};
+
+struct PruneArgs {
+  const char* op;
+  int64_t unit_size, keep;
+  Prune prune;
+  bool drop_zero;
+  std::optional<Tensor> noise;
+};
+
+std::vector<float> scores(const float* advantages, int64_t total, const PruneArgs& args) {
+  std::vector<float> score(total);
+  if (args.prune == Prune::kRandom) {
+    CPPO_CHECK(args.noise.has_value(), args.op, "noise (B,) is needed for prune = 'random'");
+    check_cpu(args.op, "noise", *args.noise);
+    CPPO_CHECK(args.noise->dim() == 1 && args.noise->size(0) == total, args.op,
+               "noise must be (B,) = (", total, ",), got ", shape_of(*args.noise));
+    const Tensor noise =
+        torch::stable::contiguous(torch::stable::to(*args.noise, ScalarType::Float));
+    std::copy_n(static_cast<const float*>(noise.const_data_ptr()), total, score.begin());
+    return score;
+  }
+  const float sign = args.prune == Prune::kSmallest ? 1.0f : -1.0f;
+  for (int64_t i = 0; i < total; ++i) score[i] = sign * std::fabs(advantages[i]);
+  return score;
+}
+
+Tensor prune(const Tensor& like, const float* advantages, int64_t total, const PruneArgs& args) {
+  check_prune(args.op, total, args.unit_size, args.keep);
+  const std::vector<float> score = scores(advantages, total, args);
+  std::vector<int64_t> kept, unit(args.unit_size);
+  kept.reserve(total / args.unit_size * args.keep);
+  for (int64_t first = 0; first < total; first += args.unit_size) {
+    std::iota(unit.begin(), unit.end(), first);
+    std::nth_element(unit.begin(), unit.begin() + (args.keep - 1), unit.end(),
+                     Better{score.data()});
+    std::sort(unit.begin(), unit.begin() + args.keep);
+    std::copy_if(unit.begin(), unit.begin() + args.keep, std::back_inserter(kept),
+                 [&](int64_t i) { return !args.drop_zero || advantages[i] != 0.0f; });
+  }
+  Tensor out = torch::stable::new_empty(like, {static_cast<int64_t>(kept.size())},
+                                        ScalarType::Long);
+  std::copy(kept.begin(), kept.end(), static_cast<int64_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
+Tensor advantages_of(const char* op, const Tensor& rewards, int64_t group_size,
+                     const std::string& scale, double eps) {
+  check_dim(op, "rewards", rewards, 1);
+  check_blocks(op, "group_size", rewards.size(0), group_size);
+  const Tensor exact = torch::stable::contiguous(torch::stable::to(rewards, ScalarType::Double));
+  Tensor out = torch::stable::new_empty(rewards, {rewards.size(0)}, ScalarType::Float);
+  advantages_into(static_cast<const double*>(exact.const_data_ptr()),
+                  static_cast<float*>(out.mutable_data_ptr()), rewards.size(0), group_size,
+                  parse_scale(op, scale), eps);
+  return out;
+}
+
+}  // namespace
+
+Tensor group_advantages(Tensor rewards, int64_t group_size, std::string scale, double eps) {
+  return advantages_of("group_advantages", rewards, group_size, scale, eps);
+}
+
+Tensor prune_completions(Tensor advantages, int64_t unit_size, int64_t keep, std::string prune_side,
+                         bool drop_zero, std::optional<Tensor> noise) {
+  const char* op = "prune_completions";
+  check_dim(op, "advantages", advantages, 1);
+  const Tensor exact = torch::stable::contiguous(torch::stable::to(advantages, ScalarType::Float));
+  return prune(advantages, static_cast<const float*>(exact.const_data_ptr()), advantages.size(0),
+               {op, unit_size, keep, parse_prune(op, prune_side), drop_zero, noise});
+}
+
+std::tuple<Tensor, Tensor> advantages_and_prune(Tensor rewards, int64_t group_size,
+                                                int64_t unit_size, int64_t keep, std::string scale,
+                                                double eps, std::string prune_side, bool drop_zero,
+                                                std::optional<Tensor> noise) {
+  const char* op = "advantages_and_prune";
+  Tensor advantages = advantages_of(op, rewards, group_size, scale, eps);
+  Tensor kept = prune(advantages, static_cast<const float*>(advantages.const_data_ptr()),
+                      advantages.size(0),
+                      {op, unit_size, keep, parse_prune(op, prune_side), drop_zero, noise});
+  return {advantages, kept};
+}
+
+}  // namespace cppo::cpu

@@ -1,0 +1,559 @@
+"""The image views: hand-computed pixels, determinism, round trips, worded errors."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cppo.patches import PatchLayout, images_from_patches, patches_from_images
+from cppo.views import (
+    PERTURBATIONS,
+    PRESERVING,
+    REMOVING,
+    BlackSquares,
+    ColorJitter,
+    GaussianBlur,
+    NoisePatches,
+    RandomPerspective,
+    RandomRotation,
+    ZoomCrop,
+    image_seed,
+    perturb,
+    perturb_pixel_values,
+    views_from_names,
+)
+
+DEFAULTS = [cls() for cls in PERTURBATIONS.values()]
+NAMES = list(PERTURBATIONS)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def scene(channels: int = 3, height: int = 40, width: int = 56, seed: int = 0) -> torch.Tensor:
+    """A smooth image, so that geometric perturbations move it without destroying it."""
+    y = torch.linspace(0, 3, height)[None, :, None]
+    x = torch.linspace(0, 5, width)[None, None, :]
+    phase = torch.arange(channels)[:, None, None] + seed
+    return (0.5 + 0.25 * torch.sin(x + phase) + 0.25 * torch.cos(2 * y - phase)).clamp(0, 1)
+
+
+def pil_scene(mode: str = "RGB", size: tuple[int, int] = (56, 40), seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+# ---- every perturbation
+
+
+@pytest.mark.parametrize("perturbation", DEFAULTS, ids=NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_keeps_shape_dtype_range_and_input(perturbation, dtype, channels):
+    image = scene(channels).to(dtype)
+    before = image.clone()
+    view = perturbation(image, generator())
+    assert view.shape == image.shape and view.dtype == dtype
+    assert float(view.min()) >= 0 and float(view.max()) <= 1
+    assert torch.equal(image, before)
+
+
+@pytest.mark.parametrize("perturbation", DEFAULTS, ids=NAMES)
+def test_same_seed_same_view_other_seed_other_view(perturbation):
+    image = scene()
+    view = perturbation(image, generator(5))
+    assert torch.equal(view, perturbation(image, generator(5)))
+    others = [perturbation(image, generator(seed)) for seed in range(8)]
+    if isinstance(perturbation, GaussianBlur):  # the one without random numbers
+        assert all(torch.equal(view, other) for other in others)
+    else:
+        assert any(not torch.equal(view, other) for other in others)
+
+
+@pytest.mark.parametrize("perturbation", DEFAULTS, ids=NAMES)
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (2, 2), (3, 50)])
+def test_tiny_images(perturbation, size):
+    for seed in range(10):
+        view = perturbation(scene(3, *size), generator(seed))
+        assert view.shape == (3, *size) and bool(torch.isfinite(view).all())
+
+
+@pytest.mark.parametrize("perturbation", DEFAULTS, ids=NAMES)
+def test_non_contiguous_input(perturbation):
+    image = scene().permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert not image.is_contiguous()
+    expected = perturbation(image.contiguous(), generator())
+    torch.testing.assert_close(perturbation(image, generator()), expected)
+
+
+# ---- hand-computed
+
+
+def test_brightness_scales():
+    jitter = ColorJitter(brightness=(0.5, 0.5), contrast=(1, 1), saturation=(1, 1))
+    image = scene()
+    torch.testing.assert_close(jitter(image, generator()), image * 0.5)
+
+
+def test_contrast_blends_with_the_mean_grey():
+    jitter = ColorJitter(brightness=(1, 1), contrast=(0.5, 0.5), saturation=(1, 1))
+    image = torch.tensor([[[0.2, 0.6]]])  # mean 0.4
+    torch.testing.assert_close(jitter(image, generator()), torch.tensor([[[0.3, 0.5]]]))
+
+
+def test_saturation_zero_is_grey_and_leaves_grey_alone():
+    jitter = ColorJitter(brightness=(1, 1), contrast=(1, 1), saturation=(0, 0))
+    red = torch.zeros(3, 1, 1)
+    red[0] = 1
+    torch.testing.assert_close(jitter(red, generator()), torch.full((3, 1, 1), 0.299))
+    grey = scene(1)
+    torch.testing.assert_close(jitter(grey, generator()), grey)
+
+
+def test_jitter_factors_lie_in_their_ranges():
+    jitter = ColorJitter(brightness=(0.2, 1.3), contrast=(1, 1), saturation=(1, 1))
+    image = torch.full((3, 2, 2), 0.5)
+    factors = torch.tensor([float(jitter(image, generator(s))[0, 0, 0]) / 0.5 for s in range(300)])
+    assert 0.2 <= float(factors.min()) < 0.25 and 1.25 < float(factors.max()) <= 1.3001
+
+
+def test_blur_of_a_point_is_the_gaussian_kernel():
+    point = torch.zeros(1, 5, 5)
+    point[0, 2, 2] = 1
+    weights = torch.tensor([np.exp(-0.5), 1.0, np.exp(-0.5)], dtype=torch.float32)
+    weights = weights / weights.sum()
+    view = GaussianBlur(3, 1.0)(point, generator())
+    torch.testing.assert_close(view[0, 1:4, 1:4], weights[:, None] * weights[None, :])
+    assert float(view[0, 0].abs().sum()) == 0
+
+
+@pytest.mark.parametrize("perturbation", [GaussianBlur(5, 2.0), RandomRotation(180), ZoomCrop()])
+def test_constant_image_stays_constant(perturbation):
+    image = torch.full((3, 17, 23), 0.7)
+    torch.testing.assert_close(perturbation(image, generator(3)), image)
+
+
+def test_rotation_by_a_right_angle_is_rot90(monkeypatch):
+    monkeypatch.setattr("cppo.perturbations._uniform", lambda *_: 90.0)
+    image = torch.rand(3, 9, 9, generator=generator())
+    view = RandomRotation(90)(image, generator())
+    candidates = [torch.rot90(image, k, (1, 2)) for k in (1, 3)]
+    assert min(float((view - c).abs().max()) for c in candidates) < 1e-5
+
+
+def test_rotation_by_zero_is_the_image():
+    image = scene()
+    torch.testing.assert_close(RandomRotation(0)(image, generator()), image, atol=2e-5, rtol=0)
+
+
+def test_rotation_fill():
+    image = torch.ones(1, 33, 33)
+    edge = RandomRotation(45, fill="edge")(image, generator(1))
+    black = RandomRotation(45, fill="black")(image, generator(1))
+    assert float(edge.min()) > 0.999
+    assert float(black[0, 0, 0]) == 0 and float(black[0, 16, 16]) > 0.999
+
+
+def test_rotation_angles_reach_both_signs_and_stay_small():
+    # A horizontal ramp tilts by the angle: the slope along y tells its sine.
+    ramp = torch.linspace(0, 1, 101)[None, None, :].expand(1, 101, 101)
+    slopes = []
+    for seed in range(100):
+        view = RandomRotation(10)(ramp, generator(seed))
+        slopes.append(float(view[0, 60, 50] - view[0, 40, 50]) * 100 / 20)
+    limit = np.sin(np.radians(10)) + 1e-3
+    assert -limit <= min(slopes) < -0.12 and 0.12 < max(slopes) <= limit
+
+
+def test_perspective_probability_and_strength():
+    image = scene()
+    assert torch.equal(RandomPerspective(0.2, p=0.0)(image, generator()), image)
+    unchanged = sum(
+        torch.equal(RandomPerspective()(image, generator(seed)), image) for seed in range(200)
+    )
+    assert 70 <= unchanged <= 130
+    same = RandomPerspective(0.0, p=1.0)(image, generator())
+    torch.testing.assert_close(same, image, atol=2e-5, rtol=0)
+
+
+def test_perspective_moves_corners_inwards(monkeypatch):
+    monkeypatch.setattr("torch.rand", lambda *s, **k: torch.ones(*s, dtype=torch.float64))
+    monkeypatch.setattr("cppo.perturbations._uniform", lambda *_: 0.0)
+    # All corners move by the full 0.5 / 2 of the side: the image shrinks to the central half.
+    image = scene(1, 41, 41)
+    view = RandomPerspective(0.5, p=1.0, fill="black")(image, generator())
+    torch.testing.assert_close(view[0, 10, 10], image[0, 0, 0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(view[0, 30, 30], image[0, 40, 40], atol=1e-4, rtol=0)
+    torch.testing.assert_close(view[0, 20, 20], image[0, 20, 20], atol=1e-4, rtol=0)
+    torch.testing.assert_close(view[0, 20, 15], image[0, 20, 10], atol=1e-4, rtol=0)
+    assert float(view[0, :9].abs().max()) == 0
+
+
+def test_zoom_crop_of_a_ramp_stays_a_ramp_with_a_smaller_slope():
+    ramp = torch.linspace(0, 1, 100)[None, None, :].expand(1, 60, 100)
+    view = ZoomCrop((0.6, 0.7))(ramp, generator(4))
+    slope = float(view[0, 30, 80] - view[0, 30, 20]) / 60 * 99
+    assert 0.59 <= slope <= 0.71
+    whole = ZoomCrop((1.0, 1.0))(ramp, generator())
+    torch.testing.assert_close(whole, ramp)
+
+
+def test_noise_patches_cover_what_they_should():
+    image = torch.full((3, 200, 200), 2.0 / 3)
+    view = NoisePatches()(image, generator(1))
+    share = float((view != image).any(0).float().mean())
+    # 50 patches of mean area 0.01: 1 - exp(-0.5) = 0.39 if they could wrap around.
+    assert 0.25 < share < 0.5
+    covered = (view != image).any(0)
+    assert abs(float(view[:, covered].mean()) - 0.5) < 0.02
+    one = NoisePatches(count=1, scale=(0.1, 0.1))(image, generator(1))
+    assert int((one != image).any(0).sum()) == 20 * 20
+
+
+@pytest.mark.parametrize("coverage", [0.0, 0.3, 0.8, 0.99, 1.0])
+def test_black_squares_reach_their_coverage(coverage):
+    image = torch.ones(3, 70, 90)
+    view = BlackSquares(14, coverage)(image, generator())
+    black = float((view[0] == 0).float().mean())
+    assert coverage <= black <= min(1.0, coverage + 14 * 14 / (70 * 90))
+    assert torch.equal(view[0], view[1]) and torch.equal(view[0], view[2])
+
+
+def test_black_squares_reach_the_borders_as_often_as_the_middle():
+    image = torch.ones(1, 30, 30)
+    mean = torch.stack([BlackSquares(8, 0.5)(image, generator(s)) for s in range(150)]).mean(0)[0]
+    assert abs(float(mean[0, 0]) - 0.5) < 0.16 and abs(float(mean[15, 15]) - 0.5) < 0.16
+
+
+def test_paper_parameters_are_the_defaults():
+    assert ColorJitter() == ColorJitter((0.2, 1.3), (0.2, 1.8), (0.2, 1.8))
+    assert RandomPerspective() == RandomPerspective(0.2, 0.5)
+    assert RandomRotation().degrees == 10 and GaussianBlur() == GaussianBlur(3, 1.0)
+    assert NoisePatches() == NoisePatches(50, (0.05, 0.15)) and ZoomCrop() == ZoomCrop((0.6, 0.7))
+    assert BlackSquares() == BlackSquares(14, 0.8)
+    kinds = [type(p).__name__ for p in PRESERVING + REMOVING]
+    assert (
+        kinds
+        == "ColorJitter RandomPerspective RandomRotation GaussianBlur NoisePatches ZoomCrop".split()
+    )
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PRESERVING[0].brightness = (1, 1)
+
+
+# ---- PIL images
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA"])
+@pytest.mark.parametrize("perturbations", [PRESERVING, REMOVING], ids=["preserving", "removing"])
+def test_pil_keeps_size_mode_and_alpha(mode, perturbations):
+    image = pil_scene(mode, (33, 21))
+    for seed in range(6):
+        view = perturb(image, perturbations, seed=seed)
+        assert view.size == (33, 21) and view.mode == mode
+        if mode.endswith("A"):
+            assert view.getchannel("A").tobytes() == image.getchannel("A").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("mode", "result"), [("P", "RGB"), ("CMYK", "RGB"), ("YCbCr", "RGB"), ("1", "L")]
+)
+def test_pil_other_modes_are_converted(mode, result):
+    view = perturb(pil_scene("RGB").convert(mode), PRESERVING, seed=0)
+    assert view.mode == result and view.size == (56, 40)
+
+
+def test_pil_identity_is_exact():
+    image = pil_scene()
+    view = perturb(image, lambda pixels, generator: pixels, seed=0)
+    assert view.tobytes() == image.tobytes()
+
+
+def test_pil_views_do_not_depend_on_order_or_number():
+    images = [pil_scene(size=(20 + 5 * i, 30), seed=i) for i in range(4)]
+    seeds = [11, 7, 99, 3]
+    views_ = perturb(images, PRESERVING + REMOVING, seed=seeds)
+    order = [2, 0, 3, 1]
+    again = perturb(
+        [images[i] for i in order], PRESERVING + REMOVING, seed=[seeds[i] for i in order]
+    )
+    for position, i in enumerate(order):
+        assert again[position].tobytes() == views_[i].tobytes()
+        alone = perturb(images[i], PRESERVING + REMOVING, seed=seeds[i])
+        assert alone.tobytes() == views_[i].tobytes()
+    first = perturb(images[:2], PRESERVING, seed=5)
+    assert [v.tobytes() for v in perturb(images, PRESERVING, seed=5)[:2]] == [
+        v.tobytes() for v in first
+    ]
+    assert perturb(images[0], PRESERVING, seed=5).tobytes() == first[0].tobytes()
+
+
+def test_one_is_drawn_per_image_with_equal_probability():
+    counts = dict.fromkeys(range(4), 0)
+
+    def counting(which):
+        def identity(pixels, generator):
+            counts[which] += 1
+            return pixels
+
+        return identity
+
+    choices = [counting(i) for i in range(4)]
+    for seed in range(400):
+        perturb(Image.new("L", (2, 2)), choices, seed=seed)
+    assert sum(counts.values()) == 400 and min(counts.values()) > 65
+
+
+def test_image_seeds_differ_across_images_and_base_seeds():
+    assert image_seed(7, 0) == 7
+    seeds = {image_seed(base, index) for base in range(50) for index in range(50)}
+    assert len(seeds) == 2500 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_negative_seeds_are_accepted():
+    assert perturb(pil_scene(), REMOVING, seed=-3).size == (56, 40)
+
+
+# ---- processor-ready patches
+
+
+class FakeProcessor:
+    """The attributes of a Qwen2-VL image processor that the views read."""
+
+    patch_size, merge_size, temporal_patch_size = 4, 2, 2
+    image_mean, image_std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+    do_normalize = do_rescale = True
+    rescale_factor = 1 / 255
+
+
+def qwen_patches(images, **options):
+    """Patches of PIL images, by transformers' own processor, without a resize."""
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    processor = module.Qwen2VLImageProcessorPil(do_resize=False, **options)
+    inputs = processor(images=images, return_tensors="pt")
+    return processor, inputs["pixel_values"], inputs["image_grid_thw"]
+
+
+PROCESSORS = [
+    {},  # Qwen2-VL, Qwen2.5-VL
+    {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},  # Qwen3-VL
+    {"patch_size": 12, "merge_size": 3, "temporal_patch_size": 1},
+    {"patch_size": 4, "do_normalize": False},
+    {"patch_size": 4, "do_rescale": False},
+    {"patch_size": 4, "rescale_factor": 2 / 255},
+]
+
+
+@pytest.mark.parametrize("options", PROCESSORS, ids=range(len(PROCESSORS)))
+def test_patches_round_trip_and_images_are_the_originals(options):
+    side = options.get("patch_size", 14) * options.get("merge_size", 2)
+    images = [pil_scene(size=(2 * side, 3 * side)), pil_scene(size=(side, 2 * side), seed=1)]
+    processor, patches, grid = qwen_patches(images, **options)
+    layout = PatchLayout.of(processor)
+    found = images_from_patches(patches, grid, layout)
+    for image, pixels in zip(images, found, strict=True):
+        expected = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        torch.testing.assert_close(pixels, expected, atol=3e-7, rtol=0)
+    back = patches_from_images(found, layout)
+    torch.testing.assert_close(back, patches, atol=3e-7, rtol=3e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_no_perturbation_gives_the_patches_back(dtype):
+    processor, patches, grid = qwen_patches([pil_scene(size=(56, 84)), pil_scene(size=(84, 28))])
+    patches = patches.to(dtype)
+    view = perturb_pixel_values(patches, grid, lambda x, g: x, seeds=0, image_processor=processor)
+    assert view.dtype == dtype
+    slack = {torch.float64: 1e-6, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps * 2)
+    torch.testing.assert_close(view, patches, atol=slack, rtol=slack)
+
+
+@pytest.mark.parametrize("perturbation", DEFAULTS, ids=NAMES)
+def test_patches_and_pil_images_give_the_same_view(perturbation):
+    images = [pil_scene(size=(56, 84)), pil_scene(size=(112, 56), seed=1)]
+    processor, patches, grid = qwen_patches(images)
+    view = perturb_pixel_values(
+        patches, grid, perturbation, seeds=[3, 4], image_processor=processor
+    )
+    _, expected, _ = qwen_patches(perturb(images, perturbation, seed=[3, 4]))
+    # PIL views are rounded to bytes: half a step, over the smallest std.
+    assert float((view - expected).abs().max()) <= 0.5 / 255 / 0.26 + 1e-3
+
+
+def test_patch_views_are_deterministic_and_independent_of_the_batch():
+    images = [pil_scene(size=(56, 84)), pil_scene(size=(28, 56), seed=1), pil_scene(size=(84, 28))]
+    processor, patches, grid = qwen_patches(images)
+    before = patches.clone()
+    counts = grid.prod(1).tolist()
+    choices = PRESERVING + REMOVING
+    whole = perturb_pixel_values(patches, grid, choices, seeds=[1, 2, 3], image_processor=processor)
+    assert torch.equal(patches, before) and whole.shape == patches.shape
+    parts, blocks = whole.split(counts), patches.split(counts)
+    for i, seed in ((2, 3), (0, 1), (1, 2)):
+        alone = perturb_pixel_values(
+            blocks[i], grid[i : i + 1], choices, seeds=[seed], image_processor=processor
+        )
+        assert torch.equal(alone, parts[i])
+
+
+def test_a_processor_with_an_image_processor_is_accepted():
+    class Outer:
+        image_processor = FakeProcessor()
+
+    patches = torch.zeros(4, 3 * 2 * 16)
+    grid = torch.tensor([[1, 2, 2]])
+    view = perturb_pixel_values(patches, grid, GaussianBlur(), seeds=0, image_processor=Outer())
+    torch.testing.assert_close(view, patches, atol=1e-6, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("perturbation", DEFAULTS, ids=NAMES)
+def test_device_views_equal_cpu_views(perturbation):
+    patches = patches_from_images(
+        [scene(3, 40, 56), scene(3, 64, 24)], PatchLayout.of(FakeProcessor())
+    )
+    grid = torch.tensor([[1, 10, 14], [1, 16, 6]])
+    options = {"seeds": [1, 2], "image_processor": FakeProcessor()}
+    cpu = perturb_pixel_values(patches, grid, perturbation, **options)
+    gpu = perturb_pixel_values(patches.cuda(), grid.cuda(), perturbation, **options)
+    assert gpu.device.type == "cuda"
+    torch.testing.assert_close(gpu.cpu(), cpu, atol=1e-4, rtol=0)
+
+
+# ---- names
+
+
+def test_views_from_names():
+    found = views_from_names(
+        [
+            "color_jitter",
+            {"rotation": {"degrees": 5}},
+            {"zoom_crop": {"scale": [0.5, 0.9]}},
+            ZoomCrop(),
+        ]
+    )
+    assert found == (ColorJitter(), RandomRotation(5), ZoomCrop((0.5, 0.9)), ZoomCrop())
+    assert views_from_names(NAMES) == tuple(DEFAULTS)
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (["colour_jitter"], "unknown perturbation 'colour_jitter'; did you mean 'color_jitter'"),
+        (["xyz"], "unknown perturbation 'xyz' .allowed: color_jitter"),
+        ([{"rotation": {"degree": 5}}], "parameter of 'rotation' 'degree'; did you mean 'degrees'"),
+        ([{"rotation": 5}], "parameters of 'rotation' must be a mapping, got 5"),
+        ([{"rotation": {}, "zoom_crop": {}}], "an entry is a name or"),
+        ([3], "an entry is a name or"),
+        ([], "at least one"),
+        ("rotation", "must be a list"),
+        ([{"rotation": {"degrees": 500}}], r"degrees must be a number in \[0.0, 180.0\], got 500"),
+    ],
+)
+def test_bad_names(entries, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        views_from_names(entries)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ColorJitter(brightness=(1.3, 0.2)), "ColorJitter: brightness must be .min, max."),
+        (lambda: ColorJitter(contrast=(-0.1, 1)), "contrast"),
+        (lambda: ColorJitter(saturation=1.0), "saturation must be .min, max.*got 1.0"),
+        (lambda: ColorJitter(saturation=(0, float("nan"))), "saturation"),
+        (lambda: RandomRotation(degrees=-1), "degrees must be a number"),
+        (lambda: RandomRotation(degrees="10"), "degrees must be a number.*got '10'"),
+        (lambda: RandomRotation(fill="white"), "fill must be 'edge' or 'black', got 'white'"),
+        (lambda: RandomPerspective(distortion_scale=1.0), "distortion_scale"),
+        (lambda: RandomPerspective(p=1.5), r"p must be a number in \[0.0, 1.0\], got 1.5"),
+        (lambda: GaussianBlur(kernel_size=4), "kernel_size must be odd, got 4"),
+        (lambda: GaussianBlur(kernel_size=0), "kernel_size must be a whole number"),
+        (lambda: GaussianBlur(sigma=0), "sigma"),
+        (lambda: NoisePatches(count=2.5), "count must be a whole number >= 1, got 2.5"),
+        (lambda: NoisePatches(scale=(0.1, 1.2)), "scale"),
+        (lambda: ZoomCrop(scale=(0.9, 0.8)), "scale"),
+        (lambda: BlackSquares(side=0), "side"),
+        (lambda: BlackSquares(coverage=80), r"coverage must be a number in \[0.0, 1.0\], got 80"),
+    ],
+)
+def test_bad_parameters(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (torch.zeros(4, 5, 5), ValueError, r"C = 1 or 3 .*got \(4, 5, 5\)"),
+        (torch.zeros(5, 5), ValueError, r"got \(5, 5\)"),
+        (torch.zeros(3, 0, 5), ValueError, "H, W >= 1"),
+        (torch.zeros(3, 5, 5, dtype=torch.uint8), TypeError, "floating point.*uint8"),
+        (np.zeros((3, 5, 5)), TypeError, "floating point.*ndarray"),
+        (torch.full((3, 5, 5), float("nan")), ValueError, "non-finite"),
+        (torch.full((3, 5, 5), float("inf")), ValueError, "non-finite"),
+        (torch.full((3, 5, 5), 255.0), ValueError, r"pixels in \[0, 1\], got \[255, 255\]"),
+    ],
+)
+def test_bad_images(image, error, message):
+    with pytest.raises(error, match=f"cppo.ZoomCrop: .*{message}"):
+        ZoomCrop()(image, generator())
+
+
+def test_bad_generator():
+    with pytest.raises(TypeError, match="generator must be a torch.Generator on the CPU"):
+        ZoomCrop()(scene(), 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: perturb("cat.png", PRESERVING, seed=0), "image 0 must be a PIL image, got str"),
+        (lambda: perturb([pil_scene(), None], PRESERVING, seed=0), "image 1 must be a PIL image"),
+        (lambda: perturb(Image.new("I;16", (4, 4)), PRESERVING, seed=0), "mode 'I;16'"),
+        (lambda: perturb(Image.new("RGB", (0, 4)), PRESERVING, seed=0), r"size \(0, 4\)"),
+        (lambda: perturb(pil_scene(), [], seed=0), "at least one perturbation"),
+        (lambda: perturb(pil_scene(), ["rotation"], seed=0), "views_from_names"),
+        (lambda: perturb([pil_scene()] * 2, REMOVING, seed=[1]), "one seed per image, 2, got 1"),
+        (lambda: perturb(pil_scene(), lambda x, g: x[:, 1:], seed=0), "must keep the shape"),
+    ],
+)
+def test_bad_pil_calls(call, message):
+    with pytest.raises((TypeError, ValueError), match=f"cppo.perturb: .*{message}"):
+        call()
+
+
+GOOD_GRID = torch.tensor([[1, 2, 4]])
+
+
+@pytest.mark.parametrize(
+    ("patches", "grid", "options", "message"),
+    [
+        (torch.zeros(8, 95), GOOD_GRID, {}, r"3 \* 2 \* 4\^2 = 96.*got \(8, 95\)"),
+        (torch.zeros(8, 96, 1), GOOD_GRID, {}, r"got \(8, 96, 1\)"),
+        (torch.zeros(7, 96), GOOD_GRID, {}, "has 7 patches, image_grid_thw .* adds up to 8"),
+        (torch.zeros(8, 96), torch.tensor([1, 2, 4]), {}, r"\(images, 3\).*got \(3,\)"),
+        (torch.zeros(8, 96), torch.tensor([[1.0, 2, 4]]), {}, "whole numbers"),
+        (torch.zeros(0, 96), torch.zeros(0, 3, dtype=torch.long), {}, "at least one image"),
+        (torch.zeros(16, 96), torch.tensor([[2, 2, 4]]), {}, r"no video.*got \(2, 2, 4\)"),
+        (torch.zeros(9, 96), torch.tensor([[1, 3, 3]]), {}, r"multiples of merge_size 2"),
+        (torch.zeros(8, 96, dtype=torch.int32), GOOD_GRID, {}, "floating point"),
+        (torch.full((8, 96), float("nan")), GOOD_GRID, {}, "non-finite pixels"),
+        (torch.full((8, 96), 9.0), GOOD_GRID, {}, r"de-normalised.*\[0, 1\]"),
+        (torch.zeros(8, 96), GOOD_GRID, {"seeds": [1, 2]}, "one seed per image, 1, got 2"),
+        (torch.zeros(8, 96), GOOD_GRID, {"image_processor": object()}, "got object"),
+        (torch.zeros(8, 96), GOOD_GRID, {"image_processor": None}, "got NoneType"),
+    ],
+)
+def test_bad_patches(patches, grid, options, message):
+    call = {"seeds": [0], "image_processor": FakeProcessor(), **options}
+    with pytest.raises((TypeError, ValueError), match=f"cppo.perturb_pixel_values: .*{message}"):
+        perturb_pixel_values(patches, grid, REMOVING, **call)

@@ -1,0 +1,169 @@
+"""Questions about images composed of real handwritten digits: "What is the sum of the digits?"
+
+The 1,797 scans are scikit-learn's (`load_digits`, 8 x 8 pixels, UCI test set of optical recognition of
+handwritten digits). 500 of them are held out: no held-out handwriting is ever in a training image.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+QUESTION = "What is the sum of the digits?"
+SPLITS = ("train", "heldout")
+SLOT = 24  # pixels: one digit per slot, one image token per slot
+_NUM_HELDOUT = 500
+_BOXED = re.compile(r"\\boxed\{\s*(-?\d+)\s*\}")
+
+
+class DigitSums:
+    """A dataset of scenes of digits side by side, each with the question of their sum.
+
+    Row i depends on (split, seed, i) only. Its columns are `prompt` (chat messages with one image
+    part), `images` ([PIL image, RGB, 24 pixels high, 24 per digit wide]), `answer` (the sum, as
+    text), `digits` (list of int), and two right completions: `worked` shows the work, `direct` is
+    the answer alone.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        size: int = 4096,
+        *,
+        seed: int = 0,
+        num_digits: tuple[int, int] = (2, 3),
+        noise: float = 0.08,
+    ) -> None:
+        """Args:
+            split: "train" or "heldout", which decides whose handwriting is used.
+            size: number of rows.
+            seed: of the scenes.
+            num_digits: fewest and most digits in a scene, each equally likely.
+            noise: standard deviation of the pixel noise, for pixels in [0, 1].
+        Raises: ValueError for an unknown split, size < 0, a bad range or negative noise.
+        """
+        check_split("DigitSums", split, size)
+        low, high = num_digits
+        if not 1 <= low <= high:
+            raise ValueError(f"DigitSums: num_digits must be (low, high), 1 <= low <= high, got {num_digits}")
+        if noise < 0:
+            raise ValueError(f"DigitSums: noise must be >= 0, got {noise}")
+        self.split, self.size, self.seed = split, size, seed
+        self.num_digits, self.noise = (low, high), noise
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = self._rng(index)
+        digits, image = self._scene(rng)
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        return {
+            "prompt": [{"role": "user", "content": content}],
+            "images": [image],
+            "answer": str(sum(digits)),
+            "digits": digits,
+            "worked": worked_answer(digits),
+            "direct": direct_answer(digits),
+        }
+
+    def _rng(self, index: int) -> np.random.Generator:
+        if not 0 <= index < self.size:
+            raise IndexError(f"{type(self).__name__}: index must be in [0, {self.size}), got {index}")
+        return np.random.default_rng((self.seed, SPLITS.index(self.split), index))
+
+    def _scene(self, rng: np.random.Generator) -> tuple[list[int], Image.Image]:
+        scans, labels = handwriting(self.split)
+        chosen = rng.integers(len(labels), size=rng.integers(self.num_digits[0], self.num_digits[1] + 1))
+        image = compose_scene([scans[i] for i in chosen], rng, noise=self.noise)
+        return [int(labels[i]) for i in chosen], image
+
+
+def compose_scene(
+    scans: Sequence[np.ndarray], rng: np.random.Generator, *, noise: float = 0.08
+) -> Image.Image:
+    """Return an image of digits side by side: each scaled to 16-22 pixels and moved inside its slot.
+
+    Args:
+        scans: (8, 8) arrays in [0, 1], ink bright.
+        rng: draws size, place, brightness, contrast and noise.
+        noise: standard deviation of the pixel noise.
+    """
+    canvas = np.zeros((SLOT, SLOT * len(scans)), dtype=np.float32)
+    for slot, scan in enumerate(scans):
+        side = int(rng.integers(16, 23))
+        top, left = rng.integers(SLOT - side + 1, size=2)
+        scaled = Image.fromarray(scan).resize((side, side), Image.Resampling.BILINEAR)
+        canvas[top : top + side, slot * SLOT + left : slot * SLOT + left + side] = np.asarray(scaled)
+    contrast, brightness = rng.uniform(0.6, 1.0), rng.uniform(0.0, 0.2)
+    canvas = canvas * contrast + brightness + rng.normal(0.0, noise, canvas.shape)
+    pixels = (np.clip(canvas, 0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels).convert("RGB")
+
+
+@cache
+def handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scans (n, 8, 8) fp32 in [0, 1] and the labels (n,) of one split, disjoint by scan.
+
+    Raises: ImportError if scikit-learn, which holds the scans, is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "cppo.demo: the handwritten digits come with scikit-learn: pip install 'cppo[demo]'"
+        ) from error
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    part = order[:_NUM_HELDOUT] if split == "heldout" else order[_NUM_HELDOUT:]
+    return (data.images[part] / 16).astype(np.float32), data.target[part]
+
+
+def worked_answer(digits: Sequence[int]) -> str:
+    r"""Return a right completion with its work: `I see 3, 5, 9. 3+5=8, 8+9=17. \boxed{17}`."""
+    total, steps = digits[0], []
+    for digit in digits[1:]:
+        steps.append(f"{total}+{digit}={total + digit}")
+        total += digit
+    work = ", ".join(steps) + ". " if steps else ""
+    return f"I see {', '.join(map(str, digits))}. {work}\\boxed{{{total}}}"
+
+
+def direct_answer(digits: Sequence[int]) -> str:
+    r"""Return the right completion without work: `\boxed{17}`."""
+    return f"\\boxed{{{sum(digits)}}}"
+
+
+def boxed_accuracy(
+    completions: Sequence[Any], *, answer: Sequence[str], **columns: Any
+) -> list[float]:
+    r"""Reward 1 for each completion whose last `\boxed{...}` holds the right integer, else 0.
+
+    Args:
+        completions: texts, or messages [{"role": ..., "content": text}] as TRL passes them.
+        answer: the right integers as text, one per completion.
+        columns: the other columns of the rows, not used.
+    """
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    found = [_BOXED.findall(text) for text in texts]
+    return [float(bool(f) and int(f[-1]) == int(a)) for f, a in zip(found, answer, strict=True)]
+
+
+def digit_sum_accuracy(
+    completions: Sequence[Any], *, answer: Sequence[str], **columns: Any
+) -> list[float]:
+    """Reward 1 for the right sum in the box, else 0: `boxed_accuracy` under the task's name."""
+    return boxed_accuracy(completions, answer=answer, **columns)
+
+
+def check_split(owner: str, split: str, size: int) -> None:
+    """Raise ValueError unless split is a known one and size is not negative."""
+    if split not in SPLITS:
+        raise ValueError(f"{owner}: split must be one of {SPLITS}, got {split!r}")
+    if size < 0:
+        raise ValueError(f"{owner}: size must be >= 0, got {size}")

@@ -1,0 +1,200 @@
+"""Loading models and processors, with or without torchvision, and the ids a policy must not sample.
+
+The stock processors of the Qwen-VL families build a video processor, which needs torchvision. The
+trainer uses images only, so `load_processor` leaves the video part out where it cannot be built.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
+
+_VISION_ID_FIELDS = (
+    "image_token_id",
+    "image_token_index",
+    "video_token_id",
+    "video_token_index",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "vision_token_id",
+    "boi_token_id",
+    "eoi_token_id",
+)
+# Grounding and tool-call markers (<|box_start|>, <tool_call>) are answers a policy may give: not here.
+_INPUT_ONLY_TOKEN = re.compile(r"image|video|vision|audio|\bpad\b|im_start|endoftext|unknown", re.IGNORECASE)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+_Processor = TypeVar("_Processor", bound=type)
+
+
+def image_only(processor_class: _Processor) -> _Processor:
+    """Return a subclass of a Qwen-VL processor class that has no video processor.
+
+    Specification: transformers reads a processor's parts off the signature of `__init__`; the
+    subclass names only the image processor and the tokenizer, and keeps the stock class's name, so
+    that what it saves is an ordinary checkpoint folder.
+    Args:
+        processor_class: the stock class, e.g. `transformers.Qwen2_5_VLProcessor`.
+    Returns: the class; call it or use `from_pretrained` as on the stock class.
+    """
+
+    class ImageOnly(processor_class):  # type: ignore[misc, valid-type]
+        def __init__(
+            self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **_: Any
+        ) -> None:
+            for name in ("image", "video", "vision_start", "vision_end"):
+                stock = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
+                token = getattr(tokenizer, f"{name}_token", None) or stock
+                setattr(self, f"{name}_token", token)
+                setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    ImageOnly.__name__ = ImageOnly.__qualname__ = processor_class.__name__
+    return ImageOnly  # type: ignore[return-value]
+
+
+def load_processor(path: str | Path, **kwargs: Any) -> Any:
+    """Load the processor of a vision-language checkpoint or the tokenizer of a text checkpoint.
+
+    Specification: `AutoProcessor.from_pretrained`, except that a processor whose video part needs
+    torchvision, or whose folder has no video configuration, is loaded without its video part.
+    Args:
+        path: a folder written by `save_pretrained`, or a Hugging Face hub name.
+        kwargs: passed on to `from_pretrained`.
+    Returns: a processor (has `.tokenizer` and `.image_processor`) or a tokenizer, padding on the left.
+    Raises: ValueError if the folder, its config.json or its tokenizer is missing, or the family is
+        not known to transformers.
+    """
+    config = _load_config(path, "load_processor")
+    stock = PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else None
+    loader: Any = AutoProcessor if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoTokenizer
+    if stock is not None and "video_processor" in stock.get_attributes():
+        if not is_torchvision_available() or not _has_video_config(path):
+            loader = image_only(stock)
+    try:
+        processor = loader.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"cppo.load_processor: path {str(path)!r} (model_type {config.model_type!r}) has no "
+            f"processor or tokenizer that loads: {_first_line(error)}"
+        ) from error
+    # Prompts of unequal length are sampled together: their last tokens must line up.
+    getattr(processor, "tokenizer", processor).padding_side = "left"
+    return processor
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a vision-language or a causal text model, whichever the checkpoint's config describes.
+
+    Args:
+        path: a folder written by `save_pretrained`, or a Hugging Face hub name.
+        dtype: of the weights. transformers' own default is the dtype of the file, which would run an
+            fp16 checkpoint in fp16 on CPU; here it is fp32.
+        kwargs: passed on to `from_pretrained`, e.g. `attn_implementation`.
+    Returns: the model in eval mode, on CPU unless `device_map` says otherwise.
+    Raises: ValueError if the folder, its config.json or its weights are missing, or the family is
+        neither an image-text-to-text nor a causal language model; TypeError if dtype is no floating
+        torch.dtype.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"cppo.load_model: dtype must be a floating torch.dtype, got {dtype!r}")
+    config = _load_config(path, "load_model")
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        loader: Any = AutoModelForImageTextToText
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        loader = AutoModelForCausalLM
+    else:
+        raise ValueError(
+            f"cppo.load_model: path {str(path)!r} holds model_type {config.model_type!r}, which is "
+            "neither an image-text-to-text model (qwen2_vl, qwen2_5_vl, qwen3_vl, ...) nor a causal "
+            "language model (qwen2, qwen3, llama, ...)"
+        )
+    try:
+        return loader.from_pretrained(path, dtype=dtype, **kwargs)
+    except OSError as error:
+        raise ValueError(
+            f"cppo.load_model: path {str(path)!r} has a config.json but no weights that load: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def is_vision_language(model: PreTrainedModel) -> bool:
+    """Return whether a model takes images, that is, whether its config has a vision tower."""
+    return getattr(model.config, "vision_config", None) is not None
+
+
+def special_token_ids_to_suppress(model: PreTrainedModel, processor: Any) -> list[int]:
+    """Return the ids that stand for inputs and that a policy must therefore never sample.
+
+    A sampled image placeholder makes the next forward fail ("image features and image tokens do not
+    match"); the others waste probability. Suppress them in the rollout and in the trained logits.
+    Args:
+        model: gives the vision ids of its config and the end-of-sequence ids.
+        processor: a processor or a tokenizer.
+    Returns: ascending ids: vision, image, video and audio markers, the chat's turn start, padding and
+        bos; never an end-of-sequence id, never a grounding or tool marker.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    ids = {getattr(model.config, field, None) for field in _VISION_ID_FIELDS}
+    ids |= {tokenizer.pad_token_id, tokenizer.bos_token_id}
+    ids |= {
+        token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special and _INPUT_ONLY_TOKEN.search(token.content)
+    }
+    for eos in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
+        ids -= set(eos) if isinstance(eos, (list, tuple)) else {eos}
+    return sorted(i for i in ids if i is not None and 0 <= i < vocab_size)
+
+
+def _load_config(path: str | Path, op: str) -> PretrainedConfig:
+    """The checkpoint's config, with our words for a path that leads nowhere."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"cppo.{op}: path {str(path)!r} is a folder without a config.json")
+    elif folder.exists() or not _HUB_NAME.fullmatch(str(path)):
+        kind = "a file" if folder.exists() else "missing"
+        raise ValueError(f"cppo.{op}: path must be a model folder or a hub name, {str(path)!r} is {kind}")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"cppo.{op}: path {str(path)!r} gives no model configuration: {_first_line(error)}"
+        ) from error
+
+
+def _has_video_config(path: str | Path) -> bool:
+    """Whether a checkpoint configures a video processor; a hub name is taken to."""
+    folder = Path(path)
+    if not folder.is_dir() or (folder / "video_preprocessor_config.json").is_file():
+        return True
+    file = folder / "processor_config.json"
+    return file.is_file() and "video_processor" in json.loads(file.read_text())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

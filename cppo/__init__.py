@@ -1,3 +1,67 @@
-"""Completion pruning and contrastive perception for RL finetuning."""
+"""Completion pruning and contrastive perception for RL finetuning of (vision-)language models.
+
+Importing this package imports torch and nothing heavier: backends, kernels and the trainer load
+when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from cppo.config import CPPOConfig, LoraConfig, LossConfig
+from cppo.ops.advantages import (
+    advantages_and_prune,
+    group_advantages,
+    prune_completions,
+    questions_needed,
+)
+from cppo.ops.loss import cppo_loss, linear_cppo_loss
+from cppo.ops.pack import balance_ranks, pack_completions, plan_microbatches
+from cppo.ops.perception_mask import perception_mask
+from cppo.ops.token_stats import linear_token_stats, token_stats
+from cppo.records import LossOutput, NumItems, PackedBatch, TokenStats, Views
+
+if TYPE_CHECKING:
+    from cppo.trainer import CPPOTrainer
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CPPOConfig",
+    "CPPOTrainer",
+    "LoraConfig",
+    "LossConfig",
+    "LossOutput",
+    "NumItems",
+    "PackedBatch",
+    "TokenStats",
+    "Views",
+    "advantages_and_prune",
+    "balance_ranks",
+    "cppo_loss",
+    "group_advantages",
+    "linear_cppo_loss",
+    "linear_token_stats",
+    "pack_completions",
+    "perception_mask",
+    "plan_microbatches",
+    "prune_completions",
+    "questions_needed",
+    "token_stats",
+]
+
+# Public names whose module imports transformers and accelerate.
+_LAZY = {"CPPOTrainer": "cppo.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'cppo' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -35,8 +35,9 @@ def group_advantages(
     """A = (r - mean_g(r)) / (std_g(r) + eps), computed in fp64, returned in fp32: (B,)."""
     groups = rewards.double().view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
-    # Rounding of the mean must not turn equal rewards into advantages.
-    centred = centred.masked_fill((groups == groups[:, :1]).all(1, keepdim=True), 0.0)
+    # Within the rounding error of the mean a difference is zero, and no advantage (equal rewards).
+    error = group_size * 2.0**-52 * groups.abs().amax(1, keepdim=True)
+    centred = centred.masked_fill(centred.abs() <= error, 0.0)
     if scale == "group" and group_size > 1:
         centred = centred / (groups.std(1, keepdim=True) + eps)
     elif scale == "batch" and rewards.numel() > 1:
@@ -65,11 +66,11 @@ def prune_completions(
     unit_size = group_size if scope == "group" else advantages.numel()
     if advantages.numel() == 0:
         return torch.empty(0, dtype=torch.int64, device=advantages.device)
-    score = {
-        "smallest": lambda: advantages.abs(),
-        "largest": lambda: -advantages.abs(),
-        "random": lambda: noise,
-    }[prune]()
+    if prune == "random":
+        assert noise is not None
+        score = noise
+    else:
+        score = advantages.abs() if prune == "smallest" else -advantages.abs()
     ranked = score.view(-1, unit_size).sort(dim=1, descending=True, stable=True).indices
     in_unit = ranked[:, : kept_per_unit(unit_size, prune_rate)].sort(dim=1).values
     first = torch.arange(0, advantages.numel(), unit_size, device=advantages.device)
@@ -90,9 +91,7 @@ def advantages_and_prune(
 ) -> tuple[Tensor, Tensor]:
     """Both of the above: advantages (B,) fp32 and kept (K,) int64."""
     advantages = group_advantages(rewards, group_size, scale, eps)
-    kept = prune_completions(
-        advantages, group_size, prune_rate, scope, prune, drop_zero, noise
-    )
+    kept = prune_completions(advantages, group_size, prune_rate, scope, prune, drop_zero, noise)
     return advantages, kept
 
 
@@ -192,8 +191,20 @@ def token_stats(
     logits: Tensor, targets: Tensor, temperature: float = 1.0, mask: Tensor | None = None
 ) -> TokenStats:
     """Log-probability of the target and entropy of every row of (..., V); zero where masked."""
+    return _token_stats(lambda rows: rows, logits, targets, temperature, mask)
+
+
+def _token_stats(
+    project: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    targets: Tensor,
+    temperature: float,
+    mask: Tensor | None,
+) -> TokenStats:
+    """`project` maps the rows that count to their logits: a masked NaN reaches no gradient."""
     valid = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
-    logps, entropy = _stats(_log_softmax(logits[valid], temperature), targets[valid].long())
+    logp_all = _log_softmax(project(rows[valid]), temperature)
+    logps, entropy = _stats(logp_all, targets[valid].long())
 
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(valid.shape).masked_scatter(valid, values)
@@ -215,7 +226,9 @@ def linear_token_stats(
     mask: Tensor | None = None,
 ) -> TokenStats:
     """`token_stats` of the logits hidden @ weight^T + bias."""
-    return token_stats(_linear(hidden, weight, bias), targets, temperature, mask)
+    return _token_stats(
+        lambda rows: _linear(rows, weight, bias), hidden, targets, temperature, mask
+    )
 
 
 # Perception mask
@@ -239,7 +252,8 @@ def perception_mask(
     dH = H_neg - H_anchor, score = relu(dH) / (H_neg + 1e-6); the threshold is the k-th largest
     score among the c tokens with dH > 0, k = max(1, floor(fraction * c)); ties stay in.
     """
-    anchor_entropy, negative_entropy = anchor_entropy.detach(), negative_entropy.detach()
+    anchor_entropy = _promote(anchor_entropy.detach())
+    negative_entropy = _promote(negative_entropy.detach())
     if cu_seqlens is not None:
         # Packed: the same selection on the padded rectangle, read back at the rows.
         num_rows = anchor_entropy.numel()
@@ -286,9 +300,15 @@ def _full_margin(anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def contrastive_loss(
-    views_logp_all: Views, views_logps: Views, selected: Tensor, config: LossConfig
+    views_logp_all: tuple[Tensor, Tensor, Tensor],
+    views_logps: tuple[Tensor, Tensor, Tensor],
+    selected: Tensor,
+    config: LossConfig,
 ) -> Tensor:
-    """softplus((div(a, p) - div(a, n)) / tau) at the selected rows: (number selected,)."""
+    """softplus((div(a, p) - div(a, n)) / tau) at the selected rows: (number selected,).
+
+    Anchor, positive and negative: their (T, V) log-probabilities, and (T,) those of the targets.
+    """
     if config.divergence == "full":
         anchor, positive, negative = (x[selected] for x in views_logp_all)
         anchor = anchor.detach() if config.detach_anchor else anchor
@@ -310,20 +330,25 @@ def policy_loss(
     num_completions: int,
     config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate per row (T,), and where the clip stops the gradient (T,) bool."""
+    """Clipped surrogate per row (T,), and where the clip stops the gradient (T,) bool.
+
+    -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A); with dual_clip, at most -dual_clip A
+    where A < 0.
+    """
     log_ratio = logps - old_logps
     if config.importance == "sequence":
         log_ratio = _mean_per_completion(log_ratio, owner, num_completions)[owner]
-    ratio = log_ratio.exp()
-    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    surrogate = torch.minimum(ratio * advantages, bounded * advantages)
-    clipped = ((ratio < 1 - config.clip_low) & (advantages < 0)) | (
-        (ratio > 1 + config.clip_high) & (advantages > 0)
-    )
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    ratio = log_ratio.detach().exp()
+    clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
+    bound = ratio.clamp(low, high)
     if config.dual_clip is not None:
-        floor = config.dual_clip * advantages
-        clipped |= (advantages < 0) & (surrogate < floor)
-        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, floor), surrogate)
+        beyond = (ratio > config.dual_clip) & (advantages < 0)
+        clipped |= beyond
+        bound = bound.masked_fill(beyond, config.dual_clip)
+    # Rows without a gradient stay out of exp: where it overflows they would get 0 * inf.
+    ratio = log_ratio.masked_fill(clipped | (advantages == 0), 0.0).exp()
+    surrogate = torch.where(clipped, bound, ratio) * advantages
     return -surrogate, clipped
 
 
@@ -337,7 +362,11 @@ def _mean_per_completion(values: Tensor, owner: Tensor, num_completions: int) ->
 
 
 def _reduce(
-    per_row: Tensor, owner: Tensor, num_completions: int, reduction: str, denominator: float | Tensor
+    per_row: Tensor,
+    owner: Tensor,
+    num_completions: int,
+    reduction: str,
+    denominator: float | Tensor,
 ) -> Tensor:
     if reduction == "grpo":
         per_row = _mean_per_completion(per_row, owner, num_completions)
@@ -405,18 +434,16 @@ def _cppo_loss(
         completion = _completion_of_row(cu_seqlens, targets.numel())
         longest = int(cu_seqlens.diff().max()) if num_completions else 0
     owner = completion[valid]
-    advantage = _promote(advantages)[owner]
-
     logp_all = _log_softmax(project(views.anchor[valid]), config.temperature)
     logps, entropy = _stats(logp_all, targets[valid].long())
-    old = logps.detach() if old_logps is None else old_logps[valid]
+    advantage = advantages.to(logps)[owner]
+    old = logps.detach() if old_logps is None else old_logps[valid].to(logps)
     per_row, clipped = policy_loss(logps, advantage, old, owner, num_completions, config)
     metrics = {"policy_loss": per_row, "entropy": entropy, "clip_fraction": clipped.to(logps)}
     if config.entropy_coef:
         per_row = per_row - config.entropy_coef * entropy
     if ref_logps is not None:
-        d = ref_logps[valid] - logps
-        kl = d.exp() - d - 1
+        kl = _divergence(ref_logps[valid].to(logps), logps, "k3")
         metrics["kl"] = kl
         per_row = per_row + config.kl_coef * kl
 
@@ -426,13 +453,11 @@ def _cppo_loss(
         looks = advantages > 0 if config.gating else torch.ones_like(advantages, dtype=torch.bool)
         in_view = looks[completion]
         rows, use = valid & in_view, looks[owner]
-        # The perturbed views come whole, or as the rows of the completions with A > 0 alone.
-        if views.negative.shape[0] == targets.shape[0]:
-            at = rows
-        else:
-            at = valid[looks] if cu_seqlens is None else valid[in_view]
+        compact = valid[looks] if cu_seqlens is None else valid[in_view]
 
         def view_logp_all(view: Tensor) -> Tensor:
+            # A view comes whole, or as the rows of the completions with A > 0 alone.
+            at = rows if view.shape[0] == targets.shape[0] else compact
             return _log_softmax(project(view[at]), config.temperature)
 
         negative_all = view_logp_all(views.negative)
@@ -448,8 +473,8 @@ def _cppo_loss(
             positive_all = view_logp_all(views.positive)
             positive = _stats(positive_all, targets[rows].long())
             cpl = contrastive_loss(
-                Views(logp_all[use], positive_all, negative_all),
-                Views(logps[use], positive.logps, negative.logps),
+                (logp_all[use], positive_all, negative_all),
+                (logps[use], positive.logps, negative.logps),
                 selected[use],
                 config,
             )

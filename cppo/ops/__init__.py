@@ -1,0 +1,1 @@
+"""The public functions, one file per op: docstring, checks, dispatch through `cppo.backends`."""

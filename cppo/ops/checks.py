@@ -1,0 +1,263 @@
+"""The checks that several ops share, and their wording: op, argument, expected, actual.
+
+A check that reads values costs a device synchronisation, so on a GPU those run only with
+`CPPO_DEBUG=1`; on the CPU always. Nothing reads values while torch.compile traces.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def may_read(*tensors: Tensor | None) -> bool:
+    """Whether looking at the values of these tensors is free (or asked for)."""
+    if torch.compiler.is_compiling():
+        return False
+    if os.environ.get("CPPO_DEBUG") == "1":
+        return True
+    return all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _of(shape: Sequence[int]) -> str:
+    return str(tuple(shape))
+
+
+def check_tensor(op: str, name: str, value: Any, kind: str = "any") -> None:
+    """TypeError unless `value` is a tensor of the kind "any", "real", "floating" or "integer"."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"cppo.{op}: {name} must be a Tensor, got {type(value).__name__}")
+    dtype = value.dtype
+    fits = {
+        "any": True,
+        "real": not dtype.is_complex,
+        "floating": dtype.is_floating_point,
+        "integer": not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool,
+    }[kind]
+    if not fits:
+        raise TypeError(f"cppo.{op}: {name} must have a {kind} dtype, got {dtype}")
+
+
+def check_ndim(op: str, name: str, tensor: Tensor, *symbols: str) -> None:
+    """ValueError unless the tensor has as many dimensions as one of `symbols`, like "(B, L)"."""
+    if tensor.ndim not in [0 if form == "()" else form.count(",") + 1 for form in symbols]:
+        raise ValueError(
+            f"cppo.{op}: {name} must be {' or '.join(symbols)}, got shape {_of(tensor.shape)}"
+        )
+
+
+def check_vector(op: str, name: str, tensor: Tensor) -> None:
+    """ValueError unless the tensor is one-dimensional."""
+    if tensor.ndim != 1:
+        raise ValueError(f"cppo.{op}: {name} must be (B,), got shape {_of(tensor.shape)}")
+
+
+def check_shape(
+    op: str, name: str, tensor: Tensor, symbols: str, shape: Sequence[int], like: str
+) -> None:
+    """ValueError unless the tensor has the shape that `like` asks for."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"cppo.{op}: {name} must be {symbols} = {_of(shape)} like {like}, "
+            f"got {_of(tensor.shape)}"
+        )
+
+
+def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    """ValueError unless all of the tensors are where the first one is."""
+    given = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
+    first_name, first = given[0]
+    for name, device in given[1:]:
+        if device != first:
+            raise ValueError(
+                f"cppo.{op}: {name} must be on {first} like {first_name}, got {device}"
+            )
+
+
+def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    """ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        allowed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"cppo.{op}: {name} must be one of {allowed}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_positive(op: str, name: str, value: Any) -> None:
+    """ValueError unless `value` is a finite number > 0 (TypeError: not a number)."""
+    if not _is_number(value):
+        raise TypeError(f"cppo.{op}: {name} must be a number > 0, got {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"cppo.{op}: {name} must be finite and > 0, got {value!r}")
+
+
+def check_interval(
+    op: str, name: str, value: Any, low: float, high: float, closed: bool = True
+) -> None:
+    """ValueError unless low <= value <= high (value < high if not `closed`)."""
+    words = f"a number in [{low:g}, {high:g}" + ("]" if closed else ")")
+    if not _is_number(value):
+        raise TypeError(f"cppo.{op}: {name} must be {words}, got {type(value).__name__}")
+    if not (low <= value <= high and (closed or value < high)):
+        raise ValueError(f"cppo.{op}: {name} must be {words}, got {value!r}")
+
+
+def check_integer(op: str, name: str, value: Any, at_least: int) -> None:
+    """ValueError unless `value` is an integer >= at_least (TypeError: not an integer)."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"cppo.{op}: {name} must be an integer, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"cppo.{op}: {name} must be >= {at_least}, got {value}")
+
+
+def check_finite(op: str, name: str, tensor: Tensor) -> None:
+    """ValueError with the index and value of the first entry that is NaN or infinite."""
+    if not may_read(tensor) or not tensor.dtype.is_floating_point:
+        return
+    bad = (~torch.isfinite(tensor)).nonzero()
+    if len(bad):
+        index = int(bad[0, 0])
+        raise ValueError(
+            f"cppo.{op}: {name} must be finite, got {tensor[index].item()} at index {index}"
+        )
+
+
+def check_groups(op: str, name: str, values: Tensor, group_size: int) -> None:
+    """Errors unless `values` is (B,) real and finite and B is a multiple of group_size."""
+    check_tensor(op, name, values, "real")
+    check_vector(op, name, values)
+    check_integer(op, "group_size", group_size, at_least=1)
+    if values.numel() % group_size:
+        raise ValueError(
+            f"cppo.{op}: {name} must hold a multiple of group_size = {group_size} values, "
+            f"got {values.numel()}"
+        )
+    check_finite(op, name, values)
+
+
+def check_cu_seqlens(
+    op: str, cu_seqlens: Tensor, num_rows: int, num_completions: int | None = None
+) -> None:
+    """Errors unless cu_seqlens starts at 0, never decreases and ends at the number of rows."""
+    check_tensor(op, "cu_seqlens", cu_seqlens, "integer")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(
+            f"cppo.{op}: cu_seqlens must be (completions + 1,), got {_of(cu_seqlens.shape)}"
+        )
+    if num_completions is not None and cu_seqlens.numel() != num_completions + 1:
+        raise ValueError(
+            f"cppo.{op}: cu_seqlens must be (B + 1,) = ({num_completions + 1},) for "
+            f"advantages of {num_completions} completions, got {_of(cu_seqlens.shape)}"
+        )
+    if not may_read(cu_seqlens):
+        return
+    if int(cu_seqlens[0]) != 0:
+        raise ValueError(f"cppo.{op}: cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
+    steps = cu_seqlens.diff()
+    if (steps < 0).any():
+        at = int((steps < 0).nonzero()[0, 0])
+        raise ValueError(
+            f"cppo.{op}: cu_seqlens must not decrease, got {int(cu_seqlens[at])} then "
+            f"{int(cu_seqlens[at + 1])} at index {at + 1}"
+        )
+    if int(cu_seqlens[-1]) != num_rows:
+        raise ValueError(
+            f"cppo.{op}: cu_seqlens must end at T = {num_rows}, got {int(cu_seqlens[-1])}"
+        )
+
+
+def check_layout(op: str, name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> None:
+    """ValueError unless cu_seqlens comes with the packed layout and only with it."""
+    if tensor.ndim == 1 and cu_seqlens is None:
+        raise ValueError(
+            f"cppo.{op}: cu_seqlens must be given for packed {name} of shape "
+            f"{tuple(tensor.shape)}; padded {name} are (B, L)"
+        )
+    if tensor.ndim == 2 and cu_seqlens is not None:
+        raise ValueError(
+            f"cppo.{op}: cu_seqlens must be None for padded {name} of shape {tuple(tensor.shape)}"
+        )
+
+
+def check_targets(op: str, targets: Tensor, mask: Tensor | None, vocabulary: int) -> None:
+    """ValueError with position and value of the first unmasked target outside [0, V)."""
+    if not may_read(targets, mask):
+        return
+    outside = (targets < 0) | (targets >= vocabulary)
+    if mask is not None:
+        outside &= mask
+    bad = outside.nonzero()
+    if len(bad):
+        place = tuple(bad[0].tolist())
+        where = place if len(place) > 1 else place[0]
+        raise ValueError(
+            f"cppo.{op}: targets must be in [0, V) = [0, {vocabulary}) where not masked, "
+            f"got {int(targets[place])} at {where}"
+        )
+
+
+def checked_mask(op: str, mask: Tensor | None, targets: Tensor, like: str) -> Tensor | None:
+    """The mask as bool, after checking that it covers what it masks."""
+    if mask is None:
+        return None
+    check_tensor(op, "mask", mask, "real")
+    symbols = "(T,)" if targets.ndim == 1 else "(B, L)"
+    check_shape(op, "mask", mask, symbols, targets.shape, like)
+    return mask.bool()
+
+
+def check_rows(op: str, name: str, rows: Tensor, targets: Tensor, last: str) -> None:
+    """Errors unless `rows` is targets' shape plus one last dimension of at least one entry."""
+    check_tensor(op, name, rows, "floating")
+    check_tensor(op, "targets", targets, "integer")
+    check_ndim(op, "targets", targets, "(B, L)", "(T,)")
+    layout = "(T" if targets.ndim == 1 else "(B, L"
+    if rows.ndim != targets.ndim + 1 or rows.shape[:-1] != targets.shape or rows.shape[-1] == 0:
+        expected = ", ".join([*map(str, targets.shape), f"{last} >= 1"])
+        raise ValueError(
+            f"cppo.{op}: {name} must be {layout}, {last}) = ({expected}) like targets, "
+            f"got {_of(rows.shape)}"
+        )
+
+
+def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Errors unless weight (V, D) and bias (V,) fit the last dimension of hidden."""
+    check_tensor(op, "weight", weight, "floating")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"cppo.{op}: weight must be (V, D) = (V >= 1, {hidden.shape[-1]}) like hidden, "
+            f"got {_of(weight.shape)}"
+        )
+    check_same_device(op, hidden=hidden, weight=weight, bias=bias)
+    heads: list[tuple[str, Tensor]] = [("weight", weight)]
+    if bias is not None:
+        check_tensor(op, "bias", bias, "floating")
+        check_shape(op, "bias", bias, "(V,)", weight.shape[:1], "weight")
+        heads.append(("bias", bias))
+    for name, tensor in heads:
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(
+                f"cppo.{op}: {name} must be {hidden.dtype} like hidden, got {tensor.dtype}"
+            )
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under torch.autocast: the tensors in its dtype, as it gives them to F.linear."""
+    first = tensors[0]
+    assert first is not None
+    device = first.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype) if tensor is not None and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )

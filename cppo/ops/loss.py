@@ -1,0 +1,283 @@
+"""The loss: clipped policy surrogate plus contrastive perception, from logits or hidden states."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor
+
+from cppo import backends
+from cppo.config import LossConfig
+from cppo.ops.checks import (
+    autocast,
+    check_cu_seqlens,
+    check_finite,
+    check_head,
+    check_layout,
+    check_rows,
+    check_same_device,
+    check_shape,
+    check_targets,
+    check_tensor,
+    checked_mask,
+    may_read,
+)
+from cppo.records import LossOutput, NumItems, Views
+
+
+class _Rows(NamedTuple):
+    """What both losses take besides the views: one entry per row or per completion."""
+
+    targets: Tensor
+    advantages: Tensor
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+def _num_gated_rows(rows: _Rows) -> int:
+    """Length of the first dimension of a view that holds the completions with A > 0 alone."""
+    positive = rows.advantages > 0
+    if rows.cu_seqlens is None:
+        return int(positive.sum())
+    return int(rows.cu_seqlens.diff()[positive].sum())
+
+
+def _check_views(op: str, name: str, views: Views, rows: _Rows, config: LossConfig) -> None:
+    """The perturbed views: both or neither, like the anchor, all rows or the gated ones."""
+    if views.positive is not None and views.negative is None:
+        raise ValueError(f"cppo.{op}: {name}.negative must be given with {name}.positive, got None")
+    if views.negative is not None and views.positive is None and config.cpl_coef > 0:
+        raise ValueError(
+            f"cppo.{op}: {name}.positive must be given with {name}.negative when "
+            f"config.cpl_coef > 0, got None with cpl_coef = {config.cpl_coef:g}"
+        )
+    anchor = views.anchor
+    for view_name, view in zip(views._fields[1:], views[1:], strict=True):
+        if view is None:
+            continue
+        check_tensor(op, f"{name}.{view_name}", view, "floating")
+        if view.dtype != anchor.dtype:
+            raise TypeError(
+                f"cppo.{op}: {name}.{view_name} must be {anchor.dtype} like {name}.anchor, "
+                f"got {view.dtype}"
+            )
+        if view.ndim != anchor.ndim or view.shape[1:] != anchor.shape[1:]:
+            raise ValueError(
+                f"cppo.{op}: {name}.{view_name} must be (rows, "
+                f"{', '.join(map(str, anchor.shape[1:]))}) like {name}.anchor, "
+                f"got {tuple(view.shape)}"
+            )
+        if len(view) == len(anchor):
+            continue
+        if not config.gating:
+            raise ValueError(
+                f"cppo.{op}: {name}.{view_name} must have all {len(anchor)} rows when "
+                f"config.gating is off, got {len(view)}"
+            )
+        if may_read(rows.advantages, rows.cu_seqlens) and len(view) != _num_gated_rows(rows):
+            raise ValueError(
+                f"cppo.{op}: {name}.{view_name} must have {len(anchor)} rows (all) or "
+                f"{_num_gated_rows(rows)} (those of completions with A > 0), got {len(view)}"
+            )
+
+
+def _check_count(op: str, name: str, value: Any, *, zero: bool) -> None:
+    expected = f"a number or 0-dim tensor {'>=' if zero else '>'} 0"
+    if isinstance(value, Tensor):
+        if value.ndim:
+            raise ValueError(f"cppo.{op}: {name} must be {expected}, got {tuple(value.shape)}")
+        if not may_read(value):
+            return
+        value = value.item()
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"cppo.{op}: {name} must be {expected}, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"cppo.{op}: {name} must be {expected}, got {value!r}")
+
+
+def _check_num_items(op: str, num_items: Any, rows: _Rows, config: LossConfig) -> None:
+    if num_items is None:
+        return
+    if not isinstance(num_items, NumItems):
+        _check_count(op, "num_items", num_items, zero=False)
+        return
+    for field, value in zip(num_items._fields, num_items, strict=True):
+        if value is not None:
+            _check_count(op, f"num_items.{field}", value, zero=True)
+    by_length = config.reduction == "dr_grpo" and config.max_length is None
+    if by_length and rows.cu_seqlens is not None:
+        raise ValueError(
+            f"cppo.{op}: config.max_length must be given for reduction 'dr_grpo' with NumItems "
+            "and packed rows (the parts would divide by their own longest), got None"
+        )
+
+
+def _checked_rows(op: str, name: str, anchor: Tensor, rows: _Rows, config: LossConfig) -> _Rows:
+    """Everything but the views and the vocabulary; no gradient flows into these."""
+    check_rows(op, name, anchor, rows.targets, "D" if name.startswith("hidden") else "V")
+    targets, advantages = rows.targets, rows.advantages
+    check_layout(op, "targets", targets, rows.cu_seqlens)
+    check_tensor(op, "advantages", advantages, "floating")
+    if advantages.ndim != 1:
+        raise ValueError(f"cppo.{op}: advantages must be (B,), got {tuple(advantages.shape)}")
+    check_same_device(op, **{name: anchor}, **rows._asdict())
+    if rows.cu_seqlens is None:
+        check_shape(op, "advantages", advantages, "(B,)", targets.shape[:1], "targets")
+    else:
+        check_cu_seqlens(op, rows.cu_seqlens, targets.numel(), advantages.numel())
+    check_finite(op, "advantages", advantages)
+    mask = checked_mask(op, rows.mask, targets, "targets")
+    if config.kl_coef > 0 and rows.ref_logps is None:
+        raise ValueError(
+            f"cppo.{op}: ref_logps must be given when config.kl_coef > 0, got None with "
+            f"kl_coef = {config.kl_coef:g}"
+        )
+    symbols = "(T,)" if targets.ndim == 1 else "(B, L)"
+    for field in ("old_logps", "ref_logps"):
+        logps = getattr(rows, field)
+        if logps is not None:
+            check_tensor(op, field, logps, "floating")
+            check_shape(op, field, logps, symbols, targets.shape, "targets")
+    return _Rows(
+        targets,
+        advantages.detach(),
+        None if rows.old_logps is None else rows.old_logps.detach(),
+        None if rows.ref_logps is None else rows.ref_logps.detach(),
+        mask,
+        rows.cu_seqlens,
+    )
+
+
+def _as_views(op: str, name: str, rows: Any) -> tuple[Views, str]:
+    """The views, and what the anchor is called in messages."""
+    if isinstance(rows, Views):
+        check_tensor(op, f"{name}.anchor", rows.anchor, "floating")
+        return rows, f"{name}.anchor"
+    if not isinstance(rows, Tensor):
+        raise TypeError(
+            f"cppo.{op}: {name} must be a Tensor or cppo.Views, got {type(rows).__name__}"
+        )
+    check_tensor(op, name, rows, "floating")
+    return Views(rows), name
+
+
+def _check_config(op: str, config: Any) -> None:
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"cppo.{op}: config must be a cppo.LossConfig, got {type(config).__name__}")
+
+
+def cppo_loss(
+    logits: Tensor | Views,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_items: float | Tensor | NumItems | None = None,
+    config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
+    backend: str = "auto",
+) -> LossOutput:
+    """The training loss: policy + kl_coef * KL + cpl_coef * CPL - entropy_coef * H.
+
+    Specification: `cppo.reference.cppo_loss`. Policy: the clipped surrogate of GRPO
+    (arXiv 2402.03300) and its variants (`LossConfig`); CPL: the contrastive perception loss
+    (arXiv 2601.00501). Reductions run in fp32 (fp64 for fp64 logits).
+
+    Args:
+        logits: the anchor's (B, L, V), or packed (T, V) with cu_seqlens; or `Views` of three.
+            fp16, bf16, fp32 or fp64, the same for all views; may be strided and hold -inf. With
+            config.gating the positive and the negative hold all rows or only those of the
+            completions with A > 0, in their order: (B_positive, L, V) or (T_positive, V).
+            Gradients flow.
+        targets: (B, L) or (T,) integer in [0, V) where not masked, anything elsewhere.
+        advantages: (B,) floating and finite, one per completion. No gradients flow.
+        old_logps: like targets, of the policy that sampled. None: on-policy, the ratio is 1 with
+            a gradient. No gradients flow.
+        ref_logps: like targets, of the reference policy; needed when config.kl_coef > 0. No
+            gradients flow.
+        mask: like targets, 1 or True at response tokens. None: all.
+        cu_seqlens: (B + 1,) int32 or int64, where the packed completions start and end; from 0
+            to T, not decreasing.
+        num_items: what the policy terms are divided by instead of this batch's own count, > 0;
+            or a `NumItems`, so that the losses of the parts of a batch add up to the whole's.
+        config: every coefficient.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
+    Returns: a `LossOutput`. The loss is exactly 0, and attached, where nothing counts.
+    Raises:
+        ValueError: shapes or devices that disagree; a positive without a negative (or the other
+            way round with cpl_coef > 0); no ref_logps with kl_coef > 0; cu_seqlens missing,
+            superfluous or not from 0 to T; num_items <= 0; an unmasked target out of range or
+            non-finite advantages (values on a GPU are checked only with CPPO_DEBUG=1).
+        TypeError: dtypes that disagree or do not fit.
+        RuntimeError: `backend` cannot run here.
+    """
+    op = "cppo_loss"
+    _check_config(op, config)
+    views, name = _as_views(op, "logits", logits)
+    rows = _Rows(targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
+    rows = _checked_rows(op, name, views.anchor, rows, config)
+    check_same_device(op, **{name: views.anchor}, positive=views.positive, negative=views.negative)
+    _check_views(op, "logits", views, rows, config)
+    check_targets(op, targets, rows.mask, views.anchor.shape[-1])
+    _check_num_items(op, num_items, rows, config)
+    implementation = backends.pick(op, views.anchor, backend)
+    return implementation.cppo_loss(views, *rows, num_items, config)
+
+
+def linear_cppo_loss(
+    hidden: Tensor | Views,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_items: float | Tensor | NumItems | None = None,
+    config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
+    backend: str = "auto",
+) -> LossOutput:
+    """`cppo_loss` of the logits hidden @ weight^T + bias, which fused backends never hold.
+
+    Specification: `cppo.reference.linear_cppo_loss`.
+
+    Args:
+        hidden: the anchor's (B, L, D), or packed (T, D) with cu_seqlens; or `Views` of three, the
+            perturbed ones whole or compact as in `cppo_loss`. fp16, bf16, fp32 or fp64.
+            Gradients flow.
+        weight: (V, D) LM head of hidden's dtype; gradients flow.
+        targets: (B, L) or (T,) integer in [0, V) where not masked, anything elsewhere.
+        advantages: (B,) floating and finite, one per completion. No gradients flow.
+        bias: (V,) of hidden's dtype; gradients flow. None: 0.
+        old_logps, ref_logps, mask, cu_seqlens, num_items, config: as in `cppo_loss`.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
+    Under torch.autocast hidden, weight and bias are cast to its dtype, as F.linear does.
+    Returns: a `LossOutput`. The loss is exactly 0, and attached, where nothing counts.
+    Raises:
+        ValueError, TypeError, RuntimeError: as `cppo_loss`; also for a weight or bias whose
+            shape, dtype or device does not fit hidden.
+    """
+    op = "linear_cppo_loss"
+    _check_config(op, config)
+    views, name = _as_views(op, "hidden", hidden)
+    rows = _Rows(targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
+    rows = _checked_rows(op, name, views.anchor, rows, config)
+    check_same_device(op, **{name: views.anchor}, positive=views.positive, negative=views.negative)
+    _check_views(op, "hidden", views, rows, config)
+    *cast_views, weight, bias = cast(list[Any], autocast(*views, weight, bias))
+    views = Views(*cast_views)
+    check_head(op, views.anchor, weight, bias)
+    check_targets(op, targets, rows.mask, weight.shape[0])
+    _check_num_items(op, num_items, rows, config)
+    implementation = backends.pick(op, views.anchor, backend)
+    return implementation.linear_cppo_loss(
+        views, weight, rows.targets, rows.advantages, bias, *rows[2:], num_items, config
+    )

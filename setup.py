@@ -1,11 +1,11 @@
 """Build of the compiled extension; everything else about the package is in pyproject.toml.
 
-    cppo._C      tensor ops on the CPU, against LibTorch's stable ABI (one binary, torch 2.11 ... 2.15)
+    cppo._C      tensor ops on the CPU, against LibTorch's stable ABI (one binary, torch 2.11-2.15)
     cppo._cuda   their CUDA kernels, same ABI
     cppo._host   planners that see no tensor, bound with pybind11
 
-Environment: CPPO_SKIP_BUILD=1 builds nothing, CPPO_FORCE_BUILD=1 makes a missing or failing build an
-error, CPPO_FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST asks for CUDA, MAX_JOBS limits parallel compilers.
+Environment: CPPO_SKIP_BUILD=1 builds nothing, CPPO_FORCE_BUILD=1 makes a missing or failing build
+an error, CPPO_FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST asks for CUDA, MAX_JOBS limits the compilers.
 No GPU is ever queried, and torch is located and read, never imported and never downloaded.
 """
 
@@ -37,6 +37,8 @@ CPU_SOURCES = (
 )
 CUDA_SOURCES = ("csrc/cuda/advantages_and_prune.cu",)
 CUDA_TABLE = "csrc/cuda/cuda.cpp"
+# No contraction: the CPU and the CUDA kernel round alike.
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
 HOST_SOURCES = ("csrc/host/planners.cpp",)
 
 
@@ -68,9 +70,11 @@ def find_torch() -> tuple[Path, str, str | None] | None:
 def first_line(command: list[str]) -> str:
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True)
-        return run.stdout.strip().splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
+    except (OSError, subprocess.CalledProcessError):
         return ""
+    lines = run.stdout.strip().splitlines()
+    # nvcc opens with a banner; its version is on a later line.
+    return next((line for line in lines if "release" in line), "".join(lines[:1]))
 
 
 def cxx() -> str:
@@ -83,7 +87,7 @@ def cxx() -> str:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Real architectures as nvcc names them: 80, 90, 100, from TORCH_CUDA_ARCH_LIST or the default."""
+    """Real architectures as nvcc names them (80, 90), from TORCH_CUDA_ARCH_LIST or the default."""
     asked = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
     asked = [arch.removesuffix("+PTX") for arch in asked if re.match(r"\d+\.\d", arch)]
     archs = [arch.replace(".", "") for arch in asked or DEFAULT_CUDA_ARCHS]
@@ -133,7 +137,7 @@ def plan() -> tuple[list[Extension], dict]:
                 "cppo._host",
                 list(HOST_SOURCES),
                 include_dirs=[host_include],
-                extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden"],
+                extra_compile_args=CXX_FLAGS,
                 language="c++",
             )
         )
@@ -141,7 +145,7 @@ def plan() -> tuple[list[Extension], dict]:
         info["host"] = "pybind11 is not installed"
     if torch is None:
         info["cpp"] = info["cuda"] = (
-            "no installed torch was found (install torch, then `pip install --no-build-isolation .`)"
+            "no installed torch was found: install it, then `pip install --no-build-isolation .`"
         )
         return extensions, info
     folder, version, torch_cuda = torch
@@ -149,12 +153,12 @@ def plan() -> tuple[list[Extension], dict]:
         info["cpp"] = info["cuda"] = f"torch {version} is older than 2.11"
         return extensions, info
 
-    target = "0x%02x%02x000000000000" % STABLE_ABI_VERSION
+    target = "0x{:02x}{:02x}000000000000".format(*STABLE_ABI_VERSION)
     stable = {
-        "include_dirs": [str(ROOT / "csrc"), str(folder / "include")],
+        "include_dirs": ["csrc", str(folder / "include")],
         "library_dirs": [str(folder / "lib")],
         "define_macros": [("TORCH_TARGET_VERSION", target), ("Py_LIMITED_API", "0x030a0000")],
-        "extra_compile_args": ["-std=c++20", "-O3", "-fvisibility=hidden"],
+        "extra_compile_args": CXX_FLAGS,
         "language": "c++",
         "py_limited_api": True,
     }
@@ -169,7 +173,7 @@ def plan() -> tuple[list[Extension], dict]:
     else:
         info["cuda_archs"] = cuda_archs(nvcc)
         info["nvcc"] = first_line([nvcc, "--version"])
-        stable["define_macros"] = [*stable["define_macros"], ("USE_CUDA", None)]
+        stable["define_macros"] = [*stable["define_macros"], ("USE_CUDA", "1")]
         cuda = Extension("cppo._cuda", [CUDA_TABLE], libraries=["torch_cpu", "torch"], **stable)
         cuda.nvcc, cuda.archs = nvcc, info["cuda_archs"]
         # The CPU build of torch has no torch_cuda to link; the kernels still compile and link.
@@ -193,6 +197,8 @@ class BuildPy(build_py):
     def run(self) -> None:
         super().run()
         record(ROOT / "cppo" if self.editable_mode else Path(self.build_lib) / "cppo")
+        if not any(extension.name == "cppo._C" for extension in EXTENSIONS):
+            say(f"pure-Python install, without the compiled tensor ops: {INFO['cpp']}")
 
 
 class BuildExt(build_ext):
@@ -203,24 +209,22 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         part = self.PARTS[ext.name]
         try:
-            ext.extra_objects = self.compile_objects(ext)
-            ext.sources = []
-            super().build_extension(ext)
+            objects = self.compile_objects(ext)
+            if part == "cuda":
+                self.link_with_nvcc(ext, objects)
+            else:
+                ext.extra_objects, ext.sources = objects, []
+                super().build_extension(ext)
             INFO[part] = ""
         except Exception as error:
             INFO[part] = f"compilation failed: {str(error).splitlines()[0][:200]}"
             say(f"{ext.name} was not built: {INFO[part]}")
             raise
-        finally:
-            record(ROOT / "cppo" if self.inplace or self.editable_mode else self.built_package())
 
     def run(self) -> None:
-        inplace = self.inplace or self.editable_mode
+        in_place = self.inplace or self.editable_mode
         super().run()
-        record(ROOT / "cppo" if inplace else self.built_package())
-
-    def built_package(self) -> Path:
-        return Path(self.build_lib) / "cppo"
+        record(ROOT / "cppo" if in_place else Path(self.build_lib) / "cppo")
 
     def compile_objects(self, ext: Extension) -> list[str]:
         cu = list(CUDA_SOURCES) if ext.name == "cppo._cuda" else []
@@ -231,39 +235,52 @@ class BuildExt(build_ext):
             return [item.result() for item in waiting]
 
     def compile_one(self, ext: Extension, source: str) -> str:
-        macros = [*ext.define_macros, *((name,) for name in ext.undef_macros)]
         (built,) = self.compiler.compile(
             [source],
             output_dir=self.build_temp,
-            macros=macros,
+            macros=ext.define_macros,
             include_dirs=ext.include_dirs,
             extra_postargs=ext.extra_compile_args,
-            depends=[str(path) for path in sorted((ROOT / "csrc").rglob("*.h"))],
+            depends=[str(path) for path in sorted(Path("csrc").rglob("*.h"))],
         )
         return str(built)
 
     def compile_cu(self, ext: Extension, source: str) -> str:
         built = Path(self.build_temp) / Path(source).with_suffix(".cu.o")
         built.parent.mkdir(parents=True, exist_ok=True)
-        command = [ext.nvcc, "-c", source, "-o", str(built), "-O3", "-std=c++20"]
-        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
-        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ext.archs]
-        command += [f"-I{folder}" for folder in ext.include_dirs]
-        command += [f"-D{name}" + (f"={value}" if value else "") for name, value in ext.define_macros]
-        self.announce(shlex.join(command), level=2)
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"nvcc failed on {source}: {run.stderr.strip()[-2000:]}")
+        options = ["-c", source, "-o", str(built), "-O3", "-std=c++20", "--expt-relaxed-constexpr"]
+        options += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        options += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ext.archs]
+        options += [f"-I{folder}" for folder in ext.include_dirs]
+        options += [
+            f"-D{name}" + (f"={value}" if value else "") for name, value in ext.define_macros
+        ]
+        self.call_nvcc(ext, options)
         return str(built)
+
+    def link_with_nvcc(self, ext: Extension, objects: list[str]) -> None:
+        """Links the CUDA runtime statically: its soname differs between CUDA 12 and 13."""
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        options = ["-shared", "-cudart", "static", "-o", target, *objects]
+        options += [f"-L{folder}" for folder in ext.library_dirs]
+        self.call_nvcc(ext, options + [f"-l{library}" for library in ext.libraries])
+
+    def call_nvcc(self, ext: Extension, options: list[str]) -> None:
+        print(shlex.join([ext.nvcc, *options]), flush=True)
+        run = subprocess.run([ext.nvcc, *options], capture_output=True, text=True)
+        if run.returncode:
+            print(run.stdout, run.stderr, flush=True)
+            raise RuntimeError(f"nvcc failed: {shlex.join(options[:4])}")
 
 
 EXTENSIONS, INFO = plan()
 if not INFO["cpp"]:
     INFO["cpp"] = "not compiled yet"
 elif flag("CPPO_FORCE_BUILD"):
-    raise SystemExit(f"cppo: CPPO_FORCE_BUILD is set but the extension cannot be built: {INFO['cpp']}")
-else:
-    say(f"pure-Python install, without the compiled ops: {INFO['cpp']}")
+    raise SystemExit(
+        f"cppo: CPPO_FORCE_BUILD is set but the extension cannot be built: {INFO['cpp']}"
+    )
 for extension in EXTENSIONS:
     extension.optional = not flag("CPPO_FORCE_BUILD")
 

@@ -2,16 +2,26 @@
 #pragma once
 
 #include <cstdint>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
-#define CPPO_CHECK(condition, op, ...) STD_TORCH_CHECK(condition, "cppo.", op, ": ", __VA_ARGS__)
+// Like STD_TORCH_CHECK, without the C++ file and line that mean nothing to a Python user.
+#define CPPO_CHECK(condition, op, ...) \
+  if (!(condition)) cppo::fail("cppo.", op, ": ", __VA_ARGS__)
 
 namespace cppo {
 
 using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 inline std::string shape_of(const Tensor& tensor) {
   std::string text = "(";

@@ -31,22 +31,26 @@ double std_of(const double* values, int64_t count) {
   return std::sqrt(sum / static_cast<double>(count - 1));
 }
 
+// Within the rounding error of the mean a difference is zero, and no advantage (equal rewards).
+double mean_error(const double* values, int64_t count) {
+  double largest = 0.0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(values[i]));
+  return static_cast<double>(count) * 0x1p-52 * largest;
+}
+
 void advantages_into(const double* rewards, float* out, int64_t total, int64_t group_size,
                      Scale scale, double eps) {
   const double batch_std = scale == Scale::kBatch && total > 1 ? std_of(rewards, total) : 0.0;
   for (int64_t first = 0; first < total; first += group_size) {
     const double* group = rewards + first;
-    // Rounding of the mean must not turn equal rewards into advantages.
-    if (std::all_of(group, group + group_size, [&](double r) { return r == group[0]; })) {
-      std::fill_n(out + first, group_size, 0.0f);
-      continue;
-    }
-    const double mean = mean_of(group, group_size);
+    const double mean = mean_of(group, group_size), error = mean_error(group, group_size);
     double divisor = 1.0;
-    if (scale == Scale::kGroup) divisor = std_of(group, group_size) + eps;
-    if (scale == Scale::kBatch) divisor = batch_std + eps;
+    if (scale == Scale::kGroup && group_size > 1) divisor = std_of(group, group_size) + eps;
+    if (scale == Scale::kBatch && total > 1) divisor = batch_std + eps;
     for (int64_t i = 0; i < group_size; ++i) {
-      out[first + i] = static_cast<float>((group[i] - mean) / divisor);
+      const double centred = group[i] - mean;
+      out[first + i] =
+          std::fabs(centred) <= error ? 0.0f : static_cast<float>(centred / divisor);
     }
   }
 }

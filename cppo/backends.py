@@ -1,0 +1,92 @@
+"""The one place that chooses which implementation of an op runs.
+
+`reference` is plain PyTorch on any device, `cpp` the compiled extension on the CPU, `cuda` its
+CUDA kernels, `triton` the Triton kernels. A backend is a namespace that holds a callable named
+like the op, with the positional signature of `cppo.reference`.
+
+Environment: CPPO_BACKEND replaces `backend="auto"` and fails as loudly as an explicit choice.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+from cppo import _ext, reference
+
+NAMES = ("cuda", "triton", "cpp", "reference")
+
+# Implementations of every op, the fastest first: `auto` takes the first that runs here.
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "group_advantages": ("cuda", "cpp", "reference"),
+    "prune_completions": ("cuda", "cpp", "reference"),
+    "advantages_and_prune": ("cuda", "cpp", "reference"),
+    "pack_completions": ("cpp", "reference"),
+    "plan_microbatches": ("cpp", "reference"),
+    "balance_ranks": ("cpp", "reference"),
+    "token_stats": ("reference",),
+    "linear_token_stats": ("reference",),
+    "perception_mask": ("reference",),
+    "cppo_loss": ("reference",),
+    "linear_cppo_loss": ("reference",),
+}
+
+# Planners see no tensor and take no `backend`: CPPO_BACKEND counts only where they have it.
+HOST_OPS = ("plan_microbatches", "balance_ranks")
+
+
+def why_not(op: str, backend: str, device: str = "cpu") -> str:
+    """Why `backend` cannot run `op` on tensors of the device type `device`; '' when it can."""
+    if backend not in BACKENDS[op]:
+        return "it has no implementation of this op"
+    if backend == "reference":
+        return ""
+    if op in HOST_OPS:
+        return _ext.missing["host"]
+    if (device == "cpu") != (backend == "cpp"):
+        return f"tensors are on {device}"
+    return _ext.missing[backend]
+
+
+def pick(op: str, tensor: Tensor | None, backend: str = "auto") -> Any:
+    """The namespace whose function `op` runs on the device of `tensor`.
+
+    Args:
+        op: a key of BACKENDS.
+        tensor: any tensor argument of the call, or None for the planners.
+        backend: "auto" (the fastest that runs here) or one of NAMES.
+    Returns: a namespace with a callable named `op`, called like `cppo.reference.<op>`.
+    Raises: ValueError for an unknown name; RuntimeError if an explicit choice cannot run here.
+    """
+    device = "cpu" if tensor is None else tensor.device.type
+    source = ""
+    if backend == "auto":
+        backend = os.environ.get("CPPO_BACKEND") or "auto"
+        source = " (from CPPO_BACKEND)" if backend != "auto" else ""
+        if op in HOST_OPS and backend not in BACKENDS[op] and backend in NAMES:
+            backend = "auto"
+    if backend != "auto" and backend not in NAMES:
+        raise ValueError(
+            f"cppo.{op}: backend{source} must be 'auto' or one of {', '.join(NAMES)}, "
+            f"got {backend!r}"
+        )
+    if backend == "auto":
+        backend = available(op, device)[0]
+    else:
+        reason = why_not(op, backend, device)
+        if reason:
+            raise RuntimeError(f"cppo.{op}: backend {backend!r}{source} cannot run here: {reason}")
+    return reference if backend == "reference" else _ext
+
+
+def available(op: str, device: Any = "cpu") -> list[str]:
+    """Backends that run `op` here on `device` (a torch.device or its type), fastest first."""
+    kind = getattr(device, "type", None) or str(device).split(":")[0]
+    return [backend for backend in BACKENDS[op] if not why_not(op, backend, kind)]
+
+
+def support_matrix(device: str = "cpu") -> dict[str, dict[str, str]]:
+    """{op: {backend: why it does not run on `device`, '' when it does}} over all NAMES."""
+    return {op: {name: why_not(op, name, device) for name in NAMES} for op in BACKENDS}

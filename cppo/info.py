@@ -1,0 +1,124 @@
+"""`cppo info`: what runs here, what does not and why, and how the extension was built."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cppo import __version__, _ext, backends
+
+# Read from the installed metadata: importing triton or transformers only to print a version
+# would take seconds.
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "flash-attn", "math-verify")
+PARTS = {
+    "cpp": "C++ tensor ops (cppo._C)",
+    "cuda": "CUDA kernels (cppo._cuda)",
+    "host": "C++ planners (cppo._host)",
+}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def collect() -> dict[str, Any]:
+    """Everything `cppo info` shows, as plain data: versions, build, devices, attention, ops.
+
+    Returns: a dict that json can write; `ops` is {device: {op: {backend: why not, or ''}}}.
+    """
+    from cppo.forward import choose_attention
+
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    if torch.cuda.is_available():
+        devices["cuda"] = torch.cuda.get_device_name()
+    return {
+        "versions": {
+            "cppo": __version__,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in PACKAGES},
+            "CUDA of torch": torch.version.cuda or "none (CPU build)",
+        },
+        "build": {"missing": _ext.missing, **_ext.build_info},
+        "devices": devices,
+        "attention": {device: choose_attention("auto", device) for device in devices},
+        "ops": {device: backends.support_matrix(device) for device in devices},
+    }
+
+
+def _op_table(device: str, matrix: dict[str, dict[str, str]], notes: list[str]) -> Table:
+    """One row per op; a number in a cell points at the reason in `notes`, which grows."""
+    table = Table(title=f"ops on {device}", title_justify="left")
+    table.add_column("op")
+    for name in backends.NAMES:
+        table.add_column(name, justify="center")
+    for op, reasons in matrix.items():
+        automatic = backends.available(op, device)[0]
+        cells = []
+        for name in backends.NAMES:
+            if name not in backends.BACKENDS[op]:
+                cells.append("")
+            elif not reasons[name]:
+                cells.append("auto" if name == automatic else "yes")
+            else:
+                note = f"{name}: {reasons[name]}"
+                if note not in notes:
+                    notes.append(note)
+                cells.append(f"({notes.index(note) + 1})")
+        table.add_row(op, *cells)
+    return table
+
+
+def _fact_table(title: str, facts: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+def render(facts: dict[str, Any], console: Console) -> None:
+    """Prints what `collect` returned as tables."""
+    notes: list[str] = []
+    for device, matrix in facts["ops"].items():
+        console.print(_op_table(device, matrix, notes))
+    console.print("auto: what backend='auto' takes; yes: runs too; empty: no such implementation")
+    for number, note in enumerate(notes, 1):
+        console.print(f"({number}) {note}", highlight=False, markup=False)
+    build = facts["build"]
+    built = {title: build["missing"][part] or "loaded" for part, title in PARTS.items()}
+    compiler = build.get("compiler") or "none"
+    built["compiler"] = f"{compiler}; {build['nvcc']}" if build.get("nvcc") else compiler
+    built["built against"] = f"torch {build.get('torch') or 'none'} (stable ABI of 2.11)"
+    if build.get("cuda_archs"):
+        built["CUDA architectures"] = " ".join(build["cuda_archs"])
+    console.print(_fact_table("extension", built))
+    used = {device: f"{name}" for device, name in facts["attention"].items()}
+    console.print(_fact_table("attention of the trainer", used))
+    console.print(_fact_table("devices", facts["devices"]))
+    console.print(_fact_table("versions", facts["versions"]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `cppo info [--json]`; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="cppo info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    arguments = parser.parse_args(argv)
+    facts = collect()
+    if arguments.json:
+        json.dump(facts, sys.stdout, indent=1)
+        print()
+    else:
+        # A pipe has no width of its own; long reasons should not wrap at 80 columns there.
+        render(facts, Console(width=None if sys.stdout.isatty() else 110))
+    return 0

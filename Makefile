@@ -1,7 +1,8 @@
-# make setup | demo | test | lint | fix | bench-smoke. Inside a virtual environment that is used,
-# else .venv is made. TORCH chooses the torch to install: make setup TORCH="torch==2.12.0"
+# make setup | demo | test | lint | fix | bench-smoke. An active virtual environment is used, else
+# .venv is made. A torch that is already there is kept; TORCH chooses the one to install. The small
+# CPU build: make setup PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #
-# After the first line of setup, `python -m` is avoided: it puts the repository root on sys.path, where the folder
+# Nothing runs by `python -m`: that puts the repository root on sys.path, where the folder
 # triton_kernels/ would shadow another project's package of that name.
 
 TORCH ?= torch==2.13.0
@@ -9,7 +10,8 @@ PYTHON ?= python3
 EXTRAS ?= demo,dev,math,peft,data,tracking
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.cppo-setup
+# In the clone and named after the environment: another clone, or another environment, sets up anew.
+STAMP := build/setup$(subst /,-,$(VENV))
 SOURCES := $(shell find csrc -type f)
 
 .PHONY: setup demo test lint fix bench-smoke
@@ -17,13 +19,14 @@ SOURCES := $(shell find csrc -type f)
 setup: $(STAMP)
 
 $(BIN)/pip:
-	$(PYTHON) -m venv $(VENV)
+	cd / && $(PYTHON) -m venv $(VENV)
 
 # torch first: the extension is built against it, and nothing later may replace it.
-$(STAMP): pyproject.toml setup.py $(SOURCES) | $(BIN)/pip
-	$(BIN)/pip install $(PIP_OPTIONS) "$(TORCH)" "setuptools>=77" wheel "pybind11>=2.13"
+$(STAMP): pyproject.toml setup.py $(SOURCES) $(BIN)/pip
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(PIP_OPTIONS) "$(TORCH)"
+	$(BIN)/pip install $(PIP_OPTIONS) "setuptools>=77" wheel "pybind11>=2.13"
 	$(BIN)/pip install $(PIP_OPTIONS) --no-build-isolation -e ".[$(EXTRAS)]"
-	touch $@
+	mkdir -p $(dir $@) && touch $@
 
 demo: setup
 	$(BIN)/cppo demo

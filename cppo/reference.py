@@ -38,7 +38,7 @@ def group_advantages(
     # Within the rounding error of the mean a difference is zero, and no advantage (equal rewards).
     error = group_size * 2.0**-52 * groups.abs().amax(1, keepdim=True)
     centred = centred.masked_fill(centred.abs() <= error, 0.0)
-    if scale == "group" and group_size > 1:
+    if scale == "group" and group_size > 1 and rewards.numel():
         centred = centred / (groups.std(1, keepdim=True) + eps)
     elif scale == "batch" and rewards.numel() > 1:
         centred = centred / (groups.std() + eps)

@@ -46,7 +46,7 @@ def check_tensor(op: str, name: str, value: Any, kind: str = "any") -> None:
 
 def check_ndim(op: str, name: str, tensor: Tensor, *symbols: str) -> None:
     """ValueError unless the tensor has as many dimensions as one of `symbols`, like "(B, L)"."""
-    if tensor.ndim not in [0 if form == "()" else form.count(",") + 1 for form in symbols]:
+    if tensor.ndim not in [sum(map(str.isalpha, form)) for form in symbols]:
         raise ValueError(
             f"cppo.{op}: {name} must be {' or '.join(symbols)}, got shape {_of(tensor.shape)}"
         )

@@ -1,0 +1,204 @@
+r"""Rewards of completions: the answers' correctness, their format and their length.
+
+A reward function is called as TRL calls it, `fn(completions, *, prompts, **columns)`, every keyword
+a list with one entry per completion, and returns one number per completion (None: does not apply).
+Those here accept strings or TRL's messages as completions, read the ground truth from the
+column `answer`, never raise on what a completion says, and raise ValueError naming the row for a
+ground truth that cannot be read: rewarding such a row would train on nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cppo.reward_functions import (
+    ACCURACIES,
+    boxed,
+    completion_text,
+    exact_match,
+    gsm8k,
+    math_verify,
+    numeric,
+    tag_count,
+    think_answer_format,
+    think_boxed_format,
+    think_format,
+)
+from cppo.reward_lengths import (
+    CosineLength,
+    Length,
+    Overlong,
+    RepetitionPenalty,
+    is_real,
+    require,
+)
+
+__all__ = [
+    "ACCURACIES",
+    "GSM8K",
+    "MATH",
+    "NAMES",
+    "Combined",
+    "CosineLength",
+    "Length",
+    "Overlong",
+    "RepetitionPenalty",
+    "VIRL39K",
+    "boxed",
+    "combine",
+    "completion_text",
+    "exact_match",
+    "from_names",
+    "gsm8k",
+    "gsm8k_reward",
+    "math_reward",
+    "math_verify",
+    "numeric",
+    "perception_reward",
+    "tag_count",
+    "think_answer_format",
+    "think_boxed_format",
+    "think_format",
+]
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+_FUNCTIONS: dict[str, Callable[..., list[float]]] = {
+    **ACCURACIES,
+    "think_format": think_format,
+    "think_answer_format": think_answer_format,
+    "think_boxed_format": think_boxed_format,
+    "tag_count": tag_count,
+    "accuracy": boxed,
+    "format": think_boxed_format,
+}
+_CLASSES: dict[str, Any] = {
+    kind.name: kind for kind in (Length, CosineLength, RepetitionPenalty, Overlong)
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Combined:
+    """A weighted sum of reward functions under one name; a None of a part counts 0."""
+
+    name: str
+    functions: tuple[RewardFunction, ...]
+    weights: tuple[float, ...]
+
+    def __call__(self, completions: Any, **columns: Any) -> list[float]:
+        total = [0.0] * len(completions)
+        for function, weight in zip(self.functions, self.weights, strict=True):
+            for row, reward in enumerate(function(completions, **columns)):
+                total[row] += weight * (reward or 0.0)
+        return total
+
+
+def combine(weights: Mapping[str, float], *, name: str | None = None) -> Combined:
+    r"""Return the weighted sum of named rewards as one reward function.
+
+    Args:
+        weights: {name: weight}; "accuracy" stands for `boxed`, "format" for `think_boxed_format`.
+        name: its metric name; the terms joined by "+" if left out.
+    Returns: a reward function.
+    Raises: ValueError for no terms, an unknown name or a weight that is not a finite number.
+    """
+    if not isinstance(weights, Mapping) or not weights:
+        raise ValueError(f"cppo.rewards.combine: weights must be {{name: weight}}, got {weights!r}")
+    for key, weight in weights.items():
+        require("combine", **{f"weight of {key!r}": (is_real(weight), "a finite number", weight)})
+    functions = tuple(_build(key, None) for key in weights)
+    return Combined(name or "+".join(weights), functions, tuple(map(float, weights.values())))
+
+
+def from_names(entries: Sequence[Any]) -> tuple[list[RewardFunction], list[float]]:
+    """Return the reward functions and weights that configuration entries name.
+
+    Args:
+        entries: each a name of `NAMES` ("boxed"); a mapping of a name to its parameters and,
+            optionally, a weight ({"cosine_length": {"max_length": 512}, "weight": 0.5}); the place
+            of a function of one's own ("my_package.my_module:my_reward"); or a function.
+    Returns: (functions, weights), one each per entry, in order; a weight left out is 1.
+    Raises: TypeError or ValueError naming the entry, for an unknown name or parameter (with a
+        suggestion), a function that cannot be imported and a weight that is not a finite number.
+    """
+    if isinstance(entries, (str, Mapping)) or not isinstance(entries, Sequence):
+        raise TypeError(f"cppo.rewards.from_names: entries must be a list, got {entries!r}")
+    if not entries:
+        raise ValueError("cppo.rewards.from_names: entries must name at least one reward")
+    functions, weights = [], []
+    for entry in entries:
+        function, weight = _from_entry(entry)
+        functions.append(function)
+        weights.append(weight)
+    return functions, weights
+
+
+def _from_entry(entry: Any) -> tuple[RewardFunction, float]:
+    if isinstance(entry, str):
+        return _build(entry, None), 1.0
+    if callable(entry):
+        return entry, 1.0
+    names = [key for key in entry if key != "weight"] if isinstance(entry, Mapping) else []
+    if len(names) != 1:
+        raise TypeError(
+            "cppo.rewards.from_names: an entry is a name or "
+            f"{{name: parameters, 'weight': number}}, got {entry!r}"
+        )
+    weight = entry.get("weight", 1.0)
+    require(
+        "from_names", **{f"weight of {names[0]!r}": (is_real(weight), "a finite number", weight)}
+    )
+    return _build(names[0], entry[names[0]]), float(weight)
+
+
+def _build(name: Any, parameters: Any) -> RewardFunction:
+    if not isinstance(parameters, (Mapping, type(None))):
+        raise TypeError(
+            f"cppo.rewards: the parameters of {name!r} must be a mapping, got {parameters!r}"
+        )
+    if name in _CLASSES:
+        allowed = [field.name for field in dataclasses.fields(_CLASSES[name])]
+        values = {}
+        for key, value in (parameters or {}).items():
+            if key not in allowed:
+                raise ValueError(_unknown(f"parameter of {name!r}", key, allowed))
+            values[key] = tuple(value) if isinstance(value, list) else value
+        return _CLASSES[name](**values)
+    if name not in _FUNCTIONS and not (isinstance(name, str) and ":" in name):
+        raise ValueError(_unknown("reward", name, NAMES))
+    if parameters:
+        raise ValueError(f"cppo.rewards: {name!r} takes no parameters, got {dict(parameters)!r}")
+    return _FUNCTIONS[name] if name in _FUNCTIONS else _import(name)
+
+
+def _import(place: str) -> RewardFunction:
+    module, _, attribute = place.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"cppo.rewards: cannot import the reward {place!r}: {error}") from error
+    if not callable(function):
+        raise TypeError(f"cppo.rewards: {place!r} must be a function, got {function!r}")
+    return function
+
+
+def _unknown(what: str, name: Any, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(name), allowed, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"cppo.rewards: unknown {what} {name!r}{hint} (allowed: {', '.join(allowed)})"
+
+
+# Last, because they are built by the functions above.
+VIRL39K = {"accuracy": 0.9, "format": 0.1}
+GSM8K = {"gsm8k": 1.0, "think_answer_format": 1.0}
+MATH = {"math_verify": 2.0, "think_answer_format": 1.0}
+perception_reward = combine(VIRL39K, name="perception_reward")
+gsm8k_reward = combine(GSM8K, name="gsm8k_reward")
+math_reward = combine(MATH, name="math_reward")
+for _combination in (perception_reward, gsm8k_reward, math_reward):
+    _FUNCTIONS[_combination.name] = _combination
+NAMES = (*_FUNCTIONS, *_CLASSES)

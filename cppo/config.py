@@ -171,6 +171,8 @@ class CPPOConfig(_Checked):
     """Questions with a longer prompt are skipped with a warning. None: no limit."""
     max_completion_tokens: int = 256
     """Generation stops here."""
+    generation_batch_size: int = 256
+    """Completions that are generated at once, in rollouts and evaluations."""
     mask_overlong: bool = False
     """Completions cut at `max_completion_tokens` take part in advantages but not in the loss."""
     reward_weights: tuple[float, ...] | None = None
@@ -219,15 +221,14 @@ class CPPOConfig(_Checked):
 
     # What is written
     eval_every: int = 0
-    """Evaluate the held-out set every so many steps, and before and after. 0: before and after."""
+    """Evaluate the held-out set every so many steps, besides before and after. 0: only those."""
     eval_samples: int = 1
     """Sampled completions per held-out question (avg@N)."""
     eval_greedy: bool = True
     """Also evaluate the greedy completion."""
-    eval_batch_size: int = 64
-    """Questions that are generated at once in an evaluation."""
     save_every: int = 0
-    """Write a checkpoint every so many steps, and at the end. 0: at the end."""
+    """Write a checkpoint every so many steps, besides at the end and when an evaluation is the best
+    so far. 0: only those."""
     keep_checkpoints: int = 2
     """The newest so many checkpoints stay, and the best."""
     best_metric: str | None = None
@@ -252,7 +253,7 @@ class CPPOConfig(_Checked):
             "optimizer_steps",
             "max_tokens_per_microbatch",
             "eval_samples",
-            "eval_batch_size",
+            "generation_batch_size",
             "keep_checkpoints",
             "log_every",
             at_least=1,

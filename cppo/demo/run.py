@@ -1,0 +1,276 @@
+"""`cppo demo`: a tiny model, a real task, accuracy before and after, and a report to look at."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cppo.config import CPPOConfig, LossConfig
+from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
+from cppo.demo.digits import DigitSums, digit_sum_accuracy
+from cppo.demo.report import write_report
+from cppo.demo.warmup import warm_up
+from cppo.models import load_model, load_processor
+from cppo.ops.perception_mask import perception_mask
+from cppo.ops.token_stats import linear_token_stats
+from cppo.reference import kept_per_unit
+from cppo.rollout import reward_name, tokenizer_of
+from cppo.step import forward_views, seed_from
+from cppo.trainer import CPPOTrainer
+from cppo.views import perturb, views_from_names
+
+_CHECKPOINTS = Path(__file__).parent / "checkpoints"
+_HELD_OUT = 300
+
+
+@dataclass(frozen=True)
+class Task:
+    """A demo: its questions, its reward, and the length of a completion."""
+
+    title: str
+    rows: Callable[..., Any]
+    reward: Callable[..., list[float]]
+    max_completion_tokens: int
+    has_images: bool
+
+
+TASKS = {
+    "digits": Task(
+        "Sums of handwritten digits", DigitSums, digit_sum_accuracy, 32, has_images=True
+    ),
+    "arithmetic": Task(
+        "Word problems in arithmetic", ArithmeticProblems, arithmetic_accuracy, 48, has_images=False
+    ),
+}
+
+
+def demo_config(
+    task: str = "digits",
+    *,
+    prune_rate: float = 0.75,
+    cpl_coef: float = 0.01,
+    steps: int = 60,
+    seed: int = 0,
+    output_dir: str = "runs/demo",
+    questions: int = 16,
+    group_size: int = 16,
+) -> CPPOConfig:
+    """The demo's options. Every prune rate sees the same number of questions in a step."""
+    return CPPOConfig(
+        output_dir=output_dir,
+        seed=seed,
+        max_steps=steps,
+        batch_size=questions * kept_per_unit(group_size, prune_rate),
+        group_size=group_size,
+        prune_rate=prune_rate,
+        max_completion_tokens=TASKS[task].max_completion_tokens,
+        learning_rate=1e-4,
+        betas=(0.9, 0.95),
+        warmup_steps=5,
+        eval_every=20,
+        log_every=5,
+        loss=LossConfig(cpl_coef=cpl_coef, cpl_reduction="sequence"),
+    )
+
+
+def build_trainer(task: str, config: CPPOConfig, *, from_scratch: bool = False) -> CPPOTrainer:
+    """The demo's trainer, starting from the shipped warm-up checkpoint or from random weights."""
+    if from_scratch:
+        model, processor = warm_up(task, config.seed, report=print)
+    else:
+        folder = _CHECKPOINTS / task
+        model, processor = load_model(folder), load_processor(folder)
+    rows = TASKS[task].rows
+    return CPPOTrainer(
+        model,
+        TASKS[task].reward,
+        rows("train", 100_000, seed=config.seed),
+        config=config,
+        processor=processor,
+        eval_dataset=rows("heldout", _HELD_OUT),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo and writes its report; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    config = demo_config(
+        arguments.task,
+        prune_rate=arguments.prune_rate,
+        cpl_coef=0.0 if arguments.no_cpl else 0.01,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        output_dir=arguments.output,
+    )
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    task = TASKS[arguments.task]
+    trainer = build_trainer(arguments.task, config, from_scratch=arguments.from_scratch)
+    _introduce(trainer, task)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    summary = summarize(trainer, seconds)
+    output = Path(config.output_dir)
+    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    report = write_report(
+        output / "report.html",
+        title=task.title,
+        history=trainer.history,
+        summary=summary,
+        views=example_views(trainer) if task.has_images else [],
+        completions=example_completions(trainer) if task.has_images else [],
+        config=dataclasses.asdict(config),
+    )
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            gain = 100 * (value["after"] - value["before"])
+            print(f"{name:<28}{value['before']:.3f} -> {value['after']:.3f}  ({gain:+.1f} points)")
+    print(f"report: {report}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cppo demo", description=main.__doc__)
+    parser.add_argument("--task", choices=sorted(TASKS), default="digits")
+    parser.add_argument("--prune-rate", type=float, default=0.75, help="0 keeps all (plain GRPO)")
+    parser.add_argument("--no-cpl", action="store_true", help="no contrastive perception")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="make the warm-up checkpoint anew (minutes)"
+    )
+    parser.add_argument("--output", default="runs/demo", help="folder of the run and its report")
+    return parser
+
+
+def _introduce(trainer: CPPOTrainer, task: Task) -> None:
+    config = trainer.config
+    size = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    per_question = kept_per_unit(config.group_size, config.prune_rate)
+    print(
+        f"{task.title}: a model of {size:.2f} M parameters, {config.max_steps} steps, "
+        f"{config.batch_size // per_question} questions x {config.group_size} completions a step, "
+        f"{per_question} kept per question, contrastive perception "
+        f"{'on' if config.loss.cpl_coef and task.has_images else 'off'}"
+    )
+
+
+def summarize(trainer: CPPOTrainer, seconds: float) -> dict[str, Any]:
+    """Held-out accuracy before and after, and where the time went."""
+    first, last = trainer.history[0], trainer.history[-1]
+    name = reward_name(trainer.reward_functions[0])
+    steps = [row for row in trainer.history if "time/step" in row]
+    return {
+        "sampled accuracy": {
+            "before": first[f"eval/sampled/{name}"],
+            "after": last[f"eval/sampled/{name}"],
+        },
+        "greedy accuracy": {
+            "before": first[f"eval/greedy/{name}"],
+            "after": last[f"eval/greedy/{name}"],
+        },
+        "held-out questions": len(trainer.eval_questions),
+        "training seconds": sum(row["time/step"] for row in steps),
+        "seconds with evaluations": seconds,
+        "completions kept": steps[-1]["kept_share"] if steps else None,
+    }
+
+
+def example_views(trainer: CPPOTrainer, count: int = 4) -> list[dict[str, Any]]:
+    """Held-out images in their three views."""
+    config = trainer.config
+    examples = []
+    for number, question in enumerate(trainer.eval_questions[:count]):
+        image = question.images[0]
+        seed = seed_from(config.seed, "examples", number)
+        examples.append(
+            {
+                "anchor": image,
+                "positive": perturb(image, views_from_names(config.positive_views), seed=seed),
+                "negative": perturb(image, views_from_names(config.negative_views), seed=seed),
+                "question": _question_text(question),
+                "answer": question.columns["answer"],
+            }
+        )
+    return examples
+
+
+@torch.no_grad()
+def example_completions(trainer: CPPOTrainer, count: int = 6) -> list[dict[str, Any]]:
+    """Completions of held-out questions with the entropy shift of every token."""
+    config = dataclasses.replace(
+        trainer.config,
+        # The coefficient only has to be positive for the views to be run.
+        loss=dataclasses.replace(trainer.config.loss, gating=False, cpl_coef=1.0),
+    )
+    torch.manual_seed(seed_from(config.seed, "examples") % 2**32)
+    rollouts = trainer.sample(trainer.eval_questions[:count])
+    rewards = torch.tensor(
+        trainer.reward_functions[0](
+            rollouts.texts,
+            answer=[
+                rollouts.question_of(row).columns["answer"] for row in range(len(rollouts.texts))
+            ],
+        )
+    )
+    batch = trainer.make_batch(rollouts, rewards)
+    # The best completion of each question.
+    chosen = batch.advantages.view(count, -1).argmax(1) + torch.arange(count) * config.group_size
+    entropy = {
+        name: values for name, values in _entropies(trainer.model, batch, chosen, config, trainer)
+    }
+    packed = batch.pack(chosen)
+    shift = entropy["negative"] - entropy["anchor"]
+    selected = perception_mask(
+        entropy["anchor"],
+        entropy["negative"],
+        fraction=config.loss.fraction,
+        cu_seqlens=packed.row_cu_seqlens,
+    )
+    bounds = packed.row_cu_seqlens.tolist()
+    tokenizer = tokenizer_of(trainer.processor)
+    return [
+        {
+            "question": _question_text(rollouts.question_of(row)),
+            "answer": rollouts.question_of(row).columns["answer"],
+            "image": rollouts.question_of(row).images[0],
+            "tokens": [tokenizer.decode([token]) for token in packed.targets[start:stop].tolist()],
+            "entropy_shift": shift[start:stop].tolist(),
+            "selected": selected[start:stop].tolist(),
+            "reward": rewards[row].item(),
+            "advantage": batch.advantages[row].item(),
+        }
+        for row, start, stop in zip(chosen.tolist(), bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def _entropies(
+    model: nn.Module, batch: Any, rows: torch.Tensor, config: CPPOConfig, trainer: CPPOTrainer
+) -> list[tuple[str, torch.Tensor]]:
+    from cppo.forward import lm_head
+
+    views, packed = forward_views(model, batch, rows, config, trainer.processor)
+    weight, bias = lm_head(model, batch.suppressed)
+    return [
+        (name, linear_token_stats(hidden, weight, packed.targets, bias=bias).entropy)
+        for name, hidden in zip(views._fields, views, strict=True)
+    ]
+
+
+def _question_text(question: Any) -> str:
+    content = question.messages[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] for part in content if part["type"] == "text")

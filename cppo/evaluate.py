@@ -1,0 +1,101 @@
+"""Held-out accuracy: the greedy completion, and the mean over N sampled ones (avg@N)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import gather_object, set_seed
+from torch import nn
+
+from cppo.config import CPPOConfig
+from cppo.questions import Question
+from cppo.rollout import RewardFunction, encode_questions, sample_completions, score
+from cppo.step import seed_from
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: {"sampled/<reward>": mean, ...}; completions: one row per completion."""
+
+    metrics: dict[str, float]
+    completions: list[dict[str, Any]]
+
+
+def evaluate(
+    model: nn.Module,
+    processor: Any,
+    reward_functions: Sequence[RewardFunction],
+    questions: Sequence[Question],
+    *,
+    config: CPPOConfig,
+    suppressed: Sequence[int] = (),
+    rank: int = 0,
+    world_size: int = 1,
+) -> Evaluation:
+    """Rewards of a set of questions, each process taking its share.
+
+    Metrics are `sampled/<reward>` and `greedy/<reward>` for each function and `reward` for their
+    weighted sum; with N > 1 samples `sampled/<reward>_std` is the std over the N passes.
+    """
+    own = range(rank, len(questions), world_size)
+    weights = config.reward_weights or (1.0,) * len(reward_functions)
+    rows: list[dict[str, Any]] = []
+    modes: list[tuple[str, float | None, int]] = [
+        ("sampled", config.loss.temperature, config.eval_samples)
+    ]
+    if config.eval_greedy:
+        modes.append(("greedy", None, 1))
+    for mode, temperature, samples in modes:
+        per_batch = max(1, config.generation_batch_size // samples)
+        for start in range(0, len(own), per_batch):
+            ids = own[start : start + per_batch]
+            set_seed(seed_from(config.seed, "eval", mode, ids[0]) % 2**32)
+            prompts = encode_questions(model, processor, [questions[i] for i in ids])
+            rollouts = sample_completions(
+                model,
+                processor,
+                prompts,
+                group_size=samples,
+                max_new_tokens=config.max_completion_tokens,
+                temperature=temperature,
+                suppressed=suppressed,
+                batch_size=config.generation_batch_size,
+            )
+            total, by_name = score(reward_functions, weights, rollouts)
+            lengths = rollouts.completion_mask.sum(1).tolist()
+            for row, text in enumerate(rollouts.texts):
+                rewards = {name: values[row].item() for name, values in by_name.items()}
+                rows.append(
+                    {
+                        "mode": mode,
+                        "question": ids[row // samples],
+                        "sample": row % samples,
+                        "answer": rollouts.question_of(row).columns.get("answer"),
+                        "completion": text,
+                        "tokens": lengths[row],
+                        "rewards": {**rewards, "reward": total[row].item()},
+                    }
+                )
+    if world_size > 1:
+        rows = gather_object(rows)
+    return Evaluation(_summary(rows), rows)
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        own = [row for row in rows if row["mode"] == mode]
+        passes = sorted({row["sample"] for row in own})
+        for name in own[0]["rewards"]:
+            means = [
+                statistics.fmean(r["rewards"][name] for r in own if r["sample"] == sample)
+                for sample in passes
+            ]
+            metrics[f"{mode}/{name}"] = statistics.fmean(means)
+            if len(means) > 1:
+                metrics[f"{mode}/{name}_std"] = statistics.stdev(means)
+        metrics[f"{mode}/tokens"] = statistics.fmean(row["tokens"] for row in own)
+    return metrics

@@ -1,0 +1,164 @@
+"""What a run shows and writes while it goes: console table, metrics.jsonl, completions.jsonl."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_COLUMNS = (
+    ("step", "step", "{:.0f}"),
+    ("reward", "reward/mean", "{:.3f}"),
+    ("kept", "kept_share", "{:.2f}"),
+    ("loss", "loss", "{:+.4f}"),
+    ("cpl", "cpl_loss", "{:.4f}"),
+    ("percept", "perception_share", "{:.2f}"),
+    ("kl", "kl", "{:.4f}"),
+    ("entropy", "entropy", "{:.3f}"),
+    ("grad", "grad_norm", "{:.2f}"),
+    ("tokens", "completion/tokens", "{:.1f}"),
+    ("sec", "time/step", "{:.2f}"),
+)
+_WIDTH = 8
+
+
+class PhaseTimer:
+    """Seconds spent in each phase of a step: `with timer("rollout"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - started
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
+
+    def metrics(self) -> dict[str, float]:
+        """{"time/<phase>": seconds, ..., "time/step": seconds since the timer was made}."""
+        phases = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        return {**phases, "time/step": time.perf_counter() - self._started}
+
+
+class RunLog:
+    """The files and the console of one run; silent on every process but the first."""
+
+    def __init__(self, output_dir: str | Path, max_steps: int, *, is_main: bool) -> None:
+        self._is_main = is_main
+        self._dir = Path(output_dir)
+        self._console = Console(quiet=not is_main, highlight=False)
+        self._rows_shown = 0
+        self._columns: list[tuple[str, str, str]] = []
+        self._progress = Progress(
+            TextColumn("[bold]cppo[/bold]"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not is_main or not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("steps", total=max_steps)
+        if is_main:
+            self._dir.mkdir(parents=True, exist_ok=True)
+
+    def restart(self, history: list[dict[str, Any]], step: int) -> None:
+        """Makes the files agree with the step that a run starts from."""
+        if not self._is_main:
+            return
+        _write_lines(self._dir / "metrics.jsonl", history)
+        path = self._dir / "completions.jsonl"
+        _write_lines(path, [row for row in _read_lines(path) if row["step"] <= step])
+        self._progress.update(self._task, completed=step)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Shows the progress bar."""
+        with self._progress:
+            yield
+
+    def metrics(self, row: dict[str, Any], *, show: bool) -> None:
+        """Appends a row to metrics.jsonl and shows it in the console table."""
+        if not self._is_main:
+            return
+        _append_line(self._dir / "metrics.jsonl", row)
+        self._progress.update(self._task, completed=row["step"])
+        if not show:
+            return
+        if "loss" in row:
+            self._show_row(row)
+        evaluated = {
+            name.removeprefix("eval/"): value
+            for name, value in row.items()
+            if name.startswith("eval/") and not name.endswith(("_std", "/tokens"))
+        }
+        if evaluated:
+            values = "  ".join(f"{name} {value:.3f}" for name, value in evaluated.items())
+            self.say(f"[bold]held-out after {row['step']} steps[/bold]  {values}")
+
+    def _show_row(self, row: dict[str, Any]) -> None:
+        if not self._columns:
+            self._columns = [column for column in _COLUMNS if column[1] in row]
+        if self._rows_shown % 20 == 0:
+            self.say("[dim]" + "".join(f"{c[0]:>{_WIDTH}}" for c in self._columns) + "[/dim]")
+        self._rows_shown += 1
+        cells = (form.format(row.get(key, 0.0)) for _, key, form in self._columns)
+        self.say("".join(f"{cell:>{_WIDTH}}" for cell in cells))
+
+    def completions(self, rows: list[dict[str, Any]]) -> None:
+        """Appends sample completions to completions.jsonl."""
+        if self._is_main:
+            for row in rows:
+                _append_line(self._dir / "completions.jsonl", row)
+
+    def say(self, text: str) -> None:
+        """One line on the console."""
+        self._console.print(text, soft_wrap=True)
+
+
+def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; a last line torn by a kill is left out."""
+    return _read_lines(Path(output_dir) / "metrics.jsonl")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)
+
+
+def _append_line(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")

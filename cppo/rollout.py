@@ -1,0 +1,313 @@
+"""Questions in, sampled completions with rewards out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cppo.forward import (
+    ImageBatch,
+    has_vision,
+    image_token_mask,
+    rotary_positions,
+    unwrap,
+)
+from cppo.questions import Question
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Questions as a model reads them.
+
+    Args:
+        questions: Q questions.
+        input_ids: (Q, L) int64, padded on the left.
+        attention_mask: (Q, L) bool.
+        positions: (3, Q, L) rotary positions of a vision-language model, else None.
+        images: the questions' images as the processor prepared them; None without any.
+    """
+
+    questions: list[Question]
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor | None
+    images: ImageBatch | None
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """G sampled completions of each of Q questions: B = Q x G rows, a question's rows contiguous.
+
+    Args:
+        prompts: the questions.
+        group_size: G.
+        input_ids: (B, L) int64, prompt padded on the left, completion on the right.
+        attention_mask: (B, L) bool, prompt and completion tokens.
+        completion_mask: (B, L) bool, completion tokens with the closing one.
+        positions: (3, B, L) rotary positions of a vision-language model, else None.
+        texts: the B completions, decoded without special tokens.
+        truncated: (B,) bool, cut at the token limit.
+    """
+
+    prompts: Prompts
+    group_size: int
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+    positions: Tensor | None
+    texts: list[str]
+    truncated: Tensor
+
+    def question_of(self, row: int) -> Question:
+        """The question of a row of the batch."""
+        return self.prompts.questions[row // self.group_size]
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer inside a processor, or the tokenizer itself."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def render(processor: Any, question: Question) -> str:
+    """The question as the text that the model continues."""
+    return processor.apply_chat_template(
+        question.messages, tokenize=False, add_generation_prompt=True
+    )
+
+
+def encode_questions(model: nn.Module, processor: Any, questions: list[Question]) -> Prompts:
+    """Tokenizes questions and prepares their images, on the model's device."""
+    images = [question.images for question in questions]
+    texts = [render(processor, question) for question in questions]
+    arguments: dict[str, Any] = {"text": texts, "return_tensors": "pt", "padding": True}
+    if any(images):
+        if not has_vision(model):
+            raise ValueError("cppo: questions have images, but the model takes none")
+        arguments["images"] = [group for group in images if group]
+    else:
+        processor = tokenizer_of(processor)
+    tokenizer_of(processor).padding_side = "left"
+    encoded = processor(**arguments).to(next(model.parameters()).device)
+    attention_mask = encoded["attention_mask"].bool()
+    grid = encoded.get("image_grid_thw")
+    image_batch = None
+    if grid is not None:
+        counts = tuple(len(group) for group in images)
+        image_batch = ImageBatch(encoded["pixel_values"], grid, counts)
+    return Prompts(
+        questions,
+        encoded["input_ids"],
+        attention_mask,
+        rotary_positions(model, encoded["input_ids"], attention_mask, grid),
+        image_batch,
+    )
+
+
+def _generate(
+    model: nn.Module, prompts: Prompts, first: int, last: int, arguments: dict[str, Any]
+) -> Tensor:
+    """Completions of questions first..last: (rows, tokens), padded on the right."""
+    part = slice(first, last)
+    inputs: dict[str, Any] = {
+        "input_ids": prompts.input_ids[part],
+        "attention_mask": prompts.attention_mask[part].long(),
+    }
+    if prompts.images is not None:
+        images = prompts.images.of(range(first, min(last, len(prompts.questions))))
+        if images.pixel_values.shape[0]:
+            inputs["pixel_values"] = images.pixel_values
+            inputs["image_grid_thw"] = images.image_grid_thw
+            inputs["mm_token_type_ids"] = image_token_mask(model, inputs["input_ids"]).int()
+    base = unwrap(model)
+    output = base.generate(**inputs, **arguments)
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def sample_completions(
+    model: nn.Module,
+    processor: Any,
+    prompts: Prompts,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float | None,
+    suppressed: Sequence[int] = (),
+    batch_size: int = 256,
+) -> Rollouts:
+    """Samples `group_size` completions of every question from the plain softmax of the model.
+
+    Every sampling option is given explicitly: a checkpoint's own top-k, top-p or repetition
+    penalty would make the log-probabilities of the loss those of another distribution.
+
+    Args:
+        model: in any mode; it is put in eval mode while it samples.
+        prompts: Q encoded questions.
+        group_size: completions per question.
+        max_new_tokens: tokens of a completion at most.
+        temperature: of the softmax; None: the greedy completion.
+        suppressed: token ids that are never sampled.
+        batch_size: completions generated at once.
+    Returns: Rollouts, padded to the longest completion.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer = tokenizer_of(processor)
+    own = unwrap(model).generation_config.eos_token_id
+    eos = own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
+    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    sampling = {} if temperature is None else {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    options = GenerationConfig(
+        do_sample=temperature is not None,
+        **sampling,
+        repetition_penalty=1.0,
+        num_beams=1,
+        num_return_sequences=group_size,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        suppress_tokens=list(suppressed) or None,
+        use_cache=True,
+    )
+    num_questions = len(prompts.questions)
+    chunk = max(1, batch_size // group_size)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        parts = [
+            _generate(model, prompts, i, i + chunk, {"generation_config": options})
+            for i in range(0, num_questions, chunk)
+        ]
+    model.train(was_training)
+    width = max(part.shape[1] for part in parts)
+    completions = torch.cat(
+        [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=pad) for part in parts]
+    )
+    ends = torch.isin(completions, torch.tensor(eos, device=completions.device))
+    # A completion is its tokens up to and with the first closing one.
+    mask = ends.cumsum(1) - ends.long() == 0
+    return _assemble(prompts, group_size, completions, mask, tokenizer, ~ends.any(1))
+
+
+def _assemble(
+    prompts: Prompts,
+    group_size: int,
+    completions: Tensor,
+    mask: Tensor,
+    tokenizer: Any,
+    truncated: Tensor,
+) -> Rollouts:
+    def per_completion(x: Tensor) -> Tensor:
+        return x.repeat_interleave(group_size, dim=-2)
+
+    prompt_mask = per_completion(prompts.attention_mask)
+    positions = None
+    if prompts.positions is not None:
+        prompt_positions = per_completion(prompts.positions)
+        after = prompt_positions.amax(dim=(0, 2)) + 1
+        steps = torch.arange(completions.shape[1], device=completions.device)
+        own = (after[:, None] + steps).expand(3, -1, -1)
+        positions = torch.cat([prompt_positions, own], dim=2)
+    ids = [row[keep].tolist() for row, keep in zip(completions.cpu(), mask.cpu(), strict=True)]
+    return Rollouts(
+        prompts,
+        group_size,
+        torch.cat([per_completion(prompts.input_ids), completions], dim=1),
+        torch.cat([prompt_mask, mask], dim=1),
+        torch.cat([torch.zeros_like(prompt_mask), mask], dim=1),
+        positions,
+        tokenizer.batch_decode(ids, skip_special_tokens=True),
+        truncated,
+    )
+
+
+class RewardError(RuntimeError):
+    """A reward function raised or returned something that is not a finite number."""
+
+
+def reward_name(function: RewardFunction) -> str:
+    """The name under which a reward function appears in metrics and errors."""
+    return getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__)
+
+
+def score(
+    functions: Sequence[RewardFunction], weights: Sequence[float], rollouts: Rollouts
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of the reward functions: (B,) fp32, and each function's own rewards by name.
+
+    Raises: RewardError naming the function, the question and the completion.
+    """
+    rows = range(len(rollouts.texts))
+    by_name: dict[str, Tensor] = {}
+    total = torch.zeros(len(rollouts.texts), dtype=torch.float64)
+    for function, weight in zip(functions, weights, strict=True):
+        values = _call(function, rollouts, list(rows))
+        by_name[reward_name(function)] = torch.tensor(values)
+        total += weight * torch.tensor(values, dtype=torch.float64)
+    return total.float(), by_name
+
+
+def _call(function: RewardFunction, rollouts: Rollouts, rows: list[int]) -> list[float]:
+    try:
+        values = list(_evaluate(function, rollouts, rows))
+    except Exception as error:
+        raise RewardError(
+            _describe(function, rollouts, _culprit(function, rollouts, rows), error)
+        ) from error
+    if len(values) != len(rows):
+        raise RewardError(
+            f"cppo: reward function {reward_name(function)!r} must return one number per "
+            f"completion = {len(rows)}, got {len(values)}"
+        )
+    numbers: list[float] = []
+    for row, value in zip(rows, values, strict=True):
+        # None: the function does not apply to this row.
+        try:
+            number = 0.0 if value is None else float(value)
+        except (TypeError, ValueError) as error:
+            raise RewardError(_describe(function, rollouts, row, error)) from error
+        if not math.isfinite(number):
+            raise RewardError(_describe(function, rollouts, row, f"returned {number}"))
+        numbers.append(number)
+    return numbers
+
+
+def _evaluate(
+    function: RewardFunction, rollouts: Rollouts, rows: list[int]
+) -> Sequence[float | None]:
+    questions = [rollouts.question_of(row) for row in rows]
+    names = sorted({name for question in questions for name in question.columns})
+    columns = {name: [question.columns.get(name) for question in questions] for name in names}
+    return function(
+        completions=[rollouts.texts[row] for row in rows],
+        prompts=[question.messages for question in questions],
+        **columns,
+    )
+
+
+def _culprit(function: RewardFunction, rollouts: Rollouts, rows: list[int]) -> int | None:
+    """The first row on which the function raises by itself, if there is one."""
+    for row in rows:
+        try:
+            _evaluate(function, rollouts, [row])
+        except Exception:
+            return row
+    return None
+
+
+def _describe(function: RewardFunction, rollouts: Rollouts, row: int | None, what: object) -> str:
+    cause = f"{type(what).__name__}: {what}" if isinstance(what, Exception) else str(what)
+    head = f"cppo: reward function {reward_name(function)!r} failed ({cause})"
+    if row is None:
+        return head + " on the whole batch, on no completion by itself"
+    question = rollouts.question_of(row)
+    return (
+        f"{head}\n  question: {question.messages!r}\n  answer: "
+        f"{question.columns.get('answer')!r}\n  completion: {rollouts.texts[row]!r}"
+    )

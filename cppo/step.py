@@ -1,0 +1,216 @@
+"""One update's arithmetic: from scored rollouts to a loss, in the order of the papers.
+
+rewards -> advantages -> prune -> pack -> forward the views -> token statistics
+-> perception mask -> loss
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cppo.config import CPPOConfig
+from cppo.forward import ImageBatch, lm_head, packed_hidden
+from cppo.ops.loss import linear_cppo_loss
+from cppo.ops.pack import pack_completions, plan_microbatches
+from cppo.ops.token_stats import linear_token_stats
+from cppo.records import LossOutput, NumItems, PackedBatch, Views
+from cppo.rollout import Rollouts
+from cppo.views import perturb_pixel_values, views_from_names
+
+Timer = Callable[[str], AbstractContextManager[None]]
+
+
+def seed_from(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part and on nothing else."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def cut_surplus(kept: Tensor, advantages: Tensor, group_size: int, batch_size: int) -> Tensor:
+    """Takes completions out until `batch_size` are left, evenly over the questions.
+
+    The question with the most completions left (of several the last) gives up the one with its
+    smallest |advantage| (of several the last): what dynamic allocation draws too much is cut the
+    same way every time.
+
+    Args:
+        kept: (K,) int64 ascending. advantages: (B,). batch_size: completions that may stay.
+    Returns: (min(K, batch_size),) int64 ascending.
+    """
+    groups: dict[int, list[int]] = {}
+    for index in kept.tolist():
+        groups.setdefault(index // group_size, []).append(index)
+    size = advantages.abs().tolist()
+    for _ in range(len(kept) - batch_size):
+        members = max(groups.items(), key=lambda item: (len(item[1]), item[0]))[1]
+        members.remove(min(members, key=lambda i: (size[i], -i)))
+    left = sorted(index for members in groups.values() for index in members)
+    return torch.tensor(left, dtype=torch.int64, device=kept.device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Scored rollouts on which an update runs; every per-row tensor is (B, ...) of the rollouts.
+
+    Args:
+        rollouts: all completions, kept or not.
+        advantages: (B,) fp32.
+        kept: (K,) int64, the completions that the update runs on.
+        suppressed: token ids that are never sampled.
+        seed: of the perturbations of this batch.
+        per_token: old and reference log-probabilities (B, L), where they are needed.
+    """
+
+    rollouts: Rollouts
+    advantages: Tensor
+    kept: Tensor
+    suppressed: tuple[int, ...] = ()
+    seed: int = 0
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+
+    def pack(self, rows: Tensor) -> PackedBatch:
+        """Some completions as one padding-free stream."""
+        return pack_completions(
+            self.rollouts.input_ids,
+            self.rollouts.attention_mask,
+            self.rollouts.completion_mask,
+            rows,
+            per_token=self.per_token,
+        )
+
+    def lengths(self, rows: Tensor) -> list[int]:
+        """Prompt and response tokens of some completions."""
+        return self.rollouts.attention_mask[rows].sum(1).tolist()
+
+    def microbatches(self, rows: Tensor, max_tokens: int) -> list[Tensor]:
+        """`rows` in parts of at most `max_tokens` tokens, each at least one completion."""
+        lengths = self.lengths(rows)
+        # A completion longer than the budget goes alone rather than not at all.
+        plan = plan_microbatches(lengths, max([max_tokens, *lengths]))
+        return [rows[torch.tensor(part, device=rows.device)] for part in plan]
+
+    def num_items(self, rows: Tensor) -> NumItems:
+        """Denominators of the loss over `rows`."""
+        return NumItems(len(rows), int(self.rollouts.completion_mask[rows].sum()))
+
+
+def _hidden(
+    model: nn.Module, batch: Batch, packed: PackedBatch, images: ImageBatch | None, shown: list[int]
+) -> Tensor:
+    """Hidden states of a stream whose completions see `images` of the questions `shown`."""
+    positions = batch.rollouts.positions
+    if positions is not None:
+        positions = positions.flatten(1)[:, packed.token_index]
+    group_size = batch.rollouts.group_size
+    image_of = [shown.index(row // group_size) for row in packed.kept.tolist()]
+    has_images = images is not None and len(images.image_grid_thw) > 0
+    return packed_hidden(model, packed, positions, images if has_images else None, image_of)
+
+
+def _images_of(batch: Batch, rows: Tensor) -> tuple[ImageBatch | None, list[int]]:
+    """The images that some completions look at, and the questions they belong to."""
+    questions = sorted({row // batch.rollouts.group_size for row in rows.tolist()})
+    images = batch.rollouts.prompts.images
+    return (None if images is None else images.of(questions)), questions
+
+
+def perturbed_images(
+    batch: Batch, images: ImageBatch, questions: Sequence[int], config: CPPOConfig, processor: Any
+) -> tuple[ImageBatch, ImageBatch]:
+    """The positive and the negative view of the images of some questions.
+
+    A question's perturbation depends on the batch's seed and on the question alone, not on the
+    micro-batch it is in.
+    """
+
+    def view(name: str, perturbations: Sequence[Any]) -> ImageBatch:
+        seeds = [
+            seed_from(batch.seed, name, question, number)
+            for question, count in zip(questions, images.per_question, strict=True)
+            for number in range(count)
+        ]
+        pixel_values = perturb_pixel_values(
+            images.pixel_values,
+            images.image_grid_thw,
+            views_from_names(list(perturbations)),
+            seeds=seeds,
+            image_processor=processor.image_processor,
+        )
+        return ImageBatch(pixel_values, images.image_grid_thw, images.per_question)
+
+    return view("positive", config.positive_views), view("negative", config.negative_views)
+
+
+def forward_views(
+    model: nn.Module, batch: Batch, rows: Tensor, config: CPPOConfig, processor: Any
+) -> tuple[Views, PackedBatch]:
+    """Hidden states of the completions `rows`; the perturbed views only where A > 0.
+
+    Completions with A <= 0 select no perception token when gating is on, so their perturbed views
+    are never run: the loss and its gradients are the same, the work is not.
+    """
+    packed = batch.pack(rows)
+    images, questions = _images_of(batch, rows)
+    anchor = _hidden(model, batch, packed, images, questions)
+    looking = rows[batch.advantages[rows] > 0] if config.loss.gating else rows
+    images, questions = _images_of(batch, looking)
+    if config.loss.cpl_coef == 0 or images is None or len(images.image_grid_thw) == 0:
+        return Views(anchor), packed
+    looking_packed = batch.pack(looking)
+    positive, negative = perturbed_images(batch, images, questions, config, processor)
+    return (
+        Views(
+            anchor,
+            _hidden(model, batch, looking_packed, positive, questions),
+            _hidden(model, batch, looking_packed, negative, questions),
+        ),
+        packed,
+    )
+
+
+def microbatch_loss(
+    model: nn.Module,
+    batch: Batch,
+    rows: Tensor,
+    num_items: NumItems,
+    config: CPPOConfig,
+    processor: Any,
+) -> LossOutput:
+    """The part of the loss that the completions `rows` contribute; parts sum to the whole."""
+    hidden, packed = forward_views(model, batch, rows, config, processor)
+    weight, bias = lm_head(model, batch.suppressed, hidden.anchor.dtype)
+    return linear_cppo_loss(
+        hidden,
+        weight,
+        packed.targets,
+        batch.advantages[rows],
+        bias=bias,
+        old_logps=packed.per_token.get("old_logps"),
+        ref_logps=packed.per_token.get("ref_logps"),
+        cu_seqlens=packed.row_cu_seqlens,
+        num_items=num_items,
+        config=config.loss,
+    )
+
+
+@torch.no_grad()
+def token_logps(model: nn.Module, batch: Batch, config: CPPOConfig) -> Tensor:
+    """Log-probabilities of the kept completions' response tokens: (B, L) fp32, zero elsewhere."""
+    logps = torch.zeros(batch.rollouts.input_ids.shape, device=batch.kept.device)
+    for rows in batch.microbatches(batch.kept, config.max_tokens_per_microbatch):
+        packed = batch.pack(rows)
+        images, questions = _images_of(batch, rows)
+        hidden = _hidden(model, batch, packed, images, questions)
+        weight, bias = lm_head(model, batch.suppressed, hidden.dtype)
+        stats = linear_token_stats(
+            hidden, weight, packed.targets, bias=bias, temperature=config.loss.temperature
+        )
+        logps += packed.unpack(stats.logps.float())
+    return logps

@@ -93,7 +93,7 @@ def _varlen_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers' `AttentionInterface`: (1, heads, S, d) each, split at cu_seqlens."""
+    """For transformers' `AttentionInterface`: (1, heads, S, d) each, split at cu_seqlens."""
     gqa = query.shape[1] != key.shape[1]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is not None and causal:
@@ -165,7 +165,8 @@ def check_supported(model: nn.Module) -> None:
     text_config = config.get_text_config()
     if not hasattr(base, "model") or base.get_output_embeddings() is None:
         raise ValueError(
-            f"cppo: model must be a causal language model with an LM head, got {type(base).__name__}"
+            "cppo: model must be a causal language model with an LM head, "
+            f"got {type(base).__name__}"
         )
     if has_vision(base) and not hasattr(base.model, "get_rope_index"):
         raise ValueError(

@@ -78,7 +78,7 @@ class QuestionStream:
 
 
 class CPPOTrainer:
-    """Finetunes a language or vision-language model with completion pruning and contrastive perception.
+    """Finetunes a (vision-)language model with completion pruning and contrastive perception.
 
     Papers: arXiv 2503.22342 (pruning), arXiv 2601.00501 (perception). A text model has no views and
     trains by pruned GRPO.

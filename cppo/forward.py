@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cppo.records import PackedBatch
 
 ATTENTION_NAME = "cppo_varlen"
+VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ def _varlen_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is not None and causal:
         lengths = [n for n in cu_seq_lens_q.diff().tolist() if n]
+        window = kwargs.get("sliding_window")
+        if window is not None and max(lengths) > window:
+            raise ValueError(
+                f"cppo: a sequence of {max(lengths)} tokens is longer than the model's sliding "
+                f"window of {window}, which the packed attention does not have"
+            )
         out = _padded_attention(query, key, value, lengths, scaling, gqa)
     else:
         out = F.scaled_dot_product_attention(
@@ -168,13 +175,25 @@ def check_supported(model: nn.Module) -> None:
             "cppo: model must be a causal language model with an LM head, "
             f"got {type(base).__name__}"
         )
-    if has_vision(base) and not hasattr(base.model, "get_rope_index"):
+    if has_vision(base) and config.model_type not in VISION_FAMILIES:
         raise ValueError(
             "cppo: vision-language model must be of the Qwen2-VL, Qwen2.5-VL or Qwen3-VL family, "
             f"got model_type {config.model_type!r}"
         )
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(text_config, name, None) not in (None, 1, 1.0):
+    layers = set(getattr(text_config, "layer_types", None) or ())
+    # Recurrent layers carry their state from one packed sequence into the next.
+    if not base._supports_attention_backend or layers - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            "cppo: model must have nothing but attention that can be packed, "
+            f"got {config.model_type!r}" + (f" with layers {sorted(layers)}" if layers else "")
+        )
+    for name in (
+        "final_logit_softcapping",
+        "attn_logit_softcapping",
+        "logit_scale",
+        "logits_scaling",
+    ):
+        if getattr(text_config, name, None) not in (None, 1):
             raise ValueError(
                 f"cppo: models with {name} are not supported yet, "
                 f"got {config.model_type!r} with {name} = {getattr(text_config, name)}"
@@ -279,7 +298,9 @@ def lm_head(
     else:
         weight, bias = head.weight, head.bias
     if len(suppressed):
-        offset = torch.zeros(weight.shape[0], device=weight.device)
+        offset = weight.new_zeros(weight.shape[0])
         offset[list(suppressed)] = -torch.inf
         bias = offset if bias is None else bias + offset
-    return weight if dtype is None else weight.to(dtype), bias
+    if dtype is not None:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return weight, bias

@@ -25,8 +25,8 @@ def seeded() -> None:
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fills every torch.empty with NaN, so that a result that is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
+    assert torch.empty(1).isnan()
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.set_deterministic_debug_mode(before)

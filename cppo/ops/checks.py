@@ -41,7 +41,7 @@ def check_tensor(op: str, name: str, value: Any, kind: str = "any") -> None:
         "integer": not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool,
     }[kind]
     if not fits:
-        raise TypeError(f"cppo.{op}: {name} must have a {kind} dtype, got {dtype}")
+        raise TypeError(f"cppo.{op}: {name} must be of {kind} dtype, got {dtype}")
 
 
 def check_ndim(op: str, name: str, tensor: Tensor, *symbols: str) -> None:

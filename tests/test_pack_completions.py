@@ -1,0 +1,186 @@
+"""pack_completions and PackedBatch on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cppo
+from cppo import backends
+from cppo.testing import evaluate, make_inputs
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+BACKENDS = backends.available("pack_completions")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", ["random", "one_row", "empty"])
+def test_every_backend_packs_alike(backend, case):
+    inputs = make_inputs("pack_completions", case)
+    ours = evaluate("pack_completions", inputs, backend)
+    expected = evaluate("pack_completions", inputs, "reference")
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.dtype == ours[name].dtype and torch.equal(value, ours[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_by_hand(backend):
+    # Left padding, right padding, both; the response is the second half of what is attended.
+    input_ids = torch.tensor([[0, 0, 11, 12], [21, 22, 23, 0], [0, 31, 32, 0]], dtype=torch.int32)
+    attention = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0]])
+    response = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 0]])
+    weights = torch.arange(12.0).view(3, 4).requires_grad_()
+    packed = cppo.pack_completions(
+        input_ids, attention, response, per_token={"weights": weights}, backend=backend
+    )
+    assert packed.input_ids.tolist() == [11, 12, 21, 22, 23, 31, 32]
+    assert packed.input_ids.dtype == torch.int32
+    assert packed.position_ids.tolist() == [0, 1, 0, 1, 2, 0, 1]
+    assert packed.cu_seqlens.tolist() == [0, 2, 5, 7] and packed.max_seqlen == 3
+    assert packed.rows.tolist() == [0, 2, 3, 5]
+    assert packed.targets.tolist() == [12, 22, 23, 32]
+    assert packed.row_cu_seqlens.tolist() == [0, 1, 3, 4]
+    assert packed.per_token["weights"].tolist() == [3, 5, 6, 10]
+    packed.per_token["weights"].sum().backward()
+    assert weights.grad.nonzero().tolist() == [[0, 3], [1, 1], [1, 2], [2, 2]]
+
+
+@st.composite
+def batches(draw):
+    """Any attention mask, with holes too; any marks; any kept rows in any order."""
+    num_completions, length = draw(st.integers(0, 5)), draw(st.integers(0, 7))
+    size = num_completions * length
+    bits = st.lists(st.booleans(), min_size=size, max_size=size)
+    shape = (num_completions, length)
+    attention = torch.tensor(draw(bits), dtype=torch.bool).view(shape)
+    marks = torch.tensor(draw(bits), dtype=torch.bool).view(shape)
+    marks &= ~(attention & (attention.cumsum(1) == 1))
+    kept = draw(st.permutations(range(num_completions)))
+    kept = kept[: draw(st.integers(0, num_completions))]
+    return attention, marks, torch.tensor(kept, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(batch=batches())
+def test_unpacking_what_was_packed_is_the_identity(backend, batch):
+    attention, marks, kept = batch
+    ids = torch.arange(1, attention.numel() + 1).view(attention.shape)
+    packed = cppo.pack_completions(
+        ids, attention, marks, kept, per_token={"ids": ids}, backend=backend
+    )
+    # What stays are the response tokens of the kept rows, and nothing else.
+    stays = torch.zeros_like(attention)
+    stays[kept] = (attention & marks)[kept]
+    assert torch.equal(packed.unpack(packed.targets), ids * stays)
+    assert torch.equal(packed.per_token["ids"], packed.targets)
+    # Every completion is its attended tokens, and every row is followed by its target.
+    bounds = packed.cu_seqlens.tolist()
+    for i, row in enumerate(kept.tolist()):
+        part = packed.input_ids[bounds[i] : bounds[i + 1]]
+        assert torch.equal(part, ids[row][attention[row]])
+        restarted = packed.position_ids[bounds[i] : bounds[i + 1]]
+        assert torch.equal(restarted, torch.arange(len(part)))
+    assert torch.equal(packed.input_ids[packed.rows + 1], packed.targets)
+    assert torch.equal(packed.input_ids, ids.flatten()[packed.token_index])
+    counts = packed.row_cu_seqlens.diff()
+    assert torch.equal(counts, (attention & marks)[kept].sum(1).int())
+    assert packed.max_seqlen == int(attention[kept].sum(1).max() if len(kept) else 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_permuting_kept_permutes_the_stream(backend):
+    inputs = make_inputs("pack_completions")
+    kept = torch.tensor([4, 0, 2])
+    packed = cppo.pack_completions(**{**inputs, "kept": kept}, backend=backend)
+    alone = [
+        cppo.pack_completions(**{**inputs, "kept": row[None]}, backend=backend) for row in kept
+    ]
+    assert torch.equal(packed.input_ids, torch.cat([one.input_ids for one in alone]))
+    assert torch.equal(packed.targets, torch.cat([one.targets for one in alone]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_masks_of_any_dtype_and_stride(backend, dtype):
+    inputs = make_inputs("pack_completions")
+    expected = evaluate("pack_completions", inputs, "reference")
+
+    def strided(x):
+        return torch.stack([x, x + 1], -1)[..., 0]
+
+    changed = {
+        "input_ids": strided(inputs["input_ids"]),
+        "attention_mask": inputs["attention_mask"].to(dtype).T.contiguous().T,
+        "completion_mask": inputs["completion_mask"].to(dtype).T.contiguous().T,
+    }
+    ours = evaluate("pack_completions", {**inputs, **changed}, backend)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_unpack_refuses_other_sizes_and_to_moves_everything():
+    packed = cppo.pack_completions(**make_inputs("pack_completions"))
+    with pytest.raises(ValueError, match=r"cppo.PackedBatch.unpack: values must be \(T,\)"):
+        packed.unpack(torch.zeros(len(packed.targets) + 1))
+    moved = packed.to("meta")
+    assert moved.rows.device.type == "meta" and moved.shape == packed.shape
+
+
+IDS, ON = torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.int64)
+LAST = torch.tensor([[0, 0, 1, 1]] * 2)
+
+
+def pack(ids=IDS, attention=ON, response=LAST, kept=None, **options):
+    return cppo.pack_completions(ids, attention, response, kept, **options)
+
+
+ERRORS = [
+    (lambda: pack(IDS.float()), TypeError, "input_ids must be of integer dtype"),
+    (lambda: pack(IDS.tolist()), TypeError, "input_ids must be a Tensor, got list"),
+    (lambda: pack(IDS[0]), ValueError, "input_ids must be (B, L), got (4,)"),
+    (
+        lambda: pack(attention=ON[:, 1:]),
+        ValueError,
+        "attention_mask must be (B, L) = (2, 4) like input_ids, got (2, 3)",
+    ),
+    (lambda: pack(response=LAST[0]), ValueError, "completion_mask must be (B, L) = (2, 4)"),
+    (
+        lambda: pack(per_token={"logps": ON[:1]}),
+        ValueError,
+        "per_token['logps'] must be (B, L) = (2, 4) like input_ids, got (1, 4)",
+    ),
+    (
+        lambda: pack(per_token={"hidden": torch.zeros(2, 4, 3)}),
+        ValueError,
+        "per_token['hidden'] must be (B, L) = (2, 4) like input_ids, got (2, 4, 3)",
+    ),
+    (lambda: pack(kept=torch.tensor([0, 2])), ValueError, "[0, B) = [0, 2), got 2 at index 1"),
+    (lambda: pack(kept=torch.tensor([-1])), ValueError, "got -1 at index 0"),
+    (lambda: pack(kept=torch.tensor([1, 1])), ValueError, "unique, got 1 more than once"),
+    (lambda: pack(kept=torch.tensor([0.0])), TypeError, "kept must be of integer dtype"),
+    (lambda: pack(kept=torch.tensor([0]).int()), ValueError, "kept must be (K,) int64"),
+    (lambda: pack(kept=torch.tensor([[0]])), ValueError, "kept must be (K,) int64, got (1, 1)"),
+    (lambda: pack(response=ON), ValueError, "first attended token of completion 0"),
+    (
+        lambda: pack(response=torch.tensor([[0, 0, 0, 1], [1, 0, 0, 1]])),
+        ValueError,
+        "first attended token of completion 1",
+    ),
+    (lambda: pack(attention=ON.to("meta")), ValueError, "attention_mask must be on cpu"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS, ids=[e[2] for e in ERRORS])
+def test_bad_input(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value).startswith("cppo.pack_completions: ")
+    assert message in str(caught.value)
+
+
+def test_a_first_token_response_of_a_dropped_completion_is_no_error():
+    response = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]])
+    assert pack(response=response, kept=torch.tensor([1])).targets.numel() == 1

@@ -96,14 +96,23 @@ def patches_from_images(images: Sequence[Tensor], layout: PatchLayout) -> Tensor
         images: (3, H, W) in [0, 1]; H and W multiples of patch_size * merge_size.
         layout: the processor's layout.
     Returns: (n_patches, 3 * temporal_patch_size * patch_size^2) in the dtype of the images.
-    Raises: ValueError for no images.
+    Raises: ValueError for no images and for a size that is not a multiple.
     """
     if not images:
-        raise ValueError("cppo.perturb_pixel_values: expected at least one image, got none")
+        raise ValueError("cppo.patches_from_images: expected at least one image, got none")
     merge, patch, copies = layout.merge_size, layout.patch_size, layout.temporal_patch_size
     mean, std = (images[0].new_tensor(v)[:, None, None] for v in (layout.mean, layout.std))
     result = []
-    for image in images:
+    for index, image in enumerate(images):
+        if (
+            image.dim() != 3
+            or image.shape[0] != 3
+            or any(n % (patch * merge) for n in image.shape[1:])
+        ):
+            raise ValueError(
+                f"cppo.patches_from_images: image {index} must be (3, H, W) in multiples of "
+                f"{patch * merge}, got {tuple(image.shape)}"
+            )
         rows, columns = image.shape[1] // patch // merge, image.shape[2] // patch // merge
         blocks = (image * layout.scale - mean) / std
         blocks = blocks.reshape(3, rows, merge, patch, columns, merge, patch)

@@ -266,11 +266,12 @@ class NoisePatches(BasePerturbation):
     def _apply(self, image: Tensor, generator: torch.Generator) -> Tensor:
         _, height, width = image.shape
         covered = np.zeros((height, width), dtype=bool)
-        for _ in range(self.count):
-            patch_width = max(1, int(_uniform(generator, *self.scale) * width))
-            patch_height = max(1, int(_uniform(generator, *self.scale) * height))
-            left = draw_integer(generator, 0, width - patch_width)
-            top = draw_integer(generator, 0, height - patch_height)
+        low, high = self.scale
+        draws = torch.rand(self.count, 4, generator=generator, dtype=torch.float64).tolist()
+        for across, down, x, y in draws:
+            patch_width = max(1, int((low + (high - low) * across) * width))
+            patch_height = max(1, int((low + (high - low) * down) * height))
+            left, top = int(x * (width - patch_width + 1)), int(y * (height - patch_height + 1))
             covered[top : top + patch_height, left : left + patch_width] = True
         noise = torch.rand(image.shape, generator=generator).to(image)
         return torch.where(torch.from_numpy(covered).to(image.device), noise, image)

@@ -557,3 +557,16 @@ def test_bad_patches(patches, grid, options, message):
     call = {"seeds": [0], "image_processor": FakeProcessor(), **options}
     with pytest.raises((TypeError, ValueError), match=f"cppo.perturb_pixel_values: .*{message}"):
         perturb_pixel_values(patches, grid, REMOVING, **call)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "at least one image"),
+        ([torch.zeros(3, 8, 12)], r"image 0 must be .3, H, W. in multiples of 8, got .3, 8, 12."),
+        ([torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)], "image 1 must be"),
+    ],
+)
+def test_bad_images_to_patches(images, message):
+    with pytest.raises(ValueError, match=f"cppo.patches_from_images: .*{message}"):
+        patches_from_images(images, PatchLayout.of(FakeProcessor()))

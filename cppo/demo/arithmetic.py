@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cppo.demo.digits import SPLITS, boxed_accuracy, check_split
+from cppo.demo.digits import SPLITS, check_split
+from cppo.rewards import boxed
 
 QUESTION = "How many are left?"
 _NAMES = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia")
@@ -68,8 +69,8 @@ class ArithmeticProblems:
 def arithmetic_accuracy(
     completions: Sequence[Any], *, answer: Sequence[str], **columns: Any
 ) -> list[float]:
-    """Reward 1 for the right number in the box, else 0: `boxed_accuracy` under the task's name."""
-    return boxed_accuracy(completions, answer=answer, **columns)
+    """Reward 1 for the right number in the last box, else 0: `cppo.rewards.boxed` on this task."""
+    return boxed(completions, answer=answer)
 
 
 def _problem(rng: np.random.Generator, num_steps: int) -> tuple[str, list[str], int]:
@@ -77,16 +78,16 @@ def _problem(rng: np.random.Generator, num_steps: int) -> tuple[str, list[str], 
     name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
     steps = []
     if rng.random() < 0.4:
-        boxes, each = (int(n) for n in rng.integers(2, 10, size=2))
+        boxes, each = (int(n) for n in rng.integers(2, 7, size=2))
         total = boxes * each
         steps.append(f"{boxes}*{each}={total}")
         start = f"{name} packs {boxes} boxes of {each} {thing}"
     else:
-        total = int(rng.integers(5, 31))
+        total = int(rng.integers(5, 21))
         start = f"{name} has {total} {thing}"
     actions = []
     while len(steps) < num_steps:
-        sign, amount = str(rng.choice(("+", "-"))), int(rng.integers(2, 13))
+        sign, amount = str(rng.choice(("+", "-"))), int(rng.integers(2, 10))
         result = total + amount if sign == "+" else total - amount
         steps.append(f"{total}{sign}{amount}={result}")
         actions.append(f"{rng.choice(_VERBS[sign])} {amount}")

@@ -6,7 +6,6 @@ handwritten digits). 500 of them are held out: no held-out handwriting is ever i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cppo.rewards import boxed
+
 QUESTION = "What is the sum of the digits?"
 SPLITS = ("train", "heldout")
 SLOT = 24  # pixels: one digit per slot, one image token per slot
 _NUM_HELDOUT = 500
-_BOXED = re.compile(r"\\boxed\{\s*(-?\d+)\s*\}")
 
 
 class DigitSums:
@@ -139,26 +139,11 @@ def direct_answer(digits: Sequence[int]) -> str:
     return f"\\boxed{{{sum(digits)}}}"
 
 
-def boxed_accuracy(
-    completions: Sequence[Any], *, answer: Sequence[str], **columns: Any
-) -> list[float]:
-    r"""Reward 1 for each completion whose last `\boxed{...}` holds the right integer, else 0.
-
-    Args:
-        completions: texts, or messages [{"role": ..., "content": text}] as TRL passes them.
-        answer: the right integers as text, one per completion.
-        columns: the other columns of the rows, not used.
-    """
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    found = [_BOXED.findall(text) for text in texts]
-    return [float(bool(f) and int(f[-1]) == int(a)) for f, a in zip(found, answer, strict=True)]
-
-
 def digit_sum_accuracy(
     completions: Sequence[Any], *, answer: Sequence[str], **columns: Any
 ) -> list[float]:
-    """Reward 1 for the right sum in the box, else 0: `boxed_accuracy` under the task's name."""
-    return boxed_accuracy(completions, answer=answer, **columns)
+    """Reward 1 for the right sum in the last box, else 0: `cppo.rewards.boxed` on this task."""
+    return boxed(completions, answer=answer)
 
 
 def check_split(owner: str, split: str, size: int) -> None:

@@ -22,9 +22,10 @@ import torch
 from transformers import PreTrainedModel
 
 from cppo.demo.arithmetic import ArithmeticProblems
-from cppo.demo.digits import DigitSums, boxed_accuracy
+from cppo.demo.digits import DigitSums
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
 from cppo.models import is_vision_language, special_token_ids_to_suppress
+from cppo.rewards import boxed
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 MAX_NEW_TOKENS = 40
@@ -68,7 +69,7 @@ TASKS = {
         rows=lambda split, size, seed, parts: ArithmeticProblems(
             split, size, seed=seed, num_steps=parts
         ),
-        phases=(Phase(80, (1, 1), 0.0), Phase(150, (1, 2), 0.0), Phase(90, (2, 2), 0.6)),
+        phases=(Phase(100, (1, 1), 0.0), Phase(200, (1, 2), 0.0), Phase(80, (2, 2), 0.6)),
     ),
 }
 
@@ -206,7 +207,7 @@ def generated_accuracy(
             new_tokens = output[:, batch["input_ids"].shape[1] :]
             completions += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
             answers += [row["answer"] for row in chosen]
-    rewards = boxed_accuracy(completions, answer=answers)
+    rewards = boxed(completions, answer=answers)
     return sum(rewards) / max(1, len(rewards)), completions
 
 

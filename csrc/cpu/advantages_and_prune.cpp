@@ -57,7 +57,7 @@ void advantages_into(const double* rewards, float* out, int64_t total, int64_t g
 
 // Larger score first; a NaN counts as the largest, as in torch.sort, so that the order is total.
 struct Better {
-  const float* score;
+  const double* score;
   bool operator()(int64_t a, int64_t b) const {
     const bool nan_a = std::isnan(score[a]), nan_b = std::isnan(score[b]);
     if (nan_a != nan_b) return nan_a;
@@ -74,26 +74,28 @@ struct PruneArgs {
   std::optional<Tensor> noise;
 };
 
-std::vector<float> scores(const float* advantages, int64_t total, const PruneArgs& args) {
-  std::vector<float> score(total);
+template <class T>
+std::vector<double> scores(const T* advantages, int64_t total, const PruneArgs& args) {
+  std::vector<double> score(total);
   if (args.prune == Prune::kRandom) {
     CPPO_CHECK(args.noise.has_value(), args.op, "noise (B,) is needed for prune = 'random'");
     check_cpu(args.op, "noise", *args.noise);
     CPPO_CHECK(args.noise->dim() == 1 && args.noise->size(0) == total, args.op,
                "noise must be (B,) = (", total, ",), got ", shape_of(*args.noise));
     const Tensor noise =
-        torch::stable::contiguous(torch::stable::to(*args.noise, ScalarType::Float));
-    std::copy_n(static_cast<const float*>(noise.const_data_ptr()), total, score.begin());
+        torch::stable::contiguous(torch::stable::to(*args.noise, ScalarType::Double));
+    std::copy_n(static_cast<const double*>(noise.const_data_ptr()), total, score.begin());
     return score;
   }
-  const float sign = args.prune == Prune::kSmallest ? 1.0f : -1.0f;
-  for (int64_t i = 0; i < total; ++i) score[i] = sign * std::fabs(advantages[i]);
+  const double sign = args.prune == Prune::kSmallest ? 1.0 : -1.0;
+  for (int64_t i = 0; i < total; ++i) score[i] = sign * std::fabs(static_cast<double>(advantages[i]));
   return score;
 }
 
-Tensor prune(const Tensor& like, const float* advantages, int64_t total, const PruneArgs& args) {
+template <class T>
+Tensor prune(const Tensor& like, const T* advantages, int64_t total, const PruneArgs& args) {
   check_prune(args.op, total, args.unit_size, args.keep);
-  const std::vector<float> score = scores(advantages, total, args);
+  const std::vector<double> score = scores(advantages, total, args);
   std::vector<int64_t> kept, unit(args.unit_size);
   kept.reserve(total / args.unit_size * args.keep);
   for (int64_t first = 0; first < total; first += args.unit_size) {
@@ -102,7 +104,7 @@ Tensor prune(const Tensor& like, const float* advantages, int64_t total, const P
                      Better{score.data()});
     std::sort(unit.begin(), unit.begin() + args.keep);
     std::copy_if(unit.begin(), unit.begin() + args.keep, std::back_inserter(kept),
-                 [&](int64_t i) { return !args.drop_zero || advantages[i] != 0.0f; });
+                 [&](int64_t i) { return !args.drop_zero || advantages[i] != 0; });
   }
   Tensor out = torch::stable::new_empty(like, {static_cast<int64_t>(kept.size())},
                                         ScalarType::Long);
@@ -132,8 +134,8 @@ Tensor prune_completions(Tensor advantages, int64_t unit_size, int64_t keep, std
                          bool drop_zero, std::optional<Tensor> noise) {
   const char* op = "prune_completions";
   check_dim(op, "advantages", advantages, 1);
-  const Tensor exact = torch::stable::contiguous(torch::stable::to(advantages, ScalarType::Float));
-  return prune(advantages, static_cast<const float*>(exact.const_data_ptr()), advantages.size(0),
+  const Tensor exact = torch::stable::contiguous(torch::stable::to(advantages, ScalarType::Double));
+  return prune(advantages, static_cast<const double*>(exact.const_data_ptr()), advantages.size(0),
                {op, unit_size, keep, parse_prune(op, prune_side), drop_zero, noise});
 }
 

@@ -29,8 +29,9 @@ constexpr int kMaxThreads = 1024;
 
 struct Args {
   const double* rewards;  // (B,), or null where the advantages are given
-  const float* noise;     // (B,), with Prune::kRandom only
-  float* advantages;      // (B,)
+  const double* given;    // (B,) those advantages, or null
+  const double* noise;    // (B,), with Prune::kRandom only
+  float* advantages;      // (B,), written where the rewards are given
   int32_t* rank;          // (B,) scratch
   int64_t* kept;          // (B / unit_size * keep,), or null where nothing is pruned
   int64_t total, group_size, unit_size, keep;
@@ -74,14 +75,14 @@ __device__ float advantage_of(const Args& args, int64_t i, double batch_std) {
   return static_cast<float>(centred / divisor);
 }
 
-__device__ float score_of(const Args& args, int64_t i) {
+__device__ double score_of(const Args& args, int64_t i) {
   if (args.prune == Prune::kRandom) return args.noise[i];
-  const float size = fabsf(args.advantages[i]);
+  const double size = fabs(args.given != nullptr ? args.given[i] : args.advantages[i]);
   return args.prune == Prune::kSmallest ? size : -size;
 }
 
 // Whether completion j stays before completion i: larger score, NaN largest, then lower index.
-__device__ bool is_before(float score_j, int64_t j, float score_i, int64_t i) {
+__device__ bool is_before(double score_j, int64_t j, double score_i, int64_t i) {
   const bool nan_i = isnan(score_i), nan_j = isnan(score_j);
   if (nan_i != nan_j) return nan_j;
   if (nan_i || score_i == score_j) return j < i;
@@ -105,7 +106,7 @@ __global__ void advantages_and_prune_kernel(Args args) {
   }
   if (args.kept == nullptr) return;
   for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) {
-    const float score = score_of(args, i);
+    const double score = score_of(args, i);
     int32_t rank = 0;
     for (int64_t j = first; j < end; ++j) rank += is_before(score_of(args, j), j, score, i);
     args.rank[i] = rank;
@@ -159,8 +160,8 @@ Tensor prune_and_launch(const char* op, const Tensor& like, Args args, const Pru
     CPPO_CHECK(pruning.noise->is_cuda(), op, "noise must be on the device of the rewards");
     CPPO_CHECK(pruning.noise->dim() == 1 && pruning.noise->size(0) == args.total, op,
                "noise must be (B,) = (", args.total, ",), got ", shape_of(*pruning.noise));
-    noise = dense(*pruning.noise, ScalarType::Float);
-    args.noise = static_cast<const float*>(noise->const_data_ptr());
+    noise = dense(*pruning.noise, ScalarType::Double);
+    args.noise = static_cast<const double*>(noise->const_data_ptr());
   }
   const Tensor rank = empty(like, args.total, ScalarType::Int);
   const Tensor kept = empty(like, args.total / pruning.unit_size * pruning.keep, ScalarType::Long);
@@ -202,9 +203,9 @@ Tensor prune_completions(Tensor advantages, int64_t unit_size, int64_t keep, std
                          bool drop_zero, std::optional<Tensor> noise) {
   const char* op = "prune_completions";
   check_dim(op, "advantages", advantages, 1);
-  const Tensor exact = dense(advantages, ScalarType::Float);
+  const Tensor exact = dense(advantages, ScalarType::Double);
   Args args = {};
-  args.advantages = static_cast<float*>(exact.mutable_data_ptr());
+  args.given = static_cast<const double*>(exact.const_data_ptr());
   args.total = advantages.size(0);
   return prune_and_launch(op, advantages, args, {unit_size, keep, parse_prune(op, prune), noise},
                           drop_zero);

@@ -1,0 +1,290 @@
+"""The one place that chooses, and the compiled ops against the specification."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cppo import _ext, backends, reference
+
+needs_cpp = pytest.mark.skipif(bool(_ext.missing["cpp"]), reason=_ext.missing["cpp"])
+needs_host = pytest.mark.skipif(bool(_ext.missing["host"]), reason=_ext.missing["host"])
+needs_cuda = pytest.mark.skipif(
+    bool(_ext.missing["cuda"]) or not torch.cuda.is_available(),
+    reason=_ext.missing["cuda"] or "no CUDA device",
+)
+
+SCALES, SCOPES, SIDES = ("group", "batch", "none"), ("group", "batch"), ("smallest", "largest")
+
+
+@pytest.fixture(autouse=True)
+def no_forced_backend(monkeypatch):
+    monkeypatch.delenv("CPPO_BACKEND", raising=False)
+
+
+# Choosing
+
+
+def test_every_op_has_a_reference_of_its_name():
+    for op, names in backends.BACKENDS.items():
+        assert names[-1] == "reference" and set(names) <= set(backends.NAMES)
+        assert callable(getattr(reference, op))
+        if "cpp" in names:
+            assert callable(getattr(_ext, op))
+
+
+@needs_cpp
+def test_auto_takes_the_fastest_that_runs_here():
+    rewards = torch.zeros(4)
+    assert backends.available("advantages_and_prune", rewards.device) == ["cpp", "reference"]
+    assert backends.pick("advantages_and_prune", rewards, "auto") is _ext
+    assert backends.pick("token_stats", rewards, "auto") is reference
+    assert backends.pick("advantages_and_prune", rewards, "reference") is reference
+
+
+def test_auto_falls_back_to_the_reference_without_the_extension(monkeypatch):
+    monkeypatch.setattr(_ext, "missing", dict.fromkeys(_ext.missing, "not built"))
+    for op in backends.BACKENDS:
+        assert backends.pick(op, torch.zeros(2), "auto") is reference
+        assert backends.pick(op, None, "auto") is reference
+
+
+def test_an_explicit_choice_that_cannot_run_names_op_backend_and_reason(monkeypatch):
+    monkeypatch.setattr(
+        _ext, "missing", {"cpp": "no C++ compiler was found", "cuda": "", "host": ""}
+    )
+    message = "cppo.pack_completions: backend 'cpp' cannot run here: no C++ compiler was found"
+    with pytest.raises(RuntimeError) as caught:
+        backends.pick("pack_completions", torch.zeros(2), "cpp")
+    assert str(caught.value) == message
+    with pytest.raises(RuntimeError, match="'cuda' cannot run here: tensors are on cpu"):
+        backends.pick("advantages_and_prune", torch.zeros(2), "cuda")
+    with pytest.raises(RuntimeError, match="'cpp' cannot run here: tensors are on meta"):
+        backends.pick("advantages_and_prune", torch.zeros(2, device="meta"), "cpp")
+    with pytest.raises(RuntimeError, match="'cuda' cannot run here: it has no implementation"):
+        backends.pick("pack_completions", torch.zeros(2), "cuda")
+
+
+def test_an_unknown_backend_lists_the_known_ones():
+    with pytest.raises(ValueError, match="cppo.token_stats: backend must be 'auto' or one of cuda"):
+        backends.pick("token_stats", torch.zeros(2), "numba")
+
+
+@needs_cpp
+def test_the_environment_variable_replaces_auto_only(monkeypatch):
+    monkeypatch.setenv("CPPO_BACKEND", "reference")
+    assert backends.pick("advantages_and_prune", torch.zeros(2), "auto") is reference
+    assert backends.pick("advantages_and_prune", torch.zeros(2), "cpp") is _ext
+    monkeypatch.setenv("CPPO_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match=r"'cuda' \(from CPPO_BACKEND\) cannot run here"):
+        backends.pick("advantages_and_prune", torch.zeros(2), "auto")
+    monkeypatch.setenv("CPPO_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match=r"backend \(from CPPO_BACKEND\) must be .* 'nonsense'"):
+        backends.pick("balance_ranks", None, "auto")
+
+
+@needs_host
+def test_planners_ignore_a_forced_backend_that_they_lack(monkeypatch):
+    monkeypatch.setenv("CPPO_BACKEND", "cuda")
+    assert backends.pick("plan_microbatches", None, "auto") is _ext
+
+
+def test_support_matrix_gives_a_reason_for_everything_that_does_not_run():
+    for op, row in backends.support_matrix().items():
+        assert [name for name in backends.BACKENDS[op] if not row[name]] == backends.available(op)
+        assert row["reference"] == "" and set(row) == set(backends.NAMES)
+
+
+@needs_cpp
+def test_pick_can_be_traced():
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(rewards):
+        implementation = backends.pick("advantages_and_prune", rewards, "auto")
+        advantages, kept = implementation.advantages_and_prune(rewards, 4, 0.5)
+        return advantages * 2, kept
+
+    rewards = torch.tensor([0.0, 1.0, 3.0, 0.5])
+    advantages, kept = step(rewards)
+    expected, expected_kept = reference.advantages_and_prune(rewards, 4, 0.5)
+    torch.testing.assert_close(advantages, expected * 2)
+    assert torch.equal(kept, expected_kept)
+
+
+# The compiled ops
+
+
+def rewards_of(num_questions, group_size, seed, dtype=torch.float64):
+    """Half of the seeds give rewards with many ties, the others none."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (num_questions * group_size,)
+    if seed % 2:
+        return (torch.randint(0, 4, size, generator=generator).double() / 3).to(dtype)
+    return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def check_advantages_and_prune(device, dtype, seed):
+    group_size, num_questions = 1 + seed % 9, (seed * 7) % 6
+    rewards = rewards_of(num_questions, group_size, seed, dtype).to(device)
+    noise = torch.rand(rewards.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    rate = (seed % 13) / 13
+    for scale in SCALES:
+        ours = _ext.group_advantages(rewards, group_size, scale, 1e-4)
+        spec = reference.group_advantages(rewards, group_size, scale, 1e-4)
+        torch.testing.assert_close(ours, spec, rtol=2e-7, atol=1e-12)
+        assert torch.equal(ours == 0, spec == 0)
+        for scope in SCOPES:
+            for prune in (*SIDES, "random"):
+                for drop_zero in (False, True):
+                    options = (scope, prune, drop_zero, noise)
+                    advantages, kept = _ext.advantages_and_prune(
+                        rewards, group_size, rate, scale, 1e-4, *options
+                    )
+                    expected = reference.prune_completions(spec, group_size, rate, *options)
+                    again = _ext.prune_completions(spec, group_size, rate, *options)
+                    assert torch.equal(advantages, ours)
+                    assert torch.equal(kept, expected) and torch.equal(again, expected)
+                    assert kept.dtype == torch.int64
+
+
+@needs_cpp
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.filterwarnings("ignore:std")
+def test_advantages_and_prune_cpp_equals_reference(seed):
+    check_advantages_and_prune(
+        "cpu", (torch.float64, torch.float32, torch.bfloat16)[seed % 3], seed
+    )
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("seed", range(20))
+def test_advantages_and_prune_cuda_equals_reference(seed):
+    check_advantages_and_prune("cuda", torch.float32, seed)
+
+
+@needs_cpp
+def test_rounding_of_the_mean_makes_no_advantage():
+    # 0.1 summed three times is not 0.3; (0, 1/3, 2/3) has its middle at its mean.
+    equal = torch.full((3,), 0.1, dtype=torch.float64)
+    middle = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64) / 3
+    for implementation in (reference, _ext):
+        assert implementation.group_advantages(equal, 3).tolist() == [0.0, 0.0, 0.0]
+        assert implementation.group_advantages(middle, 3)[1] == 0.0
+        kept = implementation.advantages_and_prune(middle, 3, 0.0, drop_zero=True)[1]
+        assert kept.tolist() == [0, 2]
+
+
+@needs_cpp
+def test_nan_advantages_rank_first_and_do_not_crash():
+    advantages = torch.tensor([0.5, float("nan"), 2.0, float("nan")])
+    assert _ext.prune_completions(advantages, 4, 0.5).tolist() == [1, 3]
+    assert reference.prune_completions(advantages, 4, 0.5).tolist() == [1, 3]
+
+
+@needs_cpp
+def test_float64_advantages_are_ranked_as_float64():
+    advantages = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
+    assert _ext.prune_completions(advantages, 2, 0.5).tolist() == [1]
+
+
+@needs_cpp
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.int32, torch.float32])
+def test_pack_completions_cpp_equals_reference(seed, mask_dtype):
+    generator = torch.Generator().manual_seed(seed)
+    num_completions, length = 1 + seed % 5, seed % 12
+    size = (num_completions, length)
+    id_dtype = torch.int32 if seed % 4 == 1 else torch.int64
+    input_ids = torch.randint(-3, 50, size, generator=generator).to(id_dtype)
+    attention, response = (
+        torch.randint(0, 2, size, generator=generator).to(mask_dtype) for _ in range(2)
+    )
+    if seed % 3 == 0:  # transposed storage: strides are not those of a contiguous tensor
+        input_ids, attention = input_ids.T.contiguous().T, attention.T.contiguous().T
+    order = torch.randperm(num_completions, generator=generator)
+    kept = order[: seed % (num_completions + 1)]
+    ours = _ext.pack_completions(input_ids, attention, response, kept)
+    spec = reference.pack_completions(input_ids, attention.bool(), response.bool(), kept)
+    for one, other in zip(ours, spec, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@needs_cpp
+def test_compiled_checks_name_op_argument_expected_and_got():
+    ids, mask = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)
+    cases = [
+        ("pack_completions", (ids, mask[:, :2], mask, torch.tensor([0])),
+         "attention_mask must have the shape (2, 3) of input_ids, got (2, 2)"),
+        ("pack_completions", (ids, mask, mask, torch.tensor([0, 2])),
+         "kept must be in [0, B = 2), got 2 at 1"),
+        ("pack_completions", (ids.float(), mask, mask, torch.tensor([0])),
+         "input_ids must be int32 or int64"),
+        ("group_advantages", (torch.zeros(5), 4, "group", 1e-4),
+         "group_size must divide B = 5, got 4"),
+        ("group_advantages", (torch.zeros(4), 4, "median", 1e-4),
+         "scale must be 'group', 'batch' or 'none', got 'median'"),
+        ("prune_completions", (torch.zeros(4), 4, 2, "random", False, None),
+         "noise (B,) is needed for prune = 'random'"),
+        ("prune_completions", (torch.zeros(4), 4, 5, "smallest", False, None),
+         "keep must be in [1, unit_size = 4], got 5"),
+    ]  # fmt: skip
+    for op, arguments, message in cases:
+        with pytest.raises(RuntimeError) as caught:
+            getattr(torch.ops.cppo, op)(*arguments)
+        assert str(caught.value).splitlines()[0] == f"cppo.{op}: {message}"
+
+
+@needs_cpp
+def test_opcheck():
+    ops = torch.ops.cppo
+    rewards, noise = torch.arange(8.0), torch.rand(8)
+    ids, mask = torch.arange(12).view(3, 4), torch.ones(3, 4, dtype=torch.bool)
+    samples = [
+        (ops.group_advantages, (rewards, 4, "group", 1e-4)),
+        (ops.prune_completions, (rewards, 4, 2, "smallest", False, None)),
+        (ops.prune_completions, (rewards, 4, 2, "random", True, noise)),
+        (ops.advantages_and_prune, (rewards, 4, 8, 3, "batch", 1e-4, "largest", False, None)),
+        (ops.advantages_and_prune, (rewards, 4, 4, 3, "none", 1e-4, "smallest", True, None)),
+        (ops.pack_completions, (ids, mask, mask, torch.tensor([0, 2]))),
+    ]
+    for op, arguments in samples:
+        outcome = torch.library.opcheck(op.default, arguments)
+        assert set(outcome.values()) == {"SUCCESS"}, (op, outcome)
+
+
+# Planners
+
+lengths = st.lists(st.integers(0, 40), max_size=60)
+
+
+@needs_host
+@given(lengths, st.integers(40, 120))
+@settings(max_examples=100, deadline=None)
+def test_plan_microbatches_cpp_equals_reference(lengths, max_tokens):
+    bins = _ext.plan_microbatches(lengths, max_tokens)
+    assert bins == reference.plan_microbatches(lengths, max_tokens)
+    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in members) <= max_tokens for members in bins)
+
+
+@needs_host
+@given(lengths, st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_balance_ranks_cpp_equals_reference(lengths, world_size):
+    ranks = _ext.balance_ranks(lengths, world_size)
+    assert ranks == reference.balance_ranks(lengths, world_size)
+    assert sorted(i for members in ranks for i in members) == list(range(len(lengths)))
+    counts = [len(members) for members in ranks]
+    assert len(ranks) == world_size and max(counts) - min(counts) <= 1
+
+
+@needs_host
+def test_planner_errors_name_index_and_length():
+    with pytest.raises(ValueError, match="index 1 has 9 tokens, more than max_tokens = 8"):
+        _ext.plan_microbatches([8, 9], 8)
+    with pytest.raises(ValueError, match="must not be negative, got -2 at index 0"):
+        _ext.balance_ranks([-2], 2)
+    with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
+        _ext.balance_ranks([2], 0)

@@ -155,7 +155,7 @@ def set_attention(model: nn.Module, attention: str) -> None:
         base.set_attn_implementation(name)
 
 
-def unwrap(model: nn.Module) -> Any:
+def unwrap(model: Any) -> Any:
     """The transformers model inside a peft wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -233,7 +233,8 @@ class RewardError(RuntimeError):
 
 def reward_name(function: RewardFunction) -> str:
     """The name under which a reward function appears in metrics and errors."""
-    return getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__)
+    name = getattr(function, "name", None) or getattr(function, "__name__", None)
+    return str(name or type(function).__name__)
 
 
 def score(

@@ -101,7 +101,7 @@ class CPPOTrainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         reward_functions: RewardFunction | Sequence[RewardFunction],
         train_dataset: Dataset,
         *,
@@ -135,7 +135,7 @@ class CPPOTrainer:
             if (config.loss.kl_coef > 0 and config.lora is None)
             else None
         )
-        self.model = _prepare(model, config, self.accelerator.device)
+        self.model: Any = _prepare(model, config, self.accelerator.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -314,10 +314,10 @@ class CPPOTrainer:
     def _optimizer_step(self) -> float:
         """Sums the gradients over the processes, clips, steps; returns the norm before clipping."""
         if self.world_size > 1:
+            gradients = []
             for p in self.parameters:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-            gradients = [p.grad for p in self.parameters]
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                gradients.append(p.grad)
             flat = _flatten_dense_tensors(gradients)
             dist.all_reduce(flat)
             for own, summed in zip(
@@ -543,7 +543,7 @@ def _frozen_copy(model: nn.Module, config: CPPOConfig) -> nn.Module:
     return reference
 
 
-def _prepare(model: nn.Module, config: CPPOConfig, device: torch.device) -> nn.Module:
+def _prepare(model: Any, config: CPPOConfig, device: torch.device) -> Any:
     """Attention, frozen parts, adapters and checkpointing, as the config asks."""
     model = model.to(device)
     forward.set_attention(model, forward.choose_attention(config.attention, device))
@@ -581,7 +581,7 @@ def _schedule(optimizer: torch.optim.Optimizer, config: CPPOConfig) -> Any:
         raise ValueError(f"CPPOConfig.lr_scheduler: {error}") from error
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _load_weights(model: Any, path: Path) -> None:
     if hasattr(model, "get_base_model"):
         from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -589,7 +589,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         return
     dtype = next(model.parameters()).dtype
     with _quiet():
-        loaded = type(model).from_pretrained(path, dtype=dtype)  # type: ignore[attr-defined]
+        loaded = type(model).from_pretrained(path, dtype=dtype)
     model.load_state_dict(loaded.state_dict())
 
 

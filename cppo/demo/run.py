@@ -266,6 +266,7 @@ def _entropies(
     return [
         (name, linear_token_stats(hidden, weight, packed.targets, bias=bias).entropy)
         for name, hidden in zip(views._fields, views, strict=True)
+        if hidden is not None
     ]
 
 

@@ -29,7 +29,6 @@ from cppo.trainer import CPPOTrainer
 from cppo.views import perturb, views_from_names
 
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
-_HELD_OUT = 300
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ def demo_config(
     steps: int = 60,
     seed: int = 0,
     output_dir: str = "runs/demo",
+    eval_every: int = 20,
     questions: int = 16,
     group_size: int = 16,
 ) -> CPPOConfig:
@@ -76,13 +76,15 @@ def demo_config(
         learning_rate=1e-4,
         betas=(0.9, 0.95),
         warmup_steps=5,
-        eval_every=20,
+        eval_every=eval_every,
         log_every=5,
         loss=LossConfig(cpl_coef=cpl_coef, cpl_reduction="sequence"),
     )
 
 
-def build_trainer(task: str, config: CPPOConfig, *, from_scratch: bool = False) -> CPPOTrainer:
+def build_trainer(
+    task: str, config: CPPOConfig, *, held_out: int = 300, from_scratch: bool = False
+) -> CPPOTrainer:
     """The demo's trainer, starting from the shipped warm-up checkpoint or from random weights."""
     if from_scratch:
         model, processor = warm_up(task, config.seed, report=print)
@@ -96,7 +98,7 @@ def build_trainer(task: str, config: CPPOConfig, *, from_scratch: bool = False) 
         rows("train", 100_000, seed=config.seed),
         config=config,
         processor=processor,
-        eval_dataset=rows("heldout", _HELD_OUT),
+        eval_dataset=rows("heldout", held_out),
     )
 
 
@@ -106,8 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = demo_config(
         arguments.task,
         prune_rate=arguments.prune_rate,
-        cpl_coef=0.0 if arguments.no_cpl else 0.01,
+        cpl_coef=0.0 if arguments.no_cpl else arguments.cpl_coef,
         steps=arguments.steps,
+        eval_every=arguments.eval_every,
         seed=arguments.seed,
         output_dir=arguments.output,
     )
@@ -116,7 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     task = TASKS[arguments.task]
-    trainer = build_trainer(arguments.task, config, from_scratch=arguments.from_scratch)
+    trainer = build_trainer(
+        arguments.task,
+        config,
+        held_out=arguments.held_out,
+        from_scratch=arguments.from_scratch,
+    )
     _introduce(trainer, task)
     started = time.perf_counter()
     trainer.train()
@@ -146,7 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", choices=sorted(TASKS), default="digits")
     parser.add_argument("--prune-rate", type=float, default=0.75, help="0 keeps all (plain GRPO)")
     parser.add_argument("--no-cpl", action="store_true", help="no contrastive perception")
+    parser.add_argument("--cpl-coef", type=float, default=0.01, help="its weight in the loss")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--held-out", type=int, default=300, help="questions of an evaluation")
+    parser.add_argument("--eval-every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--from-scratch", action="store_true", help="make the warm-up checkpoint anew (minutes)"

@@ -1,0 +1,217 @@
+"""The command line: `cppo train`, `cppo eval`, `cppo info`, `cppo demo`.
+
+A mistake in a configuration or in data is one line on stderr and exit status 2; CPPO_DEBUG=1 shows
+where it was raised. transformers is imported only once there is something to run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cppo import run_config
+from cppo.config_file import ConfigError
+
+if TYPE_CHECKING:
+    from cppo.run_config import RunConfig
+
+_CONFIG_NAME = "config.yaml"
+_FORWARDED = {
+    "info": "which backend of each op runs here, and why another does not",
+    "demo": "train a tiny vision-language model on handwritten digits, with a report",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C.
+
+    Args:
+        argv: the arguments without the program's name. None: those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else ""
+    if command == "info":
+        from cppo import info
+
+        return info.main(arguments[1:]) or 0
+    if command == "demo":
+        from cppo.demo import run
+
+        return run.main(arguments[1:]) or 0
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    # argparse takes positionals in one stretch only: overrides may also stand behind an option
+    options.overrides += [word for word in rest if not word.startswith("-")]
+    if unknown := [word for word in rest if word.startswith("-")]:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        return options.run(options)
+    except ConfigError as error:
+        if os.environ.get("CPPO_DEBUG") == "1":
+            raise
+        print(f"cppo {command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cppo", description="Completion pruning and contrastive perception for RL finetuning."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train from a YAML file", description=_train.__doc__)
+    train.add_argument("config", metavar="CONFIG.yaml")
+    train.add_argument("--dry-run", action="store_true", help="print what it would take and stop")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint; without a folder from the newest in trainer.output_dir",
+    )
+    evaluate = commands.add_parser(
+        "eval", help="accuracy of a run, a checkpoint or a model", description=_evaluate.__doc__
+    )
+    evaluate.add_argument("target", metavar="RUN|CHECKPOINT|CONFIG.yaml")
+    evaluate.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run")
+    evaluate.add_argument("--samples", type=int, metavar="N", help="completions per question")
+    evaluate.add_argument("--data", choices=("eval", "train"), default="eval")
+    evaluate.add_argument("--csv", metavar="FILE", help="append here (eval.csv beside the run)")
+    for command, run in ((train, _train), (evaluate, _evaluate)):
+        command.add_argument("overrides", nargs="*", metavar="key=value", default=[])
+        command.set_defaults(run=run, parser=command)
+    for name, text in _FORWARDED.items():
+        commands.add_parser(name, help=text)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    """Train the model of a configuration file; key=value sets single options over it."""
+    resume, overrides = options.resume, list(options.overrides)
+    if resume and "=" in resume:  # `--resume key=value`: the word is an override, not a folder
+        resume, overrides = "auto", [*overrides, resume]
+    config = run_config.load(options.config, overrides)
+    if options.dry_run:
+        from cppo import dry_run
+
+        print(dry_run.report(config))
+        return 0
+    from cppo.checkpoint import last_checkpoint
+    from cppo.rollout import RewardError
+    from cppo.run_parts import make_trainer
+
+    output_dir = Path(config.trainer.output_dir)
+    newest = last_checkpoint(output_dir)
+    if newest is not None and resume is None:
+        raise ConfigError(
+            f"trainer.output_dir: {output_dir} already holds {newest.name}; continue it with "
+            "--resume or choose another trainer.output_dir"
+        )
+    if resume not in (None, "auto") and not (Path(resume) / "trainer.json").is_file():
+        raise ConfigError(f"--resume: {resume} is not a checkpoint folder")
+    trainer = make_trainer(config)
+    if trainer.rank == 0:
+        run_config.save(config, output_dir / _CONFIG_NAME)
+    try:
+        trainer.train(resume_from=resume)
+    except KeyboardInterrupt:
+        newest = last_checkpoint(output_dir)
+        again = f"resume from {newest} with --resume" if newest else "no checkpoint was written yet"
+        print(f"\ncppo train: interrupted; {again}", file=sys.stderr)
+        return 130
+    except RewardError as error:
+        raise ConfigError(str(error)) from error
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    """Measure greedy and sampled rewards on held-out questions, and append them to a CSV file."""
+    config, checkpoint = _target(options)
+    from dataclasses import replace
+
+    from cppo.run_parts import evaluate_policy
+
+    if options.samples is not None:
+        try:
+            config = replace(config, trainer=replace(config.trainer, eval_samples=options.samples))
+        except ValueError:
+            raise ConfigError(f"--samples must be >= 1, got {options.samples}") from None
+    data = getattr(config.data, options.data)
+    if data is None:
+        raise ConfigError(f"{options.target}: data.{options.data} is missing, nothing to measure")
+    name = str(checkpoint or config.model.path or config.model.builder)
+    metrics, num_questions = evaluate_policy(config, checkpoint, options.data)
+    rows = [
+        {
+            "model": name,
+            "data": data.path or data.loader,
+            "split": data.split or "",
+            "questions": num_questions,
+            "mode": mode,
+            "metric": metric,
+            "samples": config.trainer.eval_samples if mode == "sampled" else 1,
+            "mean": f"{value:.4f}",
+            "std": f"{std:.4f}" if (std := metrics.get(f"{mode}/{metric}_std")) is not None else "",
+        }
+        for mode, metric, value in (
+            (*key.split("/", 1), value)
+            for key, value in metrics.items()
+            if not key.endswith("_std")
+        )
+    ]
+    print(f"{name} on {num_questions} questions")
+    for row in rows:
+        spread = f" +- {row['std']}" if row["std"] else ""
+        passes = f"avg@{row['samples']}" if row["mode"] == "sampled" else ""
+        print(f"  {row['mode']:<8} {passes:<7} {row['metric']:<24} {row['mean']}{spread}")
+    path = Path(options.csv or Path(config.trainer.output_dir) / "eval.csv")
+    _append_csv(path, rows)
+    print(f"appended to {path}")
+    return 0
+
+
+def _target(options: argparse.Namespace) -> tuple[RunConfig, Path | None]:
+    """The configuration, and the checkpoint folder of a run (None: the configured weights)."""
+    from cppo.checkpoint import best_checkpoint, last_checkpoint
+
+    target = Path(options.target)
+    if not target.exists():
+        raise ConfigError(f"{target}: no such file or folder")
+    if target.is_file():
+        return run_config.load(target, options.overrides), None
+    if (target / _CONFIG_NAME).is_file():
+        run, checkpoint = target, last_checkpoint(target)
+        if options.checkpoint == "best":
+            checkpoint = best_checkpoint(target) or checkpoint
+        if checkpoint is None:
+            raise ConfigError(f"{target}: this run has not written a checkpoint yet")
+    else:
+        run, checkpoint = target.resolve().parent, target
+    if not (run / _CONFIG_NAME).is_file():
+        raise ConfigError(
+            f"{target}: neither a run of `cppo train` nor a checkpoint in one (no {_CONFIG_NAME}); "
+            "for another model give a configuration file and model.path=FOLDER"
+        )
+    return run_config.load(run / _CONFIG_NAME, options.overrides), checkpoint
+
+
+def _append_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""What a run will take, worked out before it starts: `cppo train CONFIG --dry-run`.
+
+Nothing is trained and no weights are needed: the model is built on torch's meta device from the
+config.json at hand, or from the recipe's `model.architecture`. What is not at hand is said, not
+guessed. All byte counts are for one process; every process holds the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cppo import run_config
+from cppo.config import CPPOConfig
+from cppo.run_config import ModelConfig, RunConfig
+from cppo.run_parts import load_questions, model_path
+
+_SAMPLE = 32  # questions whose prompts are measured
+_UNKNOWN_PROMPT = 512  # tokens per prompt where nothing tells
+
+
+class ModelSizes(NamedTuple):
+    """Sizes that the estimates need; parameters are counted once where weights are tied."""
+
+    family: str
+    parameters: int
+    vision_parameters: int
+    lora_parameters: int
+    hidden: int
+    intermediate: int
+    layers: int
+    kv_width: int
+    vocab: int
+
+
+class StepSizes(NamedTuple):
+    """One step over all processes; tokens are upper bounds, every completion at its limit."""
+
+    questions: int
+    sampled: int
+    kept: int
+    sampled_tokens: int
+    trained_tokens: int
+    microbatches: int
+    microbatch_tokens: int
+    microbatch_rows: int
+
+
+def step_sizes(config: CPPOConfig, prompt_tokens: int) -> StepSizes:
+    """Count one step: questions, completions, tokens, micro-batches.
+
+    Specification: with dynamic allocation ceil(batch_size / kept per question) questions, else
+    batch_size / group_size; kept per question = G - floor(round(G * prune_rate, 6)); the surplus
+    over batch_size is cut. A micro-batch holds as many of the longest completions as fit in
+    max_tokens_per_microbatch, at least one.
+    Args:
+        config: the trainer's options.
+        prompt_tokens: of the longest prompt.
+    """
+    from cppo import questions_needed
+    from cppo.reference import kept_per_unit
+
+    group = config.group_size
+    kept_each = kept_per_unit(group, config.prune_rate)
+    if config.dynamic_allocation:
+        questions = questions_needed(config.batch_size, group, config.prune_rate)
+        kept = config.batch_size
+    else:
+        questions = config.batch_size // group
+        kept = questions * kept_each
+    longest = prompt_tokens + config.max_completion_tokens
+    per_part = max(1, config.max_tokens_per_microbatch // longest)
+    own = math.ceil(kept / config.optimizer_steps)
+    return StepSizes(
+        questions=questions,
+        sampled=questions * group,
+        kept=kept,
+        sampled_tokens=questions * group * config.max_completion_tokens,
+        trained_tokens=kept * longest,
+        microbatches=math.ceil(own / per_part) * config.optimizer_steps * config.num_iterations,
+        microbatch_tokens=min(per_part, own) * longest,
+        microbatch_rows=min(per_part, own) * config.max_completion_tokens,
+    )
+
+
+def memory(
+    config: CPPOConfig, model: ModelSizes, step: StepSizes, prompt_tokens: int
+) -> dict[str, float]:
+    """Estimate the bytes of one process, by part.
+
+    Specification: P parameters, of which P_t are trained (all; without the vision tower; or the
+    adapters). Weights 4 P, and 2 P for autocast's copies in bf16; gradients 4 P_t; AdamW 8 P_t;
+    frozen reference 4 P if kl_coef > 0 without adapters. Activations of a micro-batch of S tokens,
+    b = 4 bytes (2 in bf16), h hidden, i intermediate, n layers: b S n (8 h + 4 i), with
+    checkpointing b S (n h + 8 h + 4 i); times 3 for the three views, an upper bound, as the
+    perturbed ones run only where A > 0. KV cache: 2 b n kv_width (prompt + completion) tokens of
+    generation_batch_size completions. "logits" is what the fused head does not store: R rows x V
+    logits, their softmax and their gradient in fp32, for each view.
+    Args:
+        config: the trainer's options.
+        model, step: sizes.
+        prompt_tokens: of the longest prompt.
+    Returns: {part: bytes}; "logits" are not stored.
+    """
+    width = 2 if config.precision == "bf16" else 4
+    trained = model.parameters
+    if config.freeze_vision_tower:
+        trained -= model.vision_parameters
+    if config.lora is not None:
+        trained = model.lora_parameters
+    views = 3 if config.loss.cpl_coef > 0 and model.vision_parameters else 1
+    layer = 8 * model.hidden + 4 * model.intermediate
+    stored = layer * model.layers
+    if config.gradient_checkpointing:
+        stored = model.hidden * model.layers + layer
+    generated = min(config.generation_batch_size, step.sampled)
+    cached = generated * (prompt_tokens + config.max_completion_tokens)
+    needs_copy = config.loss.kl_coef > 0 and config.lora is None
+    return {
+        "weights": model.parameters * (6 if width == 2 else 4),
+        "gradients": 4 * trained,
+        "AdamW state": 8 * trained,
+        "reference copy": 4 * model.parameters if needs_copy else 0,
+        "activations (rough)": width * step.microbatch_tokens * stored * views,
+        "KV cache of a rollout": 2 * width * model.layers * model.kv_width * cached,
+        "logits": 3 * 4 * step.microbatch_rows * model.vocab * views,
+    }
+
+
+def model_sizes(model: ModelConfig, lora_rank: int = 0) -> tuple[ModelSizes, str]:
+    """Measure a model without its weights.
+
+    Args:
+        model: a folder, a hub name in the local cache, or one with an `architecture`.
+        lora_rank: of adapters on every linear layer but the LM head; 0: none.
+    Returns: (sizes, where they are from).
+    Raises: ValueError if nothing here tells its sizes.
+    """
+    import torch
+    from torch import nn
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    path = model_path(model)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        source = f"config.json of {path}"
+    except (OSError, ValueError) as error:
+        if model.architecture is None:
+            raise ValueError(
+                f"{path} is not on this machine and model.architecture is not given"
+            ) from None
+        rest = {key: value for key, value in model.architecture.items() if key != "model_type"}
+        try:
+            config = AutoConfig.for_model(model.architecture["model_type"], **rest)
+        except (ValueError, TypeError) as wrong:
+            raise ValueError(f"model.architecture: {wrong}") from error
+        source = f"model.architecture; {path} is not on this machine"
+    sees = getattr(config, "vision_config", None) is not None
+    auto: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    with torch.device("meta"):
+        built = auto.from_config(config)
+    text = config.get_text_config()
+    linear = [
+        layer
+        for name, layer in built.named_modules()
+        if isinstance(layer, nn.Linear) and not name.endswith("lm_head")
+    ]
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    sizes = ModelSizes(
+        family=config.model_type,
+        parameters=sum(p.numel() for p in built.parameters()),
+        vision_parameters=sum(p.numel() for n, p in built.named_parameters() if ".visual." in n),
+        lora_parameters=lora_rank * sum(m.in_features + m.out_features for m in linear),
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        kv_width=text.num_key_value_heads * head_dim,
+        vocab=text.vocab_size,
+    )
+    return sizes, source
+
+
+def report(config: RunConfig) -> str:
+    """Return the text of a dry run: resolved options, data, step, model, memory."""
+    lines = ["# the resolved configuration", run_config.dump(config).rstrip(), ""]
+    data_lines, measured = _data(config)
+    lines += ["# data", *data_lines, ""]
+    trainer = config.trainer
+    prompt = trainer.max_prompt_tokens or measured or _UNKNOWN_PROMPT
+    if trainer.max_prompt_tokens:
+        origin = "trainer.max_prompt_tokens"
+    elif measured:
+        origin = f"the longest of the first {_SAMPLE} prompts"
+    else:
+        origin = "assumed: no limit is set and no prompt could be measured"
+    step = step_sizes(trainer, prompt)
+    lines += ["# one step, over all processes"]
+    lines += _table(
+        ("prompt tokens", f"{prompt} ({origin})"),
+        ("questions", f"{step.questions}"),
+        ("completions sampled", f"{step.sampled}, at most {step.sampled_tokens:,} tokens"),
+        ("completions kept", f"{step.kept}, at most {step.trained_tokens:,} tokens with prompts"),
+        (
+            "micro-batches",
+            f"at most {step.microbatches} of up to {step.microbatch_tokens:,} tokens",
+        ),
+        ("optimizer steps", f"{trainer.num_iterations * trainer.optimizer_steps}"),
+    )
+    seen = trainer.max_steps * step.questions
+    lines += _table(("the run", f"{trainer.max_steps} steps, {seen:,} questions")) + [""]
+    try:
+        sizes, source = model_sizes(config.model, trainer.lora.r if trainer.lora else 0)
+    except ValueError as error:
+        return "\n".join([*lines, "# model", f"sizes unknown, no memory estimate: {error}"])
+    lines += ["# model", *_table(*_model_rows(sizes, source)), ""]
+    parts = memory(trainer, sizes, step, prompt)
+    logits = parts.pop("logits")
+    # a rollout and an update follow one another: the larger of the two counts
+    in_turn = [parts[name] for name in ("activations (rough)", "KV cache of a rollout")]
+    peak = sum(parts.values()) - min(in_turn)
+    lines += [f"# memory of one process, estimated, {trainer.precision}"]
+    lines += _table(
+        *((name, _bytes(size)) for name, size in parts.items()),
+        ("peak", f"{_bytes(peak)} (activations and KV cache are not there at once)"),
+        ("not stored", f"{_bytes(logits)} of logits (the head is fused with the loss)"),
+    )
+    return "\n".join(lines)
+
+
+def _model_rows(sizes: ModelSizes, source: str) -> list[tuple[str, str]]:
+    return [
+        ("family", f"{sizes.family} (sizes from {source})"),
+        ("parameters", f"{sizes.parameters:,}, {sizes.vision_parameters:,} of them vision tower"),
+        ("layers", f"{sizes.layers} of width {sizes.hidden}, vocabulary {sizes.vocab:,}"),
+    ]
+
+
+def _data(config: RunConfig) -> tuple[list[str], int | None]:
+    """Lines about the datasets, and the longest measured prompt in tokens."""
+    lines, longest = [], None
+    for name in ("train", "eval"):
+        spec = getattr(config.data, name)
+        if spec is None:
+            lines.append(f"{name}: none")
+            continue
+        try:
+            rows = load_questions(spec, config.data.system_prompt, f"data.{name}")
+        except ValueError as error:
+            lines.append(f"{name}: not here, a real run would stop: {error}")
+            continue
+        lines.append(f"{name}: {len(rows):,} questions ({spec.loader}, {spec.path or 'generated'})")
+        if name == "train" and len(rows):
+            shown, longest = _first_question(config, rows)
+            lines += ["first question:", *(f"  {line}" for line in shown.splitlines())]
+    return lines, longest
+
+
+def _first_question(config: RunConfig, rows: Any) -> tuple[str, int | None]:
+    """The first question as the model reads it, and the longest of the first prompts in tokens."""
+    from cppo.models import load_processor
+    from cppo.questions import as_question
+    from cppo.rollout import render
+
+    first = [as_question(rows[i], index=i) for i in range(min(_SAMPLE, len(rows)))]
+    sizes = ", ".join(f"{w} x {h}" for w, h in (image.size for image in first[0].images))
+    suffix = f"\nimages: {sizes} pixels" if sizes else ""
+    suffix += f"\nanswer: {first[0].columns.get('answer')}"
+    path = model_path(config.model)
+    if not Path(path).is_dir():
+        text = "\n".join(f"{m['role']}: {m['content']}" for m in first[0].messages)
+        return text + suffix, None
+    processor = load_processor(path)
+    lengths = []
+    for question in first:
+        text = render(processor, question)
+        extra = {"images": question.images} if question.images else {}
+        lengths.append(len(processor(text=[text], **extra)["input_ids"][0]))
+    return render(processor, first[0]) + suffix, max(lengths)
+
+
+def _table(*rows: tuple[str, str]) -> list[str]:
+    return [f"{name:<22} {value}" for name, value in rows]
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,210 @@
+"""The YAML file of `cppo train`: one tree of frozen dataclasses, read, checked, overridden, dumped.
+
+    model:   {path: folder or hub name} or {builder: a shipped demo checkpoint}
+    data:    {train: {loader, path, split, limit}, eval: {...}, system_prompt}
+    rewards: [name, {name: {parameters}, weight: 0.9}, ...]
+    trainer: CPPOConfig, with `loss:` (LossConfig) and `lora:` (LoraConfig) inside
+
+Every mistake is a ConfigError that names the dotted key, the value, what is allowed, and the file
+or the command line. `extends: other.yaml` (relative to the file) starts from another file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cppo import config_file
+from cppo.config import CPPOConfig, _Checked
+from cppo.config_file import ConfigError
+
+BUILDERS = ("tiny_digits", "tiny_arithmetic")
+LOADERS = ("gsm8k", "math", "geometry3k", "virl39k", "rows", "digits", "arithmetic")
+GENERATED = ("digits", "arithmetic")  # loaders of the demo tasks: they need no path
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt")
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Checked):
+    """Which model is trained."""
+
+    path: str | None = None
+    """Folder written by save_pretrained, or a hub name."""
+    builder: str | None = None
+    """Instead of path: a demo checkpoint that ships with the package."""
+    architecture: dict[str, Any] | None = None
+    """Keys of a hub model's config.json, for `--dry-run` where the model is not at hand."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.builder is None):
+            raise ValueError(
+                "ModelConfig.path or ModelConfig.builder must be given, not both: "
+                f"got path {self.path!r} and builder {self.builder!r}"
+            )
+        if self.builder is not None:
+            self._one_of("builder", BUILDERS)
+        if self.architecture is not None and "model_type" not in self.architecture:
+            self._fail("architecture", "a mapping with a model_type, like a model's config.json")
+
+
+@dataclass(frozen=True)
+class DatasetConfig(_Checked):
+    """Where the questions of one dataset come from."""
+
+    loader: str = "rows"
+    """What the files look like: a name of LOADERS."""
+    path: str | None = None
+    """File or folder, relative to the working directory. The demo tasks need none."""
+    split: str | None = None
+    """Split of the dataset: "train", "test", ...; of a demo task "train" or "heldout". None: the
+    training split, of loader "rows" everything."""
+    limit: int | None = None
+    """Use the first so many questions only. Demo tasks: how many are made (None: 100 000)."""
+
+    def __post_init__(self) -> None:
+        self._one_of("loader", LOADERS)
+        if self.limit is not None:
+            self._integer("limit", at_least=1)
+        if self.loader == "virl39k" and self.split not in (None, "train"):
+            self._fail("split", "'train', the only one that ViRL39K has")
+        if self.loader in GENERATED and self.path is not None:
+            self._fail("path", f"left out: loader {self.loader!r} makes its own questions")
+        if self.loader not in GENERATED and self.path is None:
+            self._fail("path", f"a file or folder for loader {self.loader!r}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training questions, held-out questions, and the instruction put before them."""
+
+    train: DatasetConfig
+    """Questions to train on."""
+    eval: DatasetConfig | None = None
+    """Held-out questions. None: no evaluation."""
+    system_prompt: str | None = None
+    """Takes the place of each question's system message. None: what the loader gives."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: what is trained, on what, with which rewards and how."""
+
+    model: ModelConfig
+    """The policy."""
+    data: DataConfig
+    """The questions."""
+    rewards: tuple[Any, ...]
+    """Names, or mappings {name: {parameters}, weight: number}; see `cppo.rewards`."""
+    trainer: CPPOConfig = field(default_factory=CPPOConfig)
+    """Options of the trainer."""
+
+    def __post_init__(self) -> None:
+        options, loss = self.trainer, self.trainer.loss
+        steps = options.max_steps * options.num_iterations * options.optimizer_steps
+        weighted = any(isinstance(r, dict) and "weight" in r for r in self.rewards)
+        weights = options.reward_weights
+        mistakes = [
+            (not self.rewards, "rewards must name at least one reward"),
+            (
+                options.group_size == 1,
+                "trainer.group_size must be >= 2, got 1: a single completion has no group to be "
+                "compared with, its advantage is always 0",
+            ),
+            (
+                options.warmup_steps > steps,
+                f"trainer.warmup_steps must be <= {steps}, the optimizer steps of the run, got "
+                f"{options.warmup_steps}",
+            ),
+            (
+                options.lr_scheduler not in SCHEDULES,
+                f"trainer.lr_scheduler must be one of {', '.join(SCHEDULES)}, got "
+                f"{options.lr_scheduler!r}",
+            ),
+            (
+                bool(options.eval_every) and self.data.eval is None,
+                f"trainer.eval_every must be 0 without held-out questions (data.eval), got "
+                f"{options.eval_every}",
+            ),
+            (
+                weights is not None and weighted,
+                "trainer.reward_weights must be left out where `rewards` has a weight",
+            ),
+            (
+                weights is not None and len(weights) != len(self.rewards),
+                f"trainer.reward_weights must have a number for each of the {len(self.rewards)} "
+                f"rewards, got {len(weights or ())}",
+            ),
+            (
+                loss.cpl_coef > 0 and not (options.positive_views and options.negative_views),
+                "trainer.positive_views and negative_views must name a perturbation each while "
+                "trainer.loss.cpl_coef > 0; for plain GRPO set that to 0",
+            ),
+        ]
+        for wrong, message in mistakes:
+            if wrong:
+                raise ValueError(message)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file into a RunConfig.
+
+    Args:
+        path: the file.
+        overrides: "trainer.loss.tau=0.2" and the like, values parsed as YAML, set after the file.
+    Returns: the checked configuration; names of rewards and perturbations are known ones.
+    Raises: ConfigError for a file that cannot be read or holds an unknown, repeated, mistyped or
+        impossible key.
+    """
+    tree = config_file.read(path)
+    given: list[str] = []
+    source = "command line"
+    try:
+        given = config_file.apply_overrides(tree, overrides)
+        source = str(path)
+        config = config_file.build(RunConfig, tree)
+        _check_names(config)
+    except ConfigError as error:
+        if any(f"{error.key}.".startswith(f"{key}.") for key in given) or _is_good(path, given):
+            source = "command line"
+        raise ConfigError(f"{source}: {error}", error.key) from None
+    return config
+
+
+def _is_good(path: str | Path, given: Sequence[str]) -> bool:
+    """Whether the file alone is right, so that a mistake must be in what was given over it."""
+    try:
+        return bool(given) and load(path) is not None
+    except ConfigError:
+        return False
+
+
+def dump(config: RunConfig) -> str:
+    """Return the YAML text of a configuration, every default written out; `load` reads it back."""
+    tree = config_file.plain(config)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def save(config: RunConfig, path: str | Path) -> None:
+    """Write `dump(config)` to a file, making its folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(dump(config), encoding="utf-8")
+
+
+def _check_names(config: RunConfig) -> None:
+    """Build rewards and perturbations once, so that a misspelt one is found at the start."""
+    from cppo import rewards, views
+
+    for key, build, names in (
+        ("rewards", rewards.from_names, config.rewards),
+        ("trainer.positive_views", views.views_from_names, config.trainer.positive_views),
+        ("trainer.negative_views", views.views_from_names, config.trainer.negative_views),
+    ):
+        try:
+            if names:
+                build(list(names))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{key}: {error}", key) from None

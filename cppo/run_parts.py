@@ -1,0 +1,160 @@
+"""From a RunConfig to what it names: the model, the questions, the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cppo import loaders
+from cppo.config_file import ConfigError
+from cppo.loaders import Rows
+from cppo.run_config import GENERATED, DatasetConfig, ModelConfig, RunConfig
+
+DEMO_ROWS = 100_000  # of a demo task without a limit; rows are made when they are taken
+
+if TYPE_CHECKING:
+    from cppo.config import CPPOConfig
+    from cppo.trainer import CPPOTrainer, Dataset
+
+
+def model_path(model: ModelConfig) -> str:
+    """Return the folder or hub name of a model; a builder's is the checkpoint that ships here."""
+    if model.path is not None:
+        return str(Path(model.path).expanduser())
+    from cppo.demo.warmup import CHECKPOINTS
+
+    return str(CHECKPOINTS / str(model.builder).removeprefix("tiny_"))
+
+
+def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tuple[Any, Any]:
+    """Load a model and its processor.
+
+    Args:
+        model: which.
+        checkpoint: a folder that the trainer wrote, instead of the configured weights; if it holds
+            adapters only, they are put on the configured model.
+    Returns: (model, processor).
+    Raises: ValueError if the weights or the processor are not there.
+    """
+    from cppo.models import load_model, load_processor
+
+    if checkpoint is None:
+        path = model_path(model)
+        return load_model(path), load_processor(path)
+    if not (Path(checkpoint) / "adapter_config.json").is_file():
+        return load_model(checkpoint), load_processor(checkpoint)
+    from peft import PeftModel
+
+    base, processor = load_policy(model)
+    return PeftModel.from_pretrained(base, str(checkpoint)), processor
+
+
+def load_questions(data: DatasetConfig, system_prompt: str | None, key: str) -> Dataset:
+    """Load the rows of a dataset.
+
+    Args:
+        data: which.
+        system_prompt: takes the place of each question's system message; None: nothing changes.
+        key: its place in the configuration file, for errors: "data.train".
+    Raises: ConfigError if the files, the split or a column are missing.
+    """
+    try:
+        rows = _load(data)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise ConfigError(f"{key}: {error}", key) from error
+    limit = None if data.limit is None else range(min(data.limit, len(rows)))
+    if system_prompt is None:
+        return Rows(rows, indices=limit)
+    system = {"role": "system", "content": system_prompt}
+
+    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        prompt = row.get("prompt") or []  # `as_question` says what is wrong with a missing one
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        return {**row, "prompt": [system, *(m for m in prompt if m["role"] != "system")]}
+
+    return Rows(rows, convert, limit)
+
+
+def _load(data: DatasetConfig) -> Any:
+    if data.loader in GENERATED:
+        # imported here: they need numpy and scikit-learn, which other data do not
+        from cppo.demo.arithmetic import ArithmeticProblems
+        from cppo.demo.digits import DigitSums, handwriting
+
+        split, size = data.split or "train", data.limit or DEMO_ROWS
+        if data.loader == "arithmetic":
+            return ArithmeticProblems(split, size)
+        rows = DigitSums(split, size)
+        handwriting(split)  # says at once if scikit-learn is missing
+        return rows
+    path = str(data.path)
+    if data.loader == "virl39k":
+        return loaders.load_virl39k(path)
+    load = getattr(loaders, f"load_{data.loader}")
+    return load(path) if data.split is None else load(path, data.split)
+
+
+def trainer_options(config: RunConfig) -> tuple[list[Any], CPPOConfig]:
+    """Return the reward functions, and the trainer's options with their weights filled in."""
+    from cppo.rewards import from_names
+
+    functions, weights = from_names(list(config.rewards))
+    if config.trainer.reward_weights is not None:
+        return functions, config.trainer
+    return functions, replace(config.trainer, reward_weights=tuple(weights))
+
+
+def make_trainer(config: RunConfig) -> CPPOTrainer:
+    """Build the trainer of a configuration, its data and weights loaded.
+
+    Raises: ConfigError for anything that is missing or does not fit together.
+    """
+    from cppo.trainer import CPPOTrainer
+
+    functions, options = trainer_options(config)
+    data = config.data
+    train = load_questions(data.train, data.system_prompt, "data.train")
+    held_out = None
+    if data.eval is not None:
+        held_out = load_questions(data.eval, data.system_prompt, "data.eval")
+    try:
+        model, processor = load_policy(config.model)
+        return CPPOTrainer(
+            model, functions, train, config=options, processor=processor, eval_dataset=held_out
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def evaluate_policy(
+    config: RunConfig, checkpoint: Path | None, dataset: str
+) -> tuple[dict[str, float], int]:
+    """Measure a model's rewards without training it, on a GPU if there is one.
+
+    Args:
+        config: its trainer.eval_samples and trainer.eval_greedy say what is measured.
+        checkpoint: a folder that the trainer wrote; None: the configured weights.
+        dataset: "train" or "eval".
+    Returns: (metrics as `cppo.evaluate.evaluate` names them, number of questions).
+    Raises: ConfigError for anything that is missing.
+    """
+    import torch
+
+    from cppo.evaluate import evaluate
+    from cppo.models import special_token_ids_to_suppress
+    from cppo.questions import as_question
+
+    functions, options = trainer_options(config)
+    spec = getattr(config.data, dataset)
+    rows = load_questions(spec, config.data.system_prompt, f"data.{dataset}")
+    try:
+        model, processor = load_policy(config.model, checkpoint)
+        questions = [as_question(rows[i], index=i) for i in range(len(rows))]
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    suppressed = special_token_ids_to_suppress(model, processor)
+    result = evaluate(model, processor, functions, questions, config=options, suppressed=suppressed)
+    return result.metrics, len(questions)

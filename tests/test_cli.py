@@ -1,0 +1,239 @@
+"""The command line: what it prints, its exit statuses, and every recipe's dry run."""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cppo import dry_run, run_config
+from cppo.cli import main
+from cppo.config import CPPOConfig, LoraConfig, LossConfig
+
+RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.yaml"))
+DIGITS, GSM8K = (str(path) for path in RECIPES if path.stem in ("digits", "gsm8k_qwen2.5_1.5b"))
+# As published on the models' hub pages.
+PARAMETERS = {
+    "gsm8k_qwen2.5_1.5b": "1,543,714,304",
+    "math_qwen2.5_7b": "7,615,616,512",
+    "virl39k_qwen2.5_vl_3b": "3,754,622,976",
+    "virl39k_qwen2.5_vl_7b": "8,292,166,656",
+    "geometry3k_qwen2.5_vl_3b": "3,754,622,976",
+    "geometry3k_qwen2.5_vl_7b": "8,292,166,656",
+}
+TINY = [
+    "data.train.limit=8",
+    "data.eval.limit=2",
+    "trainer.max_steps=2",
+    "trainer.batch_size=2",
+    "trainer.group_size=4",
+    "trainer.prune_rate=0.5",
+    "trainer.max_completion_tokens=4",
+    "trainer.warmup_steps=1",
+    "trainer.eval_every=0",
+    "trainer.log_every=1",
+]
+
+
+def test_help_names_the_commands_without_loading_transformers() -> None:
+    code = "import sys; from cppo.cli import main; main(['--help'])"
+    check = f"try:\n {code}\nexcept SystemExit: pass\nassert 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("train", "eval", "info", "demo"):
+        assert command in done.stdout
+
+
+def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().out
+
+
+def test_info_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_dry_runs(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no data here, and nothing may be written
+    assert main(["train", str(recipe), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    resolved, rest = out.split("\n# data\n")
+    copy = tmp_path / "resolved.yaml"
+    copy.write_text(resolved)
+    assert run_config.load(copy) == run_config.load(recipe)
+    if recipe.stem in PARAMETERS:
+        assert f"{PARAMETERS[recipe.stem]}, " in rest
+        assert "train: not here, a real run would stop: data.train: " in rest
+        assert "sizes from model.architecture" in rest
+    else:
+        assert "first question:" in rest and "is not on this machine" not in rest
+    assert "peak" in rest
+    assert [path.name for path in tmp_path.iterdir()] == ["resolved.yaml"]
+
+
+def test_recipes_are_listed() -> None:
+    text = RECIPES[0].with_name("README.md").read_text()
+    for recipe in RECIPES:
+        assert recipe.stem.removesuffix("_7b") in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "missing.yaml"], "missing.yaml: no such file"),
+        (["train", DIGITS, "trainer.seeed=1"], "did you mean trainer.seed"),
+        (["train", GSM8K], "data.train: .*data/gsm8k"),
+        (["train", DIGITS, "model={path: no/such/model}"], "no/such/model"),
+        (["train", DIGITS, "data.train.split=tst"], "data.train: .*'train'.*, got 'tst'"),
+        (["train", DIGITS, "--resume", "nowhere"], "--resume: nowhere is not a checkpoint"),
+        (["eval", "nowhere"], "nowhere: no such file or folder"),
+        (["eval", "."], "neither a run of `cppo train` nor a checkpoint"),
+        (["eval", DIGITS, "--samples", "0"], "--samples must be >= 1, got 0"),
+        (["eval", DIGITS, "data.eval=null", "trainer.eval_every=0"], "data.eval is missing"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith(f"cppo {arguments[0]}: error: ")]
+    assert len(errors) == 1
+    assert re.search(words, errors[0])
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CPPO_DEBUG", "1")
+    with pytest.raises(run_config.ConfigError):
+        main(["train", "missing.yaml"])
+
+
+def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "a.yaml", "--dry-rum"])
+    assert caught.value.code == 2 and "--dry-rum" in capsys.readouterr().err
+
+
+def test_train_resume_and_eval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = [*TINY, "trainer.output_dir=run"]
+    assert main(["train", DIGITS, *overrides]) == 0
+    assert run_config.load("run/config.yaml").trainer.max_steps == 2
+    capsys.readouterr()
+
+    assert main(["train", DIGITS, *overrides]) == 2
+    assert "already holds checkpoint-000002" in capsys.readouterr().err
+    # an override right behind --resume is no folder
+    assert main(["train", DIGITS, *overrides, "--resume", "trainer.max_steps=3"]) == 0
+    capsys.readouterr()
+
+    checkpoint = sorted(Path("run").glob("checkpoint-*"))[-1]
+    assert checkpoint.name == "checkpoint-000003"
+    assert main(["eval", "run", "--checkpoint", "last", "--samples", "2"]) == 0
+    assert main(["eval", str(checkpoint), "trainer.eval_greedy=false"]) == 0
+    assert main(["eval", DIGITS, *overrides, "--data", "train"]) == 0
+    assert "on 8 questions" in capsys.readouterr().out
+    with open("run/eval.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model"] for row in rows if row["mode"] == "greedy"].count("tiny_digits") == 3
+    avg = [row for row in rows if row["samples"] == "2" and row["metric"] == "boxed"]
+    assert len(avg) == 1 and avg[0]["std"] and avg[0]["model"] == str(checkpoint)
+
+
+def test_ctrl_c_says_where_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cppo.trainer import CPPOTrainer
+
+    monkeypatch.chdir(tmp_path)
+    step = CPPOTrainer.train_step
+
+    def interrupted(trainer: CPPOTrainer) -> dict[str, float]:
+        if trainer.step == 1:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    monkeypatch.setattr(CPPOTrainer, "train_step", interrupted)
+    run = ["train", DIGITS, *TINY, "trainer.output_dir=run", "data.eval=null"]
+    run.remove("data.eval.limit=2")
+    assert main([*run, "trainer.save_every=1"]) == 130
+    assert "resume from run/checkpoint-000001 with --resume" in capsys.readouterr().err
+    assert main([*run, "trainer.output_dir=other", "trainer.max_steps=5"]) == 130
+    assert "no checkpoint was written yet" in capsys.readouterr().err
+
+
+# The arithmetic of a dry run
+
+
+def test_step_sizes_by_hand() -> None:
+    config = CPPOConfig(
+        batch_size=64,
+        group_size=16,
+        prune_rate=0.75,
+        max_completion_tokens=100,
+        max_tokens_per_microbatch=480,
+        optimizer_steps=2,
+        num_iterations=3,
+    )
+    step = dry_run.step_sizes(config, prompt_tokens=20)
+    assert (step.questions, step.sampled, step.kept) == (16, 256, 64)
+    assert (step.sampled_tokens, step.trained_tokens) == (25_600, 64 * 120)
+    # 480 // 120 = 4 completions per part, 32 per optimizer step: 8 parts x 2 steps x 3 passes
+    assert (step.microbatches, step.microbatch_tokens, step.microbatch_rows) == (48, 480, 400)
+
+
+def test_step_sizes_without_dynamic_allocation() -> None:
+    config = CPPOConfig(batch_size=64, group_size=16, prune_rate=0.75, dynamic_allocation=False)
+    step = dry_run.step_sizes(config, prompt_tokens=1)
+    assert (step.questions, step.sampled, step.kept) == (4, 64, 16)
+
+
+def test_memory_by_hand() -> None:
+    sizes = dry_run.ModelSizes("toy", 1000, 300, 50, 10, 20, 3, 4, 7)
+    step = dry_run.StepSizes(1, 8, 4, 80, 48, 1, 12, 10)
+    fp32 = CPPOConfig(max_completion_tokens=10, loss=LossConfig(kl_coef=0.1, cpl_coef=0.1))
+    assert dry_run.memory(fp32, sizes, step, prompt_tokens=2) == {
+        "weights": 4000,
+        "gradients": 4000,
+        "AdamW state": 8000,
+        "reference copy": 4000,
+        "activations (rough)": 4 * 12 * 3 * (80 + 80) * 3,
+        "KV cache of a rollout": 2 * 4 * 3 * 4 * 8 * 12,
+        "logits": 3 * 4 * 10 * 7 * 3,
+    }
+    lora = CPPOConfig(
+        max_completion_tokens=10,
+        precision="bf16",
+        gradient_checkpointing=True,
+        lora=LoraConfig(),
+        loss=LossConfig(kl_coef=0.1, cpl_coef=0.0),
+    )
+    assert dry_run.memory(lora, sizes, step, prompt_tokens=2) == {
+        "weights": 6000,
+        "gradients": 200,
+        "AdamW state": 400,
+        "reference copy": 0,
+        "activations (rough)": 2 * 12 * (30 + 160),
+        "KV cache of a rollout": 2 * 2 * 3 * 4 * 8 * 12,
+        "logits": 3 * 4 * 10 * 7,
+    }
+    frozen = CPPOConfig(max_completion_tokens=10, freeze_vision_tower=True)
+    assert dry_run.memory(frozen, sizes, step, 2)["gradients"] == 4 * 700

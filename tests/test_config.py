@@ -1,0 +1,246 @@
+"""Configuration files: what is read, and every mistake with the words that answer it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from cppo.config import CPPOConfig, LoraConfig, LossConfig
+from cppo.config_file import ConfigError
+from cppo.run_config import dump, load
+
+GOOD = """
+model: {path: some/model}
+data:
+  train: {loader: gsm8k, path: data/gsm8k}
+  eval: {loader: gsm8k, path: data/gsm8k, split: test}
+rewards: [boxed]
+trainer:
+  batch_size: 8
+  group_size: 4
+"""
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+# (override of a good file, what the error must say)
+BAD_OVERRIDES = [
+    # misspelt keys
+    (
+        "trainer.prune_rat=0.5",
+        "trainer.prune_rat is not a key .*0.5.*did you mean trainer.prune_rate",
+    ),
+    ("prune_rate=0.5", "prune_rate is not a key .*did you mean trainer.prune_rate"),
+    ("trainer.tau=0.2", "did you mean trainer.loss.tau"),
+    ("trainer.loss.temprature=1", "did you mean trainer.loss.temperature.*Allowed: temperature"),
+    ("trainer.lora.rank_of_all=8", r"trainer.lora.rank_of_all is not a key .*Allowed: r, alpha"),
+    ("data.train.loder=math", "did you mean data.train.loader"),
+    ("zzz=1", r"zzz is not a key \(its value: 1\)\. Allowed: model, data, rewards, trainer"),
+    # wrong types
+    ("trainer.batch_size=many", r"trainer.batch_size must be a whole number, got 'many' \(text\)"),
+    ("trainer.max_steps=1.5", r"trainer.max_steps must be a whole number, got 1.5 \(a number\)"),
+    ("trainer.batch_size=true", r"must be a whole number, got True \(true/false\)"),
+    ("trainer.learning_rate=[1]", r"learning_rate must be a number, got \[1\] \(a list\)"),
+    ("trainer.dynamic_allocation=1", "dynamic_allocation must be true or false, got 1"),
+    ("trainer.scale_rewards=off", r"scale_rewards must be text, got False \(true/false\)"),
+    ("trainer.trackers=wandb", r"trainer.trackers must be a list, got 'wandb' \(text\)"),
+    ("trainer.betas=[0.9]", "trainer.betas must be a list of 2 values"),
+    ("trainer.betas=[0.9, x]", r"trainer.betas\[1\] must be a number, got 'x'"),
+    ("trainer.loss=3", "trainer.loss must be a mapping of keys, got 3"),
+    ("trainer=none", r"trainer must be a mapping of keys, got 'none' \(text\)"),
+    ("data.train=none", "data.train must be a mapping of keys, got 'none'"),
+    # out of range
+    ("trainer.prune_rate=1.0", "trainer.prune_rate must be a number >= 0 and < 1, got 1.0"),
+    ("trainer.prune_rate=-0.1", "trainer.prune_rate must be a number >= 0 and < 1, got -0.1"),
+    ("trainer.prune_rate=.nan", "trainer.prune_rate must be .*, got nan"),
+    ("trainer.seed=-1", "trainer.seed must be an integer >= 0, got -1"),
+    ("trainer.group_size=0", "trainer.group_size must be an integer >= 1, got 0"),
+    ("trainer.learning_rate=0", "trainer.learning_rate must be a number > 0, got 0"),
+    ("trainer.loss.tau=0", "trainer.loss.tau must be a number > 0, got 0"),
+    ("trainer.loss.fraction=2", "trainer.loss.fraction must be a number >= 0 and <= 1, got 2"),
+    ("trainer.lora.r=0", "trainer.lora.r must be an integer >= 1, got 0"),
+    ("trainer.betas=[0.9, 1.0]", "trainer.betas must be two numbers in"),
+    ("data.train.limit=0", "data.train.limit must be an integer >= 1, got 0"),
+    # names
+    ("trainer.loss.divergence=kl", "trainer.loss.divergence must be one of 'k3', .*, got 'kl'"),
+    ("trainer.precision=fp8", "trainer.precision must be one of 'fp32', 'bf16', got 'fp8'"),
+    ("trainer.lr_scheduler=cosin", "trainer.lr_scheduler must be one of .*cosine.*, got 'cosin'"),
+    ("data.train.loader=gsm", "data.train.loader must be one of .*'gsm8k'.*, got 'gsm'"),
+    ("rewards=[boxd]", "rewards: .*unknown reward 'boxd'; did you mean 'boxed'"),
+    ("rewards=[{cosine_length: {max_len: 5}}]", "rewards: .*'max_len'.*did you mean 'max_length'"),
+    (
+        "rewards=[{boxed: {}, weight: heavy}]",
+        "rewards: .*weight of 'boxed' must be a finite number",
+    ),
+    (
+        "trainer.positive_views=[rotate]",
+        "trainer.positive_views: .*'rotate'; did you mean 'rotation'",
+    ),
+    ("trainer.negative_views=[{zoom_crop: {scal: 2}}]", "trainer.negative_views: .*'scal'"),
+    # options that do not go together
+    ("model.builder=tiny_digits", "model.path or model.builder must be given, not both"),
+    ("model.path=none", "model.path or model.builder must be given, not both: got path None"),
+    ("model={builder: tiny}", "model.builder must be one of 'tiny_digits', .*, got 'tiny'"),
+    (
+        "model.architecture={hidden_size: 8}",
+        "model.architecture must be a mapping with a model_type",
+    ),
+    ("data.train.loader=digits", "data.train.path must be left out: loader 'digits' makes its own"),
+    (
+        "data.train.path=none",
+        "data.train.path must be a file or folder for loader 'gsm8k', got None",
+    ),
+    ("rewards=[]", "rewards must name at least one reward"),
+    ("trainer.group_size=1", "trainer.group_size must be >= 2, got 1: .*always 0"),
+    ("trainer.warmup_steps=101", "trainer.warmup_steps must be <= 100, .*, got 101"),
+    ("trainer.reward_weights=[1, 2]", "a number for each of the 1 rewards, got 2"),
+    ("trainer.positive_views=[]", "must name a perturbation each while trainer.loss.cpl_coef > 0"),
+    # overrides that are none
+    ("trainer.seed", "an override must be key.sub=value, got 'trainer.seed'"),
+    ("trainer..seed=1", "an override must be key.sub=value"),
+    ("trainer.betas=[0.9", "trainer.betas: line 1, column .*, got '\\[0.9'"),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), BAD_OVERRIDES, ids=[o for o, _ in BAD_OVERRIDES])
+def test_a_bad_override_is_answered(good: Path, override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match="^command line: .*" + words):
+        load(good, [override])
+
+
+# (a whole file, what the error must say)
+BAD_FILES = [
+    ("", "the file is empty"),
+    ("# nothing but a comment", "the file is empty"),
+    ("[model, data]", "must hold a mapping of keys, got a list"),
+    ("model: {path: a", "line 1, column .*expected ',' or '}'"),
+    ("model:\n\tpath: a", "line 2, column 1: found character '.t'"),
+    (GOOD + "  batch_size: 16\n", "line 10, column 3: key 'batch_size' appears twice"),
+    (GOOD + "model: {path: b}\n", "line 10, column 1: key 'model' appears twice"),
+    (GOOD + "1: one\n", "1 is not a key"),
+    (GOOD.replace("rewards: [boxed]\n", ""), "rewards is missing"),
+    (GOOD.replace("  train: {loader: gsm8k, path: data/gsm8k}\n", ""), "data.train is missing"),
+    (
+        GOOD.replace("model: {path: some/model}", "model:"),
+        "model must be a mapping of keys, got None",
+    ),
+    (GOOD.replace("batch_size: 8", "batch_sise: 8"), "did you mean trainer.batch_size"),
+    (GOOD + "  reward_weights: [2]\n" + "rewards: [numeric]\n", "key 'rewards' appears twice"),
+    (
+        GOOD.replace("[boxed]", "[{boxed: {}, weight: 2}]") + "  reward_weights: [1]\n",
+        "trainer.reward_weights must be left out where `rewards` has a weight",
+    ),
+    (
+        GOOD.replace("  eval: {loader: gsm8k, path: data/gsm8k, split: test}\n", "")
+        + "  eval_every: 5\n",
+        "trainer.eval_every must be 0 without held-out questions .*, got 5",
+    ),
+    (
+        GOOD + "  dynamic_allocation: false\n  batch_size_: 8\n",
+        "trainer.batch_size_ is not a key .*did you mean trainer.batch_size",
+    ),
+    (
+        GOOD.replace("batch_size: 8", "batch_size: 6") + "  dynamic_allocation: false\n",
+        "trainer.batch_size must be a multiple of group_size = 4, got 6",
+    ),
+    ("extends: bad.yaml\n" + GOOD, "extends leads back to the file itself"),
+    ("extends: [a]\n" + GOOD, "extends must be the name of a file"),
+    ("extends: nowhere.yaml\n" + GOOD, "nowhere.yaml: no such file"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_FILES, ids=[words for _, words in BAD_FILES])
+def test_a_bad_file_is_answered(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load(path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_answered(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="missing.yaml: no such file"):
+        load(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00model")
+    with pytest.raises(ConfigError, match="cannot be read: it is not UTF-8"):
+        load(tmp_path / "binary.yaml")
+
+
+def test_values_take_the_type_of_their_field(good: Path) -> None:
+    config = load(
+        good,
+        [
+            "trainer.learning_rate=1e-4",  # text in YAML 1.1
+            "trainer.weight_decay='0.1'",
+            "trainer.max_grad_norm=2",
+            "trainer.max_steps=1e3",
+            "trainer.max_prompt_tokens=none",
+            "trainer.betas=[0.9, 0.95]",
+            "trainer.gradient_checkpointing=True",
+            "trainer.lora.r=4",
+            "trainer.positive_views=[{rotation: {degrees: 5}}]",
+            "data.eval=null",
+            "model.path=a=b",  # only the first = divides
+        ],
+    )
+    trainer = config.trainer
+    assert trainer.learning_rate == 1e-4 and trainer.weight_decay == 0.1
+    assert trainer.max_grad_norm == 2.0 and isinstance(trainer.max_grad_norm, float)
+    assert trainer.max_steps == 1000 and isinstance(trainer.max_steps, int)
+    assert trainer.max_prompt_tokens is None and trainer.gradient_checkpointing is True
+    assert trainer.betas == (0.9, 0.95) and trainer.lora == LoraConfig(r=4)
+    assert trainer.positive_views == ({"rotation": {"degrees": 5}},)
+    assert config.data.eval is None and config.model.path == "a=b"
+
+
+def test_a_partial_loss_keeps_the_defaults_of_the_trainer(good: Path) -> None:
+    assert CPPOConfig().loss.cpl_reduction != LossConfig().cpl_reduction
+    config = load(good, ["trainer.loss.tau=0.3"])
+    assert config.trainer.loss == dataclasses.replace(CPPOConfig().loss, tau=0.3)
+
+
+def test_later_overrides_win_and_reach_through_empty_sections(good: Path) -> None:
+    config = load(
+        good, ["trainer.seed=1", "trainer.seed=2", "trainer.lora=null", "trainer.lora.r=2"]
+    )
+    assert config.trainer.seed == 2 and config.trainer.lora == LoraConfig(r=2)
+
+
+def test_extends_merges_key_by_key(tmp_path: Path, good: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: good.yaml\nmodel: {path: other}\ntrainer: {batch_size: 12}\n")
+    grandchild = tmp_path / "grandchild.yaml"
+    grandchild.write_text("extends: child.yaml\ntrainer: {seed: 3}\n")
+    config = load(grandchild)
+    assert config.model.path == "other" and config.rewards == ("boxed",)
+    assert (config.trainer.batch_size, config.trainer.group_size, config.trainer.seed) == (12, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["trainer.lora.r=8", "trainer.lora.target_modules=[q_proj, v_proj]"],
+        ["rewards=[{cosine_length: {max_length: 64, correct: [1.0, 0.5]}, weight: 0.5}, boxed]"],
+        ["data.system_prompt='Say: \"#1\"\\n- then 1e-4'", "trainer.learning_rate=3e-7"],
+        ["trainer.trackers=[tensorboard]", "trainer.reward_weights=[2]", "data.eval=null"],
+        ["model={builder: tiny_digits}", "data.train={loader: digits, limit: 10}"],
+    ],
+)
+def test_dump_reads_back_to_the_same_configuration(
+    good: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    config = load(good, overrides)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump(config))
+    assert load(copy) == config
+    assert dump(load(copy)) == dump(config)

@@ -48,6 +48,7 @@ def _load_all() -> dict[str, str]:
 
 build_info = _read_build_info()
 missing: dict[str, str] = _load_all()
+_host: Any = None if missing["host"] else importlib.import_module("cppo._host")
 
 
 def group_advantages(
@@ -110,14 +111,10 @@ def pack_completions(
 
 
 def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    from cppo import _host
-
     return _host.plan_microbatches(lengths, max_tokens)
 
 
 def balance_ranks(lengths: Sequence[int], world_size: int) -> list[list[int]]:
-    from cppo import _host
-
     return _host.balance_ranks(lengths, world_size)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels, one file per op: mathematics in the docstring, helpers, forward, backward, launch.
+"""Triton kernels, one file per op: mathematics in the docstring, helpers, kernels, launchers.
 
 The folder lies at the top of the repository and installs as `cppo.triton_kernels`. A top-level
 package of the name `triton_kernels` belongs to Triton's own project, so this one refuses to be

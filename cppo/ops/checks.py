@@ -70,13 +70,14 @@ def check_shape(
 
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
-    """ValueError unless all of the tensors are where the first one is."""
-    given = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
-    first_name, first = given[0]
-    for name, device in given[1:]:
-        if device != first:
+    """ValueError unless all of the tensors are where the first one is (TypeError: no tensor)."""
+    given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    for name, tensor in given:
+        check_tensor(op, name, tensor)
+        if tensor.device != given[0][1].device:
             raise ValueError(
-                f"cppo.{op}: {name} must be on {first} like {first_name}, got {device}"
+                f"cppo.{op}: {name} must be on {given[0][1].device} like {given[0][0]}, "
+                f"got {tensor.device}"
             )
 
 

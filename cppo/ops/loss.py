@@ -56,6 +56,7 @@ def _check_views(op: str, name: str, views: Views, rows: _Rows, config: LossConf
             f"config.cpl_coef > 0, got None with cpl_coef = {config.cpl_coef:g}"
         )
     anchor = views.anchor
+    check_same_device(op, **{f"{name}.{field}": view for field, view in views._asdict().items()})
     for view_name, view in zip(views._fields[1:], views[1:], strict=True):
         if view is None:
             continue
@@ -222,7 +223,6 @@ def cppo_loss(
     views, name = _as_views(op, "logits", logits)
     rows = _Rows(targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
     rows = _checked_rows(op, name, views.anchor, rows, config)
-    check_same_device(op, **{name: views.anchor}, positive=views.positive, negative=views.negative)
     _check_views(op, "logits", views, rows, config)
     check_targets(op, targets, rows.mask, views.anchor.shape[-1])
     _check_num_items(op, num_items, rows, config)
@@ -270,7 +270,6 @@ def linear_cppo_loss(
     views, name = _as_views(op, "hidden", hidden)
     rows = _Rows(targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
     rows = _checked_rows(op, name, views.anchor, rows, config)
-    check_same_device(op, **{name: views.anchor}, positive=views.positive, negative=views.negative)
     _check_views(op, "hidden", views, rows, config)
     *cast_views, weight, bias = cast(list[Any], autocast(*views, weight, bias))
     views = Views(*cast_views)

@@ -168,13 +168,13 @@ def has_vision(model: nn.Module) -> bool:
 def check_supported(model: nn.Module) -> None:
     """Raises ValueError for a model that the packed forward would run wrongly."""
     base = unwrap(model)
-    config = base.config
-    text_config = config.get_text_config()
-    if not hasattr(base, "model") or base.get_output_embeddings() is None:
+    if not (hasattr(base, "config") and hasattr(base, "model") and base.get_output_embeddings()):
         raise ValueError(
             "cppo: model must be a causal language model with an LM head, "
             f"got {type(base).__name__}"
         )
+    config = base.config
+    text_config = config.get_text_config()
     if has_vision(base) and config.model_type not in VISION_FAMILIES:
         raise ValueError(
             "cppo: vision-language model must be of the Qwen2-VL, Qwen2.5-VL or Qwen3-VL family, "

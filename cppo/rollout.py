@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,14 +177,19 @@ def sample_completions(
     )
     num_questions = len(prompts.questions)
     chunk = max(1, batch_size // group_size)
-    was_training = model.training
+    base, own_config, was_training = unwrap(model), unwrap(model).generation_config, model.training
     model.eval()
-    with torch.no_grad():
-        parts = [
-            _generate(model, prompts, i, i + chunk, {"generation_config": options})
-            for i in range(0, num_questions, chunk)
-        ]
-    model.train(was_training)
+    # generate fills the options left out here from the checkpoint's: min-p, banned n-grams, ...
+    base.generation_config = GenerationConfig()
+    try:
+        with torch.no_grad():
+            parts = [
+                _generate(model, prompts, i, i + chunk, {"generation_config": options})
+                for i in range(0, num_questions, chunk)
+            ]
+    finally:
+        base.generation_config = own_config
+        model.train(was_training)
     width = max(part.shape[1] for part in parts)
     completions = torch.cat(
         [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=pad) for part in parts]
@@ -256,11 +261,17 @@ def score(
 
 def _call(function: RewardFunction, rollouts: Rollouts, rows: list[int]) -> list[float]:
     try:
-        values = list(_evaluate(function, rollouts, rows))
+        returned: Any = _evaluate(function, rollouts, rows)
     except Exception as error:
         raise RewardError(
             _describe(function, rollouts, _culprit(function, rollouts, rows), error)
         ) from error
+    if isinstance(returned, (str, bytes)) or not isinstance(returned, Iterable):
+        raise RewardError(
+            f"cppo: reward function {reward_name(function)!r} must return a list of one number "
+            f"per completion, got {type(returned).__name__}"
+        )
+    values = list(returned)
     if len(values) != len(rows):
         raise RewardError(
             f"cppo: reward function {reward_name(function)!r} must return one number per "
@@ -271,7 +282,7 @@ def _call(function: RewardFunction, rollouts: Rollouts, rows: list[int]) -> list
         # None: the function does not apply to this row.
         try:
             number = 0.0 if value is None else float(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise RewardError(_describe(function, rollouts, row, error)) from error
         if not math.isfinite(number):
             raise RewardError(_describe(function, rollouts, row, f"returned {number}"))

@@ -1,0 +1,347 @@
+"""The packed forward: the padded one's numbers without its padding, for every model family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from trainer_cases import (
+    FAMILIES,
+    VISION_FAMILIES,
+    fixed_batch,
+    fixed_rollouts,
+    gradients,
+    packed,
+    questions_for,
+    relative_difference,
+    tiny,
+)
+
+from cppo import forward
+from cppo.ops.pack import pack_completions
+from cppo.records import PackedBatch
+from cppo.rollout import Rollouts, encode_questions
+from cppo.step import Batch, _hidden, _images_of
+
+FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the model
+
+
+def padded_logps(model: Any, rollouts: Rollouts) -> Tensor:
+    """(B, L) log-probabilities of every token by the stock padded forward, 0 at the first."""
+    images = rollouts.prompts.images
+    vision: dict[str, Any] = {}
+    if images is not None:
+        order = [
+            i for row in range(len(rollouts.texts)) for i in images.image_ids(row // rollouts.group_size)
+        ]
+        patches = images.pixel_values.split(images.image_grid_thw.prod(1).tolist())
+        vision = {
+            "pixel_values": torch.cat([patches[i] for i in order]),
+            "image_grid_thw": images.image_grid_thw[order],
+            "mm_token_type_ids": (rollouts.input_ids == model.config.image_token_id).int(),
+        }
+    else:
+        positions = (rollouts.attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        vision = {"position_ids": positions}
+    logits = model(
+        input_ids=rollouts.input_ids,
+        attention_mask=rollouts.attention_mask.long(),
+        use_cache=False,
+        **vision,
+    ).logits
+    logps = logits.log_softmax(-1)[:, :-1].gather(-1, rollouts.input_ids[:, 1:, None])[..., 0]
+    return F.pad(logps, (1, 0))
+
+
+def packed_logps(model: Any, batch: Batch, rows: Tensor) -> tuple[Tensor, PackedBatch]:
+    """(T,) log-probabilities of the targets by the packed forward."""
+    stream = batch.pack(rows)
+    hidden = _hidden(model, batch, stream, *_images_of(batch, rows))
+    weight, _ = forward.lm_head(model)
+    logps = F.linear(hidden, weight).log_softmax(-1)
+    return logps.gather(-1, stream.targets[:, None])[:, 0], stream
+
+
+def weighted(values: Tensor, mask: Tensor) -> Tensor:
+    """A sum that gives every token its own weight, so that no two may be confused."""
+    weights = torch.linspace(0.5, 1.5, mask.numel(), dtype=values.dtype).view(mask.shape)
+    return (values * weights * mask).sum()
+
+
+# Even lengths run as one padded attention call, uneven ones one by one.
+LENGTHS = {"even": [5, 6, 5, 6, 6, 5, 6, 5], "uneven": [200, 1, 1, 2, 1, 1, 2, 1]}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_padded_in_logps_and_gradients(family: str, lengths: str) -> None:
+    stock, processor = tiny(family, dtype=torch.float64)
+    rollouts = fixed_rollouts(stock, processor, questions_for(family), lengths=LENGTHS[lengths])
+    mask = rollouts.completion_mask
+    expected = padded_logps(stock, rollouts)
+    expected_gradients = gradients(stock, weighted(expected, mask))
+
+    model = packed(tiny(family, dtype=torch.float64)[0])
+    batch = fixed_batch(rollouts)
+    values, stream = packed_logps(model, batch, batch.kept)
+    ours = stream.unpack(values)
+
+    assert stream.input_ids.numel() == int(rollouts.attention_mask.sum())
+    is_uneven = stream.max_seqlen * len(batch.kept) > 2 * stream.input_ids.numel()
+    assert is_uneven == (lengths == "uneven")
+    torch.testing.assert_close(ours, expected * mask, rtol=0, atol=FP64)
+    got = gradients(model, weighted(ours, mask))
+    assert relative_difference(got, expected_gradients) < FP64
+    if family != "text":
+        assert any("visual" in name for name in got)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_order_and_padding_side_of_the_batch_do_not_matter(family: str) -> None:
+    model, processor = tiny(family, dtype=torch.float64)
+    model = packed(model)
+    rollouts = fixed_rollouts(model, processor, questions_for(family))
+    batch = fixed_batch(rollouts)
+    straight, stream = packed_logps(model, batch, batch.kept)
+    whole = stream.unpack(straight)
+
+    order = torch.tensor([5, 0, 7, 2, 6, 1, 3, 4])
+    permuted, stream = packed_logps(model, batch, order)
+    torch.testing.assert_close(stream.unpack(permuted), whole, rtol=0, atol=FP64)
+
+    # Rolled by one and with one more column: padding on both sides, the same tokens.
+    def moved(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 3))
+
+    shifted = Rollouts(
+        rollouts.prompts,
+        rollouts.group_size,
+        moved(rollouts.input_ids),
+        moved(rollouts.attention_mask),
+        moved(rollouts.completion_mask),
+        None if rollouts.positions is None else moved(rollouts.positions),
+        rollouts.texts,
+        rollouts.truncated,
+    )
+    values, stream = packed_logps(model, fixed_batch(shifted), batch.kept)
+    torch.testing.assert_close(stream.unpack(values)[:, :-3], whole, rtol=0, atol=0)
+
+
+def test_right_padded_prompts_pack_to_the_same_stream() -> None:
+    model, processor = tiny("text", dtype=torch.float64)
+    model = packed(model)
+    rollouts = fixed_rollouts(model, processor, questions_for("text"))
+    batch = fixed_batch(rollouts)
+    expected, stream = packed_logps(model, batch, batch.kept)
+    rows = [(ids[m], c[m]) for ids, m, c in zip(
+        rollouts.input_ids, rollouts.attention_mask, rollouts.completion_mask, strict=True
+    )]  # fmt: skip
+    right = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True)
+    completion = torch.nn.utils.rnn.pad_sequence([c for _, c in rows], batch_first=True)
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    mask = torch.arange(right.shape[1]) < lengths[:, None]
+    moved = Rollouts(
+        rollouts.prompts, 2, right, mask, completion, None, rollouts.texts, rollouts.truncated
+    )
+    values, other = packed_logps(model, fixed_batch(moved), batch.kept)
+    assert torch.equal(other.input_ids, stream.input_ids)
+    assert torch.equal(values, expected)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "calls"), [([5, 4, 6], 1), ([20, 1, 1, 1], 4), ([3], 1), ([4, 0, 4], 1)]
+)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_stays_within_each_sequence(
+    lengths: list[int], calls: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = sum(lengths)
+    query = torch.randn(1, 4, total, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 1, kv_heads, total, 8, dtype=torch.float64)
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    allowed = (owner[:, None] == owner) & torch.ones(total, total, dtype=torch.bool).tril()
+    k, v = (x.repeat_interleave(4 // kv_heads, 1) for x in (key, value))
+    scores = (query @ k.transpose(-1, -2) * 0.3).masked_fill(~allowed, -torch.inf)
+    expected = (scores.softmax(-1) @ v).transpose(1, 2)
+
+    seen = []
+    stock = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: (seen.append(1), stock(*a, **k))[1]
+    )
+    out, _ = forward._varlen_attention(
+        torch.nn.Identity(), query, key, value, scaling=0.3, cu_seq_lens_q=cu
+    )
+    torch.testing.assert_close(out, expected)
+    assert len(seen) == calls
+
+
+@pytest.mark.parametrize("family", ["text", "qwen2_5_vl", "qwen3_vl"])
+def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
+    results = []
+    for enabled in (False, True):
+        model, processor = tiny(family, dtype=torch.float64)
+        model = packed(model).train()
+        if enabled:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        batch = fixed_batch(fixed_rollouts(model, processor, questions_for(family)))
+        values, _ = packed_logps(model, batch, batch.kept)
+        results.append(gradients(model, weighted(values, torch.ones_like(values))))
+    assert relative_difference(results[1], results[0]) < 1e-12
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_an_image_is_encoded_once_however_many_completions_see_it(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny(family)
+    model = packed(model)
+    batch = fixed_batch(fixed_rollouts(model, processor, questions_for(family), group_size=4))
+    encoded = []
+    stock = model.model.get_image_features
+    monkeypatch.setattr(
+        model.model,
+        "get_image_features",
+        lambda pixels, grid, **k: (encoded.append((len(pixels), len(grid))), stock(pixels, grid, **k))[1],
+    )
+    images = batch.rollouts.prompts.images
+    patches = images.image_grid_thw.prod(1).tolist()
+    packed_logps(model, batch, batch.kept)
+    packed_logps(model, batch, torch.tensor([4, 5, 6, 7]))  # the question with two images
+    packed_logps(model, batch, torch.tensor([8, 9]))  # the question without any
+    assert encoded == [(sum(patches), 4), (sum(patches[1:3]), 2)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_set_attention_leaves_padded_batches_and_generate_right(family: str) -> None:
+    stock, processor = tiny(family)
+    prompts = encode_questions(stock, processor, questions_for(family))
+    inputs = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask.long()}
+    if prompts.images is not None:
+        inputs["pixel_values"] = prompts.images.pixel_values
+        inputs["image_grid_thw"] = prompts.images.image_grid_thw
+        inputs["mm_token_type_ids"] = forward.image_token_mask(stock, prompts.input_ids).int()
+    options = {"max_new_tokens": 8, "do_sample": False}
+    model = packed(tiny(family)[0])
+    with torch.no_grad():
+        expected, ours = stock(**inputs).logits, model(**inputs).logits
+        mask = prompts.attention_mask
+        torch.testing.assert_close(ours[mask], expected[mask], rtol=1e-4, atol=1e-5)
+        assert torch.equal(model.generate(**inputs, **options), stock.generate(**inputs, **options))
+        # A prompt alone and among longer ones goes on alike: the padding is masked.
+        alone = {"input_ids": prompts.input_ids[2:3][:, mask[2]]}
+        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+        long = model.generate(**inputs, **options)[2, -8:]
+        assert torch.equal(model.generate(**alone, **options)[0, -8:], long)
+
+
+def test_lm_head_of_suppressed_tokens_and_a_bias() -> None:
+    model, _ = tiny("text")
+    weight, bias = forward.lm_head(model)
+    assert weight is model.lm_head.weight and bias is None
+    _, bias = forward.lm_head(model, [3, 5])
+    assert bias.isneginf().nonzero()[:, 0].tolist() == [3, 5]
+    assert bias[bias.isfinite()].eq(0).all()
+
+    head = torch.nn.Linear(32, model.config.vocab_size, bias=True)
+    model.set_output_embeddings(head)
+    weight, bias = forward.lm_head(model, [2], torch.float64)
+    assert weight.dtype == bias.dtype == torch.float64
+    expected = head.bias.double().clone()
+    expected[2] = -torch.inf
+    assert torch.equal(bias, expected)
+    bias[0].backward()
+    assert head.bias.grad.nonzero()[:, 0].tolist() == [0]
+
+
+def test_lm_head_includes_its_adapter_and_gradients_reach_it() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    stock, _ = tiny("text")
+    stock.config.tie_word_embeddings = False
+    stock.lm_head.weight = torch.nn.Parameter(stock.lm_head.weight.detach().clone())
+    model = get_peft_model(stock, LoraConfig(r=2, lora_alpha=6, target_modules=["lm_head"]))
+    head = model.get_base_model().lm_head
+    torch.nn.init.normal_(head.lora_B["default"].weight)
+    hidden = torch.randn(5, 32)
+    weight, _ = forward.lm_head(model)
+    expected = head(hidden)
+    torch.testing.assert_close(hidden @ weight.T, expected)
+    plain = hidden @ head.base_layer.weight.T
+    assert (expected - plain).abs().max() > 0.1
+    (hidden @ weight.T).sum().backward()
+    assert head.lora_A["default"].weight.grad.abs().max() > 0
+    assert head.lora_B["default"].weight.grad.abs().max() > 0
+    with model.disable_adapter():
+        weight, _ = forward.lm_head(model)
+        assert weight is head.base_layer.weight
+
+
+def tiny_gemma2(**options: Any) -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **options))
+
+
+def test_models_that_would_run_wrongly_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"final_logit_softcapping .* got 'gemma2' with .* = 30"):
+        forward.check_supported(tiny_gemma2())
+    with pytest.raises(ValueError, match="attn_logit_softcapping.* got 'gemma2' with .* = 50"):
+        forward.check_supported(tiny_gemma2(final_logit_softcapping=None))
+
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    text = dict(model_type="llama", hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    text |= dict(num_attention_heads=2, vocab_size=64)
+    vision = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=32)
+    vision |= dict(num_hidden_layers=1, num_attention_heads=2, image_size=24, patch_size=12)
+    llava = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
+    with pytest.raises(ValueError, match="must be of the Qwen2-VL, .* got model_type 'llava'"):
+        forward.check_supported(llava)
+
+    from transformers import MambaConfig, MambaForCausalLM
+
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="with an LM head, got MambaForCausalLM"):
+        forward.check_supported(mamba)
+    hybrid, _ = tiny("text")
+    hybrid.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match="can be packed, got 'qwen3' with layers .*'linear_att"):
+        forward.check_supported(hybrid)
+    with pytest.raises(ValueError, match="must be a causal language model with an LM head, got Linear"):
+        forward.check_supported(torch.nn.Linear(2, 2))
+
+
+def test_a_sliding_window_shorter_than_a_sequence_is_refused() -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, use_sliding_window=True, sliding_window=8,
+        max_window_layers=1,
+    )  # fmt: skip
+    model = packed(Qwen2ForCausalLM(config))
+    for length, fits in ((8, True), (9, False)):
+        mask = torch.ones(1, length, dtype=torch.bool)
+        ids = torch.arange(length)[None] % 60
+        response = mask.clone()
+        response[:, 0] = False
+        stream = pack_completions(ids, mask, response)
+        if fits:
+            assert forward.packed_hidden(model, stream).shape == (length - 1, 32)
+        else:
+            with pytest.raises(ValueError, match="sequence of 9 tokens .* sliding window of 8"):
+                forward.packed_hidden(model, stream)
+
+
+def test_flash_attention_on_a_cpu_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="'flash_attention_2' cannot run here: .*"):
+        forward.choose_attention("flash_attention_2", "cpu")
+    assert forward.choose_attention("auto", "cpu") == "sdpa"
+    assert forward.choose_attention("sdpa", "cuda") == "sdpa"

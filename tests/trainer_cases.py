@@ -1,0 +1,128 @@
+"""Small cases that several trainer tests share: questions with images, rollouts made by hand."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from cppo.config import CPPOConfig, LossConfig
+from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
+from cppo.forward import check_supported, set_attention
+from cppo.questions import Question
+from cppo.rollout import Rollouts, _assemble, encode_questions, tokenizer_of
+from cppo.step import Batch
+
+VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("text", *VISION_FAMILIES)
+
+
+@functools.cache
+def _built(family: str, seed: int) -> tuple[nn.Module, Any]:
+    if family == "text":
+        return build_tiny_text_model(seed, size="test")
+    return build_tiny_vlm(family, seed, size="test")
+
+
+def tiny(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A fresh tiny model, with transformers' own attention, and its processor or tokenizer."""
+    model, processor = _built(family, seed)
+    return copy.deepcopy(model).to(dtype), copy.deepcopy(processor)
+
+
+def packed(model: Any) -> Any:
+    """The same model with the packed attention."""
+    check_supported(model)
+    set_attention(model, "sdpa")
+    return model
+
+
+def image(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture of coloured blocks with noise."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (-(-height // 12), -(-width // 12), 3)).repeat(12, 0).repeat(12, 1)
+    noisy = blocks[:height, :width] + rng.normal(0, 8, (height, width, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def question(text: str, images: Sequence[Image.Image] = (), **columns: Any) -> Question:
+    """A user's question, its images first."""
+    parts: Any = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
+    content = parts if images else text
+    return Question([{"role": "user", "content": content}], list(images), columns)
+
+
+def questions_for(family: str, count: int = 4) -> list[Question]:
+    """Questions of different length; for a model that sees: 1, 2, 0 and 1 images of all sizes."""
+    texts = ["How many?", "What is the sum of the digits?", "Hi", "Which is larger, and why?"]
+    if family == "text":
+        return [question(text, answer=str(i)) for i, text in enumerate(texts[:count])]
+    pictures = [[image(48, 24, 1)], [image(24, 72, 2), image(96, 48, 3)], [], [image(72, 72, 4)]]
+    pairs = zip(texts[:count], pictures[:count], strict=True)
+    return [question(text, group, answer=str(i)) for i, (text, group) in enumerate(pairs)]
+
+
+def fixed_rollouts(
+    model: Any,
+    processor: Any,
+    questions: list[Question],
+    *,
+    group_size: int = 2,
+    lengths: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Rollouts:
+    """Rollouts of random letters instead of sampled ones: (questions x group_size) completions."""
+    generator = torch.Generator().manual_seed(seed)
+    total = len(questions) * group_size
+    if lengths is None:
+        lengths = torch.randint(1, 8, (total,), generator=generator).tolist()
+    width = max(lengths)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    tokenizer = tokenizer_of(processor)
+    letters = tokenizer("abcdefghij0123456789", add_special_tokens=False)["input_ids"]
+    picked = torch.randint(0, len(letters), (total, width), generator=generator)
+    ids = torch.tensor(letters)[picked].masked_fill(~mask, tokenizer.pad_token_id)
+    prompts = encode_questions(model, processor, questions)
+    truncated = torch.zeros(total, dtype=torch.bool)
+    return _assemble(prompts, group_size, ids, mask, tokenizer, truncated)
+
+
+def fixed_batch(rollouts: Rollouts, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
+    """A batch on `rollouts` with advantages of both signs in every group, all rows kept."""
+    total = len(rollouts.texts)
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.rand(total, generator=generator, dtype=dtype) + 0.1
+    sign = torch.where(torch.arange(total) % 2 == 0, 1.0, -1.0)
+    return Batch(rollouts, size * sign, torch.arange(total), seed=seed)
+
+
+def config(**options: Any) -> CPPOConfig:
+    """A CPPOConfig; options of the loss by their own names."""
+    names = LossConfig.__dataclass_fields__
+    loss = {name: options.pop(name) for name in list(options) if name in names}
+    options["loss"] = LossConfig(**{"cpl_reduction": "sequence", **loss})
+    return CPPOConfig(**options)
+
+
+def gradients(model: nn.Module, loss: Tensor | Callable[[], Any] | None = None) -> dict[str, Tensor]:
+    """Gradient of every parameter that has one, after the backward pass of `loss`."""
+    model.zero_grad(set_to_none=True)
+    if callable(loss):
+        loss()
+    elif loss is not None:
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_difference(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference of any entry over the largest entry, over all tensors."""
+    assert ours.keys() == expected.keys()
+    scale = max(value.abs().max().item() for value in expected.values())
+    assert scale > 0
+    return max((ours[name] - expected[name]).abs().max().item() for name in ours) / scale

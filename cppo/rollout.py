@@ -52,6 +52,7 @@ class Rollouts:
         attention_mask: (B, L) bool, prompt and completion tokens.
         completion_mask: (B, L) bool, completion tokens with the closing one.
         positions: (3, B, L) rotary positions of a vision-language model, else None.
+        completion_ids: the B completions as token ids, with the closing one.
         texts: the B completions, decoded without special tokens.
         truncated: (B,) bool, cut at the token limit.
     """
@@ -62,6 +63,7 @@ class Rollouts:
     attention_mask: Tensor
     completion_mask: Tensor
     positions: Tensor | None
+    completion_ids: list[list[int]]
     texts: list[str]
     truncated: Tensor
 
@@ -227,6 +229,7 @@ def _assemble(
         torch.cat([prompt_mask, mask], dim=1),
         torch.cat([torch.zeros_like(prompt_mask), mask], dim=1),
         positions,
+        ids,
         tokenizer.batch_decode(ids, skip_special_tokens=True),
         truncated,
     )
@@ -298,6 +301,7 @@ def _evaluate(
     columns = {name: [question.columns.get(name) for question in questions] for name in names}
     return function(
         completions=[rollouts.texts[row] for row in rows],
+        completion_ids=[rollouts.completion_ids[row] for row in rows],
         prompts=[question.messages for question in questions],
         **columns,
     )

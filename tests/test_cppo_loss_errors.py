@@ -54,7 +54,7 @@ PADDED_ERRORS = [
     ({"mask": PADDED["mask"][0]}, ValueError, "mask must be (B, L) = (6, 7) like targets"),
     ({"mask": PADDED["mask"].tolist()}, TypeError, "mask must be a Tensor, got list"),
     ({"advantages": A[:5]}, ValueError, "advantages must be (B,) = (6,) like targets, got (5,)"),
-    ({"advantages": A[:, None]}, ValueError, "advantages must be (B,), got (6, 1)"),
+    ({"advantages": A[:, None]}, ValueError, "advantages must be (B,), got shape (6, 1)"),
     ({"advantages": A.long()}, TypeError, "advantages must be of floating dtype"),
     ({"advantages": A / 0 * 0}, ValueError, "advantages must be finite, got nan at index 0"),
     ({"advantages": A.to("meta")}, ValueError, "advantages must be on cpu like logits.anchor"),

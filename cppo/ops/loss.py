@@ -21,6 +21,7 @@ from cppo.ops.checks import (
     check_shape,
     check_targets,
     check_tensor,
+    check_vector,
     checked_mask,
     may_read,
 )
@@ -123,8 +124,7 @@ def _checked_rows(op: str, name: str, anchor: Tensor, rows: _Rows, config: LossC
     targets, advantages = rows.targets, rows.advantages
     check_layout(op, "targets", targets, rows.cu_seqlens)
     check_tensor(op, "advantages", advantages, "floating")
-    if advantages.ndim != 1:
-        raise ValueError(f"cppo.{op}: advantages must be (B,), got {tuple(advantages.shape)}")
+    check_vector(op, "advantages", advantages)
     check_same_device(op, **{name: anchor}, **rows._asdict())
     if rows.cu_seqlens is None:
         check_shape(op, "advantages", advantages, "(B,)", targets.shape[:1], "targets")

@@ -40,8 +40,11 @@ _VISION_ID_FIELDS = (
     "boi_token_id",
     "eoi_token_id",
 )
-# Grounding and tool-call markers (<|box_start|>, <tool_call>) are answers a policy may give: not here.
-_INPUT_ONLY_TOKEN = re.compile(r"image|video|vision|audio|\bpad\b|im_start|endoftext|unknown", re.IGNORECASE)
+# Not here: grounding and tool-call markers (<|box_start|>, <tool_call>), which a policy may answer.
+_INPUT_ONLY_TOKEN = re.compile(
+    r"image|video|vision|audio|\bpad\b|im_start|endoftext|unknown", re.IGNORECASE
+)
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 _Processor = TypeVar("_Processor", bound=type)
@@ -60,7 +63,11 @@ def image_only(processor_class: _Processor) -> _Processor:
 
     class ImageOnly(processor_class):  # type: ignore[misc, valid-type]
         def __init__(
-            self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **_: Any
+            self,
+            image_processor: Any = None,
+            tokenizer: Any = None,
+            chat_template: Any = None,
+            **_: Any,
         ) -> None:
             for name in ("image", "video", "vision_start", "vision_end"):
                 stock = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
@@ -81,13 +88,20 @@ def load_processor(path: str | Path, **kwargs: Any) -> Any:
     Args:
         path: a folder written by `save_pretrained`, or a Hugging Face hub name.
         kwargs: passed on to `from_pretrained`.
-    Returns: a processor (has `.tokenizer` and `.image_processor`) or a tokenizer, padding on the left.
+    Returns: a processor (has `.tokenizer` and `.image_processor`) or a tokenizer; both pad on
+        the left.
     Raises: ValueError if the folder, its config.json or its tokenizer is missing, or the family is
         not known to transformers.
     """
     config = _load_config(path, "load_processor")
-    stock = PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else None
-    loader: Any = AutoProcessor if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoTokenizer
+    # transformers would make up an empty tokenizer.
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any(any(folder.glob(p)) for p in _TOKENIZER_FILES):
+        raise ValueError(f"cppo.load_processor: path {str(path)!r} has no tokenizer files")
+    stock: Any = PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else None
+    loader: Any = (
+        AutoProcessor if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoTokenizer
+    )
     if stock is not None and "video_processor" in stock.get_attributes():
         if not is_torchvision_available() or not _has_video_config(path):
             loader = image_only(stock)
@@ -110,8 +124,8 @@ def load_model(
 
     Args:
         path: a folder written by `save_pretrained`, or a Hugging Face hub name.
-        dtype: of the weights. transformers' own default is the dtype of the file, which would run an
-            fp16 checkpoint in fp16 on CPU; here it is fp32.
+        dtype: of the weights. transformers' own default is the dtype of the file, which
+            would run an fp16 checkpoint in fp16 on CPU; here it is fp32.
         kwargs: passed on to `from_pretrained`, e.g. `attn_implementation`.
     Returns: the model in eval mode, on CPU unless `device_map` says otherwise.
     Raises: ValueError if the folder, its config.json or its weights are missing, or the family is
@@ -128,8 +142,8 @@ def load_model(
     else:
         raise ValueError(
             f"cppo.load_model: path {str(path)!r} holds model_type {config.model_type!r}, which is "
-            "neither an image-text-to-text model (qwen2_vl, qwen2_5_vl, qwen3_vl, ...) nor a causal "
-            "language model (qwen2, qwen3, llama, ...)"
+            "neither an image-text-to-text model (qwen2_vl, qwen2_5_vl, qwen3_vl, ...) nor a "
+            "causal language model (qwen2, qwen3, llama, ...)"
         )
     try:
         return loader.from_pretrained(path, dtype=dtype, **kwargs)
@@ -153,8 +167,8 @@ def special_token_ids_to_suppress(model: PreTrainedModel, processor: Any) -> lis
     Args:
         model: gives the vision ids of its config and the end-of-sequence ids.
         processor: a processor or a tokenizer.
-    Returns: ascending ids: vision, image, video and audio markers, the chat's turn start, padding and
-        bos; never an end-of-sequence id, never a grounding or tool marker.
+    Returns: ascending ids: vision, image, video and audio markers, the chat's turn start, padding
+        and bos; never an end-of-sequence id, never a grounding or tool marker.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     vocab_size = model.get_output_embeddings().weight.shape[0]
@@ -178,7 +192,9 @@ def _load_config(path: str | Path, op: str) -> PretrainedConfig:
             raise ValueError(f"cppo.{op}: path {str(path)!r} is a folder without a config.json")
     elif folder.exists() or not _HUB_NAME.fullmatch(str(path)):
         kind = "a file" if folder.exists() else "missing"
-        raise ValueError(f"cppo.{op}: path must be a model folder or a hub name, {str(path)!r} is {kind}")
+        raise ValueError(
+            f"cppo.{op}: path must be a model folder or a hub name, {str(path)!r} is {kind}"
+        )
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:

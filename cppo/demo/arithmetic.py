@@ -44,7 +44,9 @@ class ArithmeticProblems:
         check_split("ArithmeticProblems", split, size)
         low, high = num_steps
         if not 1 <= low <= high <= 2:
-            raise ValueError(f"ArithmeticProblems: num_steps must be within (1, 2), got {num_steps}")
+            raise ValueError(
+                f"ArithmeticProblems: num_steps must be within (1, 2), got {num_steps}"
+            )
         self.split, self.size, self.seed, self.num_steps = split, size, seed, (low, high)
 
     def __len__(self) -> int:
@@ -55,7 +57,9 @@ class ArithmeticProblems:
             raise IndexError(f"ArithmeticProblems: index must be in [0, {self.size}), got {index}")
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         while True:
-            question, steps, total = _problem(rng, int(rng.integers(*self.num_steps, endpoint=True)))
+            question, steps, total = _problem(
+                rng, int(rng.integers(*self.num_steps, endpoint=True))
+            )
             if total >= 0 and _is_heldout(steps) == (self.split == "heldout"):
                 break
         return {

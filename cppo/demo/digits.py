@@ -1,7 +1,8 @@
 """Questions about images composed of real handwritten digits: "What is the sum of the digits?"
 
-The 1,797 scans are scikit-learn's (`load_digits`, 8 x 8 pixels, UCI test set of optical recognition of
-handwritten digits). 500 of them are held out: no held-out handwriting is ever in a training image.
+The 1,797 scans are scikit-learn's (`load_digits`, 8 x 8 pixels, the test set of UCI's "optical
+recognition of handwritten digits"). 500 of them are held out: no held-out scan is ever in a
+training image (writers are in both parts: the data does not name them).
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class DigitSums:
         check_split("DigitSums", split, size)
         low, high = num_digits
         if not 1 <= low <= high:
-            raise ValueError(f"DigitSums: num_digits must be (low, high), 1 <= low <= high, got {num_digits}")
+            raise ValueError(
+                f"DigitSums: num_digits must be (low, high), 1 <= low <= high, got {num_digits}"
+            )
         if noise < 0:
             raise ValueError(f"DigitSums: noise must be >= 0, got {noise}")
         self.split, self.size, self.seed = split, size, seed
@@ -74,12 +77,16 @@ class DigitSums:
 
     def _rng(self, index: int) -> np.random.Generator:
         if not 0 <= index < self.size:
-            raise IndexError(f"{type(self).__name__}: index must be in [0, {self.size}), got {index}")
+            raise IndexError(
+                f"{type(self).__name__}: index must be in [0, {self.size}), got {index}"
+            )
         return np.random.default_rng((self.seed, SPLITS.index(self.split), index))
 
     def _scene(self, rng: np.random.Generator) -> tuple[list[int], Image.Image]:
         scans, labels = handwriting(self.split)
-        chosen = rng.integers(len(labels), size=rng.integers(self.num_digits[0], self.num_digits[1] + 1))
+        chosen = rng.integers(
+            len(labels), size=rng.integers(self.num_digits[0], self.num_digits[1] + 1)
+        )
         image = compose_scene([scans[i] for i in chosen], rng, noise=self.noise)
         return [int(labels[i]) for i in chosen], image
 
@@ -87,7 +94,7 @@ class DigitSums:
 def compose_scene(
     scans: Sequence[np.ndarray], rng: np.random.Generator, *, noise: float = 0.08
 ) -> Image.Image:
-    """Return an image of digits side by side: each scaled to 16-22 pixels and moved inside its slot.
+    """Return an image of digits side by side, each 16-22 pixels large somewhere in its slot.
 
     Args:
         scans: (8, 8) arrays in [0, 1], ink bright.
@@ -99,10 +106,12 @@ def compose_scene(
         side = int(rng.integers(16, 23))
         top, left = rng.integers(SLOT - side + 1, size=2)
         scaled = Image.fromarray(scan).resize((side, side), Image.Resampling.BILINEAR)
-        canvas[top : top + side, slot * SLOT + left : slot * SLOT + left + side] = np.asarray(scaled)
+        canvas[top : top + side, slot * SLOT + left : slot * SLOT + left + side] = np.asarray(
+            scaled
+        )
     contrast, brightness = rng.uniform(0.6, 1.0), rng.uniform(0.0, 0.2)
-    canvas = canvas * contrast + brightness + rng.normal(0.0, noise, canvas.shape)
-    pixels = (np.clip(canvas, 0, 1) * 255).round().astype(np.uint8)
+    noisy = canvas * contrast + brightness + rng.normal(0.0, noise, canvas.shape)
+    pixels = (np.clip(noisy, 0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(pixels).convert("RGB")
 
 

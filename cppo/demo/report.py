@@ -17,12 +17,20 @@ from typing import Any
 from PIL import Image
 
 from cppo.demo.svg import Series, line_chart, stacked_chart
-from cppo.demo.style import STYLE
 
-_TIME_PARTS = ("rollout", "reward", "old_logps", "ref_logps", "views", "forward", "backward", "optimizer")
+_TIME_PARTS = (
+    "rollout",
+    "reward",
+    "old_logps",
+    "ref_logps",
+    "views",
+    "forward",
+    "backward",
+    "optimizer",
+)
 _IMAGE_HEIGHT = 96  # CSS pixels of a small image; larger ones keep their size
 _CURVES: tuple[tuple[str, str, dict[str, str], float | None], ...] = (
-    # heading, what it shows, {key of the history: label}, upper end of the axis (None: from the data)
+    # heading, what it shows, {key of the history: label}, upper end of the axis (None: the data)
     (
         "Held-out accuracy",
         "share of right answers on questions that training never saw",
@@ -67,26 +75,28 @@ def write_report(
     Args:
         path: of the HTML file; its folder is made.
         title: heading of the page.
-        history: the trainer's metrics, one mapping per step (`CPPOTrainer.history`): `step`, any of the
-            keys of the curves, `eval/sampled/...`, `eval/greedy/...`, and `time/<part>` in seconds.
-            Missing keys and None or NaN values are left out.
+        history: the trainer's metrics, one mapping per step (`CPPOTrainer.history`): `step`,
+            any of the keys of the curves, `eval/sampled/...`, `eval/greedy/...`, and
+            `time/<part>` in seconds. Missing keys and None or NaN values are left out.
         summary: {row name: {"before": number, "after": number}} becomes the before/after table; any
             other value becomes a fact beside it. Numbers named ...accuracy are shown in percent.
         views: one mapping per image: `anchor`, `positive`, `negative` (PIL images), `question` and,
             if wanted, `answer`.
         completions: one mapping each: `question`, `image` (PIL or None), `tokens` (list of str),
-            `entropy_shift` (nats, one per token), `selected` (bool, one per token: perception tokens),
+            `entropy_shift` (nats, one per token), `selected` (bool, one per token: the perception
+            tokens),
             `reward`, `advantage`, and `answer` if wanted.
         config: what the run was made with, in order.
     Raises: ValueError if a completion's tokens, entropy_shift and selected differ in length.
     """
     history = _with_derived(history)
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     body = [_header(title, summary), _curves(history), _time(history), _views(views)]
     body += [_completions(completions), _config(config or {})]
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -103,7 +113,9 @@ def _with_derived(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in history:
         derived: dict[str, Any] = {}
         for mode in ("sampled", "greedy"):
-            accuracies = sorted(n for n in names if n.startswith(f"eval/{mode}/") and n.endswith("accuracy"))
+            accuracies = sorted(
+                n for n in names if n.startswith(f"eval/{mode}/") and n.endswith("accuracy")
+            )
             derived[mode] = row.get(accuracies[0] if accuracies else f"eval/{mode}/reward")
         if row.get("tokens/sampled") and row.get("tokens/trained") is not None:
             derived["kept_token_share"] = row["tokens/trained"] / row["tokens/sampled"]
@@ -135,13 +147,14 @@ def _before_after(name: str, before: float, after: float) -> str:
     if percent:
         low, high = sorted((before, after))
         bar = (
-            '<div class="bar"><i class="base" style="width:'
-            f'{100 * low:.1f}%"></i><i class="{mood}" style="width:{100 * (high - low):.1f}%"></i></div>'
+            f'<div class="bar"><i class="base" style="width:{100 * low:.1f}%"></i>'
+            f'<i class="{mood}" style="width:{100 * (high - low):.1f}%"></i></div>'
         )
     return (
         f'<div class="card"><h3>{escape(name)}</h3><p class="figures"><span class="before">'
         f'{_text(name, before)}</span><span class="arrow">&rarr;</span><span class="after">'
-        f'{_text(name, after)}</span></p>{bar}<p class="change {mood}">{change:+.1f}{unit}</p></div>'
+        f"{_text(name, after)}</span></p>{bar}"
+        f'<p class="change {mood}">{change:+.1f}{unit}</p></div>'
     )
 
 
@@ -152,7 +165,11 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> str:
         series = [s for s in series if s.points]
         if series:
             figures.append(_figure(heading, note, line_chart(series, top=top)))
-    return f'<section><h2>Curves</h2><div class="grid">{"".join(figures)}</div></section>' if figures else ""
+    return (
+        f'<section><h2>Curves</h2><div class="grid">{"".join(figures)}</div></section>'
+        if figures
+        else ""
+    )
 
 
 def _time(history: Sequence[Mapping[str, Any]]) -> str:
@@ -174,7 +191,9 @@ def _time(history: Sequence[Mapping[str, Any]]) -> str:
     rows += f"<tr><td>all</td><td>{whole:.1f} s</td><td>100 %</td></tr>"
     table = f'<div class="panel"><table><tbody>{rows}</tbody></table></div>'
     figure = _figure("Seconds per step", "by part, stacked", stacked_chart(series))
-    return f'<section><h2>Where the time goes</h2><div class="split">{figure}{table}</div></section>'
+    return (
+        f'<section><h2>Where the time goes</h2><div class="split">{figure}{table}</div></section>'
+    )
 
 
 def _views(views: Sequence[Mapping[str, Any]]) -> str:
@@ -191,12 +210,12 @@ def _views(views: Sequence[Mapping[str, Any]]) -> str:
         )
         question = escape(str(view.get("question", "")))
         if view.get("answer") is not None:
-            question += f' <b>{escape(str(view["answer"]))}</b>'
+            question += f" <b>{escape(str(view['answer']))}</b>"
         items.append(f'<div class="views"><p>{question}</p><div>{pictures}</div></div>')
     return (
         "<section><h2>Three views of an image</h2><p>The <b>anchor</b> is the image as it is. The "
-        "<b>positive</b> view keeps what it says, the <b>negative</b> view takes some of it away: where the "
-        "model grows less certain under it, it was looking.</p>"
+        "<b>positive</b> view keeps what it says, the <b>negative</b> view takes some of it away: "
+        "where the model grows less certain under it, it was looking.</p>"
         f'<div class="grid">{"".join(items)}</div></section>'
     )
 
@@ -216,15 +235,16 @@ def _completions(completions: Sequence[Mapping[str, Any]]) -> str:
     scale = max([*shifts, 1e-6])
     ramp = "".join(f'<i style="background:{_tint(i / 5)}"></i>' for i in range(-5, 6))
     legend = (
-        f'<p class="legend">entropy shift, nats <span>{-scale:.1f}</span><span class="ramp">{ramp}</span>'
-        f'<span>+{scale:.1f}</span><span class="token selected">perception token</span></p>'
+        f'<p class="legend">entropy shift, nats <span>{-scale:.1f}</span>'
+        f'<span class="ramp">{ramp}</span><span>+{scale:.1f}</span>'
+        '<span class="token selected">perception token</span></p>'
     )
     cards = "".join(_completion(completion, scale) for completion in completions)
     return (
-        "<section><h2>Which tokens look at the image</h2><p>Each token of a completion, coloured by how "
-        "much its entropy changes when the negative view replaces the image. The outlined tokens are the "
-        f'perception tokens that the contrastive loss acts on.</p>{legend}<div class="stack">{cards}</div>'
-        "</section>"
+        "<section><h2>Which tokens look at the image</h2><p>Each token of a completion, coloured "
+        "by how much its entropy changes when the negative view replaces the image. The outlined "
+        "tokens are the perception tokens that the contrastive loss acts on.</p>"
+        f'{legend}<div class="stack">{cards}</div></section>'
     )
 
 
@@ -236,15 +256,21 @@ def _completion(completion: Mapping[str, Any], scale: float) -> str:
             completion["tokens"], completion["entropy_shift"], completion["selected"], strict=True
         )
     )
-    facts = [f'reward {_number(completion.get("reward"))}', f'advantage {_number(completion.get("advantage"), "+")}']
+    facts = [
+        f"reward {_number(completion.get('reward'))}",
+        f"advantage {_number(completion.get('advantage'), '+')}",
+    ]
     if completion.get("answer") is not None:
-        facts.append(f'right answer {escape(str(completion["answer"]))}')
+        facts.append(f"right answer {escape(str(completion['answer']))}")
     good = (completion.get("reward") or 0) > 0
     badge = f'<span class="badge {"right" if good else "wrong"}">{" &middot; ".join(facts)}</span>'
-    image = f'<div class="frame">{_image(completion["image"])}</div>' if completion.get("image") else ""
+    image = (
+        f'<div class="frame">{_image(completion["image"])}</div>' if completion.get("image") else ""
+    )
     return (
-        f'<div class="completion">{image}<div><p class="question">{escape(str(completion["question"]))} '
-        f'{badge}</p><p class="tokens">{tokens}</p></div></div>'
+        f'<div class="completion">{image}<div><p class="question">'
+        f"{escape(str(completion['question']))} {badge}</p>"
+        f'<p class="tokens">{tokens}</p></div></div>'
     )
 
 
@@ -252,9 +278,11 @@ def _config(config: Mapping[str, Any]) -> str:
     if not config:
         return ""
     rows = "".join(
-        f"<tr><td>{escape(str(k))}</td><td><code>{escape(str(v))}</code></td></tr>" for k, v in config.items()
+        f"<tr><td>{escape(str(k))}</td><td><code>{escape(str(v))}</code></td></tr>"
+        for k, v in config.items()
     )
-    return f"<section><h2>Configuration</h2><table class='config'><tbody>{rows}</tbody></table></section>"
+    table = f'<table class="config"><tbody>{rows}</tbody></table>'
+    return f"<section><h2>Configuration</h2>{table}</section>"
 
 
 def _figure(heading: str, note: str, svg: str) -> str:

@@ -1,4 +1,7 @@
-"""Two small charts as inline SVG: lines, and stacked bars. Colours come from the page's CSS (c0..c7)."""
+"""Two small charts as inline SVG: lines, and stacked bars.
+
+Colours are classes c0..c7 of the page's style sheet.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,8 @@ def stacked_chart(series: Sequence[Series]) -> str:
                 tip = f"step {_short(bar[0])}, {series[number].label}: {_short(value)} s"
                 shapes.append(
                     f'<rect class="area c{number % NUM_COLOURS}" x="{left:.1f}" y="{upper:.1f}" '
-                    f'width="{width:.1f}" height="{to_y(base) - upper:.1f}"><title>{escape(tip)}</title></rect>'
+                    f'width="{width:.1f}" height="{to_y(base) - upper:.1f}">'
+                    f"<title>{escape(tip)}</title></rect>"
                 )
             base += value
     return _legend(series, [""] * len(series)) + _svg(axes + "".join(shapes), _WIDE)
@@ -97,11 +101,15 @@ def _axes(
         y = to_y(tick)
         kind = "axis" if tick == 0 else "grid"
         parts.append(f'<path class="{kind}" d="M{_LEFT} {y:.1f}H{width - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
+        parts.append(
+            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>'
+        )
     for tick in _ticks(x_low, x_high):
         if x_low <= tick <= x_high and tick == int(tick):
             x = to_x(tick)
-            parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{_short(tick)}</text>')
+            parts.append(
+                f'<text x="{x:.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{_short(tick)}</text>'
+            )
     middle = (_LEFT + width - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{_HEIGHT - 4}" text-anchor="middle">step</text>')
     return to_x, to_y, "".join(parts)

@@ -157,7 +157,9 @@ def encode(processor: Any, rows: list[dict[str, Any]], targets: list[str] | None
         for row in rows
     ]
     targets = [target + tokenizer.eos_token for target in targets] if targets else []
-    texts = [text + target for text, target in zip(texts, targets, strict=True)] if targets else texts
+    texts = (
+        [text + target for text, target in zip(texts, targets, strict=True)] if targets else texts
+    )
     images = [image for row in rows for image in row.get("images", ())]
     extra = {"images": images} if images else {}
     batch = processor(text=texts, padding=True, return_tensors="pt", **extra)
@@ -201,7 +203,7 @@ def generated_accuracy(
         for start in range(0, len(rows), batch_size):
             chosen = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
             batch = encode(processor, chosen)
-            output = model.generate(
+            output = model.generate(  # type: ignore[operator]
                 **batch, max_new_tokens=MAX_NEW_TOKENS, suppress_tokens=suppressed, **sampling
             )
             new_tokens = output[:, batch["input_ids"].shape[1] :]
@@ -212,7 +214,7 @@ def generated_accuracy(
 
 
 def save_checkpoint(model: PreTrainedModel, processor: Any, folder: str | Path) -> None:
-    """Write model (fp16) and processor in the usual form; `cppo.models.load_model` reads it in fp32.
+    """Write model (fp16) and processor in the usual form; `load_model` reads it in fp32.
 
     The model in memory is left in fp32.
     """
@@ -236,8 +238,10 @@ def main() -> None:
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         accuracy, completions = generated_accuracy(model, processor, rows, temperature=temperature)
         worked = [text for text in completions if not text.startswith("\\boxed")]
-        print(f"{args.task} seed {args.seed}: held-out accuracy, {name}: {accuracy:.3f}, "
-              f"shows its work: {len(worked) / len(completions):.2f}")
+        print(
+            f"{args.task} seed {args.seed}: held-out accuracy, {name}: {accuracy:.3f}, "
+            f"shows its work: {len(worked) / len(completions):.2f}"
+        )
         print("\n".join(completions[:5]))
 
 

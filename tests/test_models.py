@@ -1,0 +1,150 @@
+"""Loading models and processors, the ids never to sample, and the errors."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen2_5_VLProcessor, ViTConfig
+
+from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm, build_tokenizer
+from cppo.models import (
+    image_only,
+    is_vision_language,
+    load_model,
+    load_processor,
+    special_token_ids_to_suppress,
+)
+
+MESSAGES = [
+    {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "text", "text": "What is the sum of the digits?"}],
+    }
+]
+
+
+def _inputs(processor, image):
+    text = processor.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    return processor(text=[text], images=[image], return_tensors="pt")
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_vision_checkpoint_round_trip(family, tmp_path):
+    model, processor = build_tiny_vlm(family, seed=1, size="test")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, loaded_processor = load_model(tmp_path), load_processor(tmp_path)
+    image = Image.effect_noise((48, 24), 80).convert("RGB")
+    first, second = _inputs(processor, image), _inputs(loaded_processor, image)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert (first["input_ids"] == model.config.image_token_id).sum() == 2
+    assert torch.equal(model(**first).logits, loaded(**second).logits)
+    assert is_vision_language(loaded) and not loaded.training
+
+
+def test_text_checkpoint_round_trip(tmp_path):
+    model, tokenizer = build_tiny_text_model(seed=1, size="test")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, loaded_tokenizer = load_model(tmp_path), load_processor(tmp_path)
+    text = 'Tom has 12 apples, "buys" 7\n and then loses 5. How many are left? \\boxed{14}'
+    ids = loaded_tokenizer(text)["input_ids"]
+    assert ids == tokenizer(text)["input_ids"]
+    assert loaded_tokenizer.decode(ids) == text
+    inputs = torch.tensor([ids])
+    assert torch.equal(model(inputs).logits, loaded(inputs).logits)
+    assert not is_vision_language(loaded)
+
+
+def test_half_precision_file_is_loaded_in_the_dtype_asked_for(tmp_path):
+    model, _ = build_tiny_text_model(size="test")
+    model.half().save_pretrained(tmp_path)
+    assert load_model(tmp_path).dtype == torch.float32
+    assert load_model(tmp_path, dtype=torch.float16).dtype == torch.float16
+
+
+def test_processors_pad_on_the_left(tmp_path):
+    model, tokenizer = build_tiny_text_model(size="test")
+    model.config.save_pretrained(tmp_path)
+    tokenizer.padding_side = "right"
+    tokenizer.save_pretrained(tmp_path)
+    ids = load_processor(tmp_path)(["12", "1"], padding=True)["input_ids"]
+    assert ids[1][0] == tokenizer.pad_token_id and ids[1][1] == ids[0][0]
+
+
+def test_tokenizer_gives_unknown_characters_one_token_and_text_back():
+    tokenizer = build_tokenizer()
+    assert tokenizer.decode(tokenizer("I see 3, 5. ")["input_ids"]) == "I see 3, 5. "
+    assert len(tokenizer("What is the sum of the digits?")["input_ids"]) == 1
+    assert tokenizer.convert_ids_to_tokens(tokenizer("\u00e9")["input_ids"]) == ["<|unknown|>"]
+
+
+def test_image_only_keeps_the_stock_name_and_has_no_video_processor():
+    subclass = image_only(Qwen2_5_VLProcessor)
+    assert subclass.__name__ == "Qwen2_5_VLProcessor"
+    assert subclass.get_attributes() == ["image_processor", "tokenizer"]
+
+
+@pytest.mark.parametrize("build", [build_tiny_vlm, build_tiny_text_model])
+def test_input_tokens_are_suppressed_and_the_end_is_not(build):
+    model, processor = build(size="test")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ids = special_token_ids_to_suppress(model, processor)
+    suppressed = set(tokenizer.convert_ids_to_tokens(ids))
+    assert ids == sorted(set(ids))
+    assert {"<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"} <= suppressed
+    assert {"<|im_start|>", "<|endoftext|>"} <= suppressed
+    assert tokenizer.eos_token_id not in ids
+    assert all(token.startswith("<|") for token in suppressed)
+
+
+def test_every_end_of_sequence_id_of_the_generation_config_may_be_sampled():
+    model, processor = build_tiny_text_model(size="test")
+    model.generation_config.eos_token_id = [processor.eos_token_id, processor.pad_token_id]
+    assert processor.pad_token_id not in special_token_ids_to_suppress(model, processor)
+
+
+def test_suppressed_ids_are_never_sampled():
+    model, processor = build_tiny_vlm(size="test")
+    ids = special_token_ids_to_suppress(model, processor)
+    with torch.no_grad():
+        model.lm_head.weight[ids] *= 50  # a policy that likes nothing better
+    inputs = _inputs(processor, Image.new("RGB", (24, 24)))
+    output = model.generate(
+        **inputs, do_sample=True, top_k=0, max_new_tokens=20, suppress_tokens=ids
+    )
+    assert not set(output[0, inputs["input_ids"].shape[1] :].tolist()) & (set(ids) - {0})
+
+
+@pytest.mark.parametrize("load", [load_model, load_processor])
+def test_missing_and_broken_folders_are_named(load, tmp_path):
+    with pytest.raises(ValueError, match=r"cppo\.load_.*nowhere.*is missing"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="without a config.json"):
+        load(tmp_path)
+    file = tmp_path / "weights.bin"
+    file.write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        load(file)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_family"}))
+    with pytest.raises(ValueError, match="no model configuration.*no_such_family"):
+        load(tmp_path)
+
+
+def test_a_folder_without_weights_or_tokenizer_is_named(tmp_path):
+    model, _ = build_tiny_text_model(size="test")
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no weights that load"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="has no tokenizer files"):
+        load_processor(tmp_path)
+
+
+def test_unsupported_family_and_dtype(tmp_path):
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type 'vit'.*neither"):
+        load_model(tmp_path)
+    with pytest.raises(TypeError, match="dtype must be a floating torch.dtype, got 'fp32'"):
+        load_model(tmp_path, dtype="fp32")

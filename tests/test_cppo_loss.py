@@ -70,6 +70,14 @@ def test_accuracy_of_every_option(op, backend, config):
     assert all(outputs[name].any() for name in results(outputs) if name.startswith("grad."))
 
 
+@pytest.mark.parametrize("case", ["large", "low", "minus_inf_columns", "one_finite"])
+@every_run
+def test_accuracy_of_the_full_divergence(op, backend, case):
+    inputs = {**make_inputs(op, case), "config": CONFIGS["full"]}
+    assert_op_as_accurate(op, backend, inputs)
+    assert all(value.isfinite().all() for value in evaluate(op, inputs, backend).values())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_vocabulary_of_qwen(backend):
     inputs = make_inputs("cppo_loss", lengths=(2, 1, 3), vocabulary=151_936, layout="packed")
@@ -331,6 +339,24 @@ def test_only_the_loss_is_attached_and_scales(op, backend):
     torch.testing.assert_close(both, 4 * once + 2 * anchor)
     out.loss.backward()
     assert old.grad is None and advantages.grad is None
+
+
+@pytest.mark.parametrize("backend", backends.available("linear_cppo_loss"))
+def test_autocast_casts_like_linear(backend):
+    inputs = make_inputs("linear_cppo_loss")
+    names = ("hidden", "weight", "bias")
+
+    def cast(value, dtype):
+        return Views(*(v.to(dtype) for v in value)) if isinstance(value, Views) else value.to(dtype)
+
+    half = {k: cast(v, torch.bfloat16) if k in names else v for k, v in inputs.items()}
+    expected = evaluate("linear_cppo_loss", half, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = cppo.linear_cppo_loss(**inputs, backend=backend)
+        exact = cppo.linear_cppo_loss(**in_fp64(inputs), backend=backend)
+    assert out.loss.dtype == torch.float32 and torch.equal(out.loss, expected["loss"])
+    # autocast leaves fp64 alone.
+    assert torch.equal(exact.loss, evaluate("linear_cppo_loss", in_fp64(inputs), backend)["loss"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -184,3 +184,12 @@ def test_bad_input(call, error, message):
 def test_a_first_token_response_of_a_dropped_completion_is_no_error():
     response = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]])
     assert pack(response=response, kept=torch.tensor([1])).targets.numel() == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unchecked_a_first_token_is_no_response(backend):
+    # On a GPU nothing is read, so the backends themselves must not point before the stream.
+    implementation = backends.pick("pack_completions", IDS, backend)
+    everything = torch.ones(2, 4, dtype=torch.bool)
+    packed = implementation.pack_completions(IDS, everything, everything, torch.arange(2))
+    assert packed[3].tolist() == [0, 1, 2, 4, 5, 6] and packed[5].tolist() == [0, 3, 6]

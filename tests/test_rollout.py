@@ -31,7 +31,7 @@ def test_sampling_is_on_policy_whatever_the_checkpoint_asks_for() -> None:
     model = packed(peaked(model))
     # What checkpoints ship with; any of it would make another distribution.
     model.generation_config.update(
-        top_k=5, top_p=0.5, min_p=0.2, repetition_penalty=1.5, temperature=0.1, no_repeat_ngram_size=2
+        top_k=5, top_p=0.5, min_p=0.2, repetition_penalty=1.5, no_repeat_ngram_size=2
     )
     number = 4000
     torch.manual_seed(1)
@@ -58,8 +58,9 @@ def test_the_log_probabilities_are_those_of_the_distribution_that_generate_used(
     model, tokenizer = tiny("text")
     model = packed(peaked(model))
     prompts = encode_questions(model, tokenizer, questions_for("text"))
+    options: Any = {"temperature": 0.7, "suppressed": (0, 1)}
     rollouts = sample_completions(
-        model, tokenizer, prompts, group_size=2, max_new_tokens=5, temperature=0.7, suppressed=(0, 1)
+        model, tokenizer, prompts, group_size=2, max_new_tokens=5, **options
     )
     batch = Batch(rollouts, torch.ones(8), torch.arange(8), suppressed=(0, 1))
     logps = token_logps(model, batch, config(temperature=0.7))
@@ -114,8 +115,9 @@ def test_a_completion_ends_with_its_closing_token() -> None:
     rollouts = sampled(model, tokenizer, questions_for("text"), group_size=16, max_new_tokens=8)
     width = rollouts.prompts.input_ids.shape[1]
     seen = set()
+    masks = rollouts.completion_mask
     for ids, mask, text, truncated in zip(
-        rollouts.input_ids, rollouts.completion_mask, rollouts.texts, rollouts.truncated, strict=True
+        rollouts.input_ids, masks, rollouts.texts, rollouts.truncated, strict=True
     ):
         own = ids[mask].tolist()
         assert not mask[:width].any()
@@ -126,7 +128,7 @@ def test_a_completion_ends_with_its_closing_token() -> None:
         assert text == tokenizer.decode(own, skip_special_tokens=True)
         seen.add(len(own))
     assert len(seen) > 4 and 0 < rollouts.truncated.sum() < 64
-    together = torch.cat([rollouts.prompts.attention_mask.repeat_interleave(16, 0)], 1)
+    together = rollouts.prompts.attention_mask.repeat_interleave(16, 0)
     assert torch.equal(rollouts.attention_mask[:, :width], together)
     assert torch.equal(rollouts.attention_mask[:, width:], rollouts.completion_mask[:, width:])
 
@@ -203,13 +205,16 @@ def test_rewards_are_weighted_sums_and_none_counts_zero(rollouts: Rollouts) -> N
 def test_rewards_are_called_as_trl_calls_them(rollouts: Rollouts) -> None:
     calls = []
 
-    def watch(completions: list[str], *, prompts: Any, answer: Any) -> list[float]:
-        calls.append((completions, prompts, answer))
+    def watch(completions: Any, *, completion_ids: Any, prompts: Any, answer: Any) -> list[float]:
+        calls.append((completions, completion_ids, prompts, answer))
         return [0] * len(completions)
 
     score([watch], [1.0], rollouts)
     first, second = (question.messages for question in rollouts.prompts.questions)
-    assert calls == [(rollouts.texts, [first, first, second, second], ["0", "0", "1", "1"])]
+    ids = [row[mask].tolist() for row, mask in zip(
+        rollouts.input_ids, rollouts.completion_mask, strict=True
+    )]  # fmt: skip
+    assert calls == [(rollouts.texts, ids, [first, first, second, second], ["0", "0", "1", "1"])]
 
 
 def test_a_column_that_only_some_questions_have_is_none_for_the_others() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -46,7 +47,8 @@ def packed(model: Any) -> Any:
 def image(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture of coloured blocks with noise."""
     rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (-(-height // 12), -(-width // 12), 3)).repeat(12, 0).repeat(12, 1)
+    blocks = rng.integers(0, 256, (height // 12 + 1, width // 12 + 1, 3))
+    blocks = blocks.repeat(12, 0).repeat(12, 1)
     noisy = blocks[:height, :width] + rng.normal(0, 8, (height, width, 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
@@ -110,13 +112,13 @@ def config(**options: Any) -> CPPOConfig:
     return CPPOConfig(**options)
 
 
-def gradients(model: nn.Module, loss: Tensor | Callable[[], Any] | None = None) -> dict[str, Tensor]:
-    """Gradient of every parameter that has one, after the backward pass of `loss`."""
+def gradients(model: nn.Module, loss: Tensor | Callable[[], Any]) -> dict[str, Tensor]:
+    """Gradient of every parameter that has one: of `loss`, or of what calling it accumulates."""
     model.zero_grad(set_to_none=True)
-    if callable(loss):
-        loss()
-    elif loss is not None:
+    if isinstance(loss, Tensor):
         loss.backward()
+    else:
+        loss()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -126,3 +128,29 @@ def relative_difference(ours: dict[str, Tensor], expected: dict[str, Tensor]) ->
     scale = max(value.abs().max().item() for value in expected.values())
     assert scale > 0
     return max((ours[name] - expected[name]).abs().max().item() for name in ours) / scale
+
+
+def padded_logps(model: Any, rollouts: Rollouts) -> Tensor:
+    """(B, L) log-probabilities of every token by the stock padded forward, 0 at the first."""
+    images = rollouts.prompts.images
+    vision: dict[str, Any] = {}
+    if images is not None:
+        questions = [row // rollouts.group_size for row in range(len(rollouts.texts))]
+        order = [i for question in questions for i in images.image_ids(question)]
+        patches = images.pixel_values.split(images.image_grid_thw.prod(1).tolist())
+        vision = {
+            "pixel_values": torch.cat([patches[i] for i in order]),
+            "image_grid_thw": images.image_grid_thw[order],
+            "mm_token_type_ids": (rollouts.input_ids == model.config.image_token_id).int(),
+        }
+    else:
+        positions = (rollouts.attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        vision = {"position_ids": positions}
+    logits = model(
+        input_ids=rollouts.input_ids,
+        attention_mask=rollouts.attention_mask.long(),
+        use_cache=False,
+        **vision,
+    ).logits
+    logps = logits.log_softmax(-1)[:, :-1].gather(-1, rollouts.input_ids[:, 1:, None])[..., 0]
+    return F.pad(logps, (1, 0))

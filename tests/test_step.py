@@ -1,0 +1,366 @@
+"""Invariants of the update: how a batch is cut, ordered or gated changes nothing it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trainer_cases import (
+    config,
+    fixed_batch,
+    fixed_rollouts,
+    gradients,
+    packed,
+    padded_logps,
+    questions_for,
+    relative_difference,
+    tiny,
+)
+
+from cppo.config import CPPOConfig
+from cppo.forward import lm_head
+from cppo.ops.advantages import advantages_and_prune
+from cppo.ops.loss import linear_cppo_loss
+from cppo.records import LossOutput, NumItems
+from cppo.rollout import encode_questions
+from cppo.step import (
+    Batch,
+    cut_surplus,
+    forward_views,
+    microbatch_loss,
+    perturbed_images,
+    seed_from,
+    token_logps,
+)
+
+FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the model
+CASES = ("text", "qwen2_5_vl", "qwen3_vl")
+
+
+def case(family: str, **options: Any) -> tuple[Any, Any, Batch]:
+    """An fp64 model, its processor, and a batch with old and reference log-probabilities."""
+    model, processor = tiny(family, dtype=torch.float64)
+    model = packed(model)
+    rollouts = fixed_rollouts(model, processor, questions_for(family), group_size=4)
+    batch = fixed_batch(rollouts, dtype=torch.float64)
+    logps = token_logps(model, batch, config()).double()
+    noise = torch.randn(2, *logps.shape, dtype=torch.float64) * 0.3
+    per_token = {"old_logps": logps + noise[0], "ref_logps": logps + noise[1]}
+    return model, processor, dataclasses.replace(batch, per_token=per_token)
+
+
+def in_parts(
+    model: Any, processor: Any, batch: Batch, parts: list[Tensor], options: CPPOConfig
+) -> tuple[float, dict[str, Tensor], list[LossOutput]]:
+    """Loss, gradients and outputs of the batch when it runs in these parts."""
+    num_items = batch.num_items(batch.kept)
+    outputs = []
+
+    def run() -> None:
+        for rows in parts:
+            output = microbatch_loss(model, batch, rows, num_items, options, processor)
+            output.loss.backward()
+            outputs.append(output)
+
+    got = gradients(model, run)
+    return sum(output.loss.item() for output in outputs), got, outputs
+
+
+def all_terms(**loss: Any) -> CPPOConfig:
+    """Every term of the loss at a weight at which a mistake in it shows."""
+    return config(**{"cpl_coef": 1.0, "kl_coef": 0.5, "entropy_coef": 0.1, "max_length": 9, **loss})
+
+
+@pytest.mark.parametrize("reduction", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("family", CASES)
+def test_one_batch_is_its_halves_is_its_microbatches(family: str, reduction: str) -> None:
+    model, processor, batch = case(family)
+    options = all_terms(reduction=reduction, importance="sequence")
+    loss, expected, (whole,) = in_parts(model, processor, batch, [batch.kept], options)
+    if family != "text":
+        assert whole.metrics["num_selected"] >= 5
+    longest = max(batch.lengths(batch.kept))
+    cuts = [[batch.kept[:7], batch.kept[7:]], [batch.kept[1::2], batch.kept[::2]]]
+    cuts += [batch.microbatches(batch.kept, tokens) for tokens in (longest, 3 * longest)]
+    assert len(cuts[2]) > len(cuts[3]) > 1
+    for cut in cuts:
+        part_loss, got, outputs = in_parts(model, processor, batch, cut, options)
+        assert part_loss == pytest.approx(loss, rel=FP64)
+        assert relative_difference(got, expected) < FP64
+        for name in ("policy_loss", "kl", "entropy", "cpl_loss", "num_selected"):
+            if name in whole.metrics:
+                total = sum(output.metrics[name].item() for output in outputs)
+                assert total == pytest.approx(whole.metrics[name].item(), rel=FP64)
+
+
+def test_the_contrastive_mean_over_tokens_is_weighted_by_each_parts_share() -> None:
+    model, processor, batch = case("qwen2_5_vl")
+    options = config(cpl_coef=1.0, cpl_reduction="token")
+    parts = [batch.kept[:5], batch.kept[5:]]
+    _, _, outputs = in_parts(model, processor, batch, parts, options)
+    for rows, output in zip(parts, outputs, strict=True):
+        own = NumItems(len(rows), 1)
+        alone = microbatch_loss(model, batch, rows, own, options, processor)
+        share = len(rows) / len(batch.kept)
+        ratio = output.metrics["cpl_loss"] / alone.metrics["cpl_loss"]
+        assert ratio.item() == pytest.approx(share, rel=FP64)
+    # Given the number of selected tokens of the whole, the parts do add up to it.
+    counts = [int(output.metrics["num_selected"]) for output in outputs]
+    whole = microbatch_loss(model, batch, batch.kept, NumItems(16, 1), options, processor)
+    assert sum(counts) == whole.metrics["num_selected"]
+    num_items = NumItems(16, 1, sum(counts))
+    known = [microbatch_loss(model, batch, p, num_items, options, processor) for p in parts]
+    total = sum(output.metrics["cpl_loss"].item() for output in known)
+    assert total == pytest.approx(whole.metrics["cpl_loss"].item(), rel=FP64)
+
+
+@pytest.mark.parametrize("divergence", ["k3", "full"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_the_gated_forward_is_the_full_one(family: str, divergence: str) -> None:
+    model, processor, batch = case(family)
+    options = all_terms(divergence=divergence)
+    every = dataclasses.replace(options, loss=dataclasses.replace(options.loss, gating=False))
+    num_items = batch.num_items(batch.kept)
+
+    def full() -> LossOutput:
+        hidden, stream = forward_views(model, batch, batch.kept, every, processor)
+        assert len(hidden.positive) == len(hidden.negative) == len(hidden.anchor)
+        return linear_cppo_loss(
+            hidden,
+            lm_head(model)[0],
+            stream.targets,
+            batch.advantages,
+            **stream.per_token,
+            cu_seqlens=stream.row_cu_seqlens,
+            num_items=num_items,
+            config=options.loss,
+        )
+
+    expected = full()
+    expected_gradients = gradients(model, expected.loss)
+    ours = microbatch_loss(model, batch, batch.kept, num_items, options, processor)
+    assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=FP64)
+    assert relative_difference(gradients(model, ours.loss), expected_gradients) < FP64
+    assert torch.equal(ours.perception_mask, expected.perception_mask)
+    assert ours.perception_mask.any()
+    hidden, _ = forward_views(model, batch, batch.kept, options, processor)
+    response = batch.rollouts.completion_mask.sum(1)
+    looking = int(response[batch.advantages > 0].sum())
+    assert len(hidden.positive) == len(hidden.negative) == looking < len(hidden.anchor)
+
+
+def test_completions_without_positive_advantage_run_no_view() -> None:
+    model, processor, batch = case("qwen2_5_vl")
+    rows = batch.kept[batch.advantages < 0]
+    hidden, _ = forward_views(model, batch, rows, config(), processor)
+    assert hidden.positive is None and hidden.negative is None
+    output = microbatch_loss(model, batch, rows, batch.num_items(rows), all_terms(), processor)
+    assert output.loss.isfinite() and not output.perception_mask.any()
+    # Nor does a question without an image, nor a coefficient of zero.
+    rows = torch.tensor([8, 9, 10, 11])
+    assert forward_views(model, batch, rows, config(), processor)[0].positive is None
+    hidden, _ = forward_views(model, batch, batch.kept, config(cpl_coef=0.0), processor)
+    assert hidden.positive is None
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_without_pruning_and_contrast_it_is_plain_grpo(family: str) -> None:
+    model, processor = tiny(family, dtype=torch.float64)
+    rollouts = fixed_rollouts(model, processor, questions_for(family), group_size=4)
+    rewards = torch.rand(16, generator=torch.Generator().manual_seed(3))
+    mask = rollouts.completion_mask
+    noise = torch.randn(mask.shape, dtype=torch.float64)
+    old = padded_logps(model, rollouts).detach() + 0.4 * noise
+
+    groups = rewards.view(4, 4)
+    centred = groups - groups.mean(1, keepdim=True)
+    advantages = (centred / (groups.std(1, keepdim=True) + 1e-4)).view(16, 1).double()
+    ratio = (padded_logps(model, rollouts) - old).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    grpo = -((surrogate * mask).sum(1) / mask.sum(1)).mean()
+    expected = gradients(model, grpo)
+    assert ((ratio - 1).abs() > 0.2)[mask].any()
+
+    model = packed(model)
+    options = config(cpl_coef=0.0, prune_rate=0.0)
+    ours, kept = advantages_and_prune(rewards, 4, options.prune_rate)
+    batch = Batch(rollouts, ours, kept, per_token={"old_logps": old})
+    assert kept.tolist() == list(range(16))
+    num_items = batch.num_items(kept)
+    output = microbatch_loss(model, batch, kept, num_items, options, processor)
+    assert output.loss.item() == pytest.approx(grpo.item(), rel=FP64)
+    assert relative_difference(gradients(model, output.loss), expected) < FP64
+
+
+def test_pruned_grpo_is_grpo_over_the_kept_completions() -> None:
+    model, tokenizer = tiny("text", dtype=torch.float64)
+    rollouts = fixed_rollouts(model, tokenizer, questions_for("text", 2), group_size=4)
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0])
+    # One right among three wrong stands out, and so does one wrong among three right.
+    advantages, kept = advantages_and_prune(rewards, 4, 0.75)
+    assert kept.tolist() == [0, 7]
+    logps, mask = padded_logps(model, rollouts)[kept], rollouts.completion_mask[kept]
+    value = 0.75 / (0.5 + 1e-4)
+    weights = torch.tensor([value, -value], dtype=torch.float64)
+    ratio = (logps - logps.detach()).exp()
+    grpo = -((ratio * mask).sum(1) / mask.sum(1) * weights).mean()
+    expected = gradients(model, grpo)
+    model = packed(model)
+    batch = Batch(rollouts, advantages, kept)
+    output = microbatch_loss(model, batch, kept, batch.num_items(kept), config(), tokenizer)
+    assert output.loss.item() == pytest.approx(grpo.item(), abs=1e-6)
+    assert relative_difference(gradients(model, output.loss), expected) < FP64
+
+
+def dimmed(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    return 0.9 * pixels + 0.05
+
+
+def hidden_half(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    middle = pixels.shape[-1] // 2
+    return torch.cat([pixels[..., :middle] * 0, pixels[..., middle:]], -1)
+
+
+def with_questions_in_order(model: Any, processor: Any, batch: Batch, order: list[int]) -> Batch:
+    """The batch as it is when the questions come in another order."""
+    old, size = batch.rollouts, batch.rollouts.group_size
+    rows = torch.tensor([question * size + i for question in order for i in range(size)])
+    prompts = encode_questions(model, processor, [old.prompts.questions[i] for i in order])
+    rollouts = dataclasses.replace(
+        old,
+        prompts=prompts,
+        input_ids=old.input_ids[rows],
+        attention_mask=old.attention_mask[rows],
+        completion_mask=old.completion_mask[rows],
+        positions=None if old.positions is None else old.positions[:, rows],
+    )
+    kept = torch.tensor(sorted(int((rows == row).nonzero()) for row in batch.kept))
+    per_token = {name: values[rows] for name, values in batch.per_token.items()}
+    return Batch(rollouts, batch.advantages[rows], kept, seed=batch.seed, per_token=per_token)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_permuting_questions_permutes_results(family: str) -> None:
+    model, processor, batch = case(family)
+    batch = dataclasses.replace(batch, kept=torch.tensor([0, 1, 3, 4, 5, 6, 10, 11, 12, 15]))
+    order = [2, 0, 3, 1]
+    moved = with_questions_in_order(model, processor, batch, order)
+    options = dataclasses.replace(
+        all_terms(), positive_views=(dimmed,), negative_views=(hidden_half,)
+    )
+    logps = token_logps(model, batch, options).view(4, 4, -1)
+    torch.testing.assert_close(
+        token_logps(model, moved, options).view(4, 4, -1), logps[order], rtol=0, atol=1e-6
+    )
+    loss, expected, _ = in_parts(model, processor, batch, [batch.kept], options)
+    moved_loss, got, _ = in_parts(model, processor, moved, [moved.kept], options)
+    assert moved_loss == pytest.approx(loss, rel=FP64)
+    assert relative_difference(got, expected) < FP64
+
+
+def test_permuting_questions_permutes_advantages_and_kept() -> None:
+    rewards = torch.rand(5, 8)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    advantages, kept = advantages_and_prune(rewards.flatten(), 8, 0.75)
+    moved, moved_kept = advantages_and_prune(rewards[order].flatten(), 8, 0.75)
+    assert torch.equal(moved.view(5, 8), advantages.view(5, 8)[order])
+    assert torch.equal(moved_kept.view(5, 2) % 8, (kept.view(5, 2) % 8)[order])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_questions_views_do_not_depend_on_its_microbatch(family: str) -> None:
+    model, processor = tiny(family)
+    batch = fixed_batch(fixed_rollouts(model, processor, questions_for(family)))
+    images = batch.rollouts.prompts.images
+
+    def views(questions: list[int], seed: int = 7) -> list[dict[int, tuple[Tensor, ...]]]:
+        moved = dataclasses.replace(batch, seed=seed)
+        both = perturbed_images(moved, images.of(questions), questions, config(), processor)
+        result = []
+        for view in both:
+            patches = view.pixel_values.split(view.image_grid_thw.prod(1).tolist())
+            assert view.per_question == tuple(images.per_question[q] for q in questions)
+            split: dict[int, tuple[Tensor, ...]] = {}
+            for question, count in zip(questions, view.per_question, strict=True):
+                split[question], patches = patches[:count], patches[count:]
+            result.append(split)
+        return result
+
+    together, alone, other = views([0, 1, 2, 3]), views([1]), views([1], seed=8)
+    for which in (0, 1):
+        assert len(alone[which][1]) == 2
+        for ours, expected in zip(alone[which][1], together[which][1], strict=True):
+            assert torch.equal(ours, expected)
+        assert any(
+            not torch.equal(a, b) for a, b in zip(alone[which][1], other[which][1], strict=True)
+        )
+    original = images.of([1])
+    assert not torch.equal(torch.cat(alone[0][1]), original.pixel_values)
+    assert not torch.equal(torch.cat(alone[0][1]), torch.cat(alone[1][1]))
+
+
+def test_seeds_depend_on_every_part() -> None:
+    parts = [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), ("0", "a", 1), (0, "a1"), (0, "a")]
+    seeds = [seed_from(*values) for values in parts]
+    assert len(set(seeds)) == len(parts)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_from(0, "a", 1) == seeds[0]
+
+
+@pytest.mark.parametrize(
+    ("kept", "advantages", "size", "left"),
+    [
+        ([0, 1, 2, 3], [1.0, -2.0, 3.0, -0.5], 4, [0, 1, 2, 3]),  # nothing to cut
+        ([0, 1, 2, 3], [1.0, -2.0, 3.0, -0.5], 3, [0, 1, 2]),  # the last question's smaller one
+        ([0, 1, 2, 3], [1.0, -2.0, 3.0, -0.5], 2, [1, 2]),  # then the first's
+        ([0, 1, 2, 3], [1.0, -2.0, 3.0, -0.5], 1, [1]),  # one each: the last question's goes
+        ([0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0], 3, [0, 1, 2]),  # of equal ones the last
+        ([0, 1, 2], [0.1, 0.2, 9.0, 9.0], 2, [1, 2]),  # the question with the most gives
+        ([0, 1, 3], [1.0, 2.0, 3.0, 0.0], 9, [0, 1, 3]),  # fewer than may stay
+        ([], [1.0, 1.0, 1.0, 1.0], 2, []),
+    ],
+)
+def test_cutting_the_surplus(
+    kept: list[int], advantages: list[float], size: int, left: list[int]
+) -> None:
+    rows = torch.tensor(kept, dtype=torch.int64)
+    result = cut_surplus(rows, torch.tensor(advantages), 2, size)
+    assert result.tolist() == left and result.dtype == torch.int64
+
+
+def test_microbatches_hold_every_row_once_within_the_budget() -> None:
+    # A budget below the longest completion counts as that completion's length.
+    model, tokenizer = tiny("text")
+    batch = fixed_batch(fixed_rollouts(model, tokenizer, questions_for("text"), group_size=4))
+    lengths = batch.lengths(batch.kept)
+    for budget in (1, 30, 100, 10**6):
+        parts = batch.microbatches(batch.kept, budget)
+        assert sorted(torch.cat(parts).tolist()) == batch.kept.tolist()
+        for part in parts:
+            assert sum(batch.lengths(part)) <= max(budget, *lengths)
+    assert len(batch.microbatches(batch.kept, sum(lengths))) == 1
+    assert batch.microbatches(batch.kept[:0], 100) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["text", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_the_first_passs_ratio_is_exactly_one(family: str, precision: str) -> None:
+    model, processor = tiny(family)
+    model = packed(model)
+    batch = fixed_batch(fixed_rollouts(model, processor, questions_for(family), group_size=4))
+    options = config(max_tokens_per_microbatch=150)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        old = token_logps(model.eval(), batch, options)
+        on_policy = dataclasses.replace(batch, per_token={"old_logps": old})
+        model.train()
+        parts = batch.microbatches(batch.kept, 150)
+        assert len(parts) > 1
+        for rows in parts:
+            num_items = batch.num_items(batch.kept)
+            output = microbatch_loss(model, on_policy, rows, num_items, options, processor)
+            assert torch.equal(output.logps.detach(), on_policy.pack(rows).per_token["old_logps"])
+            without = microbatch_loss(model, batch, rows, num_items, options, processor)
+            assert torch.equal(output.loss, without.loss)

@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"cppo {command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\ncppo {command}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,8 +130,13 @@ def _train(options: argparse.Namespace) -> int:
         again = f"resume from {newest} with --resume" if newest else "no checkpoint was written yet"
         print(f"\ncppo train: interrupted; {again}", file=sys.stderr)
         return 130
-    except RewardError as error:
-        raise ConfigError(str(error)) from error
+    except (RewardError, ValueError, TypeError) as error:
+        if not str(error).startswith("cppo"):
+            raise  # not one of our checks: a defect, whose traceback is wanted
+        newest = last_checkpoint(output_dir)
+        raise ConfigError(f"{error}\n  last checkpoint: {newest or 'none'}") from error
+    if trainer.rank == 0:
+        print(f"written to {output_dir}; next: cppo eval {output_dir}")
     return 0
 
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from cppo import run_config
 from cppo.config import CPPOConfig
+from cppo.config_file import ConfigError
 from cppo.run_config import ModelConfig, RunConfig
-from cppo.run_parts import load_questions, model_path
+from cppo.run_parts import CHECKED_ROWS, load_questions, model_path
 
-_SAMPLE = 32  # questions whose prompts are measured
 _UNKNOWN_PROMPT = 512  # tokens per prompt where nothing tells
 
 
@@ -191,7 +191,7 @@ def report(config: RunConfig) -> str:
     if trainer.max_prompt_tokens:
         origin = "trainer.max_prompt_tokens"
     elif measured:
-        origin = f"the longest of the first {_SAMPLE} prompts"
+        origin = f"the longest of the first {CHECKED_ROWS} prompts"
     else:
         origin = "assumed: no limit is set and no prompt could be measured"
     step = step_sizes(trainer, prompt)
@@ -238,6 +238,8 @@ def _model_rows(sizes: ModelSizes, source: str) -> list[tuple[str, str]]:
 
 def _data(config: RunConfig) -> tuple[list[str], int | None]:
     """Lines about the datasets, and the longest measured prompt in tokens."""
+    from cppo.questions import check_dataset
+
     lines, longest = [], None
     for name in ("train", "eval"):
         spec = getattr(config.data, name)
@@ -250,8 +252,12 @@ def _data(config: RunConfig) -> tuple[list[str], int | None]:
             lines.append(f"{name}: not here, a real run would stop: {error}")
             continue
         lines.append(f"{name}: {len(rows):,} questions ({spec.loader}, {spec.path or 'generated'})")
-        if name == "train" and len(rows):
-            shown, longest = _first_question(config, rows)
+        if name == "train":
+            try:
+                check_dataset(rows, limit=CHECKED_ROWS)
+                shown, longest = _first_question(config, rows)
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"data.{name}: {error}", f"data.{name}") from error
             lines += ["first question:", *(f"  {line}" for line in shown.splitlines())]
     return lines, longest
 
@@ -262,7 +268,7 @@ def _first_question(config: RunConfig, rows: Any) -> tuple[str, int | None]:
     from cppo.questions import as_question
     from cppo.rollout import render
 
-    first = [as_question(rows[i], index=i) for i in range(min(_SAMPLE, len(rows)))]
+    first = [as_question(rows[i], index=i) for i in range(min(CHECKED_ROWS, len(rows)))]
     sizes = ", ".join(f"{w} x {h}" for w, h in (image.size for image in first[0].images))
     suffix = f"\nimages: {sizes} pixels" if sizes else ""
     suffix += f"\nanswer: {first[0].columns.get('answer')}"

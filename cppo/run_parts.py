@@ -11,6 +11,7 @@ from cppo.config_file import ConfigError
 from cppo.loaders import Rows
 from cppo.run_config import GENERATED, DatasetConfig, ModelConfig, RunConfig
 
+CHECKED_ROWS = 32  # of the training data, spread evenly, are read before anything starts
 DEMO_ROWS = 100_000  # of a demo task without a limit; rows are made when they are taken
 
 if TYPE_CHECKING:
@@ -37,8 +38,11 @@ def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tup
     Returns: (model, processor).
     Raises: ValueError if the weights or the processor are not there.
     """
+    from transformers.utils import logging
+
     from cppo.models import load_model, load_processor
 
+    logging.disable_progress_bar()  # a bar of a moment, between our own lines
     if checkpoint is None:
         path = model_path(model)
         return load_model(path), load_processor(path)
@@ -111,6 +115,7 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
 
     Raises: ConfigError for anything that is missing or does not fit together.
     """
+    from cppo.questions import check_dataset
     from cppo.trainer import CPPOTrainer
 
     functions, options = trainer_options(config)
@@ -120,6 +125,7 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
     if data.eval is not None:
         held_out = load_questions(data.eval, data.system_prompt, "data.eval")
     try:
+        check_dataset(train, limit=CHECKED_ROWS)
         model, processor = load_policy(config.model)
         return CPPOTrainer(
             model, functions, train, config=options, processor=processor, eval_dataset=held_out
@@ -145,6 +151,7 @@ def evaluate_policy(
     from cppo.evaluate import evaluate
     from cppo.models import special_token_ids_to_suppress
     from cppo.questions import as_question
+    from cppo.rollout import RewardError
 
     functions, options = trainer_options(config)
     spec = getattr(config.data, dataset)
@@ -152,9 +159,11 @@ def evaluate_policy(
     try:
         model, processor = load_policy(config.model, checkpoint)
         questions = [as_question(rows[i], index=i) for i in range(len(rows))]
-    except (ValueError, TypeError, ImportError) as error:
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        special = special_token_ids_to_suppress(model, processor)
+        result = evaluate(
+            model, processor, functions, questions, config=options, suppressed=special
+        )
+    except (ValueError, TypeError, ImportError, RewardError) as error:
         raise ConfigError(str(error)) from error
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    suppressed = special_token_ids_to_suppress(model, processor)
-    result = evaluate(model, processor, functions, questions, config=options, suppressed=suppressed)
     return result.metrics, len(questions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from cppo import dry_run, run_config
 from cppo.cli import main
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
+from cppo.run_parts import load_questions
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.yaml"))
 DIGITS, GSM8K = (str(path) for path in RECIPES if path.stem in ("digits", "gsm8k_qwen2.5_1.5b"))
@@ -156,6 +158,71 @@ def test_train_resume_and_eval(
     assert [row["model"] for row in rows if row["mode"] == "greedy"].count("tiny_digits") == 3
     avg = [row for row in rows if row["samples"] == "2" and row["metric"] == "boxed"]
     assert len(avg) == 1 and avg[0]["std"] and avg[0]["model"] == str(checkpoint)
+
+
+def test_eval_of_adapters_puts_them_on_the_configured_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    run = ["trainer.output_dir=run", "trainer.lora.r=2", "trainer.max_steps=1"]
+    assert main(["train", DIGITS, *TINY, *run]) == 0
+    assert main(["eval", "run"]) == 0
+    assert "checkpoint-000001 on 2 questions" in capsys.readouterr().out
+
+
+def test_a_failing_reward_is_an_error_with_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = "def broken(completions, **columns):\n    return [float('nan') for _ in completions]\n"
+    (tmp_path / "their_rewards.py").write_text(text)
+    overrides = [*TINY, "rewards=['their_rewards:broken']"]
+    for command in ("train", "eval"):
+        assert main([command, DIGITS, *overrides]) == 2
+        error = capsys.readouterr().err
+        assert f"cppo {command}: error: cppo: reward function 'broken' failed" in error
+        assert ("last checkpoint: none" in error) == (command == "train")
+
+
+def test_rows_of_ones_own_are_limited_and_take_the_system_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows: list[dict[str, object]] = [
+        {"prompt": f"What is {i} + 1?", "answer": i + 1} for i in range(5)
+    ]
+    rows[0]["prompt"] = [
+        {"role": "system", "content": "old"},
+        {"role": "user", "content": "What is 0 + 1?"},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    data = run_config.DatasetConfig("rows", str(path), limit=2)
+    loaded = load_questions(data, "new", "data.train")
+    assert len(loaded) == 2
+    for i in range(2):
+        assert loaded[i]["answer"] == i + 1
+        assert loaded[i]["prompt"] == [
+            {"role": "system", "content": "new"},
+            {"role": "user", "content": f"What is {i} + 1?"},
+        ]
+    assert load_questions(data, None, "data.train")[0] == rows[0]
+
+
+@pytest.mark.parametrize(
+    "row", [{"question": "1 + 1?"}, {"prompt": [{"role": "robot", "content": ""}]}]
+)
+def test_malformed_rows_stop_a_run_and_a_dry_run(
+    row: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(json.dumps(row))
+    data = ["data.train={loader: rows, path: rows.jsonl}", "data.eval=null", "trainer.eval_every=0"]
+    for last in ([], ["--dry-run"]):
+        assert main(["train", DIGITS, *data, *last]) == 2
+        assert "row 0: " in capsys.readouterr().err
 
 
 def test_ctrl_c_says_where_to_go_on(

@@ -81,7 +81,7 @@ def test_one_batch_is_its_halves_is_its_microbatches(family: str, reduction: str
     options = all_terms(reduction=reduction, importance="sequence")
     loss, expected, (whole,) = in_parts(model, processor, batch, [batch.kept], options)
     if family != "text":
-        assert whole.metrics["num_selected"] >= 5
+        assert whole.metrics["num_selected"] >= 4
     longest = max(batch.lengths(batch.kept))
     cuts = [[batch.kept[:7], batch.kept[7:]], [batch.kept[1::2], batch.kept[::2]]]
     cuts += [batch.microbatches(batch.kept, tokens) for tokens in (longest, 3 * longest)]
@@ -92,7 +92,7 @@ def test_one_batch_is_its_halves_is_its_microbatches(family: str, reduction: str
         assert relative_difference(got, expected) < FP64
         for name in ("policy_loss", "kl", "entropy", "cpl_loss", "num_selected"):
             if name in whole.metrics:
-                total = sum(output.metrics[name].item() for output in outputs)
+                total = sum(float(output.metrics.get(name, 0)) for output in outputs)
                 assert total == pytest.approx(whole.metrics[name].item(), rel=FP64)
 
 

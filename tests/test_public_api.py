@@ -89,3 +89,20 @@ def test_values_are_checked_on_the_cpu_and_never_while_compiling(monkeypatch):
     assert may_read(elsewhere)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not may_read(cpu)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: cppo.group_advantages(torch.rand(8), 4),
+        lambda: cppo.advantages_and_prune(torch.rand(8), 4, 0.5),
+        lambda: cppo.token_stats(torch.rand(8, 5), torch.arange(8) % 5),
+    ],
+    ids=["group_advantages", "advantages_and_prune", "token_stats"],
+)
+def test_checks_and_dispatch_do_not_break_a_compiled_graph(call):
+    torch.manual_seed(1)
+    expected = call()
+    torch.manual_seed(1)
+    ours = torch.compile(call, fullgraph=True, backend="eager")()
+    torch.testing.assert_close(ours, expected)

@@ -90,11 +90,27 @@ class Batch:
         return self.rollouts.attention_mask[rows].sum(1).tolist()
 
     def microbatches(self, rows: Tensor, max_tokens: int) -> list[Tensor]:
-        """`rows` in parts of at most `max_tokens` tokens, each at least one completion."""
-        lengths = self.lengths(rows)
-        # A completion longer than the budget goes alone rather than not at all.
-        plan = plan_microbatches(lengths, max([max_tokens, *lengths]))
-        return [rows[torch.tensor(part, device=rows.device)] for part in plan]
+        """`rows` in parts of at most `max_tokens` tokens; images in all of a part or in none."""
+        parts = []
+        for own in self._by_sight(rows):
+            lengths = self.lengths(own)
+            # A completion longer than the budget runs rather than not at all.
+            plan = plan_microbatches(lengths, max([max_tokens, *lengths]))
+            parts += [own[torch.tensor(part, device=rows.device)] for part in plan]
+        return parts
+
+    def _by_sight(self, rows: Tensor) -> list[Tensor]:
+        """Completions with images and those without.
+
+        Without an image the views are all the same, and the sign of their entropy shift, which
+        selects perception tokens, would be that of a rounding error.
+        """
+        images = self.rollouts.prompts.images
+        if images is None:
+            return [rows]
+        has_images = torch.tensor(images.per_question, device=rows.device) > 0
+        sees = has_images[rows // self.rollouts.group_size]
+        return [own for own in (rows[sees], rows[~sees]) if len(own)]
 
     def num_items(self, rows: Tensor) -> NumItems:
         """Denominators of the loss over `rows`."""
@@ -183,7 +199,10 @@ def microbatch_loss(
     config: CPPOConfig,
     processor: Any,
 ) -> LossOutput:
-    """The part of the loss that the completions `rows` contribute; parts sum to the whole."""
+    """The part of the loss that the completions `rows` contribute; parts sum to the whole.
+
+    `rows` are a part of `batch.microbatches`.
+    """
     hidden, packed = forward_views(model, batch, rows, config, processor)
     weight, bias = lm_head(model, batch.suppressed, hidden.anchor.dtype)
     return linear_cppo_loss(

@@ -69,6 +69,15 @@ def in_parts(
     return sum(output.loss.item() for output in outputs), got, outputs
 
 
+def totals(outputs: list[LossOutput]) -> dict[str, float]:
+    """Sums of the metrics over the parts, without those that are no sums."""
+    total: dict[str, float] = {}
+    for output in outputs:
+        for name, value in output.metrics.items():
+            total[name] = total.get(name, 0.0) + value.item()
+    return {name: value for name, value in total.items() if name != "perception_share"}
+
+
 def all_terms(**loss: Any) -> CPPOConfig:
     """Every term of the loss at a weight at which a mistake in it shows."""
     return config(**{"cpl_coef": 1.0, "kl_coef": 0.5, "entropy_coef": 0.1, "max_length": 9, **loss})
@@ -79,39 +88,42 @@ def all_terms(**loss: Any) -> CPPOConfig:
 def test_one_batch_is_its_halves_is_its_microbatches(family: str, reduction: str) -> None:
     model, processor, batch = case(family)
     options = all_terms(reduction=reduction, importance="sequence")
-    loss, expected, (whole,) = in_parts(model, processor, batch, [batch.kept], options)
-    if family != "text":
-        assert whole.metrics["num_selected"] >= 4
+    whole = batch.microbatches(batch.kept, 10**6)
+    assert len(whole) == (1 if family == "text" else 2)  # with images and without
+    loss, expected, outputs = in_parts(model, processor, batch, whole, options)
+    metrics = totals(outputs)
+    assert family == "text" or metrics["num_selected"] >= 4
     longest = max(batch.lengths(batch.kept))
-    cuts = [[batch.kept[:7], batch.kept[7:]], [batch.kept[1::2], batch.kept[::2]]]
-    cuts += [batch.microbatches(batch.kept, tokens) for tokens in (longest, 3 * longest)]
-    assert len(cuts[2]) > len(cuts[3]) > 1
+    cuts = [batch.microbatches(batch.kept, tokens) for tokens in (longest, 3 * longest)]
+    assert len(cuts[0]) > len(cuts[1]) > len(whole)
+    for first, second in ((slice(7), slice(7, None)), (slice(1, None, 2), slice(0, None, 2))):
+        halves = [batch.microbatches(batch.kept[part], 10**6) for part in (first, second)]
+        cuts.append([rows for half in halves for rows in half])
     for cut in cuts:
         part_loss, got, outputs = in_parts(model, processor, batch, cut, options)
         assert part_loss == pytest.approx(loss, rel=FP64)
         assert relative_difference(got, expected) < FP64
-        for name in ("policy_loss", "kl", "entropy", "cpl_loss", "num_selected"):
-            if name in whole.metrics:
-                total = sum(float(output.metrics.get(name, 0)) for output in outputs)
-                assert total == pytest.approx(whole.metrics[name].item(), rel=FP64)
+        assert totals(outputs) == pytest.approx(metrics, rel=FP64)
 
 
 def test_the_contrastive_mean_over_tokens_is_weighted_by_each_parts_share() -> None:
     model, processor, batch = case("qwen2_5_vl")
     options = config(cpl_coef=1.0, cpl_reduction="token")
-    parts = [batch.kept[:5], batch.kept[5:]]
+    rows = batch.microbatches(batch.kept, 10**6)[0]  # those with images
+    batch = dataclasses.replace(batch, kept=rows)
+    parts = [rows[:5], rows[5:]]
     _, _, outputs = in_parts(model, processor, batch, parts, options)
-    for rows, output in zip(parts, outputs, strict=True):
-        own = NumItems(len(rows), 1)
-        alone = microbatch_loss(model, batch, rows, own, options, processor)
-        share = len(rows) / len(batch.kept)
+    for part, output in zip(parts, outputs, strict=True):
+        own = NumItems(len(part), 1)
+        alone = microbatch_loss(model, batch, part, own, options, processor)
+        share = len(part) / len(batch.kept)
         ratio = output.metrics["cpl_loss"] / alone.metrics["cpl_loss"]
         assert ratio.item() == pytest.approx(share, rel=FP64)
     # Given the number of selected tokens of the whole, the parts do add up to it.
     counts = [int(output.metrics["num_selected"]) for output in outputs]
-    whole = microbatch_loss(model, batch, batch.kept, NumItems(16, 1), options, processor)
+    whole = microbatch_loss(model, batch, rows, NumItems(12, 1), options, processor)
     assert sum(counts) == whole.metrics["num_selected"]
-    num_items = NumItems(16, 1, sum(counts))
+    num_items = NumItems(12, 1, sum(counts))
     known = [microbatch_loss(model, batch, p, num_items, options, processor) for p in parts]
     total = sum(output.metrics["cpl_loss"].item() for output in known)
     assert total == pytest.approx(whole.metrics["cpl_loss"].item(), rel=FP64)
@@ -123,16 +135,18 @@ def test_the_gated_forward_is_the_full_one(family: str, divergence: str) -> None
     model, processor, batch = case(family)
     options = all_terms(divergence=divergence)
     every = dataclasses.replace(options, loss=dataclasses.replace(options.loss, gating=False))
-    num_items = batch.num_items(batch.kept)
+    rows = batch.microbatches(batch.kept, 10**6)[0]  # those with images
+    advantages = batch.advantages[rows]
+    num_items = batch.num_items(rows)
 
     def full() -> LossOutput:
-        hidden, stream = forward_views(model, batch, batch.kept, every, processor)
+        hidden, stream = forward_views(model, batch, rows, every, processor)
         assert len(hidden.positive) == len(hidden.negative) == len(hidden.anchor)
         return linear_cppo_loss(
             hidden,
             lm_head(model)[0],
             stream.targets,
-            batch.advantages,
+            advantages,
             **stream.per_token,
             cu_seqlens=stream.row_cu_seqlens,
             num_items=num_items,
@@ -141,14 +155,13 @@ def test_the_gated_forward_is_the_full_one(family: str, divergence: str) -> None
 
     expected = full()
     expected_gradients = gradients(model, expected.loss)
-    ours = microbatch_loss(model, batch, batch.kept, num_items, options, processor)
+    ours = microbatch_loss(model, batch, rows, num_items, options, processor)
     assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=FP64)
     assert relative_difference(gradients(model, ours.loss), expected_gradients) < FP64
     assert torch.equal(ours.perception_mask, expected.perception_mask)
     assert ours.perception_mask.any()
-    hidden, _ = forward_views(model, batch, batch.kept, options, processor)
-    response = batch.rollouts.completion_mask.sum(1)
-    looking = int(response[batch.advantages > 0].sum())
+    hidden, _ = forward_views(model, batch, rows, options, processor)
+    looking = int(batch.rollouts.completion_mask[rows][advantages > 0].sum())
     assert len(hidden.positive) == len(hidden.negative) == looking < len(hidden.anchor)
 
 
@@ -255,8 +268,9 @@ def test_permuting_questions_permutes_results(family: str) -> None:
     torch.testing.assert_close(
         token_logps(model, moved, options).view(4, 4, -1), logps[order], rtol=0, atol=1e-6
     )
-    loss, expected, _ = in_parts(model, processor, batch, [batch.kept], options)
-    moved_loss, got, _ = in_parts(model, processor, moved, [moved.kept], options)
+    parts, moved_parts = (b.microbatches(b.kept, 10**6) for b in (batch, moved))
+    loss, expected, _ = in_parts(model, processor, batch, parts, options)
+    moved_loss, got, _ = in_parts(model, processor, moved, moved_parts, options)
     assert moved_loss == pytest.approx(loss, rel=FP64)
     assert relative_difference(got, expected) < FP64
 

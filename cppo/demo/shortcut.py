@@ -1,9 +1,10 @@
 """A task in which looking is the bottleneck: a hint in the question that used to be always right.
 
-"A friend says they are 3, 5. What is the sum of the digits?" In the warm-up the friend is right, so
-the model learns to copy the friend instead of looking. In RL and in the held-out questions the
-friend is wrong half of the time, about one digit; only the image tells, and only the truth is
-rewarded.
+"A friend says they are 3, 5. What is the sum of the digits?" In the warm-up the images are so
+noisy that they are hard to read, and the friend is always right: the model learns to copy the
+friend. In RL and in the held-out questions the images are clear and the friend is wrong half of the
+time, about one digit: only the image tells, and only the truth is rewarded. The warm-up starts from
+the digits checkpoint, so that the model can read digits; it just does not look.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from cppo.demo.digits import QUESTION, DigitSums
 from cppo.demo.warmup import CHECKPOINTS, Phase, supervise
 from cppo.models import load_model, load_processor
 
-_PHASES = (Phase(60, (2, 3), 0.0),)
+_PHASES = (Phase(90, (2, 3), 0.0),)
 _PEAK_LR = 1e-3
-_WARM_UP_NOISE = 0.6
+_WARM_UP_NOISE = 0.6  # standard deviation, for pixels in [0, 1]; DigitSums has 0.08
 
 
 class HintedSums(DigitSums):
@@ -61,12 +62,13 @@ class HintedSums(DigitSums):
 def warm_up_shortcut(
     seed: int = 0, *, report: Callable[[str], None] = lambda line: None
 ) -> tuple[PreTrainedModel, Any]:
-    """Train the digits checkpoint on hints that are always right, until it copies them.
+    """Train the digits checkpoint on noisy images with hints that are always right, to copy these.
 
     Args:
         seed: of the questions.
         report: is called with a line of progress now and then.
-    Returns: (model in eval mode, fp32; processor). It can still read digits, but rarely does.
+    Returns: (model in eval mode, fp32; processor). Seed 0: right in 82 % of
+        held-out questions with a right hint and in 13 % with a wrong one (sampled, 200 each).
     """
     model = load_model(CHECKPOINTS / "digits")
     processor = load_processor(CHECKPOINTS / "digits")

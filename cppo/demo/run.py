@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from cppo.config import CPPOConfig, LossConfig
 from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
 from cppo.demo.digits import DigitSums, digit_sum_accuracy
 from cppo.demo.report import write_report
-from cppo.demo.warmup import warm_up
+from cppo.demo.shortcut import HintedSums, warm_up_shortcut
+from cppo.demo.warmup import CHECKPOINTS, warm_up
 from cppo.models import load_model, load_processor
 from cppo.ops.perception_mask import perception_mask
 from cppo.ops.token_stats import linear_token_stats
@@ -28,26 +30,43 @@ from cppo.step import forward_views, seed_from
 from cppo.trainer import CPPOTrainer
 from cppo.views import perturb, views_from_names
 
-_CHECKPOINTS = Path(__file__).parent / "checkpoints"
-
 
 @dataclass(frozen=True)
 class Task:
-    """A demo: its questions, its reward, and the length of a completion."""
+    """A demo: its questions, its reward, the length of a completion, and how its model is made."""
 
     title: str
     rows: Callable[..., Any]
     reward: Callable[..., list[float]]
     max_completion_tokens: int
     has_images: bool
+    warm_up: Callable[..., tuple[Any, Any]]
 
 
 TASKS = {
     "digits": Task(
-        "Sums of handwritten digits", DigitSums, digit_sum_accuracy, 32, has_images=True
+        title="Sums of handwritten digits",
+        rows=DigitSums,
+        reward=digit_sum_accuracy,
+        max_completion_tokens=32,
+        has_images=True,
+        warm_up=partial(warm_up, "digits"),
+    ),
+    "shortcut": Task(
+        title="Sums of handwritten digits, with a hint that misleads half of the time",
+        rows=HintedSums,
+        reward=digit_sum_accuracy,
+        max_completion_tokens=32,
+        has_images=True,
+        warm_up=warm_up_shortcut,
     ),
     "arithmetic": Task(
-        "Word problems in arithmetic", ArithmeticProblems, arithmetic_accuracy, 48, has_images=False
+        title="Word problems in arithmetic",
+        rows=ArithmeticProblems,
+        reward=arithmetic_accuracy,
+        max_completion_tokens=48,
+        has_images=False,
+        warm_up=partial(warm_up, "arithmetic"),
     ),
 }
 
@@ -83,13 +102,26 @@ def demo_config(
 
 
 def build_trainer(
-    task: str, config: CPPOConfig, *, held_out: int = 300, from_scratch: bool = False
+    task: str,
+    config: CPPOConfig,
+    *,
+    start: Path | None = None,
+    from_scratch: bool = False,
+    held_out: int = 300,
 ) -> CPPOTrainer:
-    """The demo's trainer, starting from the shipped warm-up checkpoint or from random weights."""
-    if from_scratch:
-        model, processor = warm_up(task, config.seed, report=print)
+    """The demo's trainer.
+
+    Args:
+        start: checkpoint folder of the model to start from. None: the shipped one; where none is
+            shipped, the task's warm-up makes it.
+        from_scratch: make the warm-up anew all the same.
+        held_out: questions of an evaluation.
+    """
+    folder = start or CHECKPOINTS / task
+    if from_scratch or not folder.is_dir():
+        print("warming up: supervised steps to a model that RL can start from", flush=True)
+        model, processor = TASKS[task].warm_up(config.seed, report=print)
     else:
-        folder = _CHECKPOINTS / task
         model, processor = load_model(folder), load_processor(folder)
     rows = TASKS[task].rows
     return CPPOTrainer(
@@ -122,8 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer = build_trainer(
         arguments.task,
         config,
-        held_out=arguments.held_out,
+        start=arguments.start,
         from_scratch=arguments.from_scratch,
+        held_out=arguments.held_out,
     )
     _introduce(trainer, task)
     started = time.perf_counter()
@@ -162,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from-scratch", action="store_true", help="make the warm-up checkpoint anew (minutes)"
     )
+    parser.add_argument("--start", type=Path, help="checkpoint folder to start from")
     parser.add_argument("--output", default="runs/demo", help="folder of the run and its report")
     return parser
 

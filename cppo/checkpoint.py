@@ -24,12 +24,13 @@ _SUMMARY = "trainer.json"
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     found = Path(output_dir).glob(f"{_PREFIX}*")
-    return sorted(path for path in found if (path / _SUMMARY).is_file())
+    whole = (path for path in found if (path / _SUMMARY).is_file())
+    return sorted(whole, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint of a run."""
-    return max(checkpoints(output_dir), default=None)
+    return next(reversed(checkpoints(output_dir)), None)
 
 
 def best_checkpoint(output_dir: str | Path) -> Path | None:
@@ -92,7 +93,7 @@ def write_checkpoint(
     shutil.rmtree(replaced, ignore_errors=True)
     newest, best = checkpoints(output_dir)[-keep:], best_checkpoint(output_dir)
     for path in checkpoints(output_dir):
-        if path not in newest and path != best:
+        if path not in newest and path not in (best, final):
             shutil.rmtree(path)
     return final
 

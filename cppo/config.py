@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 IMPORTANCE = ("token", "sequence")
@@ -20,6 +20,11 @@ SCOPES = ("group", "batch")
 PRUNES = ("smallest", "largest", "random")
 PRECISIONS = ("fp32", "bf16")
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
+
+
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
 
 
 class _Checked:
@@ -82,7 +87,8 @@ class LossConfig(_Checked):
     """"grpo": mean over completions of the token mean. "dapo": sum over tokens / tokens.
     "dr_grpo": sum over tokens / (completions x max_length)."""
     max_length: int | None = None
-    """Length that "dr_grpo" divides by, in tokens. None: L if padded, the longest if packed."""
+    """Length that "dr_grpo" divides by, in tokens. None: L if padded, the longest if packed; in
+    CPPOConfig, `max_completion_tokens`."""
     kl_coef: float = 0.0
     """Weight of the k3 estimate of KL(policy || reference). >= 0; needs `ref_logps`."""
     entropy_coef: float = 0.0
@@ -282,7 +288,20 @@ class CPPOConfig(_Checked):
             self._fail("loss", "a LossConfig")
         if self.lora is not None and not isinstance(self.lora, LoraConfig):
             self._fail("lora", "a LoraConfig or None")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        is_pair = isinstance(self.betas, tuple) and len(self.betas) == 2
+        if not is_pair or not all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas):
             self._fail("betas", "two numbers in [0, 1)")
+        weights = self.reward_weights
+        if weights is not None and not (
+            isinstance(weights, tuple) and all(_is_number(weight) for weight in weights)
+        ):
+            self._fail("reward_weights", "finite numbers, one per reward function")
+        for name in ("positive_views", "negative_views", "trackers"):
+            if not isinstance(getattr(self, name), tuple):
+                self._fail(name, "a tuple or list")
+        if self.loss.reduction == "dr_grpo" and self.loss.max_length is None:
+            # Micro-batches must not divide by their own longest completion.
+            whole = replace(self.loss, max_length=self.max_completion_tokens)
+            object.__setattr__(self, "loss", whole)
         if not self.dynamic_allocation and self.batch_size % self.group_size:
             self._fail("batch_size", f"a multiple of group_size = {self.group_size}")

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from cppo import forward
-from cppo.checkpoint import last_checkpoint, read_state, write_checkpoint
+from cppo.checkpoint import last_checkpoint, read_state, read_summary, write_checkpoint
 from cppo.config import CPPOConfig
 from cppo.evaluate import evaluate
 from cppo.models import special_token_ids_to_suppress
@@ -42,8 +43,25 @@ from cppo.rollout import (
     reward_name,
     sample_completions,
     score,
+    tokenizer_of,
 )
 from cppo.step import Batch, cut_surplus, microbatch_loss, seed_from, token_logps
+from cppo.views import views_from_names
+
+# What may change when a run is resumed: how long it goes on and what is written.
+_MAY_CHANGE = {
+    "max_steps",
+    "output_dir",
+    "eval_every",
+    "eval_samples",
+    "eval_greedy",
+    "save_every",
+    "keep_checkpoints",
+    "best_metric",
+    "log_every",
+    "log_completions",
+    "trackers",
+}
 
 
 class Dataset(Protocol):
@@ -60,6 +78,7 @@ class QuestionStream:
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
+        _check_dataset("train_dataset", dataset)
         if len(dataset) == 0:
             raise ValueError("cppo.CPPOTrainer: train_dataset must have rows, got none")
         self._dataset, self._seed = dataset, seed
@@ -121,14 +140,18 @@ class CPPOTrainer:
         )
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
-        self.questions = QuestionStream(train_dataset, config.seed)
-        self.eval_questions = (
-            [as_question(eval_dataset[i], index=i) for i in range(len(eval_dataset or ()))]
-            if eval_dataset is not None
-            else []
-        )
-
         forward.check_supported(model)
+        _check_processor(model, processor)
+        self.questions = QuestionStream(train_dataset, config.seed)
+        self.eval_questions = _all_questions(eval_dataset)
+        for question in [as_question(train_dataset[0], index=0), *self.eval_questions]:
+            if question.images and not forward.has_vision(model):
+                raise ValueError(
+                    "cppo.CPPOTrainer: model takes no images, but there are questions with images: "
+                    f"{question.messages!r}"
+                )
+        if config.loss.cpl_coef > 0:
+            views_from_names(config.positive_views), views_from_names(config.negative_views)
         self.suppressed = tuple(special_token_ids_to_suppress(model, processor))
         self.reference = (
             _frozen_copy(model, config).to(self.accelerator.device)
@@ -149,7 +172,12 @@ class CPPOTrainer:
         self.log = RunLog(
             config.output_dir, config.max_steps, is_main=self.accelerator.is_main_process
         )
-        self._batch_size = _share(config.batch_size, self.world_size)
+        self._batch_size = _share("batch_size", config.batch_size, self.world_size)
+        self._num_questions = (
+            questions_needed(self._batch_size, config.group_size, config.prune_rate)
+            if config.dynamic_allocation
+            else _share("questions", config.batch_size // config.group_size, self.world_size)
+        )
         self._best: float | None = None
 
     # The loop
@@ -196,11 +224,7 @@ class CPPOTrainer:
 
     def draw_questions(self) -> list[Question]:
         """This process's questions of the next step; a group never straddles processes."""
-        config = self.config
-        if config.dynamic_allocation:
-            own = questions_needed(self._batch_size, config.group_size, config.prune_rate)
-        else:
-            own = _share(config.batch_size // config.group_size, self.world_size)
+        own = self._num_questions
         drawn: list[Question] = []
         start = self.questions.position
         while len(drawn) < own * self.world_size:
@@ -210,7 +234,7 @@ class CPPOTrainer:
             elif not drawn and self.questions.position - start > len(self.questions._dataset):
                 raise ValueError(
                     f"cppo.CPPOTrainer: no question of train_dataset has a prompt of at most "
-                    f"max_prompt_tokens = {config.max_prompt_tokens} tokens"
+                    f"max_prompt_tokens = {self.config.max_prompt_tokens} tokens"
                 )
         return drawn[self.rank * own : (self.rank + 1) * own]
 
@@ -354,7 +378,13 @@ class CPPOTrainer:
         return {f"eval/{name}": value for name, value in result.metrics.items()}
 
     def _evaluation(self) -> dict[str, float]:
-        return self.evaluate() if self.eval_questions else {}
+        metrics = self.evaluate() if self.eval_questions else {}
+        if metrics and self._metric(metrics) is None:
+            names = sorted(name.removeprefix("eval/") for name in metrics)
+            raise ValueError(
+                f"CPPOConfig.best_metric must be one of {names}, got {self.config.best_metric!r}"
+            )
+        return metrics
 
     def _record(self, metrics: dict[str, Any]) -> None:
         if not metrics:
@@ -412,7 +442,7 @@ class CPPOTrainer:
             }
             summary = {
                 "metric": self._metric(self.history[-1]) if self.history else None,
-                "config": dataclasses.asdict(self.config),
+                **self._options(),
             }
             path = write_checkpoint(
                 self.config.output_dir,
@@ -442,8 +472,30 @@ class CPPOTrainer:
             for p in self.model.parameters():
                 dist.broadcast(p.data, 0)
 
+    def _options(self) -> dict[str, Any]:
+        """What decides the course of the run, as JSON gives it back."""
+        options = {"processes": self.world_size, "config": dataclasses.asdict(self.config)}
+        return json.loads(json.dumps(options, default=repr))
+
+    def _check_options(self, path: Path) -> None:
+        """Resuming with other options would be another run under the name of the old one."""
+        summary, own = read_summary(path), self._options()
+        was = _flat({"processes": summary["processes"], **summary["config"]})
+        now = _flat({"processes": own["processes"], **own["config"]})
+        changed = [
+            f"{name} (was {was.get(name)!r}, is {now.get(name)!r})"
+            for name in sorted(was.keys() | now.keys())
+            if was.get(name) != now.get(name) and name not in _MAY_CHANGE
+        ]
+        if changed:
+            raise ValueError(
+                f"cppo.CPPOTrainer: the run of {path} must be resumed with the options it was "
+                f"started with, changed: {', '.join(changed)}"
+            )
+
     def _resume(self, path: Path) -> None:
         state = read_state(path)
+        self._check_options(path)
         _load_weights(self.model, path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -462,12 +514,15 @@ class CPPOTrainer:
         return NumItems(completions, tokens)
 
     def _over_processes(self, own: dict[str, float]) -> dict[str, float]:
-        """The mean of each process's metrics."""
+        """The mean of each process's metrics; token counts are summed."""
         if self.world_size == 1:
             return own
         values = torch.tensor(list(own.values()), dtype=torch.float64)
         dist.all_reduce(values := values.to(self.accelerator.device))
-        return dict(zip(own, (values / self.world_size).tolist(), strict=True))
+        return {
+            name: value if name.startswith("tokens/") else value / self.world_size
+            for name, value in zip(own, values.tolist(), strict=True)
+        }
 
     def _update_metrics(
         self, total: dict[str, float], updates: int, batch: Batch
@@ -507,22 +562,66 @@ def _deal(rows: Tensor, parts: int) -> Iterator[Tensor]:
         yield rows[part::parts]
 
 
-def _share(total: int, world_size: int) -> int:
+def _share(name: str, total: int, world_size: int) -> int:
     if total % world_size:
         raise ValueError(
-            f"cppo.CPPOTrainer: batch_size must divide evenly over the processes: "
-            f"{total} over {world_size}"
+            f"cppo.CPPOTrainer: {name} must divide evenly over the processes, "
+            f"got {total} over {world_size}"
         )
     return total // world_size
 
 
+def _check_dataset(name: str, dataset: Any) -> None:
+    is_one = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not is_one or isinstance(dataset, (str, Mapping)):
+        raise TypeError(
+            f"cppo.CPPOTrainer: {name} must have __len__ and an integer __getitem__ (a list of "
+            f"rows, a datasets.Dataset), got {type(dataset).__name__}"
+        )
+
+
+def _all_questions(dataset: Dataset | None) -> list[Question]:
+    if dataset is None:
+        return []
+    _check_dataset("eval_dataset", dataset)
+    return [as_question(dataset[i], index=i) for i in range(len(dataset))]
+
+
+def _check_processor(model: nn.Module, processor: Any) -> None:
+    """Raises for a processor that is not this model's, as far as one can see."""
+    kind = type(processor).__name__
+    tokenizer = tokenizer_of(processor)
+    if not hasattr(processor, "apply_chat_template") or not hasattr(tokenizer, "decode"):
+        raise TypeError(f"cppo.CPPOTrainer: processor must be a processor or tokenizer, got {kind}")
+    if forward.has_vision(model) and not hasattr(processor, "image_processor"):
+        raise TypeError(
+            "cppo.CPPOTrainer: processor must be the processor of a vision-language model (see "
+            f"cppo.models.load_processor), got the tokenizer {kind}"
+        )
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(f"cppo.CPPOTrainer: processor must have a chat template, {kind} has none")
+    vocabulary = forward.unwrap(model).get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"cppo.CPPOTrainer: processor must be the model's: its {len(tokenizer)} tokens are "
+            f"more than the {vocabulary} that the model has"
+        )
+
+
 def _reward_list(functions: RewardFunction | Sequence[RewardFunction]) -> list[RewardFunction]:
-    functions = [functions] if callable(functions) else list(functions)
-    if not functions or not all(callable(function) for function in functions):
+    listed = [functions] if callable(functions) else functions
+    is_list = isinstance(listed, (list, tuple)) and len(listed) > 0
+    if not is_list or not all(callable(function) for function in listed):
         raise TypeError(
             f"cppo.CPPOTrainer: reward_functions must be one or more callables, got {functions!r}"
         )
-    return functions
+    names = [reward_name(function) for function in listed]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            "cppo.CPPOTrainer: reward_functions must have different names (`__name__` or `name`), "
+            f"got {names}"
+        )
+    return list(listed)
 
 
 def _weights(functions: list[RewardFunction], config: CPPOConfig) -> tuple[float, ...]:
@@ -557,17 +656,17 @@ def _prepare(model: Any, config: CPPOConfig, device: torch.device) -> Any:
 
         lora = config.lora
         targets = lora.target_modules
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=lora.r,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=targets if isinstance(targets, str) else list(targets),
-                exclude_modules=r".*visual.*" if config.freeze_vision_tower and sees else None,
-                task_type="CAUSAL_LM",
-            ),
+        options = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            exclude_modules=r".*visual.*" if config.freeze_vision_tower and sees else None,
+            task_type="CAUSAL_LM",
         )
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            model = get_peft_model(model, options)
     return model
 
 

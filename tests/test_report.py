@@ -85,7 +85,7 @@ def _write(path, **changes):
             | {"question": "Which?", "answer": "8"}
         ],
         "completions": [_completion()],
-        "config": {"seed": 0, "output": "<runs>"},
+        "config": {"seed": 0, "output": "<runs>", "loss": {"tau": 0.125, "kl": {"coef": 0.5}}},
     }
     return write_report(path / "out" / "report.html", **(fields | changes))
 
@@ -95,7 +95,15 @@ def test_page_holds_everything_and_loads_nothing(tmp_path):
     outline, text = _outline(page), page.read_text(encoding="utf-8")
     assert not re.search(r"https?:|<script|<link|@import|url\(", text)
     words = "".join(outline.text)
-    for expected in ("Digits & <more>", "30.7 %", "75.0 %", "+44.3 points", "60", "<runs>"):
+    for expected in (
+        "Digits & <more>",
+        "30.7 %",
+        "75.0 %",
+        "+44.3 points",
+        "60",
+        "<runs>",
+        "loss.kl.coef",
+    ):
         assert expected in words
     for heading in ("Held-out accuracy", "Training reward", "Trained on", "Seconds per step"):
         assert heading in words

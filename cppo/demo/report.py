@@ -86,7 +86,7 @@ def write_report(
             `entropy_shift` (nats, one per token), `selected` (bool, one per token: the perception
             tokens),
             `reward`, `advantage`, and `answer` if wanted.
-        config: what the run was made with, in order.
+        config: what the run was made with, in order; nested options get dotted names.
     Raises: ValueError if a completion's tokens, entropy_shift and selected differ in length.
     """
     history = _with_derived(history)
@@ -279,10 +279,21 @@ def _config(config: Mapping[str, Any]) -> str:
         return ""
     rows = "".join(
         f"<tr><td>{escape(str(k))}</td><td><code>{escape(str(v))}</code></td></tr>"
-        for k, v in config.items()
+        for k, v in _flat(config).items()
     )
     table = f'<table class="config"><tbody>{rows}</tbody></table>'
     return f"<section><h2>Configuration</h2>{table}</section>"
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + str(name)] = value
+    return flat
 
 
 def _figure(heading: str, note: str, svg: str) -> str:

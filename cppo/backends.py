@@ -9,6 +9,7 @@ Environment: CPPO_BACKEND replaces `backend="auto"` and fails as loudly as an ex
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from cppo import _ext, reference
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 NAMES = ("cuda", "triton", "cpp", "reference")
 
 # Implementations of every op, the fastest first: `auto` takes the first that runs here.
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "group_advantages": ("cuda", "cpp", "reference"),
-    "prune_completions": ("cuda", "cpp", "reference"),
-    "advantages_and_prune": ("cuda", "cpp", "reference"),
+    "group_advantages": ("cuda", "triton", "cpp", "reference"),
+    "prune_completions": ("cuda", "triton", "cpp", "reference"),
+    "advantages_and_prune": ("cuda", "triton", "cpp", "reference"),
     "pack_completions": ("cpp", "reference"),
     "plan_microbatches": ("cpp", "reference"),
     "balance_ranks": ("cpp", "reference"),
@@ -45,9 +48,19 @@ def why_not(op: str, backend: str, device: str = "cpu") -> str:
         return ""
     if op in HOST_OPS:
         return _ext.missing["host"]
-    if (device == "cpu") != (backend == "cpp"):
+    if backend == "triton":
+        return _why_not_triton(device)
+    if device != {"cpp": "cpu", "cuda": "cuda"}[backend]:
         return f"tensors are on {device}"
     return _ext.missing[backend]
+
+
+def _why_not_triton(device: str) -> str:
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "tensors are on cpu, where only Triton's interpreter runs (TRITON_INTERPRET=1)"
+    return "" if device in ("cpu", "cuda") else f"tensors are on {device}"
 
 
 def pick(op: str, tensor: Tensor | None, backend: str = "auto") -> Any:
@@ -78,13 +91,22 @@ def pick(op: str, tensor: Tensor | None, backend: str = "auto") -> Any:
         reason = why_not(op, backend, device)
         if reason:
             raise RuntimeError(f"cppo.{op}: backend {backend!r}{source} cannot run here: {reason}")
+    if backend == "triton":
+        from cppo import triton_kernels
+
+        return triton_kernels
     return reference if backend == "reference" else _ext
 
 
 def available(op: str, device: Any = "cpu") -> list[str]:
     """Backends that run `op` here on `device` (a torch.device or its type), fastest first."""
     kind = getattr(device, "type", None) or str(device).split(":")[0]
-    return [backend for backend in BACKENDS[op] if not why_not(op, backend, kind)]
+    runs = [backend for backend in BACKENDS[op] if not why_not(op, backend, kind)]
+    if kind == "cpu" and "triton" in runs:
+        # Interpreted: it shows that the kernel is right, and is never the fastest.
+        runs.remove("triton")
+        runs.append("triton")
+    return runs
 
 
 def support_matrix(device: str = "cpu") -> dict[str, dict[str, str]]:

@@ -11,3 +11,11 @@ if __name__ != "cppo.triton_kernels":
         "is on sys.path and its folder shadows the package of that name; run from another "
         "directory, or with PYTHONSAFEPATH=1"
     )
+
+from cppo.triton_kernels.advantages_and_prune import (
+    advantages_and_prune,
+    group_advantages,
+    prune_completions,
+)
+
+__all__ = ["advantages_and_prune", "group_advantages", "prune_completions"]

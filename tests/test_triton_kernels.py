@@ -1,0 +1,104 @@
+"""Triton kernels: numerics in the interpreter (or on a GPU), and real cubins without one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cppo import backends, reference
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def kernels():
+    return backends.pick("advantages_and_prune", torch.zeros(1, device=DEVICE), "triton")
+
+
+@pytest.mark.parametrize("scope", ["group", "batch"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("prune", ["smallest", "largest", "random"])
+def test_advantages_and_prune_equals_reference(scope, scale, prune):
+    generator = torch.Generator().manual_seed(len(scope + scale + prune))
+    for group_size, num_questions, dtype in ((1, 3, torch.float32), (6, 3, torch.float64)):
+        count = group_size * num_questions
+        # Thirds in fp64: many ties, and means that rounding moves off a reward.
+        rewards = (torch.randint(0, 4, (count,), generator=generator) / 3.0).to(DEVICE, dtype)
+        noise = torch.rand(count, generator=generator).to(DEVICE)
+        for rate, drop_zero in ((0.0, True), (0.5, False), (0.9, True)):
+            options = (rewards, group_size, rate, scale, 1e-4, scope, prune, drop_zero, noise)
+            advantages, kept = kernels().advantages_and_prune(*options)
+            expected, expected_kept = reference.advantages_and_prune(*options)
+            torch.testing.assert_close(advantages, expected, rtol=2e-7, atol=1e-12)
+            assert torch.equal(kept, expected_kept) and kept.dtype == torch.int64
+            again = kernels().prune_completions(expected, group_size, rate, *options[5:])
+            assert torch.equal(again, expected_kept)
+            alone = kernels().group_advantages(*options[:2], *options[3:5])
+            assert torch.equal(alone, advantages)
+
+
+def test_ranking_of_nan_and_of_fp64_advantages():
+    nan = torch.tensor([0.5, float("nan"), 2.0, float("nan")], device=DEVICE)
+    assert kernels().prune_completions(nan, 4, 0.5).tolist() == [1, 3]
+    close = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64, device=DEVICE)
+    assert kernels().prune_completions(close, 2, 0.5).tolist() == [1]
+    assert kernels().prune_completions(close, 2, 0.5, prune="largest").tolist() == [0]
+
+
+def test_empty_and_long_units():
+    advantages, kept = kernels().advantages_and_prune(torch.zeros(0, device=DEVICE), 4, 0.5)
+    assert advantages.shape == kept.shape == (0,)
+    rewards = torch.arange(4098.0, device=DEVICE)
+    ours = kernels().advantages_and_prune(rewards, 4098, 0.5)
+    spec = reference.advantages_and_prune(rewards, 4098, 0.5)
+    assert all(torch.equal(one, other) for one, other in zip(ours, spec, strict=True))
+
+
+def test_opcheck():
+    kernels()
+    op = torch.ops.cppo_triton.advantages_and_prune.default
+    rewards = torch.arange(8.0, device=DEVICE)
+    for unit_size, noise in ((4, None), (8, torch.rand(8, device=DEVICE))):
+        prune = "smallest" if noise is None else "random"
+        outcome = torch.library.opcheck(op, (rewards, 4, unit_size, 2, "group", 1e-4, prune, noise))
+        assert set(outcome.values()) == {"SUCCESS"}
+        prune_op = torch.ops.cppo_triton.prune_completions.default
+        outcome = torch.library.opcheck(prune_op, (rewards, unit_size, 2, prune))
+        assert set(outcome.values()) == {"SUCCESS"}
+
+
+COMPILE = """
+import importlib, itertools, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+module = importlib.import_module("cppo.triton_kernels.advantages_and_prune")
+kernel = module._advantages_and_prune_kernel
+types = {"rewards_ptr": "*fp64", "noise_ptr": "*fp32"}
+types |= {"advantages_ptr": "*fp32", "kept_ptr": "*i64"}
+for arch, (block, prune) in itertools.product((80, 90, 100), ((16, "smallest"), (4096, "random"))):
+    constants = {"EPS": 1e-4, "SCALE": "batch", "PRUNE": prune, "BLOCK": block, "CHUNK": 1024}
+    signature = {
+        name: types.get(name, "constexpr" if name in constants else "i32")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    print(arch, block, len(built.asm["cubin"]) > 0)
+"""
+
+
+def test_kernels_compile_for_every_architecture(tmp_path):
+    # In a process of its own: what the interpreter has decorated cannot be compiled.
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    expected = [f"{arch} {block} True" for arch in (80, 90, 100) for block in (16, 4096)]
+    assert done.stdout.splitlines() == expected, done.stderr

@@ -153,6 +153,15 @@ def test_a_masked_nan_reaches_neither_values_nor_gradients():
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+def test_the_bias_is_added_in_fp32():
+    # 256 + 1 is not a bfloat16.
+    hidden, weight, bias = (
+        torch.tensor(x).bfloat16() for x in ([[1.0]], [[256.0], [0.0]], [1.0, 0.0])
+    )
+    stats = reference.linear_token_stats(hidden, weight, torch.tensor([1]), bias)
+    assert stats.logps.tolist() == [-257.0]
+
+
 # Perception mask
 
 

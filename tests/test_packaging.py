@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cppo import info
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "csrc", "triton_kernels", "cppo")
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
@@ -235,10 +237,11 @@ def test_ruff_is_pinned_once():
     assert f"rev: v{pinned[0]} " in (ROOT / ".pre-commit-config.yaml").read_text()
 
 
-def test_info_prints_tables_and_json(tmp_path):
-    done = run([sys.executable, "-c", "import cppo.info; cppo.info.main([])"], tmp_path)
-    assert "advantages_and_prune" in done.stdout and "stable ABI" in done.stdout, done.stderr
-    done = run([sys.executable, "-c", "import cppo.info; cppo.info.main(['--json'])"], tmp_path)
-    facts = json.loads(done.stdout)
+def test_info_prints_tables_and_json(capsys):
+    assert info.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "advantages_and_prune" in printed and "stable ABI" in printed
+    assert info.main(["--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
     assert facts["ops"]["cpu"]["token_stats"]["reference"] == ""
     assert facts["versions"]["torch"] == torch.__version__

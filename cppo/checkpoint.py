@@ -24,8 +24,9 @@ _SUMMARY = "trainer.json"
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     found = Path(output_dir).glob(f"{_PREFIX}*")
-    whole = (path for path in found if (path / _SUMMARY).is_file())
-    return sorted(whole, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    steps = {path: path.name.removeprefix(_PREFIX) for path in found}
+    whole = [p for p, step in steps.items() if step.isdigit() and (p / _SUMMARY).is_file()]
+    return sorted(whole, key=lambda path: int(steps[path]))
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:

@@ -14,11 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cppo.config import CPPOConfig, LossConfig
+from cppo.demo.digits import DigitSums
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
 from cppo.forward import check_supported, set_attention
 from cppo.questions import Question
 from cppo.rollout import Rollouts, _assemble, encode_questions, tokenizer_of
 from cppo.step import Batch
+from cppo.trainer import CPPOTrainer
 
 VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FAMILIES = ("text", *VISION_FAMILIES)
@@ -154,3 +156,48 @@ def padded_logps(model: Any, rollouts: Rollouts) -> Tensor:
     ).logits
     logps = logits.log_softmax(-1)[:, :-1].gather(-1, rollouts.input_ids[:, 1:, None])[..., 0]
     return F.pad(logps, (1, 0))
+
+
+def text_rows(count: int = 6) -> list[dict[str, Any]]:
+    """Rows of a text task."""
+    return [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(count)]
+
+
+def digit_share(completions: list[str], **columns: Any) -> list[float]:
+    """Share of digits among the characters: easily learned."""
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+
+
+def small_run(output_dir: Any, **options: Any) -> CPPOConfig:
+    """The options of a run of two steps of eight completions."""
+    defaults = dict(batch_size=8, group_size=4, max_steps=2, max_completion_tokens=6)
+    defaults |= dict(learning_rate=1e-3, log_completions=2)
+    return config(**{**defaults, "output_dir": str(output_dir), **options})
+
+
+def trainer_for(output_dir: Any, family: str = "text", **options: Any) -> CPPOTrainer:
+    """A trainer of a fresh tiny model; `rewards`, `rows`, `eval_rows` and `model` may be given."""
+    model, processor = tiny(family)
+    model = options.pop("model", model)
+    rows = text_rows() if family == "text" else DigitSums("train", 6)
+    rewards = options.pop("rewards", digit_share)
+    rows, eval_rows = options.pop("rows", rows), options.pop("eval_rows", None)
+    return CPPOTrainer(
+        model,
+        rewards,
+        rows,
+        config=small_run(output_dir, **options),
+        processor=processor,
+        eval_dataset=eval_rows,
+    )
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal to the last bit."""
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)

@@ -226,12 +226,14 @@ def image_token_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
     return input_ids == unwrap(model).config.image_token_id
 
 
-def _encoded_images(base: Any, images: ImageBatch, repeats: Sequence[int]) -> dict[str, Any]:
-    """Model arguments for the images of a stream: question `repeats[k]` is seen by completion k.
+def image_arguments(base: Any, images: ImageBatch | None, shown: Sequence[int]) -> dict[str, Any]:
+    """What the model is called with for its images; sequence k sees those of question `shown[k]`.
 
-    Each image is encoded once, however many completions look at it.
+    Each image is encoded once, however many sequences look at it.
     """
-    order = [i for question in repeats for i in images.image_ids(question)]
+    if images is None or len(images.image_grid_thw) == 0:
+        return {}
+    order = [i for question in shown for i in images.image_ids(question)]
     features = base.model.get_image_features(
         images.pixel_values, images.image_grid_thw, return_dict=True
     )
@@ -266,7 +268,6 @@ def packed_hidden(
         # transformers' flash attention reads the sequence boundaries off a leading text row.
         rows = [batch.position_ids[None], positions] if is_flash else [positions]
         position_ids = torch.cat(rows)[:, None]
-    vision = {} if images is None else _encoded_images(base, images, image_of)
     output = base.model(
         input_ids=batch.input_ids[None],
         attention_mask=None,
@@ -276,7 +277,7 @@ def packed_hidden(
         cu_seq_lens_k=batch.cu_seqlens,
         max_length_q=batch.max_seqlen,
         max_length_k=batch.max_seqlen,
-        **vision,
+        **image_arguments(base, images, image_of),
     )
     return output.last_hidden_state[0, batch.rows]
 

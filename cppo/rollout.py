@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from cppo.forward import (
     ImageBatch,
     has_vision,
-    image_token_mask,
     rotary_positions,
     unwrap,
 )
 from cppo.questions import Question
+from cppo.sampler import decode
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -112,26 +112,6 @@ def encode_questions(model: nn.Module, processor: Any, questions: list[Question]
     )
 
 
-def _generate(
-    model: nn.Module, prompts: Prompts, first: int, last: int, arguments: dict[str, Any]
-) -> Tensor:
-    """Completions of questions first..last: (rows, tokens), padded on the right."""
-    part = slice(first, last)
-    inputs: dict[str, Any] = {
-        "input_ids": prompts.input_ids[part],
-        "attention_mask": prompts.attention_mask[part].long(),
-    }
-    if prompts.images is not None:
-        images = prompts.images.of(range(first, min(last, len(prompts.questions))))
-        if images.pixel_values.shape[0]:
-            inputs["pixel_values"] = images.pixel_values
-            inputs["image_grid_thw"] = images.image_grid_thw
-            inputs["mm_token_type_ids"] = image_token_mask(model, inputs["input_ids"]).int()
-    base = unwrap(model)
-    output = base.generate(**inputs, **arguments)
-    return output[:, inputs["input_ids"].shape[1] :]
-
-
 def sample_completions(
     model: nn.Module,
     processor: Any,
@@ -145,9 +125,6 @@ def sample_completions(
 ) -> Rollouts:
     """Samples `group_size` completions of every question from the plain softmax of the model.
 
-    Every sampling option is given explicitly: a checkpoint's own top-k, top-p or repetition
-    penalty would make the log-probabilities of the loss those of another distribution.
-
     Args:
         model: in any mode; it is put in eval mode while it samples.
         prompts: Q encoded questions.
@@ -158,45 +135,38 @@ def sample_completions(
         batch_size: completions generated at once.
     Returns: Rollouts, padded to the longest completion.
     """
-    from transformers import GenerationConfig
-
     tokenizer = tokenizer_of(processor)
     own = unwrap(model).generation_config.eos_token_id
-    eos = own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
-    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling = {} if temperature is None else {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    options = GenerationConfig(
-        do_sample=temperature is not None,
-        **sampling,
-        repetition_penalty=1.0,
-        num_beams=1,
-        num_return_sequences=group_size,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        suppress_tokens=list(suppressed) or None,
-        use_cache=True,
-    )
-    num_questions = len(prompts.questions)
+    closing = own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
+    pad = closing[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     chunk = max(1, batch_size // group_size)
-    base, own_config, was_training = unwrap(model), unwrap(model).generation_config, model.training
+    was_training = model.training
     model.eval()
-    # generate fills the options left out here from the checkpoint's: min-p, banned n-grams, ...
-    base.generation_config = GenerationConfig()
-    try:
-        with torch.no_grad():
-            parts = [
-                _generate(model, prompts, i, i + chunk, {"generation_config": options})
-                for i in range(0, num_questions, chunk)
-            ]
-    finally:
-        base.generation_config = own_config
-        model.train(was_training)
+    parts = []
+    for first in range(0, len(prompts.questions), chunk):
+        questions = range(first, min(first + chunk, len(prompts.questions)))
+        part = slice(questions.start, questions.stop)
+        parts.append(
+            decode(
+                model,
+                prompts.input_ids[part],
+                prompts.attention_mask[part],
+                None if prompts.positions is None else prompts.positions[:, part],
+                None if prompts.images is None else prompts.images.of(questions),
+                group_size=group_size,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                suppressed=suppressed,
+                closing=closing,
+                pad=pad,
+            )
+        )
+    model.train(was_training)
     width = max(part.shape[1] for part in parts)
     completions = torch.cat(
         [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=pad) for part in parts]
     )
-    ends = torch.isin(completions, torch.tensor(eos, device=completions.device))
+    ends = torch.isin(completions, torch.tensor(closing, device=completions.device))
     # A completion is its tokens up to and with the first closing one.
     mask = ends.cumsum(1) - ends.long() == 0
     return _assemble(prompts, group_size, completions, mask, tokenizer, ~ends.any(1))

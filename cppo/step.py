@@ -6,6 +6,7 @@ rewards -> advantages -> prune -> pack -> forward the views -> token statistics
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -126,8 +127,7 @@ def _hidden(
         positions = positions.flatten(1)[:, packed.token_index]
     group_size = batch.rollouts.group_size
     image_of = [shown.index(row // group_size) for row in packed.kept.tolist()]
-    has_images = images is not None and len(images.image_grid_thw) > 0
-    return packed_hidden(model, packed, positions, images if has_images else None, image_of)
+    return packed_hidden(model, packed, positions, images, image_of)
 
 
 def _images_of(batch: Batch, rows: Tensor) -> tuple[ImageBatch | None, list[int]]:
@@ -205,6 +205,8 @@ def microbatch_loss(
     """
     hidden, packed = forward_views(model, batch, rows, config, processor)
     weight, bias = lm_head(model, batch.suppressed, hidden.anchor.dtype)
+    # "dr_grpo" divides by one length in every part of a batch.
+    max_length = config.loss.max_length or config.max_completion_tokens
     return linear_cppo_loss(
         hidden,
         weight,
@@ -215,7 +217,7 @@ def microbatch_loss(
         ref_logps=packed.per_token.get("ref_logps"),
         cu_seqlens=packed.row_cu_seqlens,
         num_items=num_items,
-        config=config.loss,
+        config=dataclasses.replace(config.loss, max_length=max_length),
     )
 
 

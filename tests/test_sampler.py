@@ -1,0 +1,97 @@
+"""The decoding loop draws what `generate` would, and finished rows change nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import cppo.sampler
+from cppo import forward
+from cppo.demo.digits import DigitSums
+from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
+from cppo.demo.warmup import CHECKPOINTS
+from cppo.models import load_model, load_processor
+from cppo.questions import as_question
+from cppo.rollout import Prompts, Rollouts, encode_questions, sample_completions
+
+FAMILIES = ("text", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+TOKENS = 16
+
+
+def _prompts(family: str) -> tuple[Any, Any, Prompts]:
+    if family == "text":
+        model, processor = build_tiny_text_model(size="test")
+        rows = [{"prompt": text} for text in ("What is 1+2?", "Hi", "What is the sum of 1?")]
+    else:
+        model, processor = build_tiny_vlm(family, size="test")
+        rows = [DigitSums(size=3)[i] for i in range(3)]
+        rows.append({"prompt": "No image here.", "answer": "1"})
+    forward.set_attention(model, "sdpa")
+    return model, processor, encode_questions(model, processor, [as_question(r) for r in rows])
+
+
+def _sample(model: Any, processor: Any, prompts: Prompts, **options: Any) -> Rollouts:
+    options = {"group_size": 2, "max_new_tokens": TOKENS, "temperature": None, **options}
+    return sample_completions(model, processor, prompts, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_completions_are_those_of_generate(family: str) -> None:
+    model, processor, prompts = _prompts(family)
+    inputs: dict[str, Any] = {
+        "input_ids": prompts.input_ids,
+        "attention_mask": prompts.attention_mask.long(),
+    }
+    if prompts.images is not None:
+        inputs["pixel_values"] = prompts.images.pixel_values
+        inputs["image_grid_thw"] = prompts.images.image_grid_thw
+        inputs["mm_token_type_ids"] = forward.image_token_mask(model, prompts.input_ids).int()
+    options = GenerationConfig(do_sample=False, max_new_tokens=TOKENS)
+    expected = model.generate(**inputs, generation_config=options)
+    ours = _sample(model, processor, prompts)
+    assert torch.equal(ours.input_ids[0::2], expected)
+    assert torch.equal(ours.input_ids[1::2], expected)
+
+
+def test_rows_that_leave_the_batch_change_no_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The shipped checkpoint's answers differ; with some digits as closing tokens, in length too.
+    model, processor = load_model(CHECKPOINTS / "digits"), load_processor(CHECKPOINTS / "digits")
+    forward.set_attention(model, "sdpa")
+    digits = processor.tokenizer.convert_tokens_to_ids(["5", "6", "7", "8"])
+    model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, *digits]
+    questions = [as_question(DigitSums(size=12)[i]) for i in range(12)]
+    prompts = encode_questions(model, processor, questions)
+    kept_in = {}
+    for share in (0.0, 2.0):
+        monkeypatch.setattr(cppo.sampler, "_DROP_SHARE", share)
+        kept_in[share] = _sample(model, processor, prompts).completion_ids
+    assert kept_in[0.0] == kept_in[2.0]
+    assert len({len(ids) for ids in kept_in[0.0]}) > 1
+
+
+def test_samples_follow_the_softmax_at_the_temperature() -> None:
+    model, processor, prompts = _prompts("text")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    torch.manual_seed(0)
+    rollouts = _sample(
+        model,
+        processor,
+        prompts,
+        group_size=4000,
+        max_new_tokens=1,
+        temperature=2.0,
+        batch_size=4000,
+    )
+    logits = model(
+        input_ids=prompts.input_ids, attention_mask=prompts.attention_mask.long()
+    ).logits[:, -1]
+    expected = torch.softmax(logits.double() / 2.0, -1)
+    first = rollouts.input_ids[:, -1].view(len(expected), -1)
+    share = torch.stack([torch.bincount(row, minlength=expected.shape[1]) for row in first]) / 4000
+    # Five standard errors of a share of 4,000 draws.
+    assert (share - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5
+    assert expected.max() > 0.1

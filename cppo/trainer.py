@@ -475,7 +475,11 @@ class CPPOTrainer:
     def _options(self) -> dict[str, Any]:
         """What decides the course of the run, as JSON gives it back."""
         options = {"processes": self.world_size, "config": dataclasses.asdict(self.config)}
-        return json.loads(json.dumps(options, default=repr))
+        # A perturbation may be a function: its name, repr has the address in memory.
+        named = json.dumps(
+            options, default=lambda value: getattr(value, "__qualname__", repr(value))
+        )
+        return json.loads(named)
 
     def _check_options(self, path: Path) -> None:
         """Resuming with other options would be another run under the name of the old one."""

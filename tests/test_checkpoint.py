@@ -1,0 +1,214 @@
+"""Checkpoints are whole or not there, and a resumed run is the run that was not interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trainer_cases import same, trainer_for, weights_of
+
+from cppo.checkpoint import checkpoints, last_checkpoint, read_state, write_checkpoint
+from cppo.config import LoraConfig
+from cppo.progress import read_metrics
+
+CASES = ("text", "vision", "lora")
+
+
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    script = Path(__file__).with_name("killed_runs.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries and lists by their path."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in items for k, v in flat(part, f"{name}/{key}").items()}
+    return {name: value}
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(
+    killed_runs: Path, case: str
+) -> None:
+    kills = json.loads((killed_runs / "kills.json").read_text())[case]
+    assert kills.count("killed") >= 4, kills
+    whole, killed = killed_runs / case / "whole", killed_runs / case / "killed"
+    first, second = last_checkpoint(whole), last_checkpoint(killed)
+    assert first.name == second.name == "checkpoint-000006"
+    weights = "adapter_model.safetensors" if case == "lora" else "model.safetensors"
+    assert (first / weights).read_bytes() == (second / weights).read_bytes()
+
+    expected, ours = (flat(read_state(path)) for path in (first, second))
+    assert expected.keys() == ours.keys()
+    assert any("exp_avg_sq" in name for name in expected)
+    for name, value in expected.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(ours[name], value), name
+        elif "time/" not in name:
+            assert ours[name] == value, name
+
+    rows = read_metrics(whole)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert without_times(read_metrics(killed)) == without_times(rows)
+    completions = [(folder / "completions.jsonl").read_text() for folder in (whole, killed)]
+    assert completions[0] == completions[1] and len(completions[0].splitlines()) == 12
+    assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer_for(folder, save_every=1).train()
+    return folder
+
+
+@pytest.fixture
+def copied(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def test_what_was_half_written_is_not_there(copied: Path) -> None:
+    whole = last_checkpoint(copied)
+    hidden = copied / ".checkpoint-000003.partial"
+    shutil.copytree(whole, hidden)
+    torn = copied / "checkpoint-000009"  # a folder of another program, or copied by hand
+    shutil.copytree(whole, torn)
+    (torn / "trainer.json").unlink()
+    assert last_checkpoint(copied) == whole
+    trainer = trainer_for(copied, save_every=1, max_steps=3)
+    trainer.train(resume_from="auto")
+    assert trainer.step == 3 and len(trainer.history) == 3
+    assert not hidden.exists()
+    assert last_checkpoint(copied).name == "checkpoint-000003"
+
+
+def test_a_torn_line_of_metrics_and_rows_after_the_checkpoint_go(copied: Path) -> None:
+    metrics, completions = copied / "metrics.jsonl", copied / "completions.jsonl"
+    expected = metrics.read_text()
+    with metrics.open("a") as file:
+        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+    written = completions.read_text()
+    with completions.open("a") as file:
+        file.write('{"step": 3, "completion": "x"}\n{"st')
+    assert [row["step"] for row in read_metrics(copied)] == [1, 2, 3]
+    trainer_for(copied, save_every=1).train(resume_from="auto")
+    assert metrics.read_text() == expected and completions.read_text() == written
+
+
+def test_auto_without_a_checkpoint_starts_afresh(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, max_steps=1)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "of": "an older run"}\n')
+    trainer.train(resume_from="auto")
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    assert "loss" in read_metrics(tmp_path)[0]
+
+
+def test_going_on_from_an_older_checkpoint(copied: Path) -> None:
+    """The newest checkpoint written is not the one that is dropped."""
+    trainer = trainer_for(copied, save_every=1, keep_checkpoints=1, max_steps=2)
+    older = checkpoints(copied)[0]
+    expected = (last_checkpoint(copied) / "model.safetensors").read_bytes()
+    trainer.train(resume_from=older)
+    assert (last_checkpoint(copied) / "model.safetensors").read_bytes() == expected
+    assert [path.name for path in checkpoints(copied)] == ["checkpoint-000002"]
+
+
+def test_writing_never_drops_what_was_just_written(tmp_path: Path) -> None:
+    def save(folder: Path) -> None:
+        (folder / "weights").write_text("x")
+
+    for step in (5, 6, 2):
+        write_checkpoint(tmp_path, step, save, {"step": step}, {"metric": None}, 2)
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["2", "5", "6"]
+    # The same step again replaces the old one.
+    write_checkpoint(tmp_path, 6, save, {"step": 6, "again": 1}, {"metric": 0.5}, 2)
+    assert read_state(last_checkpoint(tmp_path)) == {"step": 6, "again": 1}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_failure_while_writing_leaves_the_older_ones(copied: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    before = checkpoints(copied)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(copied, 3, fail, {}, {"metric": None}, 1)
+    assert checkpoints(copied) == before
+
+
+@pytest.mark.parametrize("where", ["", "nowhere", "checkpoint-000001/model.safetensors"])
+def test_resuming_from_something_that_is_no_checkpoint(copied: Path, where: str) -> None:
+    trainer = trainer_for(copied)
+    with pytest.raises(ValueError, match="is not a checkpoint of cppo .it has no trainer.json"):
+        trainer.train(resume_from=copied / where)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(seed=1), r"changed: seed \(was 0, is 1\)$"),
+        (dict(prune_rate=0.5), r"changed: prune_rate \(was 0.0, is 0.5\)$"),
+        (dict(tau=0.2, group_size=8), r"group_size \(was 4, is 8\), loss.tau \(was 0.1, is 0.2\)$"),
+        (dict(lora=LoraConfig()), r"lora \(was 'None', is None\), lora.alpha \(was None, is 32\)"),
+        (dict(trackers=(), betas=(0.9, 0.99)), r"betas \(was .*0.999.*, is .*0.99\]?\)?'?\)$"),
+    ],
+)
+def test_resuming_with_other_options(run: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=r"must be resumed with the options .*" + words):
+        trainer_for(run, **changes).train(resume_from="auto")
+
+
+def test_what_may_change_when_resuming(copied: Path) -> None:
+    moved = copied.rename(copied.with_name("moved"))
+    trainer = trainer_for(
+        moved, max_steps=3, eval_every=2, eval_samples=2, eval_greedy=False, save_every=3,
+        keep_checkpoints=5, best_metric="sampled/reward", log_every=2, log_completions=0,
+        trackers=("tensorboard",),
+    )  # fmt: skip
+    trainer.train(resume_from="auto")
+    assert trainer.step == 3
+
+
+def test_lora_goes_on_where_it_was(tmp_path: Path) -> None:
+    options = dict(lora=LoraConfig(r=2, alpha=4), max_steps=3)
+    whole = trainer_for(tmp_path / "whole", save_every=1, **options)
+    whole.train()
+    resumed = trainer_for(tmp_path / "resumed", **options)
+    resumed.train(resume_from=checkpoints(tmp_path / "whole")[0])
+    assert len(resumed.history) == 3
+    assert same(weights_of(resumed.model), weights_of(whole.model))
+
+
+def test_perturbations_given_as_functions_can_be_saved(tmp_path: Path) -> None:
+    def grey(pixels: Tensor, generator: torch.Generator) -> Tensor:
+        return pixels.mean(0, keepdim=True).expand_as(pixels)
+
+    from cppo.views import BlackSquares
+
+    options = dict(positive_views=(grey,), negative_views=(BlackSquares(),), max_steps=1)
+    trainer_for(tmp_path, "qwen2_vl", **options).train()
+    trainer_for(tmp_path, "qwen2_vl", **{**options, "max_steps": 2}).train(resume_from="auto")
+    other = {**options, "negative_views": ("zoom_crop",)}
+    with pytest.raises(ValueError, match="changed: negative_views"):
+        trainer_for(tmp_path, "qwen2_vl", **other).train(resume_from="auto")

@@ -148,3 +148,12 @@ def test_unsupported_family_and_dtype(tmp_path):
         load_model(tmp_path)
     with pytest.raises(TypeError, match="dtype must be a floating torch.dtype, got 'fp32'"):
         load_model(tmp_path, dtype="fp32")
+
+
+def test_a_folder_without_video_configuration_loads_with_torchvision_too(tmp_path, monkeypatch):
+    model, processor = build_tiny_vlm(size="test")
+    model.config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    monkeypatch.setattr("cppo.models.is_torchvision_available", lambda: True)
+    loaded = load_processor(tmp_path)
+    assert type(loaded).get_attributes() == ["image_processor", "tokenizer"]

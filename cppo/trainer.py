@@ -135,6 +135,8 @@ class CPPOTrainer:
         self.reward_functions = _reward_list(reward_functions)
         self.reward_weights = _weights(self.reward_functions, config)
         self.accelerator = Accelerator(
+            # Left to itself, accelerate takes every process of a machine without a GPU for one.
+            cpu=not torch.accelerator.is_available(),
             log_with=list(config.trackers) or None,
             project_dir=config.output_dir,
         )
@@ -203,7 +205,9 @@ class CPPOTrainer:
                 self._record(metrics)
                 if is_last or self._improved(metrics) or _is_due(self.step, self.config.save_every):
                     self.save_checkpoint()
-        self.accelerator.end_training()
+        # Not end_training: it takes the processes' group away, and with it evaluate().
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return self.history[-1] if self.history else {}
 
     def train_step(self) -> dict[str, float]:

@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace, prune_rate: float, cpl_coef: float, seed:
         }
         command = [str(Path(sys.executable).with_name("cppo")), "demo"]
         command += [f"--{name}={value}" for name, value in options.items()]
+        command += [f"--start={arguments.start}"] if arguments.start else []
         done = subprocess.run(
             command,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--held-out", type=int, default=1000)
     parser.add_argument("--eval-every", type=int, default=10)
+    parser.add_argument("--start", help="checkpoint folder that every run starts from")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="only print the committed table")
     arguments = parser.parse_args()

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cppo import dry_run, run_config
-from cppo.cli import main
+from cppo.cli import dry_run, main, run_config
+from cppo.cli.run_parts import load_questions
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
-from cppo.run_parts import load_questions
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.yaml"))
 DIGITS, GSM8K = (str(path) for path in RECIPES if path.stem in ("digits", "gsm8k_qwen2.5_1.5b"))

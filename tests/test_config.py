@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cppo.cli.config_file import ConfigError
+from cppo.cli.run_config import dump, load
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
-from cppo.config_file import ConfigError
-from cppo.run_config import dump, load
 
 GOOD = """
 model: {path: some/model}

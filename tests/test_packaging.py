@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cppo import info
+from cppo.cli import info
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "csrc", "triton_kernels", "cppo")
@@ -207,7 +207,7 @@ def test_build_isolation_finds_the_installed_torch(tmp_path):
 
 def test_importing_cppo_is_lean(tmp_path):
     script = """
-import sys, cppo, cppo.info, torch
+import sys, cppo, cppo.cli.info, torch
 heavy = {"triton", "transformers", "accelerate", "datasets", "sklearn", "matplotlib", "peft"}
 print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())
 """

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cppo import answers, rewards
-from cppo.rewards import combine, from_names, gsm8k_reward, perception_reward
+from cppo import rewards
+from cppo.rewards import answers, combine, from_names, gsm8k_reward, perception_reward
 
 
 def one(function, text, gold="42", **columns):
@@ -387,7 +387,7 @@ def test_from_names():
             {"cosine_length": {"max_length": 512, "correct": [2.0, 1.0]}, "weight": 0.5},
             {"tag_count": None, "weight": 2},
             rewards.numeric,
-            "cppo.reward_functions:think_format",
+            "cppo.rewards.functions:think_format",
         ]
     )
     assert functions == [

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cppo.patches import PatchLayout, images_from_patches, patches_from_images
 from cppo.views import (
     PERTURBATIONS,
     PRESERVING,
@@ -26,6 +25,7 @@ from cppo.views import (
     perturb_pixel_values,
     views_from_names,
 )
+from cppo.views.patches import PatchLayout, images_from_patches, patches_from_images
 
 DEFAULTS = [cls() for cls in PERTURBATIONS.values()]
 NAMES = list(PERTURBATIONS)
@@ -139,7 +139,7 @@ def test_constant_image_stays_constant(perturbation):
 
 
 def test_rotation_by_a_right_angle_is_rot90(monkeypatch):
-    monkeypatch.setattr("cppo.perturbations._uniform", lambda *_: 90.0)
+    monkeypatch.setattr("cppo.views.perturbations._uniform", lambda *_: 90.0)
     image = torch.rand(3, 9, 9, generator=generator())
     view = RandomRotation(90)(image, generator())
     candidates = [torch.rot90(image, k, (1, 2)) for k in (1, 3)]
@@ -183,7 +183,7 @@ def test_perspective_probability_and_strength():
 
 def test_perspective_moves_corners_inwards(monkeypatch):
     monkeypatch.setattr("torch.rand", lambda *s, **k: torch.ones(*s, dtype=torch.float64))
-    monkeypatch.setattr("cppo.perturbations._uniform", lambda *_: 0.0)
+    monkeypatch.setattr("cppo.views.perturbations._uniform", lambda *_: 0.0)
     # All corners move by the full 0.5 / 2 of the side: the image shrinks to the central half.
     image = scene(1, 41, 41)
     view = RandomPerspective(0.5, p=1.0, fill="black")(image, generator())

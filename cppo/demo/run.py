@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cppo.config import CPPOConfig, LossConfig
+from cppo.config import DIVERGENCES, CPPOConfig, LossConfig
 from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
 from cppo.demo.digits import DigitSums, digit_sum_accuracy
 from cppo.demo.report import write_report
@@ -76,6 +76,7 @@ def demo_config(
     *,
     prune_rate: float = 0.75,
     cpl_coef: float = 0.01,
+    divergence: str = "k3",
     steps: int = 60,
     seed: int = 0,
     output_dir: str = "runs/demo",
@@ -97,7 +98,13 @@ def demo_config(
         warmup_steps=5,
         eval_every=eval_every,
         log_every=5,
-        loss=LossConfig(cpl_coef=cpl_coef, cpl_reduction="sequence"),
+        # The papers' color jitter and rotation make 24-pixel digits hard to read: milder ones.
+        positive_views=(
+            {"color_jitter": {"brightness": (0.6, 1.3), "contrast": (0.6, 1.4)}},
+            {"perspective": {"distortion_scale": 0.08}},
+            {"rotation": {"degrees": 5}},
+        ),
+        loss=LossConfig(cpl_coef=cpl_coef, divergence=divergence, cpl_reduction="sequence"),
     )
 
 
@@ -141,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.task,
         prune_rate=arguments.prune_rate,
         cpl_coef=0.0 if arguments.no_cpl else arguments.cpl_coef,
+        divergence=arguments.divergence,
         steps=arguments.steps,
         eval_every=arguments.eval_every,
         seed=arguments.seed,
@@ -188,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prune-rate", type=float, default=0.75, help="0 keeps all (plain GRPO)")
     parser.add_argument("--no-cpl", action="store_true", help="no contrastive perception")
     parser.add_argument("--cpl-coef", type=float, default=0.01, help="its weight in the loss")
+    parser.add_argument("--divergence", choices=DIVERGENCES, default="k3")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--held-out", type=int, default=300, help="questions of an evaluation")
     parser.add_argument("--eval-every", type=int, default=20, help="steps between evaluations")

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cppo.answers import last_boxed
-from cppo.images import enlarge, load_image
+from cppo.questions.images import enlarge, load_image
+from cppo.rewards.answers import last_boxed
 
 _TAGS_SYSTEM = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves "

@@ -11,11 +11,11 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cppo import run_config
+from cppo.cli import run_config
+from cppo.cli.config_file import ConfigError
+from cppo.cli.run_config import ModelConfig, RunConfig
+from cppo.cli.run_parts import CHECKED_ROWS, load_questions, model_path
 from cppo.config import CPPOConfig
-from cppo.config_file import ConfigError
-from cppo.run_config import ModelConfig, RunConfig
-from cppo.run_parts import CHECKED_ROWS, load_questions, model_path
 
 _UNKNOWN_PROMPT = 512  # tokens per prompt where nothing tells
 

@@ -15,7 +15,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cppo.reward_functions import (
+from cppo.rewards.functions import (
     ACCURACIES,
     boxed,
     completion_text,
@@ -28,7 +28,7 @@ from cppo.reward_functions import (
     think_boxed_format,
     think_format,
 )
-from cppo.reward_lengths import (
+from cppo.rewards.lengths import (
     CosineLength,
     Length,
     Overlong,

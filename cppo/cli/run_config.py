@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from cppo import config_file
+from cppo.cli import config_file
+from cppo.cli.config_file import ConfigError
 from cppo.config import CPPOConfig, _Checked
-from cppo.config_file import ConfigError
 
 BUILDERS = ("tiny_digits", "tiny_arithmetic")
 LOADERS = ("gsm8k", "math", "geometry3k", "virl39k", "rows", "digits", "arithmetic")

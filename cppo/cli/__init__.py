@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cppo import run_config
-from cppo.config_file import ConfigError
+from cppo.cli import run_config
+from cppo.cli.config_file import ConfigError
 
 if TYPE_CHECKING:
-    from cppo.run_config import RunConfig
+    from cppo.cli.run_config import RunConfig
 
 _CONFIG_NAME = "config.yaml"
 _FORWARDED = {
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else ""
     if command == "info":
-        from cppo import info
+        from cppo.cli import info
 
         return info.main(arguments[1:]) or 0
     if command == "demo":
@@ -103,13 +103,13 @@ def _train(options: argparse.Namespace) -> int:
         resume, overrides = "auto", [*overrides, resume]
     config = run_config.load(options.config, overrides)
     if options.dry_run:
-        from cppo import dry_run
+        from cppo.cli import dry_run
 
         print(dry_run.report(config))
         return 0
     from cppo.checkpoint import last_checkpoint
+    from cppo.cli.run_parts import make_trainer
     from cppo.rollout import RewardError
-    from cppo.run_parts import make_trainer
 
     output_dir = Path(config.trainer.output_dir)
     newest = last_checkpoint(output_dir)
@@ -145,7 +145,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     config, checkpoint = _target(options)
     from dataclasses import replace
 
-    from cppo.run_parts import evaluate_policy
+    from cppo.cli.run_parts import evaluate_policy
 
     if options.samples is not None:
         try:

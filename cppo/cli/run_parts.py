@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cppo import loaders
-from cppo.config_file import ConfigError
-from cppo.loaders import Rows
-from cppo.run_config import GENERATED, DatasetConfig, ModelConfig, RunConfig
+from cppo.cli.config_file import ConfigError
+from cppo.cli.run_config import GENERATED, DatasetConfig, ModelConfig, RunConfig
+from cppo.questions import loaders
+from cppo.questions.loaders import Rows
 
 CHECKED_ROWS = 32  # of the training data, spread evenly, are read before anything starts
 DEMO_ROWS = 100_000  # of a demo task without a limit; rows are made when they are taken

@@ -3,7 +3,7 @@
     row -> Question(messages, images, columns)
 
 A dataset is anything with `__len__` and an integer `__getitem__` that gives rows: a list of
-dictionaries, a `datasets.Dataset`, or what the loaders of `cppo.loaders` return.
+dictionaries, a `datasets.Dataset`, or what the loaders of `cppo.questions.loaders` return.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from cppo.images import enlarge, load_image
-from cppo.loaders import (
+from cppo.questions.images import enlarge, load_image
+from cppo.questions.loaders import (
     Rows,
     load_geometry3k,
     load_gsm8k,

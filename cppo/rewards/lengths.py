@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from cppo.reward_functions import ACCURACIES, texts_of
+from cppo.rewards.functions import ACCURACIES, texts_of
 
 
 def _lengths(name: str, unit: str, completions: Any, columns: Mapping[str, Any]) -> list[int]:

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cppo.patches import PatchLayout, images_from_patches, patches_from_images
-from cppo.perturbations import (
+from cppo.views.patches import PatchLayout, images_from_patches, patches_from_images
+from cppo.views.perturbations import (
     BasePerturbation,
     BlackSquares,
     ColorJitter,

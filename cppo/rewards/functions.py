@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from cppo.answers import (
+from cppo.rewards.answers import (
     final_answer,
     find_number,
     last_boxed,

@@ -1,0 +1,100 @@
+"""The README does what it says: its code runs, its tables are the committed rows."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cppo.demo.tiny import build_tiny_text_model
+from cppo.demo.warmup import CHECKPOINTS
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("CPPO_DATA_DIR", ROOT.parent / "shared" / "data"))
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TABLES = re.findall(r"<!-- table: (\w+) -->\n(.*?)<!-- /table -->", README, re.DOTALL)
+
+
+def _rollout() -> dict[str, Any]:
+    """Two questions x eight completions, as a user's trainer has them before its update."""
+    model, _ = build_tiny_text_model(size="test")
+    generator = torch.Generator().manual_seed(0)
+    attention_mask = torch.ones(16, 12, dtype=torch.int64)
+    attention_mask[:8, :3] = 0
+    attention_mask[1::3, 10:] = 0
+    completion_mask = attention_mask.clone()
+    completion_mask[:, :5] = 0
+    rewards = torch.rand(16, generator=generator)
+    groups = rewards.view(2, 8)
+    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    return {
+        "model": model.train(),
+        "input_ids": torch.randint(10, 100, (16, 12), generator=generator),
+        "attention_mask": attention_mask,
+        "completion_mask": completion_mask,
+        "rewards": rewards,
+        "advantages": advantages.flatten(),
+    }
+
+
+def test_before_and_after_are_the_same_loss_when_nothing_is_pruned() -> None:
+    before, after = _rollout(), _rollout()
+    # The left-padded rows need positions that count from the first token, as the packed ones do.
+    position_ids = (before["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    code = BLOCKS[0].replace("attention_mask=attention_mask", "**padded")
+    padded = {"attention_mask": before["attention_mask"], "position_ids": position_ids}
+    exec(code, before | {"padded": padded}, before)
+    exec(BLOCKS[1].replace("prune_rate=0.75", "prune_rate=0"), after)
+    assert torch.allclose(before["loss"], after["output"].loss, atol=1e-6)
+    before["loss"].backward()
+    for ours, theirs in zip(after["model"].parameters(), before["model"].parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+
+
+def test_after_keeps_a_quarter_as_printed() -> None:
+    after = _rollout()
+    exec(BLOCKS[1], after)
+    assert len(after["kept"]) == 4
+    assert all(p.grad is not None for p in after["model"].parameters())
+
+
+def test_the_trainer_block_runs(tmp_path: Path) -> None:
+    data = DATA / "gsm8k"
+    if not data.is_dir():
+        pytest.skip(f"no GSM8K files in {data} (set CPPO_DATA_DIR)")
+    code = BLOCKS[2]
+    for printed, small in {
+        '"Qwen/Qwen2.5-1.5B-Instruct"': repr(str(CHECKPOINTS / "arithmetic")),
+        '"gsm8k/train.parquet"': repr(str(data / "train.parquet")),
+        "batch_size=64": f"batch_size=4, max_steps=1, output_dir={str(tmp_path)!r}",
+        "max_completion_tokens=512": "max_completion_tokens=4",
+    }.items():
+        assert printed in code
+        code = code.replace(printed, small)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["trainer"].step == 1
+
+
+@pytest.mark.parametrize(("task", "printed"), TABLES, ids=[name for name, _ in TABLES])
+def test_tables_are_the_committed_rows(task: str, printed: str) -> None:
+    path = ROOT / "benchmarks" / "demo_runs.py"
+    spec = importlib.util.spec_from_file_location("demo_runs", path)
+    assert spec is not None and spec.loader is not None
+    demo_runs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo_runs)
+    with (demo_runs.RESULTS / f"{task}_runs.csv").open() as file:
+        assert printed.strip() == demo_runs.summary(list(csv.DictReader(file)))
+
+
+def test_every_result_file_is_named_in_the_readme() -> None:
+    results = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.csv")]
+    assert results
+    assert not [name for name in results if name not in README]

@@ -1,6 +1,6 @@
-# make setup | demo | test | lint | fix | bench-smoke. An active virtual environment is used, else
-# .venv is made. A torch that is already there is kept; TORCH chooses the one to install. The small
-# CPU build: make setup PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# make setup | demo | test | gpu | lint | fix | bench-smoke. An active virtual environment is used,
+# else .venv is made. A torch that is already there is kept; TORCH chooses the one to install, and
+# PIP_OPTIONS goes to every pip (an index with smaller CPU builds of torch, for example).
 #
 # Nothing runs by `python -m`: that puts the repository root on sys.path, where the folder
 # triton_kernels/ would shadow another project's package of that name.
@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := build/setup$(subst /,-,$(VENV))
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup demo test lint fix bench-smoke
+.PHONY: setup demo test gpu lint fix bench-smoke
 
 setup: $(STAMP)
 
@@ -33,6 +33,11 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest $(PYTEST_OPTIONS)
+
+# Everything that needs a GPU; skipped with a reason where there is none.
+gpu: setup
+	$(BIN)/cppo info
+	$(BIN)/pytest -m gpu $(PYTEST_OPTIONS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -95,13 +95,13 @@ def memory(
     b = 4 bytes (2 in bf16), h hidden, i intermediate, n layers: b S n (8 h + 4 i), with
     checkpointing b S (n h + 8 h + 4 i); times 3 for the three views, an upper bound, as the
     perturbed ones run only where A > 0. KV cache: 2 b n kv_width (prompt + completion) tokens of
-    generation_batch_size completions. "logits" is what the fused head does not store: R rows x V
-    logits, their softmax and their gradient in fp32, for each view.
+    generation_batch_size completions. Logits of a micro-batch's R rows: R V 12 bytes for each view,
+    for themselves, their softmax and their gradient in fp32.
     Args:
         config: the trainer's options.
         model, step: sizes.
         prompt_tokens: of the longest prompt.
-    Returns: {part: bytes}; "logits" are not stored.
+    Returns: {part: bytes}.
     """
     width = 2 if config.precision == "bf16" else 4
     trained = model.parameters
@@ -215,15 +215,14 @@ def report(config: RunConfig) -> str:
         return "\n".join([*lines, "# model", f"sizes unknown, no memory estimate: {error}"])
     lines += ["# model", *_table(*_model_rows(sizes, source)), ""]
     parts = memory(trainer, sizes, step, prompt)
-    logits = parts.pop("logits")
-    # a rollout and an update follow one another: the larger of the two counts
-    in_turn = [parts[name] for name in ("activations (rough)", "KV cache of a rollout")]
-    peak = sum(parts.values()) - min(in_turn)
+    # A rollout and an update follow one another: the larger of the two counts.
+    rollout = parts["KV cache of a rollout"]
+    update = parts["activations (rough)"] + parts["logits"]
+    peak = sum(parts.values()) - min(rollout, update)
     lines += [f"# memory of one process, estimated, {trainer.precision}"]
     lines += _table(
         *((name, _bytes(size)) for name, size in parts.items()),
-        ("peak", f"{_bytes(peak)} (activations and KV cache are not there at once)"),
-        ("not stored", f"{_bytes(logits)} of logits (the head is fused with the loss)"),
+        ("peak", f"{_bytes(peak)} (the update and the KV cache are not there at once)"),
     )
     return "\n".join(lines)
 

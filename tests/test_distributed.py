@@ -22,8 +22,9 @@ BIN = Path(sys.executable).parent
 # all, and without a GPU they run on gloo.
 LAUNCHERS = {
     "accelerate": [
-        str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no",
+        str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1",
+        "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
     ],
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
 }  # fmt: skip

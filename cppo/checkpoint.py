@@ -7,6 +7,7 @@ read off the folders, there is no pointer that could disagree with them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,9 +17,25 @@ from typing import Any
 
 import torch
 
+from cppo.config import CPPOConfig
+
 _PREFIX = "checkpoint-"
 _STATE = "trainer.pt"
 _SUMMARY = "trainer.json"
+# What may change when a run is resumed: how long it goes on and what is written.
+_MAY_CHANGE = {
+    "max_steps",
+    "output_dir",
+    "eval_every",
+    "eval_samples",
+    "eval_greedy",
+    "save_every",
+    "keep_checkpoints",
+    "best_metric",
+    "log_every",
+    "log_completions",
+    "trackers",
+}
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -105,3 +122,40 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def run_options(config: CPPOConfig, num_processes: int) -> dict[str, Any]:
+    """What decides the course of a run, under dotted names, as JSON gives it back."""
+    options = {"processes": num_processes, **flat(dataclasses.asdict(config))}
+    # A perturbation may be a function: its name, repr has the address in memory.
+    named = json.dumps(options, default=lambda value: getattr(value, "__qualname__", repr(value)))
+    return json.loads(named)
+
+
+def check_options(path: str | Path, now: dict[str, Any]) -> None:
+    """Resuming with other options would be another run under the name of the old one.
+
+    Raises: ValueError naming every option that changed, its old and its new value.
+    """
+    was = read_summary(path)["options"]
+    changed = [
+        f"{name} (was {was.get(name)!r}, is {now.get(name)!r})"
+        for name in sorted(was.keys() | now.keys())
+        if was.get(name) != now.get(name) and name not in _MAY_CHANGE
+    ]
+    if changed:
+        raise ValueError(
+            f"cppo.CPPOTrainer: the run of {path} must be resumed with the options it was "
+            f"started with, changed: {', '.join(changed)}"
+        )
+
+
+def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options under dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found

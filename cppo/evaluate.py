@@ -13,7 +13,7 @@ from torch import nn
 from cppo.config import CPPOConfig
 from cppo.questions import Question
 from cppo.rollout import RewardFunction, encode_questions, sample_completions, score
-from cppo.step import seed_from
+from cppo.seeds import seed_from
 
 
 @dataclass(frozen=True)

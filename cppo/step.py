@@ -7,7 +7,6 @@ rewards -> advantages -> prune -> pack -> forward the views -> token statistics
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -23,15 +22,10 @@ from cppo.ops.pack import pack_completions, plan_microbatches
 from cppo.ops.token_stats import linear_token_stats
 from cppo.records import LossOutput, NumItems, PackedBatch, Views
 from cppo.rollout import Rollouts
+from cppo.seeds import seed_from
 from cppo.views import perturb_pixel_values, views_from_names
 
 Timer = Callable[[str], AbstractContextManager[None]]
-
-
-def seed_from(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part and on nothing else."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def cut_surplus(kept: Tensor, advantages: Tensor, group_size: int, batch_size: int) -> Tensor:
@@ -113,9 +107,9 @@ class Batch:
         sees = has_images[rows // self.rollouts.group_size]
         return [own for own in (rows[sees], rows[~sees]) if len(own)]
 
-    def num_items(self, rows: Tensor) -> NumItems:
-        """Denominators of the loss over `rows`."""
-        return NumItems(len(rows), int(self.rollouts.completion_mask[rows].sum()))
+    def counts(self, rows: Tensor) -> list[int]:
+        """Completions and response tokens of `rows`, the denominators of the loss."""
+        return [len(rows), int(self.rollouts.completion_mask[rows].sum())]
 
 
 def _hidden(

@@ -12,29 +12,34 @@ processes may have different numbers of micro-batches, or none.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch import Tensor
 
-from cppo import forward
-from cppo.checkpoint import last_checkpoint, read_state, read_summary, write_checkpoint
+from cppo import forward, policy
+from cppo.checkpoint import (
+    check_options,
+    last_checkpoint,
+    read_state,
+    run_options,
+    write_checkpoint,
+)
 from cppo.config import CPPOConfig
 from cppo.evaluate import evaluate
+from cppo.metrics import over_processes, rollout_metrics, update_metrics
 from cppo.models import special_token_ids_to_suppress
 from cppo.ops.advantages import advantages_and_prune, questions_needed
+from cppo.processes import Processes
 from cppo.progress import PhaseTimer, RunLog
 from cppo.questions import Question, as_question
+from cppo.questions.stream import Dataset, QuestionStream, all_questions
 from cppo.records import NumItems
 from cppo.rollout import (
     RewardFunction,
@@ -43,57 +48,11 @@ from cppo.rollout import (
     reward_name,
     sample_completions,
     score,
-    tokenizer_of,
 )
-from cppo.step import Batch, cut_surplus, microbatch_loss, seed_from, token_logps
+from cppo.seeds import seed_from
+from cppo.step import Batch, cut_surplus, microbatch_loss, token_logps
+from cppo.trainer_arguments import check_processor, reward_list, reward_weights
 from cppo.views import views_from_names
-
-# What may change when a run is resumed: how long it goes on and what is written.
-_MAY_CHANGE = {
-    "max_steps",
-    "output_dir",
-    "eval_every",
-    "eval_samples",
-    "eval_greedy",
-    "save_every",
-    "keep_checkpoints",
-    "best_metric",
-    "log_every",
-    "log_completions",
-    "trackers",
-}
-
-
-class Dataset(Protocol):
-    """Rows by number: a list of dicts, a `datasets.Dataset`, anything alike."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-class QuestionStream:
-    """A dataset's questions without end, shuffled anew in every epoch.
-
-    The order is a function of the seed; `position` is all there is to remember.
-    """
-
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        _check_dataset("train_dataset", dataset)
-        if len(dataset) == 0:
-            raise ValueError("cppo.CPPOTrainer: train_dataset must have rows, got none")
-        self._dataset, self._seed = dataset, seed
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-        self.position = 0
-
-    def __next__(self) -> Question:
-        epoch, place = divmod(self.position, len(self._dataset))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(seed_from(self._seed, "epoch", epoch))
-            self._epoch = epoch
-            self._order = torch.randperm(len(self._dataset), generator=generator)
-        self.position += 1
-        row = int(self._order[place])
-        return as_question(self._dataset[row], index=row)
 
 
 class CPPOTrainer:
@@ -132,20 +91,19 @@ class CPPOTrainer:
             raise TypeError(f"cppo.CPPOTrainer: config must be a CPPOConfig, got {config!r}")
         self.config = config
         self.processor = processor
-        self.reward_functions = _reward_list(reward_functions)
-        self.reward_weights = _weights(self.reward_functions, config)
+        self.reward_functions = reward_list(reward_functions)
+        self.reward_weights = reward_weights(self.reward_functions, config)
         self.accelerator = Accelerator(
             # Left to itself, accelerate takes every process of a machine without a GPU for one.
             cpu=not torch.accelerator.is_available(),
             log_with=list(config.trackers) or None,
             project_dir=config.output_dir,
         )
-        self.rank = self.accelerator.process_index
-        self.world_size = self.accelerator.num_processes
+        self.processes = Processes(self.accelerator)
         forward.check_supported(model)
-        _check_processor(model, processor)
+        check_processor(model, processor)
         self.questions = QuestionStream(train_dataset, config.seed)
-        self.eval_questions = _all_questions(eval_dataset)
+        self.eval_questions = all_questions(eval_dataset)
         for question in [as_question(train_dataset[0], index=0), *self.eval_questions]:
             if question.images and not forward.has_vision(model):
                 raise ValueError(
@@ -156,11 +114,11 @@ class CPPOTrainer:
             views_from_names(config.positive_views), views_from_names(config.negative_views)
         self.suppressed = tuple(special_token_ids_to_suppress(model, processor))
         self.reference = (
-            _frozen_copy(model, config).to(self.accelerator.device)
+            policy.frozen_copy(model, config).to(self.accelerator.device)
             if (config.loss.kl_coef > 0 and config.lora is None)
             else None
         )
-        self.model: Any = _prepare(model, config, self.accelerator.device)
+        self.model: Any = policy.prepare(model, config, self.accelerator.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -168,17 +126,15 @@ class CPPOTrainer:
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
-        self.scheduler = _schedule(self.optimizer, config)
+        self.scheduler = policy.schedule(self.optimizer, config)
         self.step = 0
         self.history: list[dict[str, Any]] = []
-        self.log = RunLog(
-            config.output_dir, config.max_steps, is_main=self.accelerator.is_main_process
-        )
-        self._batch_size = _share("batch_size", config.batch_size, self.world_size)
+        self.log = RunLog(config.output_dir, config.max_steps, is_main=self.processes.is_main)
+        self._batch_size = self.processes.share("batch_size", config.batch_size)
         self._num_questions = (
             questions_needed(self._batch_size, config.group_size, config.prune_rate)
             if config.dynamic_allocation
-            else _share("questions", config.batch_size // config.group_size, self.world_size)
+            else self.processes.share("questions", config.batch_size // config.group_size)
         )
         self._best: float | None = None
 
@@ -213,25 +169,25 @@ class CPPOTrainer:
     def train_step(self) -> dict[str, float]:
         """One rollout and the update on it; returns its metrics, summed over the processes."""
         # Every random number of a step follows from (seed, step, process): nothing to checkpoint.
-        set_seed(seed_from(self.config.seed, self.step, self.rank) % 2**32)
+        set_seed(seed_from(self.config.seed, self.step, self.processes.rank) % 2**32)
         timer = PhaseTimer()
         with timer("rollout"):
             rollouts = self.sample(self.draw_questions())
         with timer("reward"):
             rewards, by_name = score(self.reward_functions, self.reward_weights, rollouts)
         batch = self.make_batch(rollouts, rewards.to(rollouts.input_ids.device))
-        metrics = _rollout_metrics(batch, rewards, by_name)
+        metrics = rollout_metrics(batch, rewards, by_name)
         if _is_due(self.step + 1, self.config.log_every):
             self._write_completions(batch, rewards)
         updates = self.update(batch, timer)
-        return self._over_processes(metrics) | updates | timer.metrics()
+        return over_processes(metrics, self.processes) | updates | timer.metrics()
 
     def draw_questions(self) -> list[Question]:
         """This process's questions of the next step; a group never straddles processes."""
         own = self._num_questions
         drawn: list[Question] = []
         start = self.questions.position
-        while len(drawn) < own * self.world_size:
+        while len(drawn) < own * self.processes.size:
             question = next(self.questions)
             if self._fits(question):
                 drawn.append(question)
@@ -240,7 +196,7 @@ class CPPOTrainer:
                     f"cppo.CPPOTrainer: no question of train_dataset has a prompt of at most "
                     f"max_prompt_tokens = {self.config.max_prompt_tokens} tokens"
                 )
-        return drawn[self.rank * own : (self.rank + 1) * own]
+        return drawn[self.processes.rank * own : (self.processes.rank + 1) * own]
 
     def _fits(self, question: Question) -> bool:
         limit = self.config.max_prompt_tokens
@@ -288,7 +244,7 @@ class CPPOTrainer:
             advantages,
             kept,
             suppressed=self.suppressed,
-            seed=seed_from(config.seed, "views", self.step, self.rank),
+            seed=seed_from(config.seed, "views", self.step, self.processes.rank),
         )
 
     def update(self, batch: Batch, timer: PhaseTimer) -> dict[str, float]:
@@ -300,7 +256,7 @@ class CPPOTrainer:
         updates = 0
         for _ in range(config.num_iterations):
             for rows in _deal(batch.kept, config.optimizer_steps):
-                num_items = self._whole(batch.num_items(rows))
+                num_items = NumItems(*map(int, self.processes.sum(batch.counts(rows))))
                 if num_items.completions == 0:
                     self.log.say(f"step {self.step + 1}: no completion is left, nothing to learn")
                     continue
@@ -316,7 +272,8 @@ class CPPOTrainer:
                 with timer("optimizer"):
                     total["grad_norm"] = total.get("grad_norm", 0.0) + self._optimizer_step()
                 updates += 1
-        return self._update_metrics(total, updates, batch)
+        metrics = update_metrics(total, updates, batch, config.num_iterations, self.processes)
+        return metrics | {"learning_rate": self.scheduler.get_last_lr()[0]}
 
     def _with_old_and_reference(self, batch: Batch, timer: PhaseTimer) -> Batch:
         """Old log-probabilities if the policy will move within the step, reference ones for KL."""
@@ -341,17 +298,7 @@ class CPPOTrainer:
 
     def _optimizer_step(self) -> float:
         """Sums the gradients over the processes, clips, steps; returns the norm before clipping."""
-        if self.world_size > 1:
-            gradients = []
-            for p in self.parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                gradients.append(p.grad)
-            flat = _flatten_dense_tensors(gradients)
-            dist.all_reduce(flat)
-            for own, summed in zip(
-                gradients, _unflatten_dense_tensors(flat, gradients), strict=True
-            ):
-                own.copy_(summed)
+        self.processes.sum_gradients(self.parameters)
         limit = self.config.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
         if not norm < float("inf"):
@@ -376,8 +323,8 @@ class CPPOTrainer:
                 self.eval_questions,
                 config=self.config,
                 suppressed=self.suppressed,
-                rank=self.rank,
-                world_size=self.world_size,
+                rank=self.processes.rank,
+                world_size=self.processes.size,
             )
         return {f"eval/{name}": value for name, value in result.metrics.items()}
 
@@ -435,7 +382,7 @@ class CPPOTrainer:
     def save_checkpoint(self) -> Path | None:
         """Writes everything that resuming needs, atomically; returns the folder (main process)."""
         path = None
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             state = {
                 "step": self.step,
                 "position": self.questions.position,
@@ -446,7 +393,7 @@ class CPPOTrainer:
             }
             summary = {
                 "metric": self._metric(self.history[-1]) if self.history else None,
-                **self._options(),
+                "options": run_options(self.config, self.processes.size),
             }
             path = write_checkpoint(
                 self.config.output_dir,
@@ -460,7 +407,7 @@ class CPPOTrainer:
         return path
 
     def _save_model(self, directory: Path) -> None:
-        with _quiet():
+        with policy.quiet():
             self.model.save_pretrained(directory)
             self.processor.save_pretrained(directory)
 
@@ -471,93 +418,20 @@ class CPPOTrainer:
             self._resume(Path(resume_from))
         self.log.restart(self.history, self.step)
         if self.config.trackers:
-            self.accelerator.init_trackers("cppo", config=_flat(dataclasses.asdict(self.config)))
-        if self.world_size > 1:
-            for p in self.model.parameters():
-                dist.broadcast(p.data, 0)
-
-    def _options(self) -> dict[str, Any]:
-        """What decides the course of the run, as JSON gives it back."""
-        options = {"processes": self.world_size, "config": dataclasses.asdict(self.config)}
-        # A perturbation may be a function: its name, repr has the address in memory.
-        named = json.dumps(
-            options, default=lambda value: getattr(value, "__qualname__", repr(value))
-        )
-        return json.loads(named)
-
-    def _check_options(self, path: Path) -> None:
-        """Resuming with other options would be another run under the name of the old one."""
-        summary, own = read_summary(path), self._options()
-        was = _flat({"processes": summary["processes"], **summary["config"]})
-        now = _flat({"processes": own["processes"], **own["config"]})
-        changed = [
-            f"{name} (was {was.get(name)!r}, is {now.get(name)!r})"
-            for name in sorted(was.keys() | now.keys())
-            if was.get(name) != now.get(name) and name not in _MAY_CHANGE
-        ]
-        if changed:
-            raise ValueError(
-                f"cppo.CPPOTrainer: the run of {path} must be resumed with the options it was "
-                f"started with, changed: {', '.join(changed)}"
-            )
+            options = run_options(self.config, self.processes.size)
+            plain = {k: v if isinstance(v, (int, float)) else str(v) for k, v in options.items()}
+            self.accelerator.init_trackers("cppo", config=plain)
+        self.processes.same_weights(self.model)
 
     def _resume(self, path: Path) -> None:
         state = read_state(path)
-        self._check_options(path)
-        _load_weights(self.model, path)
+        check_options(path, run_options(self.config, self.processes.size))
+        policy.load_weights(self.model, path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.history = state["step"], state["history"]
         self.questions.position, self._best = state["position"], state["best"]
         self.log.say(f"resumed from {path} at step {self.step}")
-
-    # Sums over the processes
-
-    def _whole(self, own: NumItems) -> NumItems:
-        if self.world_size == 1:
-            return own
-        counts = torch.tensor(own[:2], device=self.accelerator.device)
-        dist.all_reduce(counts)
-        completions, tokens = counts.tolist()
-        return NumItems(completions, tokens)
-
-    def _over_processes(self, own: dict[str, float]) -> dict[str, float]:
-        """The mean of each process's metrics; token counts are summed."""
-        if self.world_size == 1:
-            return own
-        values = torch.tensor(list(own.values()), dtype=torch.float64)
-        dist.all_reduce(values := values.to(self.accelerator.device))
-        return {
-            name: value if name.startswith("tokens/") else value / self.world_size
-            for name, value in zip(own, values.tolist(), strict=True)
-        }
-
-    def _update_metrics(
-        self, total: dict[str, float], updates: int, batch: Batch
-    ) -> dict[str, float]:
-        """Means over the optimizer steps of what the micro-batches of all processes sum up to."""
-        names = ["loss", "policy_loss", "entropy", "clip_fraction", "kl", "cpl_loss"]
-        names += ["num_selected", "looking_tokens"]
-        looking = batch.kept[batch.advantages[batch.kept] > 0]
-        looking_tokens = batch.rollouts.completion_mask[looking].sum().item()
-        total["looking_tokens"] = looking_tokens * self.config.num_iterations
-        sums = torch.tensor([total.get(name, 0.0) for name in names], dtype=torch.float64)
-        seen = torch.tensor([float(name in total) for name in names], dtype=torch.float64)
-        if self.world_size > 1:
-            both = torch.stack([sums, seen]).to(self.accelerator.device)
-            dist.all_reduce(both)
-            sums, seen = both.cpu()
-        by_name = {
-            n: s for n, s, has in zip(names, sums.tolist(), seen.tolist(), strict=True) if has
-        }
-        selected, tokens = by_name.pop("num_selected", None), by_name.pop("looking_tokens")
-        metrics = {name: value / max(updates, 1) for name, value in by_name.items()}
-        metrics.setdefault("loss", 0.0)
-        if selected is not None:
-            metrics["perception_share"] = selected / max(tokens, 1)
-        metrics["grad_norm"] = total.get("grad_norm", 0.0) / max(updates, 1)
-        metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
-        return metrics
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -568,177 +442,3 @@ def _deal(rows: Tensor, parts: int) -> Iterator[Tensor]:
     """Rows dealt like cards, so that every part sees every question."""
     for part in range(parts):
         yield rows[part::parts]
-
-
-def _share(name: str, total: int, world_size: int) -> int:
-    if total % world_size:
-        raise ValueError(
-            f"cppo.CPPOTrainer: {name} must divide evenly over the processes, "
-            f"got {total} over {world_size}"
-        )
-    return total // world_size
-
-
-def _check_dataset(name: str, dataset: Any) -> None:
-    is_one = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if not is_one or isinstance(dataset, (str, Mapping)):
-        raise TypeError(
-            f"cppo.CPPOTrainer: {name} must have __len__ and an integer __getitem__ (a list of "
-            f"rows, a datasets.Dataset), got {type(dataset).__name__}"
-        )
-
-
-def _all_questions(dataset: Dataset | None) -> list[Question]:
-    if dataset is None:
-        return []
-    _check_dataset("eval_dataset", dataset)
-    return [as_question(dataset[i], index=i) for i in range(len(dataset))]
-
-
-def _check_processor(model: nn.Module, processor: Any) -> None:
-    """Raises for a processor that is not this model's, as far as one can see."""
-    kind = type(processor).__name__
-    tokenizer = tokenizer_of(processor)
-    if not hasattr(processor, "apply_chat_template") or not hasattr(tokenizer, "decode"):
-        raise TypeError(f"cppo.CPPOTrainer: processor must be a processor or tokenizer, got {kind}")
-    if forward.has_vision(model) and not hasattr(processor, "image_processor"):
-        raise TypeError(
-            "cppo.CPPOTrainer: processor must be the processor of a vision-language model (see "
-            f"cppo.models.load_processor), got the tokenizer {kind}"
-        )
-    if getattr(processor, "chat_template", None) is None:
-        raise ValueError(f"cppo.CPPOTrainer: processor must have a chat template, {kind} has none")
-    vocabulary = forward.unwrap(model).get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > vocabulary:
-        raise ValueError(
-            f"cppo.CPPOTrainer: processor must be the model's: its {len(tokenizer)} tokens are "
-            f"more than the {vocabulary} that the model has"
-        )
-
-
-def _reward_list(functions: RewardFunction | Sequence[RewardFunction]) -> list[RewardFunction]:
-    listed = [functions] if callable(functions) else functions
-    is_list = isinstance(listed, (list, tuple)) and len(listed) > 0
-    if not is_list or not all(callable(function) for function in listed):
-        raise TypeError(
-            f"cppo.CPPOTrainer: reward_functions must be one or more callables, got {functions!r}"
-        )
-    names = [reward_name(function) for function in listed]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            "cppo.CPPOTrainer: reward_functions must have different names (`__name__` or `name`), "
-            f"got {names}"
-        )
-    return list(listed)
-
-
-def _weights(functions: list[RewardFunction], config: CPPOConfig) -> tuple[float, ...]:
-    weights = config.reward_weights or (1.0,) * len(functions)
-    if len(weights) != len(functions):
-        names = [reward_name(function) for function in functions]
-        raise ValueError(
-            f"cppo.CPPOTrainer: reward_weights must have one weight per reward function "
-            f"{names}, got {weights}"
-        )
-    return tuple(weights)
-
-
-def _frozen_copy(model: nn.Module, config: CPPOConfig) -> nn.Module:
-    device = next(model.parameters()).device
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
-    forward.set_attention(reference, forward.choose_attention(config.attention, device))
-    return reference
-
-
-def _prepare(model: Any, config: CPPOConfig, device: torch.device) -> Any:
-    """Attention, frozen parts, adapters and checkpointing, as the config asks."""
-    model = model.to(device)
-    forward.set_attention(model, forward.choose_attention(config.attention, device))
-    sees = forward.has_vision(model)
-    if config.freeze_vision_tower and sees:
-        forward.vision_tower(model).requires_grad_(False)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.lora is not None:
-        from peft import LoraConfig, get_peft_model
-
-        lora = config.lora
-        targets = lora.target_modules
-        options = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            exclude_modules=r".*visual.*" if config.freeze_vision_tower and sees else None,
-            task_type="CAUSAL_LM",
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            model = get_peft_model(model, options)
-    return model
-
-
-def _schedule(optimizer: torch.optim.Optimizer, config: CPPOConfig) -> Any:
-    from transformers import get_scheduler
-
-    steps = config.max_steps * config.num_iterations * config.optimizer_steps
-    try:
-        return get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, steps)
-    except ValueError as error:
-        raise ValueError(f"CPPOConfig.lr_scheduler: {error}") from error
-
-
-def _load_weights(model: Any, path: Path) -> None:
-    if hasattr(model, "get_base_model"):
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"))
-        return
-    dtype = next(model.parameters()).dtype
-    with _quiet():
-        loaded = type(model).from_pretrained(path, dtype=dtype)
-    model.load_state_dict(loaded.state_dict())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of transformers over our own."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
-
-
-def _rollout_metrics(batch: Batch, rewards: Tensor, by_name: dict[str, Tensor]) -> dict[str, float]:
-    rollouts = batch.rollouts
-    lengths = rollouts.completion_mask.sum(1).float()
-    groups = rewards.view(-1, rollouts.group_size)
-    metrics = {
-        "reward/mean": rewards.mean().item(),
-        "reward/std": groups.std(1, correction=0).mean().item(),
-        "reward/zero_variance_share": (groups == groups[:, :1]).all(1).float().mean().item(),
-        "kept_share": len(batch.kept) / len(rewards),
-        "completion/tokens": lengths.mean().item(),
-        "completion/max_tokens": lengths.max().item(),
-        "completion/truncated_share": rollouts.truncated.float().mean().item(),
-        "tokens/sampled": lengths.sum().item(),
-        "tokens/trained": rollouts.completion_mask[batch.kept].sum().item(),
-    }
-    return metrics | {f"reward/{name}": values.mean().item() for name, values in by_name.items()}
-
-
-def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as the flat numbers and strings that trackers take."""
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            is_plain = isinstance(value, (int, float, str, bool))
-            flat[prefix + name] = value if is_plain else str(value)
-    return flat

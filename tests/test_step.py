@@ -56,7 +56,7 @@ def in_parts(
     model: Any, processor: Any, batch: Batch, parts: list[Tensor], options: CPPOConfig
 ) -> tuple[float, dict[str, Tensor], list[LossOutput]]:
     """Loss, gradients and outputs of the batch when it runs in these parts."""
-    num_items = batch.num_items(batch.kept)
+    num_items = NumItems(*batch.counts(batch.kept))
     outputs = []
 
     def run() -> None:
@@ -137,7 +137,7 @@ def test_the_gated_forward_is_the_full_one(family: str, divergence: str) -> None
     every = dataclasses.replace(options, loss=dataclasses.replace(options.loss, gating=False))
     rows = batch.microbatches(batch.kept, 10**6)[0]  # those with images
     advantages = batch.advantages[rows]
-    num_items = batch.num_items(rows)
+    num_items = NumItems(*batch.counts(rows))
 
     def full() -> LossOutput:
         hidden, stream = forward_views(model, batch, rows, every, processor)
@@ -170,7 +170,9 @@ def test_completions_without_positive_advantage_run_no_view() -> None:
     rows = batch.kept[batch.advantages < 0]
     hidden, _ = forward_views(model, batch, rows, config(), processor)
     assert hidden.positive is None and hidden.negative is None
-    output = microbatch_loss(model, batch, rows, batch.num_items(rows), all_terms(), processor)
+    output = microbatch_loss(
+        model, batch, rows, NumItems(*batch.counts(rows)), all_terms(), processor
+    )
     assert output.loss.isfinite() and not output.perception_mask.any()
     # Nor does a question without an image, nor a coefficient of zero.
     rows = torch.tensor([8, 9, 10, 11])
@@ -202,7 +204,7 @@ def test_without_pruning_and_contrast_it_is_plain_grpo(family: str) -> None:
     ours, kept = advantages_and_prune(rewards, 4, options.prune_rate)
     batch = Batch(rollouts, ours, kept, per_token={"old_logps": old})
     assert kept.tolist() == list(range(16))
-    num_items = batch.num_items(kept)
+    num_items = NumItems(*batch.counts(kept))
     output = microbatch_loss(model, batch, kept, num_items, options, processor)
     assert output.loss.item() == pytest.approx(grpo.item(), rel=FP64)
     assert relative_difference(gradients(model, output.loss), expected) < FP64
@@ -223,7 +225,7 @@ def test_pruned_grpo_is_grpo_over_the_kept_completions() -> None:
     expected = gradients(model, grpo)
     model = packed(model)
     batch = Batch(rollouts, advantages, kept)
-    output = microbatch_loss(model, batch, kept, batch.num_items(kept), config(), tokenizer)
+    output = microbatch_loss(model, batch, kept, NumItems(*batch.counts(kept)), config(), tokenizer)
     assert output.loss.item() == pytest.approx(grpo.item(), abs=1e-6)
     assert relative_difference(gradients(model, output.loss), expected) < FP64
 
@@ -373,7 +375,7 @@ def test_the_first_passs_ratio_is_exactly_one(family: str, precision: str) -> No
         parts = batch.microbatches(batch.kept, 150)
         assert len(parts) > 1
         for rows in parts:
-            num_items = batch.num_items(batch.kept)
+            num_items = NumItems(*batch.counts(batch.kept))
             output = microbatch_loss(model, on_policy, rows, num_items, options, processor)
             assert torch.equal(output.logps.detach(), on_policy.pack(rows).per_token["old_logps"])
             without = microbatch_loss(model, batch, rows, num_items, options, processor)

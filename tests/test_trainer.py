@@ -31,9 +31,10 @@ from cppo.forward import vision_tower
 from cppo.models import load_model, load_processor
 from cppo.progress import read_metrics
 from cppo.questions import as_question
+from cppo.questions.stream import QuestionStream
 from cppo.rollout import RewardError
 from cppo.step import token_logps
-from cppo.trainer import CPPOTrainer, QuestionStream
+from cppo.trainer import CPPOTrainer
 
 
 def random_reward(completions: list[str], **columns: Any) -> list[float]:

@@ -90,7 +90,7 @@ def update(folder: Path) -> None:
             other = value.clone()
             dist.broadcast(other, 0)
             assert torch.equal(other, value), "the processes' weights differ"
-        if trainer.rank == 0:
+        if trainer.processes.rank == 0:
             torch.save({"weights": weights, "metrics": metrics}, folder / f"{family}.pt")
 
 
@@ -102,8 +102,8 @@ def train(folder: Path) -> None:
     eval_rows = text_rows(3)
     options = dict(rewards=noise, prune_rate=0.5, eval_rows=eval_rows, trackers=("tensorboard",))
     trainer = trainer_for(folder, **options)
-    rank = trainer.rank
-    assert trainer.world_size == 2 and rank == own_rank()
+    rank = trainer.processes.rank
+    assert trainer.processes.size == 2 and rank == own_rank()
     seen = []
     score = trainer.make_batch
 

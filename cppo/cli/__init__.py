@@ -121,7 +121,7 @@ def _train(options: argparse.Namespace) -> int:
     if resume not in (None, "auto") and not (Path(resume) / "trainer.json").is_file():
         raise ConfigError(f"--resume: {resume} is not a checkpoint folder")
     trainer = make_trainer(config)
-    if trainer.rank == 0:
+    if trainer.processes.rank == 0:
         run_config.save(config, output_dir / _CONFIG_NAME)
     try:
         trainer.train(resume_from=resume)
@@ -135,7 +135,7 @@ def _train(options: argparse.Namespace) -> int:
             raise  # not one of our checks: a defect, whose traceback is wanted
         newest = last_checkpoint(output_dir)
         raise ConfigError(f"{error}\n  last checkpoint: {newest or 'none'}") from error
-    if trainer.rank == 0:
+    if trainer.processes.rank == 0:
         print(f"written to {output_dir}; next: cppo eval {output_dir}")
     return 0
 

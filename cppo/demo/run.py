@@ -26,7 +26,8 @@ from cppo.ops.perception_mask import perception_mask
 from cppo.ops.token_stats import linear_token_stats
 from cppo.reference import kept_per_unit
 from cppo.rollout import reward_name, tokenizer_of
-from cppo.step import forward_views, seed_from
+from cppo.seeds import seed_from
+from cppo.step import forward_views
 from cppo.trainer import CPPOTrainer
 from cppo.views import perturb, views_from_names
 

@@ -1,0 +1,62 @@
+"""What `CPPOTrainer` is given, checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from cppo import forward
+from cppo.config import CPPOConfig
+from cppo.rollout import RewardFunction, reward_name, tokenizer_of
+
+
+def check_processor(model: nn.Module, processor: Any) -> None:
+    """Raises for a processor that is not this model's, as far as one can see."""
+    kind = type(processor).__name__
+    tokenizer = tokenizer_of(processor)
+    if not hasattr(processor, "apply_chat_template") or not hasattr(tokenizer, "decode"):
+        raise TypeError(f"cppo.CPPOTrainer: processor must be a processor or tokenizer, got {kind}")
+    if forward.has_vision(model) and not hasattr(processor, "image_processor"):
+        raise TypeError(
+            "cppo.CPPOTrainer: processor must be the processor of a vision-language model (see "
+            f"cppo.models.load_processor), got the tokenizer {kind}"
+        )
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(f"cppo.CPPOTrainer: processor must have a chat template, {kind} has none")
+    vocabulary = forward.unwrap(model).get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"cppo.CPPOTrainer: processor must be the model's: its {len(tokenizer)} tokens are "
+            f"more than the {vocabulary} that the model has"
+        )
+
+
+def reward_list(functions: RewardFunction | Sequence[RewardFunction]) -> list[RewardFunction]:
+    """The reward functions as a list. Raises TypeError or ValueError for anything else."""
+    listed = [functions] if callable(functions) else functions
+    is_list = isinstance(listed, (list, tuple)) and len(listed) > 0
+    if not is_list or not all(callable(function) for function in listed):
+        raise TypeError(
+            f"cppo.CPPOTrainer: reward_functions must be one or more callables, got {functions!r}"
+        )
+    names = [reward_name(function) for function in listed]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            "cppo.CPPOTrainer: reward_functions must have different names (`__name__` or `name`), "
+            f"got {names}"
+        )
+    return list(listed)
+
+
+def reward_weights(functions: list[RewardFunction], config: CPPOConfig) -> tuple[float, ...]:
+    """One weight per reward function. Raises ValueError if the config has another number."""
+    weights = config.reward_weights or (1.0,) * len(functions)
+    if len(weights) != len(functions):
+        names = [reward_name(function) for function in functions]
+        raise ValueError(
+            f"cppo.CPPOTrainer: reward_weights must have one weight per reward function "
+            f"{names}, got {weights}"
+        )
+    return tuple(weights)

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +25,8 @@ from typing import Any
 
 import torch
 
-import cppo
 from cppo import _ext, backends, reference
+from environment import environment
 
 RESULTS = Path(__file__).with_name("results") / "host_ops.csv"
 BUSY_SHARE = 0.25  # load average per core above which timings are not to be trusted
@@ -101,30 +98,6 @@ def _percentiles(values: list[float]) -> list[float]:
     return [deciles[1], deciles[4], deciles[7]]
 
 
-def environment() -> dict[str, str]:
-    """What a reader needs to judge or repeat the row."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    cpu = platform.processor() or platform.machine()
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
-    return {
-        "device": f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "compiler": _ext.build_info.get("compiler", ""),
-        "cppo": cppo.__version__,
-        "commit": commit or "unknown",
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
 def measure(case: Case, seconds: float) -> list[dict[str, str]]:
     """The rows of one case: correctness first, then the times of every backend that runs here."""
     implementations = {
@@ -145,6 +118,22 @@ def measure(case: Case, seconds: float) -> list[dict[str, str]]:
     return rows
 
 
+def summary(rows: list[dict[str, str]]) -> str:
+    """The compiled rows as a Markdown table."""
+    lines = ["| op | input | reference ms | C++ ms | ratio |", "|---|---|---|---|---|"]
+    reference_ms = {
+        (row["op"], row["shape"]): row["ms_p50"] for row in rows if row["backend"] == "reference"
+    }
+    for row in rows:
+        if row["backend"] == "cpp":
+            ms = float(reference_ms[row["op"], row["shape"]])
+            lines.append(
+                f"| `{row['op']}` | {row['shape']} | {ms:.3g} | {float(row['ms_p50']):.3g} "
+                f"| {float(row['speedup']):.1f}x |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="toy sizes, nothing is written")
@@ -153,7 +142,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file, overwritten")
     arguments = parser.parse_args()
     busy = os.getloadavg()[0] / (os.cpu_count() or 1)
-    shared = environment()
+    shared = {**environment(), "compiler": _ext.build_info.get("compiler", "")}
     rows = []
     for case in cases(arguments.smoke):
         if arguments.op in (None, case.op):

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("rollout", "forward", "backward")
@@ -84,33 +83,6 @@ def run(arguments: argparse.Namespace, prune_rate: float, cpl_coef: float, seed:
         f"  {setting(rows[-1])} seed {seed}: {rows[0]['sampled']:.3f} -> {rows[-1]['sampled']:.3f}"
     )
     return rows
-
-
-def environment() -> dict[str, str]:
-    """Where and with what a row was measured."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=RESULTS,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "cpu": _cpu(),
-        "torch": importlib.metadata.version("torch"),
-        "transformers": importlib.metadata.version("transformers"),
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def setting(row: dict) -> str:

@@ -7,8 +7,7 @@ rewards -> advantages -> prune -> pack -> forward the views -> token statistics
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +23,6 @@ from cppo.records import LossOutput, NumItems, PackedBatch, Views
 from cppo.rollout import Rollouts
 from cppo.seeds import seed_from
 from cppo.views import perturb_pixel_values, views_from_names
-
-Timer = Callable[[str], AbstractContextManager[None]]
 
 
 def cut_surplus(kept: Tensor, advantages: Tensor, group_size: int, batch_size: int) -> Tensor:

@@ -227,14 +227,16 @@ def save_checkpoint(model: PreTrainedModel, processor: Any, folder: str | Path) 
 
 def main() -> None:
     """Make a warm-up checkpoint and print how often it is right on held-out questions."""
+    from cppo.demo.run import TASKS as DEMOS  # which imports this module
+
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("task", choices=sorted(TASKS))
+    parser.add_argument("task", choices=sorted(DEMOS))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    model, processor = warm_up(args.task, args.seed, report=print)
+    model, processor = DEMOS[args.task].warm_up(args.seed, report=print)
     save_checkpoint(model, processor, args.folder)
-    rows = TASKS[args.task].rows("heldout", 500, 0, TASKS[args.task].phases[-1].parts)
+    rows = DEMOS[args.task].rows("heldout", 500)
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         accuracy, completions = generated_accuracy(model, processor, rows, temperature=temperature)
         worked = [text for text in completions if not text.startswith("\\boxed")]

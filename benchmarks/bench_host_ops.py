@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from environment import environment
 
 from cppo import _ext, backends, reference
-from environment import environment
 
 RESULTS = Path(__file__).with_name("results") / "host_ops.csv"
 BUSY_SHARE = 0.25  # load average per core above which timings are not to be trusted

@@ -92,7 +92,7 @@ def setting(row: dict) -> str:
 
 def summary(rows: list[dict]) -> str:
     """The comparison as a Markdown table: means over seeds, with the std of the gain."""
-    rows = [{**row, **{k: float(row[k]) for k in _NUMBERS}} for row in rows]
+    rows = [row_numbers(row) for row in rows]
     by_setting: dict[str, dict[int, list[dict]]] = {}
     for row in rows:
         by_setting.setdefault(setting(row), {}).setdefault(int(row["seed"]), []).append(row)
@@ -126,6 +126,31 @@ def summary(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: list[dict], path: Path) -> None:
+    """Held-out accuracy against training seconds, mean over seeds: one line per setting."""
+    import matplotlib.pyplot as plt
+
+    curves: dict[str, dict[int, list[dict]]] = {}
+    for row in rows:
+        curves.setdefault(setting(row_numbers(row)), {}).setdefault(int(row["step"]), []).append(
+            row_numbers(row)
+        )
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for name, steps in curves.items():
+        seconds = [statistics.fmean(r["training_seconds"] for r in at) for at in steps.values()]
+        sampled = [statistics.fmean(r["sampled"] for r in at) for at in steps.values()]
+        axes.plot(seconds, sampled, marker="o", markersize=4, label=name)
+    axes.set(xlabel="training seconds", ylabel="held-out accuracy, sampled", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def row_numbers(row: dict) -> dict:
+    """A row of the CSV file with its numbers as numbers."""
+    return {**row, **{name: float(row[name]) for name in _NUMBERS}}
+
+
 _NUMBERS = ("prune_rate", "cpl_coef", "step", "training_seconds", "sampled", "greedy")
 
 
@@ -153,6 +178,7 @@ def main() -> None:
     parser.add_argument("--start", help="checkpoint folder that every run starts from")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="only print the committed table")
+    parser.add_argument("--plot", type=Path, help="draw the curves into this file (matplotlib)")
     arguments = parser.parse_args()
     path = RESULTS / f"{arguments.task}_runs.csv"
     if not arguments.table:
@@ -166,7 +192,10 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(rows)
     with path.open() as file:
-        print(summary(list(csv.DictReader(file))))
+        rows = list(csv.DictReader(file))
+    print(summary(rows))
+    if arguments.plot:
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

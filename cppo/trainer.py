@@ -5,7 +5,7 @@ and pruning -> old and reference log-probabilities only where needed -> packed f
 perturbed views only where A > 0 -> loss -> optimizer.
 
 What it leaves out on purpose: it is data-parallel only (every process holds the whole model; past
-one machine, use the fused ops inside verl or TRL), synchronous, and decodes with its own plain loop.
+one machine, use the fused ops inside verl or TRL), synchronous, and decodes with a plain loop.
 Gradients are summed over the processes once per optimizer step, after the last micro-batch, so
 processes may have different numbers of micro-batches, or none.
 """

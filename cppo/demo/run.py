@@ -271,7 +271,7 @@ def example_completions(trainer: CPPOTrainer, count: int = 6) -> list[dict[str, 
         loss=dataclasses.replace(trainer.config.loss, gating=False, cpl_coef=1.0),
     )
     torch.manual_seed(seed_from(config.seed, "examples") % 2**32)
-    rollouts = trainer.sample(trainer.eval_questions[:count])
+    rollouts = trainer.sample(trainer.eval_questions[: 4 * count])
     rewards = torch.tensor(
         trainer.reward_functions[0](
             rollouts.texts,
@@ -281,8 +281,10 @@ def example_completions(trainer: CPPOTrainer, count: int = 6) -> list[dict[str, 
         )
     )
     batch = trainer.make_batch(rollouts, rewards)
-    # The best completion of each question.
-    chosen = batch.advantages.view(count, -1).argmax(1) + torch.arange(count) * config.group_size
+    # The best completion of the questions in which it stands out most.
+    best, place = batch.advantages.view(-1, config.group_size).max(1)
+    questions = best.topk(min(count, len(best))).indices.sort().values
+    chosen = questions * config.group_size + place[questions]
     entropy = {
         name: values for name, values in _entropies(trainer.model, batch, chosen, config, trainer)
     }

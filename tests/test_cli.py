@@ -14,6 +14,7 @@ import pytest
 from cppo.cli import dry_run, main, run_config
 from cppo.cli.run_parts import load_questions
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
+from cppo.demo.run import demo_config
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.yaml"))
 DIGITS, GSM8K = (str(path) for path in RECIPES if path.stem in ("digits", "gsm8k_qwen2.5_1.5b"))
@@ -81,6 +82,11 @@ def test_every_recipe_dry_runs(
         assert "first question:" in rest and "is not on this machine" not in rest
     assert "peak" in rest
     assert [path.name for path in tmp_path.iterdir()] == ["resolved.yaml"]
+
+
+def test_the_demo_and_its_recipe_are_the_same_run() -> None:
+    recipe = run_config.load(RECIPES[0].with_name("digits.yaml"))
+    assert recipe.trainer == demo_config("digits", output_dir="runs/digits")
 
 
 def test_recipes_are_listed() -> None:

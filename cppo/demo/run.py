@@ -101,7 +101,7 @@ def demo_config(
         log_every=5,
         # The papers' color jitter and rotation make 24-pixel digits hard to read: milder ones.
         positive_views=(
-            {"color_jitter": {"brightness": (0.6, 1.3), "contrast": (0.6, 1.4)}},
+            {"color_jitter": {"brightness": [0.6, 1.3], "contrast": [0.6, 1.4]}},
             {"perspective": {"distortion_scale": 0.08}},
             {"rotation": {"degrees": 5}},
         ),

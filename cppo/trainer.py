@@ -89,10 +89,10 @@ class CPPOTrainer:
     ) -> None:
         if not isinstance(config, CPPOConfig):
             raise TypeError(f"cppo.CPPOTrainer: config must be a CPPOConfig, got {config!r}")
-        self.config = config
         self.processor = processor
         self.reward_functions = reward_list(reward_functions)
         self.reward_weights = reward_weights(self.reward_functions, config)
+        self.config = config = dataclasses.replace(config, reward_weights=self.reward_weights)
         self.accelerator = Accelerator(
             # Left to itself, accelerate takes every process of a machine without a GPU for one.
             cpu=not torch.accelerator.is_available(),

@@ -1,11 +1,13 @@
 """The demo tasks, the warm-up, the shipped checkpoints and the tiny models."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cppo import cli
 from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
 from cppo.demo.digits import (
     DigitSums,
@@ -228,3 +230,31 @@ def test_shipped_checkpoints_leave_room_for_rl(task, megabytes):
     worked = sum("=" in text for text in completions) / len(completions)
     assert 0.15 < accuracy < 0.5
     assert 0.25 < worked < 0.7
+
+
+def test_a_demo_run_can_be_evaluated_and_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "run")
+    options = ["--steps=2", "--held-out=8", "--task=arithmetic", f"--output={folder}"]
+    assert cli.main(["demo", *options]) == 0
+    assert "sampled accuracy" in capsys.readouterr().out
+    assert cli.main(["eval", folder, "--samples", "2"]) == 0
+    resumed = ["train", f"{folder}/config.yaml", "trainer.max_steps=3", "--resume"]
+    assert cli.main(resumed) == 0
+    assert "resumed from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prune-rate=1"], "CPPOConfig.prune_rate must be a number >= 0 and < 1, got 1.0"),
+        (["--start=./nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_of_a_demo_are_one_line(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cppo demo: error: ") and words in error

@@ -35,6 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else ""
+    try:
+        return _run(command, arguments)
+    except ConfigError as error:
+        if os.environ.get("CPPO_DEBUG") == "1":
+            raise
+        print(f"cppo {command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ncppo {command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(command: str, arguments: list[str]) -> int:
     if command == "info":
         from cppo.cli import info
 
@@ -42,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "demo":
         from cppo.demo import run
 
-        return run.main(arguments[1:]) or 0
+        return run.main(arguments[1:])
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:
@@ -52,16 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.overrides += [word for word in rest if not word.startswith("-")]
     if unknown := [word for word in rest if word.startswith("-")]:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    try:
-        return options.run(options)
-    except ConfigError as error:
-        if os.environ.get("CPPO_DEBUG") == "1":
-            raise
-        print(f"cppo {command}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\ncppo {command}: interrupted", file=sys.stderr)
-        return 130
+    return options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
+from cppo.cli.config_file import ConfigError
+from cppo.cli.run_config import DataConfig, DatasetConfig, ModelConfig, RunConfig, save
 from cppo.config import DIVERGENCES, CPPOConfig, LossConfig
 from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
 from cppo.demo.digits import DigitSums, digit_sum_accuracy
@@ -72,6 +75,9 @@ TASKS = {
 }
 
 
+SHIPPED = ("digits", "arithmetic")
+
+
 def demo_config(
     task: str = "digits",
     *,
@@ -96,7 +102,7 @@ def demo_config(
         max_completion_tokens=TASKS[task].max_completion_tokens,
         learning_rate=1e-4,
         betas=(0.9, 0.95),
-        warmup_steps=5,
+        warmup_steps=min(5, steps),
         eval_every=eval_every,
         log_every=5,
         # The papers' color jitter and rotation make 24-pixel digits hard to read: milder ones.
@@ -125,11 +131,11 @@ def build_trainer(
         from_scratch: make the warm-up anew all the same.
         held_out: questions of an evaluation.
     """
-    folder = start or CHECKPOINTS / task
-    if from_scratch or not folder.is_dir():
+    if from_scratch or (start is None and task not in SHIPPED):
         print("warming up: supervised steps to a model that RL can start from", flush=True)
         model, processor = TASKS[task].warm_up(config.seed, report=print)
     else:
+        folder = start or CHECKPOINTS / task
         model, processor = load_model(folder), load_processor(folder)
     rows = TASKS[task].rows
     return CPPOTrainer(
@@ -145,28 +151,13 @@ def build_trainer(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo and writes its report; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    config = demo_config(
-        arguments.task,
-        prune_rate=arguments.prune_rate,
-        cpl_coef=0.0 if arguments.no_cpl else arguments.cpl_coef,
-        divergence=arguments.divergence,
-        steps=arguments.steps,
-        eval_every=arguments.eval_every,
-        seed=arguments.seed,
-        output_dir=arguments.output,
-    )
-    from transformers.utils import logging
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    task = TASKS[arguments.task]
-    trainer = build_trainer(
-        arguments.task,
-        config,
-        start=arguments.start,
-        from_scratch=arguments.from_scratch,
-        held_out=arguments.held_out,
-    )
+    try:
+        trainer = _trainer_of(arguments)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    config, task = trainer.config, TASKS[arguments.task]
     _introduce(trainer, task)
     started = time.perf_counter()
     trainer.train()
@@ -191,6 +182,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _trainer_of(arguments: argparse.Namespace) -> CPPOTrainer:
+    config = demo_config(
+        arguments.task,
+        prune_rate=arguments.prune_rate,
+        cpl_coef=0.0 if arguments.no_cpl else arguments.cpl_coef,
+        divergence=arguments.divergence,
+        steps=arguments.steps,
+        eval_every=arguments.eval_every,
+        seed=arguments.seed,
+        output_dir=arguments.output,
+    )
+    trainer = build_trainer(
+        arguments.task,
+        config,
+        start=arguments.start,
+        from_scratch=arguments.from_scratch,
+        held_out=arguments.held_out,
+    )
+    if arguments.task in SHIPPED:
+        # With it `cppo eval` and `cppo train --resume` know the run.
+        loader = {"loader": arguments.task}
+        run = RunConfig(
+            model=ModelConfig(builder=f"tiny_{arguments.task}"),
+            data=DataConfig(
+                train=DatasetConfig(**loader, split="train"),
+                eval=DatasetConfig(**loader, split="heldout", limit=arguments.held_out),
+            ),
+            rewards=("boxed",),
+            trainer=config,
+        )
+        save(run, Path(config.output_dir) / "config.yaml")
+    return trainer
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cppo demo", description=main.__doc__)
     parser.add_argument("--task", choices=sorted(TASKS), default="digits")
@@ -198,9 +230,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-cpl", action="store_true", help="no contrastive perception")
     parser.add_argument("--cpl-coef", type=float, default=0.01, help="its weight in the loss")
     parser.add_argument("--divergence", choices=DIVERGENCES, default="k3")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--held-out", type=int, default=300, help="questions of an evaluation")
-    parser.add_argument("--eval-every", type=int, default=20, help="steps between evaluations")
+    parser.add_argument("--steps", type=_count, default=60)
+    parser.add_argument("--held-out", type=_count, default=300, help="questions of an evaluation")
+    parser.add_argument("--eval-every", type=_count, default=20, help="steps between evaluations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--from-scratch", action="store_true", help="make the warm-up checkpoint anew (minutes)"

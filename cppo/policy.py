@@ -31,7 +31,9 @@ def prepare(model: Any, config: CPPOConfig, device: torch.device) -> Any:
     if config.freeze_vision_tower and sees:
         forward.vision_tower(model).requires_grad_(False)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it within 5.x.
+        old = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     if config.lora is not None:
         from peft import LoraConfig, get_peft_model
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -23,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from environment import environment
+
+from cppo.progress import read_metrics
 
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("rollout", "forward", "backward")
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace, prune_rate: float, cpl_coef: float, seed:
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
-        history = [json.loads(line) for line in Path(output, "metrics.jsonl").open()]
+        history = read_metrics(output)
     rows, seconds, phases = [], 0.0, dict.fromkeys(PHASES, 0.0)
     for metrics in history:
         seconds += metrics.get("time/step", 0.0)

@@ -1,7 +1,7 @@
 """Completion pruning and contrastive perception for RL finetuning of (vision-)language models.
 
-Importing this package imports torch and nothing heavier: backends, kernels and the trainer load
-when they are first used.
+Importing this package imports torch and the compiled ops, if they are built; Triton, transformers
+and the trainer load when they are first used.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from cppo.config import CPPOConfig
 from cppo.questions import Question
 from cppo.rollout import RewardFunction, encode_questions, sample_completions, score
 from cppo.seeds import seed_from
+from cppo.trainer_arguments import reward_weights
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def evaluate(
     weighted sum; with N > 1 samples `sampled/<reward>_std` is the std over the N passes.
     """
     own = range(rank, len(questions), world_size)
-    weights = config.reward_weights or (1.0,) * len(reward_functions)
+    weights = reward_weights(list(reward_functions), config)
     rows: list[dict[str, Any]] = []
     modes: list[tuple[str, float | None, int]] = [
         ("sampled", config.loss.temperature, config.eval_samples)

@@ -112,6 +112,10 @@ class RunLog:
             for name, value in row.items()
             if name.startswith("eval/") and not name.endswith(("_std", "/tokens"))
         }
+        weighted = [name for name in evaluated if name.endswith("/reward")]
+        if len(evaluated) == 2 * len(weighted):
+            # One reward function: its weighted sum says nothing new.
+            evaluated = {n: value for n, value in evaluated.items() if n not in weighted}
         if evaluated:
             values = "  ".join(f"{name} {value:.3f}" for name, value in evaluated.items())
             self.say(f"[bold]held-out after {row['step']} steps[/bold]  {values}")

@@ -91,8 +91,8 @@ class CPPOTrainer:
             raise TypeError(f"cppo.CPPOTrainer: config must be a CPPOConfig, got {config!r}")
         self.processor = processor
         self.reward_functions = reward_list(reward_functions)
-        self.reward_weights = reward_weights(self.reward_functions, config)
-        self.config = config = dataclasses.replace(config, reward_weights=self.reward_weights)
+        weights = reward_weights(self.reward_functions, config)
+        self.config = config = dataclasses.replace(config, reward_weights=weights)
         self.accelerator = Accelerator(
             # Left to itself, accelerate takes every process of a machine without a GPU for one.
             cpu=not torch.accelerator.is_available(),
@@ -174,7 +174,8 @@ class CPPOTrainer:
         with timer("rollout"):
             rollouts = self.sample(self.draw_questions())
         with timer("reward"):
-            rewards, by_name = score(self.reward_functions, self.reward_weights, rollouts)
+            weights = reward_weights(self.reward_functions, self.config)
+            rewards, by_name = score(self.reward_functions, weights, rollouts)
         batch = self.make_batch(rollouts, rewards.to(rollouts.input_ids.device))
         metrics = rollout_metrics(batch, rewards, by_name)
         if _is_due(self.step + 1, self.config.log_every):

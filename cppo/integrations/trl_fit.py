@@ -1,0 +1,124 @@
+"""Whether the installed TRL is one that `cppo.integrations.trl` knows, and its kernel swapped."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+import cppo
+
+METHODS = {
+    "_generate_and_score_completions": "self inputs",
+    "_get_per_token_logps_and_entropies": "self model input_ids attention_mask logits_to_keep "
+    "batch_size",
+    "_compute_loss": "self model inputs",
+}
+HELPERS = ("split_pixel_values_by_grid", "unsplit_pixel_values_by_grid", "use_adapter")
+KERNEL = (
+    "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"
+)
+HAS_KERNEL = "patch_trl"
+
+
+class Fit(NamedTuple):
+    """Whether one part of the adapter fits the installed TRL, and why."""
+
+    part: str
+    fits: bool
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.part}: {'fits' if self.fits else 'does not fit'} ({self.why})"
+
+
+def check() -> list[Fit]:
+    """Return what of the installed TRL fits and what does not, in words.
+
+    `print(*cppo.integrations.trl.check(), sep="\\n")` reads well.
+    """
+    try:
+        version = importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        return [Fit("trl", False, "not installed: pip install 'trl>=1.7'")]
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    known = (1, 7) <= numbers < (2, 0)
+    fits = [Fit("trl", known, f"version {version}; 1.7 to 1.x are known")]
+    from trl import GRPOTrainer
+    from trl.trainer import utils
+
+    for name, wanted in METHODS.items():
+        found = _parameters(getattr(GRPOTrainer, name, None))
+        as_wanted = found[: len(wanted.split())] == wanted.split()
+        why = (
+            "called as expected" if as_wanted else f"expected ({wanted}), found ({' '.join(found)})"
+        )
+        fits.append(Fit(name, as_wanted, why))
+    missing = [name for name in HELPERS if not hasattr(utils, name)]
+    why = f"missing: {', '.join(missing)}" if missing else "has all helpers"
+    fits.append(Fit("trl.trainer.utils", not missing, why))
+    kernel: Any = getattr(utils, "_ChunkedLogProbFunction", None)
+    found = _parameters(getattr(getattr(kernel, "original", kernel), "forward", None))[1:]
+    as_wanted = found == KERNEL.split()
+    why = "the kernel of the fused LM head" if as_wanted else "trl 1.15 brought the fused LM head"
+    if found and not as_wanted:
+        why = f"expected a kernel of ({KERNEL}), found ({' '.join(found)})"
+    return [*fits, Fit(HAS_KERNEL, as_wanted, why)]
+
+
+def _parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters) if function else []
+
+
+def patch_trl(backend: str = "auto") -> Callable[[], None]:
+    """Put `cppo.linear_token_stats` in the place of the kernel of TRL's fused LM head.
+
+    TRL looks one global up at every call, so this reaches GRPO, RLOO, DPO, KTO and SFT alike. What
+    ours does not compute stays TRL's: soft-capped logits, statistics other than log-probability and
+    entropy, weights that DeepSpeed ZeRO-3 has partitioned.
+    Args: backend: of `cppo.linear_token_stats`.
+    Returns: a function that puts TRL's kernel back.
+    Raises: RuntimeError if the installed TRL has no such kernel, or one that is called otherwise.
+    """
+    fit = check()[-1]
+    if not fit.fits:
+        raise RuntimeError(f"cppo.patch_trl: {fit}")
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+    from trl.trainer import utils
+
+    kernels: Any = utils
+    original = kernels._ChunkedLogProbFunction
+    original = getattr(original, "original", original)
+
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("log_probs",),
+    ) -> tuple[Tensor | None, ...]:
+        ours = softcapping is None and logit_scale > 0 and {*outputs} <= {"log_probs", "entropy"}
+        if not ours or is_deepspeed_zero3_enabled():
+            rest = (temperature, chunk_size, softcapping, logit_scale, outputs)
+            return original.apply(hidden, weight, bias, targets, *rest)
+        stats = cppo.linear_token_stats(
+            hidden,
+            weight.to(hidden.dtype),
+            targets,
+            bias=None if bias is None else bias.to(hidden.dtype),
+            temperature=temperature / logit_scale,
+            backend=backend,
+        )
+        return stats.logps, stats.entropy if "entropy" in outputs else None, None, None, None
+
+    kernels._ChunkedLogProbFunction = SimpleNamespace(apply=apply, original=original)
+    return partial(setattr, kernels, "_ChunkedLogProbFunction", original)

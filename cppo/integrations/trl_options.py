@@ -1,0 +1,120 @@
+"""What `cppo.integrations.trl` adds to a GRPOConfig, and which runs it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from cppo import reference
+from cppo.config import PRUNES, SCOPES, CPPOConfig, LossConfig
+from cppo.integrations import contrast
+from cppo.ops.checks import check_choice, check_interval
+from cppo.views import views_from_names
+
+
+@dataclass(frozen=True)
+class CPPO:
+    """Options of `CPPOGRPOTrainer`; names and meanings are those of `cppo.CPPOConfig`.
+
+    Raises: ValueError for a value out of range, for a field of `loss` that TRL decides, and for
+        divergence "full", which needs more than the log-probabilities that TRL computes.
+    """
+
+    prune_rate: float = 0.0
+    """Share of each question's completions that is dropped before the update. In [0, 1)."""
+    prune_scope: str = "group"
+    """"group": per question (the paper). "batch": over the process's completions (its code)."""
+    prune: str = "smallest"
+    """The side that is dropped by |advantage|: "smallest", "largest" or "random"."""
+    early: bool = True
+    """Prune before the old and reference log-probabilities are computed, not after: the same
+    parameters for less work."""
+    trim: bool = True
+    """Cut each micro-batch to its own longest prompt and completion. For models with relative
+    positions (rotary), which see the same distances."""
+    loss: LossConfig = LossConfig(cpl_reduction="sequence")
+    """Contrastive perception, where there are images: cpl_coef (0: off), divergence, tau, fraction,
+    gating, detach_anchor, cpl_reduction."""
+    positive_views: tuple[Any, ...] = CPPOConfig.positive_views
+    """Information-preserving perturbations, one is drawn per image."""
+    negative_views: tuple[Any, ...] = CPPOConfig.negative_views
+    """Information-removing perturbations, one is drawn per image."""
+
+    def __post_init__(self) -> None:
+        op = "integrations.trl.CPPO"
+        check_interval(op, "prune_rate", self.prune_rate, 0, 1, closed=False)
+        check_choice(op, "prune_scope", self.prune_scope, SCOPES)
+        check_choice(op, "prune", self.prune, PRUNES)
+        check_choice(op, "loss.divergence", self.loss.divergence, contrast.DIVERGENCES)
+        for field in fields(LossConfig):
+            value = getattr(self.loss, field.name)
+            if field.name not in contrast.FIELDS and value != field.default:
+                raise ValueError(
+                    f"cppo.{op}: loss.{field.name} = {value!r} would have no effect; TRL has "
+                    "its own: beta, epsilon, epsilon_high, temperature, loss_type, ..."
+                )
+        views_from_names(self.positive_views), views_from_names(self.negative_views)
+
+
+def per_device_train_batch_size(
+    rows: int, num_generations: int, prune_rate: float, steps_per_generation: int = 1
+) -> int:
+    """Return the GRPOConfig.per_device_train_batch_size whose micro-batches keep `rows` rows.
+
+    Dynamic allocation in TRL: pruning leaves b (1 - P) rows of a micro-batch of b; more questions
+    fill the freed room again (arXiv 2503.22342, section 3.4).
+    Args:
+        rows: completions of a micro-batch after pruning.
+        num_generations, steps_per_generation: as in GRPOConfig, where the latter is by default
+            gradient_accumulation_steps.
+        prune_rate: as in `CPPO`.
+    Raises: ValueError if no whole number of questions gives that size.
+    """
+    kept = reference.kept_per_unit(num_generations, prune_rate)
+    questions, rest = divmod(rows * steps_per_generation, kept)
+    size, over = divmod(questions * num_generations, steps_per_generation)
+    if rest or over:
+        raise ValueError(
+            f"cppo.per_device_train_batch_size: {rows} rows x {steps_per_generation} steps must be "
+            f"whole questions, of which {kept} of {num_generations} completions are kept"
+        )
+    return size
+
+
+def check_run(trainer: Any) -> None:
+    """Raise ValueError for a run in which rows would be lost or numbers wrong without a word."""
+    options, args = trainer.cppo, trainer.args
+    steps, group_size = args.steps_per_generation, trainer.num_generations
+    rows = args.per_device_train_batch_size * steps
+
+    def refuse(words: str) -> None:
+        raise ValueError(f"cppo.integrations.trl: {words}")
+
+    if options.prune_rate == 0 and not (options.loss.cpl_coef > 0 and trainer._is_vlm):
+        return
+    if any(getattr(trainer, x, None) for x in ("tools", "environments", "environment_factories")):
+        refuse(
+            "tool calls and environments bring images and state of their own, which are neither "
+            "pruned nor perturbed with the rows; with them set prune_rate=0 and loss.cpl_coef=0"
+        )
+    if hasattr(trainer, "compute_liger_loss") and args.use_liger_kernel:
+        refuse("use_liger_kernel=True computes the loss elsewhere in this TRL; set it to False")
+    if options.prune_rate == 0:
+        return
+    if options.early and trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+        refuse(
+            "vLLM's importance sampling and its metrics need the old log-probabilities of every "
+            "sampled completion; set CPPO(early=False) or vllm_importance_sampling_correction=False"
+        )
+    if options.prune_scope == "group" and rows % group_size:
+        refuse(
+            "a question's completions must all be on one process: per_device_train_batch_size x "
+            f"steps_per_generation = {rows} must be a multiple of num_generations = {group_size}"
+        )
+    unit = group_size if options.prune_scope == "group" else rows
+    kept = rows // unit * reference.kept_per_unit(unit, options.prune_rate)
+    if kept % steps:
+        refuse(
+            f"{kept} of {rows} completions are kept, which do not divide over the "
+            f"steps_per_generation = {steps} micro-batches: TRL would drop the rest"
+        )

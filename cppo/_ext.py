@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cppo.ops import pack_library
+from cppo.ops.pack_library import pack_completions, unpack  # noqa: F401  (this is a namespace)
 from cppo.reference import kept_per_unit
 
 
@@ -99,17 +101,6 @@ def advantages_and_prune(
     return advantages, kept[advantages[kept] != 0] if drop_here else kept
 
 
-def pack_completions(
-    input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, kept: Tensor
-) -> tuple[Tensor, ...]:
-    def as_mask(mask: Tensor) -> Tensor:
-        return mask.bool() if mask.is_floating_point() else mask
-
-    return torch.ops.cppo.pack_completions(
-        input_ids, as_mask(attention_mask), as_mask(completion_mask), kept
-    )
-
-
 def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return _host.plan_microbatches(lengths, max_tokens)
 
@@ -141,24 +132,7 @@ def _register_fakes() -> None:
         advantages = rewards.new_empty(rewards.shape, dtype=torch.float32)
         return advantages, kept_like(rewards, unit_size, keep, drop_zero)
 
-    @torch.library.register_fake("cppo::pack_completions")
-    def _(input_ids, attention_mask, completion_mask, kept):
-        num_tokens = torch.library.get_ctx().new_dynamic_size()
-        num_rows = torch.library.get_ctx().new_dynamic_size()
-
-        def new(size, dtype=torch.int64):
-            return input_ids.new_empty(size, dtype=dtype)
-
-        return (
-            new(num_tokens, input_ids.dtype),
-            new(num_tokens),
-            new(kept.shape[0] + 1, torch.int32),
-            new(num_rows),
-            new(num_rows, input_ids.dtype),
-            new(kept.shape[0] + 1, torch.int32),
-            new(num_tokens),
-            new(num_rows),
-        )
+    pack_library.register()
 
 
 if not missing["cpp"]:

@@ -7,8 +7,9 @@ D hidden size. The three views of a question are called anchor, positive and neg
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -91,22 +92,24 @@ class PackedBatch:
     shape: tuple[int, int]
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
-    def unpack(self, values: Tensor) -> Tensor:
+    @overload
+    def unpack(self, values: Tensor) -> Tensor: ...
+    @overload
+    def unpack(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def unpack(self, values: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """Puts per-target values back at their places in the padded batch.
 
         Args:
-            values: (T,) any dtype, aligned with `targets`; gradients flow.
-        Returns: (B, L), zero everywhere else.
+            values: (T,) any dtype, aligned with `targets`; gradients flow. A mapping of such
+                tensors is unpacked in one launch.
+        Returns: (B, L), zero everywhere else; a dict of them for a mapping.
         Raises: ValueError if `values` is not (T,).
         """
-        if values.shape != self.targets.shape:
-            raise ValueError(
-                f"cppo.PackedBatch.unpack: values must be (T,) = {tuple(self.targets.shape)}, "
-                f"got {tuple(values.shape)}"
-            )
-        num_completions, length = self.shape
-        flat = values.new_zeros(num_completions * length)
-        return flat.index_put((self.target_index,), values).view(num_completions, length)
+        # Not at the top: the ops are written in terms of these records.
+        from cppo.ops.pack import unpack
+
+        return unpack(values, self.target_index, self.shape)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,16 +100,26 @@ def advantages_and_prune(
 
 
 def pack_completions(
-    input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, kept: Tensor
-) -> tuple[Tensor, ...]:
-    """The kept completions without their padding, as the tensors of a `PackedBatch`.
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_mask: Tensor,
+    kept: Tensor,
+    per_token: Sequence[Tensor] = (),
+    lengths: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> tuple[Any, ...]:
+    """The kept completions without their padding, as the fields of a `PackedBatch`.
 
     Returns input_ids, position_ids, cu_seqlens, rows, targets, row_cu_seqlens, token_index,
-    target_index. A response token is attended, marked in `completion_mask`, and has a predecessor.
+    target_index, the per-token tensors at the targets, max_seqlen, and the place in `kept` of the
+    first completion whose first token is marked as a response (-1: none). A response token is
+    attended, marked in `completion_mask`, and has a predecessor. `lengths` (tokens and response
+    tokens of the kept completions) follow from the masks; a backend may be spared finding out.
     """
     attended = attention_mask[kept].bool()
     position = attended.cumsum(1) - 1
-    response = attended & completion_mask[kept].bool() & (position > 0)
+    marked = attended & completion_mask[kept].bool()
+    response = marked & (position > 0)
+    orphans = (marked & (position == 0)).any(1).nonzero()
     length = input_ids.shape[1]
     flat_index = kept[:, None] * length + torch.arange(length, device=kept.device)
     token_index, target_index = flat_index[attended], flat_index[response]
@@ -118,16 +129,32 @@ def pack_completions(
         return F.pad(mask.sum(1).cumsum(0), (1, 0)).int()
 
     rows = response[attended].nonzero()[:, 0] - 1
+    cu_seqlens = cumulative(attended)
     return (
         flat_ids[token_index],
         position[attended],
-        cumulative(attended),
+        cu_seqlens,
         rows,
         flat_ids[target_index],
         cumulative(response),
         token_index,
         target_index,
+        [value.flatten()[target_index] for value in per_token],
+        int(cu_seqlens.diff().max()) if len(kept) else 0,
+        int(orphans[0, 0]) if len(orphans) else -1,
     )
+
+
+def unpack(
+    values: Sequence[Tensor], target_index: Tensor, num_completions: int, length: int
+) -> list[Tensor]:
+    """(T,) values at their flat positions in the padded batch, zero elsewhere: (B, L) each."""
+
+    def place(value: Tensor) -> Tensor:
+        flat = value.new_zeros(num_completions * length)
+        return flat.index_put((target_index,), value).view(num_completions, length)
+
+    return [place(value) for value in values]
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:

@@ -19,16 +19,31 @@ STABLE_TORCH_LIBRARY(cppo, m) {
   m.def(
       "advantages_and_prune(Tensor rewards, int group_size, int unit_size, int keep, str scale, "
       "float eps, str prune, bool drop_zero, Tensor? noise) -> (Tensor, Tensor)");
+  // Sizes first, so that the streams are allocated once: cu_seqlens, row_cu_seqlens, and [tokens,
+  // rows, longest, first kept completion whose response has no prompt or -1]. Where the host knows
+  // the lengths it needs no pack_sizes.
+  m.def(
+      "pack_sizes(Tensor attention_mask, Tensor completion_mask, Tensor kept) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "pack_completions(Tensor input_ids, Tensor attention_mask, Tensor completion_mask, "
-      "Tensor kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor kept, Tensor cu_seqlens, Tensor row_cu_seqlens, Tensor[] per_token, "
+      "SymInt num_tokens, SymInt num_rows) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])");
+  m.def(
+      "unpack(Tensor[] values, Tensor target_index, SymInt num_completions, SymInt length) "
+      "-> Tensor[]");
+  m.def("gather_tokens(Tensor[] values, Tensor target_index) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cppo, CPU, m) {
   m.impl("group_advantages", TORCH_BOX(&cppo::cpu::group_advantages));
   m.impl("prune_completions", TORCH_BOX(&cppo::cpu::prune_completions));
   m.impl("advantages_and_prune", TORCH_BOX(&cppo::cpu::advantages_and_prune));
+  m.impl("pack_sizes", TORCH_BOX(&cppo::cpu::pack_sizes));
   m.impl("pack_completions", TORCH_BOX(&cppo::cpu::pack_completions));
+  m.impl("unpack", TORCH_BOX(&cppo::cpu::unpack));
+  m.impl("gather_tokens", TORCH_BOX(&cppo::cpu::gather_tokens));
 }
 
 // `import cppo._C` loads the library, which runs the registrations above; there is nothing else.

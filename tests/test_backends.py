@@ -39,6 +39,7 @@ def test_every_op_has_a_reference_of_its_name():
 def test_auto_takes_the_fastest_that_runs_here():
     rewards = torch.zeros(4)
     assert backends.available("pack_completions", rewards.device) == ["cpp", "reference"]
+    assert backends.available("unpack", rewards.device) == ["cpp", "reference"]
     assert backends.pick("advantages_and_prune", rewards, "auto") is _ext
     assert backends.pick("token_stats", rewards, "auto") is reference
     assert backends.pick("advantages_and_prune", rewards, "reference") is reference
@@ -64,7 +65,7 @@ def test_an_explicit_choice_that_cannot_run_names_op_backend_and_reason(monkeypa
     with pytest.raises(RuntimeError, match="'cpp' cannot run here: tensors are on meta"):
         backends.pick("advantages_and_prune", torch.zeros(2, device="meta"), "cpp")
     with pytest.raises(RuntimeError, match="'cuda' cannot run here: it has no implementation"):
-        backends.pick("pack_completions", torch.zeros(2), "cuda")
+        backends.pick("perception_mask", torch.zeros(2), "cuda")
 
 
 def test_triton_runs_on_a_gpu_or_in_its_interpreter_and_there_never_by_itself(monkeypatch):
@@ -219,22 +220,38 @@ def test_pack_completions_cpp_equals_reference(seed, mask_dtype):
         input_ids, attention = input_ids.T.contiguous().T, attention.T.contiguous().T
     order = torch.randperm(num_completions, generator=generator)
     kept = order[: seed % (num_completions + 1)]
-    ours = _ext.pack_completions(input_ids, attention, response, kept)
-    spec = reference.pack_completions(input_ids, attention.bool(), response.bool(), kept)
-    for one, other in zip(ours, spec, strict=True):
+    along = [torch.rand(size).to(dtype) for dtype in (torch.float64, torch.bfloat16, torch.bool)]
+    ours = _ext.pack_completions(input_ids, attention, response, kept, along)
+    spec = reference.pack_completions(input_ids, attention, response, kept, along)
+    assert ours[9:] == spec[9:]  # the longest, and the first completion without a prompt
+    for one, other in zip([*ours[:8], *ours[8]], [*spec[:8], *spec[8]], strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    placed = [_ext.unpack(ours[8], ours[7], *size), reference.unpack(ours[8], ours[7], *size)]
+    for one, other in zip(*placed, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 
 @needs_cpp
 def test_compiled_checks_name_op_argument_expected_and_got():
     ids, mask = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)
+    one = torch.tensor([0])
+    bounds = torch.tensor([0, 3]).int(), torch.tensor([0, 2]).int()
     cases = [
-        ("pack_completions", (ids, mask[:, :2], mask, torch.tensor([0])),
+        ("pack_completions", (ids, mask[:, :2], mask, one, *bounds, [], 3, 2),
          "attention_mask must have the shape (2, 3) of input_ids, got (2, 2)"),
-        ("pack_completions", (ids, mask, mask, torch.tensor([0, 2])),
-         "kept must be in [0, B = 2), got 2 at 1"),
-        ("pack_completions", (ids.float(), mask, mask, torch.tensor([0])),
+        ("pack_completions", (ids, mask, mask, torch.tensor([2]), *bounds, [], 3, 2),
+         "kept must be in [0, B = 2), got 2 at 0"),
+        ("pack_completions", (ids.float(), mask, mask, one, *bounds, [], 3, 2),
          "input_ids must be int32 or int64"),
+        ("pack_completions", (ids, mask, mask, one, *bounds, [], 4, 2),
+         "cu_seqlens must rise from 0 to 4"),
+        ("pack_completions", (ids, mask, mask, one, bounds[1], bounds[1], [], 2, 2),
+         "cu_seqlens and row_cu_seqlens must be those of the masks"),
+        ("pack_completions", (ids, mask, mask, one, *bounds, [ids[:1]], 3, 2),
+         "per_token must have the shape (2, 3) of input_ids, got (1, 3)"),
+        ("unpack", ([torch.zeros(2)], torch.tensor([5, 6]), 2, 3),
+         "target_index must be in [0, 6)"),
+        ("gather_tokens", ([ids], torch.tensor([-1])), "target_index must be in [0, 6)"),
         ("group_advantages", (torch.zeros(5), 4, "group", 1e-4),
          "group_size must divide B = 5, got 4"),
         ("group_advantages", (torch.zeros(4), 4, "median", 1e-4),
@@ -255,17 +272,28 @@ def test_opcheck():
     ops = torch.ops.cppo
     rewards, noise = torch.arange(8.0), torch.rand(8)
     ids, mask = torch.arange(12).view(3, 4), torch.ones(3, 4, dtype=torch.bool)
+    kept, weights = torch.tensor([0, 2]), torch.rand(3, 4, requires_grad=True)
+    bounds = torch.tensor([0, 4, 8]).int(), torch.tensor([0, 3, 6]).int()
+    values = torch.rand(3, requires_grad=True)
     samples = [
         (ops.group_advantages, (rewards, 4, "group", 1e-4)),
         (ops.prune_completions, (rewards, 4, 2, "smallest", False, None)),
         (ops.prune_completions, (rewards, 4, 2, "random", True, noise)),
         (ops.advantages_and_prune, (rewards, 4, 8, 3, "batch", 1e-4, "largest", False, None)),
         (ops.advantages_and_prune, (rewards, 4, 4, 3, "none", 1e-4, "smallest", True, None)),
-        (ops.pack_completions, (ids, mask, mask, torch.tensor([0, 2]))),
+        (ops.pack_sizes, (mask, mask, kept)),
+        (ops.pack_completions, (ids, mask, mask, kept, *bounds, [], 8, 6)),
+        (ops.pack_completions, (ids, mask, mask, kept, *bounds, [weights.detach(), ids], 8, 6)),
+        (ops.unpack, ([values, values.double()], torch.tensor([3, 4, 8]), 3, 4)),
+        (ops.gather_tokens, ([weights, ids], torch.tensor([3, 4, 8]))),
     ]
     for op, arguments in samples:
         outcome = torch.library.opcheck(op.default, arguments)
         assert set(outcome.values()) == {"SUCCESS"}, (op, outcome)
+    # opcheck cannot sum a float output onto an integer one: test_pack_completions compiles this.
+    arguments = (ids, mask, mask, kept, *bounds, [weights, ids], 8, 6)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.pack_completions.default, arguments, test_utils=checks)
 
 
 # Planners

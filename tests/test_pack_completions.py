@@ -121,8 +121,110 @@ def test_masks_of_any_dtype_and_stride(backend, dtype):
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+@given(batch=batches(), seed=st.integers(0, 9))
+def test_every_backend_gathers_and_unpacks_like_the_reference(batch, seed):
+    attention, marks, kept = batch
+    generator = torch.Generator().manual_seed(seed)
+    dtypes = [torch.float64, torch.bfloat16, torch.bool, torch.int32, torch.uint8]
+    along = {
+        str(dtype): torch.randint(0, 9, attention.shape, generator=generator).to(dtype)
+        for dtype in dtypes[: 1 + seed % 5]
+    }
+    ids = torch.randint(0, 99, attention.shape, generator=generator)
+    results = {}
+    for backend in BACKENDS:
+        packed = cppo.pack_completions(
+            ids, attention, marks, kept, per_token=along, backend=backend
+        )
+        results[backend] = packed.per_token, packed.unpack(packed.per_token)
+    for name, value in along.items():
+        stays = torch.zeros_like(attention)
+        stays[kept] = (attention & marks)[kept]
+        for gathered, placed in results.values():
+            assert torch.equal(placed[name], torch.where(stays, value, value.new_zeros(())))
+            assert torch.equal(gathered[name], results["reference"][0][name])
+            assert gathered[name].dtype == placed[name].dtype == value.dtype
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_flow_both_ways(backend, monkeypatch):
+    monkeypatch.setenv("CPPO_BACKEND", backend)
+    inputs = make_inputs("pack_completions")
+    shape = inputs["input_ids"].shape
+    weights = torch.rand(*shape, dtype=torch.float64, requires_grad=True)
+
+    def there_and_back(weights):
+        packed = cppo.pack_completions(
+            **inputs, per_token={"w": weights, "ids": inputs["input_ids"]}
+        )
+        gathered = packed.per_token["w"]
+        both = packed.unpack({"w": gathered**2, "ids": packed.per_token["ids"]})
+        return gathered, both["w"]
+
+    assert torch.autograd.gradcheck(there_and_back, (weights,))
+    assert torch.autograd.gradgradcheck(there_and_back, (weights,))
+
+
+def lengths_of(inputs):
+    """(tokens, response tokens) of the kept completions."""
+    kept = inputs["kept"]
+    masks = inputs["attention_mask"], inputs["completion_mask"]
+    return tuple(mask[kept].sum(1).tolist() for mask in masks)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_lengths_known_on_the_host_spare_the_only_wait(backend, monkeypatch):
+    inputs = make_inputs("pack_completions")
+    expected = evaluate("pack_completions", inputs, "reference")
+    # As for tensors on a GPU, whose values nothing may look at.
+    monkeypatch.setattr("cppo.ops.pack.may_read", lambda *tensors: False)
+    waits = []
+    stock = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (waits.append(x.shape), stock(x))[1])
+    ours = cppo.pack_completions(**inputs, backend=backend)
+    assert waits == [(4,)]
+    known = cppo.pack_completions(**inputs, lengths=lengths_of(inputs), backend=backend)
+    monkeypatch.undo()
+    assert len(waits) == 3  # those of lengths_of itself
+    assert known.max_seqlen == ours.max_seqlen == int(expected["cu_seqlens"].diff().max())
+    for name, value in expected.items():
+        assert torch.equal(getattr(known, name), value), name
+        assert torch.equal(getattr(ours, name), value), name
+
+
+def test_lengths_are_checked_where_that_costs_nothing():
+    inputs = make_inputs("pack_completions")
+    tokens, responses = lengths_of(inputs)
+    cppo.pack_completions(**inputs, lengths=(tokens, responses))
+    with pytest.raises(ValueError, match="lengths must be those of the masks, response tokens of"):
+        cppo.pack_completions(**inputs, lengths=(tokens, [*responses[:-1], responses[-1] + 1]))
+    with pytest.raises(ValueError, match="lengths must be two lists of K = 3 integers, .* \\[3, 2"):
+        cppo.pack_completions(**inputs, lengths=(tokens, responses[:2]))
+
+
+@pytest.mark.parametrize("with_lengths", [True, False])
+def test_packing_and_unpacking_compile_with_their_gradients(with_lengths, monkeypatch):
+    inputs = make_inputs("pack_completions")
+    lengths = lengths_of(inputs) if with_lengths else None
+    weights = torch.rand(inputs["input_ids"].shape, requires_grad=True)
+
+    def call(weights):
+        packed = cppo.pack_completions(**inputs, per_token={"w": weights}, lengths=lengths)
+        return packed.unpack(packed.per_token["w"].sin())
+
+    expected = call(weights)
+    (gradient,) = torch.autograd.grad(expected.sum(), weights)
+    options = torch._dynamo.config.patch(capture_scalar_outputs=True)
+    with options:
+        ours = torch.compile(call, fullgraph=True, backend="aot_eager")(weights)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), weights)[0], gradient)
+
+
 def test_unpack_refuses_other_sizes_and_to_moves_everything():
     packed = cppo.pack_completions(**make_inputs("pack_completions"))
+    with pytest.raises(ValueError, match=r"values\['b'\] must be \(T,\) = \(\d+,\), got \(1,\)"):
+        packed.unpack({"a": packed.targets, "b": packed.targets[:1]})
     with pytest.raises(ValueError, match=r"cppo.PackedBatch.unpack: values must be \(T,\)"):
         packed.unpack(torch.zeros(len(packed.targets) + 1))
     moved = packed.to("meta")

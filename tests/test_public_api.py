@@ -16,7 +16,8 @@ SIGNATURES = {
     "generator, backend",
     "advantages_and_prune": "rewards, group_size, prune_rate, *, scale, eps, scope, prune, "
     "drop_zero, generator, backend",
-    "pack_completions": "input_ids, attention_mask, completion_mask, kept, *, per_token, backend",
+    "pack_completions": "input_ids, attention_mask, completion_mask, kept, *, per_token, lengths, "
+    "backend",
     "plan_microbatches": "lengths, max_tokens",
     "balance_ranks": "lengths, world_size",
     "questions_needed": "batch_size, group_size, prune_rate",

@@ -93,7 +93,8 @@ def test_pack_by_hand():
     attention = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     response = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
     packed = reference.pack_completions(input_ids, attention, response, torch.tensor([1, 0]))
-    assert [x.tolist() for x in packed] == [
+    assert packed[8:] == ([], 3, -1)
+    assert [x.tolist() for x in packed[:8]] == [
         [1, 2, 3, 5, 6, 7],
         [0, 1, 2, 0, 1, 2],
         [0, 3, 6],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from cppo.ops.checks import (
     check_tensor,
     may_read,
 )
+from cppo.ops.pack_library import Lengths
 from cppo.records import PackedBatch
 
 
@@ -40,21 +42,16 @@ def _check_kept(op: str, kept: Tensor, num_completions: int) -> None:
         )
 
 
-def _check_predecessors(
-    op: str, attention_mask: Tensor, completion_mask: Tensor, kept: Tensor
-) -> None:
-    """Every response token is predicted from the token before it, so there must be one."""
-    if not may_read(attention_mask, completion_mask, kept):
-        return
-    attended = attention_mask[kept]
-    first = attended & (attended.cumsum(1) == 1)
-    orphans = (first & completion_mask[kept]).any(1).nonzero()
-    if len(orphans):
-        completion = int(kept[orphans[0, 0]])
-        raise ValueError(
-            f"cppo.{op}: completion_mask marks the first attended token of completion "
-            f"{completion}; a response needs at least one prompt token before it"
-        )
+def _check_lengths(op: str, lengths: Lengths, packed: PackedBatch) -> None:
+    names = ("tokens", "response tokens")
+    bounds = (packed.cu_seqlens, packed.row_cu_seqlens)
+    for name, own, cumulative in zip(names, lengths, bounds, strict=True):
+        actual = cumulative.diff().tolist()
+        if list(own) != actual:
+            raise ValueError(
+                f"cppo.{op}: lengths must be those of the masks, {name} of the kept completions "
+                f"{actual[:8]}, got {list(own)[:8]}"
+            )
 
 
 def pack_completions(
@@ -64,6 +61,7 @@ def pack_completions(
     kept: Tensor | None = None,
     *,
     per_token: Mapping[str, Tensor] | None = None,
+    lengths: Lengths | None = None,
     backend: str = "auto",
 ) -> PackedBatch:
     """The kept completions with their prompts as one stream without padding.
@@ -79,12 +77,14 @@ def pack_completions(
         kept: (K,) int64 rows that stay, unique, in the order wanted. None: all.
         per_token: {name: (B, L)} tensors aligned with input_ids that are taken along at the
             response tokens; gradients flow.
+        lengths: (tokens, response tokens) of every kept completion, two lists of K integers, where
+            the host knows them: then nothing waits for the GPU. None: found out from the masks.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
     Returns: a `PackedBatch` on the device of input_ids.
     Raises:
         ValueError: shapes or devices that disagree; kept not int64, out of range or repeated; a
-            response without a token before it, naming the completion (values on a GPU are
-            checked only with CPPO_DEBUG=1).
+            response without a token before it, naming the completion; lengths that are not those
+            of the masks (kept and lengths on a GPU are checked only with CPPO_DEBUG=1).
         TypeError: a tensor of the wrong dtype.
         RuntimeError: `backend` cannot run here.
     """
@@ -102,17 +102,30 @@ def pack_completions(
     if kept is None:
         kept = torch.arange(num_completions, device=input_ids.device)
     _check_kept(op, kept, num_completions)
-    attention_mask, completion_mask = attention_mask.bool(), completion_mask.bool()
-    _check_predecessors(op, attention_mask, completion_mask, kept)
+    if lengths is not None and [len(own) for own in lengths] != [len(kept)] * 2:
+        raise ValueError(
+            f"cppo.{op}: lengths must be two lists of K = {len(kept)} integers, got lists of "
+            f"{[len(own) for own in lengths]}"
+        )
 
-    implementation = backends.pick(op, input_ids, backend)
-    packed = implementation.pack_completions(input_ids, attention_mask, completion_mask, kept)
-    ids, position_ids, cu_seqlens, rows, targets, row_cu_seqlens, tokens, at_targets = packed
-    return PackedBatch(
+    known = None if may_read(attention_mask, completion_mask, kept) else lengths
+    names, tensors = list(per_token or {}), list((per_token or {}).values())
+    packed = backends.pick(op, input_ids, backend).pack_completions(
+        input_ids, attention_mask, completion_mask, kept, tensors, known
+    )
+    ids, position_ids, cu_seqlens, rows, targets, row_cu_seqlens, tokens, at_targets = packed[:8]
+    gathered, longest, orphan = packed[8:]
+    # While torch.compile traces, the number is a symbol that no branch may look at.
+    if not torch.compiler.is_compiling() and orphan >= 0:
+        raise ValueError(
+            f"cppo.{op}: completion_mask marks the first attended token of completion "
+            f"{int(kept[orphan])}; a response needs at least one prompt token before it"
+        )
+    batch = PackedBatch(
         input_ids=ids,
         position_ids=position_ids,
         cu_seqlens=cu_seqlens,
-        max_seqlen=int(cu_seqlens.diff().max()) if len(kept) else 0,
+        max_seqlen=longest,
         kept=kept,
         rows=rows,
         targets=targets,
@@ -120,11 +133,28 @@ def pack_completions(
         token_index=tokens,
         target_index=at_targets,
         shape=(num_completions, length),
-        per_token={
-            name: value.reshape(-1).index_select(0, at_targets)
-            for name, value in (per_token or {}).items()
-        },
+        per_token=dict(zip(names, gathered, strict=True)),
     )
+    if lengths is not None and known is None:
+        _check_lengths(op, lengths, batch)
+    return batch
+
+
+def unpack(
+    values: Tensor | Mapping[str, Tensor], target_index: Tensor, shape: tuple[int, int]
+) -> Any:
+    """What `PackedBatch.unpack` does, for one tensor or for several in one launch."""
+    several = values if isinstance(values, Mapping) else {"values": values}
+    for name, value in several.items():
+        if value.shape != target_index.shape:
+            label = f"values[{name!r}]" if isinstance(values, Mapping) else name
+            raise ValueError(
+                f"cppo.PackedBatch.unpack: {label} must be (T,) = {tuple(target_index.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+    implementation = backends.pick("unpack", target_index)
+    placed = implementation.unpack(list(several.values()), target_index, *shape)
+    return dict(zip(several, placed, strict=True)) if isinstance(values, Mapping) else placed[0]
 
 
 def _checked_lengths(op: str, lengths: Sequence[int] | Tensor) -> list[int]:

@@ -1,5 +1,10 @@
-// Packing on the CPU (specification: cppo/reference.py): one pass counts, one pass fills.
+// Packing and unpacking on the CPU (specification: cppo/reference.py).
+//
+// Masks are runs in practice: padding, prompt, response, padding. A row is read as runs, so that
+// everything but its bounds is copied by memcpy; holes make the runs shorter, nothing else.
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -18,6 +23,7 @@ using torch::headeronly::ScalarType;
 
 constexpr const char* kOp = "pack_completions";
 constexpr int64_t kRowsPerThread = 8;
+constexpr int64_t kTokensPerThread = 16384;
 
 bool is_integer_of(const Tensor& tensor, size_t bytes) {
   const ScalarType type = tensor.scalar_type();
@@ -33,10 +39,10 @@ struct Mask {
   size_t bytes;
   int64_t length;
 
-  Mask(const char* argument, const Tensor& source, const Tensor& like)
+  Mask(const char* argument, const Tensor& source, const char* like, const Tensor& other)
       : tensor(torch::stable::contiguous(source)), bytes(source.element_size()) {
     check_cpu(kOp, argument, source);
-    check_same_shape(kOp, argument, source, "input_ids", like);
+    check_same_shape(kOp, argument, source, like, other);
     CPPO_CHECK(is_integer_of(source, bytes), kOp, argument, " must be bool, int32 or int64");
     data = static_cast<const char*>(tensor.const_data_ptr());
     length = source.size(1);
@@ -55,17 +61,49 @@ struct Mask {
   }
 };
 
-struct Streams {
-  int64_t* position;
-  int64_t* rows;
-  int64_t* token_index;
-  int64_t* target_index;
-  char* input_ids;
-  char* targets;
+// One row of both masks: where it is attended, and where a response token stands.
+struct Row {
+  std::vector<uint8_t> attended, response;
+  bool is_orphan = false;  // the first attended token is marked: nothing predicts it
+
+  explicit Row(int64_t length) : attended(length), response(length) {}
+
+  void read(const Mask& attention, const Mask& completion, int64_t row) {
+    attention.row(row, attended.data());
+    completion.row(row, response.data());
+    const int64_t length = attention.length;
+    for (int64_t i = 0; i < length; ++i) response[i] &= attended[i];
+    const int64_t first = find(attended, 0, length, 1);
+    is_orphan = first < length && response[first];
+    if (is_orphan) response[first] = 0;
+  }
+
+  // The first place in [begin, end) that holds `value`, or end.
+  static int64_t find(const std::vector<uint8_t>& mask, int64_t begin, int64_t end, int value) {
+    if (begin >= end) return end;
+    const void* at = std::memchr(mask.data() + begin, value, end - begin);
+    return at == nullptr ? end : static_cast<const uint8_t*>(at) - mask.data();
+  }
+
+  // Calls visit(begin, end) for every run of ones in [from, to).
+  template <class F>
+  static void runs(const std::vector<uint8_t>& mask, int64_t from, int64_t to, const F& visit) {
+    for (int64_t begin = find(mask, from, to, 1); begin < to;) {
+      const int64_t end = find(mask, begin, to, 0);
+      visit(begin, end);
+      begin = find(mask, end, to, 1);
+    }
+  }
+
+  static int32_t count(const std::vector<uint8_t>& mask) {
+    int32_t total = 0;
+    for (const uint8_t bit : mask) total += bit;
+    return total;
+  }
 };
 
-Tensor like(const Tensor& source, int64_t size, ScalarType type) {
-  return torch::stable::new_empty(source, {size}, type);
+Tensor like(const Tensor& source, std::vector<int64_t> size, ScalarType type) {
+  return torch::stable::new_empty(source, size, type);
 }
 
 template <class T>
@@ -73,41 +111,17 @@ T* data_of(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Calls visit(column, position, is_response) for every attended token of one completion.
-template <class F>
-void walk(const Mask& attention, const Mask& completion, int64_t row, std::vector<uint8_t>& scratch,
-          const F& visit) {
-  const int64_t length = attention.length;
-  uint8_t* attended = scratch.data();
-  uint8_t* response = attended + length;
-  attention.row(row, attended);
-  completion.row(row, response);
-  int64_t position = 0;
-  for (int64_t column = 0; column < length; ++column) {
-    if (!attended[column]) continue;
-    // The first attended token has no row that predicts it.
-    visit(column, position, response[column] && position > 0);
-    ++position;
-  }
+void iota(int64_t* out, int64_t count, int64_t first) {
+  for (int64_t i = 0; i < count; ++i) out[i] = first + i;
 }
 
-template <class Id>
-void fill_row(const Id* ids, int64_t base, int64_t token, int64_t target, const Streams& out,
-              const Mask& attention, const Mask& completion, int64_t row,
-              std::vector<uint8_t>& scratch) {
-  walk(attention, completion, row, scratch, [&](int64_t column, int64_t position, bool response) {
-    out.position[token] = position;
-    out.token_index[token] = base + column;
-    reinterpret_cast<Id*>(out.input_ids)[token] = ids[base + column];
-    if (response) {
-      out.rows[target] = token - 1;
-      out.target_index[target] = base + column;
-      reinterpret_cast<Id*>(out.targets)[target] = ids[base + column];
-      ++target;
-    }
-    ++token;
-  });
-}
+// A tensor that is taken along: bytes copied from one layout into the other.
+struct Column {
+  Tensor tensor;
+  const char* from;
+  char* to;
+  int64_t bytes;
+};
 
 // Turns counts at [1, K] into running sums, and returns the total.
 int64_t accumulate(int32_t* counts, int64_t size) {
@@ -123,73 +137,207 @@ int64_t accumulate(int32_t* counts, int64_t size) {
   return total;
 }
 
+Tensor checked_kept(const Tensor& kept, int64_t num_completions) {
+  check_dim(kOp, "kept", kept, 1);
+  check_cpu(kOp, "kept", kept);
+  CPPO_CHECK(is_integer_of(kept, 8), kOp, "kept must be int64");
+  const Tensor rows = torch::stable::contiguous(kept);
+  const int64_t* row_of = static_cast<const int64_t*>(rows.const_data_ptr());
+  for (int64_t k = 0; k < kept.size(0); ++k) {
+    CPPO_CHECK(row_of[k] >= 0 && row_of[k] < num_completions, kOp, "kept must be in [0, B = ",
+               num_completions, "), got ", row_of[k], " at ", k);
+  }
+  return rows;
+}
+
+const int32_t* checked_bounds(const char* argument, const Tensor& bounds, int64_t num_kept,
+                              int64_t total) {
+  check_cpu(kOp, argument, bounds);
+  CPPO_CHECK(is_integer_of(bounds, 4) && bounds.dim() == 1 && bounds.size(0) == num_kept + 1 &&
+                 bounds.is_contiguous(),
+             kOp, argument, " must be (K+1,) = (", num_kept + 1, ",) int32, contiguous");
+  const int32_t* data = static_cast<const int32_t*>(bounds.const_data_ptr());
+  bool rises = data[0] == 0 && data[num_kept] == total;
+  for (int64_t k = 0; k < num_kept; ++k) rises = rises && data[k] <= data[k + 1];
+  CPPO_CHECK(rises, kOp, argument, " must rise from 0 to ", total);
+  return data;
+}
+
 }  // namespace
 
-Packed pack_completions(Tensor input_ids, Tensor attention_mask, Tensor completion_mask,
-                        Tensor kept) {
-  check_dim(kOp, "input_ids", input_ids, 2);
-  check_dim(kOp, "kept", kept, 1);
-  check_cpu(kOp, "input_ids", input_ids);
-  check_cpu(kOp, "kept", kept);
-  const size_t id_bytes = input_ids.element_size();
-  CPPO_CHECK((id_bytes == 4 || id_bytes == 8) && is_integer_of(input_ids, id_bytes), kOp,
-             "input_ids must be int32 or int64");
-  CPPO_CHECK(is_integer_of(kept, 8), kOp, "kept must be int64");
-  const Mask attention("attention_mask", attention_mask, input_ids);
-  const Mask completion("completion_mask", completion_mask, input_ids);
-  const Tensor ids = torch::stable::contiguous(input_ids);
-  const Tensor kept_rows = torch::stable::contiguous(kept);
+std::tuple<Tensor, Tensor, Tensor> pack_sizes(Tensor attention_mask, Tensor completion_mask,
+                                              Tensor kept) {
+  check_dim(kOp, "attention_mask", attention_mask, 2);
+  const Mask attention("attention_mask", attention_mask, "attention_mask", attention_mask);
+  const Mask completion("completion_mask", completion_mask, "attention_mask", attention_mask);
+  const Tensor kept_rows = checked_kept(kept, attention_mask.size(0));
   const int64_t* row_of = static_cast<const int64_t*>(kept_rows.const_data_ptr());
-  const int64_t num_kept = kept.size(0), length = input_ids.size(1);
-  for (int64_t k = 0; k < num_kept; ++k) {
-    CPPO_CHECK(row_of[k] >= 0 && row_of[k] < input_ids.size(0), kOp, "kept must be in [0, B = ",
-               input_ids.size(0), "), got ", row_of[k], " at ", k);
-  }
+  const int64_t num_kept = kept.size(0), length = attention.length;
 
-  const Tensor cu_seqlens = like(input_ids, num_kept + 1, ScalarType::Int);
-  const Tensor row_cu_seqlens = like(input_ids, num_kept + 1, ScalarType::Int);
+  const Tensor cu_seqlens = like(attention_mask, {num_kept + 1}, ScalarType::Int);
+  const Tensor row_cu_seqlens = like(attention_mask, {num_kept + 1}, ScalarType::Int);
+  const Tensor sizes = like(attention_mask, {4}, ScalarType::Long);
   int32_t* seqlens = data_of<int32_t>(cu_seqlens);
   int32_t* row_seqlens = data_of<int32_t>(row_cu_seqlens);
+  std::vector<uint8_t> orphans(num_kept);
   torch::stable::parallel_for(0, num_kept, kRowsPerThread, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> scratch(2 * length);
+    Row row(length);
     for (int64_t k = begin; k < end; ++k) {
-      int32_t tokens = 0, responses = 0;
-      walk(attention, completion, row_of[k], scratch, [&](int64_t, int64_t, bool response) {
-        ++tokens;
-        responses += response;
-      });
-      seqlens[k + 1] = tokens;
-      row_seqlens[k + 1] = responses;
+      row.read(attention, completion, row_of[k]);
+      orphans[k] = row.is_orphan;
+      seqlens[k + 1] = Row::count(row.attended);
+      row_seqlens[k + 1] = Row::count(row.response);
     }
   });
-  const int64_t num_tokens = accumulate(seqlens, num_kept);
-  const int64_t num_rows = accumulate(row_seqlens, num_kept);
+  int64_t* totals = data_of<int64_t>(sizes);
+  totals[2] = num_kept ? *std::max_element(seqlens + 1, seqlens + 1 + num_kept) : 0;
+  const int64_t orphan = Row::find(orphans, 0, num_kept, 1);
+  totals[3] = orphan < num_kept ? orphan : -1;
+  totals[0] = accumulate(seqlens, num_kept);
+  totals[1] = accumulate(row_seqlens, num_kept);
+  return {cu_seqlens, row_cu_seqlens, sizes};
+}
+
+Packed pack_completions(Tensor input_ids, Tensor attention_mask, Tensor completion_mask,
+                        Tensor kept, Tensor cu_seqlens, Tensor row_cu_seqlens,
+                        std::vector<Tensor> per_token, int64_t num_tokens, int64_t num_rows) {
+  check_dim(kOp, "input_ids", input_ids, 2);
+  check_cpu(kOp, "input_ids", input_ids);
+  const int64_t id_bytes = input_ids.element_size();
+  CPPO_CHECK((id_bytes == 4 || id_bytes == 8) && is_integer_of(input_ids, id_bytes), kOp,
+             "input_ids must be int32 or int64");
+  const Mask attention("attention_mask", attention_mask, "input_ids", input_ids);
+  const Mask completion("completion_mask", completion_mask, "input_ids", input_ids);
+  const Tensor kept_rows = checked_kept(kept, input_ids.size(0));
+  const int64_t* row_of = static_cast<const int64_t*>(kept_rows.const_data_ptr());
+  const int64_t num_kept = kept.size(0), length = input_ids.size(1);
+  const int32_t* seqlens = checked_bounds("cu_seqlens", cu_seqlens, num_kept, num_tokens);
+  const int32_t* row_seqlens =
+      checked_bounds("row_cu_seqlens", row_cu_seqlens, num_kept, num_rows);
 
   const ScalarType id_type = input_ids.scalar_type();
-  const Tensor packed_ids = like(input_ids, num_tokens, id_type);
-  const Tensor targets = like(input_ids, num_rows, id_type);
-  const Tensor position_ids = like(input_ids, num_tokens, ScalarType::Long);
-  const Tensor token_index = like(input_ids, num_tokens, ScalarType::Long);
-  const Tensor rows = like(input_ids, num_rows, ScalarType::Long);
-  const Tensor target_index = like(input_ids, num_rows, ScalarType::Long);
-  const Streams out = {data_of<int64_t>(position_ids), data_of<int64_t>(rows),
-                       data_of<int64_t>(token_index),  data_of<int64_t>(target_index),
-                       data_of<char>(packed_ids),      data_of<char>(targets)};
+  const Tensor packed_ids = like(input_ids, {num_tokens}, id_type);
+  const Tensor position_ids = like(input_ids, {num_tokens}, ScalarType::Long);
+  const Tensor token_index = like(input_ids, {num_tokens}, ScalarType::Long);
+  const Tensor rows = like(input_ids, {num_rows}, ScalarType::Long);
+  const Tensor target_index = like(input_ids, {num_rows}, ScalarType::Long);
+  const Tensor targets = like(input_ids, {num_rows}, id_type);
+  // Targets are input ids taken at the response tokens, like every other per-token tensor.
+  per_token.insert(per_token.begin(), input_ids);
+  std::vector<Column> columns;
+  std::vector<Tensor> gathered;
+  for (const Tensor& values : per_token) {
+    check_cpu(kOp, "per_token", values);
+    check_same_shape(kOp, "per_token", values, "input_ids", input_ids);
+    const Tensor out =
+        columns.empty() ? targets : like(values, {num_rows}, values.scalar_type());
+    const Tensor source = torch::stable::contiguous(values);
+    columns.push_back({source, static_cast<const char*>(source.const_data_ptr()),
+                       data_of<char>(out), static_cast<int64_t>(values.element_size())});
+    if (columns.size() > 1) gathered.push_back(out);
+  }
+
+  std::atomic<bool> fits = true;
   torch::stable::parallel_for(0, num_kept, kRowsPerThread, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> scratch(2 * length);
+    Row row(length);
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t row = row_of[k], base = row * length;
-      if (id_bytes == 8) {
-        fill_row(static_cast<const int64_t*>(ids.const_data_ptr()), base, seqlens[k],
-                 row_seqlens[k], out, attention, completion, row, scratch);
-      } else {
-        fill_row(static_cast<const int32_t*>(ids.const_data_ptr()), base, seqlens[k],
-                 row_seqlens[k], out, attention, completion, row, scratch);
+      row.read(attention, completion, row_of[k]);
+      if (Row::count(row.attended) != seqlens[k + 1] - seqlens[k] ||
+          Row::count(row.response) != row_seqlens[k + 1] - row_seqlens[k]) {
+        fits = false;
+        return;
       }
+      const int64_t base = row_of[k] * length, start = seqlens[k];
+      int64_t token = start, target = row_seqlens[k];
+      Row::runs(row.attended, 0, length, [&](int64_t first, int64_t last) {
+        const int64_t count = last - first;
+        iota(data_of<int64_t>(position_ids) + token, count, token - start);
+        iota(data_of<int64_t>(token_index) + token, count, base + first);
+        std::memcpy(data_of<char>(packed_ids) + token * id_bytes,
+                    columns[0].from + (base + first) * id_bytes, count * id_bytes);
+        Row::runs(row.response, first, last, [&](int64_t from, int64_t to) {
+          iota(data_of<int64_t>(rows) + target, to - from, token + from - first - 1);
+          iota(data_of<int64_t>(target_index) + target, to - from, base + from);
+          for (const Column& column : columns) {
+            std::memcpy(column.to + target * column.bytes,
+                        column.from + (base + from) * column.bytes, (to - from) * column.bytes);
+          }
+          target += to - from;
+        });
+        token += count;
+      });
     }
   });
-  return {packed_ids, position_ids,   cu_seqlens,  rows,
-          targets,    row_cu_seqlens, token_index, target_index};
+  CPPO_CHECK(fits, kOp, "cu_seqlens and row_cu_seqlens must be those of the masks");
+  return {packed_ids, position_ids, rows, targets, token_index, target_index, gathered};
+}
+
+namespace {
+
+// Moves (T,) values to their places in (B, L), or back. Places rise within a completion, mostly by
+// one, and runs of neighbours are copied at once.
+template <bool kUnpack>
+void move(const char* op, std::vector<Column>& columns, const Tensor& target_index,
+          int64_t num_places) {
+  check_dim(op, "target_index", target_index, 1);
+  check_cpu(op, "target_index", target_index);
+  CPPO_CHECK(is_integer_of(target_index, 8), op, "target_index must be int64");
+  const Tensor places = torch::stable::contiguous(target_index);
+  const int64_t* index = static_cast<const int64_t*>(places.const_data_ptr());
+  const int64_t num_rows = target_index.size(0);
+  std::atomic<bool> fits = true;
+  torch::stable::parallel_for(0, num_rows, kTokensPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end;) {
+      int64_t last = first + 1;
+      while (last < end && index[last] == index[last - 1] + 1) ++last;
+      if (index[first] < 0 || index[last - 1] >= num_places) {
+        fits = false;
+        return;
+      }
+      for (const Column& column : columns) {
+        const int64_t bytes = column.bytes, row = first * bytes, place = index[first] * bytes;
+        std::memcpy(column.to + (kUnpack ? place : row), column.from + (kUnpack ? row : place),
+                    (last - first) * bytes);
+      }
+      first = last;
+    }
+  });
+  CPPO_CHECK(fits, op, "target_index must be in [0, ", num_places, ")");
+}
+
+}  // namespace
+
+std::vector<Tensor> unpack(std::vector<Tensor> values, Tensor target_index,
+                           int64_t num_completions, int64_t length) {
+  const char* op = "unpack";
+  std::vector<Tensor> outputs;
+  std::vector<Column> columns;
+  for (const Tensor& value : values) {
+    check_cpu(op, "values", value);
+    check_same_shape(op, "values", value, "target_index", target_index);
+    const Tensor source = torch::stable::contiguous(value);
+    outputs.push_back(torch::stable::new_zeros(value, {num_completions, length}));
+    columns.push_back({source, static_cast<const char*>(source.const_data_ptr()),
+                       data_of<char>(outputs.back()), static_cast<int64_t>(value.element_size())});
+  }
+  move<true>(op, columns, target_index, num_completions * length);
+  return outputs;
+}
+
+std::vector<Tensor> gather_tokens(std::vector<Tensor> values, Tensor target_index) {
+  const char* op = "gather_tokens";
+  std::vector<Tensor> outputs;
+  std::vector<Column> columns;
+  for (const Tensor& value : values) {
+    check_cpu(op, "values", value);
+    check_same_shape(op, "values", value, "the first of values", values.front());
+    const Tensor source = torch::stable::contiguous(value);
+    outputs.push_back(like(value, {target_index.size(0)}, value.scalar_type()));
+    columns.push_back({source, static_cast<const char*>(source.const_data_ptr()),
+                       data_of<char>(outputs.back()), static_cast<int64_t>(value.element_size())});
+  }
+  move<false>(op, columns, target_index, values.empty() ? 0 : values.front().numel());
+  return outputs;
 }
 
 }  // namespace cppo::cpu

@@ -1,0 +1,207 @@
+"""What `cppo.integrations.verl` computes in verl: policy loss, advantages, the contrastive term.
+
+Imported without verl; what is needed of it is imported where it is used.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cppo
+from cppo import reference
+from cppo.integrations.contrast import contrastive_perception
+from cppo.integrations.verl_options import Options, loss_config
+from cppo.records import Views
+from cppo.seeds import seed_from
+from cppo.views import perturb_pixel_values, views_from_names
+
+
+def policy_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """The clipped surrogate of `cppo.cppo_loss`, called and reduced as verl's policy losses are.
+
+    Specification: `cppo.reference.policy_loss`, reduced by verl's `agg_loss`.
+    Args:
+        old_log_prob, log_prob, advantages, response_mask, rollout_is_weights: (B, T); gradients
+            flow to log_prob. Masked entries may hold anything.
+        loss_agg_mode: one of verl's. config: verl's ActorConfig.
+    Returns: the loss and metrics of verl's names.
+    """
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    valid = response_mask.bool()
+    logps, old_logps = log_prob[valid], old_log_prob[valid]
+    owner = valid.nonzero()[:, 0]
+    options = loss_config(config)
+    per_row, clipped = reference.policy_loss(
+        logps, advantages[valid], old_logps, owner, len(valid), options
+    )
+    if rollout_is_weights is not None:
+        per_row = per_row * rollout_is_weights[valid]
+    losses = torch.zeros_like(log_prob).masked_scatter(valid, per_row.to(log_prob.dtype))
+    loss = agg_loss(losses, valid, loss_agg_mode, **config.global_batch_info)
+    count = max(len(owner), 1)
+    return loss, {
+        "actor/pg_clipfrac": clipped.sum().item() / count,
+        "actor/ppo_kl": (old_logps - logps.detach()).sum().item() / count,
+    }
+
+
+def group_advantages(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Sequence[Any],
+    config: Any = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """`cppo.group_advantages` as a verl advantage estimator; groups may differ in size.
+
+    Args:
+        token_level_rewards, response_mask: (B, T); the reward of a completion is the sum.
+        index: (B,) the question of each completion.
+        config: norm_adv_by_std_in_grpo=False leaves out the division by the std.
+    Returns: advantages and returns, the same (B, T) fp32. A group of one has A = 0.
+    """
+    scale = "group" if config is None or config.get("norm_adv_by_std_in_grpo", True) else "none"
+    rewards = token_level_rewards.sum(-1)
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for row, question in enumerate(index):
+        groups[question].append(row)
+    advantages = rewards.new_zeros(len(rewards), dtype=torch.float32)
+    for rows in groups.values():
+        advantages[rows] = cppo.group_advantages(rewards[rows], len(rows), scale=scale)
+    spread = advantages[:, None] * response_mask
+    return spread, spread
+
+
+def contrasts(engine: Any, loss_function: Any) -> bool:
+    """Whether this is an update with the policy loss "cppo" of a model that sees images."""
+    is_ppo = getattr(getattr(loss_function, "func", None), "__name__", "") == "ppo_loss"
+    if not is_ppo or not hasattr(engine.model_config.hf_config, "vision_config"):
+        return False
+    actor = loss_function.keywords["config"]
+    return actor.policy_loss.get("loss_mode") == "cppo" and Options.of(actor).cpl_coef > 0
+
+
+def loss_with_contrast(
+    engine: Any,
+    loss_function: Callable[..., Any],
+    asked_for_entropy: bool,
+    *,
+    model_output: dict[str, Tensor],
+    data: Any,
+    dp_group: Any = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """verl's loss of a micro-batch plus cpl_coef times the contrastive perception loss."""
+    from verl.utils.metric import AggregationType, Metric
+    from verl.utils.tensordict_utils import index_select_tensor_dict
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    seen = dict(model_output)
+    if not asked_for_entropy:
+        del seen["entropy"]
+    loss, metrics = loss_function(model_output=seen, data=data, dp_group=dp_group)
+    actor = loss_function.keywords["config"]  # type: ignore[attr-defined]
+    config, options, dp_size = loss_config(actor), Options.of(actor), data["dp_size"]
+
+    padded = data.select("response_mask", "advantages").to_padded_tensor()
+    mask = padded["response_mask"].bool()
+    looks = mask.any(1)
+    if config.gating:
+        looks &= (padded["advantages"] * mask).sum(1) > 0
+    looks &= torch.tensor([_images(row) is not None for row in _multi_modal(data)]).to(looks.device)
+    looking = looks.nonzero()[:, 0]
+    cpl, num_selected = loss.detach() * 0, loss.detach() * 0
+    if _any_rank(len(looking) > 0, dp_group, loss.device):
+        # Every rank runs the views if one does, or FSDP would wait for it: here on a row that
+        # selects nothing.
+        rows = looking if len(looking) else looks.new_zeros(1, dtype=torch.int64)
+        part = index_select_tensor_dict(data, rows)
+        positive, _ = _view(engine, part, "positive", options.positive_views)
+        negative, negative_entropy = _view(engine, part, "negative", options.negative_views)
+        width = positive.shape[1]
+        anchor, entropy = (
+            no_padding_2_padding(model_output[name], data)[rows, :width]
+            for name in ("log_probs", "entropy")
+        )
+        # verl averages gradients over ranks and counts completions over the mini-batch.
+        completions = (data["global_batch_size"] or len(data) * dp_size) / dp_size
+        contrast = contrastive_perception(
+            Views(anchor, positive, negative),
+            entropy.detach(),
+            negative_entropy.detach(),
+            mask[rows, :width] & looks[rows, None],
+            completions,
+            config,
+        )
+        share = 1.0 if config.cpl_reduction == "sequence" else len(data) / completions
+        cpl, num_selected = contrast.loss * share, contrast.selected.sum()
+    for name, value in (
+        ("cpl_loss", cpl),
+        ("perception_tokens", num_selected * dp_size),
+        ("looking_completions", len(looking) * dp_size),
+    ):
+        metrics[f"actor/{name}"] = Metric(AggregationType.SUM, value)
+    return loss + config.cpl_coef * cpl, metrics
+
+
+def _view(engine: Any, data: Any, name: str, perturbations: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies (R, T) of the responses with their images perturbed."""
+    from verl.utils.tensordict_utils import assign_non_tensor_stack
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    perturbed = []
+    for inputs, prompt in zip(_multi_modal(data), data["prompts"].unbind(), strict=True):
+        images = _images(inputs)
+        if images is not None:
+            # The completions of a question see the same perturbation, another one in the next step.
+            where = (engine.lr_scheduler.last_epoch, name, *prompt.tolist())
+            pixel_values = perturb_pixel_values(
+                *images,
+                views_from_names(list(perturbations)),
+                seeds=[seed_from(number, *where) for number in range(len(images[1]))],
+                image_processor=engine.model_config.get_processor(),
+            )
+            inputs = {**inputs, "pixel_values": pixel_values}
+        perturbed.append(inputs)
+    view = data.copy()
+    assign_non_tensor_stack(view, "multi_modal_inputs", perturbed)
+    inputs, arguments = engine.prepare_model_inputs(micro_batch=view)
+    output = engine.prepare_model_outputs(
+        output=engine.module(**inputs, use_cache=False),
+        output_args=arguments,
+        micro_batch=view,
+        logits_processor_func=None,
+    )
+    logps, entropy = (no_padding_2_padding(output[x], view) for x in ("log_probs", "entropy"))
+    return logps, entropy
+
+
+def _multi_modal(data: Any) -> list[dict[str, Any]]:
+    """What the processor made of each row's images and videos."""
+    stack = data.get("multi_modal_inputs", None)
+    rows = [{}] * len(data) if stack is None else list(stack)
+    return [dict(getattr(row, "data", row) or {}) for row in rows]
+
+
+def _images(inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    pixel_values, grid = inputs.get("pixel_values"), inputs.get("image_grid_thw")
+    return None if pixel_values is None or grid is None else (pixel_values, grid)
+
+
+def _any_rank(own: bool, group: Any, device: torch.device) -> bool:
+    flag = torch.tensor(float(own), device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=group)
+    return bool(flag)

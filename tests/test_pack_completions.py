@@ -221,6 +221,66 @@ def test_packing_and_unpacking_compile_with_their_gradients(with_lengths, monkey
     torch.testing.assert_close(torch.autograd.grad(ours.sum(), weights)[0], gradient)
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def on_gpu(inputs):
+    return {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (64, 1024), (300, 700), (3, 0), (0, 5)])
+def test_the_gpu_packs_and_unpacks_bit_for_bit_like_the_cpu(shape, mask_dtype):
+    generator = torch.Generator().manual_seed(shape[0])
+    attention = torch.rand(shape, generator=generator) < 0.8
+    marks = torch.rand(shape, generator=generator) < 0.6
+    marks &= ~(attention & (attention.cumsum(1) == 1))
+    dtypes = [torch.bool, torch.bfloat16, torch.float32, torch.float64]
+    along = {str(dtype): torch.randn(shape, generator=generator).to(dtype) for dtype in dtypes}
+    inputs = {
+        "input_ids": torch.randint(0, 9999, shape, generator=generator),
+        "attention_mask": attention.to(mask_dtype),
+        "completion_mask": marks.to(mask_dtype),
+        "kept": torch.randperm(shape[0], generator=generator)[: (shape[0] + 1) // 2],
+    }
+    expected = cppo.pack_completions(**inputs, per_token=along, backend="cpp")
+    there = {name: value.cuda() for name, value in along.items()}
+    lengths = lengths_of({**inputs, "completion_mask": attention & marks})
+    for known in (None, lengths):
+        ours = cppo.pack_completions(
+            **on_gpu(inputs), per_token=there, lengths=known, backend="cuda"
+        )
+        assert ours.max_seqlen == expected.max_seqlen
+        for name, value in vars(expected).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(getattr(ours, name).cpu(), value), name
+        placed, placed_expected = ours.unpack(ours.per_token), expected.unpack(expected.per_token)
+        for name in along:
+            assert torch.equal(ours.per_token[name].cpu(), expected.per_token[name]), name
+            assert torch.equal(placed[name].cpu(), placed_expected[name]), name
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_the_gpu_gradients_flow_and_known_lengths_wait_for_nothing():
+    inputs = on_gpu(make_inputs("pack_completions"))
+    lengths = lengths_of(inputs)
+    weights = torch.rand(inputs["input_ids"].shape, device="cuda", requires_grad=True)
+    cppo.pack_completions(**inputs, per_token={"w": weights})  # the first call loads the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed = cppo.pack_completions(**inputs, per_token={"w": weights}, lengths=lengths)
+        placed = packed.unpack(packed.per_token["w"] ** 2)
+        (gradient,) = torch.autograd.grad(placed.sum(), weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stays = torch.zeros_like(weights)
+    stays[inputs["kept"]] = inputs["completion_mask"][inputs["kept"]].float()
+    assert torch.equal(gradient, 2 * weights.detach() * stays)
+
+
 def test_unpack_refuses_other_sizes_and_to_moves_everything():
     packed = cppo.pack_completions(**make_inputs("pack_completions"))
     with pytest.raises(ValueError, match=r"values\['b'\] must be \(T,\) = \(\d+,\), got \(1,\)"):

@@ -35,7 +35,7 @@ CPU_SOURCES = (
     "csrc/cpu/advantages_and_prune.cpp",
     "csrc/cpu/pack_completions.cpp",
 )
-CUDA_SOURCES = ("csrc/cuda/advantages_and_prune.cu",)
+CUDA_SOURCES = ("csrc/cuda/advantages_and_prune.cu", "csrc/cuda/pack_completions.cu")
 CUDA_TABLE = "csrc/cuda/cuda.cpp"
 # No contraction: the CPU and the CUDA kernel round alike.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]

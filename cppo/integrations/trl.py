@@ -52,15 +52,9 @@ __all__ = [
 
 # Entries of a TRL batch with a column per token of the completion, or of prompt and completion.
 _PER_TOKEN = (
-    "completion_ids",
-    "completion_mask",
-    "tool_mask",
-    "advantages",
-    "old_per_token_logps",
-    "ref_per_token_logps",
-    "sampling_per_token_logps",
-    "importance_sampling_ratio",
-)
+    "completion_ids completion_mask tool_mask advantages importance_sampling_ratio "
+    "old_per_token_logps ref_per_token_logps sampling_per_token_logps"
+).split()
 _WHOLE = ("token_type_ids", "mm_token_type_ids")
 
 
@@ -242,10 +236,13 @@ class CPPOMixin(_GRPOTrainer):
             len(looks),
             config,
         )
-        metrics, tokens = self._metrics["train"], mask[looks].sum().clamp(min=1)
-        metrics["cppo/cpl_loss"].append(contrast.loss.item())
-        metrics["cppo/looking_share"].append(looks.float().mean().item())
-        metrics["cppo/perception_share"].append((contrast.selected.sum() / tokens).item())
+        tokens = mask[looks].sum().clamp(min=1)
+        shares = looks.float().mean(), contrast.selected.sum() / tokens
+        values = torch.stack([contrast.loss.detach(), *shares])
+        names = ("cpl_loss", "looking_share", "perception_share")
+        means = self.accelerator.gather(values[None]).mean(0).tolist()
+        for name, mean in zip(names, means, strict=True):
+            self._metrics["train"][f"cppo/{name}"].append(mean)
         return contrast.loss
 
     def _both_views(self, rows: dict[str, Any], seeds: Tensor, looking: Tensor) -> dict[str, Any]:

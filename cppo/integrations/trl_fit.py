@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 import cppo
+from cppo.integrations.fit import Fit, parameters
 
 METHODS = {
     "_generate_and_score_completions": "self inputs",
@@ -24,17 +24,6 @@ KERNEL = (
     "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"
 )
 HAS_KERNEL = "patch_trl"
-
-
-class Fit(NamedTuple):
-    """Whether one part of the adapter fits the installed TRL, and why."""
-
-    part: str
-    fits: bool
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.part}: {'fits' if self.fits else 'does not fit'} ({self.why})"
 
 
 def check() -> list[Fit]:
@@ -53,7 +42,7 @@ def check() -> list[Fit]:
     from trl.trainer import utils
 
     for name, wanted in METHODS.items():
-        found = _parameters(getattr(GRPOTrainer, name, None))
+        found = parameters(getattr(GRPOTrainer, name, None))
         as_wanted = found[: len(wanted.split())] == wanted.split()
         why = (
             "called as expected" if as_wanted else f"expected ({wanted}), found ({' '.join(found)})"
@@ -63,16 +52,12 @@ def check() -> list[Fit]:
     why = f"missing: {', '.join(missing)}" if missing else "has all helpers"
     fits.append(Fit("trl.trainer.utils", not missing, why))
     kernel: Any = getattr(utils, "_ChunkedLogProbFunction", None)
-    found = _parameters(getattr(getattr(kernel, "original", kernel), "forward", None))[1:]
+    found = parameters(getattr(getattr(kernel, "original", kernel), "forward", None))[1:]
     as_wanted = found == KERNEL.split()
     why = "the kernel of the fused LM head" if as_wanted else "trl 1.15 brought the fused LM head"
     if found and not as_wanted:
         why = f"expected a kernel of ({KERNEL}), found ({' '.join(found)})"
     return [*fits, Fit(HAS_KERNEL, as_wanted, why)]
-
-
-def _parameters(function: Any) -> list[str]:
-    return list(inspect.signature(function).parameters) if function else []
 
 
 def patch_trl(backend: str = "auto") -> Callable[[], None]:

@@ -1,0 +1,143 @@
+"""Small TRL runs that the tests share: tiny models, completions that do not depend on sampling."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+
+import torch
+from datasets import Dataset
+from trainer_cases import text_rows, tiny
+from trl import GRPOConfig, GRPOTrainer
+
+from cppo.config import LossConfig
+from cppo.demo.digits import DigitSums
+from cppo.integrations.trl import CPPO, CPPOMixin
+from cppo.models import load_model
+
+OFF = CPPO(trim=False, loss=LossConfig(cpl_coef=0))
+# Plain gradient descent: Adam's first steps are the sign of a gradient, zero or not.
+SMALL = dict(
+    use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
+    logging_steps=1, max_steps=2, num_generations=4, per_device_train_batch_size=8,
+    max_completion_length=9, learning_rate=0.1, optim="sgd", loss_type="grpo", beta=0.1,
+    num_iterations=2,
+)  # fmt: skip
+
+
+@functools.cache
+def folder_of(family: str) -> str:
+    """A saved tiny model: TRL loads the reference model from its folder."""
+    folder = Path(tempfile.mkdtemp(prefix="cppo-trl-")) / family
+    model, processor = tiny(family)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def rows_of(family: str, count: int = 8) -> Dataset:
+    if family != "text":
+        digits = DigitSums("train", count)
+        names = ("prompt", "images", "answer")
+        return Dataset.from_list([{k: digits[i][k] for k in names} for i in range(count)])
+    rows = text_rows(12)[::-1][:count]
+    return Dataset.from_list(
+        [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    )
+
+
+def noise(completions: list[Any], **columns: Any) -> list[float]:
+    """A reward that depends on the completion alone and differs within groups."""
+    return [random.Random(text[0]["content"]).random() for text in completions]
+
+
+class Fixed(GRPOTrainer):
+    """A GRPOTrainer whose completions follow from their prompt and their place in the batch."""
+
+    def _generate_single_turn(self, prompt_ids: list[Any], *rest: Any, **more: Any) -> Any:
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        letters = tokenizer("abcdefghij0123456789", add_special_tokens=False)["input_ids"]
+        first = self.accelerator.process_index * len(prompt_ids)
+        completions = []
+        for row, prompt in enumerate(prompt_ids):
+            rng = random.Random(repr((list(map(int, prompt)), first + row, self.state.global_step)))
+            # Many more short completions than long ones: half of a batch is padding.
+            length = rng.choice([2, 2, 3, 3, 4, self.max_completion_length])
+            completions.append([rng.choice(letters) for _ in range(length - 1)])
+            completions[-1].append(tokenizer.eos_token_id)
+        return completions, None
+
+
+class CPPOFixed(CPPOMixin, Fixed):
+    """What a user writes for a trainer of their own."""
+
+
+def trainer_of(
+    family: str = "text",
+    cppo: CPPO | None = None,
+    *,
+    base: type | None = None,
+    rewards: Callable[..., Any] = noise,
+    more: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A trainer of a fresh tiny model, TRL's own without `cppo`."""
+    model, processor = load_model(folder_of(family)), tiny(family)[1]
+    processor = getattr(processor, "tokenizer", processor) if family == "text" else processor
+    options = {**SMALL, "output_dir": tempfile.mkdtemp(prefix="cppo-trl-"), **options}
+    torch.manual_seed(0)  # of LoRA's weights, which older TRL draws before it seeds
+    if cppo is not None:
+        more = {"cppo": cppo, **(more or {})}
+    return (base or (Fixed if cppo is None else CPPOFixed))(
+        model=model,
+        reward_funcs=rewards,
+        args=GRPOConfig(**options),
+        train_dataset=rows_of(family),
+        processing_class=processor,
+        **(more or {}),
+    )
+
+
+def trained(*args: Any, **options: Any) -> Any:
+    """A trainer after its run."""
+    trainer = trainer_of(*args, **options)
+    trainer.train()
+    return trainer
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    """A metric, step by step."""
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+def watched(trainer: Any) -> dict[str, list[Any]]:
+    """Records what passes the trainer: rollouts, micro-batches, tokens of each forward."""
+    seen: dict[str, list[Any]] = {"rollouts": [], "micro": [], "tokens": [], "grad_tokens": []}
+    rollout, loss = trainer._generate_and_score_completions, trainer._compute_loss
+    model = trainer.model
+    forward = model.forward
+
+    def watch_rollout(inputs: Any) -> Any:
+        seen["rollouts"].append(rollout(inputs))
+        return seen["rollouts"][-1]
+
+    def watch_loss(model: Any, inputs: Any) -> Any:
+        seen["micro"].append(inputs)
+        return loss(model, inputs)
+
+    def watch_forward(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        seen["grad_tokens" if torch.is_grad_enabled() else "tokens"].append(ids.numel())
+        return forward(*args, **kwargs)
+
+    trainer._generate_and_score_completions = watch_rollout
+    trainer._compute_loss = watch_loss
+    model.forward = watch_forward
+    return seen

@@ -19,7 +19,7 @@ SCALES = ("group", "none", "batch")
 SCOPES = ("group", "batch")
 PRUNES = ("smallest", "largest", "random")
 PRECISIONS = ("fp32", "bf16")
-ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
+ATTENTIONS = ("auto", "sdpa", "varlen", "flash_attention_2")
 
 
 def _is_number(value: Any) -> bool:
@@ -223,7 +223,11 @@ class CPPOConfig(_Checked):
     freeze_vision_tower: bool = False
     """Do not train the vision encoder."""
     attention: str = "auto"
-    """Attention of the packed forward: "flash_attention_2" on a GPU that has it, else "sdpa"."""
+    """Attention of the packed forward: "flash_attention_2" (CUDA, flash-attn installed), "varlen"
+    (CUDA, PyTorch's own) or "sdpa". "auto": the first of them that runs."""
+    share_prompts: bool = False
+    """Run a question's prompt once for all its kept completions. The numbers are the same; it is
+    faster where prompts are long beside their completions (README: shared prompts)."""
 
     # What is written
     eval_every: int = 0
@@ -282,6 +286,7 @@ class CPPOConfig(_Checked):
             "mask_overlong",
             "gradient_checkpointing",
             "freeze_vision_tower",
+            "share_prompts",
             "eval_greedy",
         )
         if not isinstance(self.loss, LossConfig):

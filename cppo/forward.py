@@ -1,27 +1,28 @@
 """How a model family is called on a packed stream. The only file that knows.
 
 A packed stream holds many sequences in one row. What keeps them apart is `cu_seqlens`: the
-attention registered here under the name "cppo_varlen" attends within each sequence and needs no
-mask at all, so the same model also serves padded batches and `generate` (where it is plain sdpa).
+attention of cppo.attention attends within each sequence and needs no mask at all, so the same model
+also serves padded batches and `generate` (where it is plain sdpa).
 Rules that hold for every family, each one silently wrong when broken: `use_cache=False`,
-`attention_mask=None`, positions that restart in each sequence, and for the Qwen-VL families three
-rows of rotary positions computed from the image grid.
+positions that restart in each sequence, and for the Qwen-VL families three rows of rotary positions
+computed from the image grid.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cppo.attention import choose_attention, register
 from cppo.records import PackedBatch
+from cppo.shared_prompts import SharedStream
 
-ATTENTION_NAME = "cppo_varlen"
+__all__ = ["choose_attention", "packed_hidden", "set_attention"]
+
 VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
@@ -56,101 +57,16 @@ class ImageBatch:
         return range(first, first + self.per_question[question])
 
 
-def _padded_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float | None, gqa: bool
-) -> Tensor:
-    """Causal attention per sequence; short sequences side by side, uneven ones one by one."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-
-    total, longest = sum(lengths), max(lengths)
-    if len(lengths) * longest > 2 * total:
-        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        return torch.cat([attend(*part) for part in parts], dim=2)
-    # One call for all: right padding is harmless, a causal row never looks to its right.
-    device = query.device
-    size = torch.tensor(lengths, device=device)
-    column = torch.arange(longest, device=device)
-    valid = column < size[:, None]
-    source = (size.cumsum(0) - size)[:, None] + column.minimum(size[:, None] - 1).clamp(min=0)
-
-    def pad(x: Tensor) -> Tensor:
-        return x[0][:, source].transpose(0, 1)
-
-    out = attend(pad(query), pad(key), pad(value))
-    return out.transpose(1, 2)[valid].transpose(0, 1)[None]
-
-
-def _varlen_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    cu_seq_lens_q: Tensor | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """For transformers' `AttentionInterface`: (1, heads, S, d) each, split at cu_seqlens."""
-    gqa = query.shape[1] != key.shape[1]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if cu_seq_lens_q is not None and causal:
-        lengths = [n for n in cu_seq_lens_q.diff().tolist() if n]
-        window = kwargs.get("sliding_window")
-        if window is not None and max(lengths) > window:
-            raise ValueError(
-                f"cppo: a sequence of {max(lengths)} tokens is longer than the model's sliding "
-                f"window of {window}, which the packed attention does not have"
-            )
-        out = _padded_attention(query, key, value, lengths, scaling, gqa)
-    else:
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            scale=scaling,
-            dropout_p=dropout if module.training else 0.0,
-            is_causal=causal and attention_mask is None and query.shape[2] > 1,
-            enable_gqa=gqa,
-        )
-    return out.transpose(1, 2).contiguous(), None
-
-
-def choose_attention(attention: str, device: torch.device | str) -> str:
-    """The attention that the packed forward uses: "flash_attention_2" or "sdpa".
-
-    Raises: RuntimeError if "flash_attention_2" is asked for and cannot run here.
-    """
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    on_gpu = torch.device(device).type == "cuda"
-    if attention == "auto":
-        return "flash_attention_2" if has_flash and on_gpu else "sdpa"
-    if attention == "flash_attention_2" and not (has_flash and on_gpu):
-        reason = "flash-attn is not installed" if not has_flash else f"the model is on {device}"
-        raise RuntimeError(f"cppo: attention 'flash_attention_2' cannot run here: {reason}")
-    return attention
-
-
 def set_attention(model: nn.Module, attention: str) -> None:
     """Gives `model` the packed attention, in place; `attention` as in `choose_attention`.
 
-    The vision tower keeps sdpa (it has its own cu_seqlens).
+    The vision tower keeps sdpa (it has its own cu_seqlens), or flash-attn's kernel by transformers.
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION_NAME, _varlen_attention)
-    # Without a mask function a padded batch would silently lose its mask.
-    AttentionMaskInterface.register(ATTENTION_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    name = "flash_attention_2" if attention == "flash_attention_2" else ATTENTION_NAME
+    name = register(attention)
     base = unwrap(model)
-    vision_attention = "sdpa" if name == ATTENTION_NAME else name
     if has_vision(base):
-        base.set_attn_implementation({"text_config": name, "vision_config": vision_attention})
+        vision = attention if attention == "flash_attention_2" else "sdpa"
+        base.set_attn_implementation({"text_config": name, "vision_config": vision})
     else:
         base.set_attn_implementation(name)
 
@@ -251,6 +167,7 @@ def packed_hidden(
     positions: Tensor | None = None,
     images: ImageBatch | None = None,
     image_of: Sequence[int] = (),
+    shared: SharedStream | None = None,
 ) -> Tensor:
     """Last hidden states at the rows that predict a response token: (T, D), gradients flow.
 
@@ -260,26 +177,35 @@ def packed_hidden(
         positions: (3, S) rotary positions of a vision-language model; None: batch.position_ids.
         images: the images of some questions; None: the stream has none.
         image_of: for each completion of the stream its question, as an index into `images`.
+        shared: `cppo.shared_prompts.share_prompts` of the batch; None: every completion has its
+            prompt to itself.
     """
     base = unwrap(model)
-    is_flash = base.config.get_text_config()._attn_implementation == "flash_attention_2"
-    position_ids = batch.position_ids[None]
-    if positions is not None:
-        # transformers' flash attention reads the sequence boundaries off a leading text row.
-        rows = [batch.position_ids[None], positions] if is_flash else [positions]
-        position_ids = torch.cat(rows)[:, None]
+    position_ids = batch.position_ids[None] if positions is None else positions
+    input_ids, rows, options = batch.input_ids, batch.rows, _bounds(batch)
+    if shared is not None:
+        position_ids = position_ids[:, shared.token_index]
+        input_ids, rows, options = input_ids[shared.token_index], shared.rows, _bounds(shared)
+        image_of = [image_of[k] for k in shared.first] if len(image_of) else image_of
     output = base.model(
-        input_ids=batch.input_ids[None],
-        attention_mask=None,
-        position_ids=position_ids,
+        input_ids=input_ids[None],
+        # Never read, and four-dimensional: otherwise transformers builds an S x S mask.
+        attention_mask=input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+        position_ids=position_ids if positions is None else position_ids[:, None],
         use_cache=False,
-        cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
-        max_length_q=batch.max_seqlen,
-        max_length_k=batch.max_seqlen,
+        **options,
         **image_arguments(base, images, image_of),
     )
-    return output.last_hidden_state[0, batch.rows]
+    return output.last_hidden_state[0, rows]
+
+
+def _bounds(stream: PackedBatch | SharedStream) -> dict[str, Any]:
+    """What the attention is told about a stream."""
+    own = {"cu_seq_lens_q": stream.cu_seqlens, "max_length_q": stream.max_seqlen}
+    if isinstance(stream, PackedBatch):
+        return {**own, "cu_seq_lens_k": stream.cu_seqlens, "max_length_k": stream.max_seqlen}
+    keys = {"cu_seq_lens_k": stream.cu_key_seqlens, "max_length_k": stream.max_key_seqlen}
+    return {**own, **keys, "key_index": stream.key_index}
 
 
 def lm_head(

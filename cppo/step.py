@@ -22,6 +22,7 @@ from cppo.ops.token_stats import linear_token_stats
 from cppo.records import LossOutput, NumItems, PackedBatch, Views
 from cppo.rollout import Rollouts
 from cppo.seeds import seed_from
+from cppo.shared_prompts import share_prompts
 from cppo.views import perturb_pixel_values, views_from_names
 
 
@@ -58,6 +59,7 @@ class Batch:
         suppressed: token ids that are never sampled.
         seed: of the perturbations of this batch.
         per_token: old and reference log-probabilities (B, L), where they are needed.
+        share_prompts: run a question's prompt once for all its completions of a micro-batch.
     """
 
     rollouts: Rollouts
@@ -66,6 +68,7 @@ class Batch:
     suppressed: tuple[int, ...] = ()
     seed: int = 0
     per_token: dict[str, Tensor] = field(default_factory=dict)
+    share_prompts: bool = False
 
     def pack(self, rows: Tensor) -> PackedBatch:
         """Some completions as one padding-free stream."""
@@ -85,11 +88,30 @@ class Batch:
         """`rows` in parts of at most `max_tokens` tokens; images in all of a part or in none."""
         parts = []
         for own in self._by_sight(rows):
-            lengths = self.lengths(own)
+            units, lengths = self._units(own, max_tokens)
             # A completion longer than the budget runs rather than not at all.
             plan = plan_microbatches(lengths, max([max_tokens, *lengths]))
-            parts += [own[torch.tensor(part, device=rows.device)] for part in plan]
+            parts += [torch.cat([units[i] for i in part]) for part in plan]
         return parts
+
+    def _units(self, rows: Tensor, max_tokens: int) -> tuple[list[Tensor], list[int]]:
+        """What stays together in a micro-batch, and its tokens: a completion, or, where they share
+        their prompt, so many of a question's as fit."""
+        lengths = self.lengths(rows)
+        if not self.share_prompts:
+            return list(rows.split(1)), lengths
+        prompts = (self.rollouts.attention_mask & ~self.rollouts.completion_mask)[rows].sum(1)
+        questions = (rows // self.rollouts.group_size).tolist()
+        starts: list[int] = []
+        totals: list[int] = []
+        for i, (length, prompt) in enumerate(zip(lengths, prompts.tolist(), strict=True)):
+            more = length - prompt
+            if i and questions[i] == questions[i - 1] and totals[-1] + more <= max_tokens:
+                totals[-1] += more
+            else:
+                starts.append(i)
+                totals.append(length)
+        return list(rows.tensor_split(starts[1:])), totals
 
     def _by_sight(self, rows: Tensor) -> list[Tensor]:
         """Completions with images and those without.
@@ -117,8 +139,10 @@ def _hidden(
     if positions is not None:
         positions = positions.flatten(1)[:, packed.token_index]
     group_size = batch.rollouts.group_size
-    image_of = [shown.index(row // group_size) for row in packed.kept.tolist()]
-    return packed_hidden(model, packed, positions, images, image_of)
+    questions = [row // group_size for row in packed.kept.tolist()]
+    image_of = [shown.index(question) for question in questions]
+    shared = share_prompts(packed, questions) if batch.share_prompts else None
+    return packed_hidden(model, packed, positions, images, image_of, shared)
 
 
 def _images_of(batch: Batch, rows: Tensor) -> tuple[ImageBatch | None, list[int]]:

@@ -246,6 +246,7 @@ class CPPOTrainer:
             kept,
             suppressed=self.suppressed,
             seed=seed_from(config.seed, "views", self.step, self.processes.rank),
+            share_prompts=config.share_prompts,
         )
 
     def update(self, batch: Batch, timer: PhaseTimer) -> dict[str, float]:

@@ -22,7 +22,7 @@ from trainer_cases import (
     tiny,
 )
 
-from cppo import forward
+from cppo import attention, forward
 from cppo.ops.pack import pack_completions
 from cppo.records import PackedBatch
 from cppo.rollout import encode_questions
@@ -145,9 +145,10 @@ def test_attention_stays_within_each_sequence(
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda *a, **k: (seen.append(1), stock(*a, **k))[1]
     )
-    out, _ = forward._varlen_attention(
-        torch.nn.Identity(), query, key, value, scaling=0.3, cu_seq_lens_q=cu
-    )
+    out, _ = attention.attend(
+        None, torch.nn.Identity(), query, key, value, scaling=0.3, cu_seq_lens_q=cu,
+        max_length_k=max(lengths),
+    )  # fmt: skip
     torch.testing.assert_close(out, expected)
     assert len(seen) == calls
 

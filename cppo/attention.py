@@ -1,0 +1,234 @@
+"""Attention within each sequence of a packed stream: the one place that chooses how.
+
+    flash_attention_2   flash-attn's varlen kernel: CUDA, half precision, the package installed
+    varlen              PyTorch's own `torch.nn.attention.varlen`: CUDA, half precision
+    sdpa                `scaled_dot_product_attention`, sequence by sequence: anywhere
+
+Each is registered with transformers' `AttentionInterface` under a name of its own. A call without
+`cu_seq_lens_q` (a padded batch, `generate`) is plain sdpa under every name, so that one model
+serves both.
+
+Queries and keys may be cut differently: sequence i of the queries sees all of sequence i of the
+keys up to its own place counted from the end (causal, aligned at the lower right). With
+`key_index`, the keys are first gathered from the stream; that is how a shared prompt is seen by
+several completions without being computed more than once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Names inside transformers. "flash" in a name would make it build masks for its own kernels.
+NAMES = {"sdpa": "cppo_sdpa", "varlen": "cppo_varlen", "flash_attention_2": "cppo_fa2"}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def why_not(attention: str, device: torch.device | str) -> str:
+    """Why `attention` cannot run on `device`; '' when it can."""
+    if attention == "sdpa":
+        return ""
+    if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    if torch.device(device).type != "cuda":
+        return f"the model is on {device}"
+    if attention == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    return ""
+
+
+def choose_attention(attention: str, device: torch.device | str) -> str:
+    """The attention that the packed forward uses: "auto" takes the fastest that runs here.
+
+    Raises: RuntimeError if another one is asked for and cannot run here.
+    """
+    if attention == "auto":
+        order = ("flash_attention_2", "varlen", "sdpa")
+        return next(name for name in order if not why_not(name, device))
+    reason = why_not(attention, device)
+    if reason:
+        raise RuntimeError(f"cppo: attention {attention!r} cannot run here: {reason}")
+    return attention
+
+
+def register(attention: str) -> str:
+    """Makes `attention` known to transformers; returns its name there."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    name = NAMES[attention]
+    AttentionInterface.register(name, functools.partial(attend, _KERNELS[attention]))
+    # Without a mask function a padded batch would silently lose its mask.
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    return name
+
+
+def attend(
+    kernel: Callable[..., Tensor] | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """For transformers' `AttentionInterface`: (1, heads, S, d) each, or a padded batch."""
+    scale, is_causal = options.get("scaling"), options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    bounds = options.get("cu_seq_lens_q"), options.get("cu_seq_lens_k")
+    if bounds[0] is None or not causal:
+        dropout = options.get("dropout", 0.0) if module.training else 0.0
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            scale=scale,
+            dropout_p=dropout,
+            is_causal=causal and attention_mask is None and query.shape[2] > 1,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out.transpose(1, 2).contiguous(), None
+    _check_window(options)
+    key_index = options.get("key_index")
+    if key_index is not None:
+        key, value = key.index_select(2, key_index), value.index_select(2, key_index)
+    if kernel is not None and query.dtype in _HALF:
+        longest = options["max_length_q"], options["max_length_k"]
+        streams = (x[0].transpose(0, 1) for x in (query, key, value))
+        return kernel(*streams, *bounds, *longest, scale)[None], None
+    lengths = [cu.diff().tolist() for cu in bounds if cu is not None]
+    out = _sdpa(query, key, value, lengths[0], lengths[-1], scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _check_window(options: dict[str, Any]) -> None:
+    window, longest = options.get("sliding_window"), options["max_length_k"]
+    if window is not None and longest > window:
+        raise ValueError(
+            f"cppo: a sequence of {longest} tokens is longer than the model's sliding window of "
+            f"{window}, which the packed attention does not have"
+        )
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_query: Tensor,
+    cu_key: Tensor,
+    longest_query: int,
+    longest_key: int,
+    scale: float | None,
+) -> Tensor:
+    """(S, heads, d) each, by `torch.nn.attention.varlen`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    if query.shape[1] != key.shape[1]:
+        # torch 2.11 does not know grouped heads here.
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    longest = longest_query, longest_key
+    out: Any = varlen_attn(query, key, value, cu_query, cu_key, *longest, **options)
+    return out
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_query: Tensor,
+    cu_key: Tensor,
+    longest_query: int,
+    longest_key: int,
+    scale: float | None,
+) -> Tensor:
+    """(S, heads, d) each, by flash-attn."""
+    from flash_attn import flash_attn_varlen_func
+
+    longest = longest_query, longest_key
+    bounds = cu_query, cu_key
+    return flash_attn_varlen_func(
+        query, key, value, *bounds, *longest, softmax_scale=scale, causal=True
+    )
+
+
+_KERNELS: dict[str, Callable[..., Tensor] | None] = {
+    "sdpa": None,
+    "varlen": _varlen,
+    "flash_attention_2": _flash,
+}
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    key_lengths: Sequence[int],
+    scale: float | None,
+) -> Tensor:
+    """(1, heads, S, d) each; neighbours with as much before them go side by side."""
+    outputs, at, key_at = [], 0, 0
+    pairs = [pair for pair in zip(lengths, key_lengths, strict=True) if any(pair)]
+    for (before, is_empty), run in groupby(
+        pairs, key=lambda pair: (pair[1] - pair[0], not pair[0])
+    ):
+        sizes = list(run)
+        stop = at + sum(own for own, _ in sizes)
+        key_stop = key_at + sum(seen for _, seen in sizes)
+        if not is_empty:
+            keys, values = key[:, :, key_at:key_stop], value[:, :, key_at:key_stop]
+            own = [own for own, _ in sizes]
+            outputs.append(_alike(query[:, :, at:stop], keys, values, own, before, scale))
+        at, key_at = stop, key_stop
+    return torch.cat(outputs, dim=2) if outputs else query
+
+
+def _alike(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], before: int, scale: float | None
+) -> Tensor:
+    """Causal attention per sequence, each with `before` keys ahead of its own."""
+    gqa, total, longest = query.shape[1] != key.shape[1], sum(lengths), max(lengths)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = None
+        if before:
+            mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(before)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=not before, scale=scale, enable_gqa=gqa
+        )
+
+    if len(lengths) == 1:
+        return attend(query, key, value)
+    if len(lengths) * longest > 2 * total:
+        key_lengths = [before + n for n in lengths]
+        parts = zip(
+            query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2),
+            strict=True,
+        )  # fmt: skip
+        return torch.cat([attend(*part) for part in parts], dim=2)
+    # One call for all: right padding is harmless, a causal row never looks to its right.
+    size = torch.tensor(lengths, device=query.device)
+
+    def pad(x: Tensor, extra: int) -> Tensor:
+        sizes = size + extra
+        column = torch.arange(longest + extra, device=x.device)
+        source = (sizes.cumsum(0) - sizes)[:, None] + column.minimum(sizes[:, None] - 1)
+        return x[0][:, source].transpose(0, 1)
+
+    out = attend(pad(query, 0), pad(key, before), pad(value, before))
+    valid = torch.arange(longest, device=query.device) < size[:, None]
+    return out.transpose(1, 2)[valid].transpose(0, 1)[None]

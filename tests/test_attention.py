@@ -1,0 +1,180 @@
+"""Which attention runs where, and that every kernel is called for the same result."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cppo import attention
+
+# Queries and keys of four sequences: the first has nothing before it, the others do.
+LENGTHS, KEY_LENGTHS = [7, 3, 0, 5], [7, 10, 7, 12]
+
+
+def cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def streams(kv_heads: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, key, value (1, heads, S, 8) and the keys' places: a prompt of 7, seen by all."""
+    total = sum(LENGTHS)
+    query = torch.randn(1, 4, total, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 1, kv_heads, total, 8, dtype=torch.float64)
+    own = torch.arange(total).split(LENGTHS)
+    index = torch.cat([own[0], *(torch.cat([own[0], part]) for part in own[1:])])
+    return query, key, value, index
+
+
+def by_hand(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """(1, S, heads, 8): every token over the prompt and its own sequence, one by one."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    starts = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    out = torch.empty_like(query)
+    for piece, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        for token in range(start, end):
+            seen = list(range(7)) if piece else []
+            seen += list(range(start, token + 1))
+            weights = (query[..., token, :, None].mT @ key[:, :, seen].mT * scale).softmax(-1)
+            out[:, :, token] = (weights @ value[:, :, seen])[:, :, 0]
+    return out.transpose(1, 2)
+
+
+def call(kernel: Any, query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> Tensor:
+    options: dict[str, Any] = {
+        "cu_seq_lens_q": cumulative(LENGTHS).to(query.device),
+        "cu_seq_lens_k": cumulative(KEY_LENGTHS).to(query.device),
+        "max_length_q": max(LENGTHS),
+        "max_length_k": max(KEY_LENGTHS),
+    }
+    layer = torch.nn.Identity()
+    return attention.attend(
+        kernel, layer, query, key, value, scaling=0.3, key_index=index, **options
+    )[0]
+
+
+def stand_in(seen: list[dict[str, Any]]) -> Any:
+    """The arithmetic of the varlen kernels, in fp32 and without a GPU: (S, heads, d) each."""
+
+    def kernel(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        **options: Any,
+    ) -> Tensor:
+        seen.append({"max_q": max_q, "max_k": max_k, "kv_heads": key.shape[1], **options})
+        parts = (x.float().transpose(0, 1)[None] for x in (query, key, value))
+        lengths = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+        scale = options.get("scale", options.get("softmax_scale"))
+        return attention._sdpa(*parts, *lengths, scale)[0].transpose(0, 1).to(query.dtype)
+
+    return kernel
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_sequence_sees_what_is_gathered_for_it_up_to_its_own_place(kv_heads: int) -> None:
+    query, key, value, index = streams(kv_heads)
+    out = call(None, query, key, value, index)
+    torch.testing.assert_close(out, by_hand(query, key, value, 0.3))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("knows_gqa", [True, False])
+def test_pytorch_varlen_is_called_for_the_same_result(
+    kv_heads: int, knows_gqa: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch.nn.attention.varlen as varlen
+
+    parameters = inspect.signature(varlen.varlen_attn).parameters
+    assert list(parameters)[:7] == "query key value cu_seq_q cu_seq_k max_q max_k".split()
+    assert {"scale", "window_size"} <= set(parameters)
+
+    seen: list[dict[str, Any]] = []
+    kernel = stand_in(seen)
+    if knows_gqa:  # since torch 2.12
+
+        def with_gqa(*args: Any, scale: Any, window_size: Any, enable_gqa: bool = False) -> Tensor:
+            return kernel(*args, scale=scale, window_size=window_size)
+
+        monkeypatch.setattr(varlen, "varlen_attn", with_gqa)
+    else:
+        monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    query, key, value, index = streams(kv_heads)
+    halves = (x.bfloat16() for x in (query, key, value))
+    out = call(attention._KERNELS["varlen"], *halves, index)
+    torch.testing.assert_close(out.double(), by_hand(query, key, value, 0.3), atol=0.05, rtol=0.05)
+    (told,) = seen
+    assert told["window_size"] == (-1, 0) and (told["max_q"], told["max_k"]) == (7, 12)
+    assert told["kv_heads"] == (kv_heads if knows_gqa else 4)
+    # In single precision there is no such kernel, and sdpa runs instead.
+    full = call(attention._KERNELS["varlen"], query, key, value, index)
+    torch.testing.assert_close(full, by_hand(query, key, value, 0.3))
+    assert len(seen) == 1
+
+
+def test_flash_attn_is_called_for_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    package = types.SimpleNamespace(flash_attn_varlen_func=stand_in(seen))
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    query, key, value, index = streams(2)
+    halves = (x.half() for x in (query, key, value))
+    out = call(attention._KERNELS["flash_attention_2"], *halves, index)
+    torch.testing.assert_close(out.double(), by_hand(query, key, value, 0.3), atol=0.02, rtol=0.02)
+    assert seen[0]["causal"] is True and seen[0]["max_k"] == 12
+
+
+def test_one_place_chooses_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"flash_attn": False, "torch.nn.attention.varlen": True}
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: installed[name] or None)
+    assert attention.choose_attention("auto", "cpu") == "sdpa"
+    assert attention.choose_attention("auto", "cuda:1") == "varlen"
+    installed["flash_attn"] = True
+    assert attention.choose_attention("auto", "cuda") == "flash_attention_2"
+    assert attention.choose_attention("sdpa", "cuda") == "sdpa"
+    installed.update(dict.fromkeys(installed, False))
+    assert attention.choose_attention("auto", "cuda") == "sdpa"
+    with pytest.raises(
+        RuntimeError, match="'varlen' cannot run here: torch .* has no torch.nn.att"
+    ):
+        attention.choose_attention("varlen", "cuda")
+    with pytest.raises(RuntimeError, match="'varlen' cannot run here: the model is on cpu"):
+        attention.choose_attention("varlen", "cpu")
+    with pytest.raises(RuntimeError, match="'flash_attention_2' cannot .* flash-attn is not inst"):
+        attention.choose_attention("flash_attention_2", "cuda")
+
+
+def test_info_says_which_attention_runs() -> None:
+    from cppo.cli.info import collect
+
+    assert collect()["attention"]["cpu"] == "sdpa"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["varlen", "flash_attention_2"])
+def test_kernels_on_the_gpu_are_as_accurate_as_sdpa(kind: str) -> None:
+    reason = attention.why_not(kind, "cuda")
+    if reason:
+        pytest.skip(reason)
+    query, key, value, index = (x.cuda() for x in streams(2))
+    exact = by_hand(query, key, value, 0.3)
+    wide = [torch.nn.functional.pad(x, (0, 56)).bfloat16() for x in (query, key, value)]
+    for x in wide:
+        x.requires_grad_()
+    out = call(attention._KERNELS[kind], *wide, index)[..., :8]
+    torch.testing.assert_close(out.double(), exact, atol=0.05, rtol=0.05)
+    gradients = torch.autograd.grad(out.float().square().sum(), wide)
+    again = call(None, *wide, index)[..., :8]
+    expected = torch.autograd.grad(again.float().square().sum(), wide)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=0.1, rtol=0.1)

@@ -1,0 +1,167 @@
+"""A prompt that stands in the stream once gives the numbers of one that is repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from trainer_cases import (
+    FAMILIES,
+    config,
+    fixed_batch,
+    fixed_rollouts,
+    gradients,
+    packed,
+    questions_for,
+    relative_difference,
+    tiny,
+)
+
+import cppo
+from cppo.records import NumItems
+from cppo.shared_prompts import share_prompts
+from cppo.step import Batch, _hidden, _images_of, microbatch_loss
+
+FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the model
+
+
+def hidden_of(model: Any, batch: Batch, rows: Tensor) -> Tensor:
+    return _hidden(model, batch, batch.pack(rows), *_images_of(batch, rows))
+
+
+# Of four questions with four completions each: 4, 1, 0 and 2 kept.
+KEPT = torch.tensor([0, 1, 2, 3, 6, 12, 15])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_gradients_are_those_of_the_packed_stream(family: str) -> None:
+    model, processor = tiny(family, dtype=torch.float64)
+    model = packed(model)
+    lengths = [3, 9, 1, 5, 2, 4, 6, 1, 7, 2, 2, 3, 30, 4, 1, 2]
+    rollouts = fixed_rollouts(
+        model, processor, questions_for(family), group_size=4, lengths=lengths
+    )
+    batch = fixed_batch(rollouts)
+    sharing = dataclasses.replace(batch, share_prompts=True)
+    results = []
+    for one in (batch, sharing):
+        hidden = hidden_of(model, one, KEPT)
+        weights = torch.linspace(0.5, 1.5, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
+        results.append((hidden, gradients(model, (hidden * weights).sum())))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=FP64)
+    assert relative_difference(results[1][1], results[0][1]) < FP64
+
+    stream = batch.pack(KEPT)
+    shared = share_prompts(stream, [0, 0, 0, 0, 1, 3, 3])
+    prompts = (rollouts.attention_mask & ~rollouts.completion_mask).sum(1)
+    repeated = 3 * prompts[0] + prompts[12]
+    assert len(shared.token_index) == len(stream.input_ids) - repeated
+    assert shared.first == [0, 4, 5]
+
+
+@pytest.mark.parametrize("family", ["text", "qwen2_5_vl"])
+def test_the_loss_of_an_update_is_the_same(family: str) -> None:
+    model, processor = tiny(family, dtype=torch.float64)
+    model = packed(model)
+    rollouts = fixed_rollouts(model, processor, questions_for(family), group_size=4)
+    batch = fixed_batch(rollouts, dtype=torch.float64)
+    options = config(cpl_coef=0.5)
+    whole = NumItems(*batch.counts(batch.kept))
+    results = []
+    for sharing, budget in ((False, 10**6), (True, 10**6), (True, 60)):
+        one = dataclasses.replace(batch, share_prompts=sharing)
+        parts = one.microbatches(batch.kept, budget)
+        assert sorted(torch.cat(parts).tolist()) == batch.kept.tolist()
+        model.zero_grad()
+        total = 0.0
+        for rows in parts:
+            output = microbatch_loss(model, one, rows, whole, options, processor)
+            output.loss.backward()
+            total += output.loss.item()
+        results.append((total, {n: p.grad.clone() for n, p in model.named_parameters()}))
+    for loss, grads in results[1:]:
+        assert loss == pytest.approx(results[0][0], abs=FP64)
+        assert relative_difference(grads, results[0][1]) < FP64
+
+
+@pytest.mark.parametrize("family", ["text", "qwen2_vl"])
+def test_micro_batches_keep_a_question_together_as_far_as_the_budget_goes(family: str) -> None:
+    model, processor = tiny(family)
+    rollouts = fixed_rollouts(model, processor, questions_for(family), group_size=4)
+    batch = dataclasses.replace(fixed_batch(rollouts), share_prompts=True)
+    prompts = (rollouts.attention_mask & ~rollouts.completion_mask).sum(1).tolist()
+    lengths = batch.lengths(batch.kept)
+    for budget in (max(lengths), 2 * max(lengths), 10**6):
+        parts = batch.microbatches(batch.kept, budget)
+        assert sorted(torch.cat(parts).tolist()) == batch.kept.tolist()
+        for rows in parts:
+            shared = share_prompts(batch.pack(rows), (rows // 4).tolist())
+            assert len(shared.token_index) <= budget
+        cut = sum(len(set((rows // 4).tolist())) for rows in parts)
+        assert cut >= 4 and (budget < 10**6 or cut == 4)
+    assert prompts[0] > 0
+
+
+@st.composite
+def batches(draw: Any) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Questions with prompts of any length and completions of any, also none; holes in both."""
+    ids, attention, marks, questions = [], [], [], []
+    for question in range(draw(st.integers(1, 4))):
+        prompt = [100 * question + i for i in range(draw(st.integers(1, 5)))]
+        holes = draw(st.integers(0, 2))
+        for _ in range(draw(st.integers(1, 3))):
+            answer = draw(st.integers(0, 5))
+            own = draw(st.integers(0, 2))
+            ids.append(prompt + [0] * holes + list(range(900, 900 + answer)) + [0] * own)
+            attention.append([1] * len(prompt) + [0] * holes + [1] * answer + [0] * own)
+            marks.append([0] * (len(prompt) + holes) + [1] * (answer + own))
+            questions.append(question)
+    width = max(map(len, ids))
+    padded = [[row + [0] * (width - len(row)) for row in rows] for rows in (ids, attention, marks)]
+    return *(torch.tensor(rows) for rows in padded), questions
+
+
+@given(batch=batches())
+def test_every_token_is_there_and_sees_what_it_saw(batch: Any) -> None:
+    ids, attention, marks, questions = batch
+    stream = cppo.pack_completions(ids, attention, marks)
+    shared = share_prompts(stream, questions)
+    assert torch.equal(
+        stream.input_ids[shared.token_index][shared.rows], stream.input_ids[stream.rows]
+    )
+    tokens = stream.input_ids[shared.token_index]
+    positions = stream.position_ids[shared.token_index]
+    bounds, key_bounds = shared.cu_seqlens.tolist(), shared.cu_key_seqlens.tolist()
+    assert shared.max_seqlen == max(shared.cu_seqlens.diff().tolist(), default=0)
+    assert shared.max_key_seqlen == max(shared.cu_key_seqlens.diff().tolist(), default=0)
+    histories = set()
+    for piece in range(len(bounds) - 1):
+        keys = shared.key_index[key_bounds[piece] : key_bounds[piece + 1]]
+        # Causal from the end: the last query sees all its keys, the one before all but one.
+        for offset in range(bounds[piece + 1] - bounds[piece]):
+            seen = keys[: len(keys) - (bounds[piece + 1] - bounds[piece]) + offset + 1]
+            assert positions[seen].tolist() == list(range(len(seen)))
+            assert int(seen[-1]) == bounds[piece] + offset
+            histories.add(tuple(tokens[seen].tolist()))
+    cu = stream.cu_seqlens.tolist()
+    expected = {
+        tuple(stream.input_ids[start : end + 1].tolist())
+        for start, stop in zip(cu[:-1], cu[1:], strict=True)
+        for end in range(start, stop)
+    }
+    assert histories == expected
+    assert len(tokens) <= len(stream.input_ids)
+
+
+def test_prompts_that_differ_are_refused() -> None:
+    ids = torch.tensor([[1, 2, 7], [1, 3, 7]])
+    marks = torch.tensor([[0, 0, 1], [0, 0, 1]])
+    stream = cppo.pack_completions(ids, torch.ones_like(ids), marks)
+    with pytest.raises(ValueError, match="must begin with the same prompt, their first 2 tokens"):
+        share_prompts(stream, [0, 0])
+    assert share_prompts(stream, [0, 1]).token_index.tolist() == list(range(6))

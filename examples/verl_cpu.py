@@ -101,9 +101,11 @@ def actor_config(loss_agg_mode: str = "token-mean", **policy_loss: Any) -> FSDPA
             rollout_n=GROUP_SIZE,
             ppo_micro_batch_size_per_gpu=4,
             loss_agg_mode=loss_agg_mode,
-            policy_loss=dict(
-                _target_="cppo.integrations.verl.PolicyLossConfig", loss_mode="cppo", **policy_loss
-            ),
+            policy_loss={
+                "_target_": "cppo.integrations.verl.PolicyLossConfig",
+                "loss_mode": "cppo",
+                **policy_loss,
+            },
         )
     )
 

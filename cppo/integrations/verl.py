@@ -62,8 +62,10 @@ def _wrap_forward_step(transformer_impl: Any) -> None:
     ) -> tuple[Tensor, dict[str, Any]]:
         if forward_only or not contrasts(engine, loss_function):
             return plain(engine, micro_batch, loss_function, forward_only)
+        from verl.utils.tensordict_utils import get_non_tensor_data
+
         micro_batch = micro_batch.copy()
-        asked = bool(micro_batch.get("calculate_entropy", False))
+        asked = get_non_tensor_data(micro_batch, "calculate_entropy", False)
         micro_batch.set_non_tensor("calculate_entropy", True)
         with_contrast = partial(loss_with_contrast, engine, loss_function, asked)
         return plain(engine, micro_batch, with_contrast, forward_only)

@@ -1,0 +1,99 @@
+"""What the verl tests share: the example's engine and batches, as a module of its own.
+
+As a script, `python tests/verl_cases.py RANK STORE OUTPUT`: one of two processes of an update, each
+on half of the batch: the completions with A > 0, and the others.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+LOSS = dict(loss_agg_mode="seq-mean-token-mean", cpl_coef=0.5)
+
+
+def load_example() -> ModuleType:
+    """examples/verl_cpu.py, which makes a CPU verl's device."""
+    if "verl_cpu" not in sys.modules:
+        spec: Any = importlib.util.spec_from_file_location(
+            "verl_cpu", ROOT / "examples" / "verl_cpu.py"
+        )
+        module = sys.modules["verl_cpu"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules["verl_cpu"]
+
+
+def engine_for(example: ModuleType, **options: Any) -> Any:
+    model, processor = example.build_tiny_vlm(size="test")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Far enough from uniform for the views to differ.
+            parameter.mul_(3)
+    return example.build_engine(model, processor, **options)
+
+
+def gradients(engine: Any, batch: Any, actor: Any) -> dict[str, Tensor]:
+    """Gradients of verl's loss of a whole batch, micro-batches accumulated."""
+    return gradients_and_metrics(engine, batch, actor)[0]
+
+
+def gradients_and_metrics(
+    engine: Any, batch: Any, actor: Any
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    from verl.workers.utils.losses import ppo_loss
+
+    with engine.train_mode():
+        engine.optimizer_zero_grad()
+        output = engine.forward_backward_batch(batch.copy(), partial(ppo_loss, config=actor))
+        found = {
+            name: parameter.grad.full_tensor().clone()
+            for name, parameter in engine.module.named_parameters()
+            if parameter.grad is not None
+        }
+        engine.optimizer_zero_grad()
+    metrics = output["metrics"]
+    names = ("cpl_loss", "perception_tokens", "looking_completions")
+    return found, {x: metrics[f"actor/{x}"].aggregate() for x in names if f"actor/{x}" in metrics}
+
+
+def worst(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest difference of two sets of gradients, relative to the largest entry of each."""
+    assert ours.keys() == expected.keys()
+    differences = [
+        ((ours[name] - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1e-6))
+        for name in ours
+    ]
+    return float(torch.stack(differences).max())
+
+
+def half(batch: Any, positive: bool) -> Any:
+    """The completions with A > 0, or the same number of the others."""
+    from verl.utils.tensordict_utils import index_select_tensor_dict
+
+    advantages = torch.stack([row[0] for row in batch["advantages"].unbind()])
+    rows = (advantages > 0 if positive else advantages <= 0).nonzero()[:, 0]
+    return index_select_tensor_dict(batch, rows)
+
+
+def update(example: ModuleType, share: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Gradients and metrics of an update on a share of the batch."""
+    engine = engine_for(example)
+    batch = example.made_up_batch(engine.model_config.processor, num_questions=4, seed=2)
+    example.add_old_log_probs(engine, batch)
+    return gradients_and_metrics(engine, share(batch), example.actor_config(**LOSS))
+
+
+if __name__ == "__main__":
+    rank = int(sys.argv[1])
+    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
+    torch.save(update(load_example(), partial(half, positive=rank == 0)), f"{sys.argv[3]}{rank}.pt")
+    dist.destroy_process_group()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cppo.ops import pack_library
 from cppo.ops.pack_library import pack_completions, unpack  # noqa: F401  (this is a namespace)
+from cppo.ops import library
 from cppo.reference import kept_per_unit
 
 
@@ -137,3 +138,7 @@ def _register_fakes() -> None:
 
 if not missing["cpp"]:
     _register_fakes()
+    _on_logits = library.Backend("cppo")
+    token_stats = _on_logits.token_stats
+    perception_mask = _on_logits.perception_mask
+    cppo_loss = _on_logits.cppo_loss

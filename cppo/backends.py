@@ -30,10 +30,10 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "unpack": ("cuda", "cpp", "reference"),
     "plan_microbatches": ("cpp", "reference"),
     "balance_ranks": ("cpp", "reference"),
-    "token_stats": ("reference",),
+    "token_stats": ("cpp", "reference"),
     "linear_token_stats": ("reference",),
-    "perception_mask": ("reference",),
-    "cppo_loss": ("reference",),
+    "perception_mask": ("cpp", "reference"),
+    "cppo_loss": ("cpp", "reference"),
     "linear_cppo_loss": ("reference",),
 }
 

@@ -34,6 +34,43 @@ STABLE_TORCH_LIBRARY(cppo, m) {
       "unpack(Tensor[] values, Tensor target_index, SymInt num_completions, SymInt length) "
       "-> Tensor[]");
   m.def("gather_tokens(Tensor[] values, Tensor target_index) -> Tensor[]");
+  // The same schemas as cppo.ops.library.SCHEMAS, which registers their fakes and autograd.
+  m.def(
+      "token_stats(Tensor logits, Tensor targets, Tensor? mask, float temperature, bool inplace) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "token_stats_backward(Tensor? grad_logps, Tensor? grad_entropy, Tensor logits, "
+      "Tensor targets, Tensor? mask, Tensor saved, float temperature) -> Tensor");
+  m.def(
+      "token_stats_backward_(Tensor? grad_logps, Tensor? grad_entropy, Tensor(a!) logits, "
+      "Tensor targets, Tensor? mask, Tensor saved, float temperature) -> ()");
+  m.def(
+      "perception_mask(Tensor anchor_entropy, Tensor negative_entropy, float fraction, "
+      "Tensor? mask, Tensor? cu_seqlens) -> Tensor");
+  m.def(
+      "cppo_loss(Tensor anchor, Tensor? positive, Tensor? negative, Tensor targets, "
+      "Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? mask, Tensor? cu_seqlens, "
+      "Tensor? num_items, float temperature, float clip_low, float clip_high, float? dual_clip, "
+      "str importance, str reduction, int? max_length, float kl_coef, float entropy_coef, "
+      "float cpl_coef, str divergence, float tau, float fraction, bool gating, "
+      "bool detach_anchor, str cpl_reduction, bool inplace) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cppo_loss_backward(Tensor grad_loss, Tensor anchor, Tensor? positive, Tensor? negative, "
+      "Tensor targets, Tensor advantages, Tensor? cu_seqlens, Tensor saved, Tensor coefficients, "
+      "float temperature, str divergence, bool gating, bool detach_anchor) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cppo_loss_backward_(Tensor grad_loss, Tensor(a!) anchor, Tensor(b!)? positive, "
+      "Tensor(c!)? negative, Tensor targets, Tensor advantages, Tensor? cu_seqlens, Tensor saved, "
+      "Tensor coefficients, float temperature, str divergence, bool gating, bool detach_anchor) "
+      "-> ()");
+  m.def("row_capability() -> str");
+  m.def("row_exp(Tensor x) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cppo, CompositeExplicitAutograd, m) {
+  m.impl("row_capability", TORCH_BOX(&cppo::cpu::row_capability));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cppo, CPU, m) {
@@ -42,6 +79,14 @@ STABLE_TORCH_LIBRARY_IMPL(cppo, CPU, m) {
   m.impl("advantages_and_prune", TORCH_BOX(&cppo::cpu::advantages_and_prune));
   m.impl("pack_sizes", TORCH_BOX(&cppo::cpu::pack_sizes));
   m.impl("pack_completions", TORCH_BOX(&cppo::cpu::pack_completions));
+  m.impl("token_stats", TORCH_BOX(&cppo::cpu::token_stats));
+  m.impl("token_stats_backward", TORCH_BOX(&cppo::cpu::token_stats_backward));
+  m.impl("token_stats_backward_", TORCH_BOX(&cppo::cpu::token_stats_backward_));
+  m.impl("perception_mask", TORCH_BOX(&cppo::cpu::perception_mask));
+  m.impl("cppo_loss", TORCH_BOX(&cppo::cpu::cppo_loss));
+  m.impl("cppo_loss_backward", TORCH_BOX(&cppo::cpu::cppo_loss_backward));
+  m.impl("cppo_loss_backward_", TORCH_BOX(&cppo::cpu::cppo_loss_backward_));
+  m.impl("row_exp", TORCH_BOX(&cppo::cpu::row_exp));
   m.impl("unpack", TORCH_BOX(&cppo::cpu::unpack));
   m.impl("gather_tokens", TORCH_BOX(&cppo::cpu::gather_tokens));
 }

@@ -15,6 +15,9 @@ using torch::stable::Tensor;
 // input_ids, position_ids, rows, targets, token_index, target_index, the per-token tensors
 using Packed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
+// loss, logps, entropy, perception mask, metrics, number selected, saved statistics, coefficients
+using LossOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 namespace cpu {
 Tensor group_advantages(Tensor rewards, int64_t group_size, std::string scale, double eps);
 Tensor prune_completions(Tensor advantages, int64_t unit_size, int64_t keep, std::string prune,
@@ -31,6 +34,40 @@ Packed pack_completions(Tensor input_ids, Tensor attention_mask, Tensor completi
 std::vector<Tensor> unpack(std::vector<Tensor> values, Tensor target_index,
                            int64_t num_completions, int64_t length);
 std::vector<Tensor> gather_tokens(std::vector<Tensor> values, Tensor target_index);
+std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor targets,
+                                               std::optional<Tensor> mask, double temperature,
+                                               bool inplace);
+Tensor token_stats_backward(std::optional<Tensor> grad_logps, std::optional<Tensor> grad_entropy,
+                            Tensor logits, Tensor targets, std::optional<Tensor> mask,
+                            Tensor saved, double temperature);
+void token_stats_backward_(std::optional<Tensor> grad_logps, std::optional<Tensor> grad_entropy,
+                           Tensor logits, Tensor targets, std::optional<Tensor> mask, Tensor saved,
+                           double temperature);
+Tensor perception_mask(Tensor anchor_entropy, Tensor negative_entropy, double fraction,
+                       std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens);
+LossOutputs cppo_loss(Tensor anchor, std::optional<Tensor> positive, std::optional<Tensor> negative,
+                      Tensor targets, Tensor advantages, std::optional<Tensor> old_logps,
+                      std::optional<Tensor> ref_logps, std::optional<Tensor> mask,
+                      std::optional<Tensor> cu_seqlens, std::optional<Tensor> num_items,
+                      double temperature, double clip_low, double clip_high,
+                      std::optional<double> dual_clip, std::string importance,
+                      std::string reduction, std::optional<int64_t> max_length, double kl_coef,
+                      double entropy_coef, double cpl_coef, std::string divergence, double tau,
+                      double fraction, bool gating, bool detach_anchor, std::string cpl_reduction,
+                      bool inplace);
+std::tuple<Tensor, Tensor, Tensor> cppo_loss_backward(
+    Tensor grad_loss, Tensor anchor, std::optional<Tensor> positive, std::optional<Tensor> negative,
+    Tensor targets, Tensor advantages, std::optional<Tensor> cu_seqlens, Tensor saved,
+    Tensor coefficients, double temperature, std::string divergence, bool gating,
+    bool detach_anchor);
+void cppo_loss_backward_(Tensor grad_loss, Tensor anchor, std::optional<Tensor> positive,
+                         std::optional<Tensor> negative, Tensor targets, Tensor advantages,
+                         std::optional<Tensor> cu_seqlens, Tensor saved, Tensor coefficients,
+                         double temperature, std::string divergence, bool gating,
+                         bool detach_anchor);
+// Of the row kernels: their instruction set, and their e^x for its error bound.
+std::string row_capability();
+Tensor row_exp(Tensor x);
 }  // namespace cpu
 
 namespace cuda {

@@ -4,13 +4,13 @@ Two libraries implement the same schemas: `cppo::` is the C++ extension (its sch
 out in csrc/cppo.cpp), `cppo_triton::` the Triton kernels. Here stands what they share, so that a
 backend is nothing but kernels:
 
-    token_stats        -> logps, entropy; keeps max, sum and mean of every row for the backward
+    token_stats        -> logps, entropy; keeps reference, sum and mean of every row for the backward
     perception_mask    -> bool; no gradient
     cppo_loss          -> loss; keeps the row statistics and d loss / d (statistic) of every row
     *_backward         -> the gradient of the logits in one pass over them
     *_backward_        -> the same, written into the logits (`inplace=True`)
 
-The derivative of a row of logits z / temperature, with x = (z - max) / temperature, s = sum e^x,
+The derivative of a row of logits z, with x = (z - reference) / temperature, s = sum e^x,
 pi = e^x / s and mean = sum pi x, is (1[v = y] - pi) for logp and -pi (x - mean) for the entropy.
 """
 
@@ -60,14 +60,14 @@ SCHEMAS = {
 }
 
 # Rows of `saved`: what the backward needs of each row of logits.
-STATS_SAVED = ("max", "sum", "mean")
+STATS_SAVED = ("reference", "sum", "mean")
 LOSS_SAVED = (
-    "anchor_max",
+    "anchor_reference",
     "anchor_sum",
     "anchor_mean",
-    "positive_max",
+    "positive_reference",
     "positive_sum",
-    "negative_max",
+    "negative_reference",
     "negative_sum",
     "margin",  # KL(anchor || positive) - KL(anchor || negative), with divergence="full"
 )

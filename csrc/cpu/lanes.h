@@ -1,0 +1,231 @@
+// Vectors of LANE_BYTES bytes (GCC and Clang vector extensions), and how logits become them.
+//
+// Compiled once per instruction set, inside its own namespace and with internal linkage only: a
+// function that the linker could share would carry AVX instructions to machines without them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace cppo::cpu::CPPO_ISA {
+namespace {
+
+constexpr int kLaneBytes = CPPO_LANE_BYTES;
+
+template <class A>
+struct Vector;
+template <>
+struct Vector<float> {
+  static constexpr int kSize = kLaneBytes / 4;
+  typedef float type __attribute__((vector_size(kLaneBytes)));
+  typedef int32_t bits __attribute__((vector_size(kLaneBytes)));
+};
+template <>
+struct Vector<double> {
+  static constexpr int kSize = kLaneBytes / 8;
+  typedef double type __attribute__((vector_size(kLaneBytes)));
+  typedef int64_t bits __attribute__((vector_size(kLaneBytes)));
+};
+template <class A>
+using Lanes = typename Vector<A>::type;
+
+template <class A>
+inline Lanes<A> fill(A value) {
+  return Lanes<A>{} + value;
+}
+
+// NaN in `x` stays; it is what makes a row of NaN come out as NaN.
+template <class A>
+inline Lanes<A> at_least(Lanes<A> x, A low) {
+  const Lanes<A> bound = fill(low);
+#if defined(__x86_64__)
+  // One instruction, whose second operand is the result where either is NaN.
+  if constexpr (sizeof(A) == 4) {
+#if CPPO_LANE_BYTES == 64
+    return _mm512_max_ps(bound, x);
+#elif CPPO_LANE_BYTES == 32
+    return _mm256_max_ps(bound, x);
+#else
+    return _mm_max_ps(bound, x);
+#endif
+  }
+#endif
+  return bound > x ? bound : x;
+}
+
+template <class A>
+inline A sum(Lanes<A> x) {
+  A total = 0;
+  for (int i = 0; i < Vector<A>::kSize; ++i) total += x[i];
+  return total;
+}
+
+template <class A>
+inline A largest(Lanes<A> x) {
+  A most = x[0];
+  for (int i = 1; i < Vector<A>::kSize; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
+// Below it e^x is 0 here. What is less, -inf too, is lifted to it, so that e^x x is 0 and not NaN.
+template <class A>
+inline Lanes<A> lift(Lanes<A> x) {
+  return at_least<A>(x, sizeof(A) == 4 ? -88.02f : -746.0);
+}
+
+// e^x for lifted x <= 8, at most 2 ulp; 0 below -87.7. Cody and Waite: x = n ln 2 + r with
+// |r| <= ln 2 / 2, e^r by a minimax polynomial (relative error 3e-9), 2^n by its exponent bits.
+inline Lanes<float> exp_lanes(Lanes<float> x) {
+  // Adding 1.5 * 2^23 rounds to an integer; 127 biases it to be an exponent.
+  constexpr float kRound = 12582912.0f + 127.0f;
+  const Lanes<float> rounded = x * 1.44269504f + kRound;
+  const Lanes<float> n = rounded - kRound;
+  // ln 2 in two parts; the first has few enough bits that n times it is exact.
+  const Lanes<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Lanes<float> p = r * 1.38146131e-3f + 8.36870989e-3f;
+  p = p * r + 4.16683874e-2f;
+  p = p * r + 1.66665207e-1f;
+  p = p * r + 4.99999935e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // A cast between vectors of one size keeps the bits.
+  using Bits = typename Vector<float>::bits;
+  return p * reinterpret_cast<Lanes<float>>(reinterpret_cast<Bits>(rounded) << 23);
+}
+
+inline Lanes<double> exp_lanes(Lanes<double> x) {
+  Lanes<double> out;
+  for (int i = 0; i < Vector<double>::kSize; ++i) out[i] = __builtin_exp(x[i]);
+  return out;
+}
+
+// Elements: how a logit is stored, and the type A in which it is computed with. They come and go
+// two vectors at a time: `Pair` says in which order, which is the same for loads and stores.
+
+template <class A>
+struct Pair {
+  Lanes<A> first, second;
+};
+
+inline float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline uint32_t as_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+template <class T>
+struct Dense {
+  using Stored = T;
+  using A = T;
+  static Pair<T> load(const T* from) {
+    Lanes<T> first, second;
+    std::memcpy(&first, from, sizeof first);
+    std::memcpy(&second, from + Vector<T>::kSize, sizeof second);
+    return {first, second};
+  }
+  static void store(T* to, const Pair<T>& x) {
+    const Lanes<T> first = x.first, second = x.second;
+    std::memcpy(to, &first, sizeof first);
+    std::memcpy(to + Vector<T>::kSize, &second, sizeof second);
+  }
+  static T to_one(T x) { return x; }
+  static T from_one(double x) { return static_cast<T>(x); }
+};
+using Float = Dense<float>;
+using Double = Dense<double>;
+
+// The elements with even indices, then those with odd ones: the halves of each 32-bit word.
+struct BFloat16 {
+  using Stored = uint16_t;
+  using A = float;
+  typedef uint32_t Words __attribute__((vector_size(kLaneBytes)));
+
+  static Pair<float> load(const uint16_t* from) {
+    Words words;
+    std::memcpy(&words, from, sizeof words);
+    const Words first = words << 16, second = words & 0xffff0000u;
+    return {reinterpret_cast<Lanes<float>>(first), reinterpret_cast<Lanes<float>>(second)};
+  }
+  // To the nearest, ties to even, in the upper half of each word; a NaN stays one.
+  static Words rounded(Lanes<float> x) {
+    const Words bits = reinterpret_cast<Words>(x);
+    const Words nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return x == x ? nearest : Words{} + 0x7fc00000u;
+  }
+  static void store(uint16_t* to, const Pair<float>& x) {
+    const Words words = (rounded(x.first) >> 16) | (rounded(x.second) & 0xffff0000u);
+    std::memcpy(to, &words, sizeof words);
+  }
+  static float to_one(uint16_t x) { return as_float(static_cast<uint32_t>(x) << 16); }
+  static uint16_t from_one(double x) {
+    const uint32_t bits = as_bits(static_cast<float>(x));
+    if (x != x) return 0x7fc0;
+    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+};
+
+struct Half {
+  using Stored = uint16_t;
+  using A = float;
+  static constexpr int kSize = Vector<float>::kSize;
+
+  static float to_one(uint16_t x) {
+    const uint32_t sign = (x & 0x8000u) << 16, magnitude = x & 0x7fffu;
+    if (magnitude >= 0x7c00u) return as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    // As an exponent of fp32 it is 112 too small; the product is right for subnormals too.
+    return as_float(sign | as_bits(as_float(magnitude << 13) * as_float(0x77800000u)));
+  }
+  static uint16_t from_one(double exact) {
+    const float x = static_cast<float>(exact);
+    const uint32_t bits = as_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+    if (magnitude >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);
+    if (magnitude < 0x38800000u) {
+      // A subnormal: adding 0.5 moves its bits to the end of the mantissa and rounds them.
+      return static_cast<uint16_t>(sign | (as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u));
+    }
+    const uint32_t odd = (magnitude >> 13) & 1u;
+    return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
+  }
+
+  static Lanes<float> load_lanes(const uint16_t* from) {
+#if CPPO_LANE_BYTES == 64
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif CPPO_LANE_BYTES == 32
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+    Lanes<float> x;
+    for (int i = 0; i < kSize; ++i) x[i] = to_one(from[i]);
+    return x;
+#endif
+  }
+  static void store_lanes(uint16_t* to, Lanes<float> x) {
+#if CPPO_LANE_BYTES == 64
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, 0));
+#elif CPPO_LANE_BYTES == 32
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, 0));
+#else
+    for (int i = 0; i < kSize; ++i) to[i] = from_one(x[i]);
+#endif
+  }
+  static Pair<float> load(const uint16_t* from) {
+    return {load_lanes(from), load_lanes(from + kSize)};
+  }
+  static void store(uint16_t* to, const Pair<float>& x) {
+    store_lanes(to, x.first);
+    store_lanes(to + kSize, x.second);
+  }
+};
+
+}  // namespace
+}  // namespace cppo::cpu::CPPO_ISA

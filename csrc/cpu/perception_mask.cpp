@@ -1,0 +1,96 @@
+// Perception tokens on the CPU (specification: cppo/reference.py).
+
+#include "selection.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "ops.h"
+
+namespace cppo::cpu {
+
+Completions::Completions(const char* op, const Tensor& rows,
+                         const std::optional<Tensor>& cu_seqlens) {
+  const int64_t total = rows.numel();
+  if (!cu_seqlens.has_value()) {
+    CPPO_CHECK(rows.dim() == 2, op, "rows must be (B, L) without cu_seqlens, got ", shape_of(rows));
+    longest_ = rows.size(1);
+    for (int64_t b = 0; b <= rows.size(0); ++b) bounds_.push_back(b * longest_);
+    return;
+  }
+  check_dim(op, "cu_seqlens", *cu_seqlens, 1);
+  const Integers<int64_t> bounds(*cu_seqlens, ScalarType::Long);
+  bounds_.assign(bounds.data, bounds.data + cu_seqlens->size(0));
+  CPPO_CHECK(!bounds_.empty() && bounds_.front() == 0 && bounds_.back() == total &&
+                 std::is_sorted(bounds_.begin(), bounds_.end()),
+             op, "cu_seqlens must go from 0 to T = ", total, " without decreasing");
+  for (int64_t c = 0; c < count(); ++c) longest_ = std::max(longest_, length(c));
+}
+
+namespace {
+
+// Larger first; a NaN counts as the largest, as in torch.sort, so that the order is total.
+template <class A>
+bool larger(A a, A b) {
+  const bool nan_a = std::isnan(a), nan_b = std::isnan(b);
+  return nan_a != nan_b ? nan_a : a > b;
+}
+
+}  // namespace
+
+template <class A>
+void select(const std::vector<int64_t>& rows, const Values& anchor, const Values& negative,
+            double fraction, bool* selected) {
+  struct Scored {
+    int64_t row;
+    A score;
+  };
+  std::vector<Scored> rising;
+  for (const int64_t row : rows) {
+    const A before = static_cast<A>(anchor[row]), after = static_cast<A>(negative[row]);
+    const A rise = after - before;
+    if (rise > 0) rising.push_back({row, rise / (after + static_cast<A>(1e-6))});
+  }
+  if (rising.empty()) return;
+  const auto wanted = static_cast<int64_t>(static_cast<double>(rising.size()) * fraction);
+  const int64_t k = std::max<int64_t>(1, wanted);
+  std::vector<A> scores;
+  for (const Scored& item : rising) scores.push_back(item.score);
+  std::nth_element(scores.begin(), scores.begin() + (k - 1), scores.end(), larger<A>);
+  const A threshold = scores[k - 1];
+  for (const Scored& item : rising) selected[item.row] = item.score >= threshold;
+}
+
+template void select<float>(const std::vector<int64_t>&, const Values&, const Values&, double,
+                            bool*);
+template void select<double>(const std::vector<int64_t>&, const Values&, const Values&, double,
+                             bool*);
+
+Tensor perception_mask(Tensor anchor_entropy, Tensor negative_entropy, double fraction,
+                       std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens) {
+  const char* op = "perception_mask";
+  check_same_shape(op, "negative_entropy", negative_entropy, "anchor_entropy", anchor_entropy);
+  const bool wide = anchor_entropy.scalar_type() == ScalarType::Double ||
+                    negative_entropy.scalar_type() == ScalarType::Double;
+  const Completions completions(op, anchor_entropy, cu_seqlens);
+  const Values anchor = read(anchor_entropy, wide ? ScalarType::Double : ScalarType::Float);
+  const Values negative = read(negative_entropy, wide ? ScalarType::Double : ScalarType::Float);
+  const Mask valid(mask);
+  Tensor out = torch::stable::new_empty(anchor_entropy, anchor_entropy.sizes(), ScalarType::Bool);
+  bool* selected = static_cast<bool*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, completions.count(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> rows;
+    for (int64_t c = begin; c < end; ++c) {
+      rows.clear();
+      for (int64_t i = completions.begin(c); i < completions.end(c); ++i) {
+        selected[i] = false;
+        if (valid[i]) rows.push_back(i);
+      }
+      const auto choose = wide ? select<double> : select<float>;
+      choose(rows, anchor, negative, fraction, selected);
+    }
+  });
+  return out;
+}
+
+}  // namespace cppo::cpu

@@ -1,0 +1,121 @@
+// Rows of logits on the CPU: see rows.h.
+
+#include "rows.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "ops.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace cppo::cpu {
+namespace {
+
+Element element_of(const char* op, const char* argument, const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return Element::kFloat;
+    case ScalarType::Double:
+      return Element::kDouble;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kHalf;
+    default:
+      fail("cppo.", op, ": ", argument, " must be fp16, bf16, fp32 or fp64");
+  }
+}
+
+Tensor with_dense_rows(const Tensor& logits) {
+  const int64_t last = logits.dim() - 1;
+  const bool dense = logits.size(last) == 1 || logits.stride(last) == 1;
+  return dense ? logits : torch::stable::contiguous(logits);
+}
+
+// Gradients are as large as the logits and new: with 4 KiB pages most of the time to write them
+// would go into page faults. A hint, which the system may ignore.
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2u << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+LogitRows::LogitRows(const char* op, const char* argument, const Tensor& logits)
+    : tensor_(with_dense_rows(logits)) {
+  check_cpu(op, argument, logits);
+  const int64_t dim = logits.dim();
+  CPPO_CHECK(dim == 2 || dim == 3, op, argument, " must be (T, V) or (B, L, V), got ",
+             shape_of(logits));
+  const Element element = element_of(op, argument, logits);
+  // Only the rows of a new tensor, or of one that is to be overwritten, are written.
+  data_ = static_cast<char*>(const_cast<void*>(tensor_.const_data_ptr()));
+  size_ = logits.size(dim - 1);
+  inner_ = dim == 3 ? std::max<int64_t>(logits.size(1), 1) : 1;
+  count_ = dim == 3 ? logits.size(0) * logits.size(1) : logits.size(0);
+  outer_stride_ = tensor_.stride(0);
+  inner_stride_ = dim == 3 ? tensor_.stride(1) : 0;
+  element_bytes_ = kElementBytes[static_cast<int>(element)];
+  kernels_ = &row_kernels(element);
+  CPPO_CHECK(size_ > 0, op, argument, " must have V >= 1, got ", shape_of(logits));
+}
+
+LogitRows LogitRows::new_like(const char* op, const LogitRows& logits) {
+  const Tensor& like = logits.tensor_;
+  LogitRows out(op, "gradient",
+                torch::stable::new_empty(like, like.sizes(), like.scalar_type()));
+  advise_huge_pages(out.data_, out.count_ * out.size_ * out.element_bytes_);
+  return out;
+}
+
+double logp_of(const RowStats& stats, double logit, double inv_temperature) {
+  return (logit - stats.reference) * inv_temperature - std::log(stats.sum);
+}
+
+double entropy_of(const RowStats& stats) { return std::log(stats.sum) - stats.mean; }
+
+void write_gradient(const LogitRows& logits, int64_t row, const LogitRows& out, int64_t out_row,
+                    int64_t target, const RowStats& stats, double d_logp, double d_entropy,
+                    double inv_temperature) {
+  // With pi = e^x / sum: d logp = 1[v = y] - pi, d H = -pi (x - mean).
+  const double per_term = inv_temperature / stats.sum;
+  const RowGradient gradient = {stats.reference, per_term * (d_entropy * stats.mean - d_logp),
+                                -per_term * d_entropy};
+  const double logit = logits.at(row, target);
+  logits.kernels().gradient(logits.row(row), out.row(out_row), logits.size(), inv_temperature,
+                            gradient);
+  if (d_logp == 0.0) return;
+  // At the target 1 - pi may cancel: once more, in double.
+  const double x = (logit - stats.reference) * inv_temperature, term = std::exp(x);
+  const double weighted = term == 0.0 ? 0.0 : gradient.slope * x * term;
+  out.set(out_row, target, inv_temperature * d_logp + gradient.scale * term + weighted);
+}
+
+void check_targets(const char* op, const Targets& targets, const Mask& mask, int64_t count,
+                   int64_t vocabulary) {
+  for (int64_t i = 0; i < count; ++i) {
+    CPPO_CHECK(!mask[i] || (targets[i] >= 0 && targets[i] < vocabulary), op,
+               "targets must be in [0, V) = [0, ", vocabulary, ") where not masked, got ",
+               targets[i], " at row ", i);
+  }
+}
+
+std::string row_capability() { return cpu_capability(); }
+
+Tensor row_exp(Tensor x) {
+  const bool wide = x.scalar_type() == ScalarType::Double;
+  const Values from = read(x, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor out = torch::stable::new_empty(x, x.sizes(), from.tensor().scalar_type());
+  row_kernels(wide ? Element::kDouble : Element::kFloat)
+      .exp(from.tensor().const_data_ptr(), out.mutable_data_ptr(), out.numel());
+  return out;
+}
+
+}  // namespace cppo::cpu

@@ -1,0 +1,128 @@
+// Rows of logits and the per-row values beside them, whatever their layout and dtype.
+#pragma once
+
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "check.h"
+#include "row_kernels.h"
+
+namespace cppo::cpu {
+
+using torch::headeronly::ScalarType;
+
+// The dtype of every statistic: fp32, or fp64 for fp64 logits.
+inline ScalarType accumulator(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// A dense fp32 or fp64 tensor, read and written as double.
+class Values {
+ public:
+  explicit Values(const Tensor& dense)
+      : tensor_(dense),
+        wide_(dense.scalar_type() == ScalarType::Double),
+        data_(dense.mutable_data_ptr()) {}
+
+  double operator[](int64_t i) const {
+    return wide_ ? static_cast<const double*>(data_)[i] : static_cast<const float*>(data_)[i];
+  }
+  void set(int64_t i, double value) const {
+    if (wide_) {
+      static_cast<double*>(data_)[i] = value;
+    } else {
+      static_cast<float*>(data_)[i] = static_cast<float>(value);
+    }
+  }
+  const Tensor& tensor() const { return tensor_; }
+
+ private:
+  Tensor tensor_;
+  bool wide_;
+  void* data_;
+};
+
+inline Values new_zeros(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                        ScalarType type) {
+  Tensor out = torch::stable::new_empty(like, shape, type);
+  if (out.numel()) std::memset(out.mutable_data_ptr(), 0, out.numel() * out.element_size());
+  return Values(out);
+}
+
+// Any floating tensor as Values of `type`; copied where dtype or strides ask for it.
+inline Values read(const Tensor& tensor, ScalarType type) {
+  return Values(torch::stable::contiguous(torch::stable::to(tensor, type)));
+}
+
+// A dense tensor of integers or booleans, copied where dtype or strides ask for it.
+template <class T>
+struct Integers {
+  Tensor tensor;
+  const T* data;
+  Integers(const Tensor& source, ScalarType type)
+      : tensor(torch::stable::contiguous(torch::stable::to(source, type))),
+        data(static_cast<const T*>(tensor.const_data_ptr())) {}
+  T operator[](int64_t i) const { return data[i]; }
+};
+using Targets = Integers<int64_t>;
+
+struct Mask {
+  std::optional<Integers<bool>> values;
+  explicit Mask(const std::optional<Tensor>& mask) {
+    if (mask.has_value()) values.emplace(*mask, ScalarType::Bool);
+  }
+  bool operator[](int64_t i) const { return !values || (*values)[i]; }
+};
+
+// The rows of (B, L, V) or (T, V) logits with any strides but a dense last dimension.
+class LogitRows {
+ public:
+  LogitRows(const char* op, const char* argument, const Tensor& logits);
+  // A new tensor like `logits`, to be written.
+  static LogitRows new_like(const char* op, const LogitRows& logits);
+
+  void* row(int64_t i) const {
+    return data_ + (i / inner_ * outer_stride_ + i % inner_ * inner_stride_) * element_bytes_;
+  }
+  double at(int64_t i, int64_t v) const { return kernels_->load(row(i), v); }
+  void set(int64_t i, int64_t v, double value) const { kernels_->store(row(i), v, value); }
+  void clear(int64_t i) const { std::memset(row(i), 0, size_ * element_bytes_); }
+
+  const RowKernels& kernels() const { return *kernels_; }
+  const Tensor& tensor() const { return tensor_; }
+  int64_t count() const { return count_; }  // rows
+  int64_t size() const { return size_; }    // V
+
+ private:
+  Tensor tensor_;
+  char* data_;
+  int64_t count_, size_, inner_, outer_stride_, inner_stride_, element_bytes_;
+  const RowKernels* kernels_;
+};
+
+// Log-probability of a target and entropy of its row, from the statistics.
+double logp_of(const RowStats& stats, double logit, double inv_temperature);
+double entropy_of(const RowStats& stats);
+
+// Writes d/dlogit of d_logp * logp + d_entropy * H over a row; `out` may be that row itself.
+void write_gradient(const LogitRows& logits, int64_t row, const LogitRows& out, int64_t out_row,
+                    int64_t target, const RowStats& stats, double d_logp, double d_entropy,
+                    double inv_temperature);
+
+// The target of every unmasked row must name a token.
+void check_targets(const char* op, const Targets& targets, const Mask& mask, int64_t count,
+                   int64_t vocabulary);
+
+// Calls f(item) for each of the items, in parallel. All should cost about the same.
+template <class Item, class F>
+void for_each(const std::vector<Item>& items, const F& f) {
+  torch::stable::parallel_for(0, static_cast<int64_t>(items.size()), 1,
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t k = begin; k < end; ++k) f(items[k]);
+                              });
+}
+
+}  // namespace cppo::cpu

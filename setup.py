@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -33,12 +34,32 @@ DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0")
 CPU_SOURCES = (
     "csrc/cppo.cpp",
     "csrc/cpu/advantages_and_prune.cpp",
+    "csrc/cpu/cppo_loss.cpp",
+    "csrc/cpu/loss_terms.cpp",
     "csrc/cpu/pack_completions.cpp",
+    "csrc/cpu/perception_mask.cpp",
+    "csrc/cpu/row_kernels.cpp",
+    "csrc/cpu/row_kernels_avx2.cpp",
+    "csrc/cpu/row_kernels_avx512.cpp",
+    "csrc/cpu/row_kernels_default.cpp",
+    "csrc/cpu/rows.cpp",
+    "csrc/cpu/token_stats.cpp",
 )
 CUDA_SOURCES = ("csrc/cuda/advantages_and_prune.cu", "csrc/cuda/pack_completions.cu")
 CUDA_TABLE = "csrc/cuda/cuda.cpp"
 # No contraction: the CPU and the CUDA kernel round alike.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
+# The row kernels choose their instruction set at run time, and want multiply-adds contracted.
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+SOURCE_FLAGS = {
+    "csrc/cpu/row_kernels_default.cpp": ["-ffp-contract=fast"],
+    "csrc/cpu/row_kernels_avx2.cpp": ["-ffp-contract=fast"],
+    "csrc/cpu/row_kernels_avx512.cpp": ["-ffp-contract=fast"],
+}
+if platform.machine() in ("x86_64", "AMD64"):
+    SOURCE_FLAGS["csrc/cpu/row_kernels_avx2.cpp"] += AVX2_FLAGS
+    SOURCE_FLAGS["csrc/cpu/row_kernels_avx512.cpp"] += AVX512_FLAGS
 HOST_SOURCES = ("csrc/host/planners.cpp",)
 
 
@@ -240,7 +261,7 @@ class BuildExt(build_ext):
             output_dir=self.build_temp,
             macros=ext.define_macros,
             include_dirs=ext.include_dirs,
-            extra_postargs=ext.extra_compile_args,
+            extra_postargs=[*ext.extra_compile_args, *SOURCE_FLAGS.get(source, [])],
             depends=[str(path) for path in sorted(Path("csrc").rglob("*.h"))],
         )
         return str(built)
@@ -285,9 +306,13 @@ for extension in EXTENSIONS:
     extension.optional = not flag("CPPO_FORCE_BUILD")
 
 setup(
-    # Listed here, not in pyproject.toml, because cppo's packages are found and this one is mapped.
-    packages=[*find_packages(include=["cppo", "cppo.*"]), "cppo.triton_kernels"],
-    package_dir={"cppo.triton_kernels": "triton_kernels"},
+    # Listed here, not in pyproject.toml, because cppo's packages are found and two are mapped.
+    packages=[
+        *find_packages(include=["cppo", "cppo.*"]),
+        "cppo.triton_kernels",
+        "cppo.benchmarks",
+    ],
+    package_dir={"cppo.triton_kernels": "triton_kernels", "cppo.benchmarks": "benchmarks"},
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

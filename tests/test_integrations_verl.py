@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -31,6 +33,7 @@ from verl_cases import (  # noqa: E402
 
 import cppo  # noqa: E402
 from cppo.integrations import verl_loss  # noqa: E402
+from cppo.integrations.verl_options import Pruning  # noqa: E402
 from cppo.seeds import seed_from  # noqa: E402
 from cppo.views import perturb_pixel_values, views_from_names  # noqa: E402
 
@@ -39,6 +42,7 @@ example = load_example()
 from verl.trainer.ppo import core_algos  # noqa: E402
 from verl.trainer.ppo.v1 import get_trainer_cls  # noqa: E402
 from verl.utils import tensordict_utils as tu  # noqa: E402
+from verl.utils.config import omega_conf_to_dataclass  # noqa: E402
 from verl.utils.experimental import torch_functional  # noqa: E402
 
 
@@ -586,3 +590,32 @@ def test_the_trainer_says_what_it_cannot_do():
         )
         with pytest.raises(ValueError, match=words):
             get_trainer_cls("cppo")(config)
+
+
+# The page about it
+
+
+def test_the_page_runs(capsys):
+    page = (ROOT / "docs" / "verl.md").read_text()
+    blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL)
+    assert [language for language, _ in blocks] == ["python", "bash", "python", "python"]
+    for language, code in blocks:
+        if language == "python":
+            exec(code, {"__name__": "page"})
+    assert "pruning trainer: fits" in capsys.readouterr().out
+    assert get_trainer_cls("mine").__name__ == "MyTrainer"
+
+    command = shlex.split(blocks[1][1].replace("\\\n", " "))
+    assert command[:3] == ["python", "-m", "verl.trainer.main_ppo"]
+    config = composed(*command[3:])
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert type(actor.policy_loss).__name__ == "PolicyLossConfig"
+    assert verl_loss.loss_config(actor) == cppo.LossConfig(
+        clip_high=0.2, dual_clip=3.0, cpl_reduction="sequence", cpl_coef=0.01
+    )
+    assert config.actor_rollout_ref.model.fused_kernel_options.impl_backend == "cppo"
+    trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config)
+    assert trainer.pruning == Pruning(prune_rate=0.875)
+    trainer.global_steps = 1
+    with trainer._kept_per_question():
+        assert trainer._get_required_batch_multiple(dp_size=8) == 512 * 2

@@ -1,4 +1,4 @@
-# make setup | demo | test | gpu | lint | fix | bench-smoke. An active virtual environment is used,
+# make setup | demo | test | bench | gpu | lint | fix | bench-smoke. An active virtual environment is used,
 # else .venv is made. A torch that is already there is kept; TORCH chooses the one to install, and
 # PIP_OPTIONS goes to every pip (an index with smaller CPU builds of torch, for example).
 #
@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := build/setup$(subst /,-,$(VENV))
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup demo test gpu lint fix bench-smoke
+.PHONY: setup demo test gpu lint fix bench bench-smoke
 
 setup: $(STAMP)
 
@@ -48,5 +48,8 @@ fix: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: setup
+	$(BIN)/cppo bench $(BENCH_OPTIONS)
+
 bench-smoke: setup
-	$(BIN)/python benchmarks/bench_host_ops.py --smoke
+	$(BIN)/cppo bench --shapes toy

@@ -21,8 +21,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from environment import environment
-
+from cppo.benchmarks.environment import environment
 from cppo.progress import read_metrics
 
 RESULTS = Path(__file__).parent / "results"

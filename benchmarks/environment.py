@@ -6,25 +6,62 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
 import torch
 
+HERE = Path(__file__).resolve().parent
 
-def environment() -> dict[str, str]:
+
+def results_folder() -> Path:
+    """`benchmarks/results` in a clone, else `cppo-bench` in the working directory."""
+    for folder in (HERE / "results", Path.cwd() / "benchmarks" / "results"):
+        if folder.is_dir():
+            return folder
+    return Path.cwd() / "cppo-bench"
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     """Device, versions, commit and date."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always"]
+    git = ["git", "-C", str(HERE), "describe", "--always", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "device": f"{_cpu()}, {torch.get_num_threads()} of {os.cpu_count()} threads",
+        "device": device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-        "cppo": importlib.metadata.version("cppo"),
+        "transformers": version("transformers"),
+        "cppo": version("cppo"),
         "commit": commit or "unknown",
         "date": datetime.date.today().isoformat(),
     }
+
+
+def device_name(device: torch.device | str = "cpu") -> str:
+    """The accelerator's name, or the processor's with the threads in use."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def file_stem(device: torch.device | str = "cpu") -> str:
+    """A file name for the rows of this device: `cpu_amd_epyc_2_of_2_threads`."""
+    words = re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_")
+    return f"{torch.device(device).type}_{words}"
+
+
+def version(package: str) -> str:
+    """The installed version of a distribution, or '' without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def load_per_core() -> float:
+    """Other work on this machine: above about 0.25 CPU timings are not to be trusted."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
 def _cpu() -> str:

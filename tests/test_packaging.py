@@ -20,7 +20,16 @@ import torch
 from cppo.cli import info
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "csrc", "triton_kernels", "cppo")
+SOURCES = (
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "LICENSE",
+    "csrc",
+    "triton_kernels",
+    "benchmarks",
+    "cppo",
+)
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 HAS_NVCC = bool(shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists())
 
@@ -88,6 +97,7 @@ def test_wheel_holds_the_package_and_nothing_at_top_level(full_wheel):
     names = zipfile.ZipFile(full_wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"cppo"}
     assert {"cppo/triton_kernels/__init__.py", "cppo/_C.abi3.so", "cppo/py.typed"} <= set(names)
+    assert "cppo/benchmarks/cases.py" in names
     assert any(name.startswith("cppo/_host.") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     sources = full_wheel.parents[1] / "sources"

@@ -1,4 +1,4 @@
-"""The command line: `cppo train`, `cppo eval`, `cppo info`, `cppo demo`.
+"""The command line: `cppo train`, `cppo eval`, `cppo info`, `cppo demo`, `cppo bench`.
 
 A mistake in a configuration or in data is one line on stderr and exit status 2; CPPO_DEBUG=1 shows
 where it was raised. transformers is imported only once there is something to run.
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _CONFIG_NAME = "config.yaml"
 _FORWARDED = {
     "info": "which backend of each op runs here, and why another does not",
+    "bench": "measure every op against the peers that are installed and the machine's limits",
     "demo": "train a tiny vision-language model on handwritten digits, with a report",
 }
 
@@ -56,6 +57,10 @@ def _run(command: str, arguments: list[str]) -> int:
         from cppo.demo import run
 
         return run.main(arguments[1:])
+    if command == "bench":
+        from cppo.cli import bench
+
+        return bench.main(arguments[1:])
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:

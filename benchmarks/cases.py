@@ -1,0 +1,220 @@
+"""The one list of cases: which op on which shape, and what it must at least move and compute.
+
+Shape sets: `toy` shows that everything runs, `small` is a first look (two minutes), `paper` are
+the README's tables, `full` adds the sweeps. Bytes and FLOPs are those of the best possible plan,
+the same for every competitor: a slower plan shows as a smaller share of the machine's ceiling.
+
+A view's read is T V itemsize bytes; f is the share of rows in completions with A > 0, r the
+selected share of those. A GEMM unit is 2 T V D operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import cppo
+from cppo import backends
+from cppo.benchmarks import inputs as draw
+from cppo.benchmarks.inputs import DTYPES, Inputs, Sizes
+
+SHAPES = ("toy", "small", "paper", "full")
+QWEN = 151_936  # the vocabulary of Qwen2, Qwen2.5 and their vision-language models
+GPT2 = 50_257
+ROW_OPS = ("token_stats", "cppo_loss", "linear_token_stats", "linear_cppo_loss")
+FLOPS_PER_LOGIT = 8  # of one pass: subtract, exp, three sums
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one input.
+
+    Args:
+        op: a public op of cppo. shape: in words. dtype: "fp32", "bf16", or "" for integer ops.
+        make: draws the keyword arguments on a device.
+        modes: "forward" (without autograd) and "both" (with every gradient).
+        sizes: of a row op; None for the others.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    make: Callable[[torch.device], Inputs]
+    modes: tuple[str, ...] = ("forward",)
+    sizes: Sizes | None = None
+    call: Callable[..., Any] = field(default=None, repr=False)  # type: ignore[assignment]
+
+    @property
+    def name(self) -> str:
+        return " ".join(word for word in (self.op, self.shape, self.dtype) if word)
+
+    def run(self, inputs: Inputs, backend: str) -> Any:
+        """The op itself on one of its backends."""
+        if self.call is not None:
+            return self.call(inputs, backend)
+        return getattr(cppo, self.op)(**inputs, backend=backend)
+
+    @property
+    def unit(self) -> str:
+        """What the rate counts; '' where time alone says it."""
+        if self.sizes is None:
+            return ""
+        return "TFLOP/s" if self.sizes.hidden else "GB/s"
+
+    def bytes(self, mode: str) -> float:
+        """Bytes that the best plan moves through memory."""
+        sizes = self.sizes
+        if sizes is None:
+            return 0.0
+        item = DTYPES[self.dtype].itemsize
+        if sizes.hidden:
+            weight = sizes.vocabulary * sizes.hidden * item
+            return weight * (1 if mode == "forward" else 3)
+        view = sizes.rows * sizes.vocabulary * item
+        if self.op == "token_stats" or sizes.views == 1:
+            return view * (1 if mode == "forward" else 3)
+        # The sampled-token divergences need the positive view only at selected rows.
+        positive = sizes.looking if sizes.divergence == "full" else sizes.selected
+        forward = 1 + sizes.looking + positive
+        return view * (forward if mode == "forward" else forward + 1 + 2 * sizes.selected + 3)
+
+    def flops(self, mode: str) -> float:
+        """Operations of the best plan: matrix products for a head, else those of each logit."""
+        sizes = self.sizes
+        if sizes is None:
+            return 0.0
+        if not sizes.hidden:
+            item = DTYPES[self.dtype].itemsize
+            return FLOPS_PER_LOGIT * self.bytes(mode) / item
+        unit = 2.0 * sizes.rows * sizes.vocabulary * sizes.hidden
+        if self.op == "linear_token_stats" or sizes.views == 1:
+            return unit * (1 if mode == "forward" else 3)
+        f, s = sizes.looking, sizes.selected
+        return unit * (1 + f + s if mode == "forward" else min(3 + f + 9 * s, 9.0))
+
+
+def cases(shapes: str, device: torch.device) -> Iterator[Case]:
+    """Every case of a shape set on a device, the first ones those that matter most."""
+    yield from _row_cases(shapes, device.type == "cuda")
+    if device.type == "cpu":
+        yield from _host_cases(shapes)
+
+
+def _row_case(op: str, words: str, sizes: Sizes, dtype: str) -> Case:
+    shape = f"T={sizes.rows} V={sizes.vocabulary}"
+    shape += f" D={sizes.hidden}" if sizes.hidden else ""
+    return Case(
+        op,
+        f"{shape} {words}".strip(),
+        dtype,
+        lambda device: draw.row_inputs(op, sizes, dtype, device),
+        ("forward",) if op == "perception_mask" else ("forward", "both"),
+        None if op == "perception_mask" else sizes,
+    )
+
+
+def _row_cases(shapes: str, on_gpu: bool) -> Iterator[Case]:
+    for dtype in DTYPES:
+        for op, words, sizes in _row_sizes(shapes, on_gpu):
+            yield _row_case(op, words, sizes, dtype)
+    length = {"toy": 16, "small": 1024}.get(shapes, 4096)
+    sizes = Sizes(4 if shapes == "toy" else 64, length, 0)
+    words = f"B={sizes.completions} L={length}"
+    case = _row_case("perception_mask", words, sizes, "fp32")
+    yield Case(case.op, words, "fp32", case.make)
+
+
+def _row_sizes(shapes: str, on_gpu: bool) -> Iterator[tuple[str, str, Sizes]]:
+    """(op, words, sizes) of the ops on rows."""
+    vocabulary = 193 if shapes == "toy" else QWEN
+    for rows in _logit_rows(shapes, on_gpu):
+        length = rows // 8
+        dense = Sizes(8, length, vocabulary, positive_share=0.5, selected_share=1.0, gating=False)
+        yield "cppo_loss", "three views, all rows", dense
+        yield "cppo_loss", "three views, f=0.5 r=0.2", Sizes(8, length, vocabulary)
+        if shapes != "small":
+            full = Sizes(8, length, vocabulary, divergence="full")
+            yield "cppo_loss", "three views, f=0.5 r=0.2, full divergence", full
+            yield "cppo_loss", "anchor only", Sizes(8, length, vocabulary, views=1)
+        yield "token_stats", "", Sizes(8, length, vocabulary)
+    if shapes == "full":
+        yield "token_stats", "", Sizes(8, 64, GPT2)
+        for f in (0.25, 0.5, 1.0):
+            for r in (0.05, 0.2, 0.5):
+                rows = 8192 if on_gpu else 256
+                sizes = Sizes(8, rows // 8, QWEN, positive_share=f, selected_share=r)
+                yield "cppo_loss", f"three views, f={f:g} r={r:g}", sizes
+    for rows, hidden in _linear_sizes(shapes, on_gpu):
+        sizes = Sizes(rows // 32 or 4, min(rows, 32) if shapes != "toy" else 6, vocabulary, hidden)
+        yield "linear_cppo_loss", "three views, f=0.5 r=0.2", sizes
+        if shapes in ("toy", "paper"):
+            one = Sizes(sizes.completions, sizes.length, vocabulary, hidden, views=1)
+            yield "linear_cppo_loss", "anchor only", one
+            yield "linear_token_stats", "", sizes
+
+
+def _logit_rows(shapes: str, on_gpu: bool) -> tuple[int, ...]:
+    if on_gpu:
+        return {"toy": (48,), "small": (2048,), "paper": (8192, 16384)}.get(
+            shapes, (1024, 4096, 8192, 16384, 32768)
+        )
+    return {"toy": (48,), "small": (32,), "paper": (256,)}.get(shapes, (64, 256, 1024))
+
+
+def _linear_sizes(shapes: str, on_gpu: bool) -> tuple[tuple[int, int], ...]:
+    """(T, D) of the ops on hidden states."""
+    if shapes == "toy":
+        return ((24, 16),)
+    if on_gpu:
+        paper = ((8192, 2048), (8192, 3584), (16384, 2048), (16384, 3584))
+        return {"small": ((2048, 2048),), "paper": paper}.get(
+            shapes, ((1024, 3584), (4096, 3584), *paper, (32768, 2048))
+        )
+    return {"small": ((32, 256),), "paper": ((32, 256), (512, 1024), (4096, 512))}.get(
+        shapes, ((1024, 512), (2048, 512), (4096, 512), (8192, 512))
+    )
+
+
+def _host_cases(shapes: str) -> Iterator[Case]:
+    """The ops that prepare a training batch, on inputs as a trainer has them: G = 16."""
+    toy = shapes == "toy"
+    for count in (32,) if toy else (512,) if shapes == "small" else (512, 8192):
+        for scope in ("group", "batch"):
+            yield Case(
+                "advantages_and_prune",
+                f"B={count} G=16 scope={scope}",
+                "",
+                lambda device, n=count, s=scope: {  # type: ignore[misc]
+                    "rewards": draw.rewards(n),
+                    "group_size": 16,
+                    "prune_rate": 0.75,
+                    "scope": s,
+                },
+            )
+    sizes = ((8, 32),) if toy else ((64, 1024),) if shapes == "small" else ((64, 1024), (512, 2048))
+    for count, length in sizes:
+        yield Case(
+            "pack_completions",
+            f"B={count} L={length} K={count // 4}, 6 per-token tensors",
+            "",
+            lambda device, n=count, l=length: draw.rollout(n, l),  # type: ignore[misc]
+        )
+    for count in (64,) if toy else (512,) if shapes == "small" else (512, 8192):
+        for op, word, size in (
+            ("plan_microbatches", "max_tokens", 8192),
+            ("balance_ranks", "world_size", 8),
+        ):
+            yield Case(
+                op,
+                f"n={count} {word}={size}",
+                "",
+                lambda device, n=count, size=size: {  # type: ignore[misc]
+                    "arguments": (draw.lengths(n), size)
+                },
+                call=lambda inputs, backend, op=op: getattr(backends.pick(op, None, backend), op)(
+                    *inputs["arguments"]
+                ),
+            )

@@ -1,0 +1,396 @@
+"""Measures one case: first what is right, then how fast, each variant on the same inputs.
+
+1. On a part of the inputs every backend of ours is held to the accuracy law of `cppo.testing`
+   against fp64, outputs and gradients; a backend that breaks it is reported and never timed.
+   Peers are not judged: their error against fp64 stands beside their time.
+2. The first whole call is compared with the same fp64 results on those rows: what only goes wrong
+   at full size (offsets, tails) is seen here.
+3. Peak memory of one whole call.
+4. Times, interleaved.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cppo import backends, reference
+from cppo.benchmarks import peers, timing
+from cppo.benchmarks.cases import Case
+from cppo.benchmarks.ceilings import Ceilings
+from cppo.benchmarks.inputs import Inputs, part_of
+from cppo.benchmarks.peers import Competitor
+from cppo.records import Views
+from cppo.testing import assert_as_accurate, in_fp64
+
+Outputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is spent on a case.
+
+    seconds: of timing for each variant and mode. rounds: at least so many samples; of calls that
+    take longer than `seconds`, three. check_rows: rows on which fp64 is computed. patience: of a
+    call longer than this many seconds the first is the only sample. limit: what is expected to take
+    longer is not run at all.
+    """
+
+    seconds: float = 5.0
+    rounds: int = 7
+    check_rows: int = 64
+    patience: float = 60.0
+    limit: float = 150.0
+
+    def rounds_of(self, call_seconds: float) -> int:
+        return self.rounds if call_seconds < self.seconds else min(self.rounds, 3)
+
+
+@dataclass(eq=False)
+class Measured:
+    """What is known of one variant in one mode; `samples` is empty where nothing was timed."""
+
+    case: Case
+    mode: str
+    backend: str
+    peer: str
+    status: str = "ok"
+    note: str = ""
+    error: float = math.nan
+    error_of: str = ""
+    samples: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    gradient_bytes: int = 0
+    first_seconds: float = 0.0
+
+    @property
+    def variant(self) -> str:
+        return self.backend or self.peer
+
+    def ms(self, share: float = 0.5) -> float:
+        return timing.percentile(self.samples, share) if self.samples else math.nan
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of our backends, or a peer (its name is then in the competitor)."""
+
+    backend: str
+    competitor: Competitor
+
+    @property
+    def name(self) -> str:
+        return self.backend or self.competitor.peer
+
+
+def measure(
+    case: Case,
+    device: torch.device,
+    budget: Budget,
+    ceilings: Ceilings,
+    against: tuple[str, ...] = peers.NAMES,
+    only_backends: tuple[str, ...] = (),
+    modes: tuple[str, ...] = (),
+    on_result: Callable[[Measured], None] = lambda measured: None,
+) -> Iterator[Measured]:
+    """Everything about one case; `on_result` hears of each variant when its memory is known."""
+    variants, absent = variants_of(case, device, against, only_backends)
+    inputs = case.make(device)
+    too_long = {v.name: _too_long(case, v, budget, ceilings) for v in variants}
+    judged = {name: (reason, math.nan, "") for name, reason in too_long.items() if reason}
+    exact = check(case, inputs, [v for v in variants if v.name not in judged], budget, judged)
+    for mode in case.modes:
+        if modes and mode not in modes:
+            continue
+        results = []
+        for variant in variants:
+            measured = _first_call(case, mode, inputs, variant, exact, judged, device)
+            results.append((variant, measured))
+            on_result(measured)
+        first = {v.name: m.first_seconds for v, m in results if m.status == "ok"}
+        samples = {name: [1e3 * s] for name, s in first.items() if s > budget.patience}
+        calls = {
+            v.name: timed(case, mode, inputs, v)
+            for v, _ in results
+            if v.name in first and v.name not in samples
+        }
+        rounds = {name: budget.rounds_of(first[name]) for name in calls}
+        samples |= timing.time_interleaved(calls, budget.seconds, rounds, device)
+        for variant, measured in results:
+            measured.samples = samples.get(variant.name, [])
+            yield measured
+        for name, reason in absent.items():
+            yield Measured(case, mode, "", name, status=reason)
+        gc.collect()
+
+
+def variants_of(
+    case: Case, device: torch.device, against: tuple[str, ...], only: tuple[str, ...] = ()
+) -> tuple[list[Variant], dict[str, str]]:
+    """Our backends and the peers of `against` that run here, and why other peers do not."""
+    found, absent = peers.competitors(case, device, against)
+    ours = _backends(case, device, only)
+    return ours + [Variant("", competitor) for competitor in found], absent
+
+
+def _backends(case: Case, device: torch.device, only: tuple[str, ...]) -> list[Variant]:
+    """Ours, the fastest first. Not without being asked: the interpreter, and the specification
+    where something faster runs."""
+    names = backends.available(case.op, device)
+    if only:
+        names = [name for name in names if name in only]
+    else:
+        names = [n for n in names if n != "triton" or device.type != "cpu"]
+        names = [n for n in names if n != "reference" or (len(names) == 1 and case.sizes)]
+    return [Variant(name, Competitor("", _ours(case, name))) for name in names]
+
+
+def _ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
+    return lambda inputs: case.run(inputs, backend)
+
+
+# Calls
+
+
+def _leaves(inputs: Inputs) -> tuple[Inputs, dict[str, Tensor]]:
+    """The inputs with fresh leaves in place of what gradients flow to, and these leaves."""
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(name: str, value: Tensor) -> Tensor:
+        leaves[name] = value.detach().requires_grad_()
+        return leaves[name]
+
+    fresh = dict(inputs)
+    for name in ("logits", "hidden", "weight"):
+        value = inputs.get(name)
+        if isinstance(value, Views):
+            fields = zip(value._fields, value, strict=True)
+            views: list[Any] = [x if x is None else leaf(f"{name}.{f}", x) for f, x in fields]
+            fresh[name] = Views(*views)
+        elif isinstance(value, Tensor):
+            fresh[name] = leaf(name, value)
+    return fresh, leaves
+
+
+def _upstream(name: str, value: Tensor, rows: int) -> Tensor:
+    """The gradient that arrives at an output: gradients of the inputs are then of order one."""
+    if name == "loss":
+        return torch.full_like(value, float(rows))
+    # Different at every row, the same in every dtype and for every variant.
+    index = torch.arange(value.numel(), device=value.device, dtype=torch.float64)
+    phase = index + (0.5 if name == "entropy" else 0.0)
+    return torch.cos(phase).view(value.shape).to(value.dtype)
+
+
+def run(case: Case, mode: str, inputs: Inputs, call: Callable[[Inputs], Any]) -> Outputs:
+    """One call with its gradients ("both") or without autograd ("forward"), as it is timed."""
+    if mode == "forward":
+        with torch.no_grad():
+            return peers.named(case, call(inputs))
+    fresh, leaves = _leaves(inputs)
+    outputs = peers.named(case, call(fresh))
+    differentiable = {k: v for k, v in outputs.items() if v.requires_grad}
+    if "loss" in differentiable:
+        differentiable = {"loss": differentiable["loss"]}
+    rows = inputs["targets"].numel()
+    gradients = torch.autograd.grad(
+        list(differentiable.values()),
+        list(leaves.values()),
+        [_upstream(name, value, rows) for name, value in differentiable.items()],
+        allow_unused=True,
+    )
+    outputs = {name: value.detach() for name, value in outputs.items()}
+    for name, gradient in zip(leaves, gradients, strict=True):
+        outputs[f"grad.{name}"] = torch.zeros_like(leaves[name]) if gradient is None else gradient
+    return outputs
+
+
+def timed(case: Case, mode: str, inputs: Inputs, variant: Variant) -> Callable[[], Any]:
+    if case.sizes is None:
+        return lambda: variant.competitor.call(inputs)
+    return lambda: run(case, mode, inputs, variant.competitor.call)
+
+
+# Correctness
+
+
+Judged = dict[str, tuple[str, float, str]]
+
+
+def check(
+    case: Case, inputs: Inputs, variants: list[Variant], budget: Budget, judged: Judged
+) -> Outputs:
+    """The fp64 results on a part of the inputs; `judged` gets (status, error, of which output)."""
+    part, mode = inputs, "forward"
+    if case.sizes is not None:
+        part = part_of(inputs, max(2, budget.check_rows // case.sizes.length))
+        mode = case.modes[-1]
+    specification = _ours(case, "reference")
+    exact = run(case, mode, in_fp64(part), specification)
+    with _summed_in_fp32():
+        eager = run(case, mode, part, specification)
+    for variant in variants:
+        if variant.competitor.fixed_shape:
+            continue
+        try:
+            outputs = run(case, mode, part, variant.competitor.call)
+        except Exception as error:
+            judged[variant.name] = (f"failed: {_line(error)}", math.nan, "")
+            continue
+        status = "ok"
+        if variant.backend:
+            status = _law(outputs, eager, exact)
+        judged[variant.name] = (status, *largest_error(outputs, exact))
+    return exact
+
+
+@contextmanager
+def _summed_in_fp32() -> Iterator[None]:
+    """The reference's bf16 products by fp32 sums rounded once, which is what a bf16 GEMM gives.
+
+    torch's own takes minutes on a CPU without bf16 instructions.
+    """
+
+    def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if hidden.dtype != torch.bfloat16 or hidden.device.type != "cpu":
+            return whole(hidden, weight, bias)
+        logits = torch.nn.functional.linear(hidden.float(), weight.float()).to(hidden.dtype)
+        return logits if bias is None else logits.float() + bias
+
+    whole, reference._linear = reference._linear, linear
+    try:
+        yield
+    finally:
+        reference._linear = whole
+
+
+def _law(outputs: Outputs, eager: Outputs, exact: Outputs) -> str:
+    """'ok', or the first output that breaks the accuracy law."""
+    try:
+        for name in exact:
+            if exact[name].dtype.is_floating_point:
+                assert_as_accurate(name, outputs[name], eager[name], exact[name])
+            elif not torch.equal(outputs[name].cpu(), exact[name].cpu()):
+                return f"wrong: {name} differs"
+    except (AssertionError, KeyError) as error:
+        return f"wrong: {_line(error)}"
+    return "ok"
+
+
+def largest_error(outputs: Outputs, exact: Outputs) -> tuple[float, str]:
+    """max|x - exact| / max|exact| of the worst output, and its name; inf where not finite."""
+    worst, of = 0.0, ""
+    for name in outputs.keys() & exact.keys():
+        truth = exact[name].double()
+        if truth.numel() == 0:
+            continue
+        difference = (outputs[name].double() - truth).abs().max()
+        scale = truth.abs().max().clamp(min=1e-30)
+        error = float(difference / scale)
+        error = math.inf if math.isnan(error) else error
+        if error > worst or not of:
+            worst, of = error, name
+    return worst, of
+
+
+def _first_call(
+    case: Case,
+    mode: str,
+    inputs: Inputs,
+    variant: Variant,
+    exact: Outputs,
+    judged: Judged,
+    device: torch.device,
+) -> Measured:
+    competitor = variant.competitor
+    status, error, of = judged.get(variant.name, ("ok", math.nan, ""))
+    result = Measured(case, mode, variant.backend, competitor.peer, status, competitor.note)
+    result.error, result.error_of = error, of
+    if status != "ok":
+        return result
+    if shortage := _shortage(case, competitor, device):
+        result.status = shortage
+        return result
+    kept: Outputs = {}
+    call = timed(case, mode, inputs, variant)
+
+    def first() -> None:
+        start = time.perf_counter()
+        kept.update(peers.named(case, call()))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        result.first_seconds = time.perf_counter() - start
+
+    try:
+        if competitor.fixed_shape:
+            call()  # compiles, outside of the measured memory
+        result.peak_bytes = timing.peak_growth(first, device)
+        if not kept:
+            first()
+    except Exception as error_:
+        result.status = f"failed: {_line(error_)}"
+        return result
+    gradients = [value for name, value in kept.items() if name.startswith("grad.")]
+    result.gradient_bytes = sum(g.numel() * g.element_size() for g in gradients)
+    _compare_whole(result, kept, exact, competitor.fixed_shape)
+    return result
+
+
+def _compare_whole(result: Measured, kept: Outputs, exact: Outputs, is_only_check: bool) -> None:
+    """The per-row outputs of the whole call on the rows of which fp64 is known."""
+    rows: Outputs = {
+        name: kept[name][: len(exact[name])]
+        for name in ("logps", "entropy")
+        if name in kept and name in exact
+    }
+    if not rows:
+        return
+    error, of = largest_error(rows, exact)
+    if is_only_check:
+        result.error, result.error_of = error, f"{of} (rows alone)"
+    elif result.backend and not error <= 2 * result.error + 1e-5:
+        result.status = f"wrong: {of} of the whole call is off by {error:.2g}"
+
+
+def _shortage(case: Case, competitor: Competitor, device: torch.device) -> str:
+    """Why this call would not fit into memory, or ''."""
+    if not competitor.views_held or case.sizes is None:
+        return ""
+    views = competitor.views_held * case.sizes.views / 3 if case.op.endswith("loss") else 2
+    needs = views * case.sizes.rows * case.sizes.vocabulary * 4
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needs < 0.8 * free:
+        return ""
+    return f"not run: needs about {needs / 2**30:.0f} GiB, {free / 2**30:.0f} free"
+
+
+def _too_long(case: Case, variant: Variant, budget: Budget, ceilings: Ceilings) -> str:
+    """Why nobody would wait for torch's own matrix products here, or ''."""
+    if case.sizes is None or not case.sizes.hidden or variant.backend not in ("", "reference"):
+        return ""
+    products = 3 if len(case.modes) == 1 else 3 * case.sizes.views
+    unit = 2.0 * case.sizes.rows * case.sizes.vocabulary * case.sizes.hidden
+    rate = ceilings.gemm(case.dtype) * 1e12
+    seconds = products * unit / rate
+    if seconds < budget.limit:
+        return ""
+    return (
+        f"not run: about {seconds / 60:.0f} min at torch's {rate / 1e9:.2g} GFLOP/s in {case.dtype}"
+    )
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:160]

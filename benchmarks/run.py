@@ -1,0 +1,162 @@
+"""`cppo bench` behind its arguments: the cases one by one, rows written as they are measured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from cppo.benchmarks import peers, rows
+from cppo.benchmarks.cases import Case, cases
+from cppo.benchmarks.ceilings import Ceilings, measure_ceilings
+from cppo.benchmarks.environment import (
+    device_name,
+    environment,
+    file_stem,
+    load_per_core,
+    results_folder,
+    version,
+)
+from cppo.benchmarks.harness import Budget, Measured, measure
+from cppo.benchmarks.show import LiveTables
+
+BUSY = 0.25  # load per core above which the machine is doing something else
+BUDGETS = {
+    "toy": Budget(seconds=0.0, rounds=2),
+    "small": Budget(seconds=0.4, rounds=3, check_rows=16, patience=3.0, limit=6.0),
+    "paper": Budget(seconds=6.0, rounds=5),
+    "full": Budget(seconds=6.0, rounds=5),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `cppo bench` was asked for; empty tuples mean everything.
+
+    output: the CSV file. None: a file named after the device, in a clone's benchmarks/results,
+    else in ./cppo-bench; "small" and "toy" are a look and write there only when asked.
+    """
+
+    shapes: str = "small"
+    ops: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+    against: tuple[str, ...] = peers.NAMES
+    device: str = "cpu"
+    output: Path | None = None
+    seconds: float | None = None
+    missing_only: bool = False
+
+    @property
+    def path(self) -> Path:
+        return self.output or results_folder() / f"{file_stem(self.device)}.csv"
+
+    @property
+    def budget(self) -> Budget:
+        budget = BUDGETS[self.shapes]
+        if self.seconds is None:
+            return budget
+        return replace(budget, seconds=self.seconds)
+
+
+def selected(options: Options) -> list[Case]:
+    """The cases that the options leave."""
+    found = cases(options.shapes, torch.device(options.device))
+    return [
+        case
+        for case in found
+        if (not options.ops or case.op in options.ops)
+        and (not options.dtypes or case.dtype in ("", *options.dtypes))
+    ]
+
+
+def bench(options: Options, console: Console) -> tuple[list[rows.Row], list[Measured]]:
+    """Measures every selected case; a wrong result of ours is shown and has no time.
+
+    Returns: the new rows, and the wrong results.
+    """
+    device = torch.device(options.device)
+    budget = options.budget
+    ceilings = measure_ceilings(device, min(1.0, budget.seconds), toy=options.shapes == "toy")
+    shared = {**environment(device), **_peer_versions(), **ceilings.columns()}
+    shared["shapes"] = options.shapes
+    _opening(console, options, ceilings)
+    tables = LiveTables(console, ceilings)
+    todo = selected(options)
+    done = {rows.key(row)[:4] for row in rows.read(options.path)} if options.missing_only else set()
+    new: list[rows.Row] = []
+    wrong: list[Measured] = []
+    for number, case in enumerate(todo, 1):
+        if (case.op, case.shape, case.dtype, case.modes[-1]) in done:
+            continue
+        tables.heading(case, number, len(todo))
+        load = f"{load_per_core():.2f}"
+        measured = _measure(case, device, options, tables)
+        wrong += [m for m in measured if m.status.startswith(("wrong", "failed")) and m.backend]
+        found = [
+            {**row, **shared, "load": load}
+            for mode in case.modes
+            for row in rows.make_rows([m for m in measured if m.mode == mode], ceilings)
+        ]
+        new += found
+        if options.shapes != "toy" or options.output is not None:
+            rows.merge(options.path, found)
+    return new, wrong
+
+
+def _measure(
+    case: Case, device: torch.device, options: Options, tables: LiveTables
+) -> list[Measured]:
+    known: list[Measured] = []
+    with warnings.catch_warnings(), tables.case() as show:
+        warnings.simplefilter("ignore")  # of the peers: deprecations, options that they lack
+
+        def heard(measured: Measured) -> None:
+            known.append(measured)
+            show(known)
+
+        variants = (options.against, options.backends, options.modes)
+        results = measure(case, device, options.budget, tables.ceilings, *variants, heard)
+        for measured in results:
+            if measured not in known:
+                known.append(measured)
+        show(known)
+    tables.console.print()
+    return known
+
+
+def _peer_versions() -> dict[str, str]:
+    return {name: version(name) for name in ("triton", "trl", "liger-kernel", "verl")}
+
+
+def _opening(console: Console, options: Options, ceilings: Ceilings) -> None:
+    console.print(
+        f"[bold]cppo bench[/] --shapes {options.shapes}  on {device_name(options.device)}"
+    )
+    console.print(
+        f"this machine: copy {ceilings.copy_gb_s:.1f} GB/s, read {ceilings.read_gb_s:.1f} GB/s, "
+        f"GEMM fp32 {ceilings.gemm_fp32_tflop_s:.3g}, bf16 {ceilings.gemm_bf16_tflop_s:.3g} TFLOP/s"
+    )
+    listed = [
+        f"{name} {number or '[dim]not installed[/]'}" for name, number in peers.installed().items()
+    ]
+    console.print(f"peers: eager and compiled PyTorch, {', '.join(listed)}")
+    if options.device == "cpu" and load_per_core() > BUSY:
+        console.print(
+            f"[yellow]the machine is busy (load {load_per_core():.2f} per core): times will be "
+            "too long, ratios less so[/]"
+        )
+    console.print(
+        "[dim]bytes and operations are those of the best plan, so that a slower plan shows as a "
+        "smaller share of the ceiling; error: against fp64, relative to the largest value[/]\n"
+    )
+
+
+def report_wrong(console: Console, wrong: Sequence[Measured]) -> None:
+    for m in wrong:
+        console.print(f"[bold red]{m.case.name} {m.mode} {m.backend}: {m.status}[/]")

@@ -1,0 +1,138 @@
+"""The live table of `cppo bench`, and the Markdown tables of the README."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+from cppo.benchmarks.cases import Case
+from cppo.benchmarks.ceilings import Ceilings
+from cppo.benchmarks.harness import Measured
+from cppo.benchmarks.rows import Row
+
+
+class LiveTables:
+    """The table of the case that is being measured, redrawn as its variants come in."""
+
+    def __init__(self, console: Console, ceilings: Ceilings) -> None:
+        self.console = console
+        self.ceilings = ceilings
+
+    def heading(self, case: Case, number: int, count: int) -> None:
+        self.console.print(f"[bold]{case.name}[/]  [dim]{number} of {count}[/]", highlight=False)
+
+    @contextmanager
+    def case(self) -> Iterator[Callable[[Sequence[Measured]], None]]:
+        """Shows what is known of one case; called again with more of it."""
+        with Live(console=self.console, auto_refresh=False) as live:
+
+            def show(measured: Sequence[Measured]) -> None:
+                modes = dict.fromkeys(m.mode for m in measured)
+                tables = [self._table([m for m in measured if m.mode == mode]) for mode in modes]
+                live.update(Group(*tables), refresh=self.console.is_terminal)
+
+            yield show
+
+    def _table(self, measured: Sequence[Measured]) -> Table:
+        """The variants of one mode; ours stands out where it is the fastest."""
+        case, mode = measured[0].case, measured[0].mode
+        timed = [m for m in measured if m.samples]
+        eager = next((m.ms() for m in timed if m.peer == "eager"), math.nan)
+        fastest = min((m.ms() for m in timed), default=math.nan)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(_MODE[mode] if case.sizes else "", min_width=26, no_wrap=True)
+        for title in ("ms", "p20 - p80", "vs eager", case.unit or " ", "ceiling", "MiB", "error"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("", style="dim")
+        for m in measured:
+            name = f"cppo {m.backend}" if m.backend else m.peer
+            style = "bold" if m.backend else ""
+            if not m.samples:
+                bad = m.status.startswith(("wrong", "failed"))
+                text = "..." if m.status == "ok" else m.status
+                error = f"{m.error:.0e}" if m.error > 0 else ""
+                row = [name, *[""] * 6, error, f"[{'bold red' if bad else 'dim'}]{text}[/]"]
+            else:
+                row = [name, *self._numbers(m, eager), m.note]
+                style = "bold green" if m.backend and m.ms() == fastest else style
+            table.add_row(*row, style=style)
+        return table
+
+    def _numbers(self, m: Measured, eager_ms: float) -> list[str]:
+        rate = share = ""
+        if m.case.unit:
+            work = m.case.bytes(m.mode) / 1e9
+            if m.case.unit == "TFLOP/s":
+                work = m.case.flops(m.mode) / 1e12
+            value = work / m.ms() * 1e3
+            rate = f"{value:.3g}"
+            share = f"{100 * value / self.ceilings.of(m.case.unit, m.case.dtype):.0f} %"
+        return [
+            f"{m.ms():.4g}",
+            f"{m.ms(0.2):.3g} - {m.ms(0.8):.3g}",
+            "" if math.isnan(eager_ms) else f"{eager_ms / m.ms():.2f}x",
+            rate,
+            share,
+            "" if m.peak_bytes is None else f"{m.peak_bytes / 2**20:,.0f}",
+            "" if math.isnan(m.error) else f"{m.error:.0e}",
+        ]
+
+
+_MODE = {"forward": "forward", "both": "forward + backward"}
+
+
+def summary(rows: Sequence[Row], kind: str = "logits") -> str:
+    """A Markdown table of committed rows.
+
+    Args:
+        kind: "host" (integer ops), or the ops on rows: "logits", "linear".
+    """
+    if kind == "host":
+        return _host_summary([row for row in rows if not row["dtype"]])
+    is_linear = kind == "linear"
+    chosen = [row for row in rows if row["unit"] and row["op"].startswith("linear") == is_linear]
+    cells: dict[tuple[str, ...], list[Row]] = {}
+    for row in chosen:
+        at = (row["op"], row["shape"], row["dtype"], row["mode"])
+        cells.setdefault(at, []).append(row)
+    lines = [
+        "| op | input | | cppo ms | of ceiling | peak MiB | against |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (op, shape, dtype, mode), members in cells.items():
+        ours = min(
+            (row for row in members if row["backend"]),
+            key=lambda row: float(row["ms_p50"]),
+            default=None,
+        )
+        if ours is None:
+            continue
+        ratios = ", ".join(
+            f"{row['peer']} {float(row['ms_p50']) / float(ours['ms_p50']):.1f}x"
+            for row in members
+            if row["peer"]
+        )
+        lines.append(
+            f"| `{op}` | {shape} | {dtype} {_MODE[mode]} | {float(ours['ms_p50']):.3g} "
+            f"| {float(ours['percent_of_ceiling']):.0f} % | {float(ours['peak_mib'] or 0):.0f} "
+            f"| {ratios} |"
+        )
+    return "\n".join(lines)
+
+
+def _host_summary(rows: Sequence[Row]) -> str:
+    lines = ["| op | input | eager ms | C++ ms | ratio |", "|---|---|---|---|---|"]
+    eager = {(row["op"], row["shape"]): row for row in rows if row["peer"] == "eager"}
+    for row in rows:
+        if row["backend"] == "cpp" and (row["op"], row["shape"]) in eager:
+            slow = float(eager[row["op"], row["shape"]]["ms_p50"])
+            ours = float(row["ms_p50"])
+            lines.append(
+                f"| `{row['op']}` | {row['shape']} | {slow:.3g} | {ours:.3g} | {slow / ours:.1f}x |"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,53 @@
+"""pytest-benchmark over the same cases: `pytest benchmarks/ [--cases small]`.
+
+Each of our backends and eager PyTorch is one benchmark of its case and mode; what `cppo bench`
+refuses to time (a result that breaks the accuracy law) fails here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from cppo.benchmarks import harness, peers
+from cppo.benchmarks.cases import Case, cases
+from cppo.benchmarks.ceilings import Ceilings
+from cppo.benchmarks.run import BUDGETS
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+UNKNOWN = Ceilings(1.0, 1.0, 1.0, 1.0)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    shapes = metafunc.config.getoption("cases")
+    found = [(case, mode) for case in cases(shapes, DEVICE) for mode in case.modes]
+    names = [f"{case.name} {mode}" for case, mode in found]
+    metafunc.parametrize(("case", "mode"), found, ids=names, scope="module")
+    metafunc.parametrize("variant", ["cppo", "eager"])
+
+
+@lru_cache(maxsize=1)
+def _prepared(case: Case, shapes: str) -> tuple[Any, list[Any]]:
+    budget = BUDGETS[shapes]
+    variants, _ = harness.variants_of(case, DEVICE, ("eager",))
+    inputs = case.make(DEVICE)
+    judged: harness.Judged = {}
+    harness.check(case, inputs, variants, budget, judged)
+    assert not [text for text, *_ in judged.values() if text != "ok"], judged
+    return inputs, variants
+
+
+def test_case(
+    case: Case, mode: str, variant: str, benchmark: Callable[..., Any], request: Any
+) -> None:
+    inputs, variants = _prepared(case, request.config.getoption("cases"))
+    chosen = [v for v in variants if bool(v.backend) == (variant == "cppo")]
+    if not chosen:
+        pytest.skip(f"no fast backend of {case.op} runs here")
+    call = harness.timed(case, mode, inputs, chosen[0])
+    result = benchmark(call)
+    assert peers.named(case, result)

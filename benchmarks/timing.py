@@ -1,0 +1,99 @@
+"""Clocks and memory: the only file that knows how a call is timed on a device."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+_FLUSH_BYTES = 2**28  # larger than any L2
+_flush_buffers: dict[torch.device, torch.Tensor] = {}
+
+
+def percentile(samples: list[float], share: float) -> float:
+    """The value below which `share` of the samples lie, interpolated."""
+    values = torch.tensor(samples, dtype=torch.float64)
+    return float(torch.quantile(values, share))
+
+
+def time_once(call: Call, device: torch.device) -> float:
+    """Milliseconds of one call; on a GPU by events, with its L2 cache flushed before."""
+    if device.type != "cuda":
+        start = time.perf_counter_ns()
+        call()
+        return (time.perf_counter_ns() - start) / 1e6
+    if device not in _flush_buffers:
+        _flush_buffers[device] = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    _flush_buffers[device].zero_()
+    start_event = torch.cuda.Event(enable_timing=True)
+    end_event = torch.cuda.Event(enable_timing=True)
+    start_event.record()
+    call()
+    end_event.record()
+    end_event.synchronize()
+    return float(start_event.elapsed_time(end_event))
+
+
+def time_interleaved(
+    calls: Mapping[str, Call], seconds: float, min_rounds: Mapping[str, int], device: torch.device
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, round by round, so that a slow moment hits all of them.
+
+    Args:
+        calls: what is compared; each ran at least once before.
+        seconds: a call leaves the rounds once it has used up this much time.
+        min_rounds: {call: rounds that it takes part in at least}.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    while True:
+        waiting = [
+            name
+            for name, taken in samples.items()
+            if len(taken) < min_rounds[name] or sum(taken) < 1e3 * seconds
+        ]
+        if not waiting:
+            return samples
+        if len(samples[waiting[0]]) % 2:
+            waiting.reverse()
+        for name in waiting:
+            samples[name].append(time_once(calls[name], device))
+
+
+def peak_growth(call: Call, device: torch.device) -> int | None:
+    """Bytes that one call holds at its peak beyond what was there before; None if not known.
+
+    On a GPU what the allocator handed out; on Linux the growth of the resident set, from the
+    kernel's own high-water mark.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        del result
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    except OSError:
+        return None
+    before = _status_kib("VmRSS")
+    result = call()
+    peak = _status_kib("VmHWM")
+    del result
+    return max(0, peak - before) * 1024
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")

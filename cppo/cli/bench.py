@@ -1,0 +1,103 @@
+"""`cppo bench`: every op against the peers that are installed and the machine's limits."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from cppo import backends
+from cppo.cli.config_file import ConfigError
+
+_SHAPES = {
+    "toy": "that everything runs",
+    "small": "a first look, two minutes (default)",
+    "paper": "the tables of the README",
+    "full": "all sweeps",
+}
+# What a first look leaves out: torch.compile takes half a minute for each case.
+_QUICK = ("eager", "trl", "liger", "verl", "torch", "flash-attn")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure the ops; exit status 1 if a result is wrong or slower than a file to compare with."""
+    arguments = _parser().parse_args(argv)
+    from cppo.benchmarks import peers, plots, rows, run
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: torch sees no GPU here")
+    against = tuple(arguments.against or ())
+    if unknown := set(against) - {*peers.NAMES, "all", "none"}:
+        raise ConfigError(
+            f"--against: unknown peer {', '.join(sorted(unknown))}; "
+            f"choose from {', '.join(peers.NAMES)}, all, none"
+        )
+    if not against:
+        against = _QUICK if arguments.shapes in ("toy", "small") else peers.NAMES
+    elif "all" in against:
+        against = peers.NAMES
+    options = run.Options(
+        shapes=arguments.shapes,
+        ops=tuple(arguments.op or ()),
+        backends=tuple(arguments.backend or ()),
+        dtypes=tuple(arguments.dtype or ()),
+        modes=tuple(arguments.mode or ()),
+        against=against,
+        device=device,
+        output=arguments.output,
+        seconds=arguments.seconds,
+        missing_only=arguments.missing,
+    )
+    console = Console(width=None if Console().is_terminal else 120)
+    if arguments.plot_only:
+        _plot(console, plots, options.path)
+        return 0
+    earlier = rows.read(arguments.compare) if arguments.compare else []
+    new, wrong = run.bench(options, console)
+    run.report_wrong(console, wrong)
+    if not new and not wrong:
+        console.print("no case to measure: see --op, --dtype and --missing")
+    if new and (options.shapes != "toy" or options.output is not None):
+        console.print(f"rows: {options.path}")
+    if arguments.plot and options.path.exists():
+        _plot(console, plots, options.path)
+    lines = rows.slower(earlier, new)
+    for line in lines:
+        console.print(f"[bold red]slower than in {arguments.compare}:[/] {line}")
+    if arguments.compare and not lines:
+        console.print(f"no ratio is more than 15 % below {arguments.compare}")
+    return 1 if wrong or lines else 0
+
+
+def _plot(console: Console, plots, path: Path) -> None:  # noqa: ANN001  (imported lazily)
+    for picture in plots.draw(path):
+        console.print(f"written: {picture}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cppo bench",
+        description="Measure every op against every peer that is installed. Nothing is timed "
+        "before its result was compared with fp64.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    shapes = "; ".join(f"{name}: {text}" for name, text in _SHAPES.items())
+    add("--shapes", choices=tuple(_SHAPES), default="small", help=shapes)
+    add("--op", nargs="+", choices=tuple(backends.BACKENDS), metavar="OP", help="these ops alone")
+    add("--backend", nargs="+", choices=backends.NAMES, help="of ours; else the fast ones")
+    add("--against", nargs="+", metavar="PEER", help="these peers, or all, or none")
+    add("--dtype", nargs="+", choices=("fp32", "bf16"))
+    add("--mode", nargs="+", choices=("forward", "both"), help="both: with gradients")
+    add("--device", help="cpu, cuda, cuda:1; else a GPU where there is one")
+    add("--seconds", type=float, help="timing per variant and mode")
+    add("--output", type=Path, help="CSV file; rows of the same case are replaced")
+    add("--missing", action="store_true", help="only cases without a row in the file: resume")
+    add("--compare", type=Path, metavar="CSV", help="fail if a ratio fell by more than 15 %%")
+    add("--plot", action="store_true", help="PNG charts and an HTML page (needs matplotlib)")
+    add("--plot-only", action="store_true", help="the same from the file, nothing is measured")
+    return parser

@@ -12,10 +12,37 @@ if __name__ != "cppo.triton_kernels":
         "directory, or with PYTHONSAFEPATH=1"
     )
 
+from cppo.ops import library
+from cppo.triton_kernels import cppo_loss as _loss
+from cppo.triton_kernels import perception_mask as _selection
+from cppo.triton_kernels import token_stats as _statistics
 from cppo.triton_kernels.advantages_and_prune import (
     advantages_and_prune,
     group_advantages,
     prune_completions,
 )
 
-__all__ = ["advantages_and_prune", "group_advantages", "prune_completions"]
+# The launchers, by the names of the schemas of `cppo.ops.library`.
+ops = {
+    "token_stats": _statistics.token_stats,
+    "token_stats_backward": _statistics.token_stats_backward,
+    "token_stats_backward_": _statistics.token_stats_backward_,
+    "perception_mask": _selection.perception_mask,
+    "cppo_loss": _loss.cppo_loss,
+    "cppo_loss_backward": _loss.cppo_loss_backward,
+    "cppo_loss_backward_": _loss.cppo_loss_backward_,
+}
+_on_logits = library.Backend("cppo_triton", ops)
+# They take the place of the modules of the same names, which import as cppo.triton_kernels.<op>.
+token_stats = _on_logits.token_stats
+perception_mask = _on_logits.perception_mask
+cppo_loss = _on_logits.cppo_loss
+
+__all__ = [
+    "advantages_and_prune",
+    "cppo_loss",
+    "group_advantages",
+    "perception_mask",
+    "prune_completions",
+    "token_stats",
+]

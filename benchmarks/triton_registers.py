@@ -1,0 +1,268 @@
+"""Compiles every Triton kernel for GPUs that are not here; prints or writes what each one takes.
+
+The real launchers run on tiny tensors on the CPU, with a driver that only names an architecture,
+and every launch is a warm-up: what is compiled is what a GPU would run, with the same
+specialisation. Registers and stack (spills) are read off the machine code.
+
+    python benchmarks/triton_registers.py --write      # all of results/triton_registers.csv
+    python benchmarks/triton_registers.py --arch 90 --dtype bf16 --case loss
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from cppo import reference
+from cppo.config import LossConfig
+
+RESULTS = Path(__file__).parent / "results" / "triton_registers.csv"
+FIELDS = (
+    "kernel",
+    "case",
+    "dtype",
+    "arch",
+    "registers",
+    "spill_bytes",
+    "shared_bytes",
+    "wide_loads",
+    "narrow_logit_loads",
+    "triton",
+)
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+VOCABULARY = 151_936
+
+
+class NoDriver:
+    """A driver for a GPU that is not there: enough to compile, nothing to launch."""
+
+    def __init__(self, arch: int) -> None:
+        self._target = GPUTarget("cuda", arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+class Recorder:
+    """Collects the kernels that launches compile; `with` it, launches are warm-ups."""
+
+    def __init__(self, arch: int) -> None:
+        self.compiled: list[tuple[str, Any]] = []
+        self.num_launches = 0
+        self._arch = arch
+
+    def __enter__(self) -> Recorder:
+        self._run = JITFunction.run
+        driver.set_active(NoDriver(self._arch))
+        recorder, run = self, self._run
+
+        def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            del warmup
+            recorder.num_launches += 1
+            known = {
+                id(kernel) for cache in self.device_caches.values() for kernel in cache[0].values()
+            }
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+            if id(kernel) not in known:
+                recorder.compiled.append((self.__name__.lstrip("_"), kernel))
+            return kernel
+
+        JITFunction.run = warm_up
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        JITFunction.run = self._run
+
+
+# The calls that a GPU would see
+
+
+def _logits(dtype: torch.dtype, *shape: int) -> Tensor:
+    # Never written, so it costs no memory.
+    return torch.empty(*shape, dtype=dtype)
+
+
+def _token_stats(dtype: torch.dtype, vocabulary: int = VOCABULARY, masked: bool = True) -> None:
+    from cppo.triton_kernels import ops
+
+    logits, targets = _logits(dtype, 2, 3, vocabulary), torch.zeros(2, 3, dtype=torch.int64)
+    mask = torch.ones(2, 3, dtype=torch.bool) if masked else None
+    logps, entropy, saved = ops["token_stats"](logits, targets, mask, 1.0, False)
+    ops["token_stats_backward"](logps, entropy, logits, targets, mask, saved, 1.0)
+
+
+def _split(call: Callable[..., None]) -> Callable[..., None]:
+    """The call on a GPU of so many multiprocessors that rows are split."""
+
+    def split_call(dtype: torch.dtype) -> None:
+        from cppo.triton_kernels import rows
+
+        before = rows.multiprocessors
+        rows.multiprocessors = lambda device: 132
+        try:
+            call(dtype)
+        finally:
+            rows.multiprocessors = before
+
+    return split_call
+
+
+def _unaligned(dtype: torch.dtype) -> None:
+    _token_stats(dtype, vocabulary=50_257, masked=False)
+
+
+def _perception_mask(dtype: torch.dtype) -> None:
+    from cppo.triton_kernels import ops
+
+    entropy = torch.zeros(6, dtype=dtype)
+    mask = torch.ones(6, dtype=torch.bool)
+    ops["perception_mask"](entropy, entropy, 0.5, mask, torch.tensor([0, 2, 6]))
+
+
+def _loss(dtype: torch.dtype, config: LossConfig, views: int = 3, packed: bool = True) -> None:
+    from cppo.ops import library
+    from cppo.triton_kernels import ops
+
+    anchor = _logits(dtype, 6, VOCABULARY) if packed else _logits(dtype, 2, 3, VOCABULARY)
+    rows = torch.zeros(anchor.shape[:-1])
+    # Compact: the rows of the completion with A > 0 alone.
+    other = anchor[:4] if packed and config.gating else anchor
+    tensors = (anchor, *((other, other) if views == 3 else (None, None)))
+    advantages = torch.tensor([1.0, -1.0])
+    cu_seqlens = torch.tensor([0, 4, 6], dtype=torch.int32) if packed else None
+    mask = None if packed else torch.ones(2, 3, dtype=torch.bool)
+    options = tuple(getattr(config, name) for name in library._CONFIG_FIELDS)
+    inputs = (rows.long(), advantages, rows, rows, mask, cu_seqlens, None, *options, False)
+    loss, *_, saved, coefficients = ops["cppo_loss"](*tensors, *inputs)
+    chosen = (config.temperature, config.divergence, config.gating, config.detach_anchor)
+    kept = (rows.long(), advantages, cu_seqlens, saved, coefficients)
+    ops["cppo_loss_backward"](loss, *tensors, *kept, *chosen)
+
+
+def _padded_loss(dtype: torch.dtype) -> None:
+    config = LossConfig(reduction="dapo", importance="sequence", cpl_reduction="sequence")
+    _loss(dtype, config, packed=False)
+
+
+def _full_loss(dtype: torch.dtype) -> None:
+    _loss(dtype, LossConfig(divergence="full", dual_clip=3.0))
+
+
+def _advantages(dtype: torch.dtype) -> None:
+    from cppo import triton_kernels
+
+    rewards = torch.zeros(32, dtype=dtype)
+    keep = reference.kept_per_unit(16, 0.5)
+    triton_kernels.advantages_and_prune(rewards, 16, 0.5)
+    triton_kernels.prune_completions(rewards, 16, 0.5)
+    assert keep == 8
+
+
+CASES: dict[str, Callable[[torch.dtype], None]] = {
+    "stats": _token_stats,
+    "stats split": _split(_token_stats),
+    "stats unaligned": _unaligned,
+    "mask": _perception_mask,
+    "loss": lambda dtype: _loss(dtype, LossConfig()),
+    "loss anchor": lambda dtype: _loss(dtype, LossConfig(), views=1),
+    "loss padded": _padded_loss,
+    "loss full": _full_loss,
+    "loss full split": _split(_full_loss),
+    "advantages": _advantages,
+}
+
+
+# What the machine code says
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def measure(kernel: Any) -> dict[str, int]:
+    """Registers, bytes of stack and shared memory, 16-byte loads, narrower loads of a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        def ask(*command: str) -> str:
+            return subprocess.run(
+                [*command, file.name], capture_output=True, text=True, check=True
+            ).stdout
+
+        usage = ask(_tool("cuobjdump"), "-res-usage")
+        code = ask(_tool("nvdisasm"))
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[-1]
+    return {
+        "registers": int(registers),
+        "spill_bytes": int(stack),
+        "shared_bytes": kernel.metadata.shared,
+        "wide_loads": len(re.findall(r"\bLDG\.E[\w.]*\.128", code)),
+        "narrow_logit_loads": len(re.findall(r"\bLDG\.E\.U16\b", code)),
+    }
+
+
+def compile_case(case: str, dtype: str, arch: int) -> Iterator[dict[str, Any]]:
+    """One row of the table for every kernel that the case launches."""
+    with Recorder(arch) as recorder:
+        CASES[case](DTYPES[dtype])
+    for name, kernel in recorder.compiled:
+        yield {
+            "kernel": name,
+            "case": case,
+            "dtype": dtype,
+            "arch": arch,
+            **measure(kernel),
+            "triton": triton.__version__,
+        }
+
+
+def main() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("triton_registers: TRITON_INTERPRET=1 interprets, it compiles nothing")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--dtype", nargs="+", default=("bf16", "fp32"), choices=DTYPES)
+    parser.add_argument("--case", nargs="+", default=tuple(CASES), choices=CASES)
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for arch in options.arch:
+        for dtype in options.dtype:
+            for case in options.case:
+                rows += compile_case(case, dtype, arch)
+    with RESULTS.open("w", newline="") if options.write else sys.stdout as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Which tokens of a completion are perception tokens: an exact k-th largest, without a sort.
+
+Specification: `cppo.reference.perception_mask`. Per completion, over its valid tokens,
+
+    dH = H_negative - H_anchor,  score = dH / (H_negative + 1e-6) where dH > 0,  c of them
+    k = max(1, floor(fraction c)),  selected = dH > 0 and score >= k-th largest score
+
+One program per completion. A score's bits, made unsigned and of the order of the score, are
+searched from the top, 8 at a time: the histogram of the next 8 bits among the scores that share
+the bits found so far says which 8 bits the k-th largest has. So the threshold is exact after 4
+passes over the completion (8 in fp64), ties stay in, and counts are integers: the same bits in
+every run, for a completion of any length.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cppo.triton_kernels import rows
+from cppo.triton_kernels.rows import completion_rows
+
+BLOCK = 2048
+# One thread per bin of the histogram.
+NUM_WARPS = 8
+
+
+@triton.jit
+def _rises_and_keys(anchor_ptr, negative_ptr, reads_ptr, row, end, ACC: tl.constexpr):
+    """Whether the entropy of each token rises, and its score as an unsigned integer."""
+    inside = row < end
+    if reads_ptr is not None:
+        inside = inside & (tl.load(reads_ptr + row, inside, 0) != 0)
+    anchor = tl.load(anchor_ptr + row, inside, 0.0).to(ACC)
+    negative = tl.load(negative_ptr + row, inside, 0.0).to(ACC)
+    rise = negative - anchor
+    rises = inside & (rise > 0)
+    if ACC == tl.float64:
+        score = rise / (negative + 1e-6)
+    else:
+        # The quotient of the reference to the last bit.
+        score = tl.div_rn(rise, negative + 1e-6)
+    # -0 equals 0; the bits of negative scores run the other way; a NaN is sorted above infinity.
+    score = tl.where(score == 0, 0.0, score)
+    is_number = score == score
+    if ACC == tl.float64:
+        bits = score.to(tl.int64, bitcast=True)
+        bits = tl.where(bits < 0, ~bits, bits ^ -0x8000000000000000)
+        key = tl.where(is_number, bits, -1).to(tl.uint64, bitcast=True)
+    else:
+        bits = score.to(tl.int32, bitcast=True)
+        bits = tl.where(bits < 0, ~bits, bits ^ -0x80000000)
+        key = tl.where(is_number, bits, -1).to(tl.uint32, bitcast=True)
+    return rises, is_number, key
+
+
+@triton.jit
+def select_tokens(
+    anchor_ptr,
+    negative_ptr,
+    reads_ptr,
+    selected_ptr,
+    start,
+    end,
+    fraction,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Stores which rows of [start, end) are selected; returns how many.
+
+    The entropies at rows that `reads_ptr` excludes are not read.
+    """
+    column = tl.arange(0, BLOCK)
+    counts = tl.zeros((BLOCK,), tl.int32)
+    for first in range(start, end, BLOCK):
+        rises, _, _ = _rises_and_keys(anchor_ptr, negative_ptr, reads_ptr, first + column, end, ACC)
+        counts += rises.to(tl.int32)
+    count = tl.sum(counts, 0)
+    rank = tl.maximum(1, tl.floor(count.to(tl.float64) * fraction).to(tl.int32))
+
+    digits = tl.arange(0, 256)
+    threshold = tl.full((), 0, tl.uint64 if ACC == tl.float64 else tl.uint32)
+    if count > 0:
+        passes: tl.constexpr = 8 if ACC == tl.float64 else 4
+        for i in range(passes):
+            shift = (passes - 1 - i) * 8
+            histogram = tl.zeros((256,), tl.int32)
+            for first in range(start, end, BLOCK):
+                rises, _, key = _rises_and_keys(
+                    anchor_ptr, negative_ptr, reads_ptr, first + column, end, ACC
+                )
+                digit = key >> shift.to(key.dtype)
+                # In two steps: a shift by the whole width is undefined.
+                candidate = rises & ((digit >> 8) == threshold)
+                histogram += tl.histogram((digit & 255).to(tl.int32), 256, candidate)
+            at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram
+            # The largest digit that `rank` of the candidates reach.
+            found = tl.sum((at_least >= rank).to(tl.int32), 0) - 1
+            rank -= tl.sum(tl.where(digits == found + 1, at_least, 0), 0)
+            threshold = (threshold << 8) | found.to(threshold.dtype)
+
+    counts = tl.zeros((BLOCK,), tl.int32)
+    for first in range(start, end, BLOCK):
+        row = first + column
+        rises, is_number, key = _rises_and_keys(anchor_ptr, negative_ptr, reads_ptr, row, end, ACC)
+        selected = (rises & is_number & (key >= threshold)).to(tl.int32)
+        counts += selected
+        tl.store(selected_ptr + row, selected.to(tl.uint8), row < end)
+    return tl.sum(counts, 0)
+
+
+@triton.jit(
+    do_not_specialize=(
+        "anchor_ptr",
+        "negative_ptr",
+        "reads_ptr",
+        "cu_seqlens_ptr",
+        "selected_ptr",
+        "count_ptr",
+        "length",
+    )
+)
+def _perception_mask_kernel(
+    anchor_ptr,
+    negative_ptr,
+    reads_ptr,
+    cu_seqlens_ptr,
+    selected_ptr,
+    count_ptr,
+    length: tl.int64,
+    fraction: tl.float64,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    completion = tl.program_id(0)
+    start, end = completion_rows(cu_seqlens_ptr, completion, length)
+    count = select_tokens(
+        anchor_ptr, negative_ptr, reads_ptr, selected_ptr, start, end, fraction, ACC, BLOCK
+    )
+    if count_ptr is not None:
+        tl.store(count_ptr + completion, count)
+
+
+# Launchers
+
+
+def launch_selection(
+    anchor_entropy: Tensor,
+    negative_entropy: Tensor,
+    reads: Tensor | None,
+    cu_seqlens: Tensor | None,
+    fraction: float,
+    selected: Tensor,
+    counts: Tensor | None,
+    num_completions: int,
+) -> None:
+    """Writes selected (R,) uint8 and, if wanted, the number per completion (B,) int32."""
+    if num_completions == 0:
+        return
+    _perception_mask_kernel[(num_completions,)](
+        anchor_ptr=anchor_entropy,
+        negative_ptr=negative_entropy,
+        reads_ptr=reads,
+        cu_seqlens_ptr=cu_seqlens,
+        selected_ptr=selected,
+        count_ptr=counts,
+        length=selected.shape[-1],
+        fraction=fraction,
+        ACC=rows.tl_accumulator(anchor_entropy, negative_entropy),
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
+
+
+def perception_mask(
+    anchor_entropy: Tensor,
+    negative_entropy: Tensor,
+    fraction: float,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    selected = torch.empty(anchor_entropy.shape, dtype=torch.bool, device=anchor_entropy.device)
+    packed = cu_seqlens is not None
+    launch_selection(
+        anchor_entropy.contiguous(),
+        negative_entropy.contiguous(),
+        rows.bytes_of(mask),
+        rows.contiguous(cu_seqlens),
+        fraction,
+        selected.view(torch.uint8),
+        None,
+        cu_seqlens.numel() - 1 if packed else selected.shape[0],
+    )
+    return selected

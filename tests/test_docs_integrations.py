@@ -1,0 +1,109 @@
+"""The pages on other people's loops and TRL do what they say; their examples run."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
+from cppo.demo.warmup import CHECKPOINTS
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+def run_example(name: str, argument: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", [name, str(argument)])
+    return runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+
+def rewards_in(output: str) -> list[float]:
+    return [float(value) for value in re.findall(r"reward:? (\d\.\d+)", output)]
+
+
+def test_the_own_loop_page_is_the_example_and_learns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = blocks("own_loop.md")
+    example = (ROOT / "examples" / "own_loop.py").read_text()
+    assert example.endswith(code)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 70
+    names = run_example("own_loop.py", 6, monkeypatch)
+    rewards = rewards_in(capsys.readouterr().out)
+    assert len(rewards) == 6 and sum(rewards[3:]) / 3 > rewards[0] + 0.1
+    assert len(names["kept"]) == 32
+
+
+def test_the_hf_trainer_page_is_the_example_and_trains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown, wrapper = blocks("hf_trainer.md")
+    assert shown in (ROOT / "examples" / "hf_trainer.py").read_text()
+    names = run_example("hf_trainer.py", 8, monkeypatch)
+    assert len(rewards_in(capsys.readouterr().out)) == 1
+    assert names["trainer"].state.global_step == 2
+
+    # Wrapped for several processes: the same loss.
+    exec(wrapper, names)
+    inputs = names["collate"](names["rows"][:2])
+    model = names["model"]
+    whole = names["trainer"].compute_loss(model, dict(inputs))
+    assert torch.equal(names["Policy"](model)(**inputs)["loss"], whole)
+    whole.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["trl_text.py", "trl_vision.py"])
+def test_the_trl_examples_run(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
+    trainer = run_example(name, 1, monkeypatch)["trainer"]
+    (row,) = [row for row in trainer.state.log_history if "reward" in row]
+    assert row["cppo/kept_share"] == 0.25
+    assert rewards_in(capsys.readouterr().out) == pytest.approx([row["reward"]], abs=1e-3)
+    if name == "trl_vision.py":
+        assert row["cppo/cpl_loss"] > 0 and 0 < row["cppo/looking_share"] < 1
+
+
+def test_the_trl_page(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
+    from cppo.integrations.trl import check
+    from cppo.models import load_model, load_processor
+
+    usage, mixin, allocation, kernel = blocks("trl.md")
+    path = CHECKPOINTS / "arithmetic"
+    problems = ArithmeticProblems("train", 4)
+    names: dict[str, Any] = {
+        "reward": arithmetic_accuracy,
+        "rows": [{k: problems[i][k] for k in ("prompt", "answer")} for i in range(4)],
+        "model": load_model(path),
+        "processor": load_processor(path),
+    }
+    for printed, small in {
+        'model="Qwen/Qwen2.5-1.5B-Instruct"': "model=model, processing_class=processor",
+        "GRPOConfig(": f"GRPOConfig(output_dir={str(tmp_path)!r}, max_steps=1, use_cpu=True, "
+        "bf16=False, report_to=[], save_strategy='no', max_completion_length=4, ",
+    }.items():
+        assert printed in usage
+        usage = usage.replace(printed, small)
+    exec(usage, names)
+    assert names["trainer"].state.log_history[0]["cppo/kept_share"] == 0.25
+    exec(mixin, names)
+    assert names["Mine"].__mro__[1].__name__ == "CPPOMixin"
+    exec(allocation, names)
+    if not check()[-1].fits:
+        with pytest.raises(RuntimeError, match="patch_trl"):
+            exec(kernel, names)
+        return
+    exec(kernel, names)
+    names["undo"]()

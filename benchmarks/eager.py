@@ -57,12 +57,16 @@ def select_tokens(
     return rises & (score >= threshold)
 
 
-def policy_loss(logps: Tensor, advantages: Tensor, config: LossConfig) -> Tensor:
+def policy_loss(
+    logps: Tensor, advantages: Tensor, config: LossConfig, mask: Tensor | None = None
+) -> Tensor:
     """The clipped surrogate, on-policy: mean over completions of the token mean."""
     ratio = (logps - logps.detach()).exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     surrogate = torch.min(ratio * advantages[:, None], clipped * advantages[:, None])
-    return -surrogate.mean(1).mean()
+    if mask is None:
+        return -surrogate.mean(1).mean()
+    return -((surrogate * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
 def _k3(logps: Tensor, anchor_logps: Tensor) -> Tensor:
@@ -77,14 +81,16 @@ def contrastive_loss(
     advantages: Tensor,
     config: LossConfig,
     looking: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Outputs:
     """Policy loss plus contrast on the sampled token.
 
     Without `looking` it is the authors' scheme: every row of all three views, and a mask over the
-    results. With it (indices, A > 0) the perturbed views hold only those completions.
+    results. With it (indices, A > 0) the perturbed views hold only those completions. `mask` (B, L)
+    marks the response tokens of padded rows.
     """
     logps, entropy = stats(views.anchor, targets, True)
-    loss = policy_loss(logps, advantages, config)
+    loss = policy_loss(logps, advantages, config, mask)
     assert entropy is not None
     if views.positive is None or views.negative is None:
         return {"loss": loss, "logps": logps, "entropy": entropy}
@@ -97,6 +103,10 @@ def contrastive_loss(
     positive, _ = stats(views.positive, own_targets, False)
     negative, negative_entropy = stats(views.negative, own_targets, True)
     assert negative_entropy is not None
+    if mask is not None:
+        # No rise at a padded token.
+        own_mask = mask if looking is None else mask[looking]
+        own_entropy = own_entropy.masked_fill(~own_mask, torch.inf)
     selected = select_tokens(own_entropy, negative_entropy, looks, config.fraction)
     margin = _k3(positive, own_logps) - _k3(negative, own_logps)
     outputs = {"loss": loss, "logps": logps, "entropy": entropy}
@@ -107,7 +117,11 @@ def _with_contrast(
     outputs: Outputs, margin: Tensor, selected: Tensor, looking: Tensor | None, config: LossConfig
 ) -> Outputs:
     cpl = F.softplus(margin / config.tau).where(selected, 0.0)
-    loss = outputs["loss"] + config.cpl_coef * cpl.sum() / selected.sum().clamp(min=1)
+    if config.cpl_reduction == "sequence":
+        cpl = (cpl.sum(1) / selected.sum(1).clamp(min=1)).sum() / len(outputs["logps"])
+    else:
+        cpl = cpl.sum() / selected.sum().clamp(min=1)
+    loss = outputs["loss"] + config.cpl_coef * cpl
     if looking is not None:
         selected = torch.zeros_like(outputs["logps"], dtype=torch.bool).index_put(
             (looking,), selected

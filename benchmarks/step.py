@@ -1,0 +1,263 @@
+"""One training step at the shape of a real model, phase by phase, for four ways to do it.
+
+    python benchmarks/step.py --model qwen2.5-0.5b                    on a CPU
+    python benchmarks/step.py --model qwen2.5-vl-3b --device cuda     on a GPU
+    python benchmarks/step.py --model toy                             shows that it runs
+
+All of them get the same rollouts (lengths as spread as a reasoning task's), rewards and weights:
+
+    grpo            every completion, padded, logits of one view
+    grpo, pruned    the same for the kept ones
+    three views     the authors' scheme: every completion padded, all rows of three views, a mask
+    cppo            pruned, packed, perturbed views only where A > 0, no logits
+    cppo, rate 0    without the pruning: the same loss and gradients as "three views"
+
+The perturbed views are noise on the image; for a text model, where nothing is seen, other prompt
+tokens of the same number stand in for them. Rows go to <device>_steps.csv as they are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import cppo
+from cppo.benchmarks import eager, rows, step_models, timing
+from cppo.benchmarks.environment import environment, file_stem, load_per_core, results_folder
+from cppo.benchmarks.step_batch import StepBatch, make_batch
+from cppo.config import LossConfig
+from cppo.forward import choose_attention, lm_head, packed_hidden, set_attention
+from cppo.records import NumItems, Views
+
+PHASES = ("rollout", "reward", "pack", "forward", "loss", "backward", "optimizer")
+SCHEMES = ("grpo", "grpo, pruned", "three views", "cppo", "cppo, rate 0")
+CONFIG = LossConfig(cpl_coef=0.01, cpl_reduction="sequence")
+
+
+class Clock:
+    """Seconds of each phase; on a GPU waits for it, so that phases do not run into each other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] += time.perf_counter() - start
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What a scheme runs on: the model, the rollouts, and how many completions at once."""
+
+    model: nn.Module
+    batch: StepBatch
+    prune_rate: float
+    at_once: int
+
+
+def run_scheme(scheme: str, update: Update, clock: Clock) -> float:
+    """Gradients of one step accumulate in the model; returns the loss."""
+    batch = update.batch
+    rate = update.prune_rate if scheme in ("cppo", "grpo, pruned") else 0.0
+    with clock("reward"):
+        advantages, kept = cppo.advantages_and_prune(batch.rewards, batch.group_size, rate)
+    run = _packed_part if scheme.startswith("cppo") else _padded_part
+    total = 0.0
+    for part in kept.split(update.at_once):
+        loss = run(scheme, update, advantages, part, len(kept), clock)
+        with clock("backward"):
+            loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _padded_part(
+    scheme: str, update: Update, advantages: Tensor, part: Tensor, count: int, clock: Clock
+) -> Tensor:
+    """Eager PyTorch on padded rows, as the published trainers have it."""
+    batch, model = update.batch, update.model
+    names = ("anchor", "positive", "negative") if scheme == "three views" else ("anchor",)
+    with clock("forward"):
+        logits = [batch.padded_logits(model, part, name) for name in names]
+    with clock("loss"):
+        mask = batch.response_mask[part]
+        outputs = eager.contrastive_loss(
+            eager.view_stats,
+            Views(*logits),
+            batch.response_ids[part],
+            advantages[part],
+            CONFIG,
+            mask=mask,
+        )
+        return outputs["loss"] * (len(part) / count)
+
+
+def _packed_part(
+    scheme: str, update: Update, advantages: Tensor, part: Tensor, count: int, clock: Clock
+) -> Tensor:
+    batch, model = update.batch, update.model
+    with clock("pack"):
+        packed = batch.pack(part)
+        looking = part[advantages[part] > 0]
+        looking_packed = batch.pack(looking)
+        positions = batch.positions_of(packed), batch.positions_of(looking_packed)
+    with clock("forward"):
+        anchor = packed_hidden(model, packed, positions[0], *batch.images_of(part, "anchor"))
+        perturbed = [
+            packed_hidden(
+                model,
+                batch.with_view(looking_packed, looking, name),
+                positions[1],
+                *batch.images_of(looking, name),
+            )
+            for name in ("positive", "negative")
+        ]
+    with clock("loss"):
+        weight, bias = lm_head(model)
+        return cppo.linear_cppo_loss(
+            Views(anchor, *perturbed),
+            weight,
+            packed.targets,
+            advantages[part],
+            bias=bias,
+            cu_seqlens=packed.row_cu_seqlens,
+            num_items=NumItems(count, count),
+            config=CONFIG,
+        ).loss
+
+
+def measure(
+    update: Update, schemes: tuple[str, ...], repeats: int, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """{scheme: median seconds of each phase, peak memory, loss}, interleaved over repeats."""
+    optimizer = torch.optim.AdamW(update.model.parameters(), lr=0.0, foreach=True)
+    set_attention(update.model, choose_attention("auto", device))
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in schemes}
+    found: dict[str, dict[str, Any]] = {}
+    for repeat in range(repeats):
+        for scheme in schemes:
+            clock = Clock(device)
+
+            def once(scheme: str = scheme, clock: Clock = clock) -> None:
+                with clock("rollout"):
+                    update.batch.sample(update.model)
+                loss = run_scheme(scheme, update, clock)
+                with clock("optimizer"):
+                    # A learning rate of zero: every scheme starts from the same weights.
+                    optimizer.step()
+                    optimizer.zero_grad()
+                found.setdefault(scheme, {})["loss"] = loss
+
+            peak = timing.peak_growth(once, device)
+            taken[scheme].append(clock.seconds)
+            if repeat == repeats - 1:
+                found[scheme]["peak_mib"] = "" if peak is None else f"{peak / 2**20:.0f}"
+    for scheme in schemes:
+        for phase in PHASES:
+            found[scheme][phase] = statistics.median(s[phase] for s in taken[scheme])
+    return found
+
+
+def make_rows(
+    found: dict[str, dict[str, Any]], update: Update, shared: dict[str, Any]
+) -> list[rows.Row]:
+    """One row per scheme; update_s leaves out rollout and reward."""
+    made = []
+    for scheme, values in found.items():
+        seconds = {f"{phase}_s": f"{values[phase]:.4g}" for phase in PHASES}
+        total = sum(values[phase] for phase in PHASES)
+        update_s = total - values["rollout"] - values["reward"]
+        made.append(
+            {
+                "op": "step",
+                "shape": shared["shape"],
+                "dtype": shared["dtype"],
+                "mode": "both",
+                "backend": scheme if scheme.startswith("cppo") else "",
+                "peer": "" if scheme.startswith("cppo") else scheme,
+                **seconds,
+                "update_s": f"{update_s:.4g}",
+                "step_s": f"{total:.4g}",
+                "tokens_per_s": f"{update.batch.num_tokens / total:.4g}",
+                "peak_mib": values["peak_mib"],
+                "loss": f"{values['loss']:.6g}",
+                **{k: str(v) for k, v in shared.items() if k not in ("shape", "dtype")},
+            }
+        )
+    return made
+
+
+def table(made: list[rows.Row]) -> str:
+    """The schemes side by side, in seconds."""
+    names = ("rollout", "pack", "forward", "loss", "backward", "optimizer", "update", "step")
+    lines = ["scheme          " + "".join(f"{name:>10}" for name in names) + "  tokens/s  peak MiB"]
+    for row in made:
+        cells = "".join(f"{float(row[f'{name}_s']):>10.3g}" for name in names)
+        scheme = row["backend"] or row["peer"]
+        lines.append(f"{scheme:<16}{cells}{float(row['tokens_per_s']):>10.0f}{row['peak_mib']:>10}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> int:
+    options = _parser().parse_args(argv)
+    device = torch.device(options.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    path = options.output or results_folder() / f"{file_stem(device)}_steps.csv"
+    model = step_models.build(options.model, device, dtype)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = make_batch(
+        model, options.questions, options.group_size, options.prompt, options.completion
+    )
+    update = Update(model, batch, options.prune_rate, options.at_once)
+    shape = f"{options.model} Q={options.questions} G={options.group_size} "
+    shape += f"prompt={options.prompt} completion<={options.completion} P={options.prune_rate:g}"
+    shared = {"shape": shape, "dtype": options.dtype, **environment(device)}
+    shared["load"] = f"{load_per_core():.2f}"
+    made: list[rows.Row] = []
+    # One scheme after the other is written, so that a cut loses one only; with several repeats
+    # they are interleaved instead, which the comparison is worth.
+    found = measure(update, tuple(options.schemes), options.repeats, device)
+    made = make_rows(found, update, shared)
+    if not options.model.startswith("toy") or options.output:
+        rows.merge(path, made)
+    say(table(made))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--model", choices=step_models.NAMES, default="qwen2.5-0.5b")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32")
+    add("--questions", type=int, default=2)
+    add("--group-size", type=int, default=8)
+    add("--prompt", type=int, default=32, help="tokens")
+    add("--completion", type=int, default=48, help="tokens of the longest")
+    add("--prune-rate", type=float, default=0.5)
+    add("--at-once", type=int, default=8, help="completions in a forward and backward pass")
+    add("--repeats", type=int, default=2)
+    add("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    add("--gradient-checkpointing", action="store_true")
+    add("--output", type=Path)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cppo.ops import pack_library
+from cppo.ops import library, pack_library
 from cppo.ops.pack_library import pack_completions, unpack  # noqa: F401  (this is a namespace)
-from cppo.ops import library
 from cppo.reference import kept_per_unit
 
 

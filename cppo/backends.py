@@ -30,10 +30,10 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "unpack": ("cuda", "cpp", "reference"),
     "plan_microbatches": ("cpp", "reference"),
     "balance_ranks": ("cpp", "reference"),
-    "token_stats": ("cpp", "reference"),
+    "token_stats": ("triton", "cpp", "reference"),
     "linear_token_stats": ("reference",),
-    "perception_mask": ("cpp", "reference"),
-    "cppo_loss": ("cpp", "reference"),
+    "perception_mask": ("triton", "cpp", "reference"),
+    "cppo_loss": ("triton", "cpp", "reference"),
     "linear_cppo_loss": ("reference",),
 }
 
@@ -97,6 +97,11 @@ def pick(op: str, tensor: Tensor | None, backend: str = "auto") -> Any:
 
         return triton_kernels
     return reference if backend == "reference" else _ext
+
+
+def with_inplace(implementation: Any, inplace: bool) -> dict[str, bool]:
+    """The option of an op that takes it; plain PyTorch has no use for it."""
+    return {"inplace": True} if inplace and implementation is not reference else {}
 
 
 def available(op: str, device: Any = "cpu") -> list[str]:

@@ -29,6 +29,7 @@ CONFIGS = {
     "dapo": LossConfig(reduction="dapo", clip_high=0.28, cpl_reduction="sequence", kl_coef=0.04),
     "dr_grpo": LossConfig(reduction="dr_grpo", max_length=7, divergence="k1", temperature=0.8),
     "gspo": LossConfig(importance="sequence", clip_low=0.02, clip_high=0.03, entropy_coef=0.01),
+    "detached": LossConfig(detach_anchor=True, cpl_coef=1.0, entropy_coef=0.02),
     "full": LossConfig(divergence="full", dual_clip=3.0, cpl_coef=1.0, gating=False),
 }
 every_run = pytest.mark.parametrize(("op", "backend"), RUNS)

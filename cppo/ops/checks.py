@@ -96,7 +96,7 @@ def check_positive(op: str, name: str, value: Any) -> None:
     """ValueError unless `value` is a finite number > 0 (TypeError: not a number)."""
     if not _is_number(value):
         raise TypeError(f"cppo.{op}: {name} must be a number > 0, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"cppo.{op}: {name} must be finite and > 0, got {value!r}")
 
 
@@ -262,3 +262,24 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         tensor.to(dtype) if tensor is not None and tensor.dtype != torch.float64 else tensor
         for tensor in tensors
     )
+
+
+def checked_inplace(op: str, inplace: Any, **logits: Tensor | None) -> bool:
+    """Whether gradients may be written into these logits; ValueError where they would collide."""
+    if not isinstance(inplace, bool):
+        raise TypeError(f"cppo.{op}: inplace must be True or False, got {inplace!r}")
+    given = {name: tensor for name, tensor in logits.items() if tensor is not None}
+    # torch.compile plans memory itself.
+    if not inplace or torch.compiler.is_compiling():
+        return False
+    for name, tensor in given.items():
+        if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(
+                f"cppo.{op}: {name} must have its own memory for every entry with inplace=True, "
+                f"got strides {tensor.stride()}"
+            )
+    if len({tensor.data_ptr() for tensor in given.values()}) < len(given):
+        raise ValueError(
+            f"cppo.{op}: views must not share memory with inplace=True, got the same tensor twice"
+        )
+    return True

@@ -4,7 +4,7 @@ Two libraries implement the same schemas: `cppo::` is the C++ extension (its sch
 out in csrc/cppo.cpp), `cppo_triton::` the Triton kernels. Here stands what they share, so that a
 backend is nothing but kernels:
 
-    token_stats        -> logps, entropy; keeps reference, sum and mean of every row for the backward
+    token_stats        -> logps, entropy; keeps reference, sum and mean of every row
     perception_mask    -> bool; no gradient
     cppo_loss          -> loss; keeps the row statistics and d loss / d (statistic) of every row
     *_backward         -> the gradient of the logits in one pass over them
@@ -100,8 +100,8 @@ def _fake_perception_mask(anchor_entropy, negative_entropy, fraction, mask, cu_s
 
 
 def _fake_cppo_loss(anchor, positive, negative, targets, *options):
-    def new(*size, dtype=accumulator(anchor)):
-        return anchor.new_empty(size, dtype=dtype)
+    def new(*size, dtype=None):
+        return anchor.new_empty(size, dtype=dtype or accumulator(anchor))
 
     shape, num_rows = targets.shape, targets.numel()
     return (

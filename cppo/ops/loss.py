@@ -22,6 +22,7 @@ from cppo.ops.checks import (
     check_targets,
     check_tensor,
     check_vector,
+    checked_inplace,
     checked_mask,
     may_read,
 )
@@ -97,7 +98,7 @@ def _check_count(op: str, name: str, value: Any, *, zero: bool) -> None:
         value = value.item()
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"cppo.{op}: {name} must be {expected}, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    if not 0 <= value < math.inf or (value == 0 and not zero):
         raise ValueError(f"cppo.{op}: {name} must be {expected}, got {value!r}")
 
 
@@ -182,6 +183,7 @@ def cppo_loss(
     cu_seqlens: Tensor | None = None,
     num_items: float | Tensor | NumItems | None = None,
     config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
+    inplace: bool = False,
     backend: str = "auto",
 ) -> LossOutput:
     """The training loss: policy + kl_coef * KL + cpl_coef * CPL - entropy_coef * H.
@@ -208,13 +210,17 @@ def cppo_loss(
         num_items: what the policy terms are divided by instead of this batch's own count, > 0;
             or a `NumItems`, so that the losses of the parts of a batch add up to the whole's.
         config: every coefficient.
+        inplace: lets the backward write the gradients into the logits instead of new memory, and
+            bump their version: who still needs their values gets autograd's error. Backends that
+            have no use for it, and torch.compile, ignore it.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
     Returns: a `LossOutput`. The loss is exactly 0, and attached, where nothing counts.
     Raises:
         ValueError: shapes or devices that disagree; a positive without a negative (or the other
             way round with cpl_coef > 0); no ref_logps with kl_coef > 0; cu_seqlens missing,
-            superfluous or not from 0 to T; num_items <= 0; an unmasked target out of range or
-            non-finite advantages (values on a GPU are checked only with CPPO_DEBUG=1).
+            superfluous or not from 0 to T; num_items <= 0; expanded or shared logits with
+            inplace=True; an unmasked target out of range or non-finite advantages (values on a
+            GPU are checked only with CPPO_DEBUG=1).
         TypeError: dtypes that disagree or do not fit.
         RuntimeError: `backend` cannot run here.
     """
@@ -227,7 +233,8 @@ def cppo_loss(
     check_targets(op, targets, rows.mask, views.anchor.shape[-1])
     _check_num_items(op, num_items, rows, config)
     implementation = backends.pick(op, views.anchor, backend)
-    return implementation.cppo_loss(views, *rows, num_items, config)
+    options = backends.with_inplace(implementation, checked_inplace(op, inplace, **views._asdict()))
+    return implementation.cppo_loss(views, *rows, num_items, config, **options)
 
 
 def linear_cppo_loss(

@@ -14,6 +14,7 @@ from cppo.ops.checks import (
     check_rows,
     check_same_device,
     check_targets,
+    checked_inplace,
     checked_mask,
 )
 from cppo.records import TokenStats
@@ -25,6 +26,7 @@ def token_stats(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    inplace: bool = False,
     backend: str = "auto",
 ) -> TokenStats:
     """Log-probability of each target and entropy of each row of logits, in nats.
@@ -38,12 +40,16 @@ def token_stats(
         targets: (B, L) or (T,) integer in [0, V) where not masked, anything elsewhere.
         temperature: divides the logits, > 0.
         mask: like targets, 1 or True at the rows that count. None: all.
+        inplace: lets the backward write the gradient into the logits instead of new memory, and
+            bump their version: who still needs their values gets autograd's error. Backends that
+            have no use for it, and torch.compile, ignore it.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
     Returns: TokenStats(logps, entropy), each like targets, fp32 (fp64 for fp64 logits), 0 at
         masked rows, to which no gradient flows.
     Raises:
         ValueError: shapes or devices that disagree, temperature <= 0, an unmasked target out of
-            range (with position and value; on a GPU only with CPPO_DEBUG=1).
+            range (with position and value; on a GPU only with CPPO_DEBUG=1), expanded logits
+            with inplace=True.
         TypeError: logits that are not floating, targets that are not integers.
         RuntimeError: `backend` cannot run here.
     """
@@ -54,7 +60,8 @@ def token_stats(
     check_same_device(op, logits=logits, targets=targets, mask=mask)
     check_targets(op, targets, mask, logits.shape[-1])
     implementation = backends.pick(op, logits, backend)
-    return implementation.token_stats(logits, targets, temperature, mask)
+    options = backends.with_inplace(implementation, checked_inplace(op, inplace, logits=logits))
+    return implementation.token_stats(logits, targets, temperature, mask, **options)
 
 
 def linear_token_stats(

@@ -1,0 +1,317 @@
+"""The ops on logits as torch.library ops: opcheck, torch.compile, autograd's corners."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+import cppo
+from cppo import LossConfig, NumItems, Views, backends
+from cppo.testing import assert_op_as_accurate, compact_views, evaluate, make_inputs
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+FUSED = [name for name in backends.available("cppo_loss") if name != "reference"]
+NAMESPACES = {"cpp": "cppo", "triton": "cppo_triton"}
+CONFIGS = [
+    LossConfig(cpl_coef=0.3),
+    LossConfig(divergence="full", entropy_coef=0.01, kl_coef=0.1, cpl_coef=1.0),
+    LossConfig(divergence="k1", importance="sequence", reduction="dapo", detach_anchor=True),
+    LossConfig(divergence="full", detach_anchor=True, gating=False, cpl_reduction="sequence"),
+]
+every_backend = pytest.mark.parametrize("backend", FUSED)
+every_config = pytest.mark.parametrize("config", CONFIGS, ids=["k3", "full", "k1", "detached"])
+
+
+def ops_of(backend):
+    backends.pick("token_stats", torch.zeros(1), backend)
+    return getattr(torch.ops, NAMESPACES[backend])
+
+
+def leaves(views):
+    return Views(*(view.clone().requires_grad_() for view in views))
+
+
+# torch.library
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_token_stats(backend, dtype):
+    inputs = make_inputs("token_stats", dtype=dtype)
+    logits = inputs["logits"].requires_grad_()
+    op = ops_of(backend).token_stats.default
+    outcome = torch.library.opcheck(op, (logits, inputs["targets"], inputs["mask"], 0.7, False))
+    assert set(outcome.values()) == {"SUCCESS"}
+
+
+@every_backend
+@every_config
+def test_opcheck_of_the_loss(backend, config):
+    inputs = make_inputs("cppo_loss", layout="packed")
+    options = [getattr(config, name) for name in config.__dataclass_fields__]
+    rows = [inputs[name] for name in ("targets", "advantages", "old_logps", "ref_logps")]
+    arguments = (*leaves(inputs["logits"]), *rows, None, inputs["cu_seqlens"], None, *options)
+    op = ops_of(backend).cppo_loss.default
+    outcome = torch.library.opcheck(op, (*arguments, False))
+    assert set(outcome.values()) == {"SUCCESS"}
+
+
+@every_backend
+def test_opcheck_of_the_perception_mask(backend):
+    inputs = make_inputs("perception_mask", layout="packed")
+    entropies = (inputs["anchor_entropy"], inputs["negative_entropy"])
+    op = ops_of(backend).perception_mask.default
+    outcome = torch.library.opcheck(op, (*entropies, 0.5, None, inputs["cu_seqlens"]))
+    assert set(outcome.values()) == {"SUCCESS"}
+
+
+@every_backend
+@every_config
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_torch_compile_in_one_graph(backend, config, layout):
+    inputs = make_inputs("cppo_loss", layout=layout)
+    num_items = NumItems(12, 70, 20)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(views):
+        given = {**inputs, "logits": views, "num_items": num_items, "config": config}
+        out = cppo.cppo_loss(**given, backend=backend)
+        stats = cppo.token_stats(views.anchor, inputs["targets"], backend=backend, mask=mask)
+        return out.loss + stats.entropy.sum() + stats.logps.sum(), out.metrics, out.logps
+
+    mask = inputs.get("mask")
+    eager, compiled = leaves(inputs["logits"]), leaves(inputs["logits"])
+    expected, metrics, logps = torch._dynamo.disable(loss._torchdynamo_orig_callable)(eager)
+    ours, our_metrics, our_logps = loss(compiled)
+    assert torch.equal(ours, expected) and torch.equal(our_logps, logps)
+    assert our_metrics.keys() == metrics.keys()
+    expected.backward()
+    ours.backward()
+    for one, other in zip(compiled, eager, strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+@every_backend
+def test_a_new_length_is_not_a_new_compilation(backend):
+    compilations = []
+
+    def count(graph, _):
+        compilations.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=count, dynamic=True)
+    def entropy(logits, targets):
+        return cppo.token_stats(logits, targets, backend=backend).entropy.sum()
+
+    for rows in (3, 5, 8, 11):
+        entropy(torch.randn(rows, 37), torch.zeros(rows, dtype=torch.int64))
+    assert len(compilations) == 1
+
+
+# Autograd
+
+
+@every_backend
+def test_a_second_derivative_is_refused_in_words(backend):
+    inputs = make_inputs("token_stats", layout="packed")
+    logits = inputs["logits"].requires_grad_()
+    entropy = cppo.token_stats(**inputs, backend=backend).entropy.sum()
+    with pytest.raises(RuntimeError, match="no second derivative; backend='reference'"):
+        torch.autograd.grad(entropy, logits, create_graph=True)
+    views = leaves(make_inputs("cppo_loss")["logits"])
+    loss = cppo.cppo_loss(**{**make_inputs("cppo_loss"), "logits": views}, backend=backend).loss
+    with pytest.raises(RuntimeError, match="no second derivative; backend='reference'"):
+        torch.autograd.grad(loss, views, create_graph=True)
+
+
+@every_backend
+@every_config
+@pytest.mark.parametrize("layout", ["padded", "packed", "compact"])
+def test_in_place_gradients_are_the_same_and_bump_the_version(backend, config, layout):
+    inputs = {**make_inputs("cppo_loss", layout="padded" if layout == "padded" else "packed")}
+    inputs["config"] = config
+    if layout == "compact" and config.gating:
+        compact = compact_views(inputs["logits"], inputs["advantages"], inputs["cu_seqlens"])
+        inputs["logits"] = compact
+    expected = evaluate("cppo_loss", inputs, backend)
+    plain = leaves(inputs["logits"])
+    views = Views(*(view * 1.0 for view in plain))
+    versions = [view._version for view in views]
+    out = cppo.cppo_loss(**{**inputs, "logits": views}, inplace=True, backend=backend)
+    (out.loss * expected_scale(expected, out)).backward()
+    for name, leaf, view, version in zip(Views._fields, plain, views, versions, strict=True):
+        torch.testing.assert_close(leaf.grad, expected[f"grad.logits.{name}"])
+        assert view._version > version
+        assert torch.equal(view.detach(), leaf.grad)
+
+
+def expected_scale(expected, out):
+    """`evaluate` differentiates a fixed multiple of the loss."""
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(expected["loss"], out.loss.detach())
+    return torch.randn((), generator=generator)
+
+
+@every_backend
+def test_in_place_is_an_error_for_who_still_needs_the_logits(backend):
+    inputs = make_inputs("token_stats", layout="packed")
+    leaf = inputs["logits"].clone().requires_grad_()
+    logits = leaf * 1.0
+    squares = logits.square().sum()
+    stats = cppo.token_stats(logits, inputs["targets"], inplace=True, backend=backend)
+    (gradient,) = torch.autograd.grad(stats.logps.sum(), logits, retain_graph=True)
+    assert gradient.data_ptr() == logits.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
+
+
+@every_backend
+def test_in_place_with_strides_and_refusals(backend):
+    inputs = make_inputs("token_stats", layout="packed")
+    plain = evaluate("token_stats", inputs, backend)["grad.logits"]
+    transposed = inputs["logits"].T.contiguous().T
+    ours = evaluate("token_stats", {**inputs, "logits": transposed, "inplace": True}, backend)
+    torch.testing.assert_close(ours["grad.logits"], plain)
+    expanded = inputs["logits"][:1].expand(len(inputs["targets"]), -1)
+    with pytest.raises(ValueError, match="its own memory for every entry with inplace=True"):
+        cppo.token_stats(expanded, inputs["targets"], inplace=True)
+    inputs = make_inputs("cppo_loss")
+    same = Views(*(inputs["logits"].anchor,) * 3)
+    with pytest.raises(ValueError, match="must not share memory with inplace=True"):
+        cppo.cppo_loss(**{**inputs, "logits": same}, inplace=True)
+    with pytest.raises(TypeError, match="inplace must be True or False, got 1"):
+        cppo.cppo_loss(**inputs, inplace=1)
+
+
+@every_backend
+@pytest.mark.parametrize("wants", [(True, False, False), (False, True, True), (True, False, True)])
+@pytest.mark.parametrize("divergence", ["k3", "full"])
+def test_only_the_views_that_want_a_gradient_get_one(backend, wants, divergence):
+    inputs = make_inputs("cppo_loss")
+    inputs["config"] = LossConfig(divergence=divergence, cpl_coef=0.5)
+    everything = leaves(inputs["logits"])
+    cppo.cppo_loss(**{**inputs, "logits": everything}, backend=backend).loss.backward()
+    some = Views(
+        *(v.clone().requires_grad_(w) for v, w in zip(inputs["logits"], wants, strict=True))
+    )
+    cppo.cppo_loss(**{**inputs, "logits": some}, backend=backend).loss.backward()
+    for view, other, want in zip(some, everything, wants, strict=True):
+        assert torch.equal(view.grad, other.grad) if want else view.grad is None
+
+
+@every_backend
+def test_gradient_checkpointing_and_autocast(backend):
+    inputs = make_inputs("cppo_loss", layout="packed")
+    weight = torch.randn(37, 37, requires_grad=True)
+
+    def loss(weight):
+        views = Views(*(view @ weight for view in inputs["logits"]))
+        return cppo.cppo_loss(**{**inputs, "logits": views}, backend=backend).loss
+
+    (plain,) = torch.autograd.grad(loss(weight), weight)
+    (again,) = torch.autograd.grad(checkpoint(loss, weight, use_reentrant=False), weight)
+    assert torch.equal(again, plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = loss(weight)
+    assert half.dtype == torch.float32
+    (of_half,) = torch.autograd.grad(half, weight)
+    assert of_half.dtype == torch.float32 and of_half.isfinite().all()
+    expected = cppo.cppo_loss(
+        **{
+            **inputs,
+            "logits": Views(*(v.bfloat16() @ weight.bfloat16() for v in inputs["logits"])),
+        },
+        backend="reference",
+    )
+    torch.testing.assert_close(half, expected.loss, rtol=1e-5, atol=1e-6)
+
+
+@every_backend
+def test_under_distributed_data_parallel(backend, tmp_path):
+    inputs = make_inputs("cppo_loss", layout="packed")
+    head = torch.nn.Linear(37, 37)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(head)
+        views = Views(*wrapped(torch.stack(list(inputs["logits"]))))
+        cppo.cppo_loss(**{**inputs, "logits": views}, backend=backend).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    gradient, head.weight.grad = head.weight.grad, None
+    views = Views(*(head(view) for view in inputs["logits"]))
+    cppo.cppo_loss(**{**inputs, "logits": views}, backend="reference").loss.backward()
+    torch.testing.assert_close(gradient, head.weight.grad)
+
+
+@every_backend
+@pytest.mark.parametrize("config", CONFIGS[:3], ids=["k3", "full", "k1"])
+def test_gradcheck_in_fp64(backend, config):
+    inputs = make_inputs("cppo_loss", dtype=torch.float64, lengths=(3, 2, 2), vocabulary=7)
+    rest = {k: v for k, v in inputs.items() if k != "logits"}
+
+    def loss(*views):
+        return cppo.cppo_loss(Views(*views), **rest, config=config, backend=backend).loss
+
+    assert torch.autograd.gradcheck(loss, tuple(leaves(inputs["logits"])), atol=1e-7)
+
+
+@every_backend
+def test_gradcheck_of_token_stats(backend):
+    inputs = make_inputs("token_stats", dtype=torch.float64, lengths=(3, 2), vocabulary=7)
+    logits = inputs.pop("logits").requires_grad_()
+
+    def stats(z):
+        return tuple(cppo.token_stats(z, **inputs, temperature=0.8, backend=backend))
+
+    assert torch.autograd.gradcheck(stats, (logits,), atol=1e-7)
+
+
+# Any shape
+
+
+@every_backend
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_shape_is_as_accurate_as_eager(backend, data):
+    lengths = data.draw(st.lists(st.integers(0, 9), max_size=5), label="lengths")
+    options = {
+        "dtype": data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        "layout": data.draw(st.sampled_from(["padded", "packed"])),
+        "vocabulary": data.draw(st.integers(1, 200) | st.sampled_from([1024, 2049])),
+        "lengths": tuple(lengths),
+        "seed": data.draw(st.integers(0, 10**6)),
+    }
+    temperature = data.draw(st.sampled_from([0.3, 1.0, 1.7]), label="temperature")
+    stats = {**make_inputs("token_stats", **options), "temperature": temperature}
+    assert_op_as_accurate("token_stats", backend, stats)
+    config = LossConfig(
+        temperature=temperature,
+        divergence=data.draw(st.sampled_from(["k3", "k1", "full"])),
+        fraction=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+        gating=data.draw(st.booleans()),
+        cpl_reduction=data.draw(st.sampled_from(["token", "sequence"])),
+    )
+    inputs = {**make_inputs("cppo_loss", **options), "config": config}
+    assert_op_as_accurate("cppo_loss", backend, inputs)
+
+
+@every_backend
+def test_a_nan_row_poisons_only_itself_in_every_dtype(backend):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        logits = torch.randn(3, 2500).to(dtype)
+        clean = cppo.token_stats(logits, torch.tensor([1, 2, 3]), backend=backend)
+        for bad in (math.nan, math.inf):
+            stained = logits.clone()
+            stained[1, 2100] = bad
+            stats = cppo.token_stats(stained, torch.tensor([1, 2, 3]), backend=backend)
+            assert stats.logps[1].isnan() and stats.entropy[1].isnan()
+            for row in (0, 2):
+                assert stats.logps[row] == clean.logps[row]

@@ -1,0 +1,145 @@
+"""The C++ row kernels: their e^x, their conversions, and every instruction set of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cppo
+from cppo import _ext, backends
+from cppo.testing import evaluate, make_inputs
+
+pytestmark = pytest.mark.skipif(
+    "cpp" not in backends.available("token_stats"),
+    reason=f"the extension is not built: {_ext.missing['cpp']}",
+)
+
+# What a machine may have, the least first; each can be asked for below what it has.
+CAPABILITIES = ("default", "avx2", "avx512")
+
+# Every fp16 and bf16 number survives, and every result is as accurate, in a process of its own:
+# the instruction set is chosen once.
+EVERYTHING = """
+import torch, cppo
+from cppo.testing import ROW_CASES, assert_op_as_accurate, make_inputs
+from cppo import LossConfig
+
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for case in ROW_CASES:
+        assert_op_as_accurate("token_stats", "cpp", make_inputs("token_stats", case, dtype=dtype))
+    inputs = make_inputs("cppo_loss", dtype=dtype, vocabulary=2053, lengths=(1, 2))
+    assert_op_as_accurate("token_stats", "cpp", make_inputs("token_stats", dtype=dtype,
+                                                            vocabulary=2053, lengths=(1, 2)))
+    for divergence in ("k3", "full"):
+        config = LossConfig(divergence=divergence, cpl_coef=0.5, entropy_coef=0.1)
+        assert_op_as_accurate("cppo_loss", "cpp", {**inputs, "config": config})
+    if dtype.itemsize == 2:
+        numbers = torch.arange(-2**15, 2**15, dtype=torch.int16).view(dtype)
+        finite = numbers[numbers.isfinite()]
+        rows = torch.stack([torch.zeros_like(finite), finite], 1)
+        # One token of two: its log-probability is -log(1 + e^z), which shows z as it was read.
+        ours = cppo.token_stats(rows, torch.zeros(len(finite), dtype=torch.int64), backend="cpp")
+        exact = -torch.logaddexp(torch.zeros(1, dtype=torch.float64), finite.double())
+        torch.testing.assert_close(ours.logps.double(), exact, rtol=1e-6, atol=1.2e-7)
+"""
+
+# Gradients of two entries, +g and -g, which a 16-bit dtype rounds: to what torch rounds them to.
+ROUNDING = """
+import torch, cppo
+
+for dtype in (torch.bfloat16, torch.float16):
+    z = torch.zeros(40_000, 2, dtype=dtype, requires_grad=True)
+    logps = cppo.token_stats(z, torch.zeros(len(z), dtype=torch.int64), backend="cpp").logps
+    scale = torch.cat([torch.randn(20_000), torch.randn(20_000) * 1e-6]) * 2
+    scale[:6] = torch.tensor([131008.0, 131040.0, 131056.0, 1e30, 2.0**-24, 2.0**-25])
+    (gradient,) = torch.autograd.grad(logps, z, scale)
+    expected = torch.stack([scale / 2, -scale / 2], 1).to(dtype)
+    assert torch.equal(gradient, expected), (gradient - expected).abs().max()
+"""
+
+
+def run(code, capability):
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_instruction_set_of_this_machine(capability):
+    best = torch.ops.cppo.row_capability()
+    if CAPABILITIES.index(capability) > CAPABILITIES.index(best):
+        pytest.skip(f"this machine has {best}, and PyTorch would crash when told {capability}")
+    for code in (EVERYTHING, ROUNDING):
+        done = run(code, capability)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert run("import torch, cppo; print(torch.ops.cppo.row_capability())", capability).stdout == (
+        f"{capability}\n"
+    )
+
+
+def test_exp_is_within_two_ulp():
+    # Every 137th float in [-87.3, 8], the range of the terms of a softmax.
+    high = torch.tensor(-87.3).view(torch.int32).item()
+    negative = torch.arange(-(2**31), high, 137, dtype=torch.int32).view(torch.float32)
+    positive = torch.arange(0, torch.tensor(8.0).view(torch.int32).item(), 137, dtype=torch.int32)
+    x = torch.cat([negative, positive.view(torch.float32)])
+    exact = x.double().exp()
+    ulp = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 24)
+    error = ((torch.ops.cppo.row_exp(x).double() - exact).abs() / ulp).max()
+    assert len(x) > 1.5e7 and error < 2
+
+
+def test_exp_of_what_is_not_a_number_or_too_small():
+    x = torch.tensor([0.0, -torch.inf, -200.0, -87.8, torch.nan])
+    ours = torch.ops.cppo.row_exp(x)
+    assert ours[:4].tolist() == [1, 0, 0, 0] and ours[4].isnan()
+
+
+@pytest.mark.parametrize("op", ["token_stats", "cppo_loss"])
+def test_the_number_of_threads_changes_no_bit(op):
+    inputs = make_inputs(op, vocabulary=3001)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = evaluate(op, inputs, "cpp")
+        torch.set_num_threads(2)
+        two = evaluate(op, inputs, "cpp")
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_rise_along_the_row(dtype):
+    """Every block raises the reference: the sums so far are scaled again and again."""
+    logits = torch.linspace(-1e4, 1e4, 20_000).to(dtype).repeat(2, 1)
+    logits[1] = logits[1].flip(0)
+    targets = torch.tensor([19_999, 5])
+    exact = cppo.token_stats(logits.double(), targets, backend="reference")
+    ours = cppo.token_stats(logits, targets, backend="cpp")
+    torch.testing.assert_close(ours.logps.double(), exact.logps, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.entropy.double(), exact.entropy, rtol=1e-6, atol=1e-6)
+
+
+def test_memory_beyond_the_logits_is_a_row():
+    """Peak growth of a forward and an in-place backward, against 95 MiB of logits."""
+    code = """
+import resource, torch, cppo
+torch.set_num_threads(1)
+z = torch.randn(2, 81, 151_936).requires_grad_()
+y = torch.zeros(2, 81, dtype=torch.int64)
+cppo.token_stats(z[:1, :1], y[:1, :1]).logps.sum().backward()
+z.grad = None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+logits = z.detach()[:, 1:].requires_grad_()
+stats = cppo.token_stats(logits, y[:, 1:], inplace=True)
+(stats.logps.sum() + stats.entropy.sum()).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = run(code, torch.ops.cppo.row_capability())
+    assert done.returncode == 0, done.stderr
+    # ru_maxrss is in KiB on Linux; 1 % of the logits, and the allocator's noise.
+    assert int(done.stdout) < 0.01 * 2 * 80 * 151_936 * 4 / 1024 + 1024

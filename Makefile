@@ -34,10 +34,11 @@ demo: setup
 test: setup
 	$(BIN)/pytest $(PYTEST_OPTIONS)
 
-# Everything that needs a GPU; skipped with a reason where there is none.
+# Everything that needs a GPU, in three parts of at most ten minutes; run again it goes on where it
+# stopped. GPU_OPTIONS="--part kernels" runs one part. Says so where there is no GPU.
 gpu: setup
 	$(BIN)/cppo info
-	$(BIN)/pytest -m gpu $(PYTEST_OPTIONS)
+	$(BIN)/python benchmarks/gpu.py $(GPU_OPTIONS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -53,3 +54,4 @@ bench: setup
 
 bench-smoke: setup
 	$(BIN)/cppo bench --shapes toy
+	$(BIN)/python benchmarks/gpu.py --toy --device cpu --output build/gpu-toy --fresh

@@ -25,6 +25,7 @@ from cppo.benchmarks.inputs import Inputs
 Outputs = dict[str, Tensor]
 Call = Callable[[Inputs], Any]
 LINEAR_CHUNK = 32_768  # TRL's own chunk of the vocabulary
+COMPILED_ROWS = 8192  # on a GPU: each shape takes a minute to compile
 
 
 class Unavailable(Exception):
@@ -188,7 +189,10 @@ def competitors(
     if "eager" in against:
         found += _eager(case)
     if "compile" in against and case.sizes is not None:
-        found += [_compiled(case)]
+        if device.type == "cuda" and (case.sizes.hidden or case.sizes.rows > COMPILED_ROWS):
+            absent["compile"] = f"compiled for logits of up to {COMPILED_ROWS} rows alone"
+        else:
+            found += [_compiled(case)]
     for peer in PEERS:
         if peer.name.split()[0] not in against or case.sizes is None:
             continue

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,6 +26,7 @@ from cppo.benchmarks.environment import (
 )
 from cppo.benchmarks.harness import Budget, Measured, measure
 from cppo.benchmarks.show import LiveTables
+from cppo.records import Views
 
 BUSY = 0.25  # load per core above which the machine is doing something else
 BUDGETS = {
@@ -38,7 +42,8 @@ class Options:
     """What `cppo bench` was asked for; empty tuples mean everything.
 
     output: the CSV file. None: a file named after the device, in a clone's benchmarks/results,
-    else in ./cppo-bench; "small" and "toy" are a look and write there only when asked.
+    else in ./cppo-bench; "toy" writes only when asked. missing_only: cases that have a row there
+    are left out. deadline: time.monotonic() after which no case is begun.
     """
 
     shapes: str = "small"
@@ -51,6 +56,7 @@ class Options:
     output: Path | None = None
     seconds: float | None = None
     missing_only: bool = False
+    deadline: float = math.inf
 
     @property
     def path(self) -> Path:
@@ -94,6 +100,9 @@ def bench(options: Options, console: Console) -> tuple[list[rows.Row], list[Meas
     for number, case in enumerate(todo, 1):
         if (case.op, case.shape, case.dtype, case.modes[-1]) in done:
             continue
+        if time.monotonic() > options.deadline:
+            console.print(f"[yellow]out of time before {case.name}[/]")
+            break
         tables.heading(case, number, len(todo))
         load = f"{load_per_core():.2f}"
         measured = _measure(case, device, options, tables)
@@ -155,6 +164,17 @@ def _opening(console: Console, options: Options, ceilings: Ceilings) -> None:
         "[dim]bytes and operations are those of the best plan, so that a slower plan shows as a "
         "smaller share of the ceiling; error: against fp64, relative to the largest value[/]\n"
     )
+
+
+def on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same inputs with every tensor on `device`."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Views):
+            return Views(*map(move, value))
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    return {name: move(value) for name, value in inputs.items()}
 
 
 def report_wrong(console: Console, wrong: Sequence[Measured]) -> None:

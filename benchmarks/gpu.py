@@ -1,0 +1,195 @@
+"""Everything that needs a GPU, in three parts of at most ten minutes each; a cut loses nothing.
+
+    python benchmarks/gpu.py                       the parts that have rows missing, one by one
+    python benchmarks/gpu.py --part kernels        correctness | kernels | steps
+    python benchmarks/gpu.py --toy --device cpu    the whole script at toy size, to see that it runs
+
+Rows are written as they are measured, to <device>_correctness.csv, <device>.csv and
+<device>_steps.csv in --output. Run again, a part goes on with the rows that are not there yet;
+`--fresh` measures all of them anew. Nothing is written of a case that was cut in the middle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from cppo import backends
+from cppo.benchmarks import peers, plots, rows, run, step
+from cppo.benchmarks.environment import environment, file_stem, results_folder
+from cppo.testing import ROW_CASES, assert_op_as_accurate, make_inputs
+
+PARTS = ("correctness", "kernels", "steps")
+CHECKED_OPS: tuple[str, ...] = ("token_stats", "perception_mask", "cppo_loss", "linear_token_stats")
+CHECKED_OPS += ("linear_cppo_loss", "advantages_and_prune", "pack_completions")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where and how much.
+
+    Args:
+        device: "cuda", or "cpu" with toy. folder: of the rows. deadline: time.monotonic() at which
+        a part starts nothing new.
+    """
+
+    device: torch.device
+    folder: Path
+    toy: bool
+    fresh: bool
+    deadline: float
+    console: Console
+
+    def path(self, suffix: str = "") -> Path:
+        return self.folder / f"{file_stem(self.device)}{suffix}.csv"
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self.deadline
+
+
+def correctness(plan: Plan) -> bool:
+    """The tests that need a GPU, then the accuracy law for every op, backend, dtype and case."""
+    if not plan.toy:
+        found = Path(__file__).resolve().parents[1] / "tests"
+        command = [str(Path(sys.executable).with_name("pytest")), "-m", "gpu", "-q", str(found)]
+        left = max(1.0, plan.deadline - time.monotonic())
+        try:
+            subprocess.run(command, timeout=left, check=False)
+        except subprocess.TimeoutExpired:
+            plan.console.print("the tests were cut: run this part again")
+            return False
+    path = plan.path("_correctness")
+    done = set() if plan.fresh else {rows.key(row) for row in rows.read(path)}
+    shared = environment(plan.device)
+    failures = 0
+    for op, backend, case, dtype, vocabulary in _checks(plan):
+        shape = f"{case} V={vocabulary}"
+        row = {"op": op, "shape": shape, "dtype": dtype, "mode": "both", "backend": backend}
+        row |= {"peer": "", **shared}
+        if rows.key(row) in done:
+            continue
+        if plan.is_over:
+            return False
+        row["status"] = _law(op, backend, case, dtype, vocabulary, plan.device)
+        failures += row["status"] != "ok"
+        rows.merge(path, [row])
+        if row["status"] != "ok":
+            plan.console.print(f"[red]{op} {backend} {shape} {dtype}: {row['status']}[/]")
+    plan.console.print(f"correctness: {len(rows.read(path))} rows in {path}, {failures} new faults")
+    return True
+
+
+def _checks(plan: Plan) -> Iterator[tuple[str, str, str, str, int]]:
+    vocabularies = (193,) if plan.toy else (193, 151_936)
+    for op in CHECKED_OPS:
+        is_row_op = op.endswith(("stats", "loss"))
+        for backend in backends.available(op, plan.device):
+            if backend == "reference":
+                continue
+            cases = ROW_CASES if is_row_op or op == "perception_mask" else ("random",)
+            dtypes = DTYPES if is_row_op else ("fp32",)
+            sizes = vocabularies if is_row_op else (0,)
+            for case, dtype, vocabulary in itertools.product(cases, dtypes, sizes):
+                yield op, backend, case, dtype, vocabulary
+
+
+def _law(
+    op: str, backend: str, case: str, dtype: str, vocabulary: int, device: torch.device
+) -> str:
+    inputs = make_inputs(op, case, dtype=DTYPES[dtype], vocabulary=vocabulary or 37)
+    try:
+        assert_op_as_accurate(op, backend, run.on_device(inputs, device))
+    except AssertionError as error:
+        return f"wrong: {str(error).splitlines()[0]}"
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return "ok"
+
+
+def kernels(plan: Plan) -> bool:
+    """Every op against every peer and the device's ceilings; the main cases come first."""
+    options = run.Options(
+        shapes="toy" if plan.toy else "paper",
+        against=("eager",) if plan.toy else peers.NAMES,
+        device=str(plan.device),
+        output=plan.path(),
+        seconds=0.0 if plan.toy else 0.3,
+        missing_only=not plan.fresh,
+        deadline=plan.deadline,
+    )
+    _, wrong = run.bench(options, plan.console)
+    run.report_wrong(plan.console, wrong)
+    try:
+        plots.draw(plan.path())
+    except RuntimeError as error:
+        plan.console.print(str(error))
+    return not plan.is_over
+
+
+def steps(plan: Plan) -> bool:
+    """One training step of Qwen2.5-VL-3B's shape, phase by phase."""
+    path = plan.path("_steps")
+    if plan.toy:
+        sizes = {"--prompt": "6", "--completion": "8", "--at-once": "4", "--repeats": "1"}
+        settings = [("toy-vl", rate, "fp32") for rate in ("0.5",)]
+    else:
+        sizes = {"--questions": "4", "--group-size": "16", "--prompt": "128"}
+        sizes |= {"--completion": "512", "--at-once": "16", "--repeats": "3"}
+        settings = [("qwen2.5-vl-3b", rate, "bf16") for rate in ("0.5", "0.75", "0.875")]
+    for model, rate, dtype in settings:
+        if plan.is_over:
+            return False
+        done = [row["shape"] for row in rows.read(path)]
+        if not plan.fresh and any(s.startswith(model) and s.endswith(f"P={rate}") for s in done):
+            continue
+        named = {"--model": model, "--prune-rate": rate, "--dtype": dtype, **sizes}
+        named |= {"--device": str(plan.device), "--output": str(path)}
+        arguments = [word for pair in named.items() for word in pair]
+        if not plan.toy:
+            arguments.append("--gradient-checkpointing")
+        step.main(arguments, plan.console.print)
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of each part")
+    parser.add_argument("--output", type=Path, help="folder of the rows")
+    parser.add_argument("--fresh", action="store_true", help="measure what has rows again")
+    parser.add_argument("--toy", action="store_true", help="toy sizes, also on a CPU")
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("no GPU here: nothing to do (--toy --device cpu shows that the script runs)")
+        return 0 if argv is None else 1
+    if device.type == "cpu" and not arguments.toy:
+        parser.error("--device cpu needs --toy")
+    folder = arguments.output or results_folder()
+    unfinished = []
+    for part in arguments.part:
+        deadline = time.monotonic() + 60 * arguments.minutes
+        console = Console(width=120)
+        plan = Plan(device, folder, arguments.toy, arguments.fresh, deadline, console)
+        console.rule(part)
+        if not {"correctness": correctness, "kernels": kernels, "steps": steps}[part](plan):
+            unfinished.append(part)
+    if unfinished:
+        print(f"not finished: {', '.join(unfinished)}; the same command goes on from there")
+    return 1 if unfinished else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,4 +33,4 @@ print(f'torch {torch.__version__}, transformers {transformers.__version__}, ray 
       f'tensordict {tensordict.__version__}')
 print(*adapter.check(), sep='\n')" 2>/dev/null
 cd - >/dev/null
-"$VENV/bin/pytest" tests/test_integrations_verl.py tests/test_integrations_verl_options.py "$@"
+"$VENV/bin/pytest" tests/test_integrations_verl*.py "$@"

@@ -21,6 +21,23 @@ ROOT = Path(__file__).parents[1]
 LOSS = dict(loss_agg_mode="seq-mean-token-mean", cpl_coef=0.5)
 
 
+OVERRIDES = """
+data.train_batch_size=3 actor_rollout_ref.actor.ppo_mini_batch_size=4 actor_rollout_ref.rollout.n=8
+actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.model.path=none critic.enable=False
+algorithm.adv_estimator=grpo trainer.val_before_train=False
+""".split()
+
+
+def composed(*overrides: str) -> Any:
+    """verl's configuration, as main_ppo composes it."""
+    import verl
+    from hydra import compose, initialize_config_dir
+
+    folder = Path(verl.__file__).parent / "trainer" / "config"
+    with initialize_config_dir(str(folder), version_base=None):
+        return compose("ppo_trainer", [*OVERRIDES, *overrides])
+
+
 def load_example() -> ModuleType:
     """examples/verl_cpu.py, which makes a CPU verl's device."""
     if "verl_cpu" not in sys.modules:

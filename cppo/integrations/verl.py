@@ -20,6 +20,7 @@ below, and what is used of it still has the parameters known here, this is added
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,10 +135,8 @@ class CompletionPruning(_PPOTrainer):
         if self._dropped is None:
             return batch
         # Rewards and lengths are reported of all, and all are taken out of the queue.
-        every = {
-            name: getattr(batch, name) + getattr(self._dropped, name) for name in ("keys", "tags")
-        }
-        return type(batch)(partition_id=batch.partition_id, extra_info=batch.extra_info, **every)
+        keys, tags = batch.keys + self._dropped.keys, batch.tags + self._dropped.tags
+        return type(batch)(keys, tags, batch.partition_id, extra_info=batch.extra_info)
 
     def _balance_batch(self, batch: Any, metrics: dict, *args: Any, **kwargs: Any) -> Any:
         if self.pruning.prune_rate:
@@ -268,7 +267,8 @@ def _version() -> str | None:
 
 
 def _is_known(version: str | None) -> bool:
-    return version is not None and tuple(map(int, version.split(".")[:2])) >= OLDEST
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return numbers is not None and tuple(map(int, numbers.groups())) >= OLDEST
 
 
 _after_import = AfterImport(HOOKS) if _is_known(_version()) else None

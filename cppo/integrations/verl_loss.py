@@ -123,7 +123,7 @@ def loss_with_contrast(
         looks &= (padded["advantages"] * mask).sum(1) > 0
     looks &= torch.tensor([_images(row) is not None for row in _multi_modal(data)]).to(looks.device)
     looking = looks.nonzero()[:, 0]
-    cpl, num_selected = loss.detach() * 0, loss.detach() * 0
+    cpl = num_selected = loss.new_zeros(())
     if _any_rank(len(looking) > 0, dp_group, loss.device):
         # Every rank runs the views if one does, or FSDP would wait for it: here on a row that
         # selects nothing.

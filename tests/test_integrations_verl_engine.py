@@ -1,0 +1,255 @@
+"""The verl adapter on verl's FSDP2 engine: updates, gradients, processes, fused statistics."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("verl", reason="needs verl >= 0.9: tests/run_verl.sh")
+
+from verl_cases import (  # noqa: E402
+    LOSS,
+    ROOT,
+    engine_for,
+    gradients,
+    half,
+    load_example,
+    update,
+    worst,
+)
+
+import cppo  # noqa: E402
+from cppo.seeds import seed_from  # noqa: E402
+from cppo.views import perturb_pixel_values, views_from_names  # noqa: E402
+
+example = load_example()
+
+from verl.utils import tensordict_utils as tu  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return engine_for(example)
+
+
+@pytest.fixture(scope="module")
+def batch(engine):
+    batch = example.made_up_batch(engine.model_config.processor, num_questions=4, seed=2)
+    example.add_old_log_probs(engine, batch)
+    return batch
+
+
+def test_two_optimizer_steps_with_the_loss_and_the_views(capsys):
+    history = example.main(steps=2)
+    assert [row["actor/looking_completions"] > 0 for row in history] == [True, True]
+    for row in history:
+        assert 0 < row["actor/perception_tokens"] and 0 < row["actor/cpl_loss"] < 5
+        assert 0 < row["grad_norm"] < 100
+    assert "step 1" in capsys.readouterr().out
+
+
+def response_logits(engine, batch) -> torch.Tensor:
+    """(B, T, V) logits of the responses, right-padded, from the engine's own model."""
+    inputs, _ = engine.prepare_model_inputs(micro_batch=batch)
+    logits = engine.module(**inputs, use_cache=False).logits
+    prompts, responses = (batch[name].offsets().diff() for name in ("prompts", "responses"))
+    rows = [
+        row[start - 1 : start - 1 + int(responses.max())]
+        for row, start in zip(logits, prompts.tolist(), strict=True)
+    ]
+    longest = max(map(len, rows))
+    return torch.stack(
+        [torch.nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows]
+    )
+
+
+def seen_as(engine, batch, name: str, perturbations: tuple[str, ...]) -> Any:
+    """The batch with its images perturbed as documented: by step, view, prompt and number."""
+    rows = []
+    for inputs, prompt in zip(batch["multi_modal_inputs"], batch["prompts"].unbind(), strict=True):
+        pixel_values = perturb_pixel_values(
+            inputs["pixel_values"],
+            inputs["image_grid_thw"],
+            views_from_names(list(perturbations)),
+            seeds=[seed_from(0, engine.lr_scheduler.last_epoch, name, *prompt.tolist())],
+            image_processor=engine.model_config.processor,
+        )
+        rows.append({**inputs, "pixel_values": pixel_values})
+    view = batch.copy()
+    tu.assign_non_tensor_stack(view, "multi_modal_inputs", rows)
+    return view
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(divergence="k1", tau=0.5, detach_anchor=True),
+        dict(gating=False, fraction=0.25),
+        dict(cpl_reduction="token"),
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_cppo_loss_on_three_views(engine, batch, options):
+    whole = batch.copy()
+    tu.assign_non_tensor(whole, micro_batch_size_per_gpu=len(batch))
+    actor = example.actor_config(**LOSS, **options)
+    ours = gradients(engine, whole, actor)
+
+    default = cppo.CPPOConfig()
+    views = cppo.Views(
+        response_logits(engine, batch),
+        response_logits(engine, seen_as(engine, batch, "positive", default.positive_views)),
+        response_logits(engine, seen_as(engine, batch, "negative", default.negative_views)),
+    )
+    padded = batch.select("responses", "response_mask", "old_log_probs").to_padded_tensor()
+    advantages = torch.stack([row[0] for row in batch["advantages"].unbind()])
+    options = dict(cpl_reduction="sequence") | options
+    config = cppo.LossConfig(cpl_coef=0.5, dual_clip=3.0, clip_high=0.2, **options)
+    output = cppo.cppo_loss(
+        views,
+        padded["responses"],
+        advantages,
+        old_logps=padded["old_log_probs"],
+        mask=padded["response_mask"].bool(),
+        config=config,
+    )
+    engine.optimizer_zero_grad()
+    output.loss.backward()
+    expected = {
+        name: parameter.grad.full_tensor().clone()
+        for name, parameter in engine.module.named_parameters()
+        if parameter.grad is not None
+    }
+    engine.optimizer_zero_grad()
+    assert output.perception_mask.any()
+    assert worst(ours, expected) < 2e-4
+    # The contrastive term is no rounding error of these gradients.
+    assert worst(gradients(engine, whole, example.actor_config(**LOSS | dict(cpl_coef=0))),
+                 expected) > 1e-2  # fmt: skip
+
+
+def test_micro_batches_do_not_change_the_gradient(engine, batch):
+    actor, found = example.actor_config(**LOSS), []
+    for size in (16, 4, 1):
+        cut = batch.copy()
+        tu.assign_non_tensor(cut, micro_batch_size_per_gpu=size)
+        found.append(gradients(engine, cut, actor))
+    assert max(worst(found[1], found[0]), worst(found[2], found[0])) < 2e-4
+
+
+def test_the_views_run_only_where_they_count(engine, batch, monkeypatch):
+    forwards, forward = [], engine.module.forward
+    monkeypatch.setattr(
+        engine.module,
+        "forward",
+        lambda **k: (forwards.append(len(k["input_ids"])), forward(**k))[1],
+    )
+    actor = example.actor_config(**LOSS)
+    looking = len(half(batch, positive=True))
+    whole = batch.copy()
+    tu.assign_non_tensor(whole, micro_batch_size_per_gpu=len(batch))
+    gradients(engine, whole, actor)
+    assert forwards == [16, looking, looking]
+
+    forwards.clear()
+    none = half(batch, positive=False)
+    tu.assign_non_tensor(none, micro_batch_size_per_gpu=len(none))
+    gradients(engine, none, actor)
+    assert forwards == [len(none)]
+
+    forwards.clear()
+    text = half(batch, positive=True)
+    tu.assign_non_tensor_stack(text, "multi_modal_inputs", [{}] * (looking - 1) + [
+        text["multi_modal_inputs"][looking - 1]])  # fmt: skip
+    images = engine.model_config.hf_config.image_token_id
+    for name in ("input_ids", "prompts"):
+        rows = list(text[name].unbind())
+        rows[:-1] = [row.masked_fill(row == images, 3) for row in rows[:-1]]
+        text[name] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    tu.assign_non_tensor(text, micro_batch_size_per_gpu=looking)
+    gradients(engine, text, actor)
+    assert forwards == [looking, 1, 1]
+
+
+@pytest.mark.parametrize("policy_loss", [dict(cpl_coef=0), dict(cpl_coef=0.5, loss_mode="vanilla")])
+def test_without_contrast_the_forward_step_is_verls(engine, batch, policy_loss, monkeypatch):
+    actor = example.actor_config(LOSS["loss_agg_mode"], **policy_loss)
+    ours = gradients(engine, batch, actor)
+    plain = type(engine).forward_step.__wrapped__
+    monkeypatch.setattr(type(engine), "forward_step", plain)
+    expected = gradients(engine, batch, example.actor_config(**LOSS))
+    assert worst(ours, expected) < 1e-5
+
+
+def test_entropy_reaches_the_loss_only_if_asked_for(engine, batch):
+    seen = []
+    actor = example.actor_config(**LOSS)
+
+    def ppo_loss(config, model_output, data, dp_group=None):
+        seen.append("entropy" in model_output)
+        return example.ppo_loss(config, model_output, data, dp_group)
+
+    for asked in (False, True):
+        cut = half(batch, positive=True)
+        tu.assign_non_tensor(cut, calculate_entropy=asked, micro_batch_size_per_gpu=len(cut))
+        with engine.train_mode():
+            engine.forward_backward_batch(cut, partial(ppo_loss, config=actor))
+            engine.optimizer_zero_grad()
+    assert seen == [False, True]
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """One of them has only completions with A <= 0, and must run the views all the same."""
+    expected, metrics = update(example, lambda batch: batch)
+    command = [sys.executable, str(ROOT / "tests" / "verl_cases.py")]
+    where = (str(tmp_path / "store"), str(tmp_path / "out"))
+    ranks = [
+        subprocess.Popen([*command, str(rank), *where], stdout=subprocess.DEVNULL)
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    found = [torch.load(tmp_path / f"out{rank}.pt", weights_only=False) for rank in range(2)]
+    assert all(worst(own, expected) < 2e-4 for own, _ in found)
+    assert [own["looking_completions"] > 0 for _, own in found] == [True, False]
+    for name, value in metrics.items():
+        # verl reports the mean over the ranks.
+        assert (found[0][1][name] + found[1][1][name]) / 2 == pytest.approx(value, rel=1e-4)
+
+
+# Fused statistics
+
+
+@pytest.mark.parametrize("backend", ["cppo", "torch"])
+def test_fused_statistics_behind_verls_switch(engine, batch, backend, monkeypatch):
+    calls, plain = [], cppo.linear_token_stats
+    monkeypatch.setattr(
+        cppo, "linear_token_stats", lambda *a, **k: (calls.append(k), plain(*a, **k))[1]
+    )
+    options = dict(use_fused_kernels=True, fused_kernel_options=dict(impl_backend=backend))
+    model_class = type(example.build_tiny_vlm(size="test")[0])
+    forward = model_class.forward
+    try:
+        fused = engine_for(example, **options)
+        on = batch.copy()
+        tu.assign_non_tensor(on, use_fused_kernels=True)
+        actor = example.actor_config(**LOSS)
+        ours = gradients(fused, on, actor)
+    finally:
+        model_class.forward = forward
+    assert worst(ours, gradients(engine, batch, actor)) < 2e-4
+    assert bool(calls) == (backend == "cppo")

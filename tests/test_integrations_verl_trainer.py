@@ -1,0 +1,207 @@
+"""The trainer that prunes: verl's own, on verl's queue, with a fake worker group."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("verl", reason="needs verl >= 0.9: tests/run_verl.sh")
+pytest.importorskip("transfer_queue", reason="verl's trainer needs TransferQueue")
+
+import ray  # noqa: E402
+import transfer_queue  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+from tensordict import TensorDict  # noqa: E402
+from verl.trainer.ppo.v1 import get_trainer_cls  # noqa: E402
+from verl.utils import tensordict_utils as tu  # noqa: E402
+from verl_cases import composed  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def queue():
+    """A TransferQueue: verl's store of everything that a step works on."""
+    # Logical CPUs: its actors wait for as many.
+    ray.init(num_cpus=16, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    storage = dict(total_storage_size=1000, num_data_storage_units=1)
+    transfer_queue.init(OmegaConf.create(dict(backend=dict(SimpleStorage=storage))))
+    yield transfer_queue
+    transfer_queue.close()
+    ray.shutdown()
+
+
+class Workers:
+    """A worker group of two ranks that notes what it is asked for and answers with noise."""
+
+    _dispatch_info = {"actor": [0, 1]}
+
+    def __init__(self, tq: Any) -> None:
+        self.tq, self.calls = tq, []
+
+    def _note(self, name: str, batch: Any, *fields: str) -> Any:
+        data = self.tq.kv_batch_get(batch.keys, batch.partition_id, select_fields=list(fields))
+        self.calls.append((name, list(batch.keys), dict(batch.extra_info), data))
+        return data
+
+    def _log_probs(self, name: str, batch: Any) -> Any:
+        data = self._note(name, batch, "input_ids")
+        values = {
+            field: torch.nested.nested_tensor_from_jagged(
+                -torch.rand(len(data["input_ids"].values())), data["input_ids"].offsets()
+            )
+            for field in ("log_probs", "entropy")
+        }
+        return self.tq.kv_batch_put(
+            batch.keys, batch.partition_id, TensorDict(values, batch_size=len(batch))
+        )
+
+    def compute_log_prob(self, batch: Any) -> Any:
+        return self._log_probs("old_log_prob", batch)
+
+    def compute_ref_log_prob(self, batch: Any) -> Any:
+        return self._log_probs("ref_log_prob", batch)
+
+    def update_actor(self, batch: Any) -> Any:
+        fields = ("advantages", "returns", "old_log_probs", "ref_log_prob", "response_mask")
+        self._note("update_actor", batch, *fields)
+        return {"metrics": {"mfu": 0.5, "pg_loss": 0.25}}
+
+
+def rollouts(tq: Any, rewards: dict[str, list[Any]]) -> Any:
+    """Completions as the agent loop leaves them in the queue; several scores: several outputs."""
+    generator = torch.Generator().manual_seed(0)
+    fields: dict[str, list[Any]] = {}
+    keys, tags = [], []
+    outputs = [
+        (f"{question}_{number}_{output}", score)
+        for question, scores in rewards.items()
+        for number, of_completion in enumerate(scores)
+        for output, score in enumerate(
+            of_completion if isinstance(of_completion, list) else [of_completion]
+        )
+    ]
+    for key, score in outputs:
+        length = int(torch.randint(2, 9, (), generator=generator))
+        prompt, response = torch.full((4,), 7), torch.arange(length)
+        reward = torch.zeros(length)
+        reward[-1] = score
+        mask = torch.ones(length, dtype=torch.int64)
+        for name, value in dict(
+            prompts=prompt, responses=response, input_ids=torch.cat([prompt, response]),
+            position_ids=torch.arange(4 + length), response_mask=mask, loss_mask=mask,
+            rm_scores=reward, rollout_log_probs=-torch.rand(length, generator=generator),
+        ).items():  # fmt: skip
+            fields.setdefault(name, []).append(value)
+        keys.append(key)
+        tags.append(dict(seq_len=4 + length, min_global_steps=0, max_global_steps=0))
+    data = TensorDict(
+        {k: torch.nested.as_nested_tensor(v, layout=torch.jagged) for k, v in fields.items()},
+        batch_size=len(keys),
+    )
+    tu.assign_non_tensor_stack(data, "uid", [key.split("_")[0] for key in keys])
+    tu.assign_non_tensor_stack(data, "num_turns", [1] * len(keys))
+    return tq.kv_batch_put(keys, "train", data, tags)
+
+
+REWARDS = {
+    # The advantages of each question are largest at two known completions.
+    "a": [0.5, 0.5, 9.0, 0.5, 0.5, -8.0, 0.5, 0.5],
+    "b": [1.0, 5.0, 1.0, 1.0, 1.0, 1.0, 1.0, -3.0],
+    # Of several outputs of an agent's completion the last one's reward counts, for all of them.
+    "c": [2.0, 2.0, 2.0, 2.0, [9.0, 0.0], 2.0, 7.0],
+}
+KEPT = {"a_2_0", "a_5_0", "b_1_0", "b_7_0", "c_4_0", "c_4_1", "c_6_0"}
+
+
+def step(tq: Any, mode: str, *overrides: str) -> tuple[Any, Any, dict, Any, Any]:
+    """One step of a trainer of verl on fake workers."""
+    config = composed(f"trainer.v1.trainer_mode={mode}", *overrides)
+    trainer = get_trainer_cls(mode)(config)
+    workers = Workers(tq)
+    batch = rollouts(tq, REWARDS)
+    trainer.__dict__.update(
+        actor_rollout_wg=workers,
+        ref_policy_wg=workers,
+        ref_in_actor=False,
+        tokenizer=SimpleNamespace(eos_token_id=3),
+        reward_loop_manager=SimpleNamespace(reward_loop_worker_handles=[]),
+        checkpoint_manager=SimpleNamespace(sleep_replicas=lambda: None),
+        replay_buffer=SimpleNamespace(sample=lambda **_: (batch, {})),
+        curr_step_profile=False,
+        global_steps=1,
+        distillation_config=None,
+        _get_n_gpus_for_throughput=lambda: 2,
+    )
+    metrics: dict[str, Any] = {}
+    torch.manual_seed(0)
+    timing: dict[str, float] = {}
+    result = trainer._step_once(metrics, timing, sample_batch_size=3)
+    timing["step"] = timing.setdefault("gen", 1.0)
+    trainer._compute_metrics(result, metrics, timing, global_steps=1, epoch=0)
+    return trainer, workers, metrics, batch, result
+
+
+def test_the_trainer_prunes_before_old_and_reference_log_probabilities(queue):
+    trainer, workers, metrics, batch, result = step(
+        queue, "cppo", "+trainer.v1.cppo.prune_rate=0.75"
+    )
+    assert [name for name, *_ in workers.calls] == ["old_log_prob", "ref_log_prob", "update_actor"]
+    for _, keys, _, _ in workers.calls:
+        # A no-op row fills the mini-batch: 4 questions x 2 kept.
+        assert {key for key in keys if not key.startswith("pad")} == KEPT and len(keys) == 8
+    _, keys, extra_info, data = workers.calls[-1]
+    assert extra_info["mini_batch_size"] == extra_info["global_batch_size"] == 4 * 2
+    assert trainer.config.actor_rollout_ref.rollout.n == 8
+    assert trainer.config.algorithm.rollout_correction is not None
+    assert trainer.config.trainer.v1.trainer_mode == "sync"
+
+    final = {q: [s[-1] if isinstance(s, list) else s for s in REWARDS[q]] for q in REWARDS}
+    whole = {q: torch.tensor(scores) for q, scores in final.items()}
+    for key, advantages, returns, mask in zip(
+        keys, *(data[x].unbind() for x in ("advantages", "returns", "response_mask")), strict=True
+    ):
+        if key.startswith("pad"):
+            assert advantages.tolist() == [0.0] and mask.sum() == 0
+            continue
+        question, number, _ = key.split("_")
+        scores = whole[question]
+        expected = (scores[int(number)] - scores.mean()) / (scores.std() + 1e-6)
+        assert torch.equal(advantages, returns) and len(advantages) == len(mask)
+        torch.testing.assert_close(advantages, expected.expand(len(mask)))
+
+    # Metrics and the clearing of the queue are of everything that was sampled.
+    assert sorted(k for k in result.keys if not k.startswith("pad")) == sorted(batch.keys)
+    assert len(result.tags) == len(result.keys) == 25
+    assert metrics["cppo/completions"] == 23 and metrics["cppo/kept_completions"] == 6
+    assert metrics["critic/score/mean"] == pytest.approx((sum(map(sum, final.values())) + 9) / 24)
+    assert metrics["actor/pg_loss"] == 0.25
+    queue.kv_clear(result.keys, "train")
+    assert not queue.kv_list("train").get("train")
+
+
+def test_without_pruning_the_trainer_is_verls_own(queue):
+    seen = []
+    for mode in ("cppo", "sync"):
+        _, workers, metrics, _, result = step(queue, mode)
+        _, keys, _, data = workers.calls[-1]
+        rows = dict(zip(keys, data["advantages"].unbind(), strict=True))
+        real = {key: row.tolist() for key, row in rows.items() if not key.startswith("pad")}
+        infos = [(name, len(keys), info) for name, keys, info, _ in workers.calls]
+        kept_metrics = {k: v for k, v in metrics.items() if not k.startswith(("timing", "perf"))}
+        seen.append((infos, real, len(result), kept_metrics))
+        queue.kv_clear(result.keys, "train")
+    assert seen[0] == seen[1]
+
+
+def test_the_trainer_says_what_it_cannot_do():
+    for override, words in (
+        ("algorithm.use_kl_in_reward=True", "use_kl_loss"),
+        ("+trainer.v1.cppo.prune_scope=local", "prune_scope must be one of"),
+    ):
+        config = composed(
+            "trainer.v1.trainer_mode=cppo", "+trainer.v1.cppo.prune_rate=0.5", override
+        )
+        with pytest.raises(ValueError, match=words):
+            get_trainer_cls("cppo")(config)

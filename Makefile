@@ -7,7 +7,7 @@
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
-EXTRAS ?= demo,dev,math,peft,data,tracking,triton
+EXTRAS ?= demo,dev,math,peft,data,tracking,triton,trl
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
 # In the clone and named after the environment: another clone, or another environment, sets up anew.

@@ -26,6 +26,12 @@ def run_example(name: str, argument: int, monkeypatch: pytest.MonkeyPatch) -> di
     return runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
 
+def readme_block(containing: str) -> str:
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = [block for block in found if containing in block]
+    return block
+
+
 def rewards_in(output: str) -> list[float]:
     return [float(value) for value in re.findall(r"reward:? (\d\.\d+)", output)]
 
@@ -98,6 +104,11 @@ def test_the_trl_page(tmp_path: Path) -> None:
         usage = usage.replace(printed, small)
     exec(usage, names)
     assert names["trainer"].state.log_history[0]["cppo/kept_share"] == 0.25
+    before = names["trainer"]
+    exec(
+        readme_block("CPPOGRPOTrainer"),
+        {**names, "args": before.args, "rows": before.train_dataset},
+    )
     exec(mixin, names)
     assert names["Mine"].__mro__[1].__name__ == "CPPOMixin"
     exec(allocation, names)

@@ -1,0 +1,259 @@
+"""How much of TRL's own update phase pruning saves.
+
+    python benchmarks/trl_update.py            # writes results/trl_update.csv
+    python benchmarks/trl_update.py --smoke    # one small round, writes nothing
+
+The update phase is an optimizer step of TRL without the sampling and the rewards: reference
+log-probabilities, forward, backward, optimizer. Prompts are GSM8K's questions and completions its
+answers, so lengths are real; the model is tiny (4 layers of width 128, a vocabulary of 4,096
+learned from the same text). Variants take turns; a row is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from cppo.benchmarks.environment import environment, version
+from cppo.demo.tiny import CHAT_TEMPLATE
+from cppo.integrations.trl import CPPO, CPPOMixin
+from cppo.questions import load_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results" / "trl_update.csv"
+DATA = Path(os.environ.get("CPPO_DATA_DIR", ROOT.parent / "shared" / "data")) / "gsm8k"
+GROUP = 16
+# TRL alone, the adapter's trimming alone, and trimming with pruning.
+VARIANTS: dict[str, CPPO | None] = {
+    "trl": None,
+    "trim": CPPO(),
+    **{f"prune {rate}": CPPO(prune_rate=rate) for rate in (0.5, 0.75, 0.875)},
+}
+
+
+def read_texts(count: int) -> tuple[list[str], list[str]]:
+    """Questions and worked answers of GSM8K."""
+    rows = load_rows(DATA, "train")
+    extra = [rows[i]["extra_info"] for i in range(min(count, len(rows)))]
+    return [row["question"] for row in extra], [row["answer"] for row in extra]
+
+
+def learned_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 4,096 tokens, so that lengths in tokens are what a real one gives."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=4096, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=special[2], pad_token=special[0], padding_side="left"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of each optimizer step without what `pause` says."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.paused = self.start = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.start, self.paused = time.perf_counter(), 0.0
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.steps.append(time.perf_counter() - self.start - self.paused)
+
+
+class Replayed(GRPOTrainer):
+    """TRL's trainer whose completions are texts that somebody has written."""
+
+    watch: Stopwatch
+    answers: list[list[int]]
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self._paused(super()._generate, *args, **kwargs)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+        return self._paused(super()._calculate_rewards, *args, **kwargs)
+
+    def _generate_single_turn(self, prompt_ids: list[Any], *args: Any, **kwargs: Any) -> Any:
+        rng = random.Random(self.state.global_step)
+        return [rng.choice(self.answers) for _ in prompt_ids], None
+
+    def _paused(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        self.watch.paused += time.perf_counter() - start
+        return result
+
+
+class Pruned(CPPOMixin, Replayed):
+    pass
+
+
+def noise(completions: list[Any], **columns: Any) -> list[float]:
+    return [
+        random.Random(text[0]["content"] + str(i)).random() for i, text in enumerate(completions)
+    ]
+
+
+def update_seconds(
+    options: CPPO | None, folder: Path, tokenizer: Any, texts: Any, arguments: argparse.Namespace
+) -> float:
+    """One run of two optimizer steps; the seconds of the second one's update."""
+    questions, answers = texts
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in questions[:64]]
+    watch = Stopwatch()
+    config = GRPOConfig(
+        output_dir=str(folder / "out"),
+        num_generations=GROUP,
+        per_device_train_batch_size=GROUP,
+        gradient_accumulation_steps=arguments.questions,
+        max_completion_length=1024,
+        max_steps=2,
+        beta=arguments.beta,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        bf16=False,
+        use_cpu=True,
+    )
+    trainer_class: Any = Replayed if options is None else Pruned
+    trainer = trainer_class(
+        model=Qwen3ForCausalLM.from_pretrained(folder),
+        reward_funcs=noise,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[watch],
+        **({} if options is None else {"cppo": options}),
+    )
+    trainer.watch = watch
+    ids = tokenizer(answers[:512], add_special_tokens=False)["input_ids"]
+    trainer.answers = [each + [tokenizer.eos_token_id] for each in ids]
+    trainer.train()
+    return watch.steps[-1]
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder, texts = Path(name), read_texts(2000)
+        tokenizer = learned_tokenizer([*texts[0], *texts[1]])
+        save_model(folder, tokenizer)
+        for arguments.beta in (0.0, 0.04):
+            seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+            for _ in range(arguments.rounds):
+                for variant, options in VARIANTS.items():
+                    took = update_seconds(options, folder, tokenizer, texts, arguments)
+                    seconds[variant].append(took)
+                    print(f"beta {arguments.beta}, {variant}: {took:.2f} s", flush=True)
+            base = statistics.median(seconds["trl"])
+            for variant, all_of_it in seconds.items():
+                median = statistics.median(all_of_it)
+                rows.append(
+                    {
+                        "variant": variant,
+                        "beta": arguments.beta,
+                        "sampled": GROUP * arguments.questions,
+                        "update_seconds": round(median, 3),
+                        "fastest": round(min(all_of_it), 3),
+                        "slowest": round(max(all_of_it), 3),
+                        "rounds": arguments.rounds,
+                        "times_faster": round(base / median, 2),
+                        "trl": version("trl"),
+                        **environment(),
+                    }
+                )
+    return rows
+
+
+def summary(rows: list[dict[str, str]]) -> str:
+    """The rows as a table: seconds of an update, and how many times TRL's that is."""
+    lines = ["| | update s | | with a reference model, s | |", "|---|---|---|---|---|"]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        cells = [variant if variant != "trl" else "TRL alone"]
+        for row in rows:
+            if row["variant"] == variant:
+                cells += [
+                    f"{float(row['update_seconds']):.2f}",
+                    f"{float(row['times_faster']):.1f}x",
+                ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--questions", type=int, default=4, help="per optimizer step, 16 completions each"
+    )
+    parser.add_argument("--smoke", action="store_true", help="one small round, writes nothing")
+    parser.add_argument("--table", action="store_true", help="print the committed rows")
+    arguments = parser.parse_args()
+    if arguments.table:
+        with RESULTS.open() as file:
+            print(summary(list(csv.DictReader(file))))
+        return
+    if arguments.smoke:
+        arguments.rounds = arguments.questions = 1
+    rows = measure(arguments)
+    print(summary([{k: str(v) for k, v in row.items()} for row in rows]))
+    if not arguments.smoke:
+        with RESULTS.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

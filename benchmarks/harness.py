@@ -109,7 +109,7 @@ def measure(
     judged = {name: (reason, math.nan, "") for name, reason in too_long.items() if reason}
     exact = check(case, inputs, [v for v in variants if v.name not in judged], budget, judged)
     for mode in case.modes:
-        if modes and mode not in modes:
+        if modes and len(case.modes) > 1 and mode not in modes:
             continue
         results = []
         for variant in variants:

@@ -99,7 +99,7 @@ def row_inputs(op: str, sizes: Sizes, dtype: str, device: torch.device, seed: in
     if sizes.views == 3:
         noise = torch.randn(anchor.shape, generator=generator, device=device)
         positive = noise.mul_(0.1).add_(anchor).to(DTYPES[dtype])
-        negative = anchor.mul_(_flatness(sizes, generator)).to(DTYPES[dtype])
+        negative = anchor.mul(_flatness(sizes, generator)).to(DTYPES[dtype])
         views = Views(views.anchor, positive, negative)
     size = 0.5 + torch.rand(sizes.completions, generator=generator, device=device)
     every = max(1, round(1 / sizes.positive_share))

@@ -102,12 +102,15 @@ def _panel(axes: Any, title: str, members: Sequence[Row]) -> None:
     axes.set_xscale("log")
     axes.set_xlim(min(times) / 3, max(times) * 6)
     axes.invert_yaxis()
+    axes.xaxis.set_visible(False)  # every bar says its time
     for place, (t, row) in enumerate(zip(times, members, strict=True)):
         ratio = f"  {float(row['speedup_over_eager']):.3g}x" if row["speedup_over_eager"] else ""
-        axes.text(t * 1.15, place, f"{t:.3g} ms{ratio}", va="center", fontsize=7.5)
+        axes.text(
+            float(row["ms_p80"]) * 1.1, place, f"{t:.3g} ms{ratio}", va="center", fontsize=7.5
+        )
     axes.set_title(title, fontsize=8.5, loc="left")
     axes.tick_params(labelsize=7.5)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 def _roofline(found: Sequence[Row], path: Path) -> Path:
@@ -120,10 +123,10 @@ def _roofline(found: Sequence[Row], path: Path) -> Path:
     low, high = min(intensities) / 3, max(intensities) * 3
     for dtype, style in (("fp32", "-"), ("bf16", "--")):
         peak = max(float(row[f"gemm_{dtype}_tflop_s"]) for row in points)
-        knee = peak / bandwidth
+        line = sorted({low, high, min(max(low, peak / bandwidth), high)})
         axes.plot(
-            [low, max(low, knee), max(high, knee)],
-            [low * bandwidth, max(low * bandwidth, peak), peak],
+            line,
+            [min(x * bandwidth, peak) for x in line],
             style,
             color="#334155",
             linewidth=1,

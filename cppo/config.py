@@ -171,6 +171,9 @@ class CPPOConfig(_Checked):
     """The side that is dropped by |advantage|: "smallest", "largest" or "random" (ablations)."""
     drop_zero_variance: bool = False
     """Also drop completions with A = 0: whole groups of equal reward."""
+    max_refills: int = 3
+    """With `drop_zero_variance` and `dynamic_allocation`: times that more questions are drawn in a
+    step for the groups that were dropped, so that the batch stays full. 0: it shrinks."""
     scale_rewards: str = "group"
     """Advantages are divided by the std of their "group", of the whole "batch", or "none"."""
     max_prompt_tokens: int | None = None
@@ -225,6 +228,9 @@ class CPPOConfig(_Checked):
     attention: str = "auto"
     """Attention of the packed forward: "flash_attention_2" (CUDA, flash-attn installed), "varlen"
     (CUDA, PyTorch's own) or "sdpa". "auto": the first of them that runs."""
+    balance_processes: bool = True
+    """With several processes: before the update, kept completions move between them, question by
+    question, until all have about as many tokens."""
     share_prompts: bool = False
     """Run a question's prompt once for all its kept completions. The numbers are the same; it is
     faster where prompts are long beside their completions (README: shared prompts)."""
@@ -269,6 +275,7 @@ class CPPOConfig(_Checked):
             at_least=1,
         )
         self._integer("seed", "warmup_steps", "eval_every", "save_every", at_least=0)
+        self._integer("max_refills", at_least=0)
         self._integer("log_completions", at_least=0)
         if self.max_prompt_tokens is not None:
             self._integer("max_prompt_tokens", at_least=1)
@@ -287,6 +294,7 @@ class CPPOConfig(_Checked):
             "gradient_checkpointing",
             "freeze_vision_tower",
             "share_prompts",
+            "balance_processes",
             "eval_greedy",
         )
         if not isinstance(self.loss, LossConfig):

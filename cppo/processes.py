@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,18 @@ class Processes:
         totals = torch.tensor(values, dtype=torch.float64, device=self._device)
         dist.all_reduce(totals)
         return totals.tolist()
+
+    def largest(self, value: int) -> int:
+        """The largest of each process's number."""
+        return max(self.gather(value))
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has, in their order; anything that can be pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replaces every gradient by its sum over the processes; none counts as zero."""

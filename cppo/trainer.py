@@ -41,6 +41,7 @@ from cppo.progress import PhaseTimer, RunLog
 from cppo.questions import Question, as_question
 from cppo.questions.stream import Dataset, QuestionStream, all_questions
 from cppo.records import NumItems
+from cppo.regroup import balanced, merge
 from cppo.rollout import (
     RewardFunction,
     Rollouts,
@@ -171,11 +172,7 @@ class CPPOTrainer:
         # Every random number of a step follows from (seed, step, process): nothing to checkpoint.
         set_seed(seed_from(self.config.seed, self.step, self.processes.rank) % 2**32)
         timer = PhaseTimer()
-        with timer("rollout"):
-            rollouts = self.sample(self.draw_questions())
-        with timer("reward"):
-            weights = reward_weights(self.reward_functions, self.config)
-            rewards, by_name = score(self.reward_functions, weights, rollouts)
+        rollouts, rewards, by_name = self._scored_rollouts(timer)
         batch = self.make_batch(rollouts, rewards.to(rollouts.input_ids.device))
         metrics = rollout_metrics(batch, rewards, by_name)
         if _is_due(self.step + 1, self.config.log_every):
@@ -183,9 +180,57 @@ class CPPOTrainer:
         updates = self.update(batch, timer)
         return over_processes(metrics, self.processes) | updates | timer.metrics()
 
-    def draw_questions(self) -> list[Question]:
+    def _scored_rollouts(self, timer: PhaseTimer) -> tuple[Rollouts, Tensor, dict[str, Tensor]]:
+        """Rollouts with their rewards; more questions for the groups that `_missing` counts."""
+        weights = reward_weights(self.reward_functions, self.config)
+        parts: list[tuple[Rollouts, Tensor, dict[str, Tensor]]] = []
+        count = self._num_questions
+        while count:
+            with timer("rollout"):
+                rollouts = self.sample(self.draw_questions(count))
+            with timer("reward"):
+                parts.append((rollouts, *score(self.reward_functions, weights, rollouts)))
+            rewards = torch.cat([own for _, own, _ in parts])
+            count = self._missing(rewards, refills=len(parts) - 1)
+        by_name = {name: torch.cat([own[name] for *_, own in parts]) for name in parts[0][2]}
+        return merge([own for own, *_ in parts]), rewards, by_name
+
+    def _missing(self, rewards: Tensor, refills: int) -> int:
+        """Questions that every process should draw in place of those with equal rewards."""
+        config = self.config
+        if not (config.drop_zero_variance and config.dynamic_allocation and config.max_refills):
+            return 0
+        kept = len(self._prune(rewards)[1])
+        missing = questions_needed(
+            max(0, self._batch_size - kept), config.group_size, config.prune_rate
+        )
+        # All draw as many as the one that needs most: the order of questions is common to all.
+        missing = self.processes.largest(missing)
+        if missing and refills == config.max_refills:
+            totals = self.processes.sum([kept, len(rewards) // config.group_size])
+            self.log.say(
+                f"step {self.step + 1}: {int(totals[0])} of {config.batch_size} completions after "
+                f"{refills} refills ({int(totals[1])} questions): most groups have equal rewards; "
+                "use easier or harder questions, or raise max_refills"
+            )
+            return 0
+        return missing
+
+    def _prune(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return advantages_and_prune(
+            rewards,
+            config.group_size,
+            config.prune_rate,
+            scale=config.scale_rewards,
+            scope=config.prune_scope,
+            prune=config.prune,
+            drop_zero=config.drop_zero_variance,
+        )
+
+    def draw_questions(self, count: int | None = None) -> list[Question]:
         """This process's questions of the next step; a group never straddles processes."""
-        own = self._num_questions
+        own = self._num_questions if count is None else count
         drawn: list[Question] = []
         start = self.questions.position
         while len(drawn) < own * self.processes.size:
@@ -227,15 +272,7 @@ class CPPOTrainer:
     def make_batch(self, rollouts: Rollouts, rewards: Tensor) -> Batch:
         """Advantages and pruning: what of the rollouts the update will run on."""
         config = self.config
-        advantages, kept = advantages_and_prune(
-            rewards,
-            config.group_size,
-            config.prune_rate,
-            scale=config.scale_rewards,
-            scope=config.prune_scope,
-            prune=config.prune,
-            drop_zero=config.drop_zero_variance,
-        )
+        advantages, kept = self._prune(rewards)
         if config.dynamic_allocation:
             kept = cut_surplus(kept, advantages, config.group_size, self._batch_size)
         if config.mask_overlong:
@@ -252,6 +289,9 @@ class CPPOTrainer:
     def update(self, batch: Batch, timer: PhaseTimer) -> dict[str, float]:
         """`num_iterations` passes over the kept completions; returns the loss's metrics."""
         config = self.config
+        if config.balance_processes and self.processes.size > 1:
+            with timer("balance"):
+                batch = balanced(batch, self.processes)
         batch = self._with_old_and_reference(batch, timer)
         self.model.train()
         total: dict[str, float] = {}

@@ -30,15 +30,16 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
-def launch(launcher: str, folder: Path, *parts: str) -> None:
-    """Runs parts of the script on two processes; fails with what they said."""
+def launch(launcher: str, folder: Path, *parts: str, processes: int = 2) -> None:
+    """Runs parts of the script on some processes; fails with what they said."""
     for part in parts:
         (folder / part).mkdir()
+    command = [str(processes) if word == "2" else word for word in LAUNCHERS[launcher]]
     done = subprocess.run(
-        [*LAUNCHERS[launcher], SCRIPT, str(folder), *parts],
+        [*command, SCRIPT, str(folder), *parts],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
@@ -54,7 +55,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_update_like_one(launched: Path, tmp_path: Path, family: str) -> None:
-    trainer, metrics = updated(tmp_path, family, 0, 1)
+    trainer, metrics, _ = updated(tmp_path, family, range(4))
     expected = weights_of(trainer.model)
     two = torch.load(launched / "update" / f"{family}.pt", weights_only=True)
     assert relative_difference(two["weights"], expected) < 1e-6
@@ -66,6 +67,23 @@ def test_two_processes_update_like_one(launched: Path, tmp_path: Path, family: s
         assert metrics["cpl_loss"] > 0
         for name in ("cpl_loss", "perception_share"):
             assert two["metrics"][name] == pytest.approx(metrics[name], rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_four_processes_with_uneven_shares_update_like_one(tmp_path: Path) -> None:
+    # One process sampled three questions, one a single one, two none at all.
+    launch("accelerate", tmp_path, "update", processes=4)
+    trainer, metrics, batch = updated(tmp_path / "one", "text", range(4))
+    four = torch.load(tmp_path / "update" / "text.pt", weights_only=True)
+    assert relative_difference(four["weights"], weights_of(trainer.model)) < 1e-6
+    for name in ("loss", "policy_loss", "kl", "entropy", "grad_norm", "clip_fraction"):
+        assert four["metrics"][name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-9), name
+    before, after = four["tokens"]
+    total = sum(batch.lengths(batch.kept))
+    assert before[2:] == [0, 0] and sum(before) == sum(after) == total
+    # A question is the smallest thing that moves: each process has one now, in one piece.
+    assert max(after) < 0.5 * total < max(before)
+    assert four["groups"] == [[[0, 1, 2, 3]]] * 4
 
 
 @pytest.mark.slow
@@ -98,6 +116,9 @@ def test_processes_with_nothing_to_learn_or_shares_that_do_not_divide(launched: 
     assert all(row["grad_norm"] > 0 for row in told["one"])
     assert [row["kept_share"] for row in told["none"]] == [0, 0]
     assert [row["loss"] for row in told["none"]] == [0, 0]
+    # Both draw again for the one that got nothing, twice; the other one's share stays full.
+    assert [row["kept_share"] for row in told["filled"]] == [8 / 24 / 2] * 2
+    assert all(row["grad_norm"] > 0 for row in told["filled"])
 
 
 @pytest.mark.slow

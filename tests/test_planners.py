@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -33,6 +37,39 @@ def test_ranks_get_equal_counts_and_similar_totals(lengths, world_size):
     counts = [len(members) for members in ranks]
     assert max(counts) - min(counts) <= 1
     assert ranks == reference.balance_ranks(lengths, world_size)
+
+
+DATA = Path(os.environ.get("CPPO_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
+TOKEN = re.compile(r"\d|[^\W\d]+|[^\w\s]")
+
+
+@pytest.fixture(scope="module")
+def gsm8k_lengths():
+    """Tokens (words, digits, marks) of every question with its answer."""
+    file = DATA / "gsm8k" / "train.parquet"
+    if not file.exists():
+        pytest.skip(f"no GSM8K files in {DATA} (set CPPO_DATA_DIR)")
+    rows = pytest.importorskip("pyarrow.parquet").read_table(file)["extra_info"].to_pylist()
+    return [len(TOKEN.findall(row["question"] + " " + row["answer"])) for row in rows]
+
+
+@pytest.mark.parametrize("max_tokens", [2048, 4096, 8192, 16384])
+@pytest.mark.parametrize("count", [256, 1024, 7473])
+def test_micro_batches_of_gsm8k_are_full(gsm8k_lengths, count, max_tokens):
+    lengths = gsm8k_lengths[:count]
+    plan = cppo.plan_microbatches(lengths, max_tokens)
+    assert sorted(i for part in plan for i in part) == list(range(count))
+    fewest = -(-sum(lengths) // max_tokens)
+    assert len(plan) <= 1.05 * fewest
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_get_the_same_tokens_of_gsm8k(gsm8k_lengths, world_size):
+    lengths = gsm8k_lengths[:512]
+    totals = [
+        sum(lengths[i] for i in members) for members in cppo.balance_ranks(lengths, world_size)
+    ]
+    assert max(totals) <= 1.01 * sum(lengths) / world_size
 
 
 def test_totals_are_closer_than_dealing_in_order():

@@ -95,3 +95,53 @@ def test_samples_follow_the_softmax_at_the_temperature() -> None:
     # Five standard errors of a share of 4,000 draws.
     assert (share - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5
     assert expected.max() > 0.1
+
+
+def _watched(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(rows, tokens) of every call of the model below its head."""
+    calls = []
+    stock = model.model.forward
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        calls.append(tuple(options["input_ids"].shape))
+        return stock(*arguments, **options)
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    return calls
+
+
+def test_memory_does_not_grow_with_questions_times_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor, prompts = _prompts("text")
+    calls = _watched(model, monkeypatch)
+    width = prompts.input_ids.shape[1]
+    for batch_size, rows in ((4, 1), (8, 2), (100, 3)):
+        calls.clear()
+        rollouts = _sample(model, processor, prompts, group_size=4, batch_size=batch_size)
+        assert len(rollouts.texts) == 12
+        # A prompt is run once, for all its completions; no call has more rows than asked for.
+        assert max(n for n, tokens in calls if tokens == width) == rows
+        assert sum(n for n, tokens in calls if tokens == width) == 3
+        assert max(n for n, tokens in calls if tokens == 1) == 4 * rows
+    calls.clear()
+    _sample(model, processor, prompts, group_size=4, batch_size=1)
+    assert max(n for n, tokens in calls if tokens == 1) == 4  # a group stays in one piece
+
+
+def test_sampling_stops_at_the_longest_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor, prompts = _prompts("text")
+    calls = _watched(model, monkeypatch)
+    ends = iter([[0, 1], [2, 5], [3], [4], []])  # rows of the batch that close at each step
+
+    def draw(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
+        drawn = torch.full((len(hidden),), 7)
+        for row in next(ends):
+            drawn[min(row, len(hidden) - 1)] = processor.eos_token_id
+        return drawn
+
+    monkeypatch.setattr(cppo.sampler, "_draw", draw)
+    monkeypatch.setattr(cppo.sampler, "_DROP_SHARE", 2.0)  # rows stay where they are
+    rollouts = _sample(model, processor, prompts, max_new_tokens=1000)
+    lengths = [len(ids) for ids in rollouts.completion_ids]
+    assert sorted(lengths) == [1, 1, 2, 2, 3, 4] and not rollouts.truncated.any()
+    assert len(calls) == 4  # the prompts, and one call for each further token
+    assert rollouts.input_ids.shape[1] == prompts.input_ids.shape[1] + 4

@@ -203,7 +203,7 @@ def test_dropping_groups_of_equal_reward(tmp_path: Path) -> None:
         return [x if int(a) % 4 == 0 else 1.0 for x, a in zip(noise, answer, strict=True)]
 
     rows = text_rows(2)  # answers 0 and 2: the second question's rewards are all 1
-    options = dict(rewards=only_even, rows=rows, log_completions=8, max_steps=1)
+    options = dict(rewards=only_even, rows=rows, log_completions=8, max_steps=1, max_refills=0)
     for drop, kept in ((False, 8), (True, 4)):
         trainer = trainer_for(tmp_path / str(drop), drop_zero_variance=drop, **options)
         row = trainer.train()
@@ -211,6 +211,48 @@ def test_dropping_groups_of_equal_reward(tmp_path: Path) -> None:
         assert row["kept_share"] == kept / 8
         for line in lines(tmp_path / str(drop) / "completions.jsonl"):
             assert line["kept"] == (not drop or line["answer"] == "0")
+
+
+def test_groups_of_equal_reward_are_replaced_until_the_batch_is_full(tmp_path: Path) -> None:
+    def only_even(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        noise = random_reward(completions)
+        return [x if int(a) % 4 == 0 else 1.0 for x, a in zip(noise, answer, strict=True)]
+
+    options = dict(
+        rewards=only_even, rows=text_rows(8), drop_zero_variance=True, batch_size=16, max_refills=9
+    )
+    trainer = trainer_for(tmp_path, **options)
+    asked = []
+    draw = trainer.draw_questions
+    trainer.draw_questions = lambda n=None: (asked.append(n), draw(n))[1]  # type: ignore
+    updates = []
+    update = trainer.update
+    trainer.update = lambda batch, timer: (updates.append(batch), update(batch, timer))[1]  # type: ignore
+    trainer.train()
+    for batch in updates:
+        assert len(batch.kept) == 16
+        answers = [batch.rollouts.question_of(row).columns["answer"] for row in batch.kept.tolist()]
+        assert all(int(answer) % 4 == 0 for answer in answers)
+        assert len(batch.rollouts.texts) == len(batch.advantages) > 16
+        # The first and the refilled questions have the same padding on both sides.
+        assert batch.rollouts.attention_mask.shape == batch.rollouts.completion_mask.shape
+    assert asked[0] == 4 and len(asked) > 2 and min(asked) < 4
+    assert trainer.questions.position == sum(asked)
+
+
+def test_refilling_ends_with_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def equal(completions: list[str], **columns: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    trainer = trainer_for(
+        tmp_path, rewards=equal, drop_zero_variance=True, max_refills=2, max_steps=1
+    )
+    row = trainer.train()
+    assert trainer.questions.position == 6  # two questions, drawn three times
+    assert row["kept_share"] == 0 and row["loss"] == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "step 1: 0 of 8 completions after 2 refills (6 questions)" in said
+    assert "raise max_refills" in said
 
 
 def test_nothing_to_learn_moves_nothing(tmp_path: Path) -> None:

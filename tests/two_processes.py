@@ -1,8 +1,8 @@
-"""What test_distributed runs on two processes: python tests/two_processes.py FOLDER PART.
+"""What test_distributed runs on two or four processes: python tests/two_processes.py FOLDER PART.
 
-Part "update": one update on fixed rollouts, each process on its half of the questions; the weights
-go to FOLDER/weights.pt. Part "train": a run of two steps. Part "uneven": groups over processes that
-do not divide, and a process with nothing left to learn.
+Part "update": one update on fixed rollouts, each process with its share of the questions; weights
+and what was exchanged go to FOLDER. Part "train": a run of two steps. Part "uneven": groups over
+processes that do not divide, and a process with nothing left to learn.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from trainer_cases import (
 )
 
 from cppo.progress import PhaseTimer
+from cppo.regroup import balanced, take_questions
 from cppo.step import Batch
 from cppo.trainer import CPPOTrainer
 
@@ -51,8 +53,8 @@ def darkened(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return 0.2 * pixels
 
 
-def updated(folder: Path, family: str, rank: int, world_size: int) -> tuple[Any, Any]:
-    """A trainer after one update on its share of four questions, and the update's metrics."""
+def updated(folder: Path, family: str, own: Sequence[int]) -> tuple[Any, Any, Batch]:
+    """A trainer after one update, its metrics, and the batch of the questions `own` of four."""
     model, processor = tiny(family, dtype=torch.float64)
     # Views that do not depend on a seed: a question's number differs between the processes.
     views = dict(positive_views=(dimmed,), negative_views=(darkened,))
@@ -64,34 +66,39 @@ def updated(folder: Path, family: str, rank: int, world_size: int) -> tuple[Any,
         processor=processor,
     )
     whole = fixed_rollouts(trainer.model, processor, questions_for(family), group_size=4)
-    share = 4 // world_size
-    own = slice(rank * share, (rank + 1) * share)
-    rows = slice(own.start * 4, own.stop * 4)
-    width = whole.prompts.input_ids.shape[1]
-    lengths = whole.completion_mask[rows].sum(1).tolist()
-    rollouts = fixed_rollouts(
-        trainer.model, processor, questions_for(family)[own], group_size=4, lengths=lengths
-    )
-    ids = rollouts.input_ids.clone()
-    prompt = rollouts.prompts.input_ids.shape[1]
-    ids[:, prompt:] = whole.input_ids[rows, width : width + ids.shape[1] - prompt]
-    rollouts.input_ids.copy_(ids)
+    rows = torch.tensor([4 * q + i for q in own for i in range(4)], dtype=torch.int64)
     advantages = fixed_batch(whole, dtype=torch.float64).advantages[rows]
-    kept = torch.arange(4 * share)
-    metrics = trainer.update(Batch(rollouts, advantages, kept), PhaseTimer())
-    return trainer, metrics
+    batch = Batch(take_questions(whole, own), advantages, torch.arange(len(rows)))
+    return trainer, trainer.update(batch, PhaseTimer()), batch
+
+
+# Which of the four questions each process has sampled.
+SHARES = {2: ([0, 1], [2, 3]), 4: ([0, 1, 3], [2], [], [])}
 
 
 def update(folder: Path) -> None:
-    for family in FAMILIES:
-        trainer, metrics = updated(folder, family, own_rank(), 2)
+    size = int(os.environ["WORLD_SIZE"])
+    for family in FAMILIES if size == 2 else FAMILIES[:1]:
+        trainer, metrics, batch = updated(folder, family, SHARES[size][own_rank()])
         weights = weights_of(trainer.model)
         for value in weights.values():
             other = value.clone()
             dist.broadcast(other, 0)
             assert torch.equal(other, value), "the processes' weights differ"
+        even = balanced(batch, trainer.processes)
+        tokens = [trainer.processes.gather(sum(one.lengths(one.kept))) for one in (batch, even)]
+        groups = trainer.processes.gather(_whole_groups(even))
         if trainer.processes.rank == 0:
-            torch.save({"weights": weights, "metrics": metrics}, folder / f"{family}.pt")
+            told = {"weights": weights, "metrics": metrics, "tokens": tokens, "groups": groups}
+            torch.save(told, folder / f"{family}.pt")
+
+
+def _whole_groups(batch: Batch) -> list[list[int]]:
+    """The kept places within the group, of each question that the process ends up with."""
+    places: dict[int, list[int]] = {}
+    for row in batch.kept.tolist():
+        places.setdefault(row // 4, []).append(row % 4)
+    return list(places.values())
 
 
 def own_rank() -> int:
@@ -133,7 +140,7 @@ def uneven(folder: Path) -> None:
     def equal_on_one(completions: list[str], **columns: Any) -> list[float]:
         return [1.0] * len(completions) if rank == 1 else noise(completions)
 
-    options = dict(rewards=equal_on_one, drop_zero_variance=True)
+    options = dict(rewards=equal_on_one, drop_zero_variance=True, max_refills=0)
     trainer = trainer_for(folder / "one", **options)
     trainer.train()
 
@@ -142,8 +149,11 @@ def uneven(folder: Path) -> None:
 
     nothing = trainer_for(folder / "none", rewards=equal, drop_zero_variance=True)
     nothing.train()
+    filled = trainer_for(folder / "filled", **{**options, "max_refills": 2})
+    filled.train()
     if rank == 0:
         told = {"words": words, "one": trainer.history, "none": nothing.history}
+        told["filled"] = filled.history
         (folder / "uneven.json").write_text(json.dumps(told))
 
 

@@ -1,0 +1,132 @@
+"""What it saves to run a question's prompt once for all its kept completions.
+
+    python benchmarks/shared_prompts.py            this machine, results/shared_prompts.csv
+    python benchmarks/shared_prompts.py --smoke    toy size, writes nothing
+    python benchmarks/shared_prompts.py --device cuda --model smollm2
+
+Forward and backward of four questions' kept completions, with every completion's prompt to itself
+(packed) and with one prompt per question (shared); hidden states and gradients are compared first.
+Variants are interleaved; a row holds the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import environment
+from prune_rates import Setting, dummy_tokenizer, load, seconds
+from torch import Tensor
+
+import cppo.rollout
+from cppo.config import CPPOConfig
+from cppo.questions import Question
+from cppo.rollout import Prompts
+from cppo.step import Batch, _hidden
+
+RESULTS = Path(__file__).with_name("results") / "shared_prompts.csv"
+QUESTIONS = 4
+
+
+def batch_of(prompt: int, completion: int, kept: int, options: argparse.Namespace) -> Batch:
+    """`kept` completions of half to one and a half times `completion` tokens per question."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = max(1, completion // 2), completion + completion // 2
+    lengths = torch.randint(low, high + 1, (QUESTIONS * kept,), generator=generator)
+    width = int(lengths.max())
+    mask = (torch.arange(width) < lengths[:, None]).to(options.device)
+
+    def tokens(*size: int) -> Tensor:
+        return torch.randint(1, options.vocabulary, size, generator=generator).to(options.device)
+
+    asked = torch.ones(QUESTIONS, prompt, dtype=torch.bool, device=options.device)
+    texts = [Question([{"role": "user", "content": ""}], [], {}) for _ in range(QUESTIONS)]
+    prompts = Prompts(texts, tokens(QUESTIONS, prompt), asked, None, None)
+    ids = tokens(*mask.shape) * mask
+    truncated = torch.zeros(len(ids), dtype=torch.bool)
+    rollouts = cppo.rollout._assemble(prompts, kept, ids, mask, dummy_tokenizer(), truncated)
+    everything = torch.arange(len(ids), device=options.device)
+    return Batch(rollouts, torch.ones(len(ids), device=options.device), everything)
+
+
+def gradients(setting: Setting, batch: Batch) -> Tensor:
+    """Forward and backward of a fixed sum; the gradient of the last layer's first weight."""
+    setting.model.zero_grad(set_to_none=True)
+    with setting.autocast():
+        hidden = _hidden(setting.model, batch, batch.pack(batch.kept), None, list(range(QUESTIONS)))
+    hidden.float().square().mean().backward()
+    return next(setting.model.parameters()).grad
+
+
+def measure(setting: Setting, shape: tuple[int, int, int], options: argparse.Namespace) -> Any:
+    """One row: prompt, completion, kept per question."""
+    packed = batch_of(*shape, options)
+    shared = dataclasses.replace(packed, share_prompts=True)
+    variants = {"packed": packed, "shared": shared}
+    found = {name: gradients(setting, batch) for name, batch in variants.items()}
+    error = float((found["shared"] - found["packed"]).norm() / found["packed"].norm())
+    assert error < (0.05 if setting.half else 1e-4), f"{shape}: gradients differ by {error:.2g}"
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(options.repetitions):
+        for name, batch in variants.items():
+            spent, _ = seconds(setting.device, gradients, setting, batch)
+            times[name].append(spent)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    tokens = sum(packed.lengths(packed.kept))
+    prompt, completion, kept = shape
+    return {
+        "model": options.model,
+        "prompt": prompt,
+        "completion": completion,
+        "kept_per_question": kept,
+        "tokens_packed": tokens,
+        "tokens_shared": tokens - QUESTIONS * (kept - 1) * prompt,
+        "packed_s": f"{medians['packed']:.4f}",
+        "shared_s": f"{medians['shared']:.4f}",
+        "speedup": f"{medians['packed'] / medians['shared']:.2f}",
+        "token_ratio": f"{tokens / (tokens - QUESTIONS * (kept - 1) * prompt):.2f}",
+        "gradient_error": f"{error:.1e}",
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="small", help="small, smollm2 or a folder")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--vocabulary", type=int, default=4096, help="token ids that are drawn")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file, overwritten")
+    parser.add_argument("--smoke", action="store_true", help="toy size, nothing is written")
+    options = parser.parse_args()
+    shapes = [(p, 128, kept) for p in (64, 256, 1024) for kept in (2, 4, 8)]
+    if options.smoke:
+        shapes, options.repetitions = [(16, 8, 2), (32, 8, 3)], 1
+    model = load(options.model, options.vocabulary, options.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    setting = Setting(model, CPPOConfig(), optimizer, options.device, half=options.device == "cuda")
+    rows = []
+    for shape in shapes:
+        rows.append(measure(setting, shape, options))
+        print(rows[-1], file=sys.stderr)
+    names = list(rows[0])[1:]
+    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    for row in rows:
+        print("| " + " | ".join(str(row[name]) for name in names) + " |")
+    if not options.smoke:
+        options.output.parent.mkdir(exist_ok=True)
+        shared = environment(options.device)
+        with options.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *shared])
+            writer.writeheader()
+            writer.writerows(row | shared for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

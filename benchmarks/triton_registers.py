@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,14 @@ RESULTS = Path(__file__).parent / "results" / "triton_registers.csv"
 FIELDS = (
     "kernel",
     "case",
+    "variant",
     "dtype",
     "arch",
     "registers",
     "spill_bytes",
     "shared_bytes",
     "wide_loads",
-    "narrow_logit_loads",
+    "two_byte_loads",
     "triton",
 )
 ARCHITECTURES = (80, 90, 100)
@@ -207,7 +209,7 @@ def _tool(name: str) -> str:
 
 
 def measure(kernel: Any) -> dict[str, int]:
-    """Registers, bytes of stack and shared memory, 16-byte loads, narrower loads of a kernel."""
+    """Registers, bytes of stack and shared memory, loads of 16 and of 2 bytes of a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -225,7 +227,7 @@ def measure(kernel: Any) -> dict[str, int]:
         "spill_bytes": int(stack),
         "shared_bytes": kernel.metadata.shared,
         "wide_loads": len(re.findall(r"\bLDG\.E[\w.]*\.128", code)),
-        "narrow_logit_loads": len(re.findall(r"\bLDG\.E\.U16\b", code)),
+        "two_byte_loads": len(re.findall(r"\bLDG\.E\.U16\b", code)),
     }
 
 
@@ -233,10 +235,14 @@ def compile_case(case: str, dtype: str, arch: int) -> Iterator[dict[str, Any]]:
     """One row of the table for every kernel that the case launches."""
     with Recorder(arch) as recorder:
         CASES[case](DTYPES[dtype])
+    seen: Counter[str] = Counter()
     for name, kernel in recorder.compiled:
+        # The same kernel with other optional inputs is another variant.
+        seen[name] += 1
         yield {
             "kernel": name,
             "case": case,
+            "variant": seen[name],
             "dtype": dtype,
             "arch": arch,
             **measure(kernel),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -12,9 +13,45 @@ from hypothesis import settings
 # Before anything imports triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton")
+if INTERPRETS:
+    import interpreter
+
+    interpreter.speed_up()
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--interpret-all", action="store_true", help="every case of Triton's kernels")
+
+
+# They call an op hundreds of times, or trace it again and again.
+NOT_INTERPRETED = ("gradcheck", "any_shape", "torch_compile", "new_length", "distributed")
+
+
+def _is_not_interpreted(item: pytest.Item) -> bool:
+    """Whether a case of a Triton kernel is left to compiled backends and to GPUs.
+
+    Interpreted, a kernel takes a thousand times its time. What a dtype changes (loads, stores and
+    the accumulator) is run on the random case, every other case in fp32.
+    """
+    parameters = getattr(item, "callspec", None)
+    if parameters is None or parameters.params.get("backend") != "triton":
+        return False
+    if any(word in item.name for word in NOT_INTERPRETED):
+        return True
+    dtype = parameters.params.get("dtype", torch.float32)
+    return dtype != torch.float32 and parameters.params.get("case", "random") != "random"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not INTERPRETS or config.getoption("--interpret-all"):
+        return
+    left_out = [item for item in items if _is_not_interpreted(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not _is_not_interpreted(item)]
 
 
 @pytest.fixture(autouse=True)

@@ -596,7 +596,9 @@ def cppo_loss(
     num_rows, num_completions = targets.numel(), advantages.numel()
     plan = _plan(targets, advantages, reads, cu_seqlens, gating)
     logps, entropy = new(*targets.shape), new(*targets.shape)
-    saved, coefficients = new(8, num_rows), new(4, num_rows)
+    coefficients = new(4, num_rows)
+    # Zero where a view is not needed: the result has the same bits in every run.
+    saved = torch.zeros(8, num_rows, dtype=acc, device=anchor.device)
     selection = _Selection(torch.zeros(targets.shape, dtype=torch.bool, device=anchor.device), None)
     of_positive = of_negative = None
 

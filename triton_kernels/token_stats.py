@@ -84,10 +84,14 @@ def _store_statistics(
 
 
 @triton.jit
-def _store_nothing(row, logps_ptr, entropy_ptr):
+def _store_nothing(row, logps_ptr, entropy_ptr, max_ptr, sum_ptr, mean_ptr):
     tl.store(logps_ptr + row, 0.0)
+    tl.store(max_ptr + row, 0.0)
+    tl.store(sum_ptr + row, 0.0)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, 0.0)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, 0.0)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -151,7 +155,7 @@ def _token_stats_kernel(
                 ACC,
             )
     elif not SPLIT:
-        _store_nothing(row, logps_ptr, entropy_ptr)
+        _store_nothing(row, logps_ptr, entropy_ptr, max_ptr, sum_ptr, mean_ptr)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -207,7 +211,7 @@ def _merge_token_stats_kernel(
             ACC,
         )
     else:
-        _store_nothing(row, logps_ptr, entropy_ptr)
+        _store_nothing(row, logps_ptr, entropy_ptr, max_ptr, sum_ptr, mean_ptr)
 
 
 @triton.jit
@@ -360,9 +364,9 @@ def launch_statistics(
     """
     num_rows, vocabulary = targets.numel(), logits.shape[-1]
     if num_rows == 0 or logits.shape[0] == 0:
-        outputs.logps.zero_()
-        if outputs.entropy is not None:
-            outputs.entropy.zero_()
+        for output in outputs:
+            if output is not None:
+                output.zero_()
         return
     view = rows.as_rows(logits)
     shape = rows.launch_shape("statistics", logits)

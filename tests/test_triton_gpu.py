@@ -1,0 +1,158 @@
+"""The Triton kernels on a real GPU: what the interpreter cannot show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cppo
+from cppo import LossConfig, Views, backends
+from cppo.testing import (
+    ROW_CASES,
+    assert_as_accurate,
+    assert_op_as_accurate,
+    compact_views,
+    evaluate,
+    make_inputs,
+    to_packed,
+)
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CONFIGS = {
+    "k3": LossConfig(cpl_coef=0.3, entropy_coef=0.01, kl_coef=0.1),
+    "k1": LossConfig(divergence="k1", importance="sequence", reduction="dapo", cpl_coef=1.0),
+    "full": LossConfig(divergence="full", dual_clip=3.0, cpl_coef=1.0),
+}
+
+
+def to_cuda(value):
+    if isinstance(value, Views):
+        return Views(*map(to_cuda, value))
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def on_gpu(inputs):
+    return {name: to_cuda(value) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ROW_CASES)
+@pytest.mark.parametrize("op", ["token_stats", "perception_mask", "cppo_loss"])
+def test_accuracy(op, case, dtype):
+    if op == "perception_mask" and case not in ("random", "all_masked", "one_row", "empty"):
+        pytest.skip("a case of logits")
+    inputs = on_gpu(make_inputs(op, case, dtype=dtype))
+    assert_op_as_accurate(op, "triton", inputs)
+    assert_op_as_accurate(op, "triton", to_packed(inputs))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 1023, 32_000, 50_257, 151_936])
+@pytest.mark.parametrize("rows", [1, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_split_and_whole_rows_of_any_vocabulary(config, dtype, rows, vocabulary):
+    if rows * vocabulary > 700 * 32_000:
+        rows = 40
+    inputs = make_inputs(
+        "cppo_loss", layout="packed", dtype=dtype, lengths=(rows, 3), vocabulary=vocabulary
+    )
+    assert_op_as_accurate("cppo_loss", "triton", on_gpu({**inputs, "config": config}))
+
+
+@pytest.mark.parametrize("length", [1, 2047, 2048, 2049, 131_072])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_selection_is_that_of_the_reference_to_the_last_bit(dtype, length):
+    anchor, negative = torch.rand(2, 3, length, dtype=dtype, device="cuda")
+    negative[1] = (negative[1] * 4).round()
+    for fraction in (0.0, 0.1, 0.7, 1.0):
+        options = {"fraction": fraction, "mask": torch.rand(3, length, device="cuda") < 0.8}
+        ours = cppo.perception_mask(anchor, negative, **options, backend="triton")
+        spec = cppo.perception_mask(anchor, negative, **options, backend="reference")
+        assert torch.equal(ours, spec)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("rows", ["whole", "compact"])
+def test_repeatable_and_in_place(config, rows):
+    inputs = make_inputs("cppo_loss", layout="packed", lengths=(300, 2, 170), vocabulary=5000)
+    if rows == "compact":
+        views = compact_views(inputs["logits"], inputs["advantages"], inputs["cu_seqlens"])
+        inputs["logits"] = views
+    inputs = on_gpu({**inputs, "config": config})
+    first, again = evaluate("cppo_loss", inputs, "triton"), evaluate("cppo_loss", inputs, "triton")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    leaves = Views(*(view.clone().requires_grad_() for view in inputs["logits"]))
+    logits = Views(*(leaf * 1 for leaf in leaves))
+    out = cppo.cppo_loss(**{**inputs, "logits": logits}, backend="triton", inplace=True)
+    gradients = torch.autograd.grad(out.loss, leaves)
+    once = cppo.cppo_loss(**{**inputs, "logits": leaves}, backend="triton")
+    expected = torch.autograd.grad(once.loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+def test_offsets_beyond_32_bits():
+    rows, vocabulary = 16_384, 151_936
+    assert rows * vocabulary > 2**31
+    free = torch.cuda.mem_get_info()[0]
+    if free < 2.5 * 2 * rows * vocabulary:
+        pytest.skip(f"needs {5 * rows * vocabulary / 2**30:.0f} GiB of GPU memory, {free} B free")
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(
+        rows, vocabulary, generator=generator, dtype=torch.bfloat16, device="cuda"
+    ).requires_grad_()
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator, device="cuda")
+    stats = cppo.token_stats(logits, targets, backend="triton")
+    (gradient,) = torch.autograd.grad((stats.logps - 0.1 * stats.entropy).sum(), logits)
+    for row in (0, rows // 2, rows - 1):
+        one = logits[row : row + 1].detach()
+        results = []
+        for leaf, backend in (
+            (one.clone(), "triton"),
+            (one.clone(), "reference"),
+            (one.double(), "reference"),
+        ):
+            leaf.requires_grad_()
+            alone = cppo.token_stats(leaf, targets[row : row + 1], backend=backend)
+            (own,) = torch.autograd.grad((alone.logps - 0.1 * alone.entropy).sum(), leaf)
+            results.append((alone.logps, alone.entropy, own))
+        ours = (stats.logps[row : row + 1], stats.entropy[row : row + 1], gradient[row : row + 1])
+        for name, value, eager, exact in zip(
+            ("logps", "entropy", "gradient"), ours, results[1], results[2], strict=True
+        ):
+            assert_as_accurate(name, value, eager, exact)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_torch_compile_in_one_graph(config):
+    inputs = on_gpu({**make_inputs("cppo_loss", layout="packed"), "config": config})
+
+    def loss_of(*views):
+        arguments = {**inputs, "logits": Views(*(2 * view for view in views))}
+        return cppo.cppo_loss(**arguments, backend="triton").loss
+
+    leaves = [view.clone().requires_grad_() for view in inputs["logits"]]
+    expected = loss_of(*leaves)
+    ours = torch.compile(loss_of, fullgraph=True)(*leaves)
+    torch.testing.assert_close(ours, expected)
+    gradients = torch.autograd.grad(ours, leaves)
+    for mine, other in zip(gradients, torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_nothing_waits_for_the_host():
+    inputs = on_gpu(make_inputs("cppo_loss", layout="packed", lengths=(30, 20, 10, 0, 3, 4)))
+    inputs["logits"] = Views(*(view.requires_grad_() for view in inputs["logits"]))
+    backends.pick("cppo_loss", inputs["targets"], "triton")
+    for _ in range(2):
+        torch.cuda.set_sync_debug_mode("error" if _ else "default")
+        try:
+            loss = cppo.cppo_loss(**inputs, backend="triton").loss
+            torch.autograd.grad(loss, inputs["logits"])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

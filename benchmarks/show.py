@@ -90,8 +90,10 @@ def summary(rows: Sequence[Row], kind: str = "logits") -> str:
     """A Markdown table of committed rows.
 
     Args:
-        kind: "host" (integer ops), or the ops on rows: "logits", "linear".
+        kind: "host" (integer ops), the ops on rows: "logits", "linear", or "steps".
     """
+    if kind == "steps":
+        return _step_summary(rows)
     if kind == "host":
         return _host_summary([row for row in rows if not row["dtype"]])
     is_linear = kind == "linear"
@@ -135,4 +137,19 @@ def _host_summary(rows: Sequence[Row]) -> str:
             lines.append(
                 f"| `{row['op']}` | {row['shape']} | {slow:.3g} | {ours:.3g} | {slow / ours:.1f}x |"
             )
+    return "\n".join(lines)
+
+
+def _step_summary(rows: Sequence[Row]) -> str:
+    names = ("rollout", "forward", "loss", "backward", "optimizer", "update", "step")
+    lines = [
+        f"| model | scheme | {' | '.join(f'{name} s' for name in names)} | tokens/s | peak MiB |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    for row in rows:
+        cells = " | ".join(f"{float(row[f'{name}_s']):.3g}" for name in names)
+        lines.append(
+            f"| {row['shape']} {row['dtype']} | {row['backend'] or row['peer']} | {cells} "
+            f"| {float(row['tokens_per_s']):.0f} | {row['peak_mib']} |"
+        )
     return "\n".join(lines)

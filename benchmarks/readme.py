@@ -1,0 +1,68 @@
+"""Every measured number in a text is generated from committed rows.
+
+    python benchmarks/readme.py README.md docs/*.md      writes the numbers anew
+
+    <!-- table: FILE KIND --> ... <!-- /table -->        a table of results/FILE.csv
+    <!-- ratio: FILE; OP; SHAPE; DTYPE; MODE; PEER -->12.3x<!-- /ratio -->
+                                                         the peer's median time over ours
+
+KIND is logits, linear, host or steps; without it FILE holds runs of demo_runs.py.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cppo.benchmarks import demo_runs, rows, show
+from cppo.benchmarks.rows import Row
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_TABLE = re.compile(r"(<!-- table: (\w+) ?(\w*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+_RATIO = re.compile(r"(<!-- ratio: ([^>]*?) -->)(.*?)(<!-- /ratio -->)", re.DOTALL)
+
+
+def rendered(text: str) -> str:
+    """The text with its tables and ratios as the committed rows give them."""
+
+    def table(found: re.Match[str]) -> str:
+        name, kind = found[2], found[3]
+        committed = rows.read(RESULTS / f"{name}.csv")
+        made = show.summary(committed, kind) if kind else demo_runs.summary(committed)
+        return f"{found[1]}{made}\n{found[5]}"
+
+    def one_ratio(found: re.Match[str]) -> str:
+        name, *words = [word.strip() for word in found[2].split(";")]
+        committed = rows.read(RESULTS / f"{name}.csv")
+        return f"{found[1]}{ratio(committed, words):.1f}x{found[4]}"
+
+    return _RATIO.sub(one_ratio, _TABLE.sub(table, text))
+
+
+def ratio(committed: Sequence[Row], words: Sequence[str]) -> float:
+    """Median time of a peer over that of our fastest backend, in the same case and mode."""
+    op, shape, dtype, mode, peer = words
+    members = [
+        row
+        for row in committed
+        if (row["op"], row["shape"], row["dtype"], row["mode"]) == (op, shape, dtype, mode)
+    ]
+    theirs = [float(row["ms_p50"]) for row in members if row["peer"] == peer]
+    ours = [float(row["ms_p50"]) for row in members if row["backend"]]
+    if not theirs or not ours:
+        raise ValueError(f"no committed rows of both sides for {'; '.join(words)}")
+    return theirs[0] / min(ours)
+
+
+def main(paths: Sequence[str]) -> int:
+    for path in map(Path, paths):
+        text = path.read_text()
+        path.write_text(rendered(text))
+        print(f"{path}: {'changed' if rendered(text) != text else 'as committed'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

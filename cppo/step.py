@@ -95,16 +95,22 @@ class Batch:
         return parts
 
     def _units(self, rows: Tensor, max_tokens: int) -> tuple[list[Tensor], list[int]]:
-        """What stays together in a micro-batch, and its tokens: a completion, or, where they share
-        their prompt, so many of a question's as fit."""
+        """What stays together in a micro-batch, and its tokens.
+
+        A completion by itself; but of a question with images, and where completions share their
+        prompt, as many as fit, so that images and prompt are computed once.
+        """
         lengths = self.lengths(rows)
-        if not self.share_prompts:
+        images = self.rollouts.prompts.images
+        questions = (rows // self.rollouts.group_size).tolist()
+        sees = images is not None and bool(questions) and images.per_question[questions[0]] > 0
+        if not (self.share_prompts or sees):
             return list(rows.split(1)), lengths
         prompts = (self.rollouts.attention_mask & ~self.rollouts.completion_mask)[rows].sum(1)
-        questions = (rows // self.rollouts.group_size).tolist()
+        repeated = prompts.tolist() if self.share_prompts else [0] * len(lengths)
         starts: list[int] = []
         totals: list[int] = []
-        for i, (length, prompt) in enumerate(zip(lengths, prompts.tolist(), strict=True)):
+        for i, (length, prompt) in enumerate(zip(lengths, repeated, strict=True)):
             more = length - prompt
             if i and questions[i] == questions[i - 1] and totals[-1] + more <= max_tokens:
                 totals[-1] += more

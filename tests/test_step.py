@@ -318,6 +318,27 @@ def test_a_questions_views_do_not_depend_on_its_microbatch(family: str) -> None:
     assert not torch.equal(torch.cat(alone[0][1]), torch.cat(alone[1][1]))
 
 
+@pytest.mark.parametrize("budget", [10**6, 260])
+def test_images_are_encoded_once_per_question_and_view(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor, batch = case("qwen2_5_vl")
+    encoded: list[int] = []
+    stock = model.model.get_image_features
+
+    def encode(pixels: Tensor, grid: Tensor, **options: Any) -> Any:
+        encoded.append(len(grid))
+        return stock(pixels, grid, **options)
+
+    monkeypatch.setattr(model.model, "get_image_features", encode)
+    parts = batch.microbatches(batch.kept, budget)
+    assert len(parts) == (2 if budget == 10**6 else 3)  # with images, and without
+    for rows in parts:
+        microbatch_loss(model, batch, rows, NumItems(16, 99), config(cpl_coef=0.5), processor)
+    # Four images, twelve completions that look at them, three views.
+    assert sum(encoded) == 3 * 4
+
+
 def test_seeds_depend_on_every_part() -> None:
     parts = [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), ("0", "a", 1), (0, "a1"), (0, "a")]
     seeds = [seed_from(*values) for values in parts]

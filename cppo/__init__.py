@@ -56,6 +56,8 @@ _LAZY = {"CPPOTrainer": "cppo.trainer"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "integrations":
+        return importlib.import_module("cppo.integrations")
     if name not in _LAZY:
         raise AttributeError(f"module 'cppo' has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name]), name)

@@ -379,6 +379,14 @@ def test_perturbed_views_run_only_where_the_advantage_is_positive() -> None:
     assert not same(weights_of(trainer.model), plain_weights("qwen2_5_vl", num_iterations=1))
 
 
+def test_a_question_has_one_seed_and_another_one_at_every_step() -> None:
+    trainer = trainer_of(cppo=LOOK)
+    seeds = trainer._view_seeds(torch.zeros(8)).tolist()
+    assert seeds[:4] == seeds[:1] * 4 and seeds[4:] == seeds[4:5] * 4
+    trainer._step += 1
+    assert len({*seeds, *trainer._view_seeds(torch.zeros(8)).tolist()}) == 4
+
+
 def test_gradient_accumulation_changes_nothing_with_images() -> None:
     options = dataclasses.replace(LOOK, prune_rate=0.5)
     once = dict(num_iterations=1, max_steps=1)
@@ -442,6 +450,11 @@ def test_check_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(check()[0]) == "trl: does not fit (not installed: pip install 'trl>=1.7')"
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.6.2")
     assert str(check()[0]) == "trl: does not fit (version 1.6.2; 1.7 to 1.x are known)"
+
+
+def test_importing_the_adapter_imports_no_trl() -> None:
+    code = "import cppo, sys; assert cppo.integrations.trl.CPPO; assert 'trl' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
 def test_the_trainer_is_trls_with_the_mixin_before_it() -> None:

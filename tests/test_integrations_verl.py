@@ -135,6 +135,13 @@ def test_policy_loss_is_cppo_loss(mode, reduction):
     )
 
 
+def test_with_verls_own_class_the_policy_loss_has_our_defaults():
+    actor = example.actor_config(_target_="verl.workers.config.PolicyLossConfig")
+    assert verl_loss.loss_config(actor) == cppo.LossConfig(
+        clip_high=0.2, dual_clip=3.0, cpl_reduction="sequence"
+    )
+
+
 @pytest.mark.parametrize("by_std", [True, False])
 def test_advantages_are_those_of_verls_grpo(by_std):
     index = ["a", "b", "a", "b", "a", "b"]

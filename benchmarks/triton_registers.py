@@ -63,7 +63,8 @@ class NoDriver:
         self._target = GPUTarget("cuda", arch, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        # What is compiled is kept per device.
+        return int(self._target.arch)
 
     def get_current_stream(self, device: int) -> int:
         return 0

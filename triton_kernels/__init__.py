@@ -12,6 +12,12 @@ if __name__ != "cppo.triton_kernels":
         "directory, or with PYTHONSAFEPATH=1"
     )
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
 from cppo.ops import library
 from cppo.triton_kernels import cppo_loss as _loss
 from cppo.triton_kernels import perception_mask as _selection
@@ -21,6 +27,21 @@ from cppo.triton_kernels.advantages_and_prune import (
     group_advantages,
     prune_completions,
 )
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Launches where the tensors are: Triton itself launches on the current GPU."""
+
+    @functools.wraps(launch)
+    def launch_there(*arguments: Any) -> Any:
+        tensor = next(a for a in arguments if isinstance(a, torch.Tensor))
+        if not tensor.is_cuda:
+            return launch(*arguments)
+        with torch.cuda.device(tensor.device):
+            return launch(*arguments)
+
+    return launch_there
+
 
 # The launchers, by the names of the schemas of `cppo.ops.library`.
 ops = {
@@ -32,6 +53,7 @@ ops = {
     "cppo_loss_backward": _loss.cppo_loss_backward,
     "cppo_loss_backward_": _loss.cppo_loss_backward_,
 }
+ops = {name: _on_its_device(launch) for name, launch in ops.items()}
 _on_logits = library.Backend("cppo_triton", ops)
 # They take the place of the modules of the same names, which import as cppo.triton_kernels.<op>.
 token_stats = _on_logits.token_stats

@@ -35,7 +35,8 @@ from cppo.triton_kernels.token_stats import (
     launch_statistics,
 )
 
-BLOCK = 1024
+# Rows per step of a program: two per thread, so that the sums stay in registers.
+BLOCK = 512
 CHUNK = 1024
 # What is summed over rows: the loss without the contrastive term, the metrics, and that term.
 NUM_SUMS = tl.constexpr(6)

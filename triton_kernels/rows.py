@@ -230,15 +230,18 @@ class Shape(NamedTuple):
         return self.lanes * self.width
 
 
-# The one table of launch shapes: WIDTH logits are 16 bytes, LANES / (32 * num_warps) loads of a
-# tensor are in flight per thread.
-_LANES_PER_THREAD = {"statistics": 4, "margin": 1, "gradient": 2, "margin_gradient": 1}
-_NUM_WARPS = 8
+# The one table of launch shapes: loads of 16 bytes in flight per thread and tensor, and warps.
+_SHAPES = {
+    "statistics": (4, 8),
+    "gradient": (2, 8),
+    "margin": (1, 8),
+    "margin_gradient": (1, 4),
+}
 
 
 def launch_shape(kind: str, tensor: Tensor) -> Shape:
-    width = 16 // tensor.element_size()
-    return Shape(_LANES_PER_THREAD[kind] * 32 * _NUM_WARPS, width, _NUM_WARPS)
+    loads, num_warps = _SHAPES[kind]
+    return Shape(loads * 32 * num_warps, 16 // tensor.element_size(), num_warps)
 
 
 class Split(NamedTuple):

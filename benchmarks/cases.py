@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Case:
         make: draws the keyword arguments on a device.
         modes: "forward" (without autograd) and "both" (with every gradient).
         sizes: of a row op; None for the others.
+        call: the op on a backend, where it is not cppo.<op>(**inputs, backend=backend).
+        moved: bytes read and written at least by an op without sizes; 0: not counted.
     """
 
     op: str
@@ -45,7 +48,8 @@ class Case:
     make: Callable[[torch.device], Inputs]
     modes: tuple[str, ...] = ("forward",)
     sizes: Sizes | None = None
-    call: Callable[..., Any] = field(default=None, repr=False)  # type: ignore[assignment]
+    call: Callable[..., Any] | None = field(default=None, repr=False)
+    moved: float = 0.0
 
     @property
     def name(self) -> str:
@@ -61,14 +65,14 @@ class Case:
     def unit(self) -> str:
         """What the rate counts; '' where time alone says it."""
         if self.sizes is None:
-            return ""
+            return "GB/s" if self.moved else ""
         return "TFLOP/s" if self.sizes.hidden else "GB/s"
 
     def bytes(self, mode: str) -> float:
         """Bytes that the best plan moves through memory."""
         sizes = self.sizes
         if sizes is None:
-            return 0.0
+            return self.moved
         item = DTYPES[self.dtype].itemsize
         if sizes.hidden:
             weight = sizes.vocabulary * sizes.hidden * item
@@ -99,8 +103,9 @@ class Case:
 def cases(shapes: str, device: torch.device) -> Iterator[Case]:
     """Every case of a shape set on a device, the first ones those that matter most."""
     yield from _row_cases(shapes, device.type == "cuda")
+    yield from _batch_cases(shapes)
     if device.type == "cpu":
-        yield from _host_cases(shapes)
+        yield from _planner_cases(shapes)
 
 
 def _row_case(op: str, words: str, sizes: Sizes, dtype: str) -> Case:
@@ -182,7 +187,7 @@ def _linear_sizes(shapes: str, on_gpu: bool) -> tuple[tuple[int, int], ...]:
     )
 
 
-def _host_cases(shapes: str) -> Iterator[Case]:
+def _batch_cases(shapes: str) -> Iterator[Case]:
     """The ops that prepare a training batch, on inputs as a trainer has them: G = 16."""
     toy = shapes == "toy"
     for count in (32,) if toy else (512,) if shapes == "small" else (512, 8192):
@@ -192,7 +197,7 @@ def _host_cases(shapes: str) -> Iterator[Case]:
                 f"B={count} G=16 scope={scope}",
                 "",
                 lambda device, n=count, s=scope: {  # type: ignore[misc]
-                    "rewards": draw.rewards(n),
+                    "rewards": draw.rewards(n, device),
                     "group_size": 16,
                     "prune_rate": 0.75,
                     "scope": s,
@@ -204,9 +209,40 @@ def _host_cases(shapes: str) -> Iterator[Case]:
             "pack_completions",
             f"B={count} L={length} K={count // 4}, 6 per-token tensors",
             "",
-            lambda device, n=count, l=length: draw.rollout(n, l),  # type: ignore[misc]
+            partial(draw.rollout, count, length),
+            moved=_packing_bytes(count, length),
         )
-    for count in (64,) if toy else (512,) if shapes == "small" else (512, 8192):
+        yield Case(
+            "unpack",
+            f"B={count} L={length} K={count // 4}, 6 tensors",
+            "",
+            partial(draw.packed_values, count, length),
+            call=_unpack,
+            moved=_packing_bytes(count, length, unpack=True),
+        )
+
+
+def _unpack(inputs: Inputs, backend: str) -> Any:
+    index = inputs["target_index"]
+    placed = backends.pick("unpack", index, backend).unpack(
+        list(inputs["values"].values()), index, *inputs["shape"]
+    )
+    return dict(zip(inputs["values"], placed, strict=True))
+
+
+def _packing_bytes(count: int, length: int, unpack: bool = False) -> float:
+    """Of six fp32 tensors per token, int64 indices and byte masks."""
+    packed = cppo.pack_completions(**draw.rollout(count, length, torch.device("cpu")))
+    kept, stream, targets = len(packed.kept), len(packed.input_ids), len(packed.targets)
+    if unpack:
+        return targets * (6 * 4 + 8) + count * length * 6 * 4
+    read = kept * length * (8 + 1 + 1) + targets * 6 * 4
+    return read + stream * 3 * 8 + targets * (3 * 8 + 6 * 4)
+
+
+def _planner_cases(shapes: str) -> Iterator[Case]:
+    sizes = {"toy": (64,), "small": (512,)}.get(shapes, (512, 8192))
+    for count in sizes:
         for op, word, size in (
             ("plan_microbatches", "max_tokens", 8192),
             ("balance_ranks", "world_size", 8),

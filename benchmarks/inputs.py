@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import cppo
 from cppo.config import LossConfig
 from cppo.records import Views
 
@@ -142,27 +143,39 @@ def part_of(inputs: Inputs, completions: int) -> Inputs:
     return {name: cut(name, value) for name, value in inputs.items()}
 
 
-def rewards(completions: int, seed: int = 0) -> Tensor:
+def rewards(completions: int, device: torch.device, seed: int = 0) -> Tensor:
     """Rewards of a verifiable task: few values, many ties."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 3, (completions,), generator=generator).float() / 2
+    return (torch.randint(0, 3, (completions,), generator=generator).float() / 2).to(device)
 
 
-def rollout(completions: int, length: int, per_token: int = 6, seed: int = 0) -> Inputs:
+def rollout(
+    completions: int, length: int, device: torch.device, per_token: int = 6, seed: int = 0
+) -> Inputs:
     """Keyword arguments of `cppo.pack_completions`: left-padded prompts, 3/4 pruned."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(0, length // 4, (completions, 1), generator=generator)
     last = torch.randint(length // 2, length, (completions, 1), generator=generator)
     column = torch.arange(length)
     attention_mask = (column >= first) & (column < last)
+    ids = torch.randint(0, 150_000, (completions, length), generator=generator)
+    drawn = torch.rand(per_token, completions, length, generator=generator)
     return {
-        "input_ids": torch.randint(0, 150_000, (completions, length), generator=generator),
-        "attention_mask": attention_mask,
-        "completion_mask": attention_mask & (column >= length // 4),
-        "kept": torch.arange(0, completions, 4),
-        "per_token": {
-            f"x{i}": torch.rand(completions, length, generator=generator) for i in range(per_token)
-        },
+        "input_ids": ids.to(device),
+        "attention_mask": attention_mask.to(device),
+        "completion_mask": (attention_mask & (column >= length // 4)).to(device),
+        "kept": torch.arange(0, completions, 4, device=device),
+        "per_token": {f"x{i}": values.to(device) for i, values in enumerate(drawn)},
+    }
+
+
+def packed_values(completions: int, length: int, device: torch.device) -> Inputs:
+    """Arguments of `unpack`: six per-target tensors, where they belong, and the padded shape."""
+    packed = cppo.pack_completions(**rollout(completions, length, device))
+    return {
+        "values": packed.per_token,
+        "target_index": packed.target_index,
+        "shape": packed.shape,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from cppo.benchmarks.rows import Row
+from cppo.benchmarks.rows import Row, row_kind
 
 _CSS = """
 :root { --ink:#0f172a; --soft:#64748b; --line:#e2e8f0; --page:#f8fafc; --card:#fff;
@@ -39,11 +39,7 @@ img { width:100%; max-width:820px; background:#fff; border-radius:10px;
 @media (max-width:600px) { .cards { grid-template-columns:1fr } .card { overflow-x:auto } }
 """
 
-_TITLES = (
-    ("Ops on logits", lambda row: bool(row["unit"]) and not row["op"].startswith("linear")),
-    ("Ops on hidden states", lambda row: row["op"].startswith("linear")),
-    ("Batch preparation", lambda row: not row["unit"]),
-)
+_TITLES = {"logits": "Ops on logits", "linear": "Ops on hidden states", "host": "Other ops"}
 _MODES = {"forward": "forward", "both": "forward + backward"}
 
 
@@ -63,8 +59,8 @@ def render(rows: Sequence[Row], roofline: str = "") -> str:
         "same run. Error: against fp64, relative to the largest value.</p>",
         _tiles(rows, first),
     ]
-    for title, belongs in _TITLES:
-        cards = _cards([row for row in rows if belongs(row)])
+    for kind, title in _TITLES.items():
+        cards = _cards([row for row in rows if row_kind(row) == kind])
         if cards:
             parts.append(f"<h2>{title}</h2><div class=cards>{''.join(cards)}</div>")
     if roofline:

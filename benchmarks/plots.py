@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from cppo.benchmarks import page, rows
-from cppo.benchmarks.rows import Row
+from cppo.benchmarks.rows import Row, row_kind
 
 OURS = "#0f766e"
 COLOURS = {"eager": "#94a3b8", "compile": "#64748b", "trl": "#b45309", "liger": "#a16207"}
 OTHER = "#cbd5e1"
-KINDS = {"logits": "Ops on logits", "linear": "Ops on hidden states", "host": "Batch preparation"}
+KINDS = {"logits": "Ops on logits", "linear": "Ops on hidden states", "host": "Other ops"}
 
 
 def draw(path: Path) -> list[Path]:
@@ -29,22 +29,15 @@ def draw(path: Path) -> list[Path]:
     found = rows.read(path)
     pictures = []
     for kind, title in KINDS.items():
-        chosen = [row for row in found if kind_of(row) == kind]
+        chosen = [row for row in found if row_kind(row) == kind]
         if chosen:
             pictures.append(_bars(chosen, title, path.with_name(f"{path.stem}_{kind}.png")))
-    if any(row["unit"] for row in found):
+    if any(row["unit"] and float(row["gflop"]) > 0 for row in found):
         pictures.append(_roofline(found, path.with_name(f"{path.stem}_roofline.png")))
     images = {picture.stem: base64.b64encode(picture.read_bytes()).decode() for picture in pictures}
     html = path.with_suffix(".html")
     html.write_text(page.render(found, images.get(f"{path.stem}_roofline", "")))
     return [*pictures, html]
-
-
-def kind_of(row: Row) -> str:
-    """The chart that a row belongs to."""
-    if not row["unit"]:
-        return "host"
-    return "linear" if row["op"].startswith("linear") else "logits"
 
 
 def panels(chosen: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
@@ -116,7 +109,7 @@ def _panel(axes: Any, title: str, members: Sequence[Row]) -> None:
 def _roofline(found: Sequence[Row], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    points = [row for row in found if row["unit"] and float(row["gbytes"]) > 0]
+    points = [row for row in found if row["unit"] and float(row["gflop"]) > 0]
     figure, axes = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     bandwidth = max(float(row["copy_gb_s"]) for row in points) / 1e3  # TFLOP/s per FLOP/byte
     intensities = [float(row["gflop"]) / float(row["gbytes"]) for row in points]

@@ -6,17 +6,20 @@
     <!-- ratio: FILE; OP; SHAPE; DTYPE; MODE; PEER -->12.3x<!-- /ratio -->
                                                          the peer's median time over ours
 
-KIND is logits, linear, host or steps; without it FILE holds runs of demo_runs.py.
+KIND is logits, linear, host or steps (show.py). Without it the table is the `summary` of the script
+FILE.py beside this one, or of demo_runs.py for FILE = <task>_runs.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from cppo.benchmarks import demo_runs, rows, show
+from cppo.benchmarks import rows, show
 from cppo.benchmarks.rows import Row
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -30,7 +33,7 @@ def rendered(text: str) -> str:
     def table(found: re.Match[str]) -> str:
         name, kind = found[2], found[3]
         committed = rows.read(RESULTS / f"{name}.csv")
-        made = show.summary(committed, kind) if kind else demo_runs.summary(committed)
+        made = show.summary(committed, kind) if kind else _script(name).summary(committed)
         return f"{found[1]}{made}\n{found[5]}"
 
     def one_ratio(found: re.Match[str]) -> str:
@@ -39,6 +42,11 @@ def rendered(text: str) -> str:
         return f"{found[1]}{ratio(committed, words):.1f}x{found[4]}"
 
     return _RATIO.sub(one_ratio, _TABLE.sub(table, text))
+
+
+def _script(name: str) -> Any:
+    own = "demo_runs" if name.endswith("_runs") else name
+    return importlib.import_module(f"cppo.benchmarks.{own}")
 
 
 def ratio(committed: Sequence[Row], words: Sequence[str]) -> float:

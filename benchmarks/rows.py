@@ -87,6 +87,13 @@ def key(row: Row) -> tuple[str, ...]:
     return tuple(row.get(name, "") for name in KEY)
 
 
+def row_kind(row: Row) -> str:
+    """The table and the chart that a row belongs to: logits, linear or host."""
+    if not row["dtype"] or not row["unit"]:
+        return "host"
+    return "linear" if row["op"].startswith("linear") else "logits"
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a file; none where there is no file."""
     if not path.exists():

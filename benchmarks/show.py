@@ -13,7 +13,7 @@ from rich.table import Table
 from cppo.benchmarks.cases import Case
 from cppo.benchmarks.ceilings import Ceilings
 from cppo.benchmarks.harness import Measured
-from cppo.benchmarks.rows import Row
+from cppo.benchmarks.rows import Row, row_kind
 
 
 class LiveTables:
@@ -95,9 +95,8 @@ def summary(rows: Sequence[Row], kind: str = "logits") -> str:
     if kind == "steps":
         return _step_summary(rows)
     if kind == "host":
-        return _host_summary([row for row in rows if not row["dtype"]])
-    is_linear = kind == "linear"
-    chosen = [row for row in rows if row["unit"] and row["op"].startswith("linear") == is_linear]
+        return _host_summary([row for row in rows if row_kind(row) == "host"])
+    chosen = [row for row in rows if row_kind(row) == kind]
     cells: dict[tuple[str, ...], list[Row]] = {}
     for row in chosen:
         at = (row["op"], row["shape"], row["dtype"], row["mode"])

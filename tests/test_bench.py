@@ -127,7 +127,7 @@ def test_eager_is_the_same_loss_as_ours(op: str, gating: bool) -> None:
     names = {m.variant for m in found}
     assert {"eager", "eager, gated"} <= names if gating else "eager, gated" not in names
     for m in found:
-        assert m.status == "ok" and m.error < 1e-4, (m.variant, m.status, m.error, m.error_of)
+        assert m.status == "ok" and m.error < 1e-3, (m.variant, m.status, m.error, m.error_of)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -195,7 +195,7 @@ def test_what_nobody_would_wait_for_is_not_run() -> None:
 
 
 def test_every_op_has_a_case_in_every_shape_set() -> None:
-    special = {"group_advantages", "prune_completions", "unpack"}  # timed as parts of others
+    special = {"group_advantages", "prune_completions"}  # timed as parts of others
     for shapes in SHAPES:
         ops = {case.op for case in cases(shapes, CPU)}
         missing = set(backends.BACKENDS) - special - ops

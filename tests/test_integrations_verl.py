@@ -24,7 +24,7 @@ example = load_example()
 
 from verl.trainer.ppo import core_algos  # noqa: E402
 from verl.trainer.ppo.v1 import get_trainer_cls  # noqa: E402
-from verl.utils.config import omega_conf_to_dataclass  # noqa: E402
+from verl.utils.config import omega_conf_to_dataclass, validate_config  # noqa: E402
 
 
 def test_verl_loads_the_plugin_and_the_plugin_loads_nothing():
@@ -162,7 +162,7 @@ def test_advantages_are_those_of_verls_grpo(by_std):
 def test_the_page_runs(capsys):
     page = (ROOT / "docs" / "verl.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL)
-    assert [language for language, _ in blocks] == ["python", "bash", "python", "python"]
+    assert [language for language, _ in blocks] == ["python", "bash", "python", "python", "text"]
     for language, code in blocks:
         if language == "python":
             exec(code, {"__name__": "page"})
@@ -172,6 +172,7 @@ def test_the_page_runs(capsys):
     command = shlex.split(blocks[1][1].replace("\\\n", " "))
     assert command[:3] == ["python", "-m", "verl.trainer.main_ppo"]
     config = composed(*command[3:])
+    validate_config(config, use_reference_policy=False, use_critic=False)
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     assert type(actor.policy_loss).__name__ == "PolicyLossConfig"
     assert verl_loss.loss_config(actor) == cppo.LossConfig(

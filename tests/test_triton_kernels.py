@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from cppo import backends, reference
+from cppo import LossConfig, Views, backends, reference
+from cppo.testing import assert_op_as_accurate, evaluate, make_inputs
 
 pytest.importorskip("triton")
 
@@ -70,6 +71,71 @@ def test_opcheck():
         prune_op = torch.ops.cppo_triton.prune_completions.default
         outcome = torch.library.opcheck(prune_op, (rewards, unit_size, 2, prune))
         assert set(outcome.values()) == {"SUCCESS"}
+
+
+@pytest.fixture
+def shared_rows(monkeypatch):
+    """So many multiprocessors that each row is cut into as many parts as it has tiles."""
+    kernels()
+    from cppo.triton_kernels import rows
+
+    monkeypatch.setattr(rows, "multiprocessors", lambda device: 10_000)
+
+
+def _with_hole(inputs, name, first, last):
+    """Low logits, of which the columns of a whole part are -inf."""
+    views = inputs[name] if isinstance(inputs[name], Views) else Views(inputs[name])
+    for view in views:
+        if view is not None:
+            view -= 150
+            view[..., first:last] = -torch.inf
+    inputs["targets"] = inputs["targets"] % first
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [9001, 3 * 8192])
+@pytest.mark.usefixtures("shared_rows", "poisoned")
+def test_programs_that_share_a_row(dtype, vocabulary):
+    inputs = make_inputs("token_stats", lengths=(1, 2), vocabulary=vocabulary, dtype=dtype)
+    assert_op_as_accurate("token_stats", "triton", inputs)
+    inputs = _with_hole(inputs, "logits", 4096, 8192)
+    assert_op_as_accurate("token_stats", "triton", inputs)
+    first, again = (evaluate("token_stats", inputs, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("divergence", ["k3", "full"])
+@pytest.mark.usefixtures("shared_rows", "poisoned")
+def test_programs_that_share_a_row_of_three_views(divergence):
+    config = LossConfig(divergence=divergence, cpl_coef=1.0, entropy_coef=0.1)
+    inputs = make_inputs("cppo_loss", layout="packed", lengths=(2, 1, 1), vocabulary=4099)
+    inputs = {**inputs, "config": config}
+    assert_op_as_accurate("cppo_loss", "triton", inputs)
+    inputs = _with_hole(inputs, "logits", 1024, 2048)
+    assert_op_as_accurate("cppo_loss", "triton", inputs)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's checks of 32-bit arithmetic")
+def test_no_32_bit_overflow():
+    from interpreter import overflow_checks
+
+    inputs = make_inputs("cppo_loss", layout="packed", lengths=(2, 3))
+    expected = evaluate("cppo_loss", inputs, "triton")
+    with overflow_checks():
+        ours = evaluate("cppo_loss", inputs, "triton")
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_selection_of_a_long_completion_to_the_last_bit(dtype):
+    generator = torch.Generator().manual_seed(0)
+    anchor, negative = torch.rand(2, 2, 5000, generator=generator, dtype=dtype)
+    negative[1] = (negative[1] * 4).round()
+    mask = torch.rand(2, 5000, generator=generator) < 0.8
+    entropies = (anchor.to(DEVICE), negative.to(DEVICE))
+    ours = kernels().perception_mask(*entropies, 0.3, mask.to(DEVICE))
+    assert torch.equal(ours, reference.perception_mask(*entropies, 0.3, mask.to(DEVICE)))
 
 
 COMPILE = """

@@ -151,6 +151,20 @@ def test_micro_batches_do_not_change_the_gradient(engine, batch):
     assert max(worst(found[1], found[0]), worst(found[2], found[0])) < 2e-4
 
 
+def test_a_mean_over_tokens_weighs_micro_batches_by_their_completions(engine, batch):
+    actor = example.actor_config(**LOSS, cpl_reduction="token")
+    whole = batch.copy()
+    tu.assign_non_tensor(whole, micro_batch_size_per_gpu=8)
+    parts = []
+    for rows in (range(8), range(8, 16)):
+        part = tu.index_select_tensor_dict(batch, list(rows))
+        tu.assign_non_tensor(part, micro_batch_size_per_gpu=8, global_batch_size=8)
+        parts.append(gradients(engine, part, actor))
+    mean = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
+    assert worst(gradients(engine, whole, actor), mean) < 2e-4
+    assert worst(parts[0], mean) > 1e-2
+
+
 def test_the_views_run_only_where_they_count(engine, batch, monkeypatch):
     forwards, forward = [], engine.module.forward
     monkeypatch.setattr(

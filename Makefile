@@ -54,4 +54,4 @@ bench: setup
 
 bench-smoke: setup
 	$(BIN)/cppo bench --shapes toy
-	$(BIN)/python benchmarks/gpu.py --toy --device cpu --output build/gpu-toy --fresh
+	$(BIN)/python benchmarks/gpu.py --toy --device cpu --fresh --output build/gpu-toy --part correctness steps

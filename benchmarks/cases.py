@@ -125,7 +125,11 @@ def _row_cases(shapes: str, on_gpu: bool) -> Iterator[Case]:
     for dtype in reversed(DTYPES) if on_gpu else DTYPES:
         for op, words, sizes in _row_sizes(shapes, on_gpu):
             # On a GPU bf16 is what counts: fp32 only where it is cheap to show.
-            if dtype == "bf16" or not on_gpu or not (sizes.hidden or sizes.rows > 8192):
+            is_shown = dtype == "bf16" or not (sizes.hidden or sizes.rows > 8192)
+            if shapes == "small" and not on_gpu:
+                # A first look: bf16 on a CPU for the loss alone.
+                is_shown = dtype == "fp32" or (op == "cppo_loss" and sizes.gating)
+            if is_shown or not (on_gpu or shapes == "small"):
                 yield _row_case(op, words, sizes, dtype)
     length = {"toy": 16, "small": 1024}.get(shapes, 4096)
     sizes = Sizes(4 if shapes == "toy" else 64, length, 0)
@@ -159,7 +163,7 @@ def _row_sizes(shapes: str, on_gpu: bool) -> Iterator[tuple[str, str, Sizes]]:
     for rows, hidden in _linear_sizes(shapes, on_gpu):
         sizes = Sizes(rows // 32 or 4, min(rows, 32) if shapes != "toy" else 6, vocabulary, hidden)
         yield "linear_cppo_loss", "three views, f=0.5 r=0.2", sizes
-        if shapes in ("toy", "paper"):
+        if shapes == "toy" or (shapes == "paper" and (on_gpu or hidden == 1024)):
             one = Sizes(sizes.completions, sizes.length, vocabulary, hidden, views=1)
             yield "linear_cppo_loss", "anchor only", one
             yield "linear_token_stats", "", sizes
@@ -182,7 +186,7 @@ def _linear_sizes(shapes: str, on_gpu: bool) -> tuple[tuple[int, int], ...]:
         return {"small": ((2048, 2048),), "paper": paper}.get(
             shapes, ((1024, 3584), (4096, 3584), *paper, (32768, 2048))
         )
-    return {"small": ((32, 256),), "paper": ((32, 256), (512, 1024), (4096, 512))}.get(
+    return {"small": ((32, 128),), "paper": ((32, 256), (512, 1024), (4096, 512))}.get(
         shapes, ((1024, 512), (2048, 512), (4096, 512), (8192, 512))
     )
 

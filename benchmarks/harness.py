@@ -39,8 +39,8 @@ Outputs = dict[str, Tensor]
 class Budget:
     """How much is spent on a case.
 
-    seconds: of timing for each variant and mode. rounds: at least so many samples; of calls that
-    take longer than `seconds`, three. check_rows: rows on which fp64 is computed. patience: of a
+    seconds: of timing for each variant and mode. rounds: at least so many samples; of calls longer
+    than `seconds` three, than 10 s two. check_rows: rows on which fp64 is computed. patience: of a
     call longer than this many seconds the first is the only sample. limit: what is expected to take
     longer is not run at all.
     """
@@ -52,7 +52,9 @@ class Budget:
     limit: float = 150.0
 
     def rounds_of(self, call_seconds: float) -> int:
-        return self.rounds if call_seconds < self.seconds else min(self.rounds, 3)
+        if call_seconds < self.seconds:
+            return self.rounds
+        return min(self.rounds, 3 if call_seconds < 10 else 2)
 
 
 @dataclass(eq=False)

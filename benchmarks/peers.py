@@ -25,7 +25,7 @@ from cppo.benchmarks.inputs import Inputs
 Outputs = dict[str, Tensor]
 Call = Callable[[Inputs], Any]
 LINEAR_CHUNK = 32_768  # TRL's own chunk of the vocabulary
-COMPILED_ROWS = 8192  # on a GPU: each shape takes a minute to compile
+COMPILED_ROWS = 8192  # on a GPU
 
 
 class Unavailable(Exception):
@@ -189,8 +189,8 @@ def competitors(
     if "eager" in against:
         found += _eager(case)
     if "compile" in against and case.sizes is not None:
-        if device.type == "cuda" and (case.sizes.hidden or case.sizes.rows > COMPILED_ROWS):
-            absent["compile"] = f"compiled for logits of up to {COMPILED_ROWS} rows alone"
+        if reason := _not_compiled(case, device):
+            absent["compile"] = reason
         else:
             found += [_compiled(case)]
     for peer in PEERS:
@@ -254,22 +254,33 @@ def _compositions(
     return found
 
 
+def _not_compiled(case: Case, device: torch.device) -> str:
+    """Why torch.compile is left out, or '': a graph takes up to a minute for each case and mode."""
+    assert case.sizes is not None
+    if case.sizes.hidden or case.sizes.divergence == "full":
+        return "compiled for logits and the sampled token alone"
+    if device.type == "cuda" and case.sizes.rows > COMPILED_ROWS:
+        return f"compiled for up to {COMPILED_ROWS} rows"
+    return ""
+
+
 def _compiled(case: Case) -> Competitor:
     """torch.compile of the best eager composition; the rows are chosen outside of the graph."""
     assert case.sizes is not None
     torch._dynamo.reset()
     compile_ = partial(torch.compile, dynamic=False)
     if case.op.endswith("token_stats"):
-        function = compile_(eager.linear_token_stats if case.sizes.hidden else eager.token_stats)
+        function = compile_(eager.token_stats)
         return Competitor("compile", lambda x: function(**x), fixed_shape=True, views_held=3)
-    if case.sizes.divergence == "full":
-        full = compile_(eager.full_divergence_loss)
-        return Competitor("compile", lambda x: full(*_arguments(x)), fixed_shape=True, views_held=6)
 
     def whole(inputs: Inputs, views: Any, looking: Tensor | None) -> Outputs:
-        stats = _linear_eager(inputs) if "hidden" in inputs else eager.view_stats
         return eager.contrastive_loss(
-            stats, views, inputs["targets"], inputs["advantages"], inputs["config"], looking
+            eager.view_stats,
+            views,
+            inputs["targets"],
+            inputs["advantages"],
+            inputs["config"],
+            looking,
         )
 
     graph = compile_(whole)

@@ -32,8 +32,8 @@ BUSY = 0.25  # load per core above which the machine is doing something else
 BUDGETS = {
     "toy": Budget(seconds=0.0, rounds=2),
     "small": Budget(seconds=0.4, rounds=3, check_rows=16, patience=3.0, limit=6.0),
-    "paper": Budget(seconds=6.0, rounds=5),
-    "full": Budget(seconds=6.0, rounds=5),
+    "paper": Budget(seconds=3.0, rounds=5),
+    "full": Budget(seconds=3.0, rounds=5),
 }
 
 

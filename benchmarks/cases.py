@@ -161,7 +161,8 @@ def _row_sizes(shapes: str, on_gpu: bool) -> Iterator[tuple[str, str, Sizes]]:
                 sizes = Sizes(8, rows // 8, QWEN, positive_share=f, selected_share=r)
                 yield "cppo_loss", f"three views, f={f:g} r={r:g}", sizes
     for rows, hidden in _linear_sizes(shapes, on_gpu):
-        sizes = Sizes(rows // 32 or 4, min(rows, 32) if shapes != "toy" else 6, vocabulary, hidden)
+        completions = 4 if shapes == "toy" else max(8, rows // 32)
+        sizes = Sizes(completions, rows // completions, vocabulary, hidden)
         yield "linear_cppo_loss", "three views, f=0.5 r=0.2", sizes
         if shapes == "toy" or (shapes == "paper" and (on_gpu or hidden == 1024)):
             one = Sizes(sizes.completions, sizes.length, vocabulary, hidden, views=1)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cppo.benchmarks import peers, rows
+from cppo.benchmarks import peers, rows, timing
 from cppo.benchmarks.cases import Case, cases
 from cppo.benchmarks.ceilings import Ceilings, measure_ceilings
 from cppo.benchmarks.environment import (
@@ -43,7 +43,8 @@ class Options:
 
     output: the CSV file. None: a file named after the device, in a clone's benchmarks/results,
     else in ./cppo-bench; "toy" writes only when asked. missing_only: cases that have a row there
-    are left out. deadline: time.monotonic() after which no case is begun.
+    are left out. deadline: time.monotonic() after which no case is begun. allocator: "keep" reuses
+    freed memory on a CPU, "system" leaves the C library as it is.
     """
 
     shapes: str = "small"
@@ -57,6 +58,7 @@ class Options:
     seconds: float | None = None
     missing_only: bool = False
     deadline: float = math.inf
+    allocator: str = "keep"
 
     @property
     def path(self) -> Path:
@@ -88,9 +90,12 @@ def bench(options: Options, console: Console) -> tuple[list[rows.Row], list[Meas
     """
     device = torch.device(options.device)
     budget = options.budget
+    allocator = "torch" if device.type == "cuda" else "system"
+    if device.type == "cpu" and options.allocator == "keep" and timing.keep_freed_memory():
+        allocator = "keep"
     ceilings = measure_ceilings(device, min(1.0, budget.seconds), toy=options.shapes == "toy")
     shared = {**environment(device), **_peer_versions(), **ceilings.columns()}
-    shared["shapes"] = options.shapes
+    shared |= {"shapes": options.shapes, "allocator": allocator}
     _opening(console, options, ceilings)
     tables = LiveTables(console, ceilings)
     todo = selected(options)

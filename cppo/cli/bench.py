@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output=arguments.output,
         seconds=arguments.seconds,
         missing_only=arguments.missing,
+        allocator=arguments.allocator,
     )
     console = Console(width=None if Console().is_terminal else 120)
     if arguments.plot_only:
@@ -94,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", nargs="+", choices=("fp32", "bf16"))
     add("--mode", nargs="+", choices=("forward", "both"), help="both: with gradients")
     add("--device", help="cpu, cuda, cuda:1; else a GPU where there is one")
+    keep = "keep: freed memory is reused, for all variants alike; system: every large block is new"
+    add("--allocator", choices=("keep", "system"), default="keep", help=f"on a CPU; {keep}")
     add("--seconds", type=float, help="timing per variant and mode")
     add("--output", type=Path, help="CSV file; rows of the same case are replaced")
     add("--missing", action="store_true", help="only cases without a row in the file: resume")

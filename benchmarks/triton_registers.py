@@ -161,7 +161,7 @@ def _loss(dtype: torch.dtype, config: LossConfig, views: int = 3, packed: bool =
     advantages = torch.tensor([1.0, -1.0])
     cu_seqlens = torch.tensor([0, 4, 6], dtype=torch.int32) if packed else None
     mask = None if packed else torch.ones(2, 3, dtype=torch.bool)
-    options = tuple(getattr(config, name) for name in library._CONFIG_FIELDS)
+    options = tuple(getattr(config, name) for name in library.CONFIG_FIELDS)
     inputs = (rows.long(), advantages, rows, rows, mask, cu_seqlens, None, *options, False)
     loss, *_, saved, coefficients = ops["cppo_loss"](*tensors, *inputs)
     chosen = (config.temperature, config.divergence, config.gating, config.detach_anchor)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cppo.ops import library, pack_library
+from cppo.ops.linear_library import LinearBackend
 from cppo.ops.pack_library import pack_completions, unpack  # noqa: F401  (this is a namespace)
 from cppo.reference import kept_per_unit
 
@@ -141,3 +142,6 @@ if not missing["cpp"]:
     token_stats = _on_logits.token_stats
     perception_mask = _on_logits.perception_mask
     cppo_loss = _on_logits.cppo_loss
+    _on_hidden = LinearBackend("cppo")
+    linear_token_stats = _on_hidden.linear_token_stats
+    linear_cppo_loss = _on_hidden.linear_cppo_loss

@@ -65,6 +65,16 @@ STABLE_TORCH_LIBRARY(cppo, m) {
       "Tensor(c!)? negative, Tensor targets, Tensor advantages, Tensor? cu_seqlens, Tensor saved, "
       "Tensor coefficients, float temperature, str divergence, bool gating, bool detach_anchor) "
       "-> ()");
+  // The loss and its derivatives from statistics that are there already: loss, the metrics of
+  // cppo_loss, coefficients. Rows are packed, and all of them count.
+  m.def(
+      "loss_terms(Tensor logps, Tensor entropy, Tensor? positive_logps, Tensor? negative_logps, "
+      "Tensor? margin, Tensor selected, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, "
+      "Tensor cu_seqlens, float policy_denominator, float contrast_denominator, "
+      "float temperature, float clip_low, float clip_high, float? dual_clip, str importance, "
+      "str reduction, int? max_length, float kl_coef, float entropy_coef, float cpl_coef, "
+      "str divergence, float tau, float fraction, bool gating, bool detach_anchor, "
+      "str cpl_reduction) -> (Tensor, Tensor, Tensor)");
   m.def("row_capability() -> str");
   m.def("row_exp(Tensor x) -> Tensor");
 }
@@ -86,6 +96,7 @@ STABLE_TORCH_LIBRARY_IMPL(cppo, CPU, m) {
   m.impl("cppo_loss", TORCH_BOX(&cppo::cpu::cppo_loss));
   m.impl("cppo_loss_backward", TORCH_BOX(&cppo::cpu::cppo_loss_backward));
   m.impl("cppo_loss_backward_", TORCH_BOX(&cppo::cpu::cppo_loss_backward_));
+  m.impl("loss_terms", TORCH_BOX(&cppo::cpu::loss_terms));
   m.impl("row_exp", TORCH_BOX(&cppo::cpu::row_exp));
   m.impl("unpack", TORCH_BOX(&cppo::cpu::unpack));
   m.impl("gather_tokens", TORCH_BOX(&cppo::cpu::gather_tokens));

@@ -48,8 +48,9 @@ def close(ours, expected, names=None, **tolerance):
 
 
 def results(outputs):
-    """Loss, metrics and gradients: what does not depend on the layout."""
-    return [n for n in outputs if n == "loss" or n.startswith(("grad.", "metrics."))]
+    """Loss, metrics and gradients: what does not depend on the layout or on what was saved."""
+    names = [n for n in outputs if n == "loss" or n.startswith(("grad.", "metrics."))]
+    return [n for n in names if not n.startswith("metrics.head_")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -140,7 +141,7 @@ def test_no_completion_with_a_positive_advantage(op, backend, layout, rows):
         assert len(inputs[name].negative) == 0
     plain = evaluate(op, {**inputs, name: Views(inputs[name].anchor)}, backend)
     ours = evaluate(op, inputs, backend)
-    close(ours, plain)
+    close(ours, plain, [n for n in plain if not n.startswith("metrics.head_")])
     assert ours["metrics.cpl_loss"] == 0 and not ours["perception_mask"].any()
     assert not ours[f"grad.{name}.negative"].any()
 
@@ -225,8 +226,9 @@ def test_identical_views_leave_plain_grpo(op, backend):
     anchor = inputs[name].anchor
     plain = evaluate(op, {**inputs, name: anchor}, backend)
     ours = evaluate(op, {**inputs, name: Views(anchor, anchor.clone(), anchor.clone())}, backend)
-    assert torch.equal(ours["loss"], plain["loss"])
-    assert torch.equal(ours[f"grad.{name}.anchor"], plain[f"grad.{name}"])
+    # Not bit for bit: the plan of a fused head, and with it the shape of a GEMM, may be another.
+    torch.testing.assert_close(ours["loss"], plain["loss"])
+    torch.testing.assert_close(ours[f"grad.{name}.anchor"], plain[f"grad.{name}"])
     assert not ours[f"grad.{name}.positive"].any() and not ours["perception_mask"].any()
 
 

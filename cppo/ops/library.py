@@ -28,13 +28,13 @@ from cppo.config import LossConfig
 from cppo.records import LossOutput, NumItems, TokenStats, Views
 
 # The scalars of the schema of cppo_loss are the fields of LossConfig, in order.
-_CONFIG = (
+CONFIG = (
     "float temperature, float clip_low, float clip_high, float? dual_clip, str importance, "
     "str reduction, int? max_length, float kl_coef, float entropy_coef, float cpl_coef, "
     "str divergence, float tau, float fraction, bool gating, bool detach_anchor, "
     "str cpl_reduction"
 )
-_CONFIG_FIELDS = tuple(field.name for field in fields(LossConfig))
+CONFIG_FIELDS = tuple(field.name for field in fields(LossConfig))
 _STATS_GRADIENT = "Tensor? grad_logps, Tensor? grad_entropy"
 _STATS_ROWS = "Tensor targets, Tensor? mask, Tensor saved, float temperature"
 _LOSS_ROWS = (
@@ -51,7 +51,7 @@ SCHEMAS = {
     "Tensor? mask, Tensor? cu_seqlens) -> Tensor",
     "cppo_loss": "(Tensor anchor, Tensor? positive, Tensor? negative, Tensor targets, "
     "Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? mask, Tensor? cu_seqlens, "
-    f"Tensor? num_items, {_CONFIG}, bool inplace) "
+    f"Tensor? num_items, {CONFIG}, bool inplace) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "cppo_loss_backward": "(Tensor grad_loss, Tensor anchor, Tensor? positive, Tensor? negative, "
     f"{_LOSS_ROWS}) -> (Tensor, Tensor, Tensor)",
@@ -141,7 +141,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 # Autograd
 
 
-def _refuse_second_derivative(name: str) -> None:
+def refuse_second_derivative(name: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name.replace('::', '.')}: has no second derivative; backend='reference' has one"
@@ -163,7 +163,7 @@ def _register_token_stats(namespace: str) -> None:
         nothing = (None,) * 4
         if grad_logps is None and grad_entropy is None:
             return None, *nothing
-        _refuse_second_derivative(name)
+        refuse_second_derivative(name)
         logits, targets, mask, saved = ctx.saved_tensors
         rows = (grad_logps, grad_entropy, logits, targets, mask, saved, ctx.temperature)
         if not ctx.inplace:
@@ -180,7 +180,7 @@ def _register_cppo_loss(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
     def setup(ctx, inputs, output):
-        options = dict(zip(_CONFIG_FIELDS, inputs[10:-1], strict=True))
+        options = dict(zip(CONFIG_FIELDS, inputs[10:-1], strict=True))
         taken = ("temperature", "divergence", "gating", "detach_anchor")
         ctx.options = tuple(options[field] for field in taken)
         ctx.num_inputs, ctx.inplace = len(inputs), inputs[-1]
@@ -196,7 +196,7 @@ def _register_cppo_loss(namespace: str) -> None:
         nothing = (None,) * (ctx.num_inputs - 3)
         if grad_loss is None:
             return None, None, None, *nothing
-        _refuse_second_derivative(name)
+        refuse_second_derivative(name)
         anchor, positive, negative, *rows = ctx.saved_tensors
         _, wants_positive, wants_negative = ctx.needs_input_grad[:3]
         if ctx.options[1] != "full":
@@ -216,7 +216,7 @@ def _register_cppo_loss(namespace: str) -> None:
     torch.library.register_autograd(name, backward, setup_context=setup)
 
 
-def _num_items(num_items: Any, like: Tensor) -> Tensor | None:
+def num_items_tensor(num_items: Any, like: Tensor) -> Tensor | None:
     """fp64 (4,): the whole, or completions, tokens and selected; NaN where not given."""
     if num_items is None:
         return None
@@ -229,6 +229,22 @@ def _num_items(num_items: Any, like: Tensor) -> Tensor | None:
         return like.new_full((), math.nan if count is None else count, dtype=torch.float64)
 
     return torch.stack([as_tensor(count) for count in counts])
+
+
+def metrics_of(
+    values: Tensor, num_selected: Tensor, views: Views, ref_logps: Tensor | None
+) -> dict[str, Tensor]:
+    """The metrics by name, those that make sense for what was given."""
+    metrics = dict(zip(METRICS, values.unbind(), strict=True))
+    if ref_logps is None:
+        del metrics["kl"]
+    if views.positive is None:
+        del metrics["cpl_loss"]
+    if views.negative is None:
+        del metrics["perception_share"]
+    else:
+        metrics["num_selected"] = num_selected
+    return metrics
 
 
 class Backend:
@@ -297,17 +313,9 @@ class Backend:
             ref_logps,
             mask,
             cu_seqlens,
-            _num_items(num_items, advantages),
-            *(getattr(config, field) for field in _CONFIG_FIELDS),
+            num_items_tensor(num_items, advantages),
+            *(getattr(config, field) for field in CONFIG_FIELDS),
             inplace,
         )
-        metrics = dict(zip(METRICS, values.unbind(), strict=True))
-        if ref_logps is None:
-            del metrics["kl"]
-        if views.positive is None:
-            del metrics["cpl_loss"]
-        if views.negative is None:
-            del metrics["perception_share"]
-        else:
-            metrics["num_selected"] = num_selected
+        metrics = metrics_of(values, num_selected, views, ref_logps)
         return LossOutput(loss, logps, entropy, selected, metrics)

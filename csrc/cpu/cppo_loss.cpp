@@ -181,6 +181,14 @@ Values rounded(const Tensor& like, const std::vector<double>& values, ScalarType
   return out;
 }
 
+std::pair<Tensor, Tensor> tensors_of(const Tensor& like, const LossResult& result,
+                                     ScalarType type) {
+  const Values loss = new_zeros(like, {}, type), metrics = new_zeros(like, {6}, type);
+  loss.set(0, result.loss);
+  for (int64_t k = 0; k < 6; ++k) metrics.set(k, result.metrics[k]);
+  return {loss.tensor(), metrics.tensor()};
+}
+
 }  // namespace
 
 LossOutputs cppo_loss(Tensor anchor, std::optional<Tensor> positive, std::optional<Tensor> negative,
@@ -193,22 +201,24 @@ LossOutputs cppo_loss(Tensor anchor, std::optional<Tensor> positive, std::option
                       double entropy_coef, double cpl_coef, std::string divergence, double tau,
                       double fraction, bool gating, bool detach_anchor, std::string cpl_reduction,
                       bool /*inplace: for the backward*/) {
-  const LossConfig config = {temperature,
-                             clip_low,
-                             clip_high,
-                             dual_clip,
-                             parse_importance(kOp, importance),
-                             parse_reduction(kOp, reduction),
-                             max_length,
-                             kl_coef,
-                             entropy_coef,
-                             cpl_coef,
-                             parse_divergence(kOp, divergence),
-                             tau,
-                             fraction,
-                             gating,
-                             detach_anchor,
-                             parse_cpl_reduction(kOp, cpl_reduction)};
+  const LossConfig config = {
+      temperature,
+      clip_low,
+      clip_high,
+      dual_clip,
+      parse_importance(kOp, importance),
+      parse_reduction(kOp, reduction),
+      max_length,
+      kl_coef,
+      entropy_coef,
+      cpl_coef,
+      parse_divergence(kOp, divergence),
+      tau,
+      fraction,
+      gating,
+      detach_anchor,
+      parse_cpl_reduction(kOp, cpl_reduction),
+  };
   const ScalarType type = accumulator(anchor);
   const LogitRows logits(kOp, "anchor", anchor);
   const std::optional<LogitRows> positive_rows = optional_rows("positive", positive);
@@ -286,21 +296,80 @@ LossOutputs cppo_loss(Tensor anchor, std::optional<Tensor> positive, std::option
   }
 
   const Values coefficients = new_zeros(anchor, {kCoefficients, count}, type);
-  const LossResult result =
-      reduce_loss(terms, rows, read_num_items(num_items), config, coefficients);
-  const Values loss = new_zeros(anchor, {}, type), metrics = new_zeros(anchor, {6}, type);
-  loss.set(0, result.loss);
-  for (int64_t k = 0; k < 6; ++k) metrics.set(k, result.metrics[k]);
+  const Denominators by = denominators(rows, config, read_num_items(num_items));
+  const auto [loss, metrics] =
+      tensors_of(anchor, reduce_loss(terms, rows, by, config, coefficients), type);
   Tensor num_selected = torch::stable::new_empty(targets, {}, ScalarType::Long);
   *static_cast<int64_t*>(num_selected.mutable_data_ptr()) = rows.num_selected;
-  return {loss.tensor(),
+  return {loss,
           rounded(targets, terms.logps, type).tensor(),
           entropies.tensor(),
           selected,
-          metrics.tensor(),
+          metrics,
           num_selected,
           saved.values.tensor(),
           coefficients.tensor()};
+}
+
+std::tuple<Tensor, Tensor, Tensor> loss_terms(
+    Tensor logps, Tensor entropy, std::optional<Tensor> positive_logps,
+    std::optional<Tensor> negative_logps, std::optional<Tensor> margin, Tensor selected,
+    Tensor advantages, std::optional<Tensor> old_logps, std::optional<Tensor> ref_logps,
+    Tensor cu_seqlens, double policy_denominator, double contrast_denominator, double temperature,
+    double clip_low, double clip_high, std::optional<double> dual_clip, std::string importance,
+    std::string reduction, std::optional<int64_t> max_length, double kl_coef, double entropy_coef,
+    double cpl_coef, std::string divergence, double tau, double fraction, bool gating,
+    bool detach_anchor, std::string cpl_reduction) {
+  const char* op = "loss_terms";
+  const LossConfig config = {
+      temperature,
+      clip_low,
+      clip_high,
+      dual_clip,
+      parse_importance(op, importance),
+      parse_reduction(op, reduction),
+      max_length,
+      kl_coef,
+      entropy_coef,
+      cpl_coef,
+      parse_divergence(op, divergence),
+      tau,
+      fraction,
+      gating,
+      detach_anchor,
+      parse_cpl_reduction(op, cpl_reduction),
+  };
+  const ScalarType type = accumulator(logps);
+  const int64_t count = logps.numel();
+  const Completions completions(op, logps, cu_seqlens);
+  const Values advantage = read(advantages, ScalarType::Double);
+  const Mask chosen(selected);
+  LossRows rows;
+  rows.selected.assign(count, 0);
+  for (int64_t i = 0; i < count; ++i) rows.selected[i] = chosen[i];
+  for (int64_t c = 0; c < completions.count(); ++c) {
+    rows.advantages.push_back(advantage[c]);
+    std::vector<int64_t>& own = rows.of_completion.emplace_back();
+    for (int64_t i = completions.begin(c); i < completions.end(c); ++i) own.push_back(i);
+  }
+  RowTerms terms(count);
+  const auto assign = [&](std::vector<double>& to, const std::optional<Tensor>& from) {
+    if (from.has_value()) to = to_doubles(from, type);
+  };
+  assign(terms.logps, logps);
+  assign(terms.entropy, entropy);
+  assign(terms.positive_logps, positive_logps);
+  assign(terms.negative_logps, negative_logps);
+  assign(terms.margin, margin);
+  assign(terms.old_logps, old_logps);
+  assign(terms.ref_logps, ref_logps);
+  terms.has_positive = positive_logps.has_value() || margin.has_value();
+  const Values coefficients = new_zeros(logps, {kCoefficients, count}, type);
+  const auto [loss, metrics] = tensors_of(
+      logps,
+      reduce_loss(terms, rows, {policy_denominator, contrast_denominator}, config, coefficients),
+      type);
+  return {loss, metrics, coefficients.tensor()};
 }
 
 namespace {

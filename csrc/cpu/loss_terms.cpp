@@ -10,9 +10,7 @@ namespace {
 
 double at_least_one(double count) { return std::max(count, 1.0); }
 
-struct Denominators {
-  double policy, contrast;
-};
+}  // namespace
 
 Denominators denominators(const LossRows& rows, const LossConfig& config,
                           const std::optional<std::array<double, 4>>& num_items) {
@@ -37,6 +35,8 @@ Denominators denominators(const LossRows& rows, const LossConfig& config,
   // Only the share of the whole is known: the part's contrastive mean is weighted by it.
   return {whole, own_contrast * (whole / own)};
 }
+
+namespace {
 
 struct Term {
   double value, slope;
@@ -184,10 +184,8 @@ class Completion {
 
 }  // namespace
 
-LossResult reduce_loss(const RowTerms& terms, const LossRows& rows,
-                       const std::optional<std::array<double, 4>>& num_items,
+LossResult reduce_loss(const RowTerms& terms, const LossRows& rows, const Denominators& by,
                        const LossConfig& config, const Values& coefficients) {
-  const Denominators by = denominators(rows, config, num_items);
   const int64_t completions = static_cast<int64_t>(rows.of_completion.size());
   std::vector<Sums> sums(completions);
   torch::stable::parallel_for(0, completions, 1, [&](int64_t begin, int64_t end) {

@@ -49,11 +49,18 @@ struct LossResult {
   std::array<double, 6> metrics{};
 };
 
-// num_items: whole, completions, tokens, selected; NaN where not given. Derivatives go to
-// `coefficients` (4, rows): by the anchor's logp and entropy, by the positive's logp (or by the
-// margin, with the full divergence), by the negative's logp.
-LossResult reduce_loss(const RowTerms& terms, const LossRows& rows,
-                       const std::optional<std::array<double, 4>>& num_items,
+// What the policy terms and the contrastive term are divided by.
+struct Denominators {
+  double policy, contrast;
+};
+
+// num_items: whole, completions, tokens, selected; NaN where not given.
+Denominators denominators(const LossRows& rows, const LossConfig& config,
+                          const std::optional<std::array<double, 4>>& num_items);
+
+// Derivatives go to `coefficients` (4, rows): by the anchor's logp and entropy, by the positive's
+// logp (or by the margin, with the full divergence), by the negative's logp.
+LossResult reduce_loss(const RowTerms& terms, const LossRows& rows, const Denominators& by,
                        const LossConfig& config, const Values& coefficients);
 
 }  // namespace cppo::cpu

@@ -6,7 +6,10 @@
 The update phase is an optimizer step of TRL without the sampling and the rewards: reference
 log-probabilities, forward, backward, optimizer. Prompts are GSM8K's questions and completions its
 answers, so lengths are real; the model is tiny (4 layers of width 128, a vocabulary of 4,096
-learned from the same text). Variants take turns; a row is the median over the rounds.
+learned from the same text). Seconds are processor seconds on one thread, which other work on the
+machine changes little. Every variant samples the same number of completions and trains on
+micro-batches of the same size, of which pruning leaves fewer. Variants take turns; a row is the
+median over the rounds.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "trl_update.csv"
 DATA = Path(os.environ.get("CPPO_DATA_DIR", ROOT.parent / "shared" / "data")) / "gsm8k"
 GROUP = 16
+MICRO_BATCH = 8  # rows
 # TRL alone, the adapter's trimming alone, and trimming with pruning.
 VARIANTS: dict[str, CPPO | None] = {
     "trl": None,
@@ -98,17 +102,17 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of each optimizer step without what `pause` says."""
+    """Seconds of each optimizer step, without those that were paused."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
         self.paused = self.start = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.start, self.paused = time.perf_counter(), 0.0
+        self.start, self.paused = time.process_time(), 0.0
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.steps.append(time.perf_counter() - self.start - self.paused)
+        self.steps.append(time.process_time() - self.start - self.paused)
 
 
 class Replayed(GRPOTrainer):
@@ -128,9 +132,9 @@ class Replayed(GRPOTrainer):
         return [rng.choice(self.answers) for _ in prompt_ids], None
 
     def _paused(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         result = function(*args, **kwargs)
-        self.watch.paused += time.perf_counter() - start
+        self.watch.paused += time.process_time() - start
         return result
 
 
@@ -147,17 +151,19 @@ def noise(completions: list[Any], **columns: Any) -> list[float]:
 def update_seconds(
     options: CPPO | None, folder: Path, tokenizer: Any, texts: Any, arguments: argparse.Namespace
 ) -> float:
-    """One run of two optimizer steps; the seconds of the second one's update."""
+    """One optimizer step; the seconds of its update."""
     questions, answers = texts
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in questions[:64]]
     watch = Stopwatch()
+    sampled = GROUP * arguments.questions
+    steps = round(sampled * (1 - (options.prune_rate if options else 0))) // MICRO_BATCH
     config = GRPOConfig(
         output_dir=str(folder / "out"),
         num_generations=GROUP,
-        per_device_train_batch_size=GROUP,
-        gradient_accumulation_steps=arguments.questions,
+        per_device_train_batch_size=sampled // steps,
+        gradient_accumulation_steps=steps,
         max_completion_length=1024,
-        max_steps=2,
+        max_steps=1,
         beta=arguments.beta,
         save_strategy="no",
         logging_strategy="no",
@@ -180,16 +186,18 @@ def update_seconds(
     ids = tokenizer(answers[:512], add_special_tokens=False)["input_ids"]
     trainer.answers = [each + [tokenizer.eos_token_id] for each in ids]
     trainer.train()
-    return watch.steps[-1]
+    return watch.steps[0]
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder, texts = Path(name), read_texts(2000)
         tokenizer = learned_tokenizer([*texts[0], *texts[1]])
         save_model(folder, tokenizer)
         for arguments.beta in (0.0, 0.04):
+            update_seconds(CPPO(prune_rate=0.875), folder, tokenizer, texts, arguments)  # warm-up
             seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
             for _ in range(arguments.rounds):
                 for variant, options in VARIANTS.items():
@@ -233,7 +241,7 @@ def summary(rows: list[dict[str, str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--questions", type=int, default=4, help="per optimizer step, 16 completions each"
     )
@@ -245,7 +253,7 @@ def main() -> None:
             print(summary(list(csv.DictReader(file))))
         return
     if arguments.smoke:
-        arguments.rounds = arguments.questions = 1
+        arguments.rounds = 1
     rows = measure(arguments)
     print(summary([{k: str(v) for k, v in row.items()} for row in rows]))
     if not arguments.smoke:

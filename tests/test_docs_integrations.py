@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import importlib
 import re
 import runpy
 import sys
@@ -79,6 +81,19 @@ def test_the_trl_examples_run(
     assert rewards_in(capsys.readouterr().out) == pytest.approx([row["reward"]], abs=1e-3)
     if name == "trl_vision.py":
         assert row["cppo/cpl_loss"] > 0 and 0 < row["cppo/looking_share"] < 1
+
+
+def test_the_trl_table_is_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("trl_update")
+    with (ROOT / "benchmarks" / "results" / "trl_update.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    page = (ROOT / "docs" / "trl.md").read_text()
+    (printed,) = re.findall(r"<!-- table: trl_update -->\n(.*?)\n<!-- /table -->", page, re.DOTALL)
+    assert printed == script.summary(rows)
+    pruned = [float(row["times_faster"]) for row in rows if row["variant"] == "prune 0.875"]
+    assert len(pruned) == 2 and min(pruned) >= 4
 
 
 def test_the_trl_page(tmp_path: Path) -> None:

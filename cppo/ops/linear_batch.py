@@ -334,9 +334,11 @@ class LinearBatch:
             return
         source = self.hidden[view]
         assert source is not None
-        if self.hidden_gradients[view] is None:
-            self.hidden_gradients[view] = torch.zeros_like(source, dtype=self.logps[0].dtype)
-        self.hidden_gradients[view][self.view_rows[view][places]] = gradient
+        total = self.hidden_gradients[view]
+        if total is None:
+            total = torch.zeros_like(source, dtype=self.logps[0].dtype)
+            self.hidden_gradients[view] = total
+        total[self.view_rows[view][places]] = gradient
 
     def backward_rows(self, config: LossConfig, wants: list[bool]) -> int:
         """Rows that a recomputing backward will multiply, once for each product."""

@@ -5,6 +5,7 @@ Every function takes the namespace of the ops on logits first, then the argument
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,8 +26,9 @@ def _denominators(
     """What the policy terms and the contrastive term are divided by, as numbers."""
     given: Any = None
     if num_items is not None:
-        whole, *counts = [None if count != count else count for count in num_items.tolist()]
-        given = NumItems(*counts) if whole is None else whole
+        whole, completions, tokens, selected = num_items.tolist()
+        given = NumItems(completions, tokens, None if math.isnan(selected) else selected)
+        given = given if math.isnan(whole) else whole
     policy, contrast = reference._denominators(
         batch.num_rows,
         batch.num_completions,

@@ -98,7 +98,7 @@ def _check_count(op: str, name: str, value: Any, *, zero: bool) -> None:
         value = value.item()
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"cppo.{op}: {name} must be {expected}, got {type(value).__name__}")
-    if not 0 <= value < math.inf or (value == 0 and not zero):
+    if not 0 <= float(value) < math.inf or (value == 0 and not zero):
         raise ValueError(f"cppo.{op}: {name} must be {expected}, got {value!r}")
 
 

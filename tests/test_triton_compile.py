@@ -1,0 +1,143 @@
+"""Triton's real code without a GPU: what kernels compile to, and that they compile once.
+
+Every compilation happens in a process of its own, where nothing is interpreted; see
+benchmarks/triton_registers.py for how launches compile for a GPU that is not there.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "triton_registers.py"
+TABLE = ROOT / "benchmarks" / "results" / "triton_registers.csv"
+ARCHITECTURES = ("80", "90", "100")
+# Kernels that read logits, and the dtypes that the table has.
+ROW_KERNELS = (
+    "token_stats_kernel",
+    "token_stats_backward_kernel",
+    "full_statistics_kernel",
+    "full_backward_kernel",
+)
+KERNELS = (
+    *ROW_KERNELS,
+    "merge_token_stats_kernel",
+    "merge_full_statistics_kernel",
+    "perception_mask_kernel",
+    "plan_kernel",
+    "loss_kernel",
+    "finish_kernel",
+    "advantages_and_prune_kernel",
+    "prune_completions_kernel",
+)
+
+
+def _python(cache: Path, *arguments: str) -> str:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=cache, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _is_good(row: dict[str, str]) -> bool:
+    """No spills; rows of logits that lie well are read 16 bytes at a time, but for the target."""
+    is_row_kernel = row["kernel"] in ROW_KERNELS and "unaligned" not in row["case"]
+    wide = int(row["wide_loads"]) > 0 and int(row["two_byte_loads"]) <= 2
+    return (
+        (wide or not is_row_kernel)
+        and int(row["spill_bytes"]) == 0
+        and int(row["registers"]) <= 255
+    )
+
+
+def test_the_table_is_complete_and_free_of_spills() -> None:
+    with TABLE.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row for row in rows if not _is_good(row)] == []
+    found = {(row["kernel"], row["dtype"], row["arch"]) for row in rows}
+    wanted = {
+        (kernel, dtype, arch)
+        for kernel in KERNELS
+        for dtype in ("bf16", "fp32")
+        for arch in ARCHITECTURES
+    }
+    assert wanted <= found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_compiles_for_every_architecture(arch: str, tmp_path: Path) -> None:
+    dtype = {"80": "fp16", "90": "bf16", "100": "fp32"}[arch]
+    cases = ("stats", "loss split", "loss full split") if arch == "90" else ("loss full",)
+    printed = _python(tmp_path, str(SCRIPT), "--arch", arch, "--dtype", dtype, "--case", *cases)
+    rows = list(csv.DictReader(printed.splitlines()))
+    assert [row for row in rows if not _is_good(row)] == []
+    compiled = {row["kernel"] for row in rows}
+    assert {"full_statistics_kernel", "full_backward_kernel", "loss_kernel"} <= compiled
+    if arch == "90":
+        assert set(ROW_KERNELS) | {"merge_full_statistics_kernel"} <= compiled
+
+
+COUNT = """
+import sys
+
+import torch
+
+sys.path.insert(0, sys.argv[1])
+import triton_registers as registers
+from cppo.config import LossConfig
+from cppo.ops import library
+from cppo.triton_kernels import ops
+
+
+def step(num_rows, cu_seqlens, temperature, config):
+    vocabulary = 1024
+    logits = torch.empty(num_rows + 1, vocabulary, dtype=torch.bfloat16)
+    targets = torch.zeros(num_rows, dtype=torch.int64)
+    stats = ops["token_stats"](logits[1:], targets, None, temperature, False)
+    ops["token_stats_backward"](*stats[:2], logits[1:], targets, None, stats[2], temperature)
+    cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+    ops["perception_mask"](stats[1], stats[1], config.fraction, None, cu_seqlens)
+    advantages = torch.ones(len(cu_seqlens) - 1)
+    options = [getattr(config, name) for name in library.CONFIG_FIELDS]
+    rows = (targets, advantages, None, None, None, cu_seqlens, None)
+    views = (logits[1:],) * 3
+    loss, *_, saved, coefficients = ops["cppo_loss"](*views, *rows, *options, False)
+    kept = (targets, advantages, cu_seqlens, saved, coefficients)
+    ops["cppo_loss_backward"](loss, *views, *kept, temperature, config.divergence, True, False)
+
+
+with registers.Recorder(90) as recorder:
+    step(6, [0, 2, 6], 1.0, LossConfig())
+    first = len(recorder.compiled)
+    step(1, [0, 1], 0.7, LossConfig(temperature=0.7, fraction=0.1, tau=0.3, clip_low=0.0))
+    step(16, [0, 16], 1.3, LossConfig(temperature=1.3, cpl_coef=1.0, entropy_coef=1.0))
+    step(32, [0, 1, 1, 17, 32], 1.0, LossConfig(max_length=16, kl_coef=1.0, clip_high=1.0))
+    print(first, len(recorder.compiled), recorder.num_launches)
+"""
+
+
+def test_nothing_that_changes_from_step_to_step_is_compiled_in(tmp_path: Path) -> None:
+    printed = _python(tmp_path, "-c", COUNT, str(SCRIPT.parent))
+    first, after, launches = map(int, printed.split())
+    assert 0 < first == after and launches >= 4 * first
+
+
+def test_no_kernel_is_listed_twice() -> None:
+    with TABLE.open() as file:
+        keys = Counter(
+            (r["kernel"], r["case"], r["dtype"], r["arch"], r["variant"])
+            for r in csv.DictReader(file)
+        )
+    assert max(keys.values()) == 1

@@ -214,7 +214,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 # Programs per multiprocessor that keep enough loads in flight; with fewer rows, rows are split.
-PROGRAMS_PER_MULTIPROCESSOR = 4
+PROGRAMS_PER_MULTIPROCESSOR = 8
 MAX_SPLITS = 64
 
 
@@ -232,7 +232,7 @@ class Shape(NamedTuple):
 
 # The one table of launch shapes: loads of 16 bytes in flight per thread and tensor, and warps.
 _SHAPES = {
-    "statistics": (4, 8),
+    "statistics": (4, 4),
     "gradient": (2, 8),
     "margin": (1, 8),
     "margin_gradient": (1, 4),

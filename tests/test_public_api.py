@@ -21,11 +21,11 @@ SIGNATURES = {
     "plan_microbatches": "lengths, max_tokens",
     "balance_ranks": "lengths, world_size",
     "questions_needed": "batch_size, group_size, prune_rate",
-    "token_stats": "logits, targets, *, temperature, mask, backend",
+    "token_stats": "logits, targets, *, temperature, mask, inplace, backend",
     "linear_token_stats": "hidden, weight, targets, *, bias, temperature, mask, backend",
     "perception_mask": "anchor_entropy, negative_entropy, *, fraction, mask, cu_seqlens, backend",
     "cppo_loss": "logits, targets, advantages, *, old_logps, ref_logps, mask, cu_seqlens, "
-    "num_items, config, backend",
+    "num_items, config, inplace, backend",
     "linear_cppo_loss": "hidden, weight, targets, advantages, *, bias, old_logps, ref_logps, "
     "mask, cu_seqlens, num_items, config, backend",
 }

@@ -1,7 +1,7 @@
 """What pruning, packing and dynamic allocation save: update-phase and whole-step time.
 
     python benchmarks/prune_rates.py                       this machine, results/prune_rates.csv
-    python benchmarks/prune_rates.py --smoke               toy size, writes nothing
+    python benchmarks/prune_rates.py --smoke               toy size and lengths, writes nothing
     python benchmarks/prune_rates.py --device cuda --model smollm2 --questions 32 --vocabulary 49152
     python benchmarks/prune_rates.py --model FOLDER        any prepared text model
 
@@ -31,7 +31,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,12 +39,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from environment import environment
 from torch import Tensor, nn
 
 import cppo.rollout
 import cppo.sampler
 from cppo import forward, reference
+from cppo.benchmarks.environment import environment, results_folder
 from cppo.config import CPPOConfig, LossConfig
 from cppo.ops.loss import linear_cppo_loss
 from cppo.questions import Question
@@ -52,7 +52,7 @@ from cppo.records import NumItems
 from cppo.rollout import Prompts, Rollouts, sample_completions
 from cppo.step import Batch, microbatch_loss
 
-RESULTS = Path(__file__).with_name("results") / "prune_rates.csv"
+RESULTS = results_folder() / "prune_rates.csv"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 GROUP_SIZE = 16
 TEMPLATE = 20  # tokens that a chat template adds to a question
@@ -67,8 +67,10 @@ def gsm8k_lengths() -> tuple[list[int], list[int]]:
     """Tokens of every question, and of every answer, of GSM8K's training set."""
     from pyarrow import parquet
 
-    folder = Path(os.environ.get("CPPO_DATA_DIR", DATA))
-    table = parquet.read_table(folder / "gsm8k" / "train.parquet")
+    file = Path(os.environ.get("CPPO_DATA_DIR", DATA)) / "gsm8k" / "train.parquet"
+    if not file.exists():
+        raise SystemExit(f"no GSM8K in {file.parents[1]} (set CPPO_DATA_DIR)")
+    table = parquet.read_table(file)
     rows = table["extra_info"].to_pylist()
     questions = [TEMPLATE + len(TOKEN.findall(row["question"])) for row in rows]
     return questions, [1 + len(TOKEN.findall(row["answer"])) for row in rows]
@@ -108,9 +110,10 @@ def load(name: str, vocabulary: int, device: str) -> Any:
 class Lengths:
     """Draws prompts and completions with the lengths of the data."""
 
-    def __init__(self, seed: int, vocabulary: int, device: str) -> None:
-        self.questions, self.answers = gsm8k_lengths()
-        self.vocabulary, self.device = vocabulary, device
+    def __init__(self, seed: int, options: argparse.Namespace) -> None:
+        smoke = [9, 12, 7], [3, 5, 2, 9]
+        self.questions, self.answers = smoke if options.smoke else gsm8k_lengths()
+        self.vocabulary, self.device = options.vocabulary, options.device
         self._generator = torch.Generator().manual_seed(seed)
         counts = torch.bincount(torch.tensor(self.answers)).double()
         left = counts.flip(0).cumsum(0).flip(0)
@@ -286,7 +289,7 @@ def measure_updates(
     totals: dict[tuple[float, str, str], dict[str, float]] = {}
     setting.model.train()
     for repetition in range(options.repetitions):
-        data = Lengths(repetition, options.vocabulary, options.device)
+        data = Lengths(repetition, options)
         everything = data.rollouts(questions_at(max(RATES), "yes", options.questions))
         cases = [(r, p, a) for a in ("no", "yes") for r in RATES for p in UPDATES]
         for rate, packing, allocation in cases:
@@ -324,7 +327,7 @@ def _first(rollouts: Rollouts, count: int) -> Rollouts:
 
 def measure_rollouts(setting: Setting, options: argparse.Namespace) -> dict[int, float]:
     """Seconds that sampling takes, by number of questions."""
-    data = Lengths(1000, options.vocabulary, options.device)
+    data = Lengths(1000, options)
     counts = {questions_at(r, a, options.questions) for r in RATES for a in ("no", "yes")}
 
     def sample(count: int) -> Any:
@@ -379,8 +382,8 @@ def rows_of(
     return rows
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, and padded against packed at rate 0."""
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows, measured or read, as a Markdown table; and padded against packed at rate 0."""
     names = (
         "prune_rate packing allocation questions trained update_s rollout_s step_s "
         "update_speedup step_speedup target paper_speedup"
@@ -388,10 +391,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]
     packed, padded = (
-        next(r for r in rows if r["prune_rate"] == 0 and r["packing"] == packing)
+        next(r for r in rows if float(r["prune_rate"]) == 0 and r["packing"] == packing)
         for packing in ("packed", "padded")
     )
-    tokens = padded["tokens_computed"] / packed["tokens_computed"]
+    tokens = float(padded["tokens_computed"]) / float(packed["tokens_computed"])
     spent = float(padded["update_s"]) / float(packed["update_s"])
     lines.append(
         f"\npadded / packed at rate 0: {tokens:.2f}x the tokens, {spent:.2f}x the time "

@@ -16,21 +16,22 @@ import csv
 import dataclasses
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from environment import environment
-from prune_rates import Setting, dummy_tokenizer, load, seconds
 from torch import Tensor
 
 import cppo.rollout
+from cppo.benchmarks.environment import environment, results_folder
+from cppo.benchmarks.prune_rates import Setting, dummy_tokenizer, load, seconds
 from cppo.config import CPPOConfig
 from cppo.questions import Question
 from cppo.rollout import Prompts
 from cppo.step import Batch, _hidden
 
-RESULTS = Path(__file__).with_name("results") / "shared_prompts.csv"
+RESULTS = results_folder() / "shared_prompts.csv"
 QUESTIONS = 4
 
 
@@ -95,6 +96,17 @@ def measure(setting: Setting, shape: tuple[int, int, int], options: argparse.Nam
     }
 
 
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows, measured or read, as a Markdown table."""
+    names = (
+        "prompt completion kept_per_question tokens_packed tokens_shared packed_s shared_s "
+        "speedup token_ratio gradient_error"
+    ).split()
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="small", help="small, smollm2 or a folder")
@@ -114,10 +126,7 @@ def main() -> int:
     for shape in shapes:
         rows.append(measure(setting, shape, options))
         print(rows[-1], file=sys.stderr)
-    names = list(rows[0])[1:]
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
-    for row in rows:
-        print("| " + " | ".join(str(row[name]) for name in names) + " |")
+    print(summary(rows))
     if not options.smoke:
         options.output.parent.mkdir(exist_ok=True)
         shared = environment(options.device)

@@ -274,35 +274,87 @@ Packed pack_completions(Tensor input_ids, Tensor attention_mask, Tensor completi
 
 namespace {
 
-// Moves (T,) values to their places in (B, L), or back. Places rise within a completion, mostly by
-// one, and runs of neighbours are copied at once.
-template <bool kUnpack>
-void move(const char* op, std::vector<Column>& columns, const Tensor& target_index,
-          int64_t num_places) {
-  check_dim(op, "target_index", target_index, 1);
-  check_cpu(op, "target_index", target_index);
-  CPPO_CHECK(is_integer_of(target_index, 8), op, "target_index must be int64");
-  const Tensor places = torch::stable::contiguous(target_index);
-  const int64_t* index = static_cast<const int64_t*>(places.const_data_ptr());
-  const int64_t num_rows = target_index.size(0);
-  std::atomic<bool> fits = true;
-  torch::stable::parallel_for(0, num_rows, kTokensPerThread, [&](int64_t begin, int64_t end) {
+// Where (T,) values stand in (B, L), as runs of neighbours: places rise by one within a response.
+struct Places {
+  const char* op;
+  Tensor tensor;
+  const int64_t* index;
+  int64_t num_rows, num_places;
+  bool rises = true;  // from first to last, so that a stretch of places is a stretch of rows
+
+  Places(const char* op, const Tensor& target_index, int64_t num_places)
+      : op(op), tensor(target_index), num_places(num_places) {
+    check_dim(op, "target_index", target_index, 1);
+    check_cpu(op, "target_index", target_index);
+    CPPO_CHECK(is_integer_of(target_index, 8), op, "target_index must be int64");
+    tensor = torch::stable::contiguous(target_index);
+    index = static_cast<const int64_t*>(tensor.const_data_ptr());
+    num_rows = target_index.size(0);
+    bool fits = true;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      fits &= index[i] >= 0 && index[i] < num_places;
+      rises &= i == 0 || index[i] > index[i - 1];
+    }
+    CPPO_CHECK(fits, op, "target_index must be in [0, ", num_places, ")");
+  }
+
+  // Calls visit(row, place, count) for every run of the rows [begin, end).
+  template <class F>
+  void runs(int64_t begin, int64_t end, const F& visit) const {
     for (int64_t first = begin; first < end;) {
       int64_t last = first + 1;
       while (last < end && index[last] == index[last - 1] + 1) ++last;
-      if (index[first] < 0 || index[last - 1] >= num_places) {
-        fits = false;
-        return;
-      }
-      for (const Column& column : columns) {
-        const int64_t bytes = column.bytes, row = first * bytes, place = index[first] * bytes;
-        std::memcpy(column.to + (kUnpack ? place : row), column.from + (kUnpack ? row : place),
-                    (last - first) * bytes);
-      }
+      visit(first, index[first], last - first);
       first = last;
     }
+  }
+
+  int64_t first_row_from(int64_t place) const {
+    return std::lower_bound(index, index + num_rows, place) - index;
+  }
+};
+
+// Zeros and values in one pass over the output, where the places rise; else zeros first.
+void unpack_columns(const std::vector<Column>& columns, const Places& places) {
+  const auto copy = [&](int64_t begin, int64_t end) {
+    places.runs(begin, end, [&](int64_t row, int64_t place, int64_t count) {
+      for (const Column& column : columns) {
+        std::memcpy(column.to + place * column.bytes, column.from + row * column.bytes,
+                    count * column.bytes);
+      }
+    });
+  };
+  if (!places.rises) {
+    for (const Column& column : columns) {
+      std::memset(column.to, 0, places.num_places * column.bytes);
+    }
+    torch::stable::parallel_for(0, places.num_rows, kTokensPerThread, copy);
+    return;
+  }
+  torch::stable::parallel_for(0, places.num_places, kTokensPerThread, [&](int64_t from,
+                                                                          int64_t to) {
+    const int64_t begin = places.first_row_from(from), end = places.first_row_from(to);
+    for (const Column& column : columns) {
+      int64_t clean = from;  // everything before it is written
+      const auto clear_until = [&](int64_t place) {
+        std::memset(column.to + clean * column.bytes, 0, (place - clean) * column.bytes);
+      };
+      places.runs(begin, end, [&](int64_t row, int64_t place, int64_t count) {
+        clear_until(place);
+        std::memcpy(column.to + place * column.bytes, column.from + row * column.bytes,
+                    count * column.bytes);
+        clean = place + count;
+      });
+      clear_until(to);
+    }
   });
-  CPPO_CHECK(fits, op, "target_index must be in [0, ", num_places, ")");
+}
+
+Column column_of(const char* op, const Tensor& value, const Tensor& out) {
+  check_cpu(op, "values", value);
+  const Tensor source = torch::stable::contiguous(value);
+  return {source, static_cast<const char*>(source.const_data_ptr()), data_of<char>(out),
+          static_cast<int64_t>(value.element_size())};
 }
 
 }  // namespace
@@ -310,33 +362,37 @@ void move(const char* op, std::vector<Column>& columns, const Tensor& target_ind
 std::vector<Tensor> unpack(std::vector<Tensor> values, Tensor target_index,
                            int64_t num_completions, int64_t length) {
   const char* op = "unpack";
+  const Places places(op, target_index, num_completions * length);
   std::vector<Tensor> outputs;
   std::vector<Column> columns;
   for (const Tensor& value : values) {
-    check_cpu(op, "values", value);
     check_same_shape(op, "values", value, "target_index", target_index);
-    const Tensor source = torch::stable::contiguous(value);
-    outputs.push_back(torch::stable::new_zeros(value, {num_completions, length}));
-    columns.push_back({source, static_cast<const char*>(source.const_data_ptr()),
-                       data_of<char>(outputs.back()), static_cast<int64_t>(value.element_size())});
+    outputs.push_back(like(value, {num_completions, length}, value.scalar_type()));
+    columns.push_back(column_of(op, value, outputs.back()));
   }
-  move<true>(op, columns, target_index, num_completions * length);
+  unpack_columns(columns, places);
   return outputs;
 }
 
 std::vector<Tensor> gather_tokens(std::vector<Tensor> values, Tensor target_index) {
   const char* op = "gather_tokens";
+  const Places places(op, target_index, values.empty() ? 0 : values.front().numel());
   std::vector<Tensor> outputs;
   std::vector<Column> columns;
   for (const Tensor& value : values) {
-    check_cpu(op, "values", value);
     check_same_shape(op, "values", value, "the first of values", values.front());
-    const Tensor source = torch::stable::contiguous(value);
     outputs.push_back(like(value, {target_index.size(0)}, value.scalar_type()));
-    columns.push_back({source, static_cast<const char*>(source.const_data_ptr()),
-                       data_of<char>(outputs.back()), static_cast<int64_t>(value.element_size())});
+    columns.push_back(column_of(op, value, outputs.back()));
   }
-  move<false>(op, columns, target_index, values.empty() ? 0 : values.front().numel());
+  torch::stable::parallel_for(0, places.num_rows, kTokensPerThread, [&](int64_t begin,
+                                                                        int64_t end) {
+    places.runs(begin, end, [&](int64_t row, int64_t place, int64_t count) {
+      for (const Column& column : columns) {
+        std::memcpy(column.to + row * column.bytes, column.from + place * column.bytes,
+                    count * column.bytes);
+      }
+    });
+  });
   return outputs;
 }
 

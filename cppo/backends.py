@@ -31,10 +31,10 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "plan_microbatches": ("cpp", "reference"),
     "balance_ranks": ("cpp", "reference"),
     "token_stats": ("triton", "cpp", "reference"),
-    "linear_token_stats": ("cpp", "reference"),
+    "linear_token_stats": ("triton", "cpp", "reference"),
     "perception_mask": ("triton", "cpp", "reference"),
     "cppo_loss": ("triton", "cpp", "reference"),
-    "linear_cppo_loss": ("cpp", "reference"),
+    "linear_cppo_loss": ("triton", "cpp", "reference"),
 }
 
 # Planners see no tensor and take no `backend`: CPPO_BACKEND counts only where they have it.

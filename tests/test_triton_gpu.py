@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 import cppo
 from cppo import LossConfig, Views, backends
+from cppo.benchmarks.inputs import Sizes, row_inputs
+from cppo.ops import head
 from cppo.testing import (
     ROW_CASES,
     assert_as_accurate,
@@ -156,3 +160,111 @@ def test_nothing_waits_for_the_host():
             torch.autograd.grad(loss, inputs["logits"])
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+# The fused LM head: vendor GEMMs, and the kernels above on tiles of logits
+
+HEAD_CONFIGS = {
+    "resident": LossConfig(cpl_reduction="sequence", cpl_coef=1.0, entropy_coef=0.01),
+    "recompute": LossConfig(cpl_coef=1.0, kl_coef=0.1),
+    "k1": LossConfig(divergence="k1", cpl_reduction="sequence", cpl_coef=1.0),
+    "full": LossConfig(divergence="full", cpl_coef=1.0),
+}
+every_head = pytest.mark.parametrize("config", HEAD_CONFIGS.values(), ids=HEAD_CONFIGS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["random", "large", "all_masked", "one_row", "empty"])
+@pytest.mark.parametrize("op", ["linear_token_stats", "linear_cppo_loss"])
+def test_accuracy_of_the_fused_head(op, case, dtype):
+    inputs = on_gpu(make_inputs(op, case, dtype=dtype))
+    for some in (inputs, {**inputs, "bias": None}, to_packed(inputs)):
+        assert_op_as_accurate(op, "triton", some)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [37, 50_257, 151_936])
+@pytest.mark.parametrize("rows_per_tile", [3, 40, 1000])
+@every_head
+def test_tiles_of_any_size_and_vocabulary(config, rows_per_tile, vocabulary, dtype, monkeypatch):
+    """Also rows of a vocabulary that is no multiple of 16 bytes, which are laid out wider."""
+    tile = rows_per_tile * vocabulary * dtype.itemsize
+    monkeypatch.setitem(head.TILE_BYTES, "cuda", tile)
+    sizes = Sizes(8, 12, vocabulary, 64)
+    inputs = row_inputs("linear_cppo_loss", sizes, dtype_name(dtype), torch.device("cuda"))
+    assert_op_as_accurate("linear_cppo_loss", "triton", {**inputs, "config": config})
+
+
+def dtype_name(dtype):
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+@pytest.mark.parametrize("hidden", [2048, 3584])
+@every_head
+def test_the_fused_head_of_a_large_model(config, hidden):
+    rows, vocabulary = 512, 151_936
+    needed = 8 * (6 * rows + 4 * hidden) * vocabulary
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory for fp64")
+    sizes = Sizes(8, rows // 8, vocabulary, hidden)
+    inputs = row_inputs("linear_cppo_loss", sizes, "bf16", torch.device("cuda"))
+    assert_op_as_accurate("linear_cppo_loss", "triton", {**inputs, "config": config})
+    frozen = {**inputs, "config": config}
+    views = Views(*(view.clone().requires_grad_() for view in frozen["hidden"]))
+    everything = evaluate("linear_cppo_loss", frozen, "triton")
+    out = cppo.linear_cppo_loss(**{**frozen, "hidden": views}, backend="triton")
+    assert torch.equal(out.loss, everything["loss"])
+
+
+def test_the_memory_of_the_fused_head_is_that_of_a_tile(monkeypatch):
+    monkeypatch.setitem(head.TILE_BYTES, "cuda", 64 << 20)
+    sizes = Sizes(64, 32, 151_936, 256)
+    inputs = row_inputs("linear_cppo_loss", sizes, "bf16", torch.device("cuda"))
+    views = Views(*(view.requires_grad_() for view in inputs["hidden"]))
+    weight = inputs["weight"].requires_grad_()
+    for config in HEAD_CONFIGS.values():
+        weight.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        given = {**inputs, "hidden": views, "config": config}
+        cppo.linear_cppo_loss(**given, backend="triton").loss.backward()
+        peak = torch.cuda.max_memory_allocated() - before
+        # The gradient of the weight in fp32 and in bf16, those of the views, and two tiles.
+        gradients = 6 * weight.numel() + 3 * 8 * views.anchor.numel()
+        assert peak < gradients + 2 * (64 << 20) + (16 << 20)
+
+
+def test_the_fused_head_waits_for_the_host_a_few_times():
+    inputs = on_gpu(make_inputs("linear_cppo_loss", layout="packed", lengths=(30, 20, 10, 0, 3)))
+    inputs["advantages"] = inputs["advantages"].contiguous()
+    views = Views(*(view.requires_grad_() for view in inputs["hidden"]))
+    for name, most in (("resident", 3), ("recompute", 4)):
+        given = {**inputs, "hidden": views, "config": HEAD_CONFIGS[name]}
+        for measured in (False, True):
+            torch.cuda.set_sync_debug_mode("warn" if measured else "default")
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    loss = cppo.linear_cppo_loss(**given, backend="triton").loss
+                    torch.autograd.grad(loss, views)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits = [w for w in caught if "synchronizing" in str(w.message)]
+        assert len(waits) <= most, [str(w.message) for w in waits]
+
+
+@every_head
+def test_torch_compile_of_the_fused_head(config):
+    inputs = on_gpu({**make_inputs("linear_cppo_loss", layout="packed"), "config": config})
+
+    def loss_of(*views):
+        given = {**inputs, "hidden": Views(*(2 * view for view in views))}
+        return cppo.linear_cppo_loss(**given, backend="triton").loss
+
+    leaves = [view.clone().requires_grad_() for view in inputs["hidden"]]
+    expected = loss_of(*leaves)
+    ours = torch.compile(loss_of, fullgraph=True)(*leaves)
+    torch.testing.assert_close(ours, expected)
+    gradients = torch.autograd.grad(ours, leaves)
+    for mine, other in zip(gradients, torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(mine, other)

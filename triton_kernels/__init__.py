@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from cppo.ops import library
+from cppo.ops.linear_library import LinearBackend
 from cppo.triton_kernels import cppo_loss as _loss
+from cppo.triton_kernels import loss_terms as _terms
 from cppo.triton_kernels import perception_mask as _selection
 from cppo.triton_kernels import token_stats as _statistics
 from cppo.triton_kernels.advantages_and_prune import (
@@ -55,15 +57,23 @@ ops = {
 }
 ops = {name: _on_its_device(launch) for name, launch in ops.items()}
 _on_logits = library.Backend("cppo_triton", ops)
+torch.library.define("cppo_triton::loss_terms", library.LOSS_TERMS)
+torch.library.impl("cppo_triton::loss_terms", ("cpu", "cuda"), _on_its_device(_terms.loss_terms))
+# Tiles of logits by vendor GEMMs, with the ops on logits as epilogue.
+_on_hidden = LinearBackend("cppo_triton")
 # They take the place of the modules of the same names, which import as cppo.triton_kernels.<op>.
 token_stats = _on_logits.token_stats
 perception_mask = _on_logits.perception_mask
 cppo_loss = _on_logits.cppo_loss
+linear_token_stats = _on_hidden.linear_token_stats
+linear_cppo_loss = _on_hidden.linear_cppo_loss
 
 __all__ = [
     "advantages_and_prune",
     "cppo_loss",
     "group_advantages",
+    "linear_cppo_loss",
+    "linear_token_stats",
     "perception_mask",
     "prune_completions",
     "token_stats",

@@ -59,6 +59,15 @@ SCHEMAS = {
     f"Tensor(c!)? negative, {_LOSS_ROWS}) -> ()",
 }
 
+# Not differentiable: the loss from statistics that are there already, of packed rows that all
+# count -> loss, the metrics of cppo_loss, coefficients. The ops on hidden states call it.
+LOSS_TERMS = (
+    "(Tensor logps, Tensor entropy, Tensor? positive_logps, Tensor? negative_logps, "
+    "Tensor? margin, Tensor selected, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, "
+    "Tensor cu_seqlens, float policy_denominator, float contrast_denominator, "
+    f"{CONFIG}) -> (Tensor, Tensor, Tensor)"
+)
+
 # Rows of `saved`: what the backward needs of each row of logits.
 STATS_SAVED = ("reference", "sum", "mean")
 LOSS_SAVED = (

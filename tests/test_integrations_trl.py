@@ -412,11 +412,16 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    from trl_two_processes import CASES, run
+    from trl_two_processes import CASES, METRICS, run
 
     for name in CASES:
-        two = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        assert relative_difference(two, weights_of(run(name, 1).model)) < 1e-6, name
+        one = run(name, 1)
+        for kind in ("ddp", "fsdp2"):
+            two = torch.load(tmp_path / f"{name}-{kind}.pt", weights_only=True)
+            metrics = two.pop("metrics")
+            assert relative_difference(two, weights_of(one.model)) < 1e-6, (name, kind)
+            for metric in METRICS:
+                assert metrics[metric] == pytest.approx(logged(one, metric), rel=1e-5), metric
 
 
 # What the installed TRL has
@@ -487,23 +492,40 @@ def test_runs_that_would_lose_rows_are_refused() -> None:
         ),
         (dict(tools=[print]), "tool calls and environments bring images and state of their own"),
         (dict(environments=[object()]), "tool calls and environments"),
-        (dict(compute_liger_loss=print), "use_liger_kernel=True computes the loss elsewhere"),
         # Two processes of eight completions, of which a question has sixteen.
         (dict(num_generations=16), "= 8 must be a multiple of num_generations = 16"),
     ],
 )
-def test_what_would_give_wrong_numbers_is_refused(changes: dict[str, Any], words: str) -> None:
-    args = SimpleNamespace(
-        steps_per_generation=1, per_device_train_batch_size=8, use_liger_kernel=True
-    )
-    usual = dict(args=args, num_generations=4, use_vllm=False, _is_vlm=False, cppo=HALF)
-    check_run(SimpleNamespace(**usual))
+def test_what_would_give_wrong_numbers_is_refused(
+    changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(cppo=HALF)
+    for name, value in changes.items():
+        monkeypatch.setattr(trainer, name, value)  # an error if this TRL has no such attribute
     with pytest.raises(ValueError, match=words):
-        check_run(SimpleNamespace(**{**usual, **changes}))
-    # Without pruning and contrast there is nothing to refuse; late pruning needs no refusal.
-    check_run(SimpleNamespace(**{**usual, **changes, "cppo": OFF}))
-    if "use_vllm" in changes:
-        check_run(SimpleNamespace(**{**usual, **changes, "cppo": late(HALF)}))
+        check_run(trainer)
+    if "use_vllm" in changes:  # late pruning has every old log-probability
+        trainer.cppo = late(HALF)
+        check_run(trainer)
+    # Without pruning and contrast there is nothing to refuse.
+    trainer.cppo = OFF
+    check_run(trainer)
+
+
+def test_a_loss_that_is_computed_elsewhere_is_refused() -> None:
+    trainer = trainer_of(cppo=HALF)
+    trainer.args.use_liger_kernel, trainer.compute_liger_loss = True, print  # TRL before 1.14
+    with pytest.raises(ValueError, match="use_liger_kernel=True computes the loss elsewhere"):
+        check_run(trainer)
+
+
+def test_contrast_of_images_that_cannot_be_perturbed_is_refused() -> None:
+    trainer = trainer_of("qwen2_5_vl", cppo=LOOK)
+    trainer.processing_class = SimpleNamespace(image_processor=SimpleNamespace())
+    with pytest.raises(ValueError, match="with another vision-language model set loss="):
+        check_run(trainer)
+    trainer.cppo = HALF
+    check_run(trainer)
 
 
 def test_options_that_mean_nothing_are_refused() -> None:

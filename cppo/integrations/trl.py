@@ -22,7 +22,7 @@ our kernel for log-probabilities, and what cannot work is refused when the train
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -58,12 +58,7 @@ _PER_TOKEN = (
 _WHOLE = ("token_type_ids", "mm_token_type_ids")
 
 
-class _Forward(NamedTuple):
-    """The arguments of a forward: those with an entry per row, and the others."""
-
-    model: Any
-    rows: dict[str, Any]
-    options: dict[str, Any]
+_Call = dict[str, Any]  # the arguments of a forward
 
 
 class CPPOMixin(_GRPOTrainer):
@@ -79,8 +74,8 @@ class CPPOMixin(_GRPOTrainer):
         if unfit:
             raise RuntimeError("cppo.integrations.trl: " + "; ".join(unfit))
         self.cppo = cppo
-        self._put_off: list[tuple[_Forward, AbstractContextManager[Any], Tensor]] | None = None
-        self._remembered: list[tuple[_Forward, Any]] | None = None
+        self._put_off: list[tuple[_Call, AbstractContextManager[Any], Tensor]] | None = None
+        self._remembered: list[tuple[_Call, Any]] | None = None
         super().__init__(*args, **kwargs)
         check_run(self)
 
@@ -108,10 +103,10 @@ class CPPOMixin(_GRPOTrainer):
             prune=options.prune,
         )
         pruned = _take_rows(rollout, kept)
-        for forward, adapters, placeholder in put_off:
+        for call, adapters, placeholder in put_off:
             (name,) = (name for name, value in rollout.items() if value is placeholder)
             with torch.no_grad(), adapters:
-                pruned[name] = self._forward(forward, kept)[0]
+                pruned[name] = self._forward(call, kept)[0]
         # The denominator of "dapo", "cispo" and "vespo": tokens of the completions that are left.
         tokens = pruned["completion_mask"] * pruned.get("tool_mask", 1)
         pruned["num_items_in_batch"] = self.accelerator.gather(tokens.sum()).sum()
@@ -122,8 +117,8 @@ class CPPOMixin(_GRPOTrainer):
         """(B,) a seed per completion, the same for all completions of a question."""
         first = self.accelerator.process_index * len(advantages)
         step = (self.args.seed, self.state.global_step, self._step)
-        questions = [(first + row) // self.num_generations for row in range(len(advantages))]
-        seeds = [seed_from("views", *step, question) for question in questions]
+        rows = range(first, first + len(advantages))
+        seeds = [seed_from("views", *step, row // self.num_generations) for row in rows]
         return torch.tensor(seeds, device=advantages.device)
 
     # A forward
@@ -138,27 +133,24 @@ class CPPOMixin(_GRPOTrainer):
         **kwargs: Any,
     ) -> Any:
         """TRL's forward, or a placeholder while a rollout waits to be pruned."""
-        given = dict(kwargs, logits_to_keep=logits_to_keep, batch_size=batch_size)
-        rows = {k: v for k, v in given.items() if isinstance(v, (Tensor, list))}
-        options = {k: v for k, v in given.items() if k not in rows}
-        rows |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        call = dict(kwargs, model=model, input_ids=input_ids, attention_mask=attention_mask)
+        call |= dict(logits_to_keep=logits_to_keep, batch_size=batch_size)
         if self._put_off is not None:
             placeholder = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
-            self._put_off.append((_Forward(model, rows, options), self._adapters(), placeholder))
+            self._put_off.append((call, self._adapters(), placeholder))
             return placeholder, None, None
-        result = super()._get_per_token_logps_and_entropies(model, **rows, **options)
+        result = super()._get_per_token_logps_and_entropies(**call)
         if self._remembered is not None:
-            self._remembered.append((_Forward(model, rows, options), result))
+            self._remembered.append((call, result))
         return result
 
-    def _forward(self, forward: _Forward, kept: Tensor) -> Any:
+    def _forward(self, call: _Call, kept: Tensor) -> Any:
         """A forward that was put off, on the rows that are left."""
-        size = min(forward.options["batch_size"] or len(kept), len(kept))
+        size = min(call["batch_size"] or len(kept), len(kept))
         # Equal parts: older TRL reads past the last image in a smaller one.
         size = next(part for part in range(size, 0, -1) if len(kept) % part == 0)
-        options = forward.options | {"batch_size": size}
-        rows = _take_rows(forward.rows, kept)
-        return super()._get_per_token_logps_and_entropies(forward.model, **rows, **options)
+        call = _take_rows(call, kept) | {"batch_size": size}
+        return super()._get_per_token_logps_and_entropies(**call)
 
     def _adapters(self) -> AbstractContextManager[Any]:
         """Puts the LoRA adapters back as they are now, for a forward that runs later."""
@@ -183,10 +175,8 @@ class CPPOMixin(_GRPOTrainer):
             loss = super()._compute_loss(model, inputs)
         finally:
             remembered, self._remembered = self._remembered, None
-        perception = self._contrastive_perception(inputs, *remembered[0])
-        return (
-            loss + self.cppo.loss.cpl_coef * perception / self.current_gradient_accumulation_steps
-        )
+        weight = self.cppo.loss.cpl_coef / self.current_gradient_accumulation_steps
+        return loss + weight * self._contrastive_perception(inputs, *remembered[0])
 
     def _trimmed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The micro-batch without the columns that are padding in every row."""
@@ -204,14 +194,14 @@ class CPPOMixin(_GRPOTrainer):
                 trimmed[name] = value[:, start:]
             elif name in _WHOLE:
                 trimmed[name] = value[:, start : prompt + end]
-            elif name in _PER_TOKEN and value.dim() == 2 and value.shape[1] == length:
+            elif name in _PER_TOKEN and value.dim() == 2:
                 trimmed[name] = value[:, :end]
         share = (prompt - start + end) / (prompt + length)
         self._metrics["train" if self.model.training else "eval"]["cppo/width_share"].append(share)
         return trimmed
 
     def _contrastive_perception(
-        self, inputs: dict[str, Any], forward: _Forward, anchor: Any
+        self, inputs: dict[str, Any], call: _Call, anchor: Any
     ) -> Tensor | float:
         """The contrastive loss of a micro-batch; both perturbed views in one forward."""
         config = self.cppo.loss
@@ -219,15 +209,16 @@ class CPPOMixin(_GRPOTrainer):
         looks = torch.tensor(inputs["num_images"], device=mask.device) > 0
         if config.gating:
             looks &= _per_completion(inputs["advantages"]) > 0
+        log = self._metrics["train"]
+        looking = self.accelerator.gather(looks.float()).mean().item()
+        log["cppo/looking_share"].append(looking)
         # Every process runs the forward if one does: DDP and FSDP wait for each other in it.
-        if not self.accelerator.gather(looks.sum()).sum():
+        if looking == 0:
+            log["cppo/cpl_loss"].append(0.0)
             return 0.0
         rows = looks.nonzero()[:, 0] if looks.any() else looks[:1].long() * 0
-        views = self._both_views(forward.rows, inputs["cppo_seed"], rows)
-        options = forward.options | {"batch_size": None, "compute_aux_loss": False}
-        logps, entropies, *_ = super()._get_per_token_logps_and_entropies(
-            forward.model, **views, **options
-        )
+        views = self._both_views(call, inputs["cppo_seed"], rows)
+        logps, entropies, *_ = super()._get_per_token_logps_and_entropies(**views)
         contrast = contrastive_perception(
             Views(anchor[0][rows], *logps.chunk(2)),
             anchor[1][rows],
@@ -236,35 +227,29 @@ class CPPOMixin(_GRPOTrainer):
             len(looks),
             config,
         )
-        tokens = mask[looks].sum().clamp(min=1)
-        shares = looks.float().mean(), contrast.selected.sum() / tokens
-        values = torch.stack([contrast.loss.detach(), *shares])
-        names = ("cpl_loss", "looking_share", "perception_share")
-        means = self.accelerator.gather(values[None]).mean(0).tolist()
-        for name, mean in zip(names, means, strict=True):
-            self._metrics["train"][f"cppo/{name}"].append(mean)
+        log["cppo/cpl_loss"].append(self.accelerator.gather(contrast.loss.detach()).mean().item())
+        counts = torch.stack([contrast.selected.sum(), mask[looks].sum()])
+        selected, tokens = self.accelerator.gather(counts[None]).sum(0).tolist()
+        log["cppo/perception_share"].append(selected / max(tokens, 1))
         return contrast.loss
 
-    def _both_views(self, rows: dict[str, Any], seeds: Tensor, looking: Tensor) -> dict[str, Any]:
+    def _both_views(self, call: _Call, seeds: Tensor, looking: Tensor) -> _Call:
         """The rows `looking` twice: with their images under the positive and the negative view."""
-        views = _take_rows({**rows, "cppo_seed": seeds}, looking)
-        seed_of = views.pop("cppo_seed").tolist()
-        images = [
-            (s, n) for s, num in zip(seed_of, views["num_images"], strict=True) for n in range(num)
-        ]
-        pixels = []
-        for name in ("positive", "negative"):
-            perturbations = getattr(self.cppo, f"{name}_views")
-            perturbed = perturb_pixel_values(
+        views = _take_rows(call, looking)
+        counts = zip(seeds[looking].tolist(), views["num_images"], strict=True)
+        images = [(seed, number) for seed, count in counts for number in range(count)]
+        pixels = [
+            perturb_pixel_values(
                 views["pixel_values"],
                 views["image_grid_thw"],
-                views_from_names(perturbations),
+                views_from_names(getattr(self.cppo, f"{name}_views")),
                 seeds=[seed_from(name, *image) for image in images],
                 image_processor=self.processing_class.image_processor,
             )
-            pixels.append(perturbed)
-        both = {k: v + v if isinstance(v, list) else torch.cat([v, v]) for k, v in views.items()}
-        return both | {"pixel_values": torch.cat(pixels)}
+            for name in ("positive", "negative")
+        ]
+        both = {k: _twice(v) for k, v in views.items()} | {"pixel_values": torch.cat(pixels)}
+        return both | {"batch_size": None, "compute_aux_loss": False}
 
 
 def _per_completion(advantages: Tensor) -> Tensor:
@@ -275,16 +260,22 @@ def _per_completion(advantages: Tensor) -> Tensor:
 
 
 def _take_rows(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    """Some rows of a TRL batch with their images; 0-dim tensors stay as they are."""
+    """Some rows of a TRL batch, or of a forward's arguments, with their images."""
     from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
     def take(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[rows] if value.dim() else value
-        return [value[row] for row in rows.tolist()]
+        if isinstance(value, Tensor) and value.dim():
+            return value[rows]
+        return [value[row] for row in rows.tolist()] if isinstance(value, list) else value
 
     split = split_pixel_values_by_grid({k: v for k, v in batch.items() if v is not None})
     return unsplit_pixel_values_by_grid({k: take(v) for k, v in split.items()})
+
+
+def _twice(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.cat([value, value])
+    return value + value if isinstance(value, list) else value
 
 
 CPPOGRPOTrainer: Any

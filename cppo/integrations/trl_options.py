@@ -90,8 +90,14 @@ def check_run(trainer: Any) -> None:
     def refuse(words: str) -> None:
         raise ValueError(f"cppo.integrations.trl: {words}")
 
-    if options.prune_rate == 0 and not (options.loss.cpl_coef > 0 and trainer._is_vlm):
+    looks = options.loss.cpl_coef > 0 and trainer._is_vlm
+    if options.prune_rate == 0 and not looks:
         return
+    if looks and not hasattr(trainer.processing_class.image_processor, "merge_size"):
+        refuse(
+            "contrastive perception perturbs the patches of Qwen2-VL, 2.5-VL and 3-VL processors; "
+            "with another vision-language model set loss=LossConfig(cpl_coef=0)"
+        )
     if any(getattr(trainer, x, None) for x in ("tools", "environments", "environment_factories")):
         refuse(
             "tool calls and environments bring images and state of their own, which are neither "

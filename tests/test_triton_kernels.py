@@ -139,7 +139,7 @@ def test_selection_of_a_long_completion_to_the_last_bit(dtype):
 
 
 COMPILE = """
-import importlib, itertools, triton
+import importlib, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -147,7 +147,7 @@ module = importlib.import_module("cppo.triton_kernels.advantages_and_prune")
 kernel = module._advantages_and_prune_kernel
 types = {"rewards_ptr": "*fp64", "noise_ptr": "*fp32"}
 types |= {"advantages_ptr": "*fp32", "kept_ptr": "*i64"}
-for arch, (block, prune) in itertools.product((80, 90, 100), ((16, "smallest"), (4096, "random"))):
+for arch, block, prune in ((80, 16, "smallest"), (90, 4096, "random"), (100, 16, "largest")):
     constants = {"EPS": 1e-4, "SCALE": "batch", "PRUNE": prune, "BLOCK": block, "CHUNK": 1024}
     signature = {
         name: types.get(name, "constexpr" if name in constants else "i32")
@@ -166,5 +166,5 @@ def test_kernels_compile_for_every_architecture(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], env=env, cwd=tmp_path, capture_output=True, text=True
     )
-    expected = [f"{arch} {block} True" for arch in (80, 90, 100) for block in (16, 4096)]
+    expected = ["80 16 True", "90 4096 True", "100 16 True"]
     assert done.stdout.splitlines() == expected, done.stderr

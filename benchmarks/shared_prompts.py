@@ -26,6 +26,7 @@ from torch import Tensor
 import cppo.rollout
 from cppo.benchmarks.environment import environment, results_folder
 from cppo.benchmarks.prune_rates import Setting, dummy_tokenizer, load, seconds
+from cppo.benchmarks.timing import keep_freed_memory
 from cppo.config import CPPOConfig
 from cppo.questions import Question
 from cppo.rollout import Prompts
@@ -76,7 +77,7 @@ def measure(setting: Setting, shape: tuple[int, int, int], options: argparse.Nam
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(options.repetitions):
         for name, batch in variants.items():
-            spent, _ = seconds(setting.device, gradients, setting, batch)
+            spent, _ = seconds(setting.device, gradients, setting, batch, tries=1)
             times[name].append(spent)
     medians = {name: statistics.median(values) for name, values in times.items()}
     tokens = sum(packed.lengths(packed.kept))
@@ -119,6 +120,8 @@ def main() -> int:
     shapes = [(p, 128, kept) for p in (64, 256, 1024) for kept in (2, 4, 8)]
     if options.smoke:
         shapes, options.repetitions = [(16, 8, 2), (32, 8, 3)], 1
+    if options.device == "cpu":
+        keep_freed_memory()
     model = load(options.model, options.vocabulary, options.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     setting = Setting(model, CPPOConfig(), optimizer, options.device, half=options.device == "cuda")

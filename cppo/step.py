@@ -7,6 +7,7 @@ rewards -> advantages -> prune -> pack -> forward the views -> token statistics
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,10 @@ class Batch:
     def lengths(self, rows: Tensor) -> list[int]:
         """Prompt and response tokens of some completions."""
         return self.rollouts.attention_mask[rows].sum(1).tolist()
+
+    def computed_tokens(self, rows: Tensor) -> int:
+        """Tokens that the forward of a micro-batch runs: a shared prompt counts once."""
+        return sum(sum(self._units(own, sys.maxsize)[1]) for own in self._by_sight(rows))
 
     def microbatches(self, rows: Tensor, max_tokens: int) -> list[Tensor]:
         """`rows` in parts of at most `max_tokens` tokens; images in all of a part or in none."""

@@ -309,12 +309,15 @@ class CPPOTrainer:
                         )
                     with timer("backward"):
                         output.loss.backward()
-                    for name, value in {"loss": output.loss, **output.metrics}.items():
-                        total[name] = total.get(name, 0.0) + value.item()
+                    values = {name: value.item() for name, value in output.metrics.items()}
+                    values |= {"loss": output.loss.item(), "microbatches": 1.0}
+                    values["computed_tokens"] = batch.computed_tokens(part)
+                    for name, value in values.items():
+                        total[name] = total.get(name, 0.0) + value
                 with timer("optimizer"):
                     total["grad_norm"] = total.get("grad_norm", 0.0) + self._optimizer_step()
                 updates += 1
-        metrics = update_metrics(total, updates, batch, config.num_iterations, self.processes)
+        metrics = update_metrics(total, updates, batch, config, self.processes)
         return metrics | {"learning_rate": self.scheduler.get_last_lr()[0]}
 
     def _with_old_and_reference(self, batch: Batch, timer: PhaseTimer) -> Batch:

@@ -29,7 +29,7 @@ from cppo.demo.digits import DigitSums
 from cppo.evaluate import evaluate
 from cppo.forward import vision_tower
 from cppo.models import load_model, load_processor
-from cppo.progress import read_metrics
+from cppo.progress import PhaseTimer, read_metrics
 from cppo.questions import as_question
 from cppo.questions.stream import QuestionStream
 from cppo.rollout import RewardError
@@ -253,6 +253,25 @@ def test_refilling_ends_with_words(tmp_path: Path, capsys: pytest.CaptureFixture
     said = " ".join(capsys.readouterr().out.split())
     assert "step 1: 0 of 8 completions after 2 refills (6 questions)" in said
     assert "raise max_refills" in said
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_how_full_micro_batches_are_is_reported(share_prompts: bool, tmp_path: Path) -> None:
+    budget = 60
+    options = dict(max_tokens_per_microbatch=budget, share_prompts=share_prompts, num_iterations=2)
+    trainer = trainer_for(tmp_path, rewards=random_reward, **options)
+    rollouts = trainer.sample(trainer.draw_questions())
+    batch = trainer.make_batch(rollouts, torch.tensor(random_reward(rollouts.texts)))
+    fill = trainer.update(batch, PhaseTimer())["microbatch_fill"]
+    parts = [rows.tolist() for rows in batch.microbatches(batch.kept, budget)]
+    assert len(parts) > 1
+    prompts = (rollouts.attention_mask & ~rollouts.completion_mask).sum(1).tolist()
+    # A shared prompt counts once in every micro-batch that its question is in.
+    counted = [{row // 4 * 4 for row in rows} if share_prompts else rows for rows in parts]
+    tokens = sum(prompts[row] for rows in counted for row in rows)
+    tokens += int(rollouts.completion_mask[batch.kept].sum())
+    assert fill == pytest.approx(tokens / (budget * len(parts)))
+    assert 0.3 < fill <= 1
 
 
 def test_nothing_to_learn_moves_nothing(tmp_path: Path) -> None:

@@ -206,7 +206,10 @@ def competitors(
 def _eager(case: Case) -> list[Competitor]:
     if case.sizes is None:
         # Indices and entropies: the specification is the plain PyTorch (or Python) way.
-        return [Competitor("eager", lambda inputs: case.run(inputs, "reference"))]
+        found = [Competitor("eager", lambda inputs: case.run(inputs, "reference"))]
+        if case.op == "unpack":
+            found.append(Competitor("eager, mask", _unpack_by_mask))
+        return found
     if case.op.endswith("token_stats"):
         function = eager.linear_token_stats if case.sizes.hidden else eager.token_stats
         return [Competitor("eager", lambda inputs: function(**inputs), views_held=4)]
@@ -216,6 +219,15 @@ def _eager(case: Case) -> list[Competitor]:
         ]
     stats = _linear_eager if case.sizes.hidden else lambda inputs: eager.view_stats
     return _compositions("eager", stats, case, views_held=9)
+
+
+def _unpack_by_mask(inputs: Inputs) -> dict[str, Tensor]:
+    """As one writes it without the flat positions that packing has found out."""
+    placed = {}
+    for name, value in inputs["values"].items():
+        placed[name] = value.new_zeros(inputs["shape"])
+        placed[name][inputs["mask"]] = value
+    return placed
 
 
 def _linear_eager(inputs: Inputs) -> eager.Stats:

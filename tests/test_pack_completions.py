@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cppo
-from cppo import backends
+from cppo import backends, reference
 from cppo.testing import evaluate, make_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -163,6 +163,21 @@ def test_gradients_flow_both_ways(backend, monkeypatch):
 
     assert torch.autograd.gradcheck(there_and_back, (weights,))
     assert torch.autograd.gradgradcheck(there_and_back, (weights,))
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("index", [[0, 1, 2, 2, 3], [4, 5, 0, 1, 5], [0, 2, 4], [5], []])
+def test_unpack_takes_any_places(index):
+    index = torch.tensor(index, dtype=torch.int64)
+    values = [10.0 + index, (10 + index).short()]  # where a place comes twice, so does its value
+    ours = torch.ops.cppo.unpack(values, index, 2, 3)
+    for one, expected in zip(ours, reference.unpack(values, index, 2, 3), strict=True):
+        assert torch.equal(one, expected)
+    again = torch.ops.cppo.gather_tokens(ours, index)
+    assert all(torch.equal(one, value) for one, value in zip(again, values, strict=True))
+    for outside in (-1, 6):
+        with pytest.raises(RuntimeError, match="target_index must be in \\[0, 6\\)"):
+            torch.ops.cppo.unpack([torch.zeros(1)], torch.tensor([outside]), 2, 3)
 
 
 def lengths_of(inputs):

@@ -274,80 +274,76 @@ Packed pack_completions(Tensor input_ids, Tensor attention_mask, Tensor completi
 
 namespace {
 
+// Rows [row, row + count) stand at the places [place, place + count).
+struct Run {
+  int64_t row, place, count;
+};
+
 // Where (T,) values stand in (B, L), as runs of neighbours: places rise by one within a response.
 struct Places {
-  const char* op;
-  Tensor tensor;
-  const int64_t* index;
+  std::vector<Run> runs;
   int64_t num_rows, num_places;
-  bool rises = true;  // from first to last, so that a stretch of places is a stretch of rows
+  bool rises = true;  // from first to last, so that a stretch of places is a stretch of runs
 
   Places(const char* op, const Tensor& target_index, int64_t num_places)
-      : op(op), tensor(target_index), num_places(num_places) {
+      : num_places(num_places) {
     check_dim(op, "target_index", target_index, 1);
     check_cpu(op, "target_index", target_index);
     CPPO_CHECK(is_integer_of(target_index, 8), op, "target_index must be int64");
-    tensor = torch::stable::contiguous(target_index);
-    index = static_cast<const int64_t*>(tensor.const_data_ptr());
+    const Tensor contiguous = torch::stable::contiguous(target_index);
+    const int64_t* index = static_cast<const int64_t*>(contiguous.const_data_ptr());
     num_rows = target_index.size(0);
     bool fits = true;
-    for (int64_t i = 0; i < num_rows; ++i) {
-      fits &= index[i] >= 0 && index[i] < num_places;
-      rises &= i == 0 || index[i] > index[i - 1];
+    for (int64_t first = 0; first < num_rows;) {
+      int64_t last = first + 1;
+      while (last < num_rows && index[last] == index[last - 1] + 1) ++last;
+      const Run run = {first, index[first], last - first};
+      fits &= run.place >= 0 && run.place <= num_places - run.count;
+      rises &= runs.empty() || run.place >= runs.back().place + runs.back().count;
+      runs.push_back(run);
+      first = last;
     }
     CPPO_CHECK(fits, op, "target_index must be in [0, ", num_places, ")");
   }
-
-  // Calls visit(row, place, count) for every run of the rows [begin, end).
-  template <class F>
-  void runs(int64_t begin, int64_t end, const F& visit) const {
-    for (int64_t first = begin; first < end;) {
-      int64_t last = first + 1;
-      while (last < end && index[last] == index[last - 1] + 1) ++last;
-      visit(first, index[first], last - first);
-      first = last;
-    }
-  }
-
-  int64_t first_row_from(int64_t place) const {
-    return std::lower_bound(index, index + num_rows, place) - index;
-  }
 };
 
-// Zeros and values in one pass over the output, where the places rise; else zeros first.
-void unpack_columns(const std::vector<Column>& columns, const Places& places) {
-  const auto copy = [&](int64_t begin, int64_t end) {
-    places.runs(begin, end, [&](int64_t row, int64_t place, int64_t count) {
-      for (const Column& column : columns) {
-        std::memcpy(column.to + place * column.bytes, column.from + row * column.bytes,
-                    count * column.bytes);
-      }
-    });
+void copy(const Column& column, int64_t to, int64_t from, int64_t count) {
+  std::memcpy(column.to + to * column.bytes, column.from + from * column.bytes,
+              count * column.bytes);
+}
+
+// Zeros and values in one pass over the places [from, to).
+void unpack_stretch(const Column& column, const Places& places, int64_t from, int64_t to) {
+  int64_t clean = from;  // everything before it is written
+  const auto clear_until = [&](int64_t place) {
+    std::memset(column.to + clean * column.bytes, 0, (place - clean) * column.bytes);
   };
+  const auto ends_before = [](const Run& run, int64_t place) {
+    return run.place + run.count <= place;
+  };
+  auto run = std::lower_bound(places.runs.begin(), places.runs.end(), from, ends_before);
+  for (; run != places.runs.end() && run->place < to; ++run) {
+    const int64_t begin = std::max(run->place, from);
+    const int64_t end = std::min(run->place + run->count, to);
+    clear_until(begin);
+    copy(column, begin, run->row + begin - run->place, end - begin);
+    clean = end;
+  }
+  clear_until(to);
+}
+
+void unpack_columns(const std::vector<Column>& columns, const Places& places) {
   if (!places.rises) {
     for (const Column& column : columns) {
       std::memset(column.to, 0, places.num_places * column.bytes);
+      for (const Run& run : places.runs) copy(column, run.place, run.row, run.count);
     }
-    torch::stable::parallel_for(0, places.num_rows, kTokensPerThread, copy);
     return;
   }
-  torch::stable::parallel_for(0, places.num_places, kTokensPerThread, [&](int64_t from,
-                                                                          int64_t to) {
-    const int64_t begin = places.first_row_from(from), end = places.first_row_from(to);
-    for (const Column& column : columns) {
-      int64_t clean = from;  // everything before it is written
-      const auto clear_until = [&](int64_t place) {
-        std::memset(column.to + clean * column.bytes, 0, (place - clean) * column.bytes);
-      };
-      places.runs(begin, end, [&](int64_t row, int64_t place, int64_t count) {
-        clear_until(place);
-        std::memcpy(column.to + place * column.bytes, column.from + row * column.bytes,
-                    count * column.bytes);
-        clean = place + count;
+  torch::stable::parallel_for(
+      0, places.num_places, kTokensPerThread, [&](int64_t from, int64_t to) {
+        for (const Column& column : columns) unpack_stretch(column, places, from, to);
       });
-      clear_until(to);
-    }
-  });
 }
 
 Column column_of(const char* op, const Tensor& value, const Tensor& out) {
@@ -384,15 +380,18 @@ std::vector<Tensor> gather_tokens(std::vector<Tensor> values, Tensor target_inde
     outputs.push_back(like(value, {target_index.size(0)}, value.scalar_type()));
     columns.push_back(column_of(op, value, outputs.back()));
   }
-  torch::stable::parallel_for(0, places.num_rows, kTokensPerThread, [&](int64_t begin,
-                                                                        int64_t end) {
-    places.runs(begin, end, [&](int64_t row, int64_t place, int64_t count) {
-      for (const Column& column : columns) {
-        std::memcpy(column.to + row * column.bytes, column.from + place * column.bytes,
-                    count * column.bytes);
-      }
-    });
-  });
+  const int64_t average = places.num_rows / std::max<int64_t>(1, places.runs.size());
+  const int64_t runs_per_thread = kTokensPerThread / std::max<int64_t>(1, average);
+  torch::stable::parallel_for(
+      0, places.runs.size(), std::max<int64_t>(1, runs_per_thread),
+      [&](int64_t begin, int64_t end) {
+        for (const Column& column : columns) {
+          for (int64_t r = begin; r < end; ++r) {
+            const Run& run = places.runs[r];
+            copy(column, run.row, run.place, run.count);
+          }
+        }
+      });
   return outputs;
 }
 

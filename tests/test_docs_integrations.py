@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
 from cppo.demo.warmup import CHECKPOINTS
 
 ROOT = Path(__file__).parents[1]
@@ -103,13 +102,7 @@ def test_the_trl_page(tmp_path: Path) -> None:
 
     usage, mixin, allocation, kernel = blocks("trl.md")
     path = CHECKPOINTS / "arithmetic"
-    problems = ArithmeticProblems("train", 4)
-    names: dict[str, Any] = {
-        "reward": arithmetic_accuracy,
-        "rows": [{k: problems[i][k] for k in ("prompt", "answer")} for i in range(4)],
-        "model": load_model(path),
-        "processor": load_processor(path),
-    }
+    names: dict[str, Any] = {"model": load_model(path), "processor": load_processor(path)}
     for printed, small in {
         'model="Qwen/Qwen2.5-1.5B-Instruct"': "model=model, processing_class=processor",
         "GRPOConfig(": f"GRPOConfig(output_dir={str(tmp_path)!r}, max_steps=1, use_cpu=True, "

@@ -77,14 +77,16 @@ def response_logits(engine, batch) -> torch.Tensor:
 
 
 def seen_as(engine, batch, name: str, perturbations: tuple[str, ...]) -> Any:
-    """The batch with its images perturbed as documented: by step, view, prompt and number."""
+    """The batch with its images perturbed as documented: by step, view, question and number."""
     rows = []
     for inputs, prompt in zip(batch["multi_modal_inputs"], batch["prompts"].unbind(), strict=True):
+        content = str(inputs["pixel_values"].sum(dtype=torch.float64).item())
+        question = (engine.lr_scheduler.last_epoch, name, content)
         pixel_values = perturb_pixel_values(
             inputs["pixel_values"],
             inputs["image_grid_thw"],
             views_from_names(list(perturbations)),
-            seeds=[seed_from(0, engine.lr_scheduler.last_epoch, name, *prompt.tolist())],
+            seeds=[seed_from(0, *question, *prompt.tolist())],
             image_processor=engine.model_config.processor,
         )
         rows.append({**inputs, "pixel_values": pixel_values})

@@ -1,16 +1,20 @@
 """What test_integrations_trl runs on two processes: torchrun tests/trl_two_processes.py FOLDER.
 
-Each process trains on half of the questions, with DDP and with FSDP2. The weights and metrics of
-every case go to FOLDER/<case>-<ddp or fsdp2>.pt.
+Each process trains on half of the questions, with DDP, FSDP2 and, where DeepSpeed is installed,
+ZeRO-3. The weights and metrics of every case go to FOLDER/<case>-<kind>.pt.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -33,25 +37,30 @@ CASES: dict[str, dict[str, Any]] = {
         num_iterations=1,
     ),
 }
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+KINDS = ("ddp", "fsdp2", "zero3") if HAS_DEEPSPEED else ("ddp", "fsdp2")
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,
+    **dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        "auto",
+    ),
+}
 METRICS = ("cppo/kept_share", "cppo/looking_share", "cppo/cpl_loss")
 
 
-def run(name: str, processes: int) -> Any:
+def run(name: str, processes: int, **options: Any) -> Any:
     """A trainer after its run, on `processes` processes."""
     case = dict(CASES[name])
     size = 8 // processes // case.get("gradient_accumulation_steps", 1)
     backend = "gloo" if processes > 1 else None
-    return trained(per_device_train_batch_size=size, ddp_backend=backend, **case)
+    return trained(per_device_train_batch_size=size, ddp_backend=backend, **case, **options)
 
 
-def use_fsdp2() -> None:
+@contextmanager
+def fsdp2() -> Iterator[None]:
     """What `accelerate launch --use_fsdp` sets; accelerate itself shards on accelerators only."""
-    os.environ.update(
-        ACCELERATE_USE_FSDP="true",
-        FSDP_VERSION="2",
-        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-        FSDP_CPU_RAM_EFFICIENT_LOADING="false",
-    )
     plain = PartialState.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -59,22 +68,36 @@ def use_fsdp2() -> None:
         if self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.MULTI_GPU
 
-    PartialState.__init__ = init
+    variables = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    }
+    with patch.dict(os.environ, variables), patch.object(PartialState, "__init__", init):
+        yield
 
 
-def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def whole_weights(model: torch.nn.Module, kind: str) -> dict[str, torch.Tensor]:
     weights = {}
     for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        weights[name] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+        if kind == "zero3":
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                weights[name] = parameter.detach().clone()
+        else:
+            value = parameter.detach()
+            weights[name] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
     return weights
 
 
 def save(name: str, kind: str, folder: Path) -> None:
-    trainer = run(name, 2)
+    trainer = run(name, 2, **({"deepspeed": ZERO3} if kind == "zero3" else {}))
     assert trainer.accelerator.num_processes == 2
     assert trainer.accelerator.is_fsdp2 == (kind == "fsdp2")
-    weights = whole_weights(trainer.accelerator.unwrap_model(trainer.model))
+    assert trainer.is_deepspeed_enabled == (kind == "zero3")
+    weights = whole_weights(trainer.accelerator.unwrap_model(trainer.model), kind)
     for value in weights.values():
         other = value.clone()
         dist.broadcast(other, 0)
@@ -87,9 +110,8 @@ def save(name: str, kind: str, folder: Path) -> None:
 if __name__ == "__main__":
     for case in CASES.values():
         folder_of(case["family"])  # once there is a process group, only the first one saves
-    for kind in ("ddp", "fsdp2"):
-        if kind == "fsdp2":
-            use_fsdp2()
-        for name in CASES:
-            save(name, kind, Path(sys.argv[1]))
+    for kind in KINDS:
+        with fsdp2() if kind == "fsdp2" else nullcontext():
+            for name in CASES:
+                save(name, kind, Path(sys.argv[1]))
     dist.destroy_process_group()

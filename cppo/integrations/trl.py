@@ -22,23 +22,19 @@ our kernel for log-probabilities, and what cannot work is refused when the train
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import cppo
 from cppo.integrations.contrast import contrastive_perception
+from cppo.integrations.fit import AnyTrainer
 from cppo.integrations.trl_fit import HAS_KERNEL, Fit, check, patch_trl
 from cppo.integrations.trl_options import CPPO, check_run, per_device_train_batch_size
 from cppo.records import Views
 from cppo.seeds import seed_from
 from cppo.views import perturb_pixel_values, views_from_names
-
-if TYPE_CHECKING:
-    from typing import Any as _GRPOTrainer
-else:
-    _GRPOTrainer = object  # whatever GRPOTrainer the mixin is put before
 
 __all__ = [
     "CPPO",
@@ -61,7 +57,7 @@ _WHOLE = ("token_type_ids", "mm_token_type_ids")
 _Call = dict[str, Any]  # the arguments of a forward
 
 
-class CPPOMixin(_GRPOTrainer):
+class CPPOMixin(AnyTrainer):
     """Put before any GRPOTrainer: `class Mine(CPPOMixin, TheirGRPOTrainer): ...`.
 
     Args: those of the trainer, and `cppo`, a `CPPO`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 import cppo
-from cppo.integrations.fit import Fit, parameters
+from cppo.integrations.fit import Fit, installed, parameters
 
 METHODS = {
     "_generate_and_score_completions": "self inputs",
@@ -31,11 +30,9 @@ def check() -> list[Fit]:
 
     `print(*cppo.integrations.trl.check(), sep="\\n")` reads well.
     """
-    try:
-        version = importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
+    version, numbers = installed("trl")
+    if not version:
         return [Fit("trl", False, "not installed: pip install 'trl>=1.7'")]
-    numbers = tuple(int(part) for part in version.split(".")[:2])
     known = (1, 7) <= numbers < (2, 0)
     fits = [Fit("trl", known, f"version {version}; 1.7 to 1.x are known")]
     from trl import GRPOTrainer
@@ -54,9 +51,11 @@ def check() -> list[Fit]:
     kernel: Any = getattr(utils, "_ChunkedLogProbFunction", None)
     found = parameters(getattr(getattr(kernel, "original", kernel), "forward", None))[1:]
     as_wanted = found == KERNEL.split()
-    why = "the kernel of the fused LM head" if as_wanted else "trl 1.15 brought the fused LM head"
-    if found and not as_wanted:
+    why = "the kernel of the fused LM head"
+    if not as_wanted:
         why = f"expected a kernel of ({KERNEL}), found ({' '.join(found)})"
+    if numbers < (1, 15):
+        why = "trl 1.15 brought the kernel that it replaces"
     return [*fits, Fit(HAS_KERNEL, as_wanted, why)]
 
 

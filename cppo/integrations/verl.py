@@ -20,27 +20,21 @@ below, and what is used of it still has the parameters known here, this is added
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 import cppo
 from cppo import reference
 from cppo.integrations.after_import import AfterImport, Hook
-from cppo.integrations.fit import Fit
+from cppo.integrations.fit import AnyTrainer, Fit, installed
 from cppo.integrations.verl_loss import contrasts, group_advantages, loss_with_contrast, policy_loss
 from cppo.integrations.verl_options import Options, Pruning, check_run
-
-if TYPE_CHECKING:
-    from typing import Any as _PPOTrainer
-else:
-    _PPOTrainer = object  # whatever synchronous trainer of verl the mixin is put before
 
 OLDEST = (0, 9)
 
@@ -113,7 +107,7 @@ def _fuse_statistics(torch_functional: Any) -> None:
 # The trainer that prunes
 
 
-class CompletionPruning(_PPOTrainer):
+class CompletionPruning(AnyTrainer):
     """Put before verl's `PPOTrainerSync`: drops completions before the old and reference forwards.
 
     verl balances a step's completions over the ranks, computes old and reference log-probabilities,
@@ -259,19 +253,8 @@ HOOKS = [
 ]
 
 
-def _version() -> str | None:
-    try:
-        return importlib.metadata.version("verl")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _is_known(version: str | None) -> bool:
-    numbers = re.match(r"(\d+)\.(\d+)", version or "")
-    return numbers is not None and tuple(map(int, numbers.groups())) >= OLDEST
-
-
-_after_import = AfterImport(HOOKS) if _is_known(_version()) else None
+_version, _numbers = installed("verl")
+_after_import = AfterImport(HOOKS) if _numbers >= OLDEST else None
 
 
 def check() -> list[Fit]:
@@ -279,13 +262,12 @@ def check() -> list[Fit]:
 
     Imports the modules of verl that are hooked into. `print(*check(), sep="\\n")` reads well.
     """
-    version = _version()
     if _after_import is None:
-        why = f"{version} is older than 0.9" if version else "pip install 'verl[verl-core]>=0.9'"
+        why = f"{_version} is older than 0.9" if _version else "pip install 'verl[verl-core]>=0.9'"
         return [Fit("verl", False, why)]
     names = [point.name for point in importlib.metadata.entry_points(group="verl.plugins")]
     why = "loads this plugin" if "cppo" in names else "does not see this plugin: reinstall cppo"
-    return [Fit(f"verl {version}", "cppo" in names, why), *_after_import.check()]
+    return [Fit(f"verl {_version}", "cppo" in names, why), *_after_import.check()]
 
 
 def __getattr__(name: str) -> Any:

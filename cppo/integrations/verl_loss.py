@@ -166,8 +166,10 @@ def _view(engine: Any, data: Any, name: str, perturbations: Sequence[Any]) -> tu
     for inputs, prompt in zip(_multi_modal(data), data["prompts"].unbind(), strict=True):
         images = _images(inputs)
         if images is not None:
-            # The completions of a question see the same perturbation, another one in the next step.
-            where = (engine.lr_scheduler.last_epoch, name, *prompt.tolist())
+            # The completions of a question see the same perturbation; other images of the same
+            # words see another one, as does the next step.
+            content = str(images[0].sum(dtype=torch.float64).item())
+            where = (engine.lr_scheduler.last_epoch, name, content, *prompt.tolist())
             pixel_values = perturb_pixel_values(
                 *images,
                 views_from_names(list(perturbations)),

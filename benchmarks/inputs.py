@@ -170,7 +170,7 @@ def rollout(
 
 
 def packed_values(completions: int, length: int, device: torch.device) -> Inputs:
-    """Arguments of `unpack`: six per-target tensors, where they belong (twice), the padded shape."""
+    """Arguments of `unpack`: six per-target tensors, their places twice, the padded shape."""
     packed = cppo.pack_completions(**rollout(completions, length, device))
     mask = torch.zeros(packed.shape, dtype=torch.bool, device=device)
     mask.view(-1)[packed.target_index] = True

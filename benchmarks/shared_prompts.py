@@ -58,7 +58,7 @@ def batch_of(prompt: int, completion: int, kept: int, options: argparse.Namespac
 
 
 def gradients(setting: Setting, batch: Batch) -> Tensor:
-    """Forward and backward of a fixed sum; the gradient of the last layer's first weight."""
+    """Forward and backward of a fixed sum; the gradient of the embedding."""
     setting.model.zero_grad(set_to_none=True)
     with setting.autocast():
         hidden = _hidden(setting.model, batch, batch.pack(batch.kept), None, list(range(QUESTIONS)))

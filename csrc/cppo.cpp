@@ -76,7 +76,7 @@ STABLE_TORCH_LIBRARY(cppo, m) {
       "str divergence, float tau, float fraction, bool gating, bool detach_anchor, "
       "str cpl_reduction) -> (Tensor, Tensor, Tensor)");
   m.def("row_capability() -> str");
-  m.def("row_exp(Tensor x) -> Tensor");
+  m.def("row_power(Tensor t) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cppo, CompositeExplicitAutograd, m) {
@@ -97,7 +97,7 @@ STABLE_TORCH_LIBRARY_IMPL(cppo, CPU, m) {
   m.impl("cppo_loss_backward", TORCH_BOX(&cppo::cpu::cppo_loss_backward));
   m.impl("cppo_loss_backward_", TORCH_BOX(&cppo::cpu::cppo_loss_backward_));
   m.impl("loss_terms", TORCH_BOX(&cppo::cpu::loss_terms));
-  m.impl("row_exp", TORCH_BOX(&cppo::cpu::row_exp));
+  m.impl("row_power", TORCH_BOX(&cppo::cpu::row_power));
   m.impl("unpack", TORCH_BOX(&cppo::cpu::unpack));
   m.impl("gather_tokens", TORCH_BOX(&cppo::cpu::gather_tokens));
 }

@@ -76,7 +76,7 @@ void cppo_loss_backward_(Tensor grad_loss, Tensor anchor, std::optional<Tensor> 
                          bool detach_anchor);
 // Of the row kernels: their instruction set, and their e^x for its error bound.
 std::string row_capability();
-Tensor row_exp(Tensor x);
+Tensor row_power(Tensor t);
 }  // namespace cpu
 
 namespace cuda {

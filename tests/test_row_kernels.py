@@ -80,22 +80,58 @@ def test_every_instruction_set_of_this_machine(capability):
     )
 
 
-def test_exp_is_within_two_ulp():
-    # Every 137th float in [-87.3, 8], the range of the terms of a softmax.
-    high = torch.tensor(-87.3).view(torch.int32).item()
-    negative = torch.arange(-(2**31), high, 137, dtype=torch.int32).view(torch.float32)
-    positive = torch.arange(0, torch.tensor(8.0).view(torch.int32).item(), 137, dtype=torch.int32)
-    x = torch.cat([negative, positive.view(torch.float32)])
-    exact = x.double().exp()
+def floats(low, high):
+    """Every 137th float in [low, high], low < 0 <= high."""
+    end = torch.tensor(low).view(torch.int32).item()
+    negative = torch.arange(-(2**31), end, 137, dtype=torch.int32).view(torch.float32)
+    end = torch.tensor(high).view(torch.int32).item()
+    positive = torch.arange(0, end, 137, dtype=torch.int32).view(torch.float32)
+    return torch.cat([negative, positive])
+
+
+def test_the_power_of_two_is_within_two_ulp():
+    # The range of the terms of a softmax, which are measured from at most 8 nats below the top.
+    t = floats(-126.0, 12.0)
+    exact = t.double().exp2()
     ulp = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 24)
-    error = ((torch.ops.cppo.row_exp(x).double() - exact).abs() / ulp).max()
-    assert len(x) > 1.5e7 and error < 2
+    error = ((torch.ops.cppo.row_power(t).double() - exact).abs() / ulp).max()
+    assert len(t) > 1.5e7 and error < 2
+    integers = torch.arange(-126.0, 128.0)
+    assert torch.equal(torch.ops.cppo.row_power(integers), integers.exp2())
 
 
-def test_exp_of_what_is_not_a_number_or_too_small():
-    x = torch.tensor([0.0, -torch.inf, -200.0, -87.8, torch.nan])
-    ours = torch.ops.cppo.row_exp(x)
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
+def test_terms_are_as_exact_as_those_of_torch(temperature):
+    """e^((z - m) / temperature) by a power of two, against torch's two roundings and exp."""
+    x = floats(-80.0, 0.0)[None] * temperature
+    logits = torch.cat([torch.zeros(1, 1), x[:, ::8]], 1)
+    one = torch.zeros(1, dtype=torch.int64)
+
+    def error(gradient):
+        exact = (logits.double() / temperature).softmax(-1)
+        exact[0, 0] -= 1
+        return ((-gradient * temperature - exact) / exact).abs().max()
+
+    found = []
+    for backend in ("cpp", "reference"):
+        z = logits.clone().requires_grad_()
+        logps = cppo.token_stats(z, one, temperature=temperature, backend=backend).logps
+        found.append(error(torch.autograd.grad(logps.sum(), z)[0].double()))
+    assert found[0] <= 2 * found[1] + 1e-6
+
+
+def test_the_power_of_what_is_not_a_number_or_too_small():
+    t = torch.tensor([0.0, -torch.inf, -200.0, -127.0, torch.nan])
+    ours = torch.ops.cppo.row_power(t)
     assert ours[:4].tolist() == [1, 0, 0, 0] and ours[4].isnan()
+
+
+def test_a_nan_of_any_payload_makes_its_row_nan():
+    logits = torch.zeros(3, 40)
+    payloads = torch.tensor([0x7FC00001, 0x7F8001FF, -1], dtype=torch.int32)
+    logits[torch.arange(3), torch.tensor([0, 17, 39])] = payloads.view(torch.float32)
+    stats = cppo.token_stats(logits, torch.full((3,), 5), backend="cpp")
+    assert stats.logps.isnan().all() and stats.entropy.isnan().all()
 
 
 @pytest.mark.parametrize("op", ["token_stats", "cppo_loss"])

@@ -40,7 +40,7 @@ struct MutableRows {
 
 struct RowKernels {
   RowStats (*stats)(const void* row, int64_t size, double inv_temperature);
-  // Statistics of three rows in one pass (the positive's without mean), and E_a[x_n - x_p].
+  // Statistics of three rows in one pass, and E_a[x_n - x_p].
   void (*contrast_stats)(const ConstRows& rows, int64_t size, double inv_temperature,
                          RowStats out[3], double* gap);
   void (*gradient)(const void* row, void* out, int64_t size, double inv_temperature,
@@ -49,8 +49,9 @@ struct RowKernels {
                             double inv_temperature, const ContrastGradient& gradient);
   double (*load)(const void* row, int64_t index);
   void (*store)(void* row, int64_t index, double value);
-  // e^x for x <= 8 in the accumulation type of the row (float, or double): for its error bound.
-  void (*exp)(const void* x, void* out, int64_t size);
+  // The terms' power function in the accumulation type of the row, for its error bound: 2^t for
+  // t < 128 in float, e^t in double.
+  void (*power)(const void* t, void* out, int64_t size);
 };
 
 // "avx512", "avx2" or "default": what this machine has, at most what ATEN_CPU_CAPABILITY names.

@@ -35,11 +35,25 @@ struct Online {
     return factor;
   }
 
-  RowStats stats() const {
-    // Not one finite logit: there is no distribution.
-    if (reference == -kInfinity) return {reference, __builtin_nan(""), __builtin_nan("")};
-    return {reference, sum, weighted / sum};
+  RowStats stats(double rounding) const {
+    // Not one finite logit: there is no distribution. One NaN: neither.
+    const double nan = __builtin_nan("");
+    if (reference == -kInfinity || weighted != weighted) return {reference, nan, nan};
+    return {reference, sum + rounding * weighted, weighted / sum};
   }
+};
+
+// From logits to the exponents t of the terms kBase^t, and from t to nats.
+template <class A>
+struct Scale {
+  A per_logit;      // t = (logit - reference) * per_logit
+  double nats;      // (logit - reference) / temperature = t * nats
+  double rounding;  // nats = kLogBase (1 + rounding): per_logit is rounded, which moves lse by
+                    // rounding * E[x]
+  explicit Scale(double inv_temperature)
+      : per_logit(static_cast<A>(inv_temperature / kLogBase<A>)),
+        nats(inv_temperature / static_cast<double>(per_logit)),
+        rounding(nats / kLogBase<A> - 1.0) {}
 };
 
 template <class E>
@@ -107,22 +121,22 @@ MutableRow<E> row_of(void* data, int64_t size) {
   return {static_cast<typename E::Stored*>(data), size};
 }
 
-// The terms of a row in one vector: x as it is and lifted, and e^x.
+// The terms of a row in one vector: their exponents as they are and lifted, and e = kBase^t.
 template <class A>
 struct Terms {
-  Lanes<A> shifted, x, e;
-  Terms(Lanes<A> logits, Lanes<A> reference, A inv_temperature)
-      : shifted((logits - reference) * inv_temperature), x(lift<A>(shifted)), e(exp_lanes(x)) {}
+  Lanes<A> shifted, t, e;
+  Terms(Lanes<A> logits, Lanes<A> reference, A per_logit)
+      : shifted((logits - reference) * per_logit), t(lift<A>(shifted)), e(power(t)) {}
 };
 
-// The sums over one block, and its largest logit.
+// The sums of e and e t over one block, and its largest logit.
 struct BlockSums {
   double max, sum, weighted;
 };
 
 template <class E>
 BlockSums sum_block(const Row<E>& row, int64_t begin, int64_t end, double reference,
-                                   typename E::A inverse) {
+                    typename E::A per_logit) {
   using A = typename E::A;
   const Lanes<A> origin = fill(static_cast<A>(reference));
   Lanes<A> total{}, weighted{}, most = fill<A>(-kInfinity), other = most;
@@ -131,9 +145,9 @@ BlockSums sum_block(const Row<E>& row, int64_t begin, int64_t end, double refere
     const Pair<A> logits = row.at(i);
     most = logits.first > most ? logits.first : most;
     other = logits.second > other ? logits.second : other;
-    const Terms<A> one(logits.first, origin, inverse), two(logits.second, origin, inverse);
+    const Terms<A> one(logits.first, origin, per_logit), two(logits.second, origin, per_logit);
     total += one.e + two.e;
-    weighted += one.e * one.x + two.e * two.x;
+    weighted += one.e * one.t + two.e * two.t;
   }
   return {largest<A>(other > most ? other : most), sum<A>(total), sum<A>(weighted)};
 }
@@ -142,7 +156,7 @@ template <class E>
 RowStats stats(const void* data, int64_t size, double inv_temperature) {
   using A = typename E::A;
   const Row<E> row = row_of<E>(data, size);
-  const A inverse = static_cast<A>(inv_temperature);
+  const Scale<A> scale(inv_temperature);
   Online online;
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int64_t end = begin + kBlock < size ? begin + kBlock : size;
@@ -152,20 +166,20 @@ RowStats stats(const void* data, int64_t size, double inv_temperature) {
       if (max == -kInfinity) continue;
       online.reference = max;
     }
-    auto block = sum_block(row, begin, end, online.reference, inverse);
+    auto block = sum_block(row, begin, end, online.reference, scale.per_logit);
     if (!online.reaches(block.max, inv_temperature)) {
       online.raise(block.max, inv_temperature);
-      block = sum_block(row, begin, end, online.reference, inverse);
+      block = sum_block(row, begin, end, online.reference, scale.per_logit);
     }
     online.sum += block.sum;
-    online.weighted += block.weighted;
+    online.weighted += block.weighted * scale.nats;
   }
-  return online.stats();
+  return online.stats(scale.rounding);
 }
 
 struct ContrastBlock {
   BlockSums views[3];
-  double gap;  // sum of e^xa (xn - xp)
+  double gap;  // sum of e_a (t_n - t_p)
 };
 
 // A row that is -inf so far has only terms e^-inf, whatever they are measured from.
@@ -175,7 +189,7 @@ double origin_of(const Online& online) {
 
 template <class E>
 ContrastBlock sum_block(const Row<E> (&views)[3], int64_t begin, int64_t end,
-                        const Online (&online)[3], typename E::A inverse) {
+                        const Online (&online)[3], typename E::A per_logit) {
   using A = typename E::A;
   Lanes<A> origin[3], total[3] = {}, weighted[3] = {}, most[3], gaps{};
   for (int v = 0; v < 3; ++v) {
@@ -186,16 +200,17 @@ ContrastBlock sum_block(const Row<E> (&views)[3], int64_t begin, int64_t end,
     const Pair<A> anchor = views[0].at(i), positive = views[1].at(i), negative = views[2].at(i);
     for (int v = 0; v < 3; ++v) views[v].prefetch(i + kBlock);
     const auto add = [&](Lanes<A> a, Lanes<A> p, Lanes<A> n) {
-      const Terms<A> of_a(a, origin[0], inverse), of_p(p, origin[1], inverse),
-          of_n(n, origin[2], inverse);
+      const Terms<A> of_a(a, origin[0], per_logit), of_p(p, origin[1], per_logit),
+          of_n(n, origin[2], per_logit);
       most[0] = a > most[0] ? a : most[0];
       most[1] = p > most[1] ? p : most[1];
       most[2] = n > most[2] ? n : most[2];
       total[0] += of_a.e;
       total[1] += of_p.e;
       total[2] += of_n.e;
-      weighted[0] += of_a.e * of_a.x;
-      weighted[2] += of_n.e * of_n.x;
+      weighted[0] += of_a.e * of_a.t;
+      weighted[1] += of_p.e * of_p.t;
+      weighted[2] += of_n.e * of_n.t;
       // Where the anchor excludes a token, the other views may too: inf - inf counts nothing.
       gaps += a == -kInfinity ? Lanes<A>{} : of_a.e * (of_n.shifted - of_p.shifted);
     };
@@ -231,7 +246,7 @@ void contrast_stats(const ConstRows& rows, int64_t size, double inv_temperature,
   using A = typename E::A;
   const Row<E> views[3] = {row_of<E>(rows.anchor, size), row_of<E>(rows.positive, size),
                            row_of<E>(rows.negative, size)};
-  const A inverse = static_cast<A>(inv_temperature);
+  const Scale<A> scale(inv_temperature);
   OnlineContrast so_far;
   Online(&online)[3] = so_far.online;
   for (int64_t begin = 0; begin < size; begin += kBlock) {
@@ -242,7 +257,7 @@ void contrast_stats(const ConstRows& rows, int64_t size, double inv_temperature,
       if (max != max) online[v].sum = max;  // a NaN, which stays
       if (max > -kInfinity) so_far.raise(v, max, inv_temperature);
     }
-    auto block = sum_block(views, begin, end, online, inverse);
+    auto block = sum_block(views, begin, end, online, scale.per_logit);
     bool again = false;
     for (int v = 0; v < 3; ++v) {
       if (online[v].reference == -kInfinity) continue;
@@ -250,14 +265,14 @@ void contrast_stats(const ConstRows& rows, int64_t size, double inv_temperature,
       so_far.raise(v, block.views[v].max, inv_temperature);
       again = true;
     }
-    if (again) block = sum_block(views, begin, end, online, inverse);
+    if (again) block = sum_block(views, begin, end, online, scale.per_logit);
     for (int v = 0; v < 3; ++v) {
       online[v].sum += block.views[v].sum;
-      online[v].weighted += block.views[v].weighted;
+      online[v].weighted += block.views[v].weighted * scale.nats;
     }
-    so_far.gap += block.gap;
+    so_far.gap += block.gap * scale.nats;
   }
-  for (int v = 0; v < 3; ++v) out[v] = online[v].stats();
+  for (int v = 0; v < 3; ++v) out[v] = online[v].stats(scale.rounding);
   *gap_mean = so_far.gap / online[0].sum;
 }
 
@@ -268,14 +283,15 @@ void gradient(const void* data, void* out, int64_t size, double inv_temperature,
   const Row<E> row = row_of<E>(data, size);
   const MutableRow<E> to = row_of<E>(out, size);
   const Lanes<A> origin = fill(static_cast<A>(gradient.reference));
+  const Scale<A> units(inv_temperature);
   const Lanes<A> scale = fill(static_cast<A>(gradient.scale));
-  const Lanes<A> slope = fill(static_cast<A>(gradient.slope));
-  const A inverse = static_cast<A>(inv_temperature);
+  const Lanes<A> slope = fill(static_cast<A>(gradient.slope * units.nats));
   for (int64_t i = 0; i < size; i += Row<E>::kStep) {
     row.prefetch(i + kBlock);
     const Pair<A> logits = row.at(i);
-    const Terms<A> one(logits.first, origin, inverse), two(logits.second, origin, inverse);
-    to.put(i, {one.e * (slope * one.x + scale), two.e * (slope * two.x + scale)});
+    const Terms<A> one(logits.first, origin, units.per_logit),
+        two(logits.second, origin, units.per_logit);
+    to.put(i, {one.e * (slope * one.t + scale), two.e * (slope * two.t + scale)});
   }
 }
 
@@ -291,10 +307,11 @@ void contrast_gradient(const ConstRows& rows, const MutableRows& out, int64_t si
   const Lanes<A> push[3] = {fill(static_cast<A>(gradient.push / gradient.stats[0].sum)),
                             fill(static_cast<A>(gradient.push / gradient.stats[1].sum)),
                             fill(static_cast<A>(gradient.push / gradient.stats[2].sum))};
+  const Scale<A> units(inv_temperature);
+  const A per_logit = units.per_logit;
   const Lanes<A> scale = fill(static_cast<A>(gradient.anchor.scale));
-  const Lanes<A> slope = fill(static_cast<A>(gradient.anchor.slope));
-  const Lanes<A> contrast = fill(static_cast<A>(gradient.contrast));
-  const A inverse = static_cast<A>(inv_temperature);
+  const Lanes<A> slope = fill(static_cast<A>(gradient.anchor.slope * units.nats));
+  const Lanes<A> contrast = fill(static_cast<A>(gradient.contrast * units.nats));
   for (int64_t i = 0; i < size; i += Row<E>::kStep) {
     const Pair<A> anchor = views[0].at(i), positive = views[1].at(i), negative = views[2].at(i);
     for (int v = 0; v < 3; ++v) views[v].prefetch(i + kBlock);
@@ -302,10 +319,10 @@ void contrast_gradient(const ConstRows& rows, const MutableRows& out, int64_t si
       Lanes<A> anchor, positive, negative;
     };
     const auto differentiate = [&](Lanes<A> a, Lanes<A> p, Lanes<A> n) -> Result {
-      const Terms<A> of_a(a, origin[0], inverse), of_p(p, origin[1], inverse),
-          of_n(n, origin[2], inverse);
+      const Terms<A> of_a(a, origin[0], per_logit), of_p(p, origin[1], per_logit),
+          of_n(n, origin[2], per_logit);
       const Lanes<A> ratio = of_n.shifted - of_p.shifted;
-      const Lanes<A> own = of_a.e * (slope * of_a.x + contrast * ratio + scale);
+      const Lanes<A> own = of_a.e * (slope * of_a.t + contrast * ratio + scale);
       const Lanes<A> away = of_a.e * push[0];
       return {a == -kInfinity ? Lanes<A>{} : own, of_p.e * push[1] - away, away - of_n.e * push[2]};
     };
@@ -328,19 +345,19 @@ void store_one(void* row, int64_t index, double value) {
 }
 
 template <class A>
-void exp_all(const void* from, void* to, int64_t size) {
+void power_all(const void* from, void* to, int64_t size) {
   using E = Dense<A>;
   const Row<E> row = row_of<E>(from, size);
   for (int64_t i = 0; i < size; i += Row<E>::kStep) {
     const Pair<A> x = row.at(i);
-    row_of<E>(to, size).put(i, {exp_lanes(lift<A>(x.first)), exp_lanes(lift<A>(x.second))});
+    row_of<E>(to, size).put(i, {power(lift<A>(x.first)), power(lift<A>(x.second))});
   }
 }
 
 template <class E>
 constexpr RowKernels table() {
   return {stats<E>,    contrast_stats<E>, gradient<E>, contrast_gradient<E>,
-          load_one<E>, store_one<E>,      exp_all<typename E::A>};
+          load_one<E>, store_one<E>,      power_all<typename E::A>};
 }
 
 }  // namespace

@@ -109,12 +109,12 @@ void check_targets(const char* op, const Targets& targets, const Mask& mask, int
 
 std::string row_capability() { return cpu_capability(); }
 
-Tensor row_exp(Tensor x) {
-  const bool wide = x.scalar_type() == ScalarType::Double;
-  const Values from = read(x, wide ? ScalarType::Double : ScalarType::Float);
-  Tensor out = torch::stable::new_empty(x, x.sizes(), from.tensor().scalar_type());
+Tensor row_power(Tensor t) {
+  const bool wide = t.scalar_type() == ScalarType::Double;
+  const Values from = read(t, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor out = torch::stable::new_empty(t, t.sizes(), from.tensor().scalar_type());
   row_kernels(wide ? Element::kDouble : Element::kFloat)
-      .exp(from.tensor().const_data_ptr(), out.mutable_data_ptr(), out.numel());
+      .power(from.tensor().const_data_ptr(), out.mutable_data_ptr(), out.numel());
   return out;
 }
 

@@ -262,9 +262,11 @@ def _summed_in_fp32() -> Iterator[None]:
     torch's own takes minutes on a CPU without bf16 instructions.
     """
 
-    def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if hidden.dtype != torch.bfloat16 or hidden.device.type != "cpu":
-            return whole(hidden, weight, bias)
+    def linear(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None = None
+    ) -> Tensor:
+        if hidden.dtype != torch.bfloat16 or hidden.device.type != "cpu" or softcap is not None:
+            return whole(hidden, weight, bias, softcap)
         logits = torch.nn.functional.linear(hidden.float(), weight.float()).to(hidden.dtype)
         return logits if bias is None else logits.float() + bias
 

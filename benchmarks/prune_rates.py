@@ -241,13 +241,12 @@ def padded_update(setting: Setting, batch: Batch) -> tuple[int, float]:
         tokens += ids.numel()
         with setting.autocast():
             hidden = padded_hidden(setting, ids, mask)
-            weight, bias = forward.lm_head(setting.model, (), hidden.dtype)
+            head = forward.lm_head(setting.model, (), hidden.dtype)._asdict()
             output = linear_cppo_loss(
                 hidden[:, :-1][response[:, 1:]],
-                weight,
-                ids[response],
-                batch.advantages[rows],
-                bias=bias,
+                targets=ids[response],
+                advantages=batch.advantages[rows],
+                **head,
                 cu_seqlens=nn.functional.pad(response.sum(1).cumsum(0), (1, 0)).int(),
                 num_items=whole,
                 config=setting.config.loss,

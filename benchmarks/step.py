@@ -128,13 +128,12 @@ def _packed_part(
             for name in ("positive", "negative")
         ]
     with clock("loss"):
-        weight, bias = lm_head(model)
+        head = lm_head(model)._asdict()
         return cppo.linear_cppo_loss(
             Views(anchor, *perturbed),
-            weight,
-            packed.targets,
-            advantages[part],
-            bias=bias,
+            targets=packed.targets,
+            advantages=advantages[part],
+            **head,
             cu_seqlens=packed.row_cu_seqlens,
             num_items=NumItems(count, count),
             config=CONFIG,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,17 +103,12 @@ def check_supported(model: nn.Module) -> None:
             "cppo: model must have nothing but attention that can be packed, "
             f"got {config.model_type!r}" + (f" with layers {sorted(layers)}" if layers else "")
         )
-    for name in (
-        "final_logit_softcapping",
-        "attn_logit_softcapping",
-        "logit_scale",
-        "logits_scaling",
-    ):
-        if getattr(text_config, name, None) not in (None, 1):
-            raise ValueError(
-                f"cppo: models with {name} are not supported yet, "
-                f"got {config.model_type!r} with {name} = {getattr(text_config, name)}"
-            )
+    softcap = getattr(text_config, "attn_logit_softcapping", None)
+    if softcap is not None:
+        raise ValueError(
+            "cppo: model must have no attn_logit_softcapping, which packed attention does not "
+            f"compute, got {config.model_type!r} with {softcap}"
+        )
 
 
 def vision_tower(model: nn.Module) -> nn.Module:
@@ -208,15 +203,28 @@ def _bounds(stream: PackedBatch | SharedStream) -> dict[str, Any]:
     return {**own, **keys, "key_index": stream.key_index}
 
 
+class LMHead(NamedTuple):
+    """A model's LM head, its fields named like the arguments of the ops on hidden states.
+
+    weight: (V, D). bias: (V,) or None. logit_scale, softcap: of `cppo.linear_token_stats`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
 def lm_head(
     model: nn.Module, suppressed: Sequence[int] = (), dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, D) and bias (V,) of the LM head, differentiable, adapters included.
+) -> LMHead:
+    """The LM head, differentiable, adapters included.
 
     Tokens in `suppressed` are never sampled: their bias is -inf, so that log-probabilities are
     those of the distribution that was sampled from.
     """
-    head = unwrap(model).get_output_embeddings()
+    base = unwrap(model)
+    head = base.get_output_embeddings()
     if hasattr(head, "get_delta_weight"):
         weight, bias = head.base_layer.weight, head.base_layer.bias
         if not head.disable_adapters:
@@ -230,4 +238,7 @@ def lm_head(
         bias = offset if bias is None else bias + offset
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return weight, bias
+    config = base.config.get_text_config()
+    # Cohere multiplies its logits, Granite divides them.
+    scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
+    return LMHead(weight, bias, scale, getattr(config, "final_logit_softcapping", None))

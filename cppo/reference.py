@@ -239,9 +239,17 @@ def _token_stats(
     return TokenStats(spread(logps), spread(entropy))
 
 
-def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None = None
+) -> Tensor:
     logits = F.linear(hidden, weight)
-    return logits if bias is None else _promote(logits) + bias
+    if bias is not None:
+        logits = _promote(logits) + bias
+    if softcap is None:
+        return logits
+    capped = softcap * torch.tanh(_promote(logits) / softcap)
+    # What a bias of -inf rules out stays ruled out.
+    return capped if bias is None else capped.masked_fill(bias.isneginf(), -torch.inf)
 
 
 def linear_token_stats(
@@ -251,10 +259,11 @@ def linear_token_stats(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> TokenStats:
-    """`token_stats` of the logits hidden @ weight^T + bias."""
+    """`token_stats` of z = hidden @ weight^T + bias, or of softcap * tanh(z / softcap)."""
     return _token_stats(
-        lambda rows: _linear(rows, weight, bias), hidden, targets, temperature, mask
+        lambda rows: _linear(rows, weight, bias, softcap), hidden, targets, temperature, mask
     )
 
 
@@ -573,10 +582,11 @@ def linear_cppo_loss(
     cu_seqlens: Tensor | None = None,
     num_items: int | float | Tensor | NumItems | None = None,
     config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
+    softcap: float | None = None,
 ) -> LossOutput:
-    """`cppo_loss` of the logits hidden @ weight^T + bias."""
+    """`cppo_loss` of z = hidden @ weight^T + bias, or of softcap * tanh(z / softcap)."""
     return _cppo_loss(
-        lambda rows: _linear(rows, weight, bias),
+        lambda rows: _linear(rows, weight, bias, softcap),
         _as_views(hidden),
         targets,
         advantages,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cppo.forward import ImageBatch, image_arguments, lm_head, unwrap
+from cppo.forward import ImageBatch, LMHead, image_arguments, lm_head, unwrap
 
 # Finished rows leave the batch once they are this share of it: dropping copies the cache.
 _DROP_SHARE = 0.2
@@ -51,7 +51,7 @@ def decode(
     from transformers import DynamicCache
 
     base = unwrap(model)
-    weight, bias = lm_head(model, suppressed)
+    head = lm_head(model, suppressed)
     device = input_ids.device
     text_positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=base.config.get_text_config())
@@ -84,7 +84,7 @@ def decode(
     is_open = torch.ones(num_rows, dtype=torch.bool, device=device)
     end = torch.tensor(closing, device=device)
     for step in range(max_new_tokens):
-        drawn = _draw(hidden, weight, bias, temperature)
+        drawn = _draw(hidden, head, temperature)
         tokens[rows[is_open], step] = drawn[is_open]
         is_open &= ~torch.isin(drawn, end)
         num_open = int(is_open.sum())
@@ -103,9 +103,11 @@ def decode(
     raise AssertionError("max_new_tokens is at least 1")
 
 
-def _draw(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float | None) -> Tensor:
-    logits = nn.functional.linear(hidden, weight.to(hidden.dtype)).float()
-    logits = logits if bias is None else logits + bias
+def _draw(hidden: Tensor, head: LMHead, temperature: float | None) -> Tensor:
+    logits = nn.functional.linear(hidden, head.weight.to(hidden.dtype)).float() * head.logit_scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    logits = logits if head.bias is None else logits + head.bias
     if temperature is None:
         return logits.argmax(-1)
     return torch.multinomial(torch.softmax(logits / temperature, -1), 1)[:, 0]

@@ -230,15 +230,14 @@ def microbatch_loss(
     `rows` are a part of `batch.microbatches`.
     """
     hidden, packed = forward_views(model, batch, rows, config, processor)
-    weight, bias = lm_head(model, batch.suppressed, hidden.anchor.dtype)
+    head = lm_head(model, batch.suppressed, hidden.anchor.dtype)
     # "dr_grpo" divides by one length in every part of a batch.
     max_length = config.loss.max_length or config.max_completion_tokens
     return linear_cppo_loss(
         hidden,
-        weight,
-        packed.targets,
-        batch.advantages[rows],
-        bias=bias,
+        targets=packed.targets,
+        advantages=batch.advantages[rows],
+        **head._asdict(),
         old_logps=packed.per_token.get("old_logps"),
         ref_logps=packed.per_token.get("ref_logps"),
         cu_seqlens=packed.row_cu_seqlens,
@@ -255,9 +254,12 @@ def token_logps(model: nn.Module, batch: Batch, config: CPPOConfig) -> Tensor:
         packed = batch.pack(rows)
         images, questions = _images_of(batch, rows)
         hidden = _hidden(model, batch, packed, images, questions)
-        weight, bias = lm_head(model, batch.suppressed, hidden.dtype)
+        head = lm_head(model, batch.suppressed, hidden.dtype)
         stats = linear_token_stats(
-            hidden, weight, packed.targets, bias=bias, temperature=config.loss.temperature
+            hidden,
+            targets=packed.targets,
+            **head._asdict(),
+            temperature=config.loss.temperature,
         )
         logps += packed.unpack(stats.logps.float())
     return logps

@@ -289,7 +289,8 @@ def test_memory_by_hand() -> None:
         "reference copy": 4000,
         "activations (rough)": 4 * 12 * 3 * (80 + 80) * 3,
         "KV cache of a rollout": 2 * 4 * 3 * 4 * 8 * 12,
-        "logits": 3 * 4 * 10 * 7 * 3,
+        "logits, a tile": 3 * 4 * 10 * 7 * 3,
+        "gradient of the LM head": 4 * 7 * 10,
     }
     lora = CPPOConfig(
         max_completion_tokens=10,
@@ -305,7 +306,10 @@ def test_memory_by_hand() -> None:
         "reference copy": 0,
         "activations (rough)": 2 * 12 * (30 + 160),
         "KV cache of a rollout": 2 * 2 * 3 * 4 * 8 * 12,
-        "logits": 3 * 4 * 10 * 7,
+        "logits, a tile": 3 * 4 * 10 * 7,
+        "gradient of the LM head": 0,
     }
     frozen = CPPOConfig(max_completion_tokens=10, freeze_vision_tower=True)
     assert dry_run.memory(frozen, sizes, step, 2)["gradients"] == 4 * 700
+    many = step._replace(microbatch_rows=10**8)
+    assert dry_run.memory(fp32, sizes, many, 2)["logits, a tile"] == 2**30  # of the fused head

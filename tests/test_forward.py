@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from trainer_cases import (
     FAMILIES,
@@ -22,10 +23,12 @@ from trainer_cases import (
     tiny,
 )
 
+import cppo
 from cppo import attention, forward
 from cppo.ops.pack import pack_completions
 from cppo.records import PackedBatch
 from cppo.rollout import encode_questions
+from cppo.sampler import _draw
 from cppo.step import Batch, _hidden, _images_of
 
 FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the model
@@ -35,7 +38,7 @@ def packed_logps(model: Any, batch: Batch, rows: Tensor) -> tuple[Tensor, Packed
     """(T,) log-probabilities of the targets by the packed forward."""
     stream = batch.pack(rows)
     hidden = _hidden(model, batch, stream, *_images_of(batch, rows))
-    weight, _ = forward.lm_head(model)
+    weight = forward.lm_head(model).weight
     logps = F.linear(hidden, weight).log_softmax(-1)
     return logps.gather(-1, stream.targets[:, None])[:, 0], stream
 
@@ -219,15 +222,15 @@ def test_set_attention_leaves_padded_batches_and_generate_right(family: str) -> 
 
 def test_lm_head_of_suppressed_tokens_and_a_bias() -> None:
     model, _ = tiny("text")
-    weight, bias = forward.lm_head(model)
+    weight, bias, *_ = forward.lm_head(model)
     assert weight is model.lm_head.weight and bias is None
-    _, bias = forward.lm_head(model, [3, 5])
+    bias = forward.lm_head(model, [3, 5]).bias
     assert bias.isneginf().nonzero()[:, 0].tolist() == [3, 5]
     assert bias[bias.isfinite()].eq(0).all()
 
     head = torch.nn.Linear(32, model.config.vocab_size, bias=True)
     model.set_output_embeddings(head)
-    weight, bias = forward.lm_head(model, [2], torch.float64)
+    weight, bias, *_ = forward.lm_head(model, [2], torch.float64)
     assert weight.dtype == bias.dtype == torch.float64
     expected = head.bias.double().clone()
     expected[2] = -torch.inf
@@ -246,7 +249,7 @@ def test_lm_head_includes_its_adapter_and_gradients_reach_it() -> None:
     head = model.get_base_model().lm_head
     torch.nn.init.normal_(head.lora_B["default"].weight)
     hidden = torch.randn(5, 32)
-    weight, _ = forward.lm_head(model)
+    weight = forward.lm_head(model).weight
     expected = head(hidden)
     torch.testing.assert_close(hidden @ weight.T, expected)
     plain = hidden @ head.base_layer.weight.T
@@ -255,23 +258,46 @@ def test_lm_head_includes_its_adapter_and_gradients_reach_it() -> None:
     assert head.lora_A["default"].weight.grad.abs().max() > 0
     assert head.lora_B["default"].weight.grad.abs().max() > 0
     with model.disable_adapter():
-        weight, _ = forward.lm_head(model)
+        weight = forward.lm_head(model).weight
         assert weight is head.base_layer.weight
 
 
-def tiny_gemma2(**options: Any) -> Any:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
+def tiny_of(family: str, **options: Any) -> Any:
+    """A model of any family of transformers."""
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-    return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **options))
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16, pad_token_id=0)
+    config = getattr(transformers, f"{family}Config")(**sizes, **heads, **options)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("Gemma2", {"final_logit_softcapping": 0.3, "attn_logit_softcapping": None}),
+        ("Cohere", {"logit_scale": 0.0625}),
+        ("Granite", {"logits_scaling": 8.0}),
+    ],
+)
+def test_scaled_and_capped_heads_give_the_logits_of_the_model(family: str, options: Any) -> None:
+    torch.manual_seed(0)
+    model = tiny_of(family, **options)
+    forward.check_supported(model)
+    ids = torch.randint(64, (2, 9))
+    with torch.no_grad():
+        logits, hidden = model(ids).logits, model.model(ids).last_hidden_state
+        stats = cppo.linear_token_stats(hidden, targets=ids, **forward.lm_head(model)._asdict())
+        plain = cppo.linear_token_stats(hidden, forward.lm_head(model).weight, ids)
+        expected = cppo.token_stats(logits, ids, backend="reference")
+        drawn = _draw(hidden[:, -1], forward.lm_head(model, [int(logits[0, -1].argmax())]), None)
+    torch.testing.assert_close(stats.logps, expected.logps)
+    assert (plain.logps - expected.logps).abs().max() > 1e-3
+    without_best = logits[0, -1].index_fill(0, logits[0, -1].argmax(), -torch.inf)
+    assert drawn[0] == without_best.argmax()
 
 
 def test_models_that_would_run_wrongly_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"final_logit_softcapping .* got 'gemma2' with .* = 30"):
-        forward.check_supported(tiny_gemma2())
-    with pytest.raises(ValueError, match="attn_logit_softcapping.* got 'gemma2' with .* = 50"):
-        forward.check_supported(tiny_gemma2(final_logit_softcapping=None))
+    with pytest.raises(ValueError, match="attn_logit_softcapping.* got 'gemma2' with 50"):
+        forward.check_supported(tiny_of("Gemma2"))
 
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 

@@ -260,6 +260,24 @@ def test_masked_tokens_of_a_rollout_function_are_pruned_along() -> None:
     assert same(*weights)
 
 
+def test_a_trainer_with_an_advantage_per_token() -> None:
+    class PerToken(Fixed):
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            rollout = super()._generate_and_score_completions(inputs)
+            spread = rollout["advantages"][:, None] * rollout["completion_mask"]
+            return {**rollout, "advantages": spread}
+
+    class Mine(adapter.CPPOMixin, PerToken):
+        pass
+
+    options = dataclasses.replace(HALF, loss=LOOK.loss)
+    found, expected = (
+        weights_of(trained("qwen2_5_vl", cppo=options, base=base, max_steps=1).model)
+        for base in (Mine, CPPOFixed)
+    )
+    assert relative_difference(found, expected) < 1e-6
+
+
 # Contrastive perception
 
 
@@ -585,27 +603,52 @@ def test_patch_trl_trains_the_same_and_can_be_undone(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(not HAS_KERNEL, reason="trl before 1.15 has no fused LM head")
-def test_patch_trl_leaves_to_trl_what_it_does_not_compute() -> None:
+@pytest.mark.parametrize(
+    ("softcap", "scale", "outputs", "is_ours"),
+    [
+        (None, 1.0, ("log_probs", "entropy"), True),
+        (None, 2.0, ("log_probs",), True),
+        (3.0, 1.0, ("log_probs", "entropy"), True),
+        (3.0, 0.25, ("log_probs", "entropy"), True),
+        (None, 1.0, ("log_probs", "entropy", "mean_logits", "is_top1"), False),
+    ],
+)
+def test_patch_trl_computes_what_trl_computes(
+    softcap: float | None,
+    scale: float,
+    outputs: tuple[str, ...],
+    is_ours: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from trl.trainer import utils
 
+    calls = []
+    stats = cppo.linear_token_stats
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return stats(*args, **kwargs)
+
+    monkeypatch.setattr(cppo, "linear_token_stats", watch)
+    generator = torch.Generator().manual_seed(0)
+    head = [torch.randn(n, 4, generator=generator, requires_grad=True) for n in (5, 9)]
+    bias = torch.randn(9, generator=generator, requires_grad=True)
+    usual = (*head, bias, torch.tensor([0, 8, 3, 3, 1]), 0.5, 4)
     theirs = utils._ChunkedLogProbFunction
-    hidden, weight = torch.randn(5, 4), torch.randn(9, 4)
-    targets = torch.tensor([0, 8, 3, 3, 1])
-    usual = (hidden, weight, None, targets, 0.5, 4)
     undo = patch_trl("reference")
     try:
-        for softcap, scale, outputs in (
-            (None, 1.0, ("log_probs", "entropy")),
-            (None, 2.0, ("log_probs",)),
-            (3.0, 1.0, ("log_probs", "entropy")),
-            (None, 1.0, ("log_probs", "entropy", "mean_logits", "is_top1")),
-        ):
-            found = utils._ChunkedLogProbFunction.apply(*usual, softcap, scale, outputs)
-            expected = theirs.apply(*usual, softcap, scale, outputs)
-            assert len(found) == len(expected) == 5
-            for ours, exact in zip(found, expected, strict=True):
-                assert (ours is None) == (exact is None)
-                if exact is not None:
-                    assert torch.allclose(ours.float(), exact.float(), atol=1e-5)
+        found = utils._ChunkedLogProbFunction.apply(*usual, softcap, scale, outputs)
     finally:
         undo()
+    assert len(calls) == is_ours
+    expected = theirs.apply(*usual, softcap, scale, outputs)
+    assert len(found) == len(expected) == 5
+    for ours, exact in zip(found, expected, strict=True):
+        assert (ours is None) == (exact is None)
+        if exact is not None:
+            assert torch.allclose(ours.float(), exact.float(), atol=1e-5)
+    for ours, exact in zip(
+        *(torch.autograd.grad(each[0].sum(), [*head, bias]) for each in (found, expected)),
+        strict=True,
+    ):
+        assert torch.allclose(ours, exact, atol=1e-5)

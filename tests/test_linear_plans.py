@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cppo
 from cppo import LossConfig, NumItems, Views, backends
-from cppo.ops import head
+from cppo.ops import head, linear_plans
 from cppo.testing import assert_op_as_accurate, evaluate, in_fp64, make_inputs
 
+FUSED = [name for name in backends.available("linear_cppo_loss") if name != "reference"]
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
-    pytest.mark.skipif(
-        "cpp" not in backends.available("linear_cppo_loss"), reason="the extension is not built"
-    ),
+    pytest.mark.skipif(not FUSED, reason="the extension is not built"),
 ]
 CONFIGS = {
     "resident": LossConfig(cpl_reduction="sequence", cpl_coef=0.5, entropy_coef=0.01),
-    "recompute": LossConfig(cpl_reduction="token", cpl_coef=0.5, entropy_coef=0.01),
+    "deferred": LossConfig(cpl_reduction="token", cpl_coef=0.5, entropy_coef=0.01),
+    "recompute": LossConfig(cpl_reduction="token", cpl_coef=0.5, fraction=1.0),
     "full": LossConfig(divergence="full", cpl_coef=0.5),
     "full, detached": LossConfig(divergence="full", cpl_coef=0.5, detach_anchor=True),
 }
+every_backend = pytest.mark.parametrize("backend", FUSED)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def _ops(backend):
+    backends.pick("linear_cppo_loss", torch.zeros(1), backend)
+    return torch.ops.cppo_triton if backend == "triton" else torch.ops.cppo
 
 
 @pytest.fixture(params=[1, 3, 8], ids=lambda rows: f"{rows} rows a tile")
@@ -34,61 +41,70 @@ def tile(request, monkeypatch):
 
 @every_config
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_tiles_of_any_size_give_the_same(config, layout, tile):
+@every_backend
+def test_tiles_of_any_size_give_the_same(config, layout, tile, backend):
     inputs = in_fp64({**make_inputs("linear_cppo_loss", layout=layout), "config": config})
-    ours, exact = (evaluate("linear_cppo_loss", inputs, name) for name in ("cpp", "reference"))
+    ours, exact = (evaluate("linear_cppo_loss", inputs, name) for name in (backend, "reference"))
     for name in exact:
         torch.testing.assert_close(ours[name], exact[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
 @every_config
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_accuracy_in_small_tiles(config, dtype, monkeypatch):
+@every_backend
+def test_accuracy_in_small_tiles(config, dtype, backend, monkeypatch):
     monkeypatch.setitem(head.TILE_BYTES, "cpu", 3 * 37 * 4)
     inputs = {**make_inputs("linear_cppo_loss", dtype=dtype), "config": config}
-    assert_op_as_accurate("linear_cppo_loss", "cpp", inputs)
-    assert_op_as_accurate("linear_token_stats", "cpp", make_inputs("linear_token_stats"))
+    assert_op_as_accurate("linear_cppo_loss", backend, inputs)
+    assert_op_as_accurate("linear_token_stats", backend, make_inputs("linear_token_stats"))
 
 
-def test_slices_of_the_weight_give_the_same(monkeypatch):
+@every_backend
+def test_slices_of_the_weight_give_the_same(monkeypatch, backend):
     """A CPU without bf16 arithmetic multiplies slices of the weight in fp32."""
     monkeypatch.setattr(head, "multiplies_natively", lambda dtype, device: False)
     monkeypatch.setattr(head, "SLICE_BYTES", 5 * 8 * 4)
     for config in CONFIGS.values():
         inputs = {**make_inputs("linear_cppo_loss", dtype=torch.bfloat16), "config": config}
-        assert_op_as_accurate("linear_cppo_loss", "cpp", inputs)
+        assert_op_as_accurate("linear_cppo_loss", backend, inputs)
 
 
-def _metrics(config, **changes):
+def _metrics(backend, config, **changes):
     inputs = {**make_inputs("linear_cppo_loss"), "config": config, **changes}
     views = Views(*(view.requires_grad_() for view in inputs["hidden"]))
     inputs["weight"].requires_grad_(changes.pop("trains_head", True))
-    return cppo.linear_cppo_loss(**{**inputs, "hidden": views}, backend="cpp").metrics
+    return cppo.linear_cppo_loss(**{**inputs, "hidden": views}, backend=backend).metrics
 
 
-def test_the_plan_and_its_gemm_rows_are_in_the_metrics():
+@every_backend
+def test_the_plan_and_its_gemm_rows_are_in_the_metrics(backend):
     # 21 rows; A > 0 in completions of 5, 7 and 0 tokens: f = 12 / 21.
     inputs = make_inputs("linear_cppo_loss")
-    resident, recompute = _metrics(CONFIGS["resident"]), _metrics(CONFIGS["recompute"])
-    assert resident["head_resident_rows"] == 21 and recompute["head_resident_rows"] == 0
     sampled = inputs["mask"].sum(1)
     seeing = int(sampled[inputs["advantages"] > 0].sum())
-    selected = int(resident["num_selected"])
-    assert 0 < selected < seeing < 21
-    # An entropy bonus gives every row a gradient; clamped divergences can only save more.
-    assert resident["head_gemm_rows"] <= 3 * 21 + seeing + 5 * selected
-    assert recompute["head_gemm_rows"] <= 4 * 21 + seeing + 7 * selected
-    assert resident["head_gemm_rows"] > 3 * 21 + seeing
-    known = _metrics(CONFIGS["recompute"], num_items=NumItems(6, 21, selected))
-    assert known["head_resident_rows"] == 21
+    bounds = {"resident": (3, 5), "deferred": (3, 10), "recompute": (4, 7)}
+    selected = {}
+    for name, (all_rows, selected_rows) in bounds.items():
+        metrics = _metrics(backend, CONFIGS[name])
+        count = selected[name] = int(metrics["num_selected"])
+        assert 0 < count <= seeing < 21
+        # An entropy bonus gives every row a gradient; clamped divergences can only save more.
+        least = all_rows * 21 + seeing if name != "recompute" else 0
+        assert least < metrics["head_gemm_rows"] <= all_rows * 21 + seeing + selected_rows * count
+        resident = {"resident": 21, "deferred": 21 - count, "recompute": 0}
+        assert metrics["head_resident_rows"] == resident[name]
+    for name in ("deferred", "recompute"):
+        known = _metrics(backend, CONFIGS[name], num_items=NumItems(6, 21, selected[name]))
+        assert known["head_resident_rows"] == 21
 
 
 @every_config
-def test_a_frozen_head_gets_no_gradient_and_costs_less(config):
+@every_backend
+def test_a_frozen_head_gets_no_gradient_and_costs_less(config, backend):
     inputs = {**make_inputs("linear_cppo_loss"), "config": config}
-    everything = evaluate("linear_cppo_loss", inputs, "cpp")
+    everything = evaluate("linear_cppo_loss", inputs, backend)
     views = Views(*(view.clone().requires_grad_() for view in inputs["hidden"]))
-    out = cppo.linear_cppo_loss(**{**inputs, "hidden": views}, backend="cpp")
+    out = cppo.linear_cppo_loss(**{**inputs, "hidden": views}, backend=backend)
     assert out.metrics["head_gemm_rows"] < everything["metrics.head_gemm_rows"]
     out.loss.backward()
     scale = torch.randn((), generator=torch.Generator().manual_seed(0))
@@ -97,28 +113,88 @@ def test_a_frozen_head_gets_no_gradient_and_costs_less(config):
 
 
 @every_config
-def test_opcheck(config):
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@every_backend
+def test_opcheck(config, backend, softcap):
     inputs = make_inputs("linear_cppo_loss", layout="packed")
     heads = [inputs[name].requires_grad_() for name in ("weight", "bias")]
     views = [view.requires_grad_() for view in inputs["hidden"]]
     rows = [inputs[name] for name in ("targets", "advantages", "old_logps", "ref_logps")]
     options = [getattr(config, name) for name in config.__dataclass_fields__]
-    arguments = (*views, *heads, *rows, None, inputs["cu_seqlens"], None, *options, [True] * 5)
+    arguments = (
+        *views,
+        *heads,
+        *rows,
+        None,
+        inputs["cu_seqlens"],
+        None,
+        *options,
+        softcap,
+        [True] * 5,
+    )
     names = ["linear_cppo_loss"]
     if config.cpl_reduction == "sequence":
         names.append("linear_cppo_loss_gradients")
     for name in names:
-        outcome = torch.library.opcheck(getattr(torch.ops.cppo, name).default, arguments)
+        outcome = torch.library.opcheck(getattr(_ops(backend), name).default, arguments)
         assert set(outcome.values()) == {"SUCCESS"}
 
 
+class _Waits(TorchDispatchMode):
+    """Counts what would wait for a GPU: values that the host reads, sizes that depend on them."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = 0
+        to_list = torch.Tensor.tolist
+
+        def counted(tensor):
+            self.count += 1
+            return to_list(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", counted)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = name in ("index", "index_put_", "index_put") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        self.count += masks or name in ("nonzero", "_local_scalar_dense", "masked_select")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.skipif("cpp" not in FUSED, reason="the extension is not built")
+def test_the_host_waits_once_and_twice_a_group(layout, monkeypatch):
+    inputs = make_inputs("linear_cppo_loss", layout=layout)
+    rows = [inputs[name] for name in ("targets", "advantages", "old_logps", "ref_logps")]
+    rows += [inputs.get("mask"), inputs.get("cu_seqlens"), None]
+    given = (*inputs["hidden"], inputs["weight"], None, *rows)
+
+    def waits(plan, config, rows_per_tile):
+        monkeypatch.setitem(head.TILE_BYTES, "cpu", rows_per_tile * 37 * 4)
+        options = [getattr(config, name) for name in config.__dataclass_fields__]
+        with _Waits(monkeypatch) as mode:
+            getattr(linear_plans, plan)(torch.ops.cppo, *given, *options, None, [True] * 5)
+        return mode.count
+
+    # Completions of 5, 2, 7, 0, 3 and 4 rows, of which 5, 7 and 0 count twice.
+    resident = "linear_cppo_loss_gradients"
+    assert waits(resident, CONFIGS["resident"], 100) == 1 + 2
+    assert waits(resident, CONFIGS["resident"], 14) == 1 + 2 * 3
+    # Each division by the number of selected rows reads a number that is on the host.
+    assert waits("linear_cppo_loss", CONFIGS["deferred"], 14) == 2 + 1
+    assert waits(resident, CONFIGS["deferred"], 14) == 1 + 2 * 3 + 1 + 2
+
+
 @every_config
-def test_torch_compile_in_one_graph(config):
+@every_backend
+def test_torch_compile_in_one_graph(config, backend):
     inputs = {**make_inputs("linear_cppo_loss", layout="packed"), "config": config}
 
     def loss(views, weight):
         given = {**inputs, "hidden": views, "weight": weight}
-        return cppo.linear_cppo_loss(**given, backend="cpp").loss
+        return cppo.linear_cppo_loss(**given, backend=backend).loss
 
     results = []
     for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
@@ -131,17 +207,18 @@ def test_torch_compile_in_one_graph(config):
         assert torch.equal(eager, compiled)
 
 
-def test_statistics_opcheck_and_scaled_upstream_gradients():
+@every_backend
+def test_statistics_opcheck_and_scaled_upstream_gradients(backend):
     inputs = make_inputs("linear_token_stats")
     hidden, weight, bias = (inputs[n].requires_grad_() for n in ("hidden", "weight", "bias"))
-    op = torch.ops.cppo.linear_token_stats.default
-    arguments = (hidden, weight, bias, inputs["targets"], inputs["mask"], 0.8)
+    op = _ops(backend).linear_token_stats.default
+    arguments = (hidden, weight, bias, inputs["targets"], inputs["mask"], 0.8, 3.0)
     assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
     inputs = make_inputs("linear_cppo_loss")
     for config in CONFIGS.values():
         views = Views(*(view.clone().requires_grad_() for view in inputs["hidden"]))
         given = {**inputs, "hidden": views, "config": config}
-        loss = cppo.linear_cppo_loss(**given, backend="cpp").loss
+        loss = cppo.linear_cppo_loss(**given, backend=backend).loss
         once = torch.autograd.grad(loss, views, retain_graph=True)
         scaled = torch.autograd.grad(loss, views, torch.tensor(-3.0))
         for one, other in zip(once, scaled, strict=True):

@@ -208,7 +208,7 @@ ERRORS = [
     (lambda: linear(H, W[:, 1:], Y), ValueError, "(V, D) = (V >= 1, 4) like hidden, got (5, 3)"),
     (lambda: linear(H, W, Y, bias=W[0]), ValueError, "bias must be (V,) = (5,) like weight"),
     (lambda: linear(H, W, Y, bias=W[:, 0].half()), TypeError, "bias must be torch.float32"),
-    (lambda: linear(H, W.to("meta"), Y), ValueError, "weight must be on cpu like hidden"),
+    (lambda: linear(H, W.to("meta"), Y), ValueError, "weight must hold values, got one on meta"),
     (lambda: linear(H, W, OUT), ValueError, "got 5 at (0, 2)"),
     (lambda: linear(H[:1], W, Y), ValueError, "hidden must be (B, L, D) = (2, 3, D >= 1)"),
 ]

@@ -17,6 +17,15 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def inputs_here(op, **options):
+    def move(value):
+        if isinstance(value, Views):
+            return Views(*map(move, value))
+        return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+    return {name: move(value) for name, value in make_inputs(op, **options).items()}
+
+
 def kernels():
     return backends.pick("advantages_and_prune", torch.zeros(1, device=DEVICE), "triton")
 
@@ -97,7 +106,7 @@ def _with_hole(inputs, name, first, last):
 @pytest.mark.parametrize("vocabulary", [9001, 3 * 8192])
 @pytest.mark.usefixtures("shared_rows", "poisoned")
 def test_programs_that_share_a_row(dtype, vocabulary):
-    inputs = make_inputs("token_stats", lengths=(1, 2), vocabulary=vocabulary, dtype=dtype)
+    inputs = inputs_here("token_stats", lengths=(1, 2), vocabulary=vocabulary, dtype=dtype)
     assert_op_as_accurate("token_stats", "triton", inputs)
     inputs = _with_hole(inputs, "logits", 4096, 8192)
     assert_op_as_accurate("token_stats", "triton", inputs)
@@ -106,10 +115,28 @@ def test_programs_that_share_a_row(dtype, vocabulary):
 
 
 @pytest.mark.parametrize("divergence", ["k3", "full"])
+@pytest.mark.parametrize("vocabulary", [37, 40])
+@pytest.mark.usefixtures("poisoned")
+def test_aligned_rows_of_any_length(vocabulary, divergence):
+    """As the tiles of the fused head: rows start at multiples of 16 bytes and may end anywhere."""
+    inputs = inputs_here("cppo_loss", layout="packed", lengths=(2, 3), vocabulary=vocabulary)
+    inputs["config"] = LossConfig(divergence=divergence, cpl_coef=1.0)
+    padded = [torch.full((5, 48), torch.nan, device=DEVICE) for _ in range(3)]
+    views = Views(*(wide[:, :vocabulary] for wide in padded))
+    for view, logits in zip(views, inputs["logits"], strict=True):
+        view.copy_(logits)
+    kernels()
+    from cppo.triton_kernels import rows
+
+    assert rows.as_rows(views.anchor).alignment == (1 if vocabulary == 37 else 2)
+    assert_op_as_accurate("cppo_loss", "triton", {**inputs, "logits": views})
+
+
+@pytest.mark.parametrize("divergence", ["k3", "full"])
 @pytest.mark.usefixtures("shared_rows", "poisoned")
 def test_programs_that_share_a_row_of_three_views(divergence):
     config = LossConfig(divergence=divergence, cpl_coef=1.0, entropy_coef=0.1)
-    inputs = make_inputs("cppo_loss", layout="packed", lengths=(2, 1, 1), vocabulary=4099)
+    inputs = inputs_here("cppo_loss", layout="packed", lengths=(2, 1, 1), vocabulary=4099)
     inputs = {**inputs, "config": config}
     assert_op_as_accurate("cppo_loss", "triton", inputs)
     inputs = _with_hole(inputs, "logits", 1024, 2048)
@@ -120,7 +147,7 @@ def test_programs_that_share_a_row_of_three_views(divergence):
 def test_no_32_bit_overflow():
     from interpreter import overflow_checks
 
-    inputs = make_inputs("cppo_loss", layout="packed", lengths=(2, 3))
+    inputs = inputs_here("cppo_loss", layout="packed", lengths=(2, 3))
     expected = evaluate("cppo_loss", inputs, "triton")
     with overflow_checks():
         ours = evaluate("cppo_loss", inputs, "triton")

@@ -95,14 +95,18 @@ def memory(
     b = 4 bytes (2 in bf16), h hidden, i intermediate, n layers: b S n (8 h + 4 i), with
     checkpointing b S (n h + 8 h + 4 i); times 3 for the three views, an upper bound, as the
     perturbed ones run only where A > 0. KV cache: 2 b n kv_width (prompt + completion) tokens of
-    generation_batch_size completions. Logits of a micro-batch's R rows: R V 12 bytes for each view,
-    for themselves, their softmax and their gradient in fp32.
+    generation_batch_size completions. Logits: R V 12 bytes for each view of a micro-batch's R rows,
+    for themselves, their softmax and their gradient in fp32, but no more than a tile of the fused
+    head; beside them its gradient in fp32, 4 V h.
+
     Args:
         config: the trainer's options.
         model, step: sizes.
         prompt_tokens: of the longest prompt.
     Returns: {part: bytes}.
     """
+    from cppo.ops.head import TILE_BYTES
+
     width = 2 if config.precision == "bf16" else 4
     trained = model.parameters
     if config.freeze_vision_tower:
@@ -116,6 +120,7 @@ def memory(
         stored = model.hidden * model.layers + layer
     generated = min(config.generation_batch_size, step.sampled)
     cached = generated * (prompt_tokens + config.max_completion_tokens)
+    tile = max(TILE_BYTES.values())
     needs_copy = config.loss.kl_coef > 0 and config.lora is None
     return {
         "weights": model.parameters * (6 if width == 2 else 4),
@@ -124,7 +129,8 @@ def memory(
         "reference copy": 4 * model.parameters if needs_copy else 0,
         "activations (rough)": width * step.microbatch_tokens * stored * views,
         "KV cache of a rollout": 2 * width * model.layers * model.kv_width * cached,
-        "logits": 3 * 4 * step.microbatch_rows * model.vocab * views,
+        "logits, a tile": min(3 * 4 * step.microbatch_rows * model.vocab * views, tile),
+        "gradient of the LM head": 0 if config.lora else 4 * model.vocab * model.hidden,
     }
 
 
@@ -217,7 +223,9 @@ def report(config: RunConfig) -> str:
     parts = memory(trainer, sizes, step, prompt)
     # A rollout and an update follow one another: the larger of the two counts.
     rollout = parts["KV cache of a rollout"]
-    update = parts["activations (rough)"] + parts["logits"]
+    update = (
+        parts["activations (rough)"] + parts["logits, a tile"] + parts["gradient of the LM head"]
+    )
     peak = sum(parts.values()) - min(rollout, update)
     lines += [f"# memory of one process, estimated, {trainer.precision}"]
     lines += _table(

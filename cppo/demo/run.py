@@ -351,9 +351,9 @@ def _entropies(
     from cppo.forward import lm_head
 
     views, packed = forward_views(model, batch, rows, config, trainer.processor)
-    weight, bias = lm_head(model, batch.suppressed)
+    head = lm_head(model, batch.suppressed)._asdict()
     return [
-        (name, linear_token_stats(hidden, weight, packed.targets, bias=bias).entropy)
+        (name, linear_token_stats(hidden, targets=packed.targets, **head).entropy)
         for name, hidden in zip(views._fields, views, strict=True)
         if hidden is not None
     ]

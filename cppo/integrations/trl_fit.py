@@ -62,9 +62,9 @@ def check() -> list[Fit]:
 def patch_trl(backend: str = "auto") -> Callable[[], None]:
     """Put `cppo.linear_token_stats` in the place of the kernel of TRL's fused LM head.
 
-    TRL looks one global up at every call, so this reaches GRPO, RLOO, DPO, KTO and SFT alike. What
-    ours does not compute stays TRL's: soft-capped logits, statistics other than log-probability and
-    entropy, weights that DeepSpeed ZeRO-3 has partitioned.
+    TRL looks one global up at every call, so this reaches GRPO, RLOO, DPO, KTO and SFT alike.
+    Statistics other than log-probability and entropy stay TRL's, as does a weight of DeepSpeed ZeRO-3
+    in another dtype than the hidden states.
     Args: backend: of `cppo.linear_token_stats`.
     Returns: a function that puts TRL's kernel back.
     Raises: RuntimeError if the installed TRL has no such kernel, or one that is called otherwise.
@@ -72,7 +72,6 @@ def patch_trl(backend: str = "auto") -> Callable[[], None]:
     fit = check()[-1]
     if not fit.fits:
         raise RuntimeError(f"cppo.patch_trl: {fit}")
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
     from trl.trainer import utils
 
     kernels: Any = utils
@@ -90,8 +89,8 @@ def patch_trl(backend: str = "auto") -> Callable[[], None]:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("log_probs",),
     ) -> tuple[Tensor | None, ...]:
-        ours = softcapping is None and logit_scale > 0 and {*outputs} <= {"log_probs", "entropy"}
-        if not ours or is_deepspeed_zero3_enabled():
+        ours = {*outputs} <= {"log_probs", "entropy"}
+        if not ours or (hasattr(weight, "ds_id") and weight.dtype != hidden.dtype):
             rest = (temperature, chunk_size, softcapping, logit_scale, outputs)
             return original.apply(hidden, weight, bias, targets, *rest)
         stats = cppo.linear_token_stats(
@@ -99,7 +98,9 @@ def patch_trl(backend: str = "auto") -> Callable[[], None]:
             weight.to(hidden.dtype),
             targets,
             bias=None if bias is None else bias.to(hidden.dtype),
-            temperature=temperature / logit_scale,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcapping,
             backend=backend,
         )
         return stats.logps, stats.entropy if "entropy" in outputs else None, None, None, None

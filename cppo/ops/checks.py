@@ -237,7 +237,9 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
             f"cppo.{op}: weight must be (V, D) = (V >= 1, {hidden.shape[-1]}) like hidden, "
             f"got {_of(weight.shape)}"
         )
-    check_same_device(op, hidden=hidden, weight=weight, bias=bias)
+    check_same_device(op, weight=weight, bias=bias)
+    if weight.is_meta and not hidden.is_meta:
+        raise ValueError(f"cppo.{op}: weight must hold values, got one on meta (offloaded?)")
     heads: list[tuple[str, Tensor]] = [("weight", weight)]
     if bias is not None:
         check_tensor(op, "bias", bias, "floating")
@@ -250,16 +252,37 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
             )
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under torch.autocast: the tensors in its dtype, as it gives them to F.linear."""
-    first = tensors[0]
-    assert first is not None
-    device = first.device.type
-    if not torch.is_autocast_enabled(device):
+def checked_scale(op: str, logit_scale: Any, softcap: Any) -> tuple[float, float | None]:
+    """The scale of the logits, and the softcap of logits without that scale.
+
+    scale * z and c * tanh(scale * z / c) are scale times z and c/scale * tanh(z / (c/scale)): the
+    scale goes into the temperature, and only the cap is left for the ops.
+    """
+    check_positive(op, "logit_scale", logit_scale)
+    if softcap is None:
+        return float(logit_scale), None
+    check_positive(op, "softcap", softcap)
+    return float(logit_scale), softcap / logit_scale
+
+
+def to(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors on a device."""
+    return tuple(tensor if tensor is None else tensor.to(device) for tensor in tensors)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What torch.autocast casts the inputs of F.linear to; None where it is off."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in an autocast dtype; as they are for None, and those of fp64."""
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(
-        tensor.to(dtype) if tensor is not None and tensor.dtype != torch.float64 else tensor
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
         for tensor in tensors
     )
 

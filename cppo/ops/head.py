@@ -1,4 +1,4 @@
-"""The LM head on tiles of rows: logits = hidden @ weight^T + bias, and its gradients.
+"""The LM head on tiles of rows: logits = hidden @ weight^T + bias, perhaps capped; its gradients.
 
 A tile is (rows, V) and lives as long as its statistics and gradients take: `TILE_BYTES` is the one
 number that bounds the memory of the fused head. Every product is a vendor GEMM. The gradient of
@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# On a GPU a tile of 1024 rows of a vocabulary of 150,000 keeps the GEMM at its full rate; on a CPU
-# 128 MiB are 220 rows of it in fp32.
+# On a GPU 1 GiB is 3500 rows of a vocabulary of 150,000 in bf16: enough that a product costs more
+# than the pass over the fp32 gradient of the weight that it is added to (twice V D 4 bytes; at the
+# rates of an H200 as long as the product of 750 rows). A tile for the L2 cache would have 150 rows.
+# On a CPU 128 MiB are 220 rows in fp32.
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 SLICE_BYTES = 8 << 20  # of the fp32 copy of a part of the weight
 
@@ -38,6 +39,8 @@ class Head:
     Args:
         weight: (V, D).
         bias: (V,) or None.
+        softcap: c of c * tanh(logits / c), or None. A capped tile has a second one beside it for
+            the slope of the cap, and therefore half the rows.
         wants_weight, wants_bias: whether their gradients are accumulated; a frozen head costs no
             product for them.
     """
@@ -46,10 +49,14 @@ class Head:
         self,
         weight: Tensor,
         bias: Tensor | None,
+        softcap: float | None = None,
         wants_weight: bool = False,
         wants_bias: bool = False,
     ) -> None:
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.softcap = weight, bias, softcap
+        self.never = None
+        if bias is not None and softcap is not None:
+            self.never = bias.isneginf().nonzero()[:, 0]
         self.native = multiplies_natively(weight.dtype, weight.device)
         self.accumulator = torch.promote_types(weight.dtype, torch.float32)
         self.grad_weight = self._new_zeros(weight) if wants_weight else None
@@ -61,11 +68,13 @@ class Head:
     @property
     def rows_per_tile(self) -> int:
         """Rows whose logits fit the tile."""
-        bytes_per_logit = (
-            self.weight if self.native else self.weight.new_empty(0).float()
-        ).itemsize
+        dtype = self.weight.dtype if self.native else self.accumulator
+        # With a bias or a cap logits are in fp32, and beside them is a tile in the weight's dtype.
+        wide = self.accumulator != dtype and not (self.bias is None and self.softcap is None)
+        bytes_per_logit = dtype.itemsize + (self.accumulator.itemsize if wide else 0)
         budget = TILE_BYTES.get(self.weight.device.type, TILE_BYTES["cuda"])
-        return max(1, budget // (self.weight.shape[0] * bytes_per_logit))
+        rows = budget // (self.weight.shape[0] * bytes_per_logit)
+        return max(1, rows if self.softcap is None else rows // 2)
 
     def _slices(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in fp32, a part of the vocabulary at a time."""
@@ -74,27 +83,84 @@ class Head:
             part = slice(first, first + step)
             yield part, self.weight[part].float()
 
+    def _new_tile(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """(rows, V), every row at a multiple of 16 bytes: GPUs read and write others slowly."""
+        size = self.weight.shape[0]
+        if not self.weight.is_cuda:
+            return self.weight.new_empty(rows, size, dtype=dtype)
+        unit = 16 // dtype.itemsize
+        return self.weight.new_empty(rows, -(-size // unit) * unit, dtype=dtype)[:, :size]
+
+    def _product(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """hidden @ weight^T in this dtype."""
+        if dtype == hidden.dtype:
+            return torch.mm(hidden, self.weight.t(), out=self._new_tile(len(hidden), dtype))
+        if not hidden.is_cuda:
+            return self._product(hidden, hidden.dtype).to(dtype)
+        tile = self._new_tile(len(hidden), dtype)
+        return torch.mm(hidden, self.weight.t(), out_dtype=dtype, out=tile)
+
+    def rows_of(self, tile: Tensor, places: Tensor) -> Tensor:
+        """A copy of some rows."""
+        return torch.index_select(tile, 0, places, out=self._new_tile(len(places), tile.dtype))
+
+    def stacked(self, tiles: list[Tensor]) -> Tensor:
+        """The rows of several tiles in one."""
+        if len(tiles) == 1:
+            return tiles[0]
+        rows = sum(map(len, tiles))
+        return torch.cat(tiles, out=self._new_tile(rows, tiles[0].dtype))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, V) of (rows, D); fp32 where this CPU multiplies in fp32."""
         if self.native:
-            logits = F.linear(hidden, self.weight)
-            # A bias is added in fp32, as by the specification.
-            return logits if self.bias is None else logits.to(self.accumulator) + self.bias
+            if self.bias is None and self.softcap is None:
+                return self._product(hidden, hidden.dtype)
+            # Bias and cap work in fp32, as in the specification.
+            logits = self._product(hidden, self.accumulator)
+            return self._cap(logits if self.bias is None else logits.add_(self.bias))
         wide = hidden.float()
         logits = wide.new_empty(len(hidden), self.weight.shape[0])
         for part, weight in self._slices():
             torch.mm(wide, weight.t(), out=logits[:, part])
-        return logits if self.bias is None else logits.add_(self.bias)
+        return self._cap(logits if self.bias is None else logits.add_(self.bias))
 
-    def backward(self, grad_logits: Tensor, hidden: Tensor, wants_hidden: bool) -> Tensor | None:
-        """The gradient of these rows of hidden, (rows, D) in fp32; adds to those of the head."""
+    def _cap(self, logits: Tensor) -> Tensor:
+        if self.softcap is None:
+            return logits
+        logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        # What a bias of -inf rules out stays ruled out.
+        return logits if self.never is None else logits.index_fill_(1, self.never, -torch.inf)
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """Derivative of the cap, from capped logits; None without a cap."""
+        if self.softcap is None:
+            return None
+        # Not negative: at a logit of -inf no gradient arrives, and 0 * -inf would be NaN.
+        return (logits / self.softcap).square_().neg_().add_(1).clamp_(min=0)
+
+    def backward(
+        self,
+        grad_logits: Tensor,
+        hidden: Tensor,
+        wants_hidden: bool,
+        slope: Tensor | None = None,
+    ) -> Tensor | None:
+        """The gradient of these rows of hidden, (rows, D) in fp32; adds to those of the head.
+
+        `slope`: of these rows' logits; `grad_logits` is overwritten with it.
+        """
+        if slope is not None:
+            grad_logits.mul_(slope)
         if self.grad_bias is not None:
             self.grad_bias += grad_logits.sum(0, dtype=self.accumulator)
         if self.native:
-            grad_logits = grad_logits.to(self.weight.dtype)
+            if grad_logits.dtype != self.weight.dtype:
+                tile = self._new_tile(len(grad_logits), self.weight.dtype)
+                grad_logits = tile.copy_(grad_logits)
             if self.grad_weight is not None:
                 self._add_weight_gradient(grad_logits, hidden)
-            return (grad_logits @ self.weight).to(self.accumulator) if wants_hidden else None
+            return self._matrix_product(grad_logits, self.weight) if wants_hidden else None
         wide = hidden.float()
         grad_hidden = torch.zeros_like(wide) if wants_hidden else None
         for part, weight in self._slices():
@@ -105,16 +171,23 @@ class Head:
                 self.grad_weight[part].addmm_(tile.t(), wide)
         return grad_hidden
 
+    def _matrix_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """left @ right in the accumulator's dtype."""
+        if left.is_cuda and left.dtype != self.accumulator:
+            # Summed in fp32 throughout; rounded to bf16 between its parts a product would be less.
+            return torch.mm(left, right, out_dtype=self.accumulator)
+        return (left @ right).to(self.accumulator)
+
     def _add_weight_gradient(self, grad_logits: Tensor, hidden: Tensor) -> None:
         assert self.grad_weight is not None
+        total, columns = self.grad_weight, grad_logits.t()
         if grad_logits.dtype == self.accumulator:
-            self.grad_weight.addmm_(grad_logits.t(), hidden)
+            total.addmm_(columns, hidden)
+            return
+        if hidden.is_cuda:
+            torch.addmm(total, columns, hidden, out_dtype=self.accumulator, out=total)
             return
         step = max(1, (32 << 20) // (4 * max(1, hidden.shape[1])))
-        for first in range(0, len(self.grad_weight), step):
+        for first in range(0, len(total), step):
             part = slice(first, first + step)
-            columns = grad_logits[:, part].t()
-            if hidden.is_cuda:
-                self.grad_weight[part] += torch.mm(columns, hidden, out_dtype=self.accumulator)
-            else:
-                self.grad_weight[part] += columns @ hidden
+            total[part] += columns[part] @ hidden

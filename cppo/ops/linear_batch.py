@@ -11,7 +11,7 @@ them), or among those of completions with perturbed views ("seeing" rows).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,10 +23,36 @@ from cppo.ops.library import COEFFICIENTS, CONFIG_FIELDS, STATS_SAVED
 from cppo.records import Views
 
 ANCHOR, POSITIVE, NEGATIVE, WEIGHT, BIAS = range(5)  # of `wants`; the views first
+EVERY_VIEW = (ANCHOR, POSITIVE, NEGATIVE)
 COEFFICIENT = {ANCHOR: 0, POSITIVE: 2, NEGATIVE: 3}  # row of the derivative by a view's logp
 SAVED = {view: slice(3 * view, 3 * view + 3) for view in range(3)}  # rows of its statistics
 # Logits that are still there, by view: of all rows of a range; of the positive, the selected ones.
 Tiles = dict[int, Tensor]
+# Of some rows of a view: the view, their places, the gradient of their logits, their hidden states.
+Waiting = tuple[int, Tensor, Tensor, Tensor]
+
+
+def _from_zero(counts: Tensor) -> Tensor:
+    """Running sums, (n + 1,)."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _ends(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Where each completion begins, and the last one ends, (B + 1,) int64."""
+    if cu_seqlens is not None:
+        return cu_seqlens.to(targets.device, torch.int64)
+    return torch.arange(targets.shape[0] + 1, device=targets.device) * targets.shape[1]
+
+
+def _where(*masks: Tensor) -> list[Tensor]:
+    """The places that each (n,) mask names; waits for the device once."""
+    sizes = torch.stack([mask.sum() for mask in masks]).tolist()
+    return [places_of(mask, size) for mask, size in zip(masks, sizes, strict=True)]
+
+
+def places_of(counts: Tensor, size: int) -> Tensor:
+    """Where (n,) is not zero, of which the host knows how often that is."""
+    return torch.nonzero_static(counts, size=size)[:, 0]
 
 
 class LinearBatch:
@@ -55,33 +81,25 @@ class LinearBatch:
         self.ops, self.head, self.temperature = ops, head, temperature
         self.advantages = advantages
         self.hidden = [None if view is None else view.reshape(-1, view.shape[-1]) for view in views]
-        if cu_seqlens is None:
-            lengths = [targets.shape[1]] * targets.shape[0]
-            self.longest = targets.shape[1]
-        else:
-            lengths = cu_seqlens.diff().tolist()
-            self.longest = max(lengths, default=0)
         device, total = targets.device, targets.numel()
-        owner = torch.arange(len(lengths), device=device).repeat_interleave(
-            torch.tensor(lengths, dtype=torch.int64, device=device), output_size=total
-        )
-        everything = torch.arange(total, device=device)
-        rows = everything if mask is None else mask.reshape(-1).nonzero()[:, 0]
-        owner_of_row = owner[rows]
-        counts = torch.bincount(owner_of_row, minlength=len(lengths)).tolist()
-        self.starts = [0, *accumulate(counts)]
-        self.num_rows, self.num_completions = len(rows), len(lengths)
-
-        sees = torch.zeros(len(lengths), dtype=torch.bool, device=device)
+        ends = _ends(targets, cu_seqlens)
+        sees = torch.zeros(len(ends) - 1, dtype=torch.bool, device=device)
         if views.negative is not None:
             sees = advantages > 0 if gating else torch.ones_like(sees)
-        seeing = sees[owner_of_row]
-        self.seeing = seeing.nonzero()[:, 0]
-        looks = sees.tolist()
-        self.seeing_starts = [
-            0,
-            *accumulate(n if look else 0 for n, look in zip(counts, looks, strict=True)),
-        ]
+        position = torch.arange(total, device=device)
+        owner = torch.searchsorted(ends[1:], position, right=True)
+        counts = torch.ones_like(position) if mask is None else mask.reshape(-1).long()
+        # Of completion c: its rows among those that count, and among those of seeing completions.
+        self.row_ends = _from_zero(counts)[ends]
+        self.seeing_ends = _from_zero(self.row_ends.diff() * sees)
+        # The one wait for the device here: sizes, and with them where every completion lies.
+        self.starts, self.seeing_starts, host_ends = torch.stack(
+            [self.row_ends, self.seeing_ends, ends]
+        ).tolist()
+        self.longest = max((b - a for a, b in pairwise(host_ends)), default=0)
+        self.num_rows, self.num_completions = self.starts[-1], len(ends) - 1
+        rows = position if mask is None else places_of(counts, self.num_rows)
+        self.seeing = places_of(sees[owner[rows]], self.seeing_starts[-1])
         compact = sees[owner].cumsum(0) - 1
         self.rows = rows
         at = rows[self.seeing]
@@ -105,7 +123,10 @@ class LinearBatch:
         self.entropy = [new(self.num_rows) for _ in range(3)]
         self.selected = torch.zeros(self.num_rows, dtype=torch.bool, device=device)
         self.hidden_gradients: list[Tensor | None] = [None, None, None]
-        self.rows_multiplied = 0
+        # Gradients of few rows, which are multiplied together: a product costs a pass over the
+        # gradient of the weight, however few rows it has.
+        self.waiting: list[Waiting] = []
+        self.rows_multiplied = self.num_selected = 0
 
     # Rows and tiles
 
@@ -133,8 +154,8 @@ class LinearBatch:
 
     # Statistics
 
-    def statistics(self, first: int, last: int, config: LossConfig, keep: bool) -> Tiles:
-        """Statistics and selection of a range; returns the logits with `keep`."""
+    def statistics(self, first: int, last: int, config: LossConfig, keep: tuple[int, ...]) -> Tiles:
+        """Statistics and selection of a range; returns the logits of the views in `keep`."""
         tiles: Tiles = {}
         rows = self.range_of(first, last)
         self._stats_of(ANCHOR, rows, rows, keep, tiles)
@@ -142,7 +163,7 @@ class LinearBatch:
         if self.hidden[NEGATIVE] is None:
             return tiles
         self._stats_of(NEGATIVE, seeing, places, keep, tiles)
-        bounds = torch.tensor(self.seeing_starts[first : last + 1], device=rows.device)
+        bounds = self.seeing_ends[first : last + 1]
         self.selected[seeing] = self.ops.perception_mask(
             self.entropy[ANCHOR][seeing],
             self.entropy[NEGATIVE][seeing],
@@ -152,15 +173,20 @@ class LinearBatch:
         )
         if self.hidden[POSITIVE] is None:
             return tiles
-        chosen = self.selected[seeing]
+        (chosen,) = _where(self.selected[seeing])
+        self.num_selected += len(chosen)
         if config.divergence == "full":
             self._margins(seeing[chosen], places[chosen])
         else:
             self._stats_of(POSITIVE, seeing[chosen], places[chosen], keep, tiles)
         return tiles
 
-    def _stats_of(self, view: int, rows: Tensor, places: Tensor, keep: bool, tiles: Tiles) -> None:
-        step = max(1, len(rows)) if keep else self.head.rows_per_tile
+    def _stats_of(
+        self, view: int, rows: Tensor, places: Tensor, keep: tuple[int, ...], tiles: Tiles
+    ) -> None:
+        # Where others are kept there is a third of a tile left.
+        room = max(1, self.head.rows_per_tile // 3) if keep else self.head.rows_per_tile
+        step = max(1, len(rows)) if view in keep else room
         for some, where in zip(rows.split(step), places.split(step), strict=True):
             _, logits = self._logits(view, where)
             logps, entropy, saved = self.ops.token_stats(
@@ -169,7 +195,7 @@ class LinearBatch:
             self.logps[view][some] = logps
             self.saved[SAVED[view], some] = saved
             self.entropy[view][some] = entropy
-            if keep:
+            if view in keep:
                 tiles[view] = logits
 
     def _margins(self, rows: Tensor, places: Tensor) -> None:
@@ -194,7 +220,7 @@ class LinearBatch:
 
     def _one_completion(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Advantages and cu_seqlens of rows that are called one completion."""
-        ends = torch.tensor([0, len(rows)], device=rows.device)
+        ends = torch.arange(2, device=rows.device) * len(rows)
         return self.advantages.new_ones(1), ends
 
     # Loss
@@ -207,34 +233,32 @@ class LinearBatch:
         ref_logps: Tensor | None,
         by: tuple[float, float],
         config: LossConfig,
+        contrast: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Loss and metrics of a range; fills its coefficients. old, ref: (n,) of the rows."""
         part = slice(self.starts[first], self.starts[last])
-        device = self.rows.device
-        bounds = torch.tensor(self.starts[first : last + 1]) - self.starts[first]
-        has_positive = self.hidden[POSITIVE] is not None
+        has_positive = self.hidden[POSITIVE] is not None and contrast
         full = config.divergence == "full"
 
-        def host(values: Tensor | None) -> Tensor | None:
-            # A few numbers per row, and the extension has the arithmetic.
-            return None if values is None else values[part].cpu()
+        def here(values: Tensor | None, wanted: bool = True) -> Tensor | None:
+            return None if values is None or not wanted else values[part]
 
-        loss, metrics, coefficients = torch.ops.cppo.loss_terms(
-            host(self.logps[ANCHOR]),
-            host(self.entropy[ANCHOR]),
-            host(self.logps[POSITIVE]) if has_positive and not full else None,
-            host(self.logps[NEGATIVE]) if has_positive and not full else None,
-            host(self.margin) if has_positive and full else None,
-            host(self.selected),
-            self.advantages[first:last].cpu(),
-            host(old_logps),
-            host(ref_logps),
-            bounds,
+        loss, metrics, coefficients = self.ops.loss_terms(
+            self.logps[ANCHOR][part],
+            self.entropy[ANCHOR][part],
+            here(self.logps[POSITIVE], has_positive and not full),
+            here(self.logps[NEGATIVE], has_positive and not full),
+            here(self.margin, has_positive and full),
+            self.selected[part],
+            self.advantages[first:last],
+            here(old_logps),
+            here(ref_logps),
+            self.row_ends[first : last + 1] - self.row_ends[first],
             *by,
             *(getattr(config, name) for name in CONFIG_FIELDS),
         )
-        self.coefficients[:, part] = coefficients.to(device)
-        return loss.to(device), metrics.to(device)
+        self.coefficients[:, part] = coefficients
+        return loss, metrics
 
     # Gradients
 
@@ -244,37 +268,47 @@ class LinearBatch:
         """Adds the gradients of a range to those of the views and of the head."""
         rows = self.range_of(first, last)
         seeing, places = self.seeing_range(first, last)
-        chosen = self.selected[seeing]
+        anchor = self._counts(ANCHOR, rows)
         if config.divergence == "full" and self.hidden[POSITIVE] is not None:
-            contrasted = self.coefficients[2, seeing] != 0
-            self._contrast(seeing[contrasted], places[contrasted], config, wants)
             if not config.detach_anchor:
-                rows = rows[self.coefficients[2, rows] == 0]
-            self._gradient_of(ANCHOR, rows, rows, wants, None)
+                anchor &= ~self._counts(POSITIVE, rows)
+            contrasted, own = _where(self._counts(POSITIVE, seeing), anchor)
+            self._contrast(seeing[contrasted], places[contrasted], config, wants)
+            self._gradient_of(ANCHOR, rows[own], rows[own], wants, None, own)
             return
-        self._gradient_of(ANCHOR, rows, rows, wants, tiles.get(ANCHOR))
+        masks = [self._counts(view, seeing) for view in (POSITIVE, NEGATIVE)]
+        own, positive, negative = _where(anchor, *masks)
+        # The logits of a view are let go of before those of the next get a gradient.
+        self._gradient_of(ANCHOR, rows[own], rows[own], wants, tiles.pop(ANCHOR, None), own)
         if self.hidden[POSITIVE] is not None:
-            selected = (seeing[chosen], places[chosen])
-            self._gradient_of(POSITIVE, *selected, wants, tiles.get(POSITIVE))
-            self._gradient_of(NEGATIVE, seeing, places, wants, tiles.get(NEGATIVE))
+            kept = tiles.pop(NEGATIVE, None)
+            self._gradient_of(NEGATIVE, seeing[negative], places[negative], wants, kept, negative)
+            # Of the positive there are the logits of the selected rows.
+            at = (self.selected[seeing].cumsum(0) - 1)[positive]
+            kept = tiles.pop(POSITIVE, None)
+            self._gradient_of(POSITIVE, seeing[positive], places[positive], wants, kept, at)
 
-    def _active(self, view: int, rows: Tensor) -> Tensor:
-        """The places among `rows` of those with a coefficient."""
+    def _counts(self, view: int, rows: Tensor) -> Tensor:
+        """Which of the rows have a coefficient."""
         counts = self.coefficients[COEFFICIENT[view], rows] != 0
-        if view == ANCHOR:
-            counts = counts | (self.coefficients[1, rows] != 0)
-        return counts.nonzero()[:, 0]
+        return counts | (self.coefficients[1, rows] != 0) if view == ANCHOR else counts
 
     def _gradient_of(
-        self, view: int, rows: Tensor, places: Tensor, wants: list[bool], kept: Tensor | None
+        self,
+        view: int,
+        rows: Tensor,
+        places: Tensor,
+        wants: list[bool],
+        kept: Tensor | None,
+        at: Tensor,
     ) -> None:
-        """`kept`: the logits of these rows, which are overwritten; None: they are computed."""
+        """`kept`: logits, overwritten, in which these rows lie at `at`; None: they are computed."""
         if not (wants[view] or wants[WEIGHT] or wants[BIAS]):
             return
-        active = self._active(view, rows)
-        step = max(1, len(active)) if kept is not None else self.head.rows_per_tile
-        for part in active.split(step) if len(active) else ():
-            some, where = rows[part], places[part]
+        step = self.head.rows_per_tile if kept is None else max(1, len(rows))
+        for some, where in zip(rows.split(step), places.split(step), strict=True):
+            if not len(some):
+                return
             d_entropy = self.coefficients[1, some] if view == ANCHOR else None
             if kept is None:
                 # Statistics of these very logits: another GEMM rounds them in another way, and
@@ -283,13 +317,14 @@ class LinearBatch:
                 saved = self._saved_of(logits, some)
             else:
                 hidden = self._hidden_at(view, where)
-                logits = kept if len(part) == len(rows) else kept[part]
+                logits = kept if len(at) == len(kept) else self.head.rows_of(kept, at)
                 saved = self.saved[SAVED[view], some]
+            slope = self.head.slope(logits)
             d_logps = self.coefficients[COEFFICIENT[view], some]
             self.ops.token_stats_backward_(
                 d_logps, d_entropy, logits, self.targets[some], None, saved, self.temperature
             )
-            self._add(view, where, logits, hidden, wants)
+            self._add(view, where, logits, hidden, wants, slope)
 
     def _contrast(
         self, rows: Tensor, places: Tensor, config: LossConfig, wants: list[bool]
@@ -303,14 +338,16 @@ class LinearBatch:
             one, ends = self._one_completion(some)
             coefficients = self.coefficients[:, some]
             if config.detach_anchor:
-                coefficients = coefficients * (coefficients.new_tensor([0, 0, 1, 1])[:, None])
+                coefficients[:2] = 0
+            saved = self._statistics_of_three(logits, some)
+            slopes = [self.head.slope(tile) for tile in logits]
             self.ops.cppo_loss_backward_(
                 self.coefficients.new_ones(()),
                 *logits,
                 self.targets[some],
                 one,
                 ends,
-                self._statistics_of_three(logits, some),
+                saved,
                 coefficients,
                 self.temperature,
                 "full",
@@ -319,35 +356,66 @@ class LinearBatch:
             )
             for view in range(3):
                 if view != ANCHOR or not config.detach_anchor:
-                    self._add(view, at[view], logits[view], hidden[view], wants)
+                    self._add(view, at[view], logits[view], hidden[view], wants, slopes[view])
 
     def _saved_of(self, logits: Tensor, rows: Tensor) -> Tensor:
         targets = self.targets[rows]
         return self.ops.token_stats(logits, targets, None, self.temperature, False)[2]
 
     def _add(
-        self, view: int, places: Tensor, grad_logits: Tensor, hidden: Tensor, wants: list[bool]
+        self,
+        view: int,
+        places: Tensor,
+        grad_logits: Tensor,
+        hidden: Tensor,
+        wants: list[bool],
+        slope: Tensor | None,
     ) -> None:
-        gradient = self.head.backward(grad_logits, hidden, wants[view])
+        if slope is not None:
+            grad_logits.mul_(slope)
         self.rows_multiplied += len(places) * (wants[view] + wants[WEIGHT])
-        if gradient is None:
+        item = (view, places, grad_logits, hidden)
+        room = self.head.rows_per_tile // 4
+        if len(places) > room:
+            self._multiply([item], wants)
             return
+        if sum(len(other[1]) for other in self.waiting) + len(places) > room:
+            self.flush(wants)
+        self.waiting.append(item)
+
+    def flush(self, wants: list[bool]) -> None:
+        """Multiplies the gradients that wait."""
+        waiting, self.waiting = self.waiting, []
+        if waiting:
+            self._multiply(waiting, wants)
+
+    def _multiply(self, items: list[Waiting], wants: list[bool]) -> None:
+        views, places, tiles, hidden = zip(*items, strict=True)
+        wanted = any(wants[view] for view in views)
+        gradients = self.head.backward(self.head.stacked(list(tiles)), torch.cat(hidden), wanted)
+        if gradients is None:
+            return
+        parts = gradients.split([len(at) for at in places])
+        for view, at, gradient in zip(views, places, parts, strict=True):
+            if wants[view]:
+                self._place(view, at, gradient)
+
+    def _place(self, view: int, places: Tensor, gradient: Tensor) -> None:
         source = self.hidden[view]
         assert source is not None
         total = self.hidden_gradients[view]
         if total is None:
             total = torch.zeros_like(source, dtype=self.logps[0].dtype)
             self.hidden_gradients[view] = total
-        total[self.view_rows[view][places]] = gradient
+        # A row has one gradient of the policy terms, and perhaps another of the contrastive one.
+        total[self.view_rows[view][places]] += gradient
 
-    def backward_rows(self, config: LossConfig, wants: list[bool]) -> int:
+    def backward_rows(self, config: LossConfig, wants: list[bool]) -> Tensor:
         """Rows that a recomputing backward will multiply, once for each product."""
         products = [1 + wants[view] + wants[WEIGHT] for view in range(3)]
-        together = 0
         rows = torch.arange(self.num_rows, device=self.rows.device)
+        counts = [self._counts(view, rows) for view in range(3)]
         if config.divergence == "full":
-            together = int((self.coefficients[2] != 0).sum())
-            own = rows if config.detach_anchor else rows[self.coefficients[2] == 0]
-            return together * sum(products) + len(self._active(ANCHOR, own)) * products[ANCHOR]
-        active = [len(self._active(view, rows)) for view in range(3)]
-        return sum(n * k for n, k in zip(active, products, strict=True))
+            own = counts[ANCHOR] if config.detach_anchor else counts[ANCHOR] & ~counts[POSITIVE]
+            return counts[POSITIVE].sum() * sum(products) + own.sum() * products[ANCHOR]
+        return torch.stack([n.sum() * k for n, k in zip(counts, products, strict=True)]).sum()

@@ -3,16 +3,22 @@
 Logits exist a tile at a time (`cppo.ops.head`); their statistics and gradients are those of
 `token_stats` and `cppo_loss`. What needs no computing is not computed: rows that are masked, views
 of completions with A <= 0, the positive away from the perception tokens, the backward of rows
-whose coefficient is zero. The loss has two plans:
-
-resident: where the loss's denominators are known beforehand and a gradient is wanted. A group of
-    completions that fits a tile at a time: statistics, selection, loss and gradients while its
-    logits are alive. The forward computes the gradients, the backward scales them.
-recompute: statistics of all rows, then the loss; the backward computes the logits of the rows that
-    have a gradient once more. A completion longer than a tile is always treated so.
+whose coefficient is zero.
 
 In GEMM units (one view's logits), with f the share of tokens in completions with A > 0 and r the
-selected share of those, that is 3 + f + 5fr against 4 + f + 7fr; three views in full take 12.
+selected share of those, three views in full take 12. The plans of the loss:
+
+resident, 3 + f + 5fr: where the loss's denominators are known beforehand. A group of completions
+    that fits a tile at a time: statistics, selection, loss and gradients while its logits are
+    alive.
+deferred, 3 + f + 10fr: where the contrastive term is divided by the number of selected tokens, and
+    they are few (3fr < 1). So for the policy terms; the logits of the selected tokens are computed
+    once more when all are counted.
+recompute, 4 + f + 7fr: statistics of all rows, then the loss; then the logits of the rows that have
+    a gradient once more. A completion longer than a tile is always treated so.
+
+The forward computes the gradients, the backward scales them. With divergence="full" the backward
+recomputes.
 """
 
 from __future__ import annotations
@@ -42,23 +48,24 @@ _HEAD = "Tensor weight, Tensor? bias"
 _LOSS = (
     f"(Tensor anchor, Tensor? positive, Tensor? negative, {_HEAD}, Tensor targets, "
     "Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? mask, Tensor? cu_seqlens, "
-    f"Tensor? num_items, {CONFIG}, bool[] wants)"
+    f"Tensor? num_items, {CONFIG}, float? softcap, bool[] wants)"
 )
 _OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 
 # `wants`: gradients of anchor, positive, negative, weight, bias.
 SCHEMAS = {
     "linear_token_stats": f"(Tensor hidden, {_HEAD}, Tensor targets, Tensor? mask, "
-    "float temperature) -> (Tensor, Tensor)",
+    "float temperature, float? softcap) -> (Tensor, Tensor)",
     "linear_token_stats_backward": "(Tensor? grad_logps, Tensor? grad_entropy, Tensor hidden, "
-    f"{_HEAD}, Tensor targets, Tensor? mask, float temperature, bool[] wants) "
+    f"{_HEAD}, Tensor targets, Tensor? mask, float temperature, float? softcap, bool[] wants) "
     "-> (Tensor, Tensor, Tensor)",
     "linear_cppo_loss": f"{_LOSS} -> ({_OUTPUTS}, Tensor)",
     "linear_cppo_loss_backward": "(Tensor grad_loss, Tensor anchor, Tensor? positive, "
     f"Tensor? negative, {_HEAD}, Tensor targets, Tensor advantages, Tensor? mask, "
     "Tensor? cu_seqlens, Tensor coefficients, float temperature, str divergence, "
-    "bool gating, bool detach_anchor, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # The resident plan: the gradients of a unit upstream gradient, fp32 or better.
+    "bool gating, bool detach_anchor, float? softcap, bool[] wants) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # With the gradients of a unit upstream gradient, fp32 or better.
     "linear_cppo_loss_gradients": f"{_LOSS} -> ({_OUTPUTS}, {', '.join(['Tensor'] * 5)})",
 }
 # Sums, as the other counts are: rows multiplied with the head, once for each product, and rows that
@@ -69,7 +76,7 @@ LINEAR_METRICS = (*METRICS, "head_gemm_rows", "head_resident_rows")
 # Fakes: shapes and dtypes, for torch.compile
 
 
-def _fake_stats(hidden, weight, bias, targets, mask, temperature):
+def _fake_stats(hidden, weight, bias, targets, mask, temperature, softcap):
     def new(*size):
         return hidden.new_empty(size, dtype=accumulator(hidden))
 
@@ -137,19 +144,19 @@ def _register_stats(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
     def setup(ctx, inputs, output):
-        hidden, weight, bias, targets, mask, ctx.temperature = inputs
+        *tensors, ctx.temperature, ctx.softcap = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, targets, mask)
+        ctx.save_for_backward(*tensors)
 
     def backward(ctx, grad_logps, grad_entropy):
         if grad_logps is None and grad_entropy is None:
-            return (None,) * 6
+            return (None,) * 7
         refuse_second_derivative(name)
         wants = list(ctx.needs_input_grad[:3])
         gradients = ops.linear_token_stats_backward(
-            grad_logps, grad_entropy, *ctx.saved_tensors, ctx.temperature, wants
+            grad_logps, grad_entropy, *ctx.saved_tensors, ctx.temperature, ctx.softcap, wants
         )
-        return *_wanted(gradients, wants), None, None, None
+        return *_wanted(gradients, wants), *(None,) * 4
 
     torch.library.register_autograd(name, backward, setup_context=setup)
 
@@ -164,9 +171,9 @@ def _register_recompute(namespace: str) -> None:
 
     def setup(ctx, inputs, output):
         ctx.num_inputs, ctx.wants = len(inputs), inputs[-1]
-        options = dict(zip(CONFIG_FIELDS, inputs[12:-1], strict=True))
+        options = dict(zip(CONFIG_FIELDS, inputs[12:-2], strict=True))
         taken = ("temperature", "divergence", "gating", "detach_anchor")
-        ctx.options = tuple(options[field] for field in taken)
+        ctx.options = (*(options[field] for field in taken), inputs[-2])
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
         mask, cu_seqlens = inputs[9:11]
@@ -201,7 +208,11 @@ def _register_resident(namespace: str) -> None:
         if grad_loss is None:
             return *(None,) * 5, *nothing
         refuse_second_derivative(name)
-        gradients = tuple((g * grad_loss).to(ctx.dtype) for g in ctx.saved_tensors)
+        # Not scaled in fp32 first: that copy would be the largest tensor of all.
+        gradients = tuple(
+            torch.mul(g, grad_loss, out=g.new_empty(g.shape, dtype=ctx.dtype))
+            for g in ctx.saved_tensors
+        )
         return *_wanted(gradients, ctx.wants), *nothing
 
     torch.library.register_autograd(name, backward, setup_context=setup)
@@ -234,9 +245,10 @@ class LinearBackend:
         bias: Tensor | None = None,
         temperature: float = 1.0,
         mask: Tensor | None = None,
+        softcap: float | None = None,
     ) -> TokenStats:
         logps, entropy = self._ops.linear_token_stats(
-            hidden, weight, bias, targets, mask, temperature
+            hidden, weight, bias, targets, mask, temperature, softcap
         )
         return TokenStats(logps, entropy)
 
@@ -253,19 +265,15 @@ class LinearBackend:
         cu_seqlens: Tensor | None = None,
         num_items: float | Tensor | NumItems | None = None,
         config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
+        softcap: float | None = None,
     ) -> LossOutput:
         inputs = (*views, weight, bias)
         wants = [
             torch.is_grad_enabled() and value is not None and value.requires_grad
             for value in inputs
         ]
-        known = (
-            views.positive is None
-            or config.cpl_reduction == "sequence"
-            or (isinstance(num_items, NumItems) and num_items.selected is not None)
-        )
-        # Tiles that are kept hold every view's logits, but not those of three views at once.
-        resident = any(wants) and known and config.divergence != "full"
+        # Three views at once are too many for tiles that are kept.
+        resident = any(wants) and config.divergence != "full"
         op = self._ops.linear_cppo_loss_gradients if resident else self._ops.linear_cppo_loss
         loss, logps, entropy, selected, values, num_selected, *_ = op(
             *inputs,
@@ -277,6 +285,7 @@ class LinearBackend:
             cu_seqlens,
             num_items_tensor(num_items, advantages),
             *(getattr(config, name) for name in CONFIG_FIELDS),
+            softcap,
             wants,
         )
         count = len(METRICS)

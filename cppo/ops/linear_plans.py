@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,35 +17,8 @@ from cppo import reference
 from cppo.config import LossConfig
 from cppo.ops.head import Head
 from cppo.ops.library import COEFFICIENTS, METRICS, accumulator
-from cppo.ops.linear_batch import LinearBatch
+from cppo.ops.linear_batch import ANCHOR, EVERY_VIEW, POSITIVE, LinearBatch
 from cppo.records import NumItems, Views
-
-
-def _denominators(
-    batch: LinearBatch, num_selected: int, num_items: Tensor | None, config: LossConfig
-) -> tuple[float, float]:
-    """What the policy terms and the contrastive term are divided by, as numbers."""
-    given: Any = None
-    if num_items is not None:
-        whole, completions, tokens, selected = num_items.tolist()
-        given = NumItems(completions, tokens, None if math.isnan(selected) else selected)
-        given = given if math.isnan(whole) else whole
-    policy, contrast = reference._denominators(
-        batch.num_rows,
-        batch.num_completions,
-        torch.tensor(num_selected, dtype=torch.float64),
-        batch.longest,
-        given,
-        config,
-    )
-    return float(policy), float(contrast)
-
-
-def _split(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of the schema `_LOSS`: tensors, config and wants."""
-    *tensors_and_options, wants = inputs
-    config = LossConfig(*tensors_and_options[12:])
-    return (*tensors_and_options[:12], config, list(wants))
 
 
 class _Loss:
@@ -53,9 +27,10 @@ class _Loss:
     def __init__(self, ops: Any, inputs: tuple[Any, ...]) -> None:
         anchor, positive, negative, weight, bias, targets, advantages = inputs[:7]
         old_logps, ref_logps, mask, cu_seqlens, num_items = inputs[7:12]
-        self.config, self.wants = _split(inputs)[12:]
+        *options, softcap, wants = inputs[12:]
+        self.config, self.wants = LossConfig(*options), list(wants)
         self.num_items, self.targets = num_items, targets
-        self.head = Head(weight, bias, self.wants[3], self.wants[4])
+        self.head = Head(weight, bias, softcap, self.wants[3], self.wants[4])
         self.batch = LinearBatch(
             ops,
             Views(anchor, positive, negative),
@@ -73,15 +48,49 @@ class _Loss:
 
         self.old_logps, self.ref_logps = at_rows(old_logps), at_rows(ref_logps)
 
-    def reduce(self, first: int, last: int, by: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        return self.batch.loss(first, last, self.old_logps, self.ref_logps, by, self.config)
+    @cached_property
+    def given(self) -> Any:
+        """The num_items of the caller, as numbers."""
+        if self.num_items is None:
+            return None
+        whole, completions, tokens, selected = self.num_items.tolist()
+        parts = NumItems(completions, tokens, None if math.isnan(selected) else selected)
+        return parts if math.isnan(whole) else whole
 
-    def outputs(self, loss: Tensor, metrics: Tensor, rows: int, resident: bool) -> list[Tensor]:
-        """What every plan returns first; `rows`: rows multiplied, once for each product."""
+    @property
+    def knows_denominators(self) -> bool:
+        """Before anything is selected."""
+        if self.batch.hidden[POSITIVE] is None or self.config.cpl_reduction == "sequence":
+            return True
+        return isinstance(self.given, NumItems) and self.given.selected is not None
+
+    def denominators(self, num_selected: int) -> tuple[float, float]:
+        """What the policy terms and the contrastive term are divided by."""
+        policy, contrast = reference._denominators(
+            self.batch.num_rows,
+            self.batch.num_completions,
+            torch.tensor(num_selected, dtype=torch.float64),
+            self.batch.longest,
+            self.given,
+            self.config,
+        )
+        return float(policy), float(contrast)
+
+    def reduce(
+        self, first: int, last: int, by: tuple[float, float], contrast: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        values = (self.old_logps, self.ref_logps)
+        return self.batch.loss(first, last, *values, by, self.config, contrast)
+
+    def outputs(
+        self, loss: Tensor, metrics: Tensor, rows: int | Tensor, resident: int
+    ) -> list[Tensor]:
+        """What every plan returns first; `rows`: rows multiplied, once for each product;
+        `resident`: rows whose gradients needed no logits but the first."""
         batch = self.batch
         num_selected = batch.selected.sum()
         metrics[5] = num_selected / max(1, len(batch.seeing))
-        plan = metrics.new_tensor([float(rows), float(batch.num_rows if resident else 0)])
+        plan = [metrics.new_zeros(()) + count for count in (rows, resident)]
 
         def spread(values: Tensor) -> Tensor:
             flat = values.new_zeros(self.targets.numel())
@@ -93,19 +102,24 @@ class _Loss:
             spread(batch.logps[0]),
             spread(batch.entropy[0]),
             spread(batch.selected),
-            torch.cat([metrics, plan]),
+            torch.cat([metrics, torch.stack(plan)]),
             num_selected,
         ]
 
 
-def _groups(loss: _Loss) -> Iterator[tuple[int, int, bool]]:
-    """Ranges of completions whose logits fit a tile; False: one completion that does not."""
+def _groups(loss: _Loss, sees: bool) -> Iterator[tuple[int, int, bool]]:
+    """Ranges of completions whose logits fit a tile; False: one completion that does not.
+
+    With `sees` it holds those of the negative, too, and otherwise leaves a third for them. Those
+    of the positive come on top; they are the fewest.
+    """
     batch, room = loss.batch, loss.head.rows_per_tile
+    room = room if sees else max(1, room - room // 3)
     first, rows = 0, 0
     for completion in range(batch.num_completions):
-        length = batch.starts[completion + 1] - batch.starts[completion]
-        seeing = batch.seeing_starts[completion + 1] - batch.seeing_starts[completion]
-        cost = length + seeing  # the positive's rows come on top, and are fewer than `seeing`
+        cost = batch.starts[completion + 1] - batch.starts[completion]
+        if sees:
+            cost += batch.seeing_starts[completion + 1] - batch.seeing_starts[completion]
         if rows and rows + cost > room:
             yield first, completion, rows <= room
             first, rows = completion, 0
@@ -119,11 +133,10 @@ def linear_cppo_loss(ops: Any, *inputs: Any) -> tuple[Tensor, ...]:
     loss = _Loss(ops, inputs)
     batch, config = loss.batch, loss.config
     last = batch.num_completions
-    batch.statistics(0, last, config, keep=False)
-    by = _denominators(batch, int(batch.selected.sum()), loss.num_items, config)
-    value, metrics = loss.reduce(0, last, by)
+    batch.statistics(0, last, config, keep=())
+    value, metrics = loss.reduce(0, last, loss.denominators(batch.num_selected))
     rows = batch.rows_multiplied + batch.backward_rows(config, loss.wants)
-    outputs = loss.outputs(value, metrics, rows, resident=False)
+    outputs = loss.outputs(value, metrics, rows, resident=0)
 
     wide = batch.coefficients.new_zeros(len(COEFFICIENTS), loss.targets.numel())
     wide[:, batch.rows] = batch.coefficients
@@ -147,9 +160,10 @@ def linear_cppo_loss_backward(
     divergence: str,
     gating: bool,
     detach_anchor: bool,
+    softcap: float | None,
     wants: list[bool],
 ) -> tuple[Tensor, ...]:
-    head = Head(weight, bias, wants[3], wants[4])
+    head = Head(weight, bias, softcap, wants[3], wants[4])
     views = Views(anchor, positive, negative)
     batch = LinearBatch(
         ops, views, head, targets, advantages, mask, cu_seqlens, temperature, gating
@@ -164,26 +178,64 @@ def linear_cppo_loss_backward(
 
 
 def linear_cppo_loss_gradients(ops: Any, *inputs: Any) -> tuple[Tensor, ...]:
-    """The resident plan: loss and gradients, group by group."""
+    """Loss and gradients at once, by the plan that multiplies the fewest rows."""
     loss = _Loss(ops, inputs)
     batch, config = loss.batch, loss.config
-    by = _denominators(batch, 0, loss.num_items, config)
+    # At most so many rows are selected.
+    selected = config.fraction * len(batch.seeing)
+    if loss.knows_denominators:
+        value, metrics, resident = _resident(loss)
+    elif config.detach_anchor or 3 * selected < batch.num_rows:
+        value, metrics, resident = _deferred(loss)
+    else:
+        value, metrics, resident = _again(loss)
+    gradients = _gradients_of(batch, inputs[:5], loss.wants, cast=False)
+    return *loss.outputs(value, metrics, batch.rows_multiplied, resident), *gradients
+
+
+def _resident(loss: _Loss) -> tuple[Tensor, Tensor, int]:
+    """Loss, metrics and how many rows were resident; group by group."""
+    batch = loss.batch
+    by = loss.denominators(0)
     total = torch.zeros((), dtype=batch.saved.dtype, device=batch.saved.device)
     metrics = total.new_zeros(len(METRICS))
-    for first, last, fits in _groups(loss):
-        tiles = batch.statistics(first, last, config, keep=fits)
+    for first, last, fits in _groups(loss, sees=True):
+        tiles = batch.statistics(first, last, loss.config, EVERY_VIEW if fits else ())
         value, part = loss.reduce(first, last, by)
         total, metrics = total + value, metrics + part
+        batch.gradients(first, last, loss.config, loss.wants, tiles)
+    return total, metrics, batch.num_rows
+
+
+def _deferred(loss: _Loss) -> tuple[Tensor, Tensor, int]:
+    """The policy terms group by group; when all is selected, the contrastive term."""
+    batch, config = loss.batch, loss.config
+    by, everything = loss.denominators(0), batch.num_completions
+    for first, last, fits in _groups(loss, sees=False):
+        tiles = batch.statistics(first, last, config, (ANCHOR,) if fits else ())
+        loss.reduce(first, last, by, contrast=False)
         batch.gradients(first, last, config, loss.wants, tiles)
-    outputs = loss.outputs(total, metrics, batch.rows_multiplied, resident=True)
-    gradients = _gradients_of(batch, inputs[:5], loss.wants, cast=False)
-    return *outputs, *gradients
+    policy = batch.coefficients.clone()
+    value, metrics = loss.reduce(0, everything, loss.denominators(batch.num_selected))
+    batch.coefficients = torch.where(batch.selected, batch.coefficients - policy, 0.0)
+    batch.gradients(0, everything, config, loss.wants, {})
+    return value, metrics, batch.num_rows - batch.num_selected
+
+
+def _again(loss: _Loss) -> tuple[Tensor, Tensor, int]:
+    """All statistics, then all gradients."""
+    batch, last = loss.batch, loss.batch.num_completions
+    batch.statistics(0, last, loss.config, keep=())
+    value, metrics = loss.reduce(0, last, loss.denominators(batch.num_selected))
+    batch.gradients(0, last, loss.config, loss.wants, {})
+    return value, metrics, 0
 
 
 def _gradients_of(
     batch: LinearBatch, inputs: tuple[Tensor | None, ...], wants: list[bool], cast: bool
 ) -> tuple[Tensor, ...]:
     """Gradients of the inputs that want one, empty tensors for the others."""
+    batch.flush(wants)
     sums = [*batch.hidden_gradients, batch.head.grad_weight, batch.head.grad_bias]
     found = []
     first = inputs[0]
@@ -208,8 +260,9 @@ def linear_token_stats(
     targets: Tensor,
     mask: Tensor | None,
     temperature: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    head = Head(weight, bias)
+    head = Head(weight, bias, softcap)
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     rows = _counting(targets, mask)
     dtype = accumulator(hidden)
@@ -237,9 +290,10 @@ def linear_token_stats_backward(
     targets: Tensor,
     mask: Tensor | None,
     temperature: float,
+    softcap: float | None,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(weight, bias, wants[1], wants[2])
+    head = Head(weight, bias, softcap, wants[1], wants[2])
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     rows = _counting(targets, mask)
     gradient = hidden.new_zeros(flat.shape) if wants[0] else hidden.new_empty(0)
@@ -255,8 +309,9 @@ def linear_token_stats_backward(
         logits = head.logits(states)
         saved = ops.token_stats(logits, ids[some], None, temperature, False)[2]
         d_logps, d_entropy = (None if values is None else values[part] for values in upstream)
+        slope = head.slope(logits)
         ops.token_stats_backward_(d_logps, d_entropy, logits, ids[some], None, saved, temperature)
-        of_hidden = head.backward(logits, states, wants[0])
+        of_hidden = head.backward(logits, states, wants[0], slope)
         if of_hidden is not None:
             gradient[some] = of_hidden.to(hidden.dtype)
     if wants[0]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from cppo import backends
 from cppo.config import LossConfig
 from cppo.ops.checks import (
-    autocast,
+    autocast_dtype,
+    cast,
     check_cu_seqlens,
     check_finite,
     check_head,
@@ -24,8 +26,11 @@ from cppo.ops.checks import (
     check_vector,
     checked_inplace,
     checked_mask,
+    checked_scale,
     may_read,
+    to,
 )
+from cppo.ops.sharded import gathered
 from cppo.records import LossOutput, NumItems, Views
 
 
@@ -250,11 +255,14 @@ def linear_cppo_loss(
     cu_seqlens: Tensor | None = None,
     num_items: float | Tensor | NumItems | None = None,
     config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> LossOutput:
-    """`cppo_loss` of the logits hidden @ weight^T + bias, which fused backends never hold.
+    """`cppo_loss` of the logits of an LM head, which fused backends never hold.
 
-    Specification: `cppo.reference.linear_cppo_loss`.
+    Specification: `cppo.reference.linear_cppo_loss`. The logits, and what `weight`, `bias`,
+    `logit_scale` and `softcap` may be: as in `linear_token_stats`.
 
     Args:
         hidden: the anchor's (B, L, D), or packed (T, D) with cu_seqlens; or `Views` of three, the
@@ -265,6 +273,7 @@ def linear_cppo_loss(
         advantages: (B,) floating and finite, one per completion. No gradients flow.
         bias: (V,) of hidden's dtype; gradients flow. None: 0.
         old_logps, ref_logps, mask, cu_seqlens, num_items, config: as in `cppo_loss`.
+        logit_scale, softcap: of the model's logits, > 0.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
     Under torch.autocast hidden, weight and bias are cast to its dtype, as F.linear does.
     Returns: a `LossOutput`. The loss is exactly 0, and attached, where nothing counts.
@@ -278,12 +287,20 @@ def linear_cppo_loss(
     rows = _Rows(targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
     rows = _checked_rows(op, name, views.anchor, rows, config)
     _check_views(op, "hidden", views, rows, config)
-    *cast_views, weight, bias = cast(list[Any], autocast(*views, weight, bias))
-    views = Views(*cast_views)
-    check_head(op, views.anchor, weight, bias)
-    check_targets(op, targets, rows.mask, weight.shape[0])
     _check_num_items(op, num_items, rows, config)
-    implementation = backends.pick(op, views.anchor, backend)
-    return implementation.linear_cppo_loss(
-        views, weight, rows.targets, rows.advantages, bias, *rows[2:], num_items, config
-    )
+    scale, softcap = checked_scale(op, logit_scale, softcap)
+    config = dataclasses.replace(config, temperature=config.temperature / scale)
+    home = views.anchor.device
+    dtype = autocast_dtype(home)
+    views = Views(*cast(dtype, *views))
+    with gathered(weight, bias, dtype=dtype) as (weight, bias):
+        check_head(op, views.anchor, weight, bias)
+        check_targets(op, targets, rows.mask, weight.shape[0])
+        implementation = backends.pick(op, weight, backend)
+        views, rows = Views(*to(weight.device, *views)), _Rows(*to(weight.device, *rows))
+        output = implementation.linear_cppo_loss(
+            views, weight, *rows[:2], bias, *rows[2:], num_items, config, softcap
+        )
+    metrics = {name: value.to(home) for name, value in output.metrics.items()}
+    loss, logps, entropy, selected = to(home, *output[:4])
+    return LossOutput(loss, logps, entropy, selected, metrics)

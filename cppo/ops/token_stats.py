@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 from torch import Tensor
 
 from cppo import backends
 from cppo.ops.checks import (
-    autocast,
+    autocast_dtype,
+    cast,
     check_head,
     check_positive,
     check_rows,
@@ -16,7 +15,10 @@ from cppo.ops.checks import (
     check_targets,
     checked_inplace,
     checked_mask,
+    checked_scale,
+    to,
 )
+from cppo.ops.sharded import gathered
 from cppo.records import TokenStats
 
 
@@ -71,38 +73,56 @@ def linear_token_stats(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> TokenStats:
-    """`token_stats` of the logits hidden @ weight^T + bias of the rows that count.
+    """`token_stats` of the logits of an LM head, which fused backends never hold.
 
-    Specification: `cppo.reference.linear_token_stats`. Fused backends never hold the (T, V)
-    logits.
+    Specification: `cppo.reference.linear_token_stats`. logits = logit_scale * (hidden @ weight^T
+    + bias), capped as softcap * tanh(logits / softcap) where the model does that (Gemma 2,
+    arXiv 2408.00118); a bias of -inf rules a token out in either case.
 
     Args:
         hidden: (B, L, D) or (T, D), fp16, bf16, fp32 or fp64; gradients flow.
-        weight: (V, D) LM head of hidden's dtype; gradients flow.
+        weight: (V, D) LM head of hidden's dtype; gradients flow. It may be a DTensor or a
+            parameter of DeepSpeed's ZeRO-3, which is gathered here and in the backward
+            (`cppo.ops.sharded`: whose gradient it gets), and may be on another device than
+            hidden: the work is done there.
         targets: (B, L) or (T,) integer in [0, V) where not masked, anything elsewhere.
-        bias: (V,) of hidden's dtype; gradients flow. None: 0.
+        bias: (V,) of hidden's dtype, where the weight is; gradients flow. None: 0.
         temperature: divides the logits, > 0.
+        logit_scale: the model's factor on its logits, > 0 (Cohere; Granite divides by it).
+        softcap: the model's final-logit softcap, > 0. None: none.
         mask: like targets, 1 or True at the rows that count. None: all.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
     Under torch.autocast hidden, weight and bias are cast to its dtype, as F.linear does.
     Returns: TokenStats(logps, entropy), each like targets, fp32 (fp64 for fp64 input), 0 at
         masked rows, to which no gradient flows.
     Raises:
-        ValueError: shapes or devices that disagree, temperature <= 0, an unmasked target out of
-            range (with position and value; on a GPU only with CPPO_DEBUG=1).
+        ValueError: shapes or devices that disagree; temperature, logit_scale or softcap <= 0; an
+            unmasked target out of range (with position and value; on a GPU only with
+            CPPO_DEBUG=1).
         TypeError: dtypes that disagree or are not floating, targets that are not integers.
         RuntimeError: `backend` cannot run here.
     """
     op = "linear_token_stats"
     check_rows(op, "hidden", hidden, targets, "D")
-    hidden, weight, bias = cast(tuple[Any, Any, Any], autocast(hidden, weight, bias))
-    check_head(op, hidden, weight, bias)
     check_positive(op, "temperature", temperature)
     mask = checked_mask(op, mask, targets, "targets")
     check_same_device(op, hidden=hidden, targets=targets, mask=mask)
-    check_targets(op, targets, mask, weight.shape[0])
-    implementation = backends.pick(op, hidden, backend)
-    return implementation.linear_token_stats(hidden, weight, targets, bias, temperature, mask)
+    scale, softcap = checked_scale(op, logit_scale, softcap)
+    dtype = autocast_dtype(hidden.device)
+    (states,) = cast(dtype, hidden)
+    with gathered(weight, bias, dtype=dtype) as (weight, bias):
+        check_head(op, states, weight, bias)
+        check_targets(op, targets, mask, weight.shape[0])
+        implementation = backends.pick(op, weight, backend)
+        stats = implementation.linear_token_stats(
+            *to(weight.device, states, weight, targets, bias),
+            temperature / scale,
+            *to(weight.device, mask),
+            softcap,
+        )
+    return TokenStats(*to(hidden.device, *stats))

@@ -166,7 +166,7 @@ def test_nothing_waits_for_the_host():
 
 HEAD_CONFIGS = {
     "resident": LossConfig(cpl_reduction="sequence", cpl_coef=1.0, entropy_coef=0.01),
-    "deferred": LossConfig(cpl_coef=1.0, kl_coef=0.1),
+    "deferred": LossConfig(cpl_coef=1.0),
     "recompute": LossConfig(cpl_coef=1.0, fraction=1.0),
     "k1": LossConfig(divergence="k1", cpl_reduction="sequence", cpl_coef=1.0),
     "full": LossConfig(divergence="full", cpl_coef=1.0),

@@ -30,6 +30,7 @@ from cppo.triton_kernels.rows import (
     row_pointer,
     row_statistics,
     target_logit,
+    tile_columns,
     token_statistics,
 )
 from cppo.triton_kernels.token_stats import store_gradient, store_zeros, upstream
@@ -115,11 +116,17 @@ def _fold_tile(summaries, rows_ptr, column, inside, scale):
 
 @triton.jit
 def _three_row_statistics(
-    rows_ptr, columns, scale, ACC: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr
+    rows_ptr,
+    columns,
+    scale,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     """Summaries of the columns of three rows, and d; as `row_statistics`."""
     first, last, whole = columns
-    column = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    column = tile_columns(LANES, WIDTH, ALIGNMENT)
     m = tl.full((LANES,), float("-inf"), ACC)
     zeros = tl.zeros((LANES,), ACC)
     summaries = ((m, zeros, zeros), (m, zeros, zeros), (m, zeros, zeros), zeros)
@@ -216,7 +223,7 @@ def _full_statistics_kernel(
     splits: tl.int32,
     scale: tl.float64,
     inverse_temperature: tl.float64,
-    ALIGNED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     SPLIT: tl.constexpr,
     ACC: tl.constexpr,
     LANES: tl.constexpr,
@@ -224,24 +231,28 @@ def _full_statistics_kernel(
 ):
     program = tl.program_id(0)
     row = (program // splits).to(tl.int64)
-    columns = columns_of(program % splits, chunk, vocabulary, LANES * WIDTH, WIDTH, ALIGNED)
+    columns = columns_of(program % splits, chunk, vocabulary, LANES * WIDTH, WIDTH, ALIGNMENT)
     outputs = (logps_ptr, entropy_ptr, negative_entropy_ptr, saved_ptr, num_rows)
     reads = True
     if mask_ptr is not None:
         reads = tl.load(mask_ptr + row) != 0
     looks = tl.load(looks_ptr + row) != 0
-    a_ptr = row_pointer(anchor_ptr, row, length, anchor_stride_b, anchor_stride_l, ALIGNED)
+    a_ptr = row_pointer(anchor_ptr, row, length, anchor_stride_b, anchor_stride_l, ALIGNMENT)
     if looks:
         place = tl.load(view_row_ptr + row)
         p_row = tl.where(positive_is_compact != 0, place, row)
         n_row = tl.where(negative_is_compact != 0, place, row)
         rows_ptr = (
             a_ptr,
-            row_pointer(positive_ptr, p_row, length, positive_stride_b, positive_stride_l, ALIGNED),
-            row_pointer(negative_ptr, n_row, length, negative_stride_b, negative_stride_l, ALIGNED),
+            row_pointer(
+                positive_ptr, p_row, length, positive_stride_b, positive_stride_l, ALIGNMENT
+            ),
+            row_pointer(
+                negative_ptr, n_row, length, negative_stride_b, negative_stride_l, ALIGNMENT
+            ),
         )
         anchor, positive, negative, d = _three_row_statistics(
-            rows_ptr, columns, as_scalar(scale, ACC), ACC, LANES, WIDTH
+            rows_ptr, columns, as_scalar(scale, ACC), ACC, LANES, WIDTH, ALIGNMENT
         )
         if SPLIT:
             at = partial_ptr + program.to(tl.int64) * 10
@@ -264,7 +275,7 @@ def _full_statistics_kernel(
                 inverse_temperature,
             )
     elif reads:
-        alone = row_statistics(a_ptr, columns, as_scalar(scale, ACC), ACC, LANES, WIDTH)
+        alone = row_statistics(a_ptr, columns, as_scalar(scale, ACC), ACC, LANES, WIDTH, ALIGNMENT)
         if SPLIT:
             at = partial_ptr + program.to(tl.int64) * 10
             for i in tl.static_range(3):
@@ -325,7 +336,7 @@ def _merge_full_statistics_kernel(
     reads = True
     if mask_ptr is not None:
         reads = tl.load(mask_ptr + row) != 0
-    a_ptr = row_pointer(anchor_ptr, row, length, anchor_stride_b, anchor_stride_l, False)
+    a_ptr = row_pointer(anchor_ptr, row, length, anchor_stride_b, anchor_stride_l, 0)
     anchor = _load_parts(partial_ptr, row, splits, 0, MAX_SPLITS)
     if tl.load(looks_ptr + row) != 0:
         part = tl.arange(0, MAX_SPLITS)
@@ -440,25 +451,25 @@ def _full_backward_kernel(
     scale: tl.float64,
     inverse_temperature: tl.float64,
     DETACH_ANCHOR: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     ACC: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = (program // splits).to(tl.int64)
-    columns = columns_of(program % splits, chunk, vocabulary, TILE, WIDTH, ALIGNED)
+    columns = columns_of(program % splits, chunk, vocabulary, TILE, WIDTH, ALIGNMENT)
     place = tl.load(view_row_ptr + row)
     p_row = tl.where(positive_is_compact != 0, place, row)
     n_row = tl.where(negative_is_compact != 0, place, row)
-    a_ptr = row_pointer(anchor_ptr, row, length, anchor_stride_b, anchor_stride_l, ALIGNED)
+    a_ptr = row_pointer(anchor_ptr, row, length, anchor_stride_b, anchor_stride_l, ALIGNMENT)
     da_ptr = row_pointer(
         anchor_gradient_ptr,
         row,
         length,
         anchor_gradient_stride_b,
         anchor_gradient_stride_l,
-        ALIGNED,
+        ALIGNMENT,
     )
     dp_ptr = row_pointer(
         positive_gradient_ptr,
@@ -466,7 +477,7 @@ def _full_backward_kernel(
         length,
         positive_gradient_stride_b,
         positive_gradient_stride_l,
-        ALIGNED,
+        ALIGNMENT,
     )
     dn_ptr = row_pointer(
         negative_gradient_ptr,
@@ -474,7 +485,7 @@ def _full_backward_kernel(
         length,
         negative_gradient_stride_b,
         negative_gradient_stride_l,
-        ALIGNED,
+        ALIGNMENT,
     )
     g_logp = upstream(coefficients_ptr, row, grad_loss_ptr, ACC)
     g_entropy = upstream(coefficients_ptr + num_rows, row, grad_loss_ptr, ACC)
@@ -496,8 +507,12 @@ def _full_backward_kernel(
         offset = tl.log(s_n) - tl.log(s_p) + tl.load(saved_ptr + 7 * num_rows + row)
         logits = (
             a_ptr,
-            row_pointer(positive_ptr, p_row, length, positive_stride_b, positive_stride_l, ALIGNED),
-            row_pointer(negative_ptr, n_row, length, negative_stride_b, negative_stride_l, ALIGNED),
+            row_pointer(
+                positive_ptr, p_row, length, positive_stride_b, positive_stride_l, ALIGNMENT
+            ),
+            row_pointer(
+                negative_ptr, n_row, length, negative_stride_b, negative_stride_l, ALIGNMENT
+            ),
         )
         gradients = (da_ptr, dp_ptr, dn_ptr)
         stats = (m_a, m_p, m_n, 1.0 / s_a, 1.0 / s_p, 1.0 / s_n, mean, offset)
@@ -593,7 +608,7 @@ def launch_full_statistics(
         positive_is_compact=int(views[1].shape[0] != views[0].shape[0]),
         negative_is_compact=int(views[2].shape[0] != views[0].shape[0]),
         chunk=split.chunk,
-        ALIGNED=anchor.aligned and positive.aligned and negative.aligned,
+        ALIGNMENT=min(view.alignment for view in (anchor, positive, negative)),
         SPLIT=is_split,
         LANES=shape.lanes,
         WIDTH=shape.width,
@@ -644,7 +659,7 @@ def launch_full_gradient(
         chunk=split.chunk,
         splits=split.splits,
         DETACH_ANCHOR=detach_anchor,
-        ALIGNED=all(view.aligned for view in (anchor, positive, negative, *targets_of)),
+        ALIGNMENT=min(view.alignment for view in (anchor, positive, negative, *targets_of)),
         ACC=rows.tl_accumulator(views[0]),
         TILE=shape.size,
         WIDTH=shape.width,

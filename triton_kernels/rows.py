@@ -55,11 +55,11 @@ def rounded(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def row_pointer(base_ptr, row, length, stride_b, stride_l, ALIGNED: tl.constexpr):
+def row_pointer(base_ptr, row, length, stride_b, stride_l, ALIGNMENT: tl.constexpr):
     """Start of row `row` of (B, length, V); 64-bit, since rows * V soon exceeds 2^31."""
     row = row.to(tl.int64)
     row_ptr = base_ptr + (row // length) * stride_b + (row % length) * stride_l
-    if ALIGNED:
+    if ALIGNMENT:
         row_ptr = tl.multiple_of(row_ptr, 16)
     return row_ptr
 
@@ -99,7 +99,7 @@ def merge_lanes(m, s, w, scale):
 
 @triton.jit
 def columns_of(
-    part, chunk, vocabulary, TILE: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr
+    part, chunk, vocabulary, TILE: tl.constexpr, WIDTH: tl.constexpr, ALIGNMENT: tl.constexpr
 ):
     """[first, last) of a part of a row, and where its whole tiles end.
 
@@ -108,18 +108,39 @@ def columns_of(
     """
     first = tl.multiple_of(part * chunk, TILE)
     last = tl.minimum(first + chunk, vocabulary)
-    if ALIGNED:
+    if ALIGNMENT == 2:
         last = tl.multiple_of(last, WIDTH)
     return first, last, first + (last - first) // TILE * TILE
 
 
 @triton.jit
+def tile_columns(LANES: tl.constexpr, WIDTH: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """The columns (LANES, WIDTH) of a tile; a thread has whole lanes.
+
+    A lane reads 16 bytes at once. Where rows do not allow that, logits are read one by one, and
+    neighbouring threads read neighbours.
+    """
+    lane = tl.arange(0, LANES)[:, None]
+    place = tl.arange(0, WIDTH)[None, :]
+    if ALIGNMENT == 0:
+        return place * LANES + lane
+    else:
+        return lane * WIDTH + place
+
+
+@triton.jit
 def row_statistics(
-    row_ptr, columns, scale, ACC: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr
+    row_ptr,
+    columns,
+    scale,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     """Summary (m, s, w) of the columns of a row, as `columns_of` gives them."""
     first, last, whole = columns
-    column = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    column = tile_columns(LANES, WIDTH, ALIGNMENT)
     m = tl.full((LANES,), float("-inf"), ACC)
     s = tl.zeros((LANES,), ACC)
     w = tl.zeros((LANES,), ACC)
@@ -176,11 +197,12 @@ class Rows(NamedTuple):
     stride_l: int
 
     @property
-    def aligned(self) -> bool:
-        """Whether every row starts at a multiple of 16 bytes and is one long."""
+    def alignment(self) -> int:
+        """1: every row starts at a multiple of 16 bytes; 2: and is one long. 0: neither."""
         size = self.tensor.element_size()
-        steps = (self.stride_b, self.stride_l, self.tensor.shape[-1])
-        return self.tensor.data_ptr() % 16 == 0 and not any(step * size % 16 for step in steps)
+        if self.tensor.data_ptr() % 16 or self.stride_b * size % 16 or self.stride_l * size % 16:
+            return 0
+        return 1 if self.tensor.shape[-1] * size % 16 else 2
 
 
 def as_rows(logits: Tensor) -> Rows:

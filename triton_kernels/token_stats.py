@@ -34,7 +34,7 @@ from cppo.triton_kernels.rows import (
     token_statistics,
 )
 
-# Nothing that changes from step to step is compiled in; alignment is one constant, ALIGNED.
+# Nothing that changes from step to step is compiled in; alignment is one constant, ALIGNMENT.
 _RUNTIME = (
     "logits_ptr",
     "targets_ptr",
@@ -114,7 +114,7 @@ def _token_stats_kernel(
     splits: tl.int32,
     scale: tl.float64,
     inverse_temperature: tl.float64,
-    ALIGNED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     SPLIT: tl.constexpr,
     ACC: tl.constexpr,
     LANES: tl.constexpr,
@@ -129,9 +129,11 @@ def _token_stats_kernel(
         place = row
         if view_row_ptr is not None:
             place = tl.load(view_row_ptr + row)
-        row_ptr = row_pointer(logits_ptr, place, length, stride_b, stride_l, ALIGNED)
-        columns = columns_of(program % splits, chunk, vocabulary, LANES * WIDTH, WIDTH, ALIGNED)
-        m, s, w = row_statistics(row_ptr, columns, as_scalar(scale, ACC), ACC, LANES, WIDTH)
+        row_ptr = row_pointer(logits_ptr, place, length, stride_b, stride_l, ALIGNMENT)
+        columns = columns_of(program % splits, chunk, vocabulary, LANES * WIDTH, WIDTH, ALIGNMENT)
+        m, s, w = row_statistics(
+            row_ptr, columns, as_scalar(scale, ACC), ACC, LANES, WIDTH, ALIGNMENT
+        )
         if SPLIT:
             at = partial_ptr + program.to(tl.int64) * 3
             tl.store(at, m)
@@ -199,7 +201,7 @@ def _merge_token_stats_kernel(
             m,
             s,
             w,
-            row_pointer(logits_ptr, place, length, stride_b, stride_l, False),
+            row_pointer(logits_ptr, place, length, stride_b, stride_l, 0),
             targets_ptr,
             logps_ptr,
             entropy_ptr,
@@ -294,20 +296,20 @@ def _token_stats_backward_kernel(
     splits: tl.int32,
     scale: tl.float64,
     inverse_temperature: tl.float64,
-    ALIGNED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     ACC: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = (program // splits).to(tl.int64)
-    columns = columns_of(program % splits, chunk, vocabulary, TILE, WIDTH, ALIGNED)
+    columns = columns_of(program % splits, chunk, vocabulary, TILE, WIDTH, ALIGNMENT)
     place = row
     if view_row_ptr is not None:
         place = tl.load(view_row_ptr + row)
     if place >= 0:
         gradient_row = row_pointer(
-            gradient_ptr, place, length, gradient_stride_b, gradient_stride_l, ALIGNED
+            gradient_ptr, place, length, gradient_stride_b, gradient_stride_l, ALIGNMENT
         )
         reads = True
         if reads_ptr is not None:
@@ -318,7 +320,7 @@ def _token_stats_backward_kernel(
             mean = tl.full((), 0.0, ACC)
             if mean_ptr is not None:
                 mean = tl.load(mean_ptr + row)
-            logits_row = row_pointer(logits_ptr, place, length, stride_b, stride_l, ALIGNED)
+            logits_row = row_pointer(logits_ptr, place, length, stride_b, stride_l, ALIGNMENT)
             row_values = (
                 tl.load(targets_ptr + row),
                 tl.load(max_ptr + row),
@@ -395,7 +397,7 @@ def launch_statistics(
     _token_stats_kernel[(num_rows * split.splits,)](
         **common,
         chunk=split.chunk,
-        ALIGNED=view.aligned,
+        ALIGNMENT=view.alignment,
         SPLIT=is_split,
         LANES=shape.lanes,
         WIDTH=shape.width,
@@ -451,7 +453,7 @@ def launch_gradient(
         vocabulary=vocabulary,
         chunk=split.chunk,
         splits=split.splits,
-        ALIGNED=view.aligned and target.aligned,
+        ALIGNMENT=min(view.alignment, target.alignment),
         ACC=rows.tl_accumulator(logits),
         TILE=shape.size,
         WIDTH=shape.width,

@@ -62,9 +62,9 @@ def check() -> list[Fit]:
 def patch_trl(backend: str = "auto") -> Callable[[], None]:
     """Put `cppo.linear_token_stats` in the place of the kernel of TRL's fused LM head.
 
-    TRL looks one global up at every call, so this reaches GRPO, RLOO, DPO, KTO and SFT alike.
-    Statistics other than log-probability and entropy stay TRL's, as does a weight of DeepSpeed ZeRO-3
-    in another dtype than the hidden states.
+    TRL looks one global up at every call, so this reaches GRPO, RLOO, DPO, KTO and SFT alike. TRL's
+    stay: statistics other than log-probability and entropy, and a weight of DeepSpeed ZeRO-3 in
+    another dtype than the hidden states.
     Args: backend: of `cppo.linear_token_stats`.
     Returns: a function that puts TRL's kernel back.
     Raises: RuntimeError if the installed TRL has no such kernel, or one that is called otherwise.

@@ -141,6 +141,15 @@ def _unaligned(dtype: torch.dtype) -> None:
     _token_stats(dtype, vocabulary=50_257, masked=False)
 
 
+def _padded_rows(dtype: torch.dtype) -> None:
+    """Unaligned, but rows start at multiples of 16 bytes: as the tiles of the fused head."""
+    from cppo.triton_kernels import ops
+
+    logits, targets = _logits(dtype, 6, 50_264)[:, :50_257], torch.zeros(6, dtype=torch.int64)
+    logps, entropy, saved = ops["token_stats"](logits, targets, None, 1.0, False)
+    ops["token_stats_backward_"](logps, entropy, logits, targets, None, saved, 1.0)
+
+
 def _perception_mask(dtype: torch.dtype) -> None:
     from cppo.triton_kernels import ops
 
@@ -149,11 +158,17 @@ def _perception_mask(dtype: torch.dtype) -> None:
     ops["perception_mask"](entropy, entropy, 0.5, mask, torch.tensor([0, 2, 6]))
 
 
-def _loss(dtype: torch.dtype, config: LossConfig, views: int = 3, packed: bool = True) -> None:
+def _loss(
+    dtype: torch.dtype,
+    config: LossConfig,
+    views: int = 3,
+    packed: bool = True,
+    vocabulary: int = VOCABULARY,
+) -> None:
     from cppo.ops import library
     from cppo.triton_kernels import ops
 
-    anchor = _logits(dtype, 6, VOCABULARY) if packed else _logits(dtype, 2, 3, VOCABULARY)
+    anchor = _logits(dtype, 6, vocabulary) if packed else _logits(dtype, 2, 3, vocabulary)
     rows = torch.zeros(anchor.shape[:-1])
     # Compact: the rows of the completion with A > 0 alone.
     other = anchor[:4] if packed and config.gating else anchor
@@ -174,8 +189,19 @@ def _padded_loss(dtype: torch.dtype) -> None:
     _loss(dtype, config, packed=False)
 
 
-def _full_loss(dtype: torch.dtype) -> None:
-    _loss(dtype, LossConfig(divergence="full", dual_clip=3.0))
+def _full_loss(dtype: torch.dtype, vocabulary: int = VOCABULARY) -> None:
+    _loss(dtype, LossConfig(divergence="full", dual_clip=3.0), vocabulary=vocabulary)
+
+
+def _loss_terms(dtype: torch.dtype) -> None:
+    """What the fused head calls, where the denominators are given."""
+    from cppo.ops import library
+    from cppo.triton_kernels.loss_terms import loss_terms
+
+    rows, advantages = torch.zeros(6), torch.tensor([1.0, -1.0])
+    options = tuple(getattr(LossConfig(), name) for name in library.CONFIG_FIELDS)
+    given = (rows, rows, rows, rows, None, rows > 0, advantages, rows, rows)
+    loss_terms(*given, torch.tensor([0, 4, 6]), 2.0, 1.0, *options)
 
 
 def _advantages(dtype: torch.dtype) -> None:
@@ -192,12 +218,15 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "stats": _token_stats,
     "stats split": _split(_token_stats),
     "stats unaligned": _unaligned,
+    "stats unaligned padded": _padded_rows,
     "mask": _perception_mask,
     "loss": lambda dtype: _loss(dtype, LossConfig()),
     "loss anchor": lambda dtype: _loss(dtype, LossConfig(), views=1),
     "loss padded": _padded_loss,
     "loss full": _full_loss,
+    "loss full unaligned": lambda dtype: _full_loss(dtype, 50_257),
     "loss full split": _split(_full_loss),
+    "loss terms": _loss_terms,
     "advantages": _advantages,
 }
 

@@ -62,6 +62,7 @@ RATES = (0.0, 0.5, 0.75, 0.875, 0.9375)
 # Lin et al. 2025 (arXiv 2503.22342), table of GSM8K with Qwen2.5-1.5B, G = 16, with allocation.
 PAPER = {0.0: 1.0, 0.5: 1.81, 0.75: 3.27, 0.875: 4.89, 0.9375: 8.32}
 MAX_TOKENS = 8192
+TRIES = 2
 TOKEN = re.compile(r"\d|[^\W\d]+|[^\w\s]")
 
 
@@ -193,7 +194,7 @@ class Setting:
 
 
 def seconds(
-    device: str, call: Callable[..., Any], *arguments: Any, tries: int = 2
+    device: str, call: Callable[..., Any], *arguments: Any, tries: int = TRIES
 ) -> tuple[float, Any]:
     """How long a call takes, the fastest of some tries, and its result."""
     spent = []
@@ -219,26 +220,24 @@ def batch_of(rollouts: Rollouts, rate: float, seed: int) -> Batch:
     return Batch(rollouts, advantages.to(device), kept.to(device))
 
 
-def packed_update(setting: Setting, batch: Batch) -> tuple[int, float]:
-    """One optimizer step as the trainer makes it: tokens computed, and the loss."""
+def packed_update(setting: Setting, batch: Batch) -> float:
+    """One optimizer step as the trainer makes it; returns its loss."""
     whole = NumItems(*batch.counts(batch.kept))
-    tokens, loss = 0, 0.0
+    loss = 0.0
     for rows in batch.microbatches(batch.kept, MAX_TOKENS):
-        tokens += sum(batch.lengths(rows))
         with setting.autocast():
             output = microbatch_loss(setting.model, batch, rows, whole, setting.config, None)
         output.loss.backward()
         loss += output.loss.item()
     _step(setting)
-    return tokens, loss
+    return loss
 
 
-def padded_update(setting: Setting, batch: Batch) -> tuple[int, float]:
+def padded_update(setting: Setting, batch: Batch) -> float:
     """The same step on a rectangle: what a trainer without packing computes."""
     whole = NumItems(*batch.counts(batch.kept))
-    tokens, loss = 0, 0.0
+    loss = 0.0
     for rows, ids, mask, response in rectangles(batch):
-        tokens += ids.numel()
         with setting.autocast():
             hidden = padded_hidden(setting, ids, mask)
             head = forward.lm_head(setting.model, (), hidden.dtype)._asdict()
@@ -254,7 +253,7 @@ def padded_update(setting: Setting, batch: Batch) -> tuple[int, float]:
         output.loss.backward()
         loss += output.loss.item()
     _step(setting)
-    return tokens, loss
+    return loss
 
 
 def rectangles(batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -296,6 +295,16 @@ def _step(setting: Setting) -> None:
     setting.optimizer.zero_grad(set_to_none=True)
 
 
+@contextlib.contextmanager
+def tokens_seen(model: Any) -> Iterator[list[int]]:
+    """Tokens of every forward, counted where the model embeds them."""
+    seen: list[int] = []
+    embeddings = model.get_input_embeddings()
+    hook = embeddings.register_forward_pre_hook(lambda _, ids: seen.append(ids[0].numel()))
+    yield seen
+    hook.remove()
+
+
 UPDATES = {"packed": packed_update, "padded": padded_update}
 FORWARDS = {"packed": packed_forward, "padded": padded_forward}
 
@@ -319,7 +328,9 @@ def measure_updates(
                 continue
             count = questions_at(rate, allocation, options.questions)
             batch = batch_of(_first(everything, count), rate, repetition)
-            spent, (tokens, loss) = seconds(setting.device, UPDATES[packing], setting, batch)
+            with tokens_seen(setting.model) as seen:
+                spent, loss = seconds(setting.device, UPDATES[packing], setting, batch)
+            tokens = sum(seen) // TRIES
             ahead = 0.0
             if rate == 0:
                 ahead, _ = seconds(setting.device, FORWARDS[packing], setting, batch)

@@ -28,18 +28,16 @@ def _check_kept(op: str, kept: Tensor, num_completions: int) -> None:
         )
     if not may_read(kept):
         return
-    outside = ((kept < 0) | (kept >= num_completions)).nonzero()
-    if len(outside):
-        index = int(outside[0, 0])
-        raise ValueError(
-            f"cppo.{op}: kept must be in [0, B) = [0, {num_completions}), got {int(kept[index])} "
-            f"at index {index}"
-        )
-    values, counts = kept.unique(return_counts=True)
-    if (counts > 1).any():
-        raise ValueError(
-            f"cppo.{op}: kept must be unique, got {int(values[counts > 1][0])} more than once"
-        )
+    seen: set[int] = set()
+    for index, row in enumerate(kept.tolist()):
+        if not 0 <= row < num_completions:
+            raise ValueError(
+                f"cppo.{op}: kept must be in [0, B) = [0, {num_completions}), got {row} "
+                f"at index {index}"
+            )
+        if row in seen:
+            raise ValueError(f"cppo.{op}: kept must be unique, got {row} more than once")
+        seen.add(row)
 
 
 def _check_lengths(op: str, lengths: Lengths, packed: PackedBatch) -> None:

@@ -432,6 +432,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
+            "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
             "TORCH_COMPILE_DISABLE": "1",  # DeepSpeed compiles optimizers that nobody asked for
         },
     )

@@ -6,8 +6,8 @@
     <!-- ratio: FILE; OP; SHAPE; DTYPE; MODE; PEER -->12.3x<!-- /ratio -->
                                                          the peer's median time over ours
 
-KIND is logits, linear, host or steps (show.py). Without it the table is the `summary` of the script
-FILE.py beside this one, or of demo_runs.py for FILE = <task>_runs.
+KIND is logits, brief, linear, host or steps (show.py). Without it the table is the `summary` of the
+script FILE.py beside this one, or of demo_runs.py for FILE = <task>_runs.
 """
 
 from __future__ import annotations

@@ -41,10 +41,10 @@ BUDGETS = {
 class Options:
     """What `cppo bench` was asked for; empty tuples mean everything.
 
-    output: the CSV file. None: a file named after the device, in a clone's benchmarks/results,
-    else in ./cppo-bench; "toy" writes only when asked. missing_only: cases that have a row there
-    are left out. deadline: time.monotonic() after which no case is begun. allocator: "keep" reuses
-    freed memory on a CPU, "system" leaves the C library as it is.
+    match: a part of the case's shape. output: the CSV file. None: a file named after the device, in
+    a clone's benchmarks/results, else in ./cppo-bench; "toy" writes only when asked. missing_only:
+    cases that have a row there are left out. deadline: time.monotonic() after which no case is
+    begun. allocator: "keep" reuses freed memory on a CPU, "system" leaves the C library as it is.
     """
 
     shapes: str = "small"
@@ -52,6 +52,7 @@ class Options:
     backends: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
+    match: str = ""
     against: tuple[str, ...] = peers.NAMES
     device: str = "cpu"
     output: Path | None = None
@@ -80,6 +81,7 @@ def selected(options: Options) -> list[Case]:
         for case in found
         if (not options.ops or case.op in options.ops)
         and (not options.dtypes or case.dtype in ("", *options.dtypes))
+        and options.match in case.shape
     ]
 
 

@@ -90,39 +90,57 @@ def summary(rows: Sequence[Row], kind: str = "logits") -> str:
     """A Markdown table of committed rows.
 
     Args:
-        kind: "host" (integer ops), the ops on rows: "logits", "linear", or "steps".
+        kind: "host" (integer ops), the ops on rows: "logits", "linear", or "steps"; "brief": the
+            ratios of the loss on logits.
     """
     if kind == "steps":
         return _step_summary(rows)
+    if kind == "brief":
+        return _brief_summary(rows)
     if kind == "host":
         return _host_summary([row for row in rows if row_kind(row) == "host"])
-    chosen = [row for row in rows if row_kind(row) == kind]
-    cells: dict[tuple[str, ...], list[Row]] = {}
-    for row in chosen:
-        at = (row["op"], row["shape"], row["dtype"], row["mode"])
-        cells.setdefault(at, []).append(row)
     lines = [
         "| op | input | | cppo ms | of ceiling | peak MiB | against |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (op, shape, dtype, mode), members in cells.items():
-        ours = min(
-            (row for row in members if row["backend"]),
-            key=lambda row: float(row["ms_p50"]),
-            default=None,
-        )
-        if ours is None:
-            continue
-        ratios = ", ".join(
-            f"{row['peer']} {float(row['ms_p50']) / float(ours['ms_p50']):.1f}x"
-            for row in members
-            if row["peer"]
-        )
+    for (op, shape, dtype, mode), ours, ratios in _compared(rows, kind):
         lines.append(
             f"| `{op}` | {shape} | {dtype} {_MODE[mode]} | {float(ours['ms_p50']):.3g} "
             f"| {float(ours['percent_of_ceiling']):.0f} % | {float(ours['peak_mib'] or 0):.0f} "
             f"| {ratios} |"
         )
+    return "\n".join(lines)
+
+
+def _compared(rows: Sequence[Row], kind: str) -> Iterator[tuple[tuple[str, ...], Row, str]]:
+    """Every case and mode: what it is, our fastest row, how many times faster than each peer."""
+    cells: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row_kind(row) == kind:
+            case = (row["op"], row["shape"], row["dtype"], row["mode"])
+            cells.setdefault(case, []).append(row)
+    for at, members in cells.items():
+        own = [row for row in members if row["backend"]]
+        if own:
+            ours = min(own, key=lambda row: float(row["ms_p50"]))
+            yield (
+                at,
+                ours,
+                ", ".join(
+                    f"{row['peer']} {float(row['ms_p50']) / float(ours['ms_p50']):.1f}x"
+                    for row in members
+                    if row["peer"]
+                ),
+            )
+
+
+def _brief_summary(rows: Sequence[Row]) -> str:
+    """Ratios alone, of the op and the input that the package is for."""
+    lines = ["| three views | | times faster than |", "|---|---|---|"]
+    for (op, shape, dtype, mode), _, ratios in _compared(rows, "logits"):
+        _, comma, input_ = shape.partition("three views, ")
+        if op == "cppo_loss" and comma and "full" not in input_:
+            lines.append(f"| {input_} | {dtype} {_MODE[mode]} | {ratios} |")
     return "\n".join(lines)
 
 

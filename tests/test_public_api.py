@@ -22,7 +22,8 @@ SIGNATURES = {
     "balance_ranks": "lengths, world_size",
     "questions_needed": "batch_size, group_size, prune_rate",
     "token_stats": "logits, targets, *, temperature, mask, inplace, backend",
-    "linear_token_stats": "hidden, weight, targets, *, bias, temperature, logit_scale, softcap, mask, backend",
+    "linear_token_stats": "hidden, weight, targets, *, bias, temperature, logit_scale, softcap, "
+    "mask, backend",
     "perception_mask": "anchor_entropy, negative_entropy, *, fraction, mask, cu_seqlens, backend",
     "cppo_loss": "logits, targets, advantages, *, old_logps, ref_logps, mask, cu_seqlens, "
     "num_items, config, inplace, backend",

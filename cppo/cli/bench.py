@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         backends=tuple(arguments.backend or ()),
         dtypes=tuple(arguments.dtype or ()),
         modes=tuple(arguments.mode or ()),
+        match=arguments.match or "",
         against=against,
         device=device,
         output=arguments.output,
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     new, wrong = run.bench(options, console)
     run.report_wrong(console, wrong)
     if not new and not wrong:
-        console.print("no case to measure: see --op, --dtype and --missing")
+        console.print("no case to measure: see --op, --match, --dtype and --missing")
     if new and (options.shapes != "toy" or options.output is not None):
         console.print(f"rows: {options.path}")
     if arguments.plot and options.path.exists():
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     shapes = "; ".join(f"{name}: {text}" for name, text in _SHAPES.items())
     add("--shapes", choices=tuple(_SHAPES), default="small", help=shapes)
     add("--op", nargs="+", choices=tuple(backends.BACKENDS), metavar="OP", help="these ops alone")
+    add("--match", metavar="TEXT", help="cases whose shape holds this: 'T=512', 'full divergence'")
     add("--backend", nargs="+", choices=backends.NAMES, help="of ours; else the fast ones")
     add("--against", nargs="+", metavar="PEER", help="these peers, or all, or none")
     add("--dtype", nargs="+", choices=("fp32", "bf16"))

@@ -311,7 +311,9 @@ def linear_token_stats_backward(
         d_logps, d_entropy = (None if values is None else values[part] for values in upstream)
         slope = head.slope(logits)
         ops.token_stats_backward_(d_logps, d_entropy, logits, ids[some], None, saved, temperature)
-        of_hidden = head.backward(logits, states, wants[0], slope)
+        if slope is not None:
+            logits.mul_(slope)
+        of_hidden = head.backward(logits, states, wants[0])
         if of_hidden is not None:
             gradient[some] = of_hidden.to(hidden.dtype)
     if wants[0]:

@@ -223,3 +223,19 @@ def test_statistics_opcheck_and_scaled_upstream_gradients(backend):
         scaled = torch.autograd.grad(loss, views, torch.tensor(-3.0))
         for one, other in zip(once, scaled, strict=True):
             torch.testing.assert_close(other, -3 * one)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_graph_that_is_kept_gives_its_gradients_again(compiled):
+    """They are scaled in place where nobody can ask for them again."""
+    inputs = {**make_inputs("linear_cppo_loss"), "config": CONFIGS["resident"]}
+
+    def loss(weight):
+        return cppo.linear_cppo_loss(**{**inputs, "weight": weight}, backend="cpp").loss
+
+    call = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    weight = inputs["weight"].clone().requires_grad_()
+    value = call(weight)
+    twice = [torch.autograd.grad(value, weight, g, retain_graph=True)[0] for g in torch.ones(2) * 2]
+    (once,) = torch.autograd.grad(value, weight)
+    assert torch.equal(twice[0], twice[1]) and torch.equal(twice[0], 2 * once)

@@ -208,11 +208,16 @@ def _register_resident(namespace: str) -> None:
         if grad_loss is None:
             return *(None,) * 5, *nothing
         refuse_second_derivative(name)
-        # Not scaled in fp32 first: that copy would be the largest tensor of all.
-        gradients = tuple(
-            torch.mul(g, grad_loss, out=g.new_empty(g.shape, dtype=ctx.dtype))
-            for g in ctx.saved_tensors
-        )
+        last = not torch._C._autograd._get_current_graph_task_keep_graph()
+
+        def scaled(g):
+            # A copy of the weight's gradient would be the largest tensor of all: none is made in
+            # fp32, nor any where the graph dies with this pass (a compiled graph may not).
+            if last and type(g) is Tensor and g.dtype == ctx.dtype:
+                return g.mul_(grad_loss)
+            return torch.mul(g, grad_loss, out=g.new_empty(g.shape, dtype=ctx.dtype))
+
+        gradients = tuple(scaled(g) for g in ctx.saved_tensors)
         return *_wanted(gradients, ctx.wants), *nothing
 
     torch.library.register_autograd(name, backward, setup_context=setup)

@@ -197,12 +197,14 @@ class LinearBatch:
             self.entropy[view][some] = entropy
             if view in keep:
                 tiles[view] = logits
+            del logits  # before the next are there
 
     def _margins(self, rows: Tensor, places: Tensor) -> None:
         """KL(anchor || positive) - KL(anchor || negative) at the perception tokens."""
         for some, where in self._thirds(rows, places):
             logits = [self._logits(view, some if view == ANCHOR else where)[1] for view in range(3)]
             self.margin[some] = self._statistics_of_three(logits, some)[7]
+            del logits
 
     def _statistics_of_three(self, logits: Sequence[Tensor], rows: Tensor) -> Tensor:
         """LOSS_SAVED of these rows' logits, with the margin: (8, rows)."""
@@ -325,6 +327,7 @@ class LinearBatch:
                 d_logps, d_entropy, logits, self.targets[some], None, saved, self.temperature
             )
             self._add(view, where, logits, hidden, wants, slope)
+            del logits, slope
 
     def _contrast(
         self, rows: Tensor, places: Tensor, config: LossConfig, wants: list[bool]
@@ -357,6 +360,7 @@ class LinearBatch:
             for view in range(3):
                 if view != ANCHOR or not config.detach_anchor:
                     self._add(view, at[view], logits[view], hidden[view], wants, slopes[view])
+            del logits, slopes
 
     def _saved_of(self, logits: Tensor, rows: Tensor) -> Tensor:
         targets = self.targets[rows]

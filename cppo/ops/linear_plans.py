@@ -270,6 +270,7 @@ def linear_token_stats(
     for some in rows.split(head.rows_per_tile) if len(rows) else ():
         logits = head.logits(flat[some])
         logps[some], entropy[some], _ = ops.token_stats(logits, ids[some], None, temperature, False)
+        del logits  # before the next are there
     return logps.view(targets.shape), entropy.view(targets.shape)
 
 
@@ -316,6 +317,7 @@ def linear_token_stats_backward(
         of_hidden = head.backward(logits, states, wants[0])
         if of_hidden is not None:
             gradient[some] = of_hidden.to(hidden.dtype)
+        del logits, slope
     if wants[0]:
         gradient = gradient.view(hidden.shape)
 

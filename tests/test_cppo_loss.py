@@ -344,6 +344,11 @@ def test_only_the_loss_is_attached_and_scales(op, backend):
     assert old.grad is None and advantages.grad is None
 
 
+def same(ours, expected):
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value.to(ours[name].dtype)), name
+
+
 @pytest.mark.parametrize("backend", backends.available("linear_cppo_loss"))
 def test_autocast_casts_like_linear(backend):
     inputs = make_inputs("linear_cppo_loss")
@@ -354,12 +359,13 @@ def test_autocast_casts_like_linear(backend):
 
     half = {k: cast(v, torch.bfloat16) if k in names else v for k, v in inputs.items()}
     expected = evaluate("linear_cppo_loss", half, backend)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = cppo.linear_cppo_loss(**inputs, backend=backend)
-        exact = cppo.linear_cppo_loss(**in_fp64(inputs), backend=backend)
-    assert out.loss.dtype == torch.float32 and torch.equal(out.loss, expected["loss"])
+    with torch.autocast("cpu", torch.bfloat16):  # backward, too
+        ours = evaluate("linear_cppo_loss", inputs, backend)
+        exact = evaluate("linear_cppo_loss", in_fp64(inputs), backend)
+    assert ours["loss"].dtype == ours["grad.weight"].dtype == torch.float32
+    same(ours, expected)
     # autocast leaves fp64 alone.
-    assert torch.equal(exact.loss, evaluate("linear_cppo_loss", in_fp64(inputs), backend)["loss"])
+    same(exact, evaluate("linear_cppo_loss", in_fp64(inputs), backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -223,6 +223,17 @@ def _register_resident(namespace: str) -> None:
     torch.library.register_autograd(name, backward, setup_context=setup)
 
 
+def _without_autocast(plan: Callable[..., Any]) -> Callable[..., Any]:
+    """The plan with products in the dtypes that it chose: the inputs were cast already."""
+
+    def run(*inputs: Any) -> Any:
+        device = next(value.device.type for value in inputs if value is not None)
+        with torch.autocast(device, enabled=False):
+            return plan(*inputs)
+
+    return run
+
+
 class LinearBackend:
     """The backend functions on hidden states of one namespace, called like `cppo.reference`'s.
 
@@ -235,7 +246,7 @@ class LinearBackend:
         for op, schema in SCHEMAS.items():
             name = f"{namespace}::{op}"
             torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-            plan = partial(getattr(linear_plans, op), self._ops)
+            plan = _without_autocast(partial(getattr(linear_plans, op), self._ops))
             torch.library.impl(name, ("cpu", "cuda"), plan)
             torch.library.register_fake(name, _FAKES[op])
         _register_stats(namespace)

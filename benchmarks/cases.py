@@ -11,7 +11,7 @@ selected share of those. A GEMM unit is 2 T V D operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -111,12 +111,17 @@ def cases(shapes: str, device: torch.device) -> Iterator[Case]:
 def _row_case(op: str, words: str, sizes: Sizes, dtype: str) -> Case:
     shape = f"T={sizes.rows} V={sizes.vocabulary}"
     shape += f" D={sizes.hidden}" if sizes.hidden else ""
+    modes: tuple[str, ...] = ("forward", "both")
+    if op == "perception_mask":
+        modes = ("forward",)
+    elif sizes.inplace:
+        modes = ("both",)
     return Case(
         op,
         f"{shape} {words}".strip(),
         dtype,
         lambda device: draw.row_inputs(op, sizes, dtype, device),
-        ("forward",) if op == "perception_mask" else ("forward", "both"),
+        modes,
         None if op == "perception_mask" else sizes,
     )
 
@@ -146,6 +151,8 @@ def _row_sizes(shapes: str, on_gpu: bool) -> Iterator[tuple[str, str, Sizes]]:
         dense = Sizes(8, length, vocabulary, positive_share=0.5, selected_share=1.0, gating=False)
         yield "cppo_loss", "three views, all rows", dense
         yield "cppo_loss", "three views, f=0.5 r=0.2", Sizes(8, length, vocabulary)
+        if shapes in ("toy", "paper"):
+            yield "cppo_loss", "three views, all rows, in place", replace(dense, inplace=True)
         if shapes != "small":
             full = Sizes(8, length, vocabulary, divergence="full")
             yield "cppo_loss", "three views, f=0.5 r=0.2, full divergence", full

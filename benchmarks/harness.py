@@ -27,7 +27,7 @@ from cppo import backends, reference
 from cppo.benchmarks import peers, timing
 from cppo.benchmarks.cases import Case
 from cppo.benchmarks.ceilings import Ceilings
-from cppo.benchmarks.inputs import Inputs, part_of
+from cppo.benchmarks.inputs import Inputs, part_of, restorer
 from cppo.benchmarks.peers import Competitor
 from cppo.records import Views
 from cppo.testing import assert_as_accurate, in_fp64
@@ -107,6 +107,7 @@ def measure(
     """Everything about one case; `on_result` hears of each variant when its memory is known."""
     variants, absent = variants_of(case, device, against, only_backends)
     inputs = case.make(device)
+    restore = restorer(inputs)
     too_long = {v.name: _too_long(case, v, budget, ceilings) for v in variants}
     judged = {name: (reason, math.nan, "") for name, reason in too_long.items() if reason}
     exact = check(case, inputs, [v for v in variants if v.name not in judged], budget, judged)
@@ -116,6 +117,7 @@ def measure(
         results = []
         for variant in variants:
             measured = _first_call(case, mode, inputs, variant, exact, judged, device)
+            restore()
             results.append((variant, measured))
             on_result(measured)
         first = {v.name: m.first_seconds for v, m in results if m.status == "ok"}
@@ -126,7 +128,7 @@ def measure(
             if v.name in first and v.name not in samples
         }
         rounds = {name: budget.rounds_of(first[name]) for name in calls}
-        samples |= timing.time_interleaved(calls, budget.seconds, rounds, device)
+        samples |= timing.time_interleaved(calls, budget.seconds, rounds, device, restore)
         for variant, measured in results:
             measured.samples = samples.get(variant.name, [])
             yield measured
@@ -236,13 +238,14 @@ def check(
     if case.sizes is not None:
         part = part_of(inputs, max(2, budget.check_rows // case.sizes.length))
         mode = case.modes[-1]
-    specification = _ours(case, "reference")
+    specification, restore = _ours(case, "reference"), restorer(part)
     exact = run(case, mode, in_fp64(part), specification)
     with _summed_in_fp32():
         eager = run(case, mode, part, specification)
     for variant in variants:
         if variant.competitor.fixed_shape:
             continue
+        restore()
         try:
             outputs = run(case, mode, part, variant.competitor.call)
         except Exception as error:
@@ -252,6 +255,7 @@ def check(
         if variant.backend:
             status = _law(outputs, eager, exact)
         judged[variant.name] = (status, *largest_error(outputs, exact))
+    restore()
     return exact
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ class Sizes:
         positive_share: f, the share of completions with A > 0.
         selected_share: r, the share of their tokens that is selected.
         gating, divergence: as in LossConfig.
+        inplace: as in `cppo_loss`: gradients take the place of the logits.
     """
 
     completions: int
@@ -46,6 +48,7 @@ class Sizes:
     selected_share: float = 0.2
     gating: bool = True
     divergence: str = "k3"
+    inplace: bool = False
 
     @property
     def rows(self) -> int:
@@ -106,7 +109,8 @@ def row_inputs(op: str, sizes: Sizes, dtype: str, device: torch.device, seed: in
     every = max(1, round(1 / sizes.positive_share))
     is_positive = torch.arange(sizes.completions, device=device) % every == 0
     inputs["advantages"] = torch.where(is_positive, size, -size)
-    return {name: views, **inputs, "config": sizes.config()}
+    inputs |= {"config": sizes.config()} | ({"inplace": True} if sizes.inplace else {})
+    return {name: views, **inputs}
 
 
 def _hidden(
@@ -129,6 +133,20 @@ def _flatness(sizes: Sizes, generator: torch.Generator) -> Tensor:
     return factors.scatter_add_(1, chosen, torch.full_like(chosen, -0.3, dtype=draw.dtype))[
         ..., None
     ]
+
+
+def restorer(inputs: Inputs) -> Callable[[], None]:
+    """What brings back the logits that a call in place has overwritten; else does nothing."""
+    if not inputs.get("inplace"):
+        return lambda: None
+    views = [view for view in inputs["logits"] if view is not None]
+    kept = [view.clone() for view in views]
+
+    def restore() -> None:
+        for view, values in zip(views, kept, strict=True):
+            view.copy_(values)
+
+    return restore
 
 
 def part_of(inputs: Inputs, completions: int) -> Inputs:

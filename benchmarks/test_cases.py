@@ -6,7 +6,6 @@ refuses to time (a result that breaks the accuracy law) fails here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from cppo.benchmarks import harness, peers
 from cppo.benchmarks.cases import Case, cases
 from cppo.benchmarks.ceilings import Ceilings
+from cppo.benchmarks.inputs import restorer
 from cppo.benchmarks.run import BUDGETS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,13 +41,14 @@ def _prepared(case: Case, shapes: str) -> tuple[Any, list[Any]]:
     return inputs, variants
 
 
-def test_case(
-    case: Case, mode: str, variant: str, benchmark: Callable[..., Any], request: Any
-) -> None:
+def test_case(case: Case, mode: str, variant: str, benchmark: Any, request: Any) -> None:
     inputs, variants = _prepared(case, request.config.getoption("cases"))
     chosen = [v for v in variants if bool(v.backend) == (variant == "cppo")]
     if not chosen:
         pytest.skip(f"no fast backend of {case.op} runs here")
     call = harness.timed(case, mode, inputs, chosen[0])
-    result = benchmark(call)
+    if case.sizes is not None and case.sizes.inplace:
+        result = benchmark.pedantic(call, setup=restorer(inputs), rounds=3)
+    else:
+        result = benchmark(call)
     assert peers.named(case, result)

@@ -56,7 +56,11 @@ def time_once(call: Call, device: torch.device) -> float:
 
 
 def time_interleaved(
-    calls: Mapping[str, Call], seconds: float, min_rounds: Mapping[str, int], device: torch.device
+    calls: Mapping[str, Call],
+    seconds: float,
+    min_rounds: Mapping[str, int],
+    device: torch.device,
+    restore: Call = lambda: None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, round by round, so that a slow moment hits all of them.
 
@@ -64,6 +68,7 @@ def time_interleaved(
         calls: what is compared; each ran at least once before.
         seconds: a call leaves the rounds once it has used up this much time.
         min_rounds: {call: rounds that it takes part in at least}.
+        restore: brings back what a call overwrites; not timed.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     while True:
@@ -78,6 +83,7 @@ def time_interleaved(
             waiting.reverse()
         for name in waiting:
             samples[name].append(time_once(calls[name], device))
+            restore()
 
 
 def peak_growth(call: Call, device: torch.device) -> int | None:

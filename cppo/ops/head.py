@@ -155,14 +155,16 @@ class Head:
                 self._add_weight_gradient(grad_logits, hidden)
             return self._matrix_product(grad_logits, self.weight) if wants_hidden else None
         wide = hidden.to(self.accumulator)
-        grad_hidden = torch.zeros_like(wide) if wants_hidden else None
-        for part, weight in self._slices():
-            tile = grad_logits[:, part]
-            if grad_hidden is not None:
-                grad_hidden.addmm_(tile, weight)
+        # Transposed, as the logits: faster for few rows.
+        grad_states = wide.new_zeros(wide.shape[::-1]) if wants_hidden else None
+        is_wide = self.weight.dtype == self.accumulator
+        for part, weight in ((slice(None), self.weight),) if is_wide else self._slices():
+            columns = grad_logits[:, part].t()
+            if grad_states is not None:
+                grad_states.addmm_(weight.t(), columns)
             if self.grad_weight is not None:
-                self.grad_weight[part].addmm_(tile.t(), wide)
-        return grad_hidden
+                self.grad_weight[part].addmm_(columns, wide)
+        return None if grad_states is None else grad_states.t()
 
     def _matrix_product(self, left: Tensor, right: Tensor) -> Tensor:
         """left @ right in the accumulator's dtype."""

@@ -10,7 +10,8 @@ them), or among those of completions with perturbed views ("seeing" rows).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -28,8 +29,44 @@ COEFFICIENT = {ANCHOR: 0, POSITIVE: 2, NEGATIVE: 3}  # row of the derivative by 
 SAVED = {view: slice(3 * view, 3 * view + 3) for view in range(3)}  # rows of its statistics
 # Logits that are still there, by view: of all rows of a range; of the positive, the selected ones.
 Tiles = dict[int, Tensor]
-# Of some rows of a view: the view, their places, the gradient of their logits, their hidden states.
-Waiting = tuple[int, Tensor, Tensor, Tensor]
+Part = tuple[int, Tensor, Tensor]  # a view, some rows, and their places among those that it has
+
+
+@dataclass
+class Stack:
+    """Rows of one or several views in one tile, for one product.
+
+    Args:
+        parts: whose rows, in order.
+        hidden, logits: (n, D) and (n, V); the logits become their gradient.
+        saved: (3, n), what `token_stats` saves of these very logits: another GEMM rounds them in
+            another way, and what should cancel in the gradient would not. None: they are the
+            gradient already.
+    """
+
+    parts: list[Part]
+    hidden: Tensor
+    logits: Tensor
+    saved: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.cat([rows for _, rows, _ in self.parts])
+
+
+def _stacks(parts: list[Part], room: int) -> Iterator[list[Part]]:
+    """The parts in pieces of `room` rows."""
+    piece: list[Part] = []
+    free = room
+    for view, rows, places in parts:
+        while len(rows):
+            piece.append((view, rows[:free], places[:free]))
+            rows, places, free = rows[free:], places[free:], max(0, free - len(rows))
+            if not free:
+                yield piece
+                piece, free = [], room
+    if piece:
+        yield piece
 
 
 def _from_zero(counts: Tensor) -> Tensor:
@@ -125,7 +162,7 @@ class LinearBatch:
         self.hidden_gradients: list[Tensor | None] = [None, None, None]
         # Gradients of few rows, which are multiplied together: a product costs a pass over the
         # gradient of the weight, however few rows it has.
-        self.waiting: list[Waiting] = []
+        self.waiting: list[Stack] = []
         self.rows_multiplied = self.num_selected = 0
 
     # Rows and tiles
@@ -134,6 +171,10 @@ class LinearBatch:
         """The rows of the completions [first, last)."""
         begin, end = self.starts[first], self.starts[last]
         return torch.arange(begin, end, device=self.rows.device)
+
+    def selected_starts(self) -> list[int]:
+        """Where the selected rows of every completion begin, and the last ones end."""
+        return _from_zero(self.selected.long())[self.row_ends].tolist()
 
     def seeing_range(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Of the completions [first, last): the seeing rows, and their places among those."""
@@ -146,16 +187,33 @@ class LinearBatch:
         assert hidden is not None
         return hidden[self.view_rows[view][places]]
 
-    def _logits(self, view: int, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states and logits of a view at some of its rows."""
-        hidden = self._hidden_at(view, places)
-        self.rows_multiplied += len(places)
-        return hidden, self.head.logits(hidden)
+    def _logits(self, hidden: Tensor) -> Tensor:
+        self.rows_multiplied += len(hidden)
+        return self.head.logits(hidden)
+
+    def _stack(self, parts: list[Part]) -> tuple[Stack, Tensor]:
+        """The logits of these rows, and their logps."""
+        stack = self._stack_of_logits(parts)
+        logps, _, stack.saved = self._token_stats(stack.logits, stack.rows)
+        return stack, logps
+
+    def _stack_of_logits(self, parts: list[Part]) -> Stack:
+        hidden = torch.cat([self._hidden_at(view, places) for view, _, places in parts])
+        return Stack(parts, hidden, self._logits(hidden))
+
+    def _token_stats(self, logits: Tensor, rows: Tensor) -> Any:
+        return self.ops.token_stats(logits, self.targets[rows], None, self.temperature, False)
 
     # Statistics
 
     def statistics(self, first: int, last: int, config: LossConfig, keep: tuple[int, ...]) -> Tiles:
-        """Statistics and selection of a range; returns the logits of the views in `keep`."""
+        """All statistics of a range; returns the logits of the views in `keep`."""
+        tiles = self.select(first, last, config, keep)
+        self.compare(first, last, config, keep, tiles)
+        return tiles
+
+    def select(self, first: int, last: int, config: LossConfig, keep: tuple[int, ...]) -> Tiles:
+        """Anchor and negative of a range, and the perception tokens."""
         tiles: Tiles = {}
         rows = self.range_of(first, last)
         self._stats_of(ANCHOR, rows, rows, keep, tiles)
@@ -171,15 +229,21 @@ class LinearBatch:
             None,
             bounds - bounds[0],
         )
+        return tiles
+
+    def compare(
+        self, first: int, last: int, config: LossConfig, keep: tuple[int, ...], tiles: Tiles
+    ) -> None:
+        """The positive of a range, at its perception tokens."""
         if self.hidden[POSITIVE] is None:
-            return tiles
+            return
+        seeing, places = self.seeing_range(first, last)
         (chosen,) = _where(self.selected[seeing])
         self.num_selected += len(chosen)
         if config.divergence == "full":
             self._margins(seeing[chosen], places[chosen])
         else:
             self._stats_of(POSITIVE, seeing[chosen], places[chosen], keep, tiles)
-        return tiles
 
     def _stats_of(
         self, view: int, rows: Tensor, places: Tensor, keep: tuple[int, ...], tiles: Tiles
@@ -188,10 +252,8 @@ class LinearBatch:
         room = max(1, self.head.rows_per_tile // 3) if keep else self.head.rows_per_tile
         step = max(1, len(rows)) if view in keep else room
         for some, where in zip(rows.split(step), places.split(step), strict=True):
-            _, logits = self._logits(view, where)
-            logps, entropy, saved = self.ops.token_stats(
-                logits, self.targets[some], None, self.temperature, False
-            )
+            logits = self._logits(self._hidden_at(view, where))
+            logps, entropy, saved = self._token_stats(logits, some)
             self.logps[view][some] = logps
             self.saved[SAVED[view], some] = saved
             self.entropy[view][some] = entropy
@@ -199,26 +261,53 @@ class LinearBatch:
                 tiles[view] = logits
             del logits  # before the next are there
 
+    def contrast(self, first: int, last: int, views: tuple[int, ...]) -> Stack | None:
+        """The perception tokens of a range in these views, the positive last; None: there are none.
+
+        Fills the statistics of the positive, as `compare` does.
+        """
+        seeing, places = self.seeing_range(first, last)
+        (chosen,) = _where(self.selected[seeing])
+        if not len(chosen):
+            return None
+        rows, places = seeing[chosen], places[chosen]
+        parts = [(view, rows, rows if view == ANCHOR else places) for view in views]
+        stack, logps = self._stack(parts)
+        self.logps[POSITIVE][rows] = logps[-len(rows) :]
+        return stack
+
     def _margins(self, rows: Tensor, places: Tensor) -> None:
         """KL(anchor || positive) - KL(anchor || negative) at the perception tokens."""
-        for some, where in self._thirds(rows, places):
-            logits = [self._logits(view, some if view == ANCHOR else where)[1] for view in range(3)]
-            self.margin[some] = self._statistics_of_three(logits, some)[7]
-            del logits
+        for parts in self._thirds(rows, places):
+            stack = self._stack_of_logits(parts)
+            self.margin[parts[0][1]] = self._statistics_of_three(stack)[7]
+            del stack  # before the next is there
 
-    def _statistics_of_three(self, logits: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """LOSS_SAVED of these rows' logits, with the margin: (8, rows)."""
+    def _statistics_of_three(self, stack: Stack) -> Tensor:
+        """LOSS_SAVED of rows in three views: (8, rows), with the margin."""
         config = LossConfig(temperature=self.temperature, divergence="full", gating=False)
         options = [getattr(config, name) for name in CONFIG_FIELDS]
+        rows = stack.parts[0][1]
         one, ends = self._one_completion(rows)
         return self.ops.cppo_loss(
-            *logits, self.targets[rows], one, None, None, None, ends, None, *options, False
+            *stack.logits.split(len(rows)),
+            self.targets[rows],
+            one,
+            None,
+            None,
+            None,
+            ends,
+            None,
+            *options,
+            False,
         )[6]
 
-    def _thirds(self, rows: Tensor, places: Tensor) -> Any:
+    def _thirds(self, rows: Tensor, places: Tensor) -> Iterator[list[Part]]:
         """Rows of which three views fit a tile."""
         step = max(1, self.head.rows_per_tile // 3)
-        return zip(rows.split(step), places.split(step), strict=True)
+        for some, where in zip(rows.split(step), places.split(step), strict=True):
+            if len(some):
+                yield [(ANCHOR, some, some), (POSITIVE, some, where), (NEGATIVE, some, where)]
 
     def _one_completion(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Advantages and cu_seqlens of rows that are called one completion."""
@@ -267,7 +356,10 @@ class LinearBatch:
     def gradients(
         self, first: int, last: int, config: LossConfig, wants: list[bool], tiles: Tiles
     ) -> None:
-        """Adds the gradients of a range to those of the views and of the head."""
+        """Adds the gradients of a range to those of the views and of the head.
+
+        tiles: logits that are still there, which are overwritten; others are computed again.
+        """
         rows = self.range_of(first, last)
         seeing, places = self.seeing_range(first, last)
         anchor = self._counts(ANCHOR, rows)
@@ -276,77 +368,84 @@ class LinearBatch:
                 anchor &= ~self._counts(POSITIVE, rows)
             contrasted, own = _where(self._counts(POSITIVE, seeing), anchor)
             self._contrast(seeing[contrasted], places[contrasted], config, wants)
-            self._gradient_of(ANCHOR, rows[own], rows[own], wants, None, own)
-            return
-        masks = [self._counts(view, seeing) for view in (POSITIVE, NEGATIVE)]
-        own, positive, negative = _where(anchor, *masks)
-        # The logits of a view are let go of before those of the next get a gradient.
-        self._gradient_of(ANCHOR, rows[own], rows[own], wants, tiles.pop(ANCHOR, None), own)
-        if self.hidden[POSITIVE] is not None:
-            kept = tiles.pop(NEGATIVE, None)
-            self._gradient_of(NEGATIVE, seeing[negative], places[negative], wants, kept, negative)
-            # Of the positive there are the logits of the selected rows.
-            at = (self.selected[seeing].cumsum(0) - 1)[positive]
-            kept = tiles.pop(POSITIVE, None)
-            self._gradient_of(POSITIVE, seeing[positive], places[positive], wants, kept, at)
+            found = [(ANCHOR, rows, rows, own)]
+        else:
+            masks = [self._counts(view, seeing) for view in (POSITIVE, NEGATIVE)]
+            own, positive, negative = _where(anchor, *masks)
+            found = [
+                (ANCHOR, rows, rows, own),
+                (NEGATIVE, seeing, places, negative),
+                (POSITIVE, seeing, places, positive),
+            ]
+        gone = []
+        for view, some, where, at in found:
+            if not len(at) or not self.wanted(view, wants):
+                continue
+            part = (view, some[at], where[at])
+            # The logits of a view are let go of before those of the next get a gradient.
+            logits = tiles.pop(view, None)
+            if logits is None:
+                gone.append(part)
+                continue
+            if view == POSITIVE:
+                # Of which there are the selected rows.
+                at = (self.selected[seeing].cumsum(0) - 1)[at]
+            if len(at) < len(logits):
+                logits = self.head.rows_of(logits, at)
+            hidden, saved = self._hidden_at(view, part[2]), self.saved[SAVED[view], part[1]]
+            self.gradient(Stack([part], hidden, logits, saved), wants)
+            del logits
+        for parts in _stacks(gone, self.head.rows_per_tile):
+            self.gradient(self._stack(parts)[0], wants)
+
+    def wanted(self, view: int, wants: list[bool]) -> bool:
+        """Whether logits of this view need a gradient."""
+        return wants[view] or wants[WEIGHT] or wants[BIAS]
+
+    def gradient(self, stack: Stack, wants: list[bool]) -> None:
+        """Adds the gradients of these rows."""
+        slope = self.head.slope(stack.logits)
+
+        def of(part: Part) -> tuple[Tensor, Tensor]:
+            view, rows, _ = part
+            d_logps, d_entropy = self.coefficients[COEFFICIENT[view], rows], self.coefficients[1]
+            return d_logps, d_entropy[rows] if view == ANCHOR else torch.zeros_like(d_logps)
+
+        d_logps, d_entropy = map(torch.cat, zip(*map(of, stack.parts), strict=True))
+        self.ops.token_stats_backward_(
+            d_logps,
+            d_entropy if any(view == ANCHOR for view, *_ in stack.parts) else None,
+            stack.logits,
+            self.targets[stack.rows],
+            None,
+            stack.saved,
+            self.temperature,
+        )
+        if slope is not None:
+            stack.logits.mul_(slope)
+        self._add(stack, wants)
 
     def _counts(self, view: int, rows: Tensor) -> Tensor:
         """Which of the rows have a coefficient."""
         counts = self.coefficients[COEFFICIENT[view], rows] != 0
         return counts | (self.coefficients[1, rows] != 0) if view == ANCHOR else counts
 
-    def _gradient_of(
-        self,
-        view: int,
-        rows: Tensor,
-        places: Tensor,
-        wants: list[bool],
-        kept: Tensor | None,
-        at: Tensor,
-    ) -> None:
-        """`kept`: logits, overwritten, in which these rows lie at `at`; None: they are computed."""
-        if not (wants[view] or wants[WEIGHT] or wants[BIAS]):
-            return
-        step = self.head.rows_per_tile if kept is None else max(1, len(rows))
-        for some, where in zip(rows.split(step), places.split(step), strict=True):
-            if not len(some):
-                return
-            d_entropy = self.coefficients[1, some] if view == ANCHOR else None
-            if kept is None:
-                # Statistics of these very logits: another GEMM rounds them in another way, and
-                # what should cancel in the gradient would not.
-                hidden, logits = self._logits(view, where)
-                saved = self._saved_of(logits, some)
-            else:
-                hidden = self._hidden_at(view, where)
-                logits = kept if len(at) == len(kept) else self.head.rows_of(kept, at)
-                saved = self.saved[SAVED[view], some]
-            slope = self.head.slope(logits)
-            d_logps = self.coefficients[COEFFICIENT[view], some]
-            self.ops.token_stats_backward_(
-                d_logps, d_entropy, logits, self.targets[some], None, saved, self.temperature
-            )
-            self._add(view, where, logits, hidden, wants, slope)
-            del logits, slope
-
     def _contrast(
         self, rows: Tensor, places: Tensor, config: LossConfig, wants: list[bool]
     ) -> None:
         """The three views together, with the full divergence."""
-        for some, where in self._thirds(rows, places):
-            if not len(some):
-                return
-            at = [some, where, where]
-            hidden, logits = zip(*(self._logits(view, at[view]) for view in range(3)), strict=True)
+        for parts in self._thirds(rows, places):
+            stack = self._stack_of_logits(parts)
+            some = parts[0][1]
             one, ends = self._one_completion(some)
             coefficients = self.coefficients[:, some]
             if config.detach_anchor:
                 coefficients[:2] = 0
-            saved = self._statistics_of_three(logits, some)
-            slopes = [self.head.slope(tile) for tile in logits]
+            saved = self._statistics_of_three(stack)
+            slope = self.head.slope(stack.logits)
             self.ops.cppo_loss_backward_(
                 self.coefficients.new_ones(()),
-                *logits,
+                *stack.logits.split(len(some)),
                 self.targets[some],
                 one,
                 ends,
@@ -357,35 +456,25 @@ class LinearBatch:
                 False,
                 config.detach_anchor,
             )
-            for view in range(3):
-                if view != ANCHOR or not config.detach_anchor:
-                    self._add(view, at[view], logits[view], hidden[view], wants, slopes[view])
-            del logits, slopes
+            if slope is not None:
+                stack.logits.mul_(slope)
+            if config.detach_anchor:
+                perturbed = slice(len(some), None)
+                stack = Stack(parts[1:], stack.hidden[perturbed], stack.logits[perturbed])
+            self._add(stack, wants)
+            del stack, slope
 
-    def _saved_of(self, logits: Tensor, rows: Tensor) -> Tensor:
-        targets = self.targets[rows]
-        return self.ops.token_stats(logits, targets, None, self.temperature, False)[2]
-
-    def _add(
-        self,
-        view: int,
-        places: Tensor,
-        grad_logits: Tensor,
-        hidden: Tensor,
-        wants: list[bool],
-        slope: Tensor | None,
-    ) -> None:
-        if slope is not None:
-            grad_logits.mul_(slope)
-        self.rows_multiplied += len(places) * (wants[view] + wants[WEIGHT])
-        item = (view, places, grad_logits, hidden)
+    def _add(self, stack: Stack, wants: list[bool]) -> None:
+        """Multiplies what are gradients of logits by now, or lets them wait for others."""
+        for view, rows, _ in stack.parts:
+            self.rows_multiplied += len(rows) * (wants[view] + wants[WEIGHT])
         room = self.head.rows_per_tile // 4
-        if len(places) > room:
-            self._multiply([item], wants)
+        if len(stack.logits) > room:
+            self._multiply([stack], wants)
             return
-        if sum(len(other[1]) for other in self.waiting) + len(places) > room:
+        if sum(len(other.logits) for other in self.waiting) + len(stack.logits) > room:
             self.flush(wants)
-        self.waiting.append(item)
+        self.waiting.append(stack)
 
     def flush(self, wants: list[bool]) -> None:
         """Multiplies the gradients that wait."""
@@ -393,16 +482,19 @@ class LinearBatch:
         if waiting:
             self._multiply(waiting, wants)
 
-    def _multiply(self, items: list[Waiting], wants: list[bool]) -> None:
-        views, places, tiles, hidden = zip(*items, strict=True)
-        wanted = any(wants[view] for view in views)
-        gradients = self.head.backward(self.head.stacked(list(tiles)), torch.cat(hidden), wanted)
+    def _multiply(self, stacks: list[Stack], wants: list[bool]) -> None:
+        parts = [part for stack in stacks for part in stack.parts]
+        gradients = self.head.backward(
+            self.head.stacked([stack.logits for stack in stacks]),
+            torch.cat([stack.hidden for stack in stacks]),
+            any(wants[view] for view, *_ in parts),
+        )
         if gradients is None:
             return
-        parts = gradients.split([len(at) for at in places])
-        for view, at, gradient in zip(views, places, parts, strict=True):
+        sizes = [len(rows) for _, rows, _ in parts]
+        for (view, _, places), gradient in zip(parts, gradients.split(sizes), strict=True):
             if wants[view]:
-                self._place(view, at, gradient)
+                self._place(view, places, gradient)
 
     def _place(self, view: int, places: Tensor, gradient: Tensor) -> None:
         source = self.hidden[view]

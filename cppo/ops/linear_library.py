@@ -11,9 +11,9 @@ selected share of those, three views in full take 12. The plans of the loss:
 resident, 3 + f + 5fr: where the loss's denominators are known beforehand. A group of completions
     that fits a tile at a time: statistics, selection, loss and gradients while its logits are
     alive.
-deferred, 3 + f + 10fr: where the contrastive term is divided by the number of selected tokens, and
-    they are few (3fr < 1). So for the policy terms; the logits of the selected tokens are computed
-    once more when all are counted.
+deferred, 3 + f + 9fr: where the contrastive term is divided by the number of selected tokens, and
+    they are few (2fr < 1). So for the policy terms; when all selected tokens are counted come the
+    positive there, and the logits of anchor and negative once more.
 recompute, 4 + f + 7fr: statistics of all rows, then the loss; then the logits of the rows that have
     a gradient once more. A completion longer than a tile is always treated so.
 

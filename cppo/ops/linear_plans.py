@@ -17,7 +17,7 @@ from cppo import reference
 from cppo.config import LossConfig
 from cppo.ops.head import Head
 from cppo.ops.library import COEFFICIENTS, METRICS, accumulator
-from cppo.ops.linear_batch import ANCHOR, EVERY_VIEW, POSITIVE, LinearBatch
+from cppo.ops.linear_batch import ANCHOR, EVERY_VIEW, NEGATIVE, POSITIVE, LinearBatch
 from cppo.records import NumItems, Views
 
 
@@ -76,6 +76,11 @@ class _Loss:
         )
         return float(policy), float(contrast)
 
+    def nothing(self) -> tuple[Tensor, Tensor]:
+        """Loss and metrics before the first completion."""
+        like = self.batch.saved
+        return like.new_zeros(()), like.new_zeros(len(METRICS))
+
     def reduce(
         self, first: int, last: int, by: tuple[float, float], contrast: bool = True
     ) -> tuple[Tensor, Tensor]:
@@ -107,25 +112,18 @@ class _Loss:
         ]
 
 
-def _groups(loss: _Loss, sees: bool) -> Iterator[tuple[int, int, bool]]:
-    """Ranges of completions whose logits fit a tile; False: one completion that does not.
+def _groups(starts: list[int], room: int) -> Iterator[tuple[int, int, bool]]:
+    """Ranges of completions whose rows fit into `room`; False: one completion that does not.
 
-    With `sees` it holds those of the negative, too, and otherwise leaves a third for them. Those
-    of the positive come on top; they are the fewest.
+    starts: where the rows of every completion begin, and the last ones end.
     """
-    batch, room = loss.batch, loss.head.rows_per_tile
-    room = room if sees else max(1, room - room // 3)
-    first, rows = 0, 0
-    for completion in range(batch.num_completions):
-        cost = batch.starts[completion + 1] - batch.starts[completion]
-        if sees:
-            cost += batch.seeing_starts[completion + 1] - batch.seeing_starts[completion]
-        if rows and rows + cost > room:
-            yield first, completion, rows <= room
-            first, rows = completion, 0
-        rows += cost
-    if first < batch.num_completions:
-        yield first, batch.num_completions, rows <= room
+    first = 0
+    for completion in range(len(starts) - 1):
+        if first < completion and starts[completion + 1] - starts[first] > room:
+            yield first, completion, starts[completion] - starts[first] <= room
+            first = completion
+    if first < len(starts) - 1:
+        yield first, len(starts) - 1, starts[-1] - starts[first] <= room
 
 
 def linear_cppo_loss(ops: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -185,7 +183,7 @@ def linear_cppo_loss_gradients(ops: Any, *inputs: Any) -> tuple[Tensor, ...]:
     selected = config.fraction * len(batch.seeing)
     if loss.knows_denominators:
         value, metrics, resident = _resident(loss)
-    elif config.detach_anchor or 3 * selected < batch.num_rows:
+    elif config.detach_anchor or 2 * selected < batch.num_rows:
         value, metrics, resident = _deferred(loss)
     else:
         value, metrics, resident = _again(loss)
@@ -197,9 +195,10 @@ def _resident(loss: _Loss) -> tuple[Tensor, Tensor, int]:
     """Loss, metrics and how many rows were resident; group by group."""
     batch = loss.batch
     by = loss.denominators(0)
-    total = torch.zeros((), dtype=batch.saved.dtype, device=batch.saved.device)
-    metrics = total.new_zeros(len(METRICS))
-    for first, last, fits in _groups(loss, sees=True):
+    # The rows of the positive come on top of those of anchor and negative; they are the fewest.
+    starts = [a + b for a, b in zip(batch.starts, batch.seeing_starts, strict=True)]
+    total, metrics = loss.nothing()
+    for first, last, fits in _groups(starts, batch.head.rows_per_tile):
         tiles = batch.statistics(first, last, loss.config, EVERY_VIEW if fits else ())
         value, part = loss.reduce(first, last, by)
         total, metrics = total + value, metrics + part
@@ -210,16 +209,35 @@ def _resident(loss: _Loss) -> tuple[Tensor, Tensor, int]:
 def _deferred(loss: _Loss) -> tuple[Tensor, Tensor, int]:
     """The policy terms group by group; when all is selected, the contrastive term."""
     batch, config = loss.batch, loss.config
-    by, everything = loss.denominators(0), batch.num_completions
-    for first, last, fits in _groups(loss, sees=False):
-        tiles = batch.statistics(first, last, config, (ANCHOR,) if fits else ())
+    room = batch.head.rows_per_tile
+    by = loss.denominators(0)
+    for first, last, fits in _groups(batch.starts, max(1, room - room // 3)):
+        tiles = batch.select(first, last, config, (ANCHOR,) if fits else ())
         loss.reduce(first, last, by, contrast=False)
         batch.gradients(first, last, config, loss.wants, tiles)
     policy = batch.coefficients.clone()
-    value, metrics = loss.reduce(0, everything, loss.denominators(batch.num_selected))
-    batch.coefficients = torch.where(batch.selected, batch.coefficients - policy, 0.0)
-    batch.gradients(0, everything, config, loss.wants, {})
-    return value, metrics, batch.num_rows - batch.num_selected
+    starts = batch.selected_starts()
+    by = loss.denominators(starts[-1])
+    views = (NEGATIVE, POSITIVE) if config.detach_anchor else (ANCHOR, NEGATIVE, POSITIVE)
+    together = all(batch.wanted(view, loss.wants) for view in views)
+    total, metrics = loss.nothing()
+    for first, last, fits in _groups(starts, room // len(views)):
+        stack = None
+        if fits and together:
+            stack = batch.contrast(first, last, views)
+        else:
+            batch.compare(first, last, config, (), {})
+        value, part = loss.reduce(first, last, by)
+        total, metrics = total + value, metrics + part
+        rows = slice(batch.starts[first], batch.starts[last])
+        contrast = batch.coefficients[:, rows] - policy[:, rows]
+        batch.coefficients[:, rows] = torch.where(batch.selected[rows], contrast, 0.0)
+        if stack is not None:
+            batch.gradient(stack, loss.wants)
+        elif not (fits and together):
+            batch.gradients(first, last, config, loss.wants, {})
+        del stack
+    return total, metrics, batch.num_rows - starts[-1]
 
 
 def _again(loss: _Loss) -> tuple[Tensor, Tensor, int]:

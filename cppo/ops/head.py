@@ -23,7 +23,7 @@ from torch import Tensor
 # rates of an H200 as long as the product of 750 rows). A tile for the L2 cache would have 150 rows.
 # On a CPU 128 MiB are 220 rows in fp32, which are multiplied at 9/10 of the rate of many.
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-SLICE_BYTES = 8 << 20  # of a part of the weight in fp32
+SLICE_BYTES = 4 << 20  # of a part of the weight in fp32
 
 
 def multiplies_natively(dtype: torch.dtype, device: torch.device) -> bool:
@@ -118,7 +118,7 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, V) of (rows, D); fp32 where this CPU multiplies in fp32."""
         if self.sliced:
-            states = hidden.to(self.accumulator).t()
+            states = hidden.to(self.accumulator).t().contiguous()
             logits = self._new_tile(len(hidden), self.accumulator)
             for part, weight in self._slices():
                 logits[:, part] = torch.mm(weight, states).t()

@@ -100,16 +100,21 @@ def summary(rows: Sequence[Row], kind: str = "logits") -> str:
     if kind == "host":
         return _host_summary([row for row in rows if row_kind(row) == "host"])
     lines = [
-        "| op | input | | cppo ms | of ceiling | peak MiB | against |",
+        "| op | input | | cppo ms | of ceiling | peak MiB, of it gradients | against |",
         "|---|---|---|---|---|---|---|",
     ]
     for (op, shape, dtype, mode), ours, ratios in _compared(rows, kind):
         lines.append(
             f"| `{op}` | {shape} | {dtype} {_MODE[mode]} | {float(ours['ms_p50']):.3g} "
-            f"| {float(ours['percent_of_ceiling']):.0f} % | {float(ours['peak_mib'] or 0):.0f} "
+            f"| {float(ours['percent_of_ceiling']):.0f} % | {_peak(ours)} "
             f"| {ratios} |"
         )
     return "\n".join(lines)
+
+
+def _peak(row: Row) -> str:
+    peak, gradients = (float(row.get(name) or 0) for name in ("peak_mib", "gradient_mib"))
+    return f"{peak:.0f}, {gradients:.0f}" if gradients else f"{peak:.0f}"
 
 
 def _compared(rows: Sequence[Row], kind: str) -> Iterator[tuple[tuple[str, ...], Row, str]]:

@@ -160,7 +160,7 @@ def measure(
                     # A learning rate of zero: every scheme starts from the same weights.
                     optimizer.step()
                     optimizer.zero_grad()
-                found.setdefault(scheme, {})["loss"] = loss
+                found.setdefault(scheme, {})["loss_value"] = loss
 
             peak = timing.peak_growth(once, device)
             taken[scheme].append(clock.seconds)
@@ -194,7 +194,7 @@ def make_rows(
                 "step_s": f"{total:.4g}",
                 "tokens_per_s": f"{update.batch.num_tokens / total:.4g}",
                 "peak_mib": values["peak_mib"],
-                "loss": f"{values['loss']:.6g}",
+                "loss": f"{values['loss_value']:.6g}",
                 **{k: str(v) for k, v in shared.items() if k not in ("shape", "dtype")},
             }
         )

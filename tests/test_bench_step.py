@@ -45,3 +45,5 @@ def test_every_phase_of_every_scheme_is_a_row(tmp_path: Path) -> None:
         assert float(row["forward_s"]) > 0 and float(row["backward_s"]) > 0
     packs = {row["backend"] or row["peer"]: float(row["pack_s"]) for row in written}
     assert packs["three views"] == 0 and packs["cppo"] > 0
+    losses = {row["backend"] or row["peer"]: float(row["loss"]) for row in written}
+    assert losses["cppo, rate 0"] == pytest.approx(losses["three views"], abs=1e-4)

@@ -11,7 +11,6 @@ them), or among those of completions with perturbed views ("seeing" rows).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,52 +20,14 @@ from torch import Tensor
 from cppo.config import LossConfig
 from cppo.ops.head import Head
 from cppo.ops.library import COEFFICIENTS, CONFIG_FIELDS, STATS_SAVED
+from cppo.ops.linear_rows import ANCHOR, NEGATIVE, POSITIVE, WEIGHT, Part, Stack, ViewRows, stacks
 from cppo.records import Views
 
-ANCHOR, POSITIVE, NEGATIVE, WEIGHT, BIAS = range(5)  # of `wants`; the views first
 EVERY_VIEW = (ANCHOR, POSITIVE, NEGATIVE)
 COEFFICIENT = {ANCHOR: 0, POSITIVE: 2, NEGATIVE: 3}  # row of the derivative by a view's logp
 SAVED = {view: slice(3 * view, 3 * view + 3) for view in range(3)}  # rows of its statistics
 # Logits that are still there, by view: of all rows of a range; of the positive, the selected ones.
 Tiles = dict[int, Tensor]
-Part = tuple[int, Tensor, Tensor]  # a view, some rows, and their places among those that it has
-
-
-@dataclass
-class Stack:
-    """Rows of one or several views in one tile, for one product.
-
-    Args:
-        parts: whose rows, in order.
-        hidden, logits: (n, D) and (n, V); the logits become their gradient.
-        saved: (3, n), what `token_stats` saves of these very logits: another GEMM rounds them in
-            another way, and what should cancel in the gradient would not. None: they are the
-            gradient already.
-    """
-
-    parts: list[Part]
-    hidden: Tensor
-    logits: Tensor
-    saved: Tensor | None = None
-
-    @property
-    def rows(self) -> Tensor:
-        return torch.cat([rows for _, rows, _ in self.parts])
-
-
-def _stacks(parts: list[Part], room: int) -> Iterator[list[Part]]:
-    """The parts in pieces of `room` rows."""
-    piece: list[Part] = []
-    free = room
-    for view, rows, places in parts:
-        while len(rows):
-            piece.append((view, rows[:free], places[:free]))
-            rows, places, free = rows[free:], places[free:], max(0, free - len(rows))
-            if not free:
-                yield piece
-                piece, free = [], room
-    if piece:
-        yield piece
 
 
 def _from_zero(counts: Tensor) -> Tensor:
@@ -101,6 +62,7 @@ class LinearBatch:
         head: the LM head, with the sums of its gradients.
         targets, advantages, mask, cu_seqlens: as of `cppo.linear_cppo_loss`.
         temperature, gating: of the `LossConfig`.
+        wants: which gradients are wanted, as in the schemas.
     """
 
     def __init__(
@@ -114,10 +76,13 @@ class LinearBatch:
         cu_seqlens: Tensor | None,
         temperature: float,
         gating: bool,
+        wants: list[bool],
     ) -> None:
         self.ops, self.head, self.temperature = ops, head, temperature
         self.advantages = advantages
-        self.hidden = [None if view is None else view.reshape(-1, view.shape[-1]) for view in views]
+        hidden = [None if view is None else view.reshape(-1, view.shape[-1]) for view in views]
+        self.has_negative = views.negative is not None
+        self.has_positive = views.positive is not None
         device, total = targets.device, targets.numel()
         ends = _ends(targets, cu_seqlens)
         sees = torch.zeros(len(ends) - 1, dtype=torch.bool, device=device)
@@ -140,13 +105,10 @@ class LinearBatch:
         compact = sees[owner].cumsum(0) - 1
         self.rows = rows
         at = rows[self.seeing]
-        self.view_rows = [
-            rows,
-            *(
-                at if view is not None and len(view) == total else compact[at]
-                for view in self.hidden[1:]
-            ),
+        perturbed = [
+            at if view is not None and len(view) == total else compact[at] for view in hidden[1:]
         ]
+        self.views = ViewRows(head, hidden, [rows, *perturbed], wants)
         self.targets = targets.reshape(-1)[rows].long()
         dtype = torch.promote_types(views.anchor.dtype, torch.float32)
 
@@ -159,11 +121,7 @@ class LinearBatch:
         self.logps = [new(self.num_rows) for _ in range(3)]
         self.entropy = [new(self.num_rows) for _ in range(3)]
         self.selected = torch.zeros(self.num_rows, dtype=torch.bool, device=device)
-        self.hidden_gradients: list[Tensor | None] = [None, None, None]
-        # Gradients of few rows, which are multiplied together: a product costs a pass over the
-        # gradient of the weight, however few rows it has.
-        self.waiting: list[Stack] = []
-        self.rows_multiplied = self.num_selected = 0
+        self.num_selected = 0
 
     # Rows and tiles
 
@@ -182,24 +140,11 @@ class LinearBatch:
         places = torch.arange(begin, end, device=self.rows.device)
         return self.seeing[begin:end], places
 
-    def _hidden_at(self, view: int, places: Tensor) -> Tensor:
-        hidden = self.hidden[view]
-        assert hidden is not None
-        return hidden[self.view_rows[view][places]]
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        self.rows_multiplied += len(hidden)
-        return self.head.logits(hidden)
-
     def _stack(self, parts: list[Part]) -> tuple[Stack, Tensor]:
         """The logits of these rows, and their logps."""
-        stack = self._stack_of_logits(parts)
+        stack = self.views.stack(parts)
         logps, _, stack.saved = self._token_stats(stack.logits, stack.rows)
         return stack, logps
-
-    def _stack_of_logits(self, parts: list[Part]) -> Stack:
-        hidden = torch.cat([self._hidden_at(view, places) for view, _, places in parts])
-        return Stack(parts, hidden, self._logits(hidden))
 
     def _token_stats(self, logits: Tensor, rows: Tensor) -> Any:
         return self.ops.token_stats(logits, self.targets[rows], None, self.temperature, False)
@@ -218,7 +163,7 @@ class LinearBatch:
         rows = self.range_of(first, last)
         self._stats_of(ANCHOR, rows, rows, keep, tiles)
         seeing, places = self.seeing_range(first, last)
-        if self.hidden[NEGATIVE] is None:
+        if not self.has_negative:
             return tiles
         self._stats_of(NEGATIVE, seeing, places, keep, tiles)
         bounds = self.seeing_ends[first : last + 1]
@@ -235,7 +180,7 @@ class LinearBatch:
         self, first: int, last: int, config: LossConfig, keep: tuple[int, ...], tiles: Tiles
     ) -> None:
         """The positive of a range, at its perception tokens."""
-        if self.hidden[POSITIVE] is None:
+        if not self.has_positive:
             return
         seeing, places = self.seeing_range(first, last)
         (chosen,) = _where(self.selected[seeing])
@@ -252,7 +197,7 @@ class LinearBatch:
         room = max(1, self.head.rows_per_tile // 3) if keep else self.head.rows_per_tile
         step = max(1, len(rows)) if view in keep else room
         for some, where in zip(rows.split(step), places.split(step), strict=True):
-            logits = self._logits(self._hidden_at(view, where))
+            logits = self.views.logits(self.views.hidden_at(view, where))
             logps, entropy, saved = self._token_stats(logits, some)
             self.logps[view][some] = logps
             self.saved[SAVED[view], some] = saved
@@ -279,7 +224,7 @@ class LinearBatch:
     def _margins(self, rows: Tensor, places: Tensor) -> None:
         """KL(anchor || positive) - KL(anchor || negative) at the perception tokens."""
         for parts in self._thirds(rows, places):
-            stack = self._stack_of_logits(parts)
+            stack = self.views.stack(parts)
             self.margin[parts[0][1]] = self._statistics_of_three(stack)[7]
             del stack  # before the next is there
 
@@ -328,7 +273,7 @@ class LinearBatch:
     ) -> tuple[Tensor, Tensor]:
         """Loss and metrics of a range; fills its coefficients. old, ref: (n,) of the rows."""
         part = slice(self.starts[first], self.starts[last])
-        has_positive = self.hidden[POSITIVE] is not None and contrast
+        has_positive = self.has_positive and contrast
         full = config.divergence == "full"
 
         def here(values: Tensor | None, wanted: bool = True) -> Tensor | None:
@@ -353,9 +298,7 @@ class LinearBatch:
 
     # Gradients
 
-    def gradients(
-        self, first: int, last: int, config: LossConfig, wants: list[bool], tiles: Tiles
-    ) -> None:
+    def gradients(self, first: int, last: int, config: LossConfig, tiles: Tiles) -> None:
         """Adds the gradients of a range to those of the views and of the head.
 
         tiles: logits that are still there, which are overwritten; others are computed again.
@@ -363,11 +306,11 @@ class LinearBatch:
         rows = self.range_of(first, last)
         seeing, places = self.seeing_range(first, last)
         anchor = self._counts(ANCHOR, rows)
-        if config.divergence == "full" and self.hidden[POSITIVE] is not None:
+        if config.divergence == "full" and self.has_positive:
             if not config.detach_anchor:
                 anchor &= ~self._counts(POSITIVE, rows)
             contrasted, own = _where(self._counts(POSITIVE, seeing), anchor)
-            self._contrast(seeing[contrasted], places[contrasted], config, wants)
+            self._contrast(seeing[contrasted], places[contrasted], config)
             found = [(ANCHOR, rows, rows, own)]
         else:
             masks = [self._counts(view, seeing) for view in (POSITIVE, NEGATIVE)]
@@ -379,7 +322,7 @@ class LinearBatch:
             ]
         gone = []
         for view, some, where, at in found:
-            if not len(at) or not self.wanted(view, wants):
+            if not len(at) or not self.views.wants_logits(view):
                 continue
             part = (view, some[at], where[at])
             # The logits of a view are let go of before those of the next get a gradient.
@@ -392,17 +335,13 @@ class LinearBatch:
                 at = (self.selected[seeing].cumsum(0) - 1)[at]
             if len(at) < len(logits):
                 logits = self.head.rows_of(logits, at)
-            hidden, saved = self._hidden_at(view, part[2]), self.saved[SAVED[view], part[1]]
-            self.gradient(Stack([part], hidden, logits, saved), wants)
+            hidden, saved = self.views.hidden_at(view, part[2]), self.saved[SAVED[view], part[1]]
+            self.gradient(Stack([part], hidden, logits, saved))
             del logits
-        for parts in _stacks(gone, self.head.rows_per_tile):
-            self.gradient(self._stack(parts)[0], wants)
+        for parts in stacks(gone, self.head.rows_per_tile):
+            self.gradient(self._stack(parts)[0])
 
-    def wanted(self, view: int, wants: list[bool]) -> bool:
-        """Whether logits of this view need a gradient."""
-        return wants[view] or wants[WEIGHT] or wants[BIAS]
-
-    def gradient(self, stack: Stack, wants: list[bool]) -> None:
+    def gradient(self, stack: Stack) -> None:
         """Adds the gradients of these rows."""
         slope = self.head.slope(stack.logits)
 
@@ -423,19 +362,17 @@ class LinearBatch:
         )
         if slope is not None:
             stack.logits.mul_(slope)
-        self._add(stack, wants)
+        self.views.add(stack)
 
     def _counts(self, view: int, rows: Tensor) -> Tensor:
         """Which of the rows have a coefficient."""
         counts = self.coefficients[COEFFICIENT[view], rows] != 0
         return counts | (self.coefficients[1, rows] != 0) if view == ANCHOR else counts
 
-    def _contrast(
-        self, rows: Tensor, places: Tensor, config: LossConfig, wants: list[bool]
-    ) -> None:
+    def _contrast(self, rows: Tensor, places: Tensor, config: LossConfig) -> None:
         """The three views together, with the full divergence."""
         for parts in self._thirds(rows, places):
-            stack = self._stack_of_logits(parts)
+            stack = self.views.stack(parts)
             some = parts[0][1]
             one, ends = self._one_completion(some)
             coefficients = self.coefficients[:, some]
@@ -461,53 +398,12 @@ class LinearBatch:
             if config.detach_anchor:
                 perturbed = slice(len(some), None)
                 stack = Stack(parts[1:], stack.hidden[perturbed], stack.logits[perturbed])
-            self._add(stack, wants)
+            self.views.add(stack)
             del stack, slope
 
-    def _add(self, stack: Stack, wants: list[bool]) -> None:
-        """Multiplies what are gradients of logits by now, or lets them wait for others."""
-        for view, rows, _ in stack.parts:
-            self.rows_multiplied += len(rows) * (wants[view] + wants[WEIGHT])
-        room = self.head.rows_per_tile // 4
-        if len(stack.logits) > room:
-            self._multiply([stack], wants)
-            return
-        if sum(len(other.logits) for other in self.waiting) + len(stack.logits) > room:
-            self.flush(wants)
-        self.waiting.append(stack)
-
-    def flush(self, wants: list[bool]) -> None:
-        """Multiplies the gradients that wait."""
-        waiting, self.waiting = self.waiting, []
-        if waiting:
-            self._multiply(waiting, wants)
-
-    def _multiply(self, stacks: list[Stack], wants: list[bool]) -> None:
-        parts = [part for stack in stacks for part in stack.parts]
-        gradients = self.head.backward(
-            self.head.stacked([stack.logits for stack in stacks]),
-            torch.cat([stack.hidden for stack in stacks]),
-            any(wants[view] for view, *_ in parts),
-        )
-        if gradients is None:
-            return
-        sizes = [len(rows) for _, rows, _ in parts]
-        for (view, _, places), gradient in zip(parts, gradients.split(sizes), strict=True):
-            if wants[view]:
-                self._place(view, places, gradient)
-
-    def _place(self, view: int, places: Tensor, gradient: Tensor) -> None:
-        source = self.hidden[view]
-        assert source is not None
-        total = self.hidden_gradients[view]
-        if total is None:
-            total = torch.zeros_like(source, dtype=self.logps[0].dtype)
-            self.hidden_gradients[view] = total
-        # A row has one gradient of the policy terms, and perhaps another of the contrastive one.
-        total[self.view_rows[view][places]] += gradient
-
-    def backward_rows(self, config: LossConfig, wants: list[bool]) -> Tensor:
+    def backward_rows(self, config: LossConfig) -> Tensor:
         """Rows that a recomputing backward will multiply, once for each product."""
+        wants = self.views.wants
         products = [1 + wants[view] + wants[WEIGHT] for view in range(3)]
         rows = torch.arange(self.num_rows, device=self.rows.device)
         counts = [self._counts(view, rows) for view in range(3)]

@@ -17,7 +17,8 @@ from cppo import reference
 from cppo.config import LossConfig
 from cppo.ops.head import Head
 from cppo.ops.library import COEFFICIENTS, METRICS, accumulator
-from cppo.ops.linear_batch import ANCHOR, EVERY_VIEW, NEGATIVE, POSITIVE, LinearBatch
+from cppo.ops.linear_batch import EVERY_VIEW, LinearBatch
+from cppo.ops.linear_rows import ANCHOR, NEGATIVE, POSITIVE
 from cppo.records import NumItems, Views
 
 
@@ -41,6 +42,7 @@ class _Loss:
             cu_seqlens,
             self.config.temperature,
             self.config.gating,
+            self.wants,
         )
 
         def at_rows(values: Tensor | None) -> Tensor | None:
@@ -60,7 +62,7 @@ class _Loss:
     @property
     def knows_denominators(self) -> bool:
         """Before anything is selected."""
-        if self.batch.hidden[POSITIVE] is None or self.config.cpl_reduction == "sequence":
+        if not self.batch.has_positive or self.config.cpl_reduction == "sequence":
             return True
         return isinstance(self.given, NumItems) and self.given.selected is not None
 
@@ -133,7 +135,7 @@ def linear_cppo_loss(ops: Any, *inputs: Any) -> tuple[Tensor, ...]:
     last = batch.num_completions
     batch.statistics(0, last, config, keep=())
     value, metrics = loss.reduce(0, last, loss.denominators(batch.num_selected))
-    rows = batch.rows_multiplied + batch.backward_rows(config, loss.wants)
+    rows = batch.views.rows_multiplied + batch.backward_rows(config)
     outputs = loss.outputs(value, metrics, rows, resident=0)
 
     wide = batch.coefficients.new_zeros(len(COEFFICIENTS), loss.targets.numel())
@@ -164,15 +166,15 @@ def linear_cppo_loss_backward(
     head = Head(weight, bias, softcap, wants[3], wants[4])
     views = Views(anchor, positive, negative)
     batch = LinearBatch(
-        ops, views, head, targets, advantages, mask, cu_seqlens, temperature, gating
+        ops, views, head, targets, advantages, mask, cu_seqlens, temperature, gating, wants
     )
     batch.coefficients = coefficients[:, batch.rows] * grad_loss
     batch.selected = batch.coefficients[2] != 0
     config = LossConfig(
         temperature=temperature, divergence=divergence, detach_anchor=detach_anchor, gating=gating
     )
-    batch.gradients(0, batch.num_completions, config, wants, {})
-    return _gradients_of(batch, (anchor, positive, negative, weight, bias), wants, cast=True)
+    batch.gradients(0, batch.num_completions, config, {})
+    return _gradients_of(batch, (anchor, positive, negative, weight, bias), cast=True)
 
 
 def linear_cppo_loss_gradients(ops: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -187,8 +189,8 @@ def linear_cppo_loss_gradients(ops: Any, *inputs: Any) -> tuple[Tensor, ...]:
         value, metrics, resident = _deferred(loss)
     else:
         value, metrics, resident = _again(loss)
-    gradients = _gradients_of(batch, inputs[:5], loss.wants, cast=False)
-    return *loss.outputs(value, metrics, batch.rows_multiplied, resident), *gradients
+    gradients = _gradients_of(batch, inputs[:5], cast=False)
+    return *loss.outputs(value, metrics, batch.views.rows_multiplied, resident), *gradients
 
 
 def _resident(loss: _Loss) -> tuple[Tensor, Tensor, int]:
@@ -202,7 +204,7 @@ def _resident(loss: _Loss) -> tuple[Tensor, Tensor, int]:
         tiles = batch.statistics(first, last, loss.config, EVERY_VIEW if fits else ())
         value, part = loss.reduce(first, last, by)
         total, metrics = total + value, metrics + part
-        batch.gradients(first, last, loss.config, loss.wants, tiles)
+        batch.gradients(first, last, loss.config, tiles)
     return total, metrics, batch.num_rows
 
 
@@ -214,12 +216,12 @@ def _deferred(loss: _Loss) -> tuple[Tensor, Tensor, int]:
     for first, last, fits in _groups(batch.starts, max(1, room - room // 3)):
         tiles = batch.select(first, last, config, (ANCHOR,) if fits else ())
         loss.reduce(first, last, by, contrast=False)
-        batch.gradients(first, last, config, loss.wants, tiles)
+        batch.gradients(first, last, config, tiles)
     policy = batch.coefficients.clone()
     starts = batch.selected_starts()
     by = loss.denominators(starts[-1])
     views = (NEGATIVE, POSITIVE) if config.detach_anchor else (ANCHOR, NEGATIVE, POSITIVE)
-    together = all(batch.wanted(view, loss.wants) for view in views)
+    together = all(batch.views.wants_logits(view) for view in views)
     total, metrics = loss.nothing()
     for first, last, fits in _groups(starts, room // len(views)):
         stack = None
@@ -233,9 +235,9 @@ def _deferred(loss: _Loss) -> tuple[Tensor, Tensor, int]:
         contrast = batch.coefficients[:, rows] - policy[:, rows]
         batch.coefficients[:, rows] = torch.where(batch.selected[rows], contrast, 0.0)
         if stack is not None:
-            batch.gradient(stack, loss.wants)
+            batch.gradient(stack)
         elif not (fits and together):
-            batch.gradients(first, last, config, loss.wants, {})
+            batch.gradients(first, last, config, {})
         del stack
     return total, metrics, batch.num_rows - starts[-1]
 
@@ -245,21 +247,21 @@ def _again(loss: _Loss) -> tuple[Tensor, Tensor, int]:
     batch, last = loss.batch, loss.batch.num_completions
     batch.statistics(0, last, loss.config, keep=())
     value, metrics = loss.reduce(0, last, loss.denominators(batch.num_selected))
-    batch.gradients(0, last, loss.config, loss.wants, {})
+    batch.gradients(0, last, loss.config, {})
     return value, metrics, 0
 
 
 def _gradients_of(
-    batch: LinearBatch, inputs: tuple[Tensor | None, ...], wants: list[bool], cast: bool
+    batch: LinearBatch, inputs: tuple[Tensor | None, ...], cast: bool
 ) -> tuple[Tensor, ...]:
     """Gradients of the inputs that want one, empty tensors for the others."""
-    batch.flush(wants)
-    sums = [*batch.hidden_gradients, batch.head.grad_weight, batch.head.grad_bias]
+    batch.views.flush()
+    sums = [*batch.views.gradients, batch.head.grad_weight, batch.head.grad_bias]
     found = []
     first = inputs[0]
     assert first is not None
     dtype = first.dtype if cast else batch.saved.dtype
-    for total, like, want in zip(sums, inputs, wants, strict=True):
+    for total, like, want in zip(sums, inputs, batch.views.wants, strict=True):
         if like is None or not want:
             found.append(batch.saved.new_empty(0, dtype=dtype))
             continue

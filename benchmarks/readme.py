@@ -5,6 +5,7 @@
     <!-- table: FILE KIND --> ... <!-- /table -->        a table of results/FILE.csv
     <!-- ratio: FILE; OP; SHAPE; DTYPE; MODE; PEER -->12.3x<!-- /ratio -->
                                                          the peer's median time over ours
+    <!-- agree: FILE; FILE -->52 of 66<!-- /agree -->    ratios of two runs that are within 15 %
 
 KIND is logits, brief, linear, host or steps (show.py). Without it the table is the `summary` of the
 script FILE.py beside this one, or of demo_runs.py for FILE = <task>_runs.
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from cppo.benchmarks import rows, show
-from cppo.benchmarks.rows import Row
+from cppo.benchmarks.rows import Row, row_kind
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _TABLE = re.compile(r"(<!-- table: (\w+) ?(\w*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+_AGREE = re.compile(r"(<!-- agree: (\w+); (\w+) -->)(.*?)(<!-- /agree -->)", re.DOTALL)
 _RATIO = re.compile(r"(<!-- ratio: ([^>]*?) -->)(.*?)(<!-- /ratio -->)", re.DOTALL)
 
 
@@ -41,7 +43,11 @@ def rendered(text: str) -> str:
         committed = rows.read(RESULTS / f"{name}.csv")
         return f"{found[1]}{ratio(committed, words):.1f}x{found[4]}"
 
-    return _RATIO.sub(one_ratio, _TABLE.sub(table, text))
+    def agreement(found: re.Match[str]) -> str:
+        first, second = (rows.read(RESULTS / f"{name}.csv") for name in (found[2], found[3]))
+        return f"{found[1]}{agreeing(first, second)}{found[5]}"
+
+    return _AGREE.sub(agreement, _RATIO.sub(one_ratio, _TABLE.sub(table, text)))
 
 
 def _script(name: str) -> Any:
@@ -62,6 +68,24 @@ def ratio(committed: Sequence[Row], words: Sequence[str]) -> float:
     if not theirs or not ours:
         raise ValueError(f"no committed rows of both sides for {'; '.join(words)}")
     return theirs[0] / min(ours)
+
+
+def agreeing(first: Sequence[Row], second: Sequence[Row]) -> str:
+    """How many ratios to a peer, of those in both runs, differ by at most 15 %."""
+
+    def ratios(run: Sequence[Row]) -> dict[tuple[str, ...], float]:
+        cases = [(row["op"], row["shape"], row["dtype"], row["mode"], row["peer"]) for row in run]
+        timed = [
+            case
+            for case, row in zip(cases, run, strict=True)
+            if row["peer"] and row_kind(row) == "logits" and row["ms_p50"]
+        ]
+        return {case: ratio(run, case) for case in timed}
+
+    before, after = ratios(first), ratios(second)
+    both = before.keys() & after.keys()
+    within = [case for case in both if abs(after[case] / before[case] - 1) <= 0.15]
+    return f"{len(within)} of {len(both)}"
 
 
 def main(paths: Sequence[str]) -> int:

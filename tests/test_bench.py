@@ -169,6 +169,19 @@ def test_interleaved_samples_respect_rounds_and_time() -> None:
     assert timing.percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
 
 
+def test_what_a_call_in_place_overwrites_is_there_again() -> None:
+    sizes = Sizes(4, 5, 37, inplace=True)
+    drawn, given = (inputs.row_inputs("cppo_loss", sizes, "fp32", CPU) for _ in range(2))
+    case = Case("cppo_loss", "tiny", "fp32", lambda _: given, ("both",), sizes)
+    # No call of a peer after ours: eager leaves its inputs as they are.
+    results = _measure(case, ())
+    assert [m.status for m in results] == ["ok"] and results[0].samples
+    for view, other in zip(given["logits"], drawn["logits"], strict=True):
+        assert torch.equal(view, other)
+    harness.run(case, "both", given, lambda x: case.run(x, "auto"))
+    assert not torch.equal(given["logits"].anchor, drawn["logits"].anchor)
+
+
 def test_peak_memory_sees_what_is_freed_again() -> None:
     def call() -> Tensor:
         return torch.ones(2**24).mul(2)[:1].clone()  # two times 64 MiB, both gone at the end

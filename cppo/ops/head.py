@@ -5,10 +5,9 @@ number that bounds the memory of the fused head. Every product is a vendor GEMM.
 the weight is accumulated over the tiles in fp32 and cast once, that of a hidden row is one product
 over the whole vocabulary.
 
-On a CPU the weight is multiplied a slice at a time. Where bf16 and fp16 run at a small fraction of
-the speed of fp32 the slices are fp32 copies; the weight is never copied whole. In fp32 a slice by
-hidden^T, turned around in the cache, is up to a quarter faster than hidden by the whole weight^T
-where hidden has few rows.
+On a CPU without bf16 arithmetic a slice of the weight at a time is copied to fp32; the weight is
+never copied whole. Logits are there slices times hidden^T, turned around in the cache, in fp32 as
+well: with the few rows of a tile that is faster than hidden times the whole weight^T.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 # On a GPU 1 GiB is 3500 rows of a vocabulary of 150,000 in bf16: enough that a product costs more
 # than the pass over the fp32 gradient of the weight that it is added to (twice V D 4 bytes; at the
 # rates of an H200 as long as the product of 750 rows). A tile for the L2 cache would have 150 rows.
-# On a CPU 128 MiB are 220 rows in fp32, which are multiplied at 9/10 of the rate of many.
+# On a CPU 128 MiB are 220 rows in fp32: enough for most of the rate of many.
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 SLICE_BYTES = 4 << 20  # of a part of the weight in fp32
 

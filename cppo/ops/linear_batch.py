@@ -193,9 +193,11 @@ class LinearBatch:
     def _stats_of(
         self, view: int, rows: Tensor, places: Tensor, keep: tuple[int, ...], tiles: Tiles
     ) -> None:
+        if not len(rows):
+            return  # a product of no rows reads the whole weight all the same
         # Where others are kept there is a third of a tile left.
         room = max(1, self.head.rows_per_tile // 3) if keep else self.head.rows_per_tile
-        step = max(1, len(rows)) if view in keep else room
+        step = len(rows) if view in keep else room
         for some, where in zip(rows.split(step), places.split(step), strict=True):
             logits = self.views.logits(self.views.hidden_at(view, where))
             logps, entropy, saved = self._token_stats(logits, some)

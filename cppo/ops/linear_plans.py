@@ -224,21 +224,19 @@ def _deferred(loss: _Loss) -> tuple[Tensor, Tensor, int]:
     together = all(batch.views.wants_logits(view) for view in views)
     total, metrics = loss.nothing()
     for first, last, fits in _groups(starts, room // len(views)):
-        stack = None
-        if fits and together:
-            stack = batch.contrast(first, last, views)
-        else:
+        stack = batch.contrast(first, last, views) if fits and together else None
+        if stack is None:
             batch.compare(first, last, config, (), {})
         value, part = loss.reduce(first, last, by)
         total, metrics = total + value, metrics + part
         rows = slice(batch.starts[first], batch.starts[last])
         contrast = batch.coefficients[:, rows] - policy[:, rows]
         batch.coefficients[:, rows] = torch.where(batch.selected[rows], contrast, 0.0)
-        if stack is not None:
-            batch.gradient(stack)
-        elif not (fits and together):
+        if stack is None:
             batch.gradients(first, last, config, {})
-        del stack
+        else:
+            batch.gradient(stack)
+        del stack  # before the next is there
     return total, metrics, batch.num_rows - starts[-1]
 
 

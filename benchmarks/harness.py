@@ -108,12 +108,12 @@ def measure(
     variants, absent = variants_of(case, device, against, only_backends)
     inputs = case.make(device)
     restore = restorer(inputs)
-    too_long = {v.name: _too_long(case, v, budget, ceilings) for v in variants}
+    chosen = [m for m in case.modes if m in modes] or case.modes
+    too_long = {v.name: _too_long(case, v, budget, ceilings, chosen[-1]) for v in variants}
     judged = {name: (reason, math.nan, "") for name, reason in too_long.items() if reason}
-    exact = check(case, inputs, [v for v in variants if v.name not in judged], budget, judged)
-    for mode in case.modes:
-        if modes and len(case.modes) > 1 and mode not in modes:
-            continue
+    todo = [v for v in variants if v.name not in judged]
+    exact = check(case, inputs, todo, budget, judged, chosen[-1])
+    for mode in chosen:
         results = []
         for variant in variants:
             measured = _first_call(case, mode, inputs, variant, exact, judged, device)
@@ -231,13 +231,19 @@ Judged = dict[str, tuple[str, float, str]]
 
 
 def check(
-    case: Case, inputs: Inputs, variants: list[Variant], budget: Budget, judged: Judged
+    case: Case,
+    inputs: Inputs,
+    variants: list[Variant],
+    budget: Budget,
+    judged: Judged,
+    mode: str = "both",
 ) -> Outputs:
     """The fp64 results on a part of the inputs; `judged` gets (status, error, of which output)."""
-    part, mode = inputs, "forward"
-    if case.sizes is not None:
+    part = inputs
+    if case.sizes is None:
+        mode = "forward"
+    else:
         part = part_of(inputs, max(2, budget.check_rows // case.sizes.length))
-        mode = case.modes[-1]
     specification, restore = _ours(case, "reference"), restorer(part)
     exact = run(case, mode, in_fp64(part), specification)
     with _summed_in_fp32():
@@ -384,11 +390,13 @@ def _shortage(case: Case, competitor: Competitor, device: torch.device) -> str:
     return f"not run: needs about {needs / 2**30:.0f} GiB, {free / 2**30:.0f} free"
 
 
-def _too_long(case: Case, variant: Variant, budget: Budget, ceilings: Ceilings) -> str:
+def _too_long(
+    case: Case, variant: Variant, budget: Budget, ceilings: Ceilings, mode: str = "both"
+) -> str:
     """Why nobody would wait for torch's own matrix products here, or ''."""
     if case.sizes is None or not case.sizes.hidden or variant.backend not in ("", "reference"):
         return ""
-    products = 3 if len(case.modes) == 1 else 3 * case.sizes.views
+    products = case.sizes.views * (1 if mode == "forward" else 3)
     unit = 2.0 * case.sizes.rows * case.sizes.vocabulary * case.sizes.hidden
     rate = ceilings.gemm(case.dtype) * 1e12
     seconds = products * unit / rate

@@ -169,6 +169,19 @@ def test_interleaved_samples_respect_rounds_and_time() -> None:
     assert timing.percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
 
 
+def test_a_mode_that_nobody_asked_for_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes, original = set(), harness.run
+
+    def heard(case: Case, mode: str, *rest: Any) -> Any:
+        modes.add(mode)
+        return original(case, mode, *rest)
+
+    monkeypatch.setattr(harness, "run", heard)
+    options: tuple[Any, ...] = (CPU, TINY, CEILINGS, ("eager",), (), ("forward",))
+    assert {m.mode for m in harness.measure(_case("token_stats"), *options)} == {"forward"}
+    assert modes == {"forward"}
+
+
 def test_what_a_call_in_place_overwrites_is_there_again() -> None:
     sizes = Sizes(4, 5, 37, inplace=True)
     drawn, given = (inputs.row_inputs("cppo_loss", sizes, "fp32", CPU) for _ in range(2))

@@ -209,9 +209,10 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 def _stats(logp_all: Tensor, targets: Tensor) -> TokenStats:
     """logp of each target and H = -sum_v p_v log p_v, from (T, V) log-probabilities."""
     logps = logp_all.gather(-1, targets[:, None])[:, 0]
-    # p log p -> 0 where a logit is -inf; the product alone would be 0 * -inf.
-    finite = logp_all.masked_fill(logp_all == -math.inf, 0.0)
-    return TokenStats(logps, -(logp_all.exp() * finite).sum(-1))
+    # p log p -> 0 where p does; the product alone may be 0 * -inf, and so may its derivative.
+    probabilities = logp_all.exp()
+    finite = logp_all.masked_fill(probabilities == 0, 0.0)
+    return TokenStats(logps, -(probabilities * finite).sum(-1))
 
 
 def token_stats(
@@ -331,8 +332,9 @@ def _divergence(logps: Tensor, anchor_logps: Tensor, kind: str) -> Tensor:
 
 def _full_margin(anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """KL(anchor || positive) - KL(anchor || negative) from (T, V) log-probabilities."""
-    ratio = (negative - positive).masked_fill(anchor == -math.inf, 0.0)
-    return (anchor.exp() * ratio).sum(-1)
+    probabilities = anchor.exp()
+    ratio = (negative - positive).masked_fill(probabilities == 0, 0.0)
+    return (probabilities * ratio).sum(-1)
 
 
 def contrastive_loss(

@@ -26,6 +26,7 @@ ROW_CASES = (
     "large",
     "low",
     "minus_inf_columns",
+    "lowest_columns",
     "one_finite",
     "all_masked",
     "one_row",
@@ -306,21 +307,28 @@ def _row_inputs(
         anchor = torch.randn(shape, generator=generator) * (50 if case == "large" else 1)
     else:
         anchor = _anchor(case, tuple(mask.shape), sizes, generator)
-    high = {"minus_inf_columns": vocabulary - 3, "one_finite": 1}.get(case, vocabulary)
+    high = {"one_finite": 1}.get(case, vocabulary - 3 if case.endswith("_columns") else vocabulary)
     targets = torch.randint(0, vocabulary if linear else high, mask.shape, generator=generator)
     inputs: Inputs = {"targets": targets.masked_fill(~mask, -100)}
     if linear:
         inputs["weight"] = torch.randn(vocabulary, hidden_size, generator=generator).to(dtype)
         inputs["bias"] = torch.randn(vocabulary, generator=generator).to(dtype)
     name = "hidden" if linear else "logits"
+
+    def view_of(values: Tensor) -> Tensor:
+        view = values.to(dtype)
+        if case == "lowest_columns" and not linear:
+            view[..., -3:] = torch.finfo(dtype).min
+        return view
+
     if op.endswith("token_stats"):
-        return {name: anchor.to(dtype), **inputs}
+        return {name: view_of(anchor), **inputs}
 
     noise = torch.randn(anchor.shape, generator=generator)
     order = torch.randperm(mask.numel(), generator=generator).view(mask.shape)
     flatter = 1.1 - 0.9 * order[..., None] / max(1, mask.numel())
     views = Views(anchor, anchor + 0.1 * noise, anchor * flatter)
-    views = Views(*(view.to(dtype) for view in views if view is not None))
+    views = Views(*(view_of(view) for view in views if view is not None))
     inputs[name] = views
     advantages = torch.tensor([1.0, -0.5, 0.7, 0.3, 0.0, -1.2]).repeat(len(mask) // 6 + 1)
     inputs["advantages"] = advantages[: len(mask)]

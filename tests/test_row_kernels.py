@@ -30,10 +30,11 @@ from cppo import LossConfig
 
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for case in ROW_CASES:
-        assert_op_as_accurate("token_stats", "cpp", make_inputs("token_stats", case, dtype=dtype))
+        # A row of less than a block, and of two blocks and some.
+        for sizes in ({}, {"vocabulary": 2053, "lengths": (1, 2)}):
+            inputs = make_inputs("token_stats", case, dtype=dtype, **sizes)
+            assert_op_as_accurate("token_stats", "cpp", inputs)
     inputs = make_inputs("cppo_loss", dtype=dtype, vocabulary=2053, lengths=(1, 2))
-    assert_op_as_accurate("token_stats", "cpp", make_inputs("token_stats", dtype=dtype,
-                                                            vocabulary=2053, lengths=(1, 2)))
     for divergence in ("k3", "full"):
         config = LossConfig(divergence=divergence, cpl_coef=0.5, entropy_coef=0.1)
         assert_op_as_accurate("cppo_loss", "cpp", {**inputs, "config": config})
@@ -62,6 +63,40 @@ for dtype in (torch.bfloat16, torch.float16):
 """
 
 
+# Logits far above or below those of the blocks before, where a block is summed again.
+FAR = """
+import torch
+from cppo import LossConfig, Views
+from cppo.testing import assert_op_as_accurate, make_inputs
+
+def place(row, number, *at):
+    row[list(at)] = number
+
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    low = torch.finfo(dtype).min
+    inputs = make_inputs("cppo_loss", dtype=dtype, vocabulary=5000, lengths=(10,))
+    z = torch.randn(3, 1, 10, 5000, generator=torch.Generator().manual_seed(1))
+    for rows in z[:, 0]:
+        rows[1] += torch.arange(5000) // 1024 * 7.0  # every block exceeds all before
+        rows[2] -= torch.arange(5000) // 1024 * 7.0
+        place(rows[3], 40.0, 2500)
+        place(rows[4], -90.0, 1500, 4999)
+        place(rows[5], -1e4, 3, 1023, 1024, 4095)
+        place(rows[6], -torch.inf, *range(1024, 2048), 4998)
+        rows[7, :1024] = -torch.inf
+        place(rows[8], low, *range(0, 5000, 3))
+        rows[9, :1024] = low
+    inputs["targets"] = torch.tensor([[0, 4999, 0, 2500, 7, 7, 7, 4000, 1, 3000]])
+    inputs["logits"] = Views(*z.to(dtype))
+    inputs["advantages"] = torch.ones(1)
+    one = {"logits": inputs["logits"].anchor, "targets": inputs["targets"]}
+    assert_op_as_accurate("token_stats", "cpp", one)
+    for divergence in ("k3", "full"):
+        config = LossConfig(divergence=divergence, cpl_coef=0.5, entropy_coef=0.1)
+        assert_op_as_accurate("cppo_loss", "cpp", {**inputs, "config": config})
+"""
+
+
 def run(code, capability):
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
@@ -72,7 +107,7 @@ def test_every_instruction_set_of_this_machine(capability):
     best = torch.ops.cppo.row_capability()
     if CAPABILITIES.index(capability) > CAPABILITIES.index(best):
         pytest.skip(f"this machine has {best}, and PyTorch would crash when told {capability}")
-    for code in (EVERYTHING, ROUNDING):
+    for code in (EVERYTHING, FAR, ROUNDING):
         done = run(code, capability)
         assert done.returncode == 0, done.stderr[-2000:]
     assert run("import torch, cppo; print(torch.ops.cppo.row_capability())", capability).stdout == (
@@ -132,6 +167,14 @@ def test_a_nan_of_any_payload_makes_its_row_nan():
     logits[torch.arange(3), torch.tensor([0, 17, 39])] = payloads.view(torch.float32)
     stats = cppo.token_stats(logits, torch.full((3,), 5), backend="cpp")
     assert stats.logps.isnan().all() and stats.entropy.isnan().all()
+
+
+def test_a_gradient_of_nan_of_any_payload_is_nan_in_bf16():
+    logits = torch.randn(2, 40, dtype=torch.bfloat16, requires_grad=True)
+    logps = cppo.token_stats(logits, torch.zeros(2, dtype=torch.int64), backend="cpp").logps
+    upstream = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    (gradient,) = torch.autograd.grad(logps, logits, upstream)
+    assert gradient.isnan().all()
 
 
 @pytest.mark.parametrize("op", ["token_stats", "cppo_loss"])

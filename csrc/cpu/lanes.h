@@ -81,12 +81,56 @@ inline Lanes<A> lift(Lanes<A> t) {
   return at_least<A>(t, sizeof(A) == 4 ? -127.0f : -746.0);
 }
 
-// 2^t for lifted t < 128, at most 2 ulp: 2^(t - n), n the nearest integer, by the polynomial whose
-// largest error is the least in units of the last place (exact at n); then n is added to the
-// exponent.
+// Whether all of many t are in [-127, 0), where `power` takes them as they are. Just these (and -0)
+// have bits that, as signed integers, are at most those of -127; those of every NaN are more.
+struct Range {
+  typedef int32_t Bits __attribute__((vector_size(kLaneBytes)));
+  Bits most = Bits{} + INT32_MIN;
+
+  void add(Lanes<float> t) {
+    const Bits bits = reinterpret_cast<Bits>(t);
+    most = bits > most ? bits : most;
+  }
+  bool holds() const {
+    constexpr int32_t kLast = static_cast<int32_t>(0xc2fe0000);  // -127.0f
+    for (int i = 0; i < Vector<float>::kSize; ++i) {
+      if (most[i] > kLast) return false;
+    }
+    return true;
+  }
+};
+
+// 2^t for lifted t < 128: 2^n 2^f, where f is so small that a polynomial gives 2^f. What is added to
+// t to round it to n leaves n at the end of the mantissa; from there it goes into the exponent.
+#if CPPO_LANE_BYTES >= 32
+// n in eighths: 2^(n mod 1) is one of eight numbers. At most 1.2 ulp.
 inline Lanes<float> power(Lanes<float> t) {
-  // Adding 1.5 * 2^23 rounds to an integer, which is then the end of the mantissa.
-  constexpr float kRound = 12582912.0f;
+  using Bits = typename Vector<float>::bits;
+  constexpr float kRound = 1572864.0f;  // 1.5 * 2^20
+  // The bits of 2^(k / 8), less the k << 20 that n << 20 brings along.
+  alignas(kLaneBytes) static constexpr uint32_t kRoots[16] = {
+      0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd,
+      0x3f7ac0c7, 0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a,
+      0x3f7744fd, 0x3f7ac0c7};
+  const Lanes<float> rounded = t + kRound;
+  const Lanes<float> f = t - (rounded - kRound);
+  const Bits n = reinterpret_cast<Bits>(rounded);
+#if CPPO_LANE_BYTES == 64
+  const Bits root = reinterpret_cast<Bits>(_mm512_permutexvar_epi32(
+      reinterpret_cast<__m512i>(n), _mm512_load_si512(kRoots)));
+#else
+  const Bits root = reinterpret_cast<Bits>(_mm256_permutevar8x32_epi32(
+      _mm256_load_si256(reinterpret_cast<const __m256i*>(kRoots)), reinterpret_cast<__m256i>(n)));
+#endif
+  const Lanes<float> power_of_n = reinterpret_cast<Lanes<float>>(root + (n << 20));
+  const Lanes<float> p = (f * 0.0555334501f + 0.240256861f) * f + 0.693147123f;
+  return power_of_n * f * p + power_of_n;
+}
+#else
+// Without an instruction that looks up a table: n is an integer. At most 2 ulp.
+inline Lanes<float> power(Lanes<float> t) {
+  using Bits = typename Vector<float>::bits;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
   const Lanes<float> rounded = t + kRound;
   const Lanes<float> f = t - (rounded - kRound);
   Lanes<float> p = f * 1.322570723e-3f + 9.671762586e-3f;
@@ -94,11 +138,10 @@ inline Lanes<float> power(Lanes<float> t) {
   p = p * f + 2.402223647e-1f;
   p = p * f + 6.931468248e-1f;
   p = p * f + 1.0f;
-  // A cast between vectors of one size keeps the bits.
-  using Bits = typename Vector<float>::bits;
-  const Bits exponent = reinterpret_cast<Bits>(rounded) << 23;
-  return reinterpret_cast<Lanes<float>>(reinterpret_cast<Bits>(p) + exponent);
+  return reinterpret_cast<Lanes<float>>(reinterpret_cast<Bits>(p) +
+                                        (reinterpret_cast<Bits>(rounded) << 23));
 }
+#endif
 
 inline Lanes<double> power(Lanes<double> x) {
   Lanes<double> out;
@@ -159,11 +202,11 @@ struct BFloat16 {
     const Words first = words << 16, second = words & 0xffff0000u;
     return {reinterpret_cast<Lanes<float>>(first), reinterpret_cast<Lanes<float>>(second)};
   }
-  // To the nearest, ties to even, in the upper half of each word; a NaN stays one.
+  // To the nearest, ties to even, in the upper half of each word. A NaN stays one if its lower half
+  // is not more than that of a quiet NaN, zero.
   static Words rounded(Lanes<float> x) {
     const Words bits = reinterpret_cast<Words>(x);
-    const Words nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
-    return x == x ? nearest : Words{} + 0x7fc00000u;
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
   }
   static void store(uint16_t* to, const Pair<float>& x) {
     const Words words = (rounded(x.first) >> 16) | (rounded(x.second) & 0xffff0000u);

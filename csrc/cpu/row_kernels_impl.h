@@ -2,9 +2,9 @@
 // set, which defines CPPO_ISA and CPPO_LANE_BYTES.
 //
 // A row is read once, in blocks. Its terms are measured from a reference, at first the largest
-// logit of the first block. Only when a block exceeds it by more than kSlack is the reference
-// raised and that block summed again, out of the L1 cache: there is no pass for the maximum. A
-// block's sums, in lanes of A, are added in double.
+// logit of the first block. A block is summed as if no logit were far above the reference or far
+// below it; where one is, it is summed again, out of the L1 cache, with a look at the largest logit
+// and the terms of the smallest lifted. A block's sums, in lanes of A, are added in double.
 #pragma once
 
 #include "lanes.h"
@@ -15,15 +15,14 @@ namespace {
 
 constexpr double kInfinity = __builtin_inf();
 constexpr int64_t kBlock = 1024;  // elements: three rows of fp32 are 12 KiB
-constexpr double kSlack = 8.0;    // terms up to e^8: as exact in fp32 as terms up to 1
+constexpr double kSlack = 4.0;    // terms up to kBase^4: as exact in A as terms up to 1
 
 // The sums of one row so far, relative to its reference.
 struct Online {
   double reference = -kInfinity, sum = 0.0, weighted = 0.0;
 
-  bool reaches(double max, double inv_temperature) const {
-    return (max - reference) * inv_temperature <= kSlack;
-  }
+  // A row that is -inf so far has only terms e^-inf, whatever they are measured from.
+  double origin() const { return reference == -kInfinity ? 0.0 : reference; }
 
   // Moves the reference; returns what the sums were multiplied by.
   double raise(double to, double inv_temperature) {
@@ -64,12 +63,12 @@ struct Row {
   const Stored* data;
   int64_t size;
 
-  // Past the end of the row there are logits of -inf.
-  Pair<A> at(int64_t i) const {
-    const int64_t left = size - i;
-    if (left >= kStep) [[likely]] return E::load(data + i);
+  // A step at i that lies in the row. The step after the row's last whole one is `rest`: past the
+  // end there are logits of -inf.
+  Pair<A> at(int64_t i) const { return E::load(data + i); }
+  Pair<A> rest(int64_t i) const {
     Stored some[kStep];
-    for (int k = 0; k < kStep; ++k) some[k] = k < left ? data[i + k] : E::from_one(-kInfinity);
+    for (int k = 0; k < kStep; ++k) some[k] = i + k < size ? data[i + k] : E::from_one(-kInfinity);
     return E::load(some);
   }
 
@@ -77,7 +76,7 @@ struct Row {
   double max(int64_t begin, int64_t end) const {
     Lanes<A> most = fill<A>(-kInfinity), other = most;
     for (int64_t i = begin; i < end; i += kStep) {
-      const Pair<A> x = at(i);
+      const Pair<A> x = i + kStep <= size ? at(i) : rest(i);
       most = x.first > most ? x.first : most;
       other = x.second > other ? x.second : other;
     }
@@ -90,7 +89,11 @@ struct Row {
     return found;
   }
 
-  void prefetch(int64_t i) const { __builtin_prefetch(data + i); }
+  // Asks for what lies a block ahead. It may lie past the end: a prefetch does not fault.
+  void prefetch(int64_t i, int count) const {
+    constexpr int kLine = 64 / sizeof(Stored);
+    for (int k = 0; k < count; k += kLine) __builtin_prefetch(data + i + kBlock + k);
+  }
 };
 
 template <class E>
@@ -98,16 +101,11 @@ struct MutableRow {
   typename E::Stored* data;
   int64_t size;
 
-  void put(int64_t i, const Pair<typename E::A>& x) const {
-    constexpr int kStep = Row<E>::kStep;
-    const int64_t left = size - i;
-    if (left >= kStep) [[likely]] {
-      E::store(data + i, x);
-    } else {
-      typename E::Stored some[kStep];
-      E::store(some, x);
-      for (int k = 0; k < left; ++k) data[i + k] = some[k];
-    }
+  void put(int64_t i, const Pair<typename E::A>& x) const { E::store(data + i, x); }
+  void put_rest(int64_t i, const Pair<typename E::A>& x) const {
+    typename E::Stored some[Row<E>::kStep];
+    E::store(some, x);
+    for (int64_t k = i; k < size; ++k) data[k] = some[k - i];
   }
 };
 
@@ -121,159 +119,223 @@ MutableRow<E> row_of(void* data, int64_t size) {
   return {static_cast<typename E::Stored*>(data), size};
 }
 
+// The exponents of the terms kBase^t. The logit is what is subtracted: so an instruction may take it
+// from memory.
+template <class A>
+Lanes<A> exponents(Lanes<A> logits, Lanes<A> origin, A per_logit) {
+  return (origin - logits) * -per_logit;
+}
+
 // The terms of a row in one vector: their exponents as they are and lifted, and e = kBase^t.
 template <class A>
 struct Terms {
   Lanes<A> shifted, t, e;
-  Terms(Lanes<A> logits, Lanes<A> reference, A per_logit)
-      : shifted((logits - reference) * per_logit), t(lift<A>(shifted)), e(power(t)) {}
+  Terms(Lanes<A> logits, Lanes<A> origin, A per_logit)
+      : shifted(exponents(logits, origin, per_logit)), t(lift<A>(shifted)), e(power(t)) {}
 };
 
-// The sums of e and e t over one block, and its largest logit.
+// Of one block, for each view: its largest logit and the sums of e and of e t. Of three views, the
+// anchor's, the positive's and the negative's, also the sum of e_a (t_n - t_p).
+template <int kViews>
 struct BlockSums {
-  double max, sum, weighted;
+  double max[kViews], sum[kViews], weighted[kViews], gap = 0.0;
 };
 
-template <class E>
-BlockSums sum_block(const Row<E>& row, int64_t begin, int64_t end, double reference,
-                    typename E::A per_logit) {
+template <class E, int kViews>
+BlockSums<kViews> sum_block(const Row<E> (&views)[kViews], int64_t begin, int64_t end,
+                            const Online (&online)[kViews], typename E::A per_logit) {
   using A = typename E::A;
-  const Lanes<A> origin = fill(static_cast<A>(reference));
-  Lanes<A> total{}, weighted{}, most = fill<A>(-kInfinity), other = most;
-  for (int64_t i = begin; i < end; i += Row<E>::kStep) {
-    row.prefetch(i + kBlock);
-    const Pair<A> logits = row.at(i);
-    most = logits.first > most ? logits.first : most;
-    other = logits.second > other ? logits.second : other;
-    const Terms<A> one(logits.first, origin, per_logit), two(logits.second, origin, per_logit);
-    total += one.e + two.e;
-    weighted += one.e * one.t + two.e * two.t;
-  }
-  return {largest<A>(other > most ? other : most), sum<A>(total), sum<A>(weighted)};
-}
-
-template <class E>
-RowStats stats(const void* data, int64_t size, double inv_temperature) {
-  using A = typename E::A;
-  const Row<E> row = row_of<E>(data, size);
-  const Scale<A> scale(inv_temperature);
-  Online online;
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const int64_t end = begin + kBlock < size ? begin + kBlock : size;
-    if (online.reference == -kInfinity) {
-      const double max = row.max(begin, end);
-      if (max != max) return {max, max, max};
-      if (max == -kInfinity) continue;
-      online.reference = max;
-    }
-    auto block = sum_block(row, begin, end, online.reference, scale.per_logit);
-    if (!online.reaches(block.max, inv_temperature)) {
-      online.raise(block.max, inv_temperature);
-      block = sum_block(row, begin, end, online.reference, scale.per_logit);
-    }
-    online.sum += block.sum;
-    online.weighted += block.weighted * scale.nats;
-  }
-  return online.stats(scale.rounding);
-}
-
-struct ContrastBlock {
-  BlockSums views[3];
-  double gap;  // sum of e_a (t_n - t_p)
-};
-
-// A row that is -inf so far has only terms e^-inf, whatever they are measured from.
-double origin_of(const Online& online) {
-  return online.reference == -kInfinity ? 0.0 : online.reference;
-}
-
-template <class E>
-ContrastBlock sum_block(const Row<E> (&views)[3], int64_t begin, int64_t end,
-                        const Online (&online)[3], typename E::A per_logit) {
-  using A = typename E::A;
-  Lanes<A> origin[3], total[3] = {}, weighted[3] = {}, most[3], gaps{};
-  for (int v = 0; v < 3; ++v) {
+  Lanes<A> origin[kViews], total[kViews] = {}, weighted[kViews] = {}, most[kViews], gaps{};
+  for (int v = 0; v < kViews; ++v) {
     most[v] = fill<A>(-kInfinity);
-    origin[v] = fill(static_cast<A>(origin_of(online[v])));
+    origin[v] = fill(static_cast<A>(online[v].origin()));
   }
   for (int64_t i = begin; i < end; i += Row<E>::kStep) {
-    const Pair<A> anchor = views[0].at(i), positive = views[1].at(i), negative = views[2].at(i);
-    for (int v = 0; v < 3; ++v) views[v].prefetch(i + kBlock);
-    const auto add = [&](Lanes<A> a, Lanes<A> p, Lanes<A> n) {
-      const Terms<A> of_a(a, origin[0], per_logit), of_p(p, origin[1], per_logit),
-          of_n(n, origin[2], per_logit);
-      most[0] = a > most[0] ? a : most[0];
-      most[1] = p > most[1] ? p : most[1];
-      most[2] = n > most[2] ? n : most[2];
-      total[0] += of_a.e;
-      total[1] += of_p.e;
-      total[2] += of_n.e;
-      weighted[0] += of_a.e * of_a.t;
-      weighted[1] += of_p.e * of_p.t;
-      weighted[2] += of_n.e * of_n.t;
-      // Where the anchor excludes a token, the other views may too: inf - inf counts nothing.
-      gaps += a == -kInfinity ? Lanes<A>{} : of_a.e * (of_n.shifted - of_p.shifted);
+    Lanes<A> first[kViews], second[kViews];
+    for (int v = 0; v < kViews; ++v) {
+      const Pair<A> logits = i + Row<E>::kStep <= end ? views[v].at(i) : views[v].rest(i);
+      first[v] = logits.first;
+      second[v] = logits.second;
+    }
+    const auto add = [&](const Lanes<A>(&logits)[kViews]) {
+      Lanes<A> shifted[kViews], e[kViews];
+      for (int v = 0; v < kViews; ++v) {
+        const Terms<A> terms(logits[v], origin[v], per_logit);
+        shifted[v] = terms.shifted;
+        e[v] = terms.e;
+        most[v] = logits[v] > most[v] ? logits[v] : most[v];
+        total[v] += terms.e;
+        weighted[v] += terms.e * terms.t;
+      }
+      if constexpr (kViews == 3) {
+        // Where the anchor excludes a token, the other views may too: inf - inf counts nothing.
+        const Lanes<A> none{};
+        gaps += e[0] == none ? none : e[0] * (shifted[2] - shifted[1]);
+      }
     };
-    add(anchor.first, positive.first, negative.first);
-    add(anchor.second, positive.second, negative.second);
+    add(first);
+    add(second);
   }
-  ContrastBlock block;
-  for (int v = 0; v < 3; ++v) {
-    block.views[v] = {largest<A>(most[v]), sum<A>(total[v]), sum<A>(weighted[v])};
+  BlockSums<kViews> block;
+  for (int v = 0; v < kViews; ++v) {
+    block.max[v] = largest<A>(most[v]);
+    block.sum[v] = sum<A>(total[v]);
+    block.weighted[v] = sum<A>(weighted[v]);
   }
   block.gap = sum<A>(gaps);
   return block;
 }
 
-// Three rows at once. The gap is measured from the references too: where all logits are far from
-// zero, xn - xp keeps the digits that n - p has lost.
-struct OnlineContrast {
-  Online online[3];
+// The same of a whole block whose terms `power` takes as they are: nothing is lifted, and no
+// maximum is looked for. False, and nothing written, where a logit is too far from its reference.
+//
+// The exponents are t - kSlack, which makes one test of the two: 0 is above, -127 below.
+template <class E, int kViews>
+bool sum_block_in_range(const Row<E> (&views)[kViews], int64_t begin,
+                        const Online (&online)[kViews], float per_logit,
+                        BlockSums<kViews>* block) {
+  using Vectors = Lanes<float>;
+  Vectors origin[kViews], total[kViews] = {}, weighted[kViews] = {}, gaps{};
+  for (int v = 0; v < kViews; ++v) origin[v] = fill(static_cast<float>(online[v].origin()));
+  const Vectors slack = fill(static_cast<float>(kSlack));
+  Range range;
+  constexpr int kSteps = 4;  // at a time
+  for (int64_t i = begin; i < begin + kBlock; i += kSteps * Row<E>::kStep) {
+    for (const Row<E>& view : views) view.prefetch(i, kSteps * Row<E>::kStep);
+#pragma GCC unroll 4
+    for (int step = 0; step < kSteps; ++step) {
+      Vectors first[kViews], second[kViews];
+      for (int v = 0; v < kViews; ++v) {
+        const Pair<float> logits = views[v].at(i + step * Row<E>::kStep);
+        first[v] = exponents(logits.first, origin[v], per_logit) - slack;
+        second[v] = exponents(logits.second, origin[v], per_logit) - slack;
+        range.add(first[v]);
+        range.add(second[v]);
+      }
+      const auto add = [&](const Vectors(&t)[kViews]) {
+        Vectors e[kViews];
+        for (int v = 0; v < kViews; ++v) {
+          e[v] = power(t[v]);
+          total[v] += e[v];
+          weighted[v] += e[v] * t[v];
+        }
+        if constexpr (kViews == 3) gaps += e[0] * (t[2] - t[1]);
+      };
+      add(first);
+      add(second);
+    }
+  }
+  if (!range.holds()) return false;
+  constexpr double kFactor = 1 << static_cast<int>(kSlack);
+  for (int v = 0; v < kViews; ++v) {
+    const double of_e = sum<float>(total[v]);
+    block->sum[v] = kFactor * of_e;
+    block->weighted[v] = kFactor * (sum<float>(weighted[v]) + kSlack * of_e);
+  }
+  block->gap = kFactor * sum<float>(gaps);
+  return true;
+}
+
+// One row, or three at once. The gap is measured from the references too: where all logits are far
+// from zero, xn - xp keeps the digits that n - p has lost.
+template <int kViews>
+struct OnlineViews {
+  Online views[kViews];
   double gap = 0.0;
 
   void raise(int v, double to, double inv_temperature) {
-    const double moved = (to - origin_of(online[v])) * inv_temperature;
-    const double factor = online[v].raise(to, inv_temperature);
+    const double moved = (to - views[v].origin()) * inv_temperature;
+    const double factor = views[v].raise(to, inv_temperature);
     if (v == 0) gap *= factor;
-    if (v == 1) gap += moved * online[0].sum;
-    if (v == 2) gap -= moved * online[0].sum;
+    if (v == 1) gap += moved * views[0].sum;
+    if (v == 2) gap -= moved * views[0].sum;
   }
 };
 
-template <class E>
-void contrast_stats(const ConstRows& rows, int64_t size, double inv_temperature, RowStats out[3],
-                    double* gap_mean) {
-  using A = typename E::A;
-  const Row<E> views[3] = {row_of<E>(rows.anchor, size), row_of<E>(rows.positive, size),
-                           row_of<E>(rows.negative, size)};
-  const Scale<A> scale(inv_temperature);
-  OnlineContrast so_far;
-  Online(&online)[3] = so_far.online;
+template <class E, int kViews>
+OnlineViews<kViews> sum_rows(const Row<E> (&views)[kViews], double inv_temperature,
+                             const Scale<typename E::A>& scale) {
+  const int64_t size = views[0].size;
+  OnlineViews<kViews> so_far;
+  Online(&online)[kViews] = so_far.views;
+  // Until one block has terms to lift: its row is likely to have more of them.
+  [[maybe_unused]] bool in_range = true;
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int64_t end = begin + kBlock < size ? begin + kBlock : size;
-    for (int v = 0; v < 3; ++v) {
+    for (int v = 0; v < kViews; ++v) {
       if (online[v].reference != -kInfinity) continue;
       const double max = views[v].max(begin, end);
       if (max != max) online[v].sum = max;  // a NaN, which stays
       if (max > -kInfinity) so_far.raise(v, max, inv_temperature);
     }
-    auto block = sum_block(views, begin, end, online, scale.per_logit);
-    bool again = false;
-    for (int v = 0; v < 3; ++v) {
-      if (online[v].reference == -kInfinity) continue;
-      if (online[v].reaches(block.views[v].max, inv_temperature)) continue;
-      so_far.raise(v, block.views[v].max, inv_temperature);
-      again = true;
+    BlockSums<kViews> block;
+    bool summed = false;
+    if constexpr (sizeof(typename E::A) == 4) {
+      summed = in_range && end - begin == kBlock &&
+               sum_block_in_range(views, begin, online, scale.per_logit, &block);
     }
-    if (again) block = sum_block(views, begin, end, online, scale.per_logit);
-    for (int v = 0; v < 3; ++v) {
-      online[v].sum += block.views[v].sum;
-      online[v].weighted += block.views[v].weighted * scale.nats;
+    if (!summed) {
+      block = sum_block(views, begin, end, online, scale.per_logit);
+      bool raised = false;
+      for (int v = 0; v < kViews; ++v) {
+        if (online[v].reference == -kInfinity) continue;
+        const double above = block.max[v] - online[v].reference;
+        if (above * static_cast<double>(scale.per_logit) <= kSlack) continue;
+        so_far.raise(v, block.max[v], inv_temperature);
+        raised = true;
+      }
+      if (raised) block = sum_block(views, begin, end, online, scale.per_logit);
+      in_range = in_range && raised;
+    }
+    for (int v = 0; v < kViews; ++v) {
+      online[v].sum += block.sum[v];
+      online[v].weighted += block.weighted[v] * scale.nats;
     }
     so_far.gap += block.gap * scale.nats;
   }
-  for (int v = 0; v < 3; ++v) out[v] = online[v].stats(scale.rounding);
-  *gap_mean = so_far.gap / online[0].sum;
+  return so_far;
+}
+
+template <class E>
+RowStats stats(const void* data, int64_t size, double inv_temperature) {
+  const Row<E> row[1] = {row_of<E>(data, size)};
+  const Scale<typename E::A> scale(inv_temperature);
+  return sum_rows(row, inv_temperature, scale).views[0].stats(scale.rounding);
+}
+
+template <class E>
+void contrast_stats(const ConstRows& rows, int64_t size, double inv_temperature, RowStats out[3],
+                    double* gap_mean) {
+  const Row<E> views[3] = {row_of<E>(rows.anchor, size), row_of<E>(rows.positive, size),
+                           row_of<E>(rows.negative, size)};
+  const Scale<typename E::A> scale(inv_temperature);
+  const OnlineViews<3> sums = sum_rows(views, inv_temperature, scale);
+  for (int v = 0; v < 3; ++v) out[v] = sums.views[v].stats(scale.rounding);
+  *gap_mean = sums.gap / sums.views[0].sum;
+}
+
+// Calls step(i, load, put) at each step of a row; the two are functions of (row, i) and of
+// (row, i, pair), others for the step that the end of the row cuts.
+template <class E, class Step>
+void for_each_step(int64_t size, const Step& step) {
+  const auto load = [](const Row<E>& row, int64_t i) { return row.at(i); };
+  const auto put = [](const MutableRow<E>& row, int64_t i, const Pair<typename E::A>& x) {
+    row.put(i, x);
+  };
+  int64_t i = 0;
+  for (; i + Row<E>::kStep <= size; i += Row<E>::kStep) step(i, load, put);
+  if (i == size) return;
+  step(
+      i, [](const Row<E>& row, int64_t i) { return row.rest(i); },
+      [](const MutableRow<E>& row, int64_t i, const Pair<typename E::A>& x) {
+        row.put_rest(i, x);
+      });
+}
+
+// Every NaN becomes the one whose bits bf16 keeps when it is rounded.
+template <class A>
+Lanes<A> coefficient(double x) {
+  return fill(static_cast<A>(x == x ? x : __builtin_nan("")));
 }
 
 template <class E>
@@ -282,16 +344,23 @@ void gradient(const void* data, void* out, int64_t size, double inv_temperature,
   using A = typename E::A;
   const Row<E> row = row_of<E>(data, size);
   const MutableRow<E> to = row_of<E>(out, size);
-  const Lanes<A> origin = fill(static_cast<A>(gradient.reference));
   const Scale<A> units(inv_temperature);
-  const Lanes<A> scale = fill(static_cast<A>(gradient.scale));
-  const Lanes<A> slope = fill(static_cast<A>(gradient.slope * units.nats));
-  for (int64_t i = 0; i < size; i += Row<E>::kStep) {
-    row.prefetch(i + kBlock);
-    const Pair<A> logits = row.at(i);
-    const Terms<A> one(logits.first, origin, units.per_logit),
-        two(logits.second, origin, units.per_logit);
-    to.put(i, {one.e * (slope * one.t + scale), two.e * (slope * two.t + scale)});
+  const Lanes<A> origin = fill(static_cast<A>(gradient.reference));
+  const Lanes<A> scale = coefficient<A>(gradient.scale);
+  const Lanes<A> slope = coefficient<A>(gradient.slope * units.nats);
+  const auto write = [&](const auto& factor) {
+    for_each_step<E>(size, [&](int64_t i, const auto& load, const auto& put) {
+      row.prefetch(i, Row<E>::kStep);
+      const Pair<A> logits = load(row, i);
+      const Terms<A> one(logits.first, origin, units.per_logit),
+          two(logits.second, origin, units.per_logit);
+      put(to, i, {one.e * factor(one.t), two.e * factor(two.t)});
+    });
+  };
+  if (gradient.slope == 0.0) {
+    write([&](Lanes<A>) { return scale; });
+  } else {
+    write([&](Lanes<A> t) { return slope * t + scale; });
   }
 }
 
@@ -304,17 +373,18 @@ void contrast_gradient(const ConstRows& rows, const MutableRows& out, int64_t si
   const Lanes<A> origin[3] = {fill(static_cast<A>(gradient.anchor.reference)),
                               fill(static_cast<A>(gradient.stats[1].reference)),
                               fill(static_cast<A>(gradient.stats[2].reference))};
-  const Lanes<A> push[3] = {fill(static_cast<A>(gradient.push / gradient.stats[0].sum)),
-                            fill(static_cast<A>(gradient.push / gradient.stats[1].sum)),
-                            fill(static_cast<A>(gradient.push / gradient.stats[2].sum))};
+  const Lanes<A> push[3] = {coefficient<A>(gradient.push / gradient.stats[0].sum),
+                            coefficient<A>(gradient.push / gradient.stats[1].sum),
+                            coefficient<A>(gradient.push / gradient.stats[2].sum)};
   const Scale<A> units(inv_temperature);
   const A per_logit = units.per_logit;
-  const Lanes<A> scale = fill(static_cast<A>(gradient.anchor.scale));
-  const Lanes<A> slope = fill(static_cast<A>(gradient.anchor.slope * units.nats));
-  const Lanes<A> contrast = fill(static_cast<A>(gradient.contrast * units.nats));
-  for (int64_t i = 0; i < size; i += Row<E>::kStep) {
-    const Pair<A> anchor = views[0].at(i), positive = views[1].at(i), negative = views[2].at(i);
-    for (int v = 0; v < 3; ++v) views[v].prefetch(i + kBlock);
+  const Lanes<A> scale = coefficient<A>(gradient.anchor.scale);
+  const Lanes<A> slope = coefficient<A>(gradient.anchor.slope * units.nats);
+  const Lanes<A> contrast = coefficient<A>(gradient.contrast * units.nats);
+  for_each_step<E>(size, [&](int64_t i, const auto& load, const auto& put) {
+    for (int v = 0; v < 3; ++v) views[v].prefetch(i, Row<E>::kStep);
+    const Pair<A> anchor = load(views[0], i), positive = load(views[1], i),
+                  negative = load(views[2], i);
     struct Result {
       Lanes<A> anchor, positive, negative;
     };
@@ -323,15 +393,15 @@ void contrast_gradient(const ConstRows& rows, const MutableRows& out, int64_t si
           of_n(n, origin[2], per_logit);
       const Lanes<A> ratio = of_n.shifted - of_p.shifted;
       const Lanes<A> own = of_a.e * (slope * of_a.t + contrast * ratio + scale);
-      const Lanes<A> away = of_a.e * push[0];
-      return {a == -kInfinity ? Lanes<A>{} : own, of_p.e * push[1] - away, away - of_n.e * push[2]};
+      const Lanes<A> away = of_a.e * push[0], none{};
+      return {of_a.e == none ? none : own, of_p.e * push[1] - away, away - of_n.e * push[2]};
     };
     const Result one = differentiate(anchor.first, positive.first, negative.first);
     const Result two = differentiate(anchor.second, positive.second, negative.second);
-    if (out.anchor) row_of<E>(out.anchor, size).put(i, {one.anchor, two.anchor});
-    if (out.positive) row_of<E>(out.positive, size).put(i, {one.positive, two.positive});
-    if (out.negative) row_of<E>(out.negative, size).put(i, {one.negative, two.negative});
-  }
+    if (out.anchor) put(row_of<E>(out.anchor, size), i, {one.anchor, two.anchor});
+    if (out.positive) put(row_of<E>(out.positive, size), i, {one.positive, two.positive});
+    if (out.negative) put(row_of<E>(out.negative, size), i, {one.negative, two.negative});
+  });
 }
 
 template <class E>
@@ -347,11 +417,10 @@ void store_one(void* row, int64_t index, double value) {
 template <class A>
 void power_all(const void* from, void* to, int64_t size) {
   using E = Dense<A>;
-  const Row<E> row = row_of<E>(from, size);
-  for (int64_t i = 0; i < size; i += Row<E>::kStep) {
-    const Pair<A> x = row.at(i);
-    row_of<E>(to, size).put(i, {power(lift<A>(x.first)), power(lift<A>(x.second))});
-  }
+  for_each_step<E>(size, [&](int64_t i, const auto& load, const auto& put) {
+    const Pair<A> t = load(row_of<E>(from, size), i);
+    put(row_of<E>(to, size), i, {power(lift<A>(t.first)), power(lift<A>(t.second))});
+  });
 }
 
 template <class E>

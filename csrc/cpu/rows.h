@@ -1,6 +1,7 @@
 // Rows of logits and the per-row values beside them, whatever their layout and dtype.
 #pragma once
 
+#include <atomic>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -116,13 +117,15 @@ void write_gradient(const LogitRows& logits, int64_t row, const LogitRows& out, 
 void check_targets(const char* op, const Targets& targets, const Mask& mask, int64_t count,
                    int64_t vocabulary);
 
-// Calls f(item) for each of the items, in parallel. All should cost about the same.
+// Calls f(item) for each of the items, in parallel. A thread takes the next item when it has done
+// one: cores are not equally fast when other programs use them too.
 template <class Item, class F>
 void for_each(const std::vector<Item>& items, const F& f) {
-  torch::stable::parallel_for(0, static_cast<int64_t>(items.size()), 1,
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t k = begin; k < end; ++k) f(items[k]);
-                              });
+  const int64_t count = static_cast<int64_t>(items.size());
+  std::atomic<int64_t> next = 0;
+  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+    for (int64_t k = next++; k < count; k = next++) f(items[k]);
+  });
 }
 
 }  // namespace cppo::cpu

@@ -62,7 +62,10 @@ def time_interleaved(
     device: torch.device,
     restore: Call = lambda: None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, round by round, so that a slow moment hits all of them.
+    """Milliseconds of each call, in rounds, so that a slow moment hits all of them.
+
+    A round gives every call the same time: a fast one is repeated for as long as the slowest takes.
+    So all are measured in the same minutes, of which a shared machine has good and bad ones.
 
     Args:
         calls: what is compared; each ran at least once before.
@@ -71,19 +74,25 @@ def time_interleaved(
         restore: brings back what a call overwrites; not timed.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    rounds, used = dict.fromkeys(calls, 0), dict.fromkeys(calls, 0.0)
+    longest_turn = 1e3 * seconds / max(min_rounds.values(), default=1)
+    turn = 0.0
     while True:
-        waiting = [
-            name
-            for name, taken in samples.items()
-            if len(taken) < min_rounds[name] or sum(taken) < 1e3 * seconds
-        ]
+        waiting = [n for n in calls if rounds[n] < min_rounds[n] or used[n] < 1e3 * seconds]
         if not waiting:
             return samples
-        if len(samples[waiting[0]]) % 2:
+        if rounds[waiting[0]] % 2:
             waiting.reverse()
         for name in waiting:
-            samples[name].append(time_once(calls[name], device))
-            restore()
+            end = used[name] + turn
+            while True:
+                samples[name].append(time_once(calls[name], device))
+                used[name] += samples[name][-1]
+                restore()
+                if used[name] >= end:
+                    break
+            rounds[name] += 1
+        turn = min(longest_turn, max(samples[name][-1] for name in waiting))
 
 
 def peak_growth(call: Call, device: torch.device) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,22 @@ def test_interleaved_samples_respect_rounds_and_time() -> None:
     assert {name: len(taken) for name, taken in samples.items()} == {"a": 4, "b": 2}
     assert order[:4] == ["a", "b", "b", "a"]
     assert timing.percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
+
+
+def test_a_fast_call_is_measured_for_as_long_as_a_slow_one_goes_on() -> None:
+    order: list[str] = []
+
+    def call(name: str, milliseconds: float) -> Callable[[], None]:
+        return lambda: (time.sleep(milliseconds / 1e3), order.append(name))[1]
+
+    calls = {"fast": call("fast", 1), "slow": call("slow", 30)}
+    timing.time_interleaved(calls, 0.2, {"fast": 4, "slow": 4}, CPU)
+    turns = [name for name, _ in itertools.groupby(order)]
+    fast = [len(list(calls)) for name, calls in itertools.groupby(order) if name == "fast"]
+    # The order alternates: fast, slow, slow, fast, fast, slow. At first a turn is one call.
+    assert turns[:3] == ["fast", "slow", "fast"] and turns.count("slow") >= 3
+    assert all(count >= 5 for count in fast[1:])
+    assert fast[0] == 1 and order.count("slow") >= 4
 
 
 def test_a_mode_that_nobody_asked_for_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ for dtype in (torch.bfloat16, torch.float16):
 FAR = """
 import torch
 from cppo import LossConfig, Views
-from cppo.testing import assert_op_as_accurate, make_inputs
+from cppo.testing import assert_op_as_accurate, evaluate, in_fp64, make_inputs
 
 def place(row, number, *at):
     row[list(at)] = number
@@ -94,6 +94,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for divergence in ("k3", "full"):
         config = LossConfig(divergence=divergence, cpl_coef=0.5, entropy_coef=0.1)
         assert_op_as_accurate("cppo_loss", "cpp", {**inputs, "config": config})
+    # A token that one view alone excludes: the divergence is large, not infinite. (The gradients of
+    # eager are NaN then.)
+    inputs["logits"].positive[..., 17] = low
+    inputs["config"] = config
+    ours = evaluate("cppo_loss", inputs, "cpp")["loss"].double()
+    exact = evaluate("cppo_loss", in_fp64(inputs))["loss"]
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=0)
 """
 
 

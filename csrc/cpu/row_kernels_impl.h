@@ -119,19 +119,13 @@ MutableRow<E> row_of(void* data, int64_t size) {
   return {static_cast<typename E::Stored*>(data), size};
 }
 
-// The exponents of the terms kBase^t. The logit is what is subtracted: so an instruction may take it
-// from memory.
-template <class A>
-Lanes<A> exponents(Lanes<A> logits, Lanes<A> origin, A per_logit) {
-  return (origin - logits) * -per_logit;
-}
-
-// The terms of a row in one vector: their exponents as they are and lifted, and e = kBase^t.
+// The terms of a row in one vector: how far below the origin its logits are (the logit is what is
+// subtracted, so an instruction may take it from memory), their lifted exponents, and e = kBase^t.
 template <class A>
 struct Terms {
-  Lanes<A> shifted, t, e;
+  Lanes<A> below, t, e;
   Terms(Lanes<A> logits, Lanes<A> origin, A per_logit)
-      : shifted(exponents(logits, origin, per_logit)), t(lift<A>(shifted)), e(power(t)) {}
+      : below(origin - logits), t(lift<A>(below * -per_logit)), e(power(t)) {}
 };
 
 // Of one block, for each view: its largest logit and the sums of e and of e t. Of three views, the
@@ -158,10 +152,10 @@ BlockSums<kViews> sum_block(const Row<E> (&views)[kViews], int64_t begin, int64_
       second[v] = logits.second;
     }
     const auto add = [&](const Lanes<A>(&logits)[kViews]) {
-      Lanes<A> shifted[kViews], e[kViews];
+      Lanes<A> below[kViews], e[kViews];
       for (int v = 0; v < kViews; ++v) {
         const Terms<A> terms(logits[v], origin[v], per_logit);
-        shifted[v] = terms.shifted;
+        below[v] = terms.below;
         e[v] = terms.e;
         most[v] = logits[v] > most[v] ? logits[v] : most[v];
         total[v] += terms.e;
@@ -170,7 +164,7 @@ BlockSums<kViews> sum_block(const Row<E> (&views)[kViews], int64_t begin, int64_
       if constexpr (kViews == 3) {
         // Where the anchor excludes a token, the other views may too: inf - inf counts nothing.
         const Lanes<A> none{};
-        gaps += e[0] == none ? none : e[0] * (shifted[2] - shifted[1]);
+        gaps += e[0] == none ? none : e[0] * (below[1] - below[2]);
       }
     };
     add(first);
@@ -182,7 +176,7 @@ BlockSums<kViews> sum_block(const Row<E> (&views)[kViews], int64_t begin, int64_
     block.sum[v] = sum<A>(total[v]);
     block.weighted[v] = sum<A>(weighted[v]);
   }
-  block.gap = sum<A>(gaps);
+  block.gap = sum<A>(gaps) * static_cast<double>(per_logit);
   return block;
 }
 
@@ -207,8 +201,8 @@ bool sum_block_in_range(const Row<E> (&views)[kViews], int64_t begin,
       Vectors first[kViews], second[kViews];
       for (int v = 0; v < kViews; ++v) {
         const Pair<float> logits = views[v].at(i + step * Row<E>::kStep);
-        first[v] = exponents(logits.first, origin[v], per_logit) - slack;
-        second[v] = exponents(logits.second, origin[v], per_logit) - slack;
+        first[v] = (origin[v] - logits.first) * -per_logit - slack;
+        second[v] = (origin[v] - logits.second) * -per_logit - slack;
         range.add(first[v]);
         range.add(second[v]);
       }
@@ -380,7 +374,7 @@ void contrast_gradient(const ConstRows& rows, const MutableRows& out, int64_t si
   const A per_logit = units.per_logit;
   const Lanes<A> scale = coefficient<A>(gradient.anchor.scale);
   const Lanes<A> slope = coefficient<A>(gradient.anchor.slope * units.nats);
-  const Lanes<A> contrast = coefficient<A>(gradient.contrast * units.nats);
+  const Lanes<A> contrast = coefficient<A>(gradient.contrast * inv_temperature);
   for_each_step<E>(size, [&](int64_t i, const auto& load, const auto& put) {
     for (int v = 0; v < 3; ++v) views[v].prefetch(i, Row<E>::kStep);
     const Pair<A> anchor = load(views[0], i), positive = load(views[1], i),
@@ -391,8 +385,8 @@ void contrast_gradient(const ConstRows& rows, const MutableRows& out, int64_t si
     const auto differentiate = [&](Lanes<A> a, Lanes<A> p, Lanes<A> n) -> Result {
       const Terms<A> of_a(a, origin[0], per_logit), of_p(p, origin[1], per_logit),
           of_n(n, origin[2], per_logit);
-      const Lanes<A> ratio = of_n.shifted - of_p.shifted;
-      const Lanes<A> own = of_a.e * (slope * of_a.t + contrast * ratio + scale);
+      const Lanes<A> apart = of_p.below - of_n.below;
+      const Lanes<A> own = of_a.e * (slope * of_a.t + contrast * apart + scale);
       const Lanes<A> away = of_a.e * push[0], none{};
       return {of_a.e == none ? none : own, of_p.e * push[1] - away, away - of_n.e * push[2]};
     };

@@ -54,14 +54,12 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=o
 ROW_KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-wrapv"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+X86 = platform.machine() in ("x86_64", "AMD64")
 SOURCE_FLAGS = {
-    "csrc/cpu/row_kernels_default.cpp": [*ROW_KERNEL_FLAGS],
-    "csrc/cpu/row_kernels_avx2.cpp": [*ROW_KERNEL_FLAGS],
-    "csrc/cpu/row_kernels_avx512.cpp": [*ROW_KERNEL_FLAGS],
+    "csrc/cpu/row_kernels_default.cpp": ROW_KERNEL_FLAGS,
+    "csrc/cpu/row_kernels_avx2.cpp": ROW_KERNEL_FLAGS + (AVX2_FLAGS if X86 else []),
+    "csrc/cpu/row_kernels_avx512.cpp": ROW_KERNEL_FLAGS + (AVX512_FLAGS if X86 else []),
 }
-if platform.machine() in ("x86_64", "AMD64"):
-    SOURCE_FLAGS["csrc/cpu/row_kernels_avx2.cpp"] += AVX2_FLAGS
-    SOURCE_FLAGS["csrc/cpu/row_kernels_avx512.cpp"] += AVX512_FLAGS
 HOST_SOURCES = ("csrc/host/planners.cpp",)
 
 

@@ -54,7 +54,8 @@ def _fold(anchor, positive, negative, d, tile_a, tile_p, tile_n, scale):
     e = tl.exp2(x)
     x_p = (tile_p - base_p[:, None]) * scale
     x_n = (tile_n - base_n[:, None]) * scale
-    rise = tl.where(tile_a == float("-inf"), 0.0, e * (x_n - x_p))
+    # Where the anchor excludes a token, the other views may too: inf - inf counts nothing.
+    rise = tl.where(e == 0.0, 0.0, e * (x_n - x_p))
     d = decay * (d + drift * s_a) + tl.sum(rise, 1)
     w_a = decay * (w_a + shift * s_a) + tl.sum(e * x, 1)
     s_a = decay * s_a + tl.sum(e, 1)
@@ -393,7 +394,7 @@ def _store_gradients_at(column, inside, logits, gradients, stats, g, target, sca
     pi_p = tl.exp2(x_p) * inverse_p
     pi_n = tl.exp2(x_n) * inverse_n
     # offset = ln s_n - ln s_p + D, so that this is pi_a (ln pi_n - ln pi_p - D).
-    rise = tl.where(a == float("-inf"), 0.0, (x_n - x_p) * LN2 - offset)
+    rise = tl.where(pi_a == 0.0, 0.0, (x_n - x_p) * LN2 - offset)
     d_anchor = pi_a * (g_anchor * rise - (g_logp + g_entropy * (x * LN2 - mean)))
     d_anchor += tl.where(column == target, g_logp, 0.0)
     dtype: tl.constexpr = da_ptr.dtype.element_ty

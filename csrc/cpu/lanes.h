@@ -70,8 +70,8 @@ inline A largest(Lanes<A> x) {
   return most;
 }
 
-// The terms of a softmax are powers of kBase: of 2 in fp32, where that saves a third of the work,
-// and log2(e) goes into the factor that 1 / temperature takes anyway; of e in fp64.
+// The terms of a softmax are powers of kBase: of 2 in fp32, whose exponents floats have, and log2(e)
+// goes into the factor that 1 / temperature takes anyway; of e in fp64.
 template <class A>
 constexpr double kLogBase = sizeof(A) == 4 ? 0.69314718055994531 : 1.0;
 

@@ -132,7 +132,7 @@ def floats(low, high):
 
 
 def test_the_power_of_two_is_within_two_ulp():
-    # The range of the terms of a softmax, which are measured from at most 4 below the top, and more.
+    # More than the terms of a softmax need, which are measured from at most 4 below the top.
     t = floats(-126.0, 12.0)
     exact = t.double().exp2()
     ulp = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 24)

@@ -31,10 +31,10 @@ from cppo import LossConfig
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for case in ROW_CASES:
         # A row of less than a block, and of two blocks and some.
-        for sizes in ({}, {"vocabulary": 2053, "lengths": (1, 2)}):
+        for sizes in ({}, {"vocabulary": 4101, "lengths": (1, 2)}):
             inputs = make_inputs("token_stats", case, dtype=dtype, **sizes)
             assert_op_as_accurate("token_stats", "cpp", inputs)
-    inputs = make_inputs("cppo_loss", dtype=dtype, vocabulary=2053, lengths=(1, 2))
+    inputs = make_inputs("cppo_loss", dtype=dtype, vocabulary=4101, lengths=(1, 2))
     for divergence in ("k3", "full"):
         config = LossConfig(divergence=divergence, cpl_coef=0.5, entropy_coef=0.1)
         assert_op_as_accurate("cppo_loss", "cpp", {**inputs, "config": config})
@@ -73,20 +73,23 @@ def place(row, number, *at):
     row[list(at)] = number
 
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    low = torch.finfo(dtype).min
-    inputs = make_inputs("cppo_loss", dtype=dtype, vocabulary=5000, lengths=(10,))
-    z = torch.randn(3, 1, 10, 5000, generator=torch.Generator().manual_seed(1))
+    low, block = torch.finfo(dtype).min, 2048
+    inputs = make_inputs("cppo_loss", dtype=dtype, vocabulary=10_000, lengths=(13,))
+    z = torch.randn(3, 1, 13, 10_000, generator=torch.Generator().manual_seed(1))
     for rows in z[:, 0]:
-        rows[1] += torch.arange(5000) // 1024 * 7.0  # every block exceeds all before
-        rows[2] -= torch.arange(5000) // 1024 * 7.0
-        place(rows[3], 40.0, 2500)
-        place(rows[4], -90.0, 1500, 4999)
-        place(rows[5], -1e4, 3, 1023, 1024, 4095)
-        place(rows[6], -torch.inf, *range(1024, 2048), 4998)
-        rows[7, :1024] = -torch.inf
-        place(rows[8], low, *range(0, 5000, 3))
-        rows[9, :1024] = low
-    inputs["targets"] = torch.tensor([[0, 4999, 0, 2500, 7, 7, 7, 4000, 1, 3000]])
+        rows[1] += torch.arange(10_000) // block * 7.0  # every block exceeds all before
+        rows[2] -= torch.arange(10_000) // block * 7.0
+        place(rows[3], 40.0, 5000)
+        place(rows[4], -90.0, 3000, 9999)
+        place(rows[5], -1e4, 3, block - 1, block, 4 * block - 1)
+        place(rows[6], -torch.inf, *range(block, 2 * block), 9998)
+        rows[7, :block] = -torch.inf
+        place(rows[8], low, *range(0, 10_000, 3))
+        rows[9, :block] = low
+        rows[10] += 3000.0  # where exponents are measured from has few digits left
+        rows[11] = rows[11] * 0.1 - 777.7
+        place(rows[12], 13.7, 5)  # nearly all of the mass, in the first block
+    inputs["targets"] = torch.tensor([[0, 9999, 0, 5000, 7, 7, 7, 8000, 1, 6000, 9, 9, 5]])
     inputs["logits"] = Views(*z.to(dtype))
     inputs["advantages"] = torch.ones(1)
     one = {"logits": inputs["logits"].anchor, "targets": inputs["targets"]}

@@ -14,23 +14,63 @@ namespace cppo::cpu::CPPO_ISA {
 namespace {
 
 constexpr double kInfinity = __builtin_inf();
-constexpr int64_t kBlock = 1024;  // elements: three rows of fp32 are 12 KiB
+constexpr int64_t kBlock = 2048;  // elements: three rows of fp32 are 24 KiB
+constexpr int64_t kAhead = 1024;  // elements from what is read to what is asked for
 constexpr double kSlack = 4.0;    // terms up to kBase^4: as exact in A as terms up to 1
 
+// Whether x * y - z is rounded once. Rounded twice, logits far from zero would lose their digits.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
+// From logits to the exponents t of the terms kBase^t, and from t to nats.
+template <class A>
+struct Scale {
+  double inv_temperature;
+  A per_logit;      // t = (logit - reference) * per_logit
+  double nats;      // (logit - reference) / temperature = t * nats
+  double rounding;  // nats = kLogBase (1 + rounding): per_logit is rounded, which moves lse by
+                    // rounding * E[x]
+  explicit Scale(double inv_temperature)
+      : inv_temperature(inv_temperature),
+        per_logit(static_cast<A>(inv_temperature / kLogBase<A>)),
+        nats(inv_temperature / static_cast<double>(per_logit)),
+        rounding(nats / kLogBase<A> - 1.0) {}
+};
+
+// Where exponents that one FMA computes, logit * per_logit - offset, are measured from: `above` the
+// reference, which the offset's own rounding makes a little more or less than asked for. Their
+// terms times `factor` are the terms measured from the reference.
+struct Origin {
+  float offset;
+  double above, factor;
+  Origin(double reference, float per_logit, double about) {
+    const double exact = reference * static_cast<double>(per_logit);
+    offset = static_cast<float>(exact + about);
+    above = static_cast<double>(offset) - exact;
+    factor = __builtin_exp2(above);
+  }
+};
+
 // The sums of one row so far, relative to its reference.
+template <class A>
 struct Online {
   double reference = -kInfinity, sum = 0.0, weighted = 0.0;
+  Origin in_range{0.0, 1.0f, kSlack};
 
   // A row that is -inf so far has only terms e^-inf, whatever they are measured from.
   double origin() const { return reference == -kInfinity ? 0.0 : reference; }
 
   // Moves the reference; returns what the sums were multiplied by.
-  double raise(double to, double inv_temperature) {
-    const double shift = (reference - to) * inv_temperature;
+  double raise(double to, const Scale<A>& scale) {
+    const double shift = (reference - to) * scale.inv_temperature;
     const double factor = reference == -kInfinity ? 0.0 : __builtin_exp(shift);
     weighted = reference == -kInfinity ? 0.0 : factor * (weighted + shift * sum);
     sum *= factor;
     reference = to;
+    in_range = Origin(to, static_cast<float>(scale.per_logit), kSlack);
     return factor;
   }
 
@@ -40,19 +80,6 @@ struct Online {
     if (reference == -kInfinity || weighted != weighted) return {reference, nan, nan};
     return {reference, sum + rounding * weighted, weighted / sum};
   }
-};
-
-// From logits to the exponents t of the terms kBase^t, and from t to nats.
-template <class A>
-struct Scale {
-  A per_logit;      // t = (logit - reference) * per_logit
-  double nats;      // (logit - reference) / temperature = t * nats
-  double rounding;  // nats = kLogBase (1 + rounding): per_logit is rounded, which moves lse by
-                    // rounding * E[x]
-  explicit Scale(double inv_temperature)
-      : per_logit(static_cast<A>(inv_temperature / kLogBase<A>)),
-        nats(inv_temperature / static_cast<double>(per_logit)),
-        rounding(nats / kLogBase<A> - 1.0) {}
 };
 
 template <class E>
@@ -66,6 +93,11 @@ struct Row {
   // A step at i that lies in the row. The step after the row's last whole one is `rest`: past the
   // end there are logits of -inf.
   Pair<A> at(int64_t i) const { return E::load(data + i); }
+  // The same, where i > 0.
+  Pair<A> inside(int64_t i) const {
+    if constexpr (requires { E::load_inside(data); }) return E::load_inside(data + i);
+    return E::load(data + i);
+  }
   Pair<A> rest(int64_t i) const {
     Stored some[kStep];
     for (int k = 0; k < kStep; ++k) some[k] = i + k < size ? data[i + k] : E::from_one(-kInfinity);
@@ -89,10 +121,10 @@ struct Row {
     return found;
   }
 
-  // Asks for what lies a block ahead. It may lie past the end: a prefetch does not fault.
+  // Asks for what lies ahead. It may lie past the end: a prefetch does not fault.
   void prefetch(int64_t i, int count) const {
     constexpr int kLine = 64 / sizeof(Stored);
-    for (int k = 0; k < count; k += kLine) __builtin_prefetch(data + i + kBlock + k);
+    for (int k = 0; k < count; k += kLine) __builtin_prefetch(data + i + kAhead + k);
   }
 };
 
@@ -137,7 +169,8 @@ struct BlockSums {
 
 template <class E, int kViews>
 BlockSums<kViews> sum_block(const Row<E> (&views)[kViews], int64_t begin, int64_t end,
-                            const Online (&online)[kViews], typename E::A per_logit) {
+                            const Online<typename E::A> (&online)[kViews],
+                            typename E::A per_logit) {
   using A = typename E::A;
   Lanes<A> origin[kViews], total[kViews] = {}, weighted[kViews] = {}, most[kViews], gaps{};
   for (int v = 0; v < kViews; ++v) {
@@ -180,18 +213,19 @@ BlockSums<kViews> sum_block(const Row<E> (&views)[kViews], int64_t begin, int64_
   return block;
 }
 
-// The same of a whole block whose terms `power` takes as they are: nothing is lifted, and no
-// maximum is looked for. False, and nothing written, where a logit is too far from its reference.
+// The same of a whole block but the first, whose terms `power` takes as they are: nothing is lifted,
+// and no maximum is looked for. False, and nothing written, where a logit is too far from its
+// reference.
 //
-// The exponents are t - kSlack, which makes one test of the two: 0 is above, -127 below.
+// The exponents are measured from about kSlack above it, which makes one test of the two: 0 is
+// above, -127 below.
 template <class E, int kViews>
 bool sum_block_in_range(const Row<E> (&views)[kViews], int64_t begin,
-                        const Online (&online)[kViews], float per_logit,
+                        const Online<float> (&online)[kViews], float per_logit,
                         BlockSums<kViews>* block) {
   using Vectors = Lanes<float>;
-  Vectors origin[kViews], total[kViews] = {}, weighted[kViews] = {}, gaps{};
-  for (int v = 0; v < kViews; ++v) origin[v] = fill(static_cast<float>(online[v].origin()));
-  const Vectors slack = fill(static_cast<float>(kSlack));
+  Vectors offset[kViews], total[kViews] = {}, weighted[kViews] = {}, gaps{};
+  for (int v = 0; v < kViews; ++v) offset[v] = fill(online[v].in_range.offset);
   Range range;
   constexpr int kSteps = 4;  // at a time
   for (int64_t i = begin; i < begin + kBlock; i += kSteps * Row<E>::kStep) {
@@ -200,9 +234,9 @@ bool sum_block_in_range(const Row<E> (&views)[kViews], int64_t begin,
     for (int step = 0; step < kSteps; ++step) {
       Vectors first[kViews], second[kViews];
       for (int v = 0; v < kViews; ++v) {
-        const Pair<float> logits = views[v].at(i + step * Row<E>::kStep);
-        first[v] = (origin[v] - logits.first) * -per_logit - slack;
-        second[v] = (origin[v] - logits.second) * -per_logit - slack;
+        const Pair<float> logits = views[v].inside(i + step * Row<E>::kStep);
+        first[v] = logits.first * per_logit - offset[v];
+        second[v] = logits.second * per_logit - offset[v];
         range.add(first[v]);
         range.add(second[v]);
       }
@@ -220,26 +254,29 @@ bool sum_block_in_range(const Row<E> (&views)[kViews], int64_t begin,
     }
   }
   if (!range.holds()) return false;
-  constexpr double kFactor = 1 << static_cast<int>(kSlack);
   for (int v = 0; v < kViews; ++v) {
+    const Origin& from = online[v].in_range;
     const double of_e = sum<float>(total[v]);
-    block->sum[v] = kFactor * of_e;
-    block->weighted[v] = kFactor * (sum<float>(weighted[v]) + kSlack * of_e);
+    block->sum[v] = from.factor * of_e;
+    block->weighted[v] = from.factor * (sum<float>(weighted[v]) + from.above * of_e);
   }
-  block->gap = kFactor * sum<float>(gaps);
+  if constexpr (kViews == 3) {
+    block->gap = online[0].in_range.factor * sum<float>(gaps) +
+                 (online[2].in_range.above - online[1].in_range.above) * block->sum[0];
+  }
   return true;
 }
 
 // One row, or three at once. The gap is measured from the references too: where all logits are far
 // from zero, xn - xp keeps the digits that n - p has lost.
-template <int kViews>
+template <class A, int kViews>
 struct OnlineViews {
-  Online views[kViews];
+  Online<A> views[kViews];
   double gap = 0.0;
 
-  void raise(int v, double to, double inv_temperature) {
-    const double moved = (to - views[v].origin()) * inv_temperature;
-    const double factor = views[v].raise(to, inv_temperature);
+  void raise(int v, double to, const Scale<A>& scale) {
+    const double moved = (to - views[v].origin()) * scale.inv_temperature;
+    const double factor = views[v].raise(to, scale);
     if (v == 0) gap *= factor;
     if (v == 1) gap += moved * views[0].sum;
     if (v == 2) gap -= moved * views[0].sum;
@@ -247,11 +284,11 @@ struct OnlineViews {
 };
 
 template <class E, int kViews>
-OnlineViews<kViews> sum_rows(const Row<E> (&views)[kViews], double inv_temperature,
-                             const Scale<typename E::A>& scale) {
+OnlineViews<typename E::A, kViews> sum_rows(const Row<E> (&views)[kViews],
+                                            const Scale<typename E::A>& scale) {
   const int64_t size = views[0].size;
-  OnlineViews<kViews> so_far;
-  Online(&online)[kViews] = so_far.views;
+  OnlineViews<typename E::A, kViews> so_far;
+  Online<typename E::A>(&online)[kViews] = so_far.views;
   // Until one block has terms to lift: its row is likely to have more of them.
   [[maybe_unused]] bool in_range = true;
   for (int64_t begin = 0; begin < size; begin += kBlock) {
@@ -260,13 +297,13 @@ OnlineViews<kViews> sum_rows(const Row<E> (&views)[kViews], double inv_temperatu
       if (online[v].reference != -kInfinity) continue;
       const double max = views[v].max(begin, end);
       if (max != max) online[v].sum = max;  // a NaN, which stays
-      if (max > -kInfinity) so_far.raise(v, max, inv_temperature);
+      if (max > -kInfinity) so_far.raise(v, max, scale);
     }
     BlockSums<kViews> block;
-    bool summed = false;
-    if constexpr (sizeof(typename E::A) == 4) {
-      summed = in_range && end - begin == kBlock &&
-               sum_block_in_range(views, begin, online, scale.per_logit, &block);
+    bool summed = false, tried = false;
+    if constexpr (sizeof(typename E::A) == 4 && kFused) {
+      tried = in_range && begin > 0 && end - begin == kBlock;
+      summed = tried && sum_block_in_range(views, begin, online, scale.per_logit, &block);
     }
     if (!summed) {
       block = sum_block(views, begin, end, online, scale.per_logit);
@@ -275,11 +312,11 @@ OnlineViews<kViews> sum_rows(const Row<E> (&views)[kViews], double inv_temperatu
         if (online[v].reference == -kInfinity) continue;
         const double above = block.max[v] - online[v].reference;
         if (above * static_cast<double>(scale.per_logit) <= kSlack) continue;
-        so_far.raise(v, block.max[v], inv_temperature);
+        so_far.raise(v, block.max[v], scale);
         raised = true;
       }
       if (raised) block = sum_block(views, begin, end, online, scale.per_logit);
-      in_range = in_range && raised;
+      if (tried && !raised) in_range = false;
     }
     for (int v = 0; v < kViews; ++v) {
       online[v].sum += block.sum[v];
@@ -294,7 +331,7 @@ template <class E>
 RowStats stats(const void* data, int64_t size, double inv_temperature) {
   const Row<E> row[1] = {row_of<E>(data, size)};
   const Scale<typename E::A> scale(inv_temperature);
-  return sum_rows(row, inv_temperature, scale).views[0].stats(scale.rounding);
+  return sum_rows(row, scale).views[0].stats(scale.rounding);
 }
 
 template <class E>
@@ -303,7 +340,7 @@ void contrast_stats(const ConstRows& rows, int64_t size, double inv_temperature,
   const Row<E> views[3] = {row_of<E>(rows.anchor, size), row_of<E>(rows.positive, size),
                            row_of<E>(rows.negative, size)};
   const Scale<typename E::A> scale(inv_temperature);
-  const OnlineViews<3> sums = sum_rows(views, inv_temperature, scale);
+  const auto sums = sum_rows(views, scale);
   for (int v = 0; v < 3; ++v) out[v] = sums.views[v].stats(scale.rounding);
   *gap_mean = sums.gap / sums.views[0].sum;
 }

@@ -234,7 +234,8 @@ class BuildExt(build_ext):
             if part == "cuda":
                 self.link_with_nvcc(ext, objects)
             else:
-                ext.extra_objects, ext.sources = objects, []
+                # What the linked file must not be older than: there are no sources to compare with.
+                ext.extra_objects, ext.depends, ext.sources = objects, objects, []
                 super().build_extension(ext)
             INFO[part] = ""
         except Exception as error:

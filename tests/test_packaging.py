@@ -203,6 +203,28 @@ def test_a_failing_compiler_is_recorded_and_forced_builds_stop(tmp_path):
     assert wheel is None
 
 
+@needs_compiler
+def test_what_was_compiled_again_is_linked_again(tmp_path):
+    """Building twice in one folder, as an upgrade does: no binary of the old sources stays."""
+    script = """
+import runpy, setuptools
+setup, options = setuptools.setup, {}
+setuptools.setup = options.update
+runpy.run_path(SETUP)
+toy = setuptools.Extension("cppo._host", ["toy.cpp"], language="c++")
+setup(name="toy", ext_modules=[toy], cmdclass=options["cmdclass"])
+"""
+    (tmp_path / "build_toy.py").write_text(script.replace("SETUP", repr(str(ROOT / "setup.py"))))
+    source = tmp_path / "toy.cpp"
+    for word in ("before", "after"):
+        source.write_text(f'extern "C" const char* toy() {{ return "{word} the change"; }}\n')
+        later = source.stat().st_mtime + (60 if word == "after" else -60)
+        os.utime(source, (later, later))
+        done = run([sys.executable, "build_toy.py", "build_ext"], tmp_path)
+        (binary,) = tmp_path.glob("build/lib*/cppo/_host*.so")
+        assert f"{word} the change".encode() in binary.read_bytes(), done.stdout + done.stderr
+
+
 def test_build_isolation_finds_the_installed_torch(tmp_path):
     compiler = broken_compiler(tmp_path)
     done, wheel = pip_wheel(tmp_path, isolated=True, CXX=compiler, CC=compiler)

@@ -41,14 +41,14 @@ struct Scale {
 };
 
 // Where exponents that one FMA computes, logit * per_logit - offset, are measured from: `above` the
-// reference, which the offset's own rounding makes a little more or less than asked for. Their
-// terms times `factor` are the terms measured from the reference.
+// reference, which is kSlack but for the rounding of the offset. Their terms times `factor` are the
+// terms measured from the reference.
 struct Origin {
   float offset;
   double above, factor;
-  Origin(double reference, float per_logit, double about) {
+  Origin(double reference, float per_logit) {
     const double exact = reference * static_cast<double>(per_logit);
-    offset = static_cast<float>(exact + about);
+    offset = static_cast<float>(exact + kSlack);
     above = static_cast<double>(offset) - exact;
     factor = __builtin_exp2(above);
   }
@@ -58,7 +58,7 @@ struct Origin {
 template <class A>
 struct Online {
   double reference = -kInfinity, sum = 0.0, weighted = 0.0;
-  Origin in_range{0.0, 1.0f, kSlack};
+  Origin in_range{0.0, 1.0f};  // moves with the reference
 
   // A row that is -inf so far has only terms e^-inf, whatever they are measured from.
   double origin() const { return reference == -kInfinity ? 0.0 : reference; }
@@ -70,7 +70,7 @@ struct Online {
     weighted = reference == -kInfinity ? 0.0 : factor * (weighted + shift * sum);
     sum *= factor;
     reference = to;
-    in_range = Origin(to, static_cast<float>(scale.per_logit), kSlack);
+    in_range = Origin(to, static_cast<float>(scale.per_logit));
     return factor;
   }
 

@@ -477,7 +477,7 @@ class Gradients {
         {anchor_.row(i), positive.logits.row(p_row), negative.logits.row(n_row)},
         {anchor_out ? anchor_out->row(i) : nullptr, positive.out.row(p_row),
          negative.out.row(n_row)},
-        anchor_.size(), inverse_, gradient);
+        anchor_.size(), inverse_, gradient, positive.out.past_caches());
     if (anchor_out == nullptr || d_logp == 0.0) return;
     // As in write_gradient: at the target once more, in double.
     const double x = (at_target - a.reference) * inverse_, term = std::exp(x);

@@ -149,6 +149,35 @@ inline Lanes<double> power(Lanes<double> x) {
   return out;
 }
 
+// A store. Past the caches, where the machine can, a line is written without being read before: a
+// third of the traffic of a gradient. `to` is aligned then, and `settle` comes before another thread
+// may read.
+template <bool kPastCaches, class Lane>
+inline void store(void* to, Lane x) {
+#if defined(__SSE2__)
+  if constexpr (kPastCaches && sizeof x == 16) {
+    return _mm_stream_si128(static_cast<__m128i*>(to), reinterpret_cast<__m128i>(x));
+  }
+#endif
+#if CPPO_LANE_BYTES >= 32
+  if constexpr (kPastCaches && sizeof x == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(to), reinterpret_cast<__m256i>(x));
+  }
+#endif
+#if CPPO_LANE_BYTES == 64
+  if constexpr (kPastCaches && sizeof x == 64) {
+    return _mm512_stream_si512(static_cast<__m512i*>(to), reinterpret_cast<__m512i>(x));
+  }
+#endif
+  std::memcpy(to, &x, sizeof x);
+}
+
+inline void settle() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // Elements: how a logit is stored, and the type A in which it is computed with. They come and go
 // two vectors at a time: `Pair` says in which order, which is the same for loads and stores.
 
@@ -179,10 +208,10 @@ struct Dense {
     std::memcpy(&second, from + Vector<T>::kSize, sizeof second);
     return {first, second};
   }
-  static void store(T* to, const Pair<T>& x) {
-    const Lanes<T> first = x.first, second = x.second;
-    std::memcpy(to, &first, sizeof first);
-    std::memcpy(to + Vector<T>::kSize, &second, sizeof second);
+  template <bool kPastCaches = false>
+  static void put(T* to, const Pair<T>& x) {
+    store<kPastCaches>(to, x.first);
+    store<kPastCaches>(to + Vector<T>::kSize, x.second);
   }
   static T to_one(T x) { return x; }
   static T from_one(double x) { return static_cast<T>(x); }
@@ -217,9 +246,10 @@ struct BFloat16 {
     const Words bits = reinterpret_cast<Words>(x);
     return bits + 0x7fffu + ((bits >> 16) & 1u);
   }
-  static void store(uint16_t* to, const Pair<float>& x) {
+  template <bool kPastCaches = false>
+  static void put(uint16_t* to, const Pair<float>& x) {
     const Words words = (rounded(x.first) >> 16) | (rounded(x.second) & 0xffff0000u);
-    std::memcpy(to, &words, sizeof words);
+    store<kPastCaches>(to, words);
   }
   static float to_one(uint16_t x) { return as_float(static_cast<uint32_t>(x) << 16); }
   static uint16_t from_one(double x) {
@@ -264,11 +294,12 @@ struct Half {
     return x;
 #endif
   }
-  static void store_lanes(uint16_t* to, Lanes<float> x) {
+  template <bool kPastCaches>
+  static void put_lanes(uint16_t* to, Lanes<float> x) {
 #if CPPO_LANE_BYTES == 64
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, 0));
+    store<kPastCaches>(to, _mm512_cvtps_ph(x, 0));
 #elif CPPO_LANE_BYTES == 32
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, 0));
+    store<kPastCaches>(to, _mm256_cvtps_ph(x, 0));
 #else
     for (int i = 0; i < kSize; ++i) to[i] = from_one(x[i]);
 #endif
@@ -276,9 +307,10 @@ struct Half {
   static Pair<float> load(const uint16_t* from) {
     return {load_lanes(from), load_lanes(from + kSize)};
   }
-  static void store(uint16_t* to, const Pair<float>& x) {
-    store_lanes(to, x.first);
-    store_lanes(to + kSize, x.second);
+  template <bool kPastCaches = false>
+  static void put(uint16_t* to, const Pair<float>& x) {
+    put_lanes<kPastCaches>(to, x.first);
+    put_lanes<kPastCaches>(to + kSize, x.second);
   }
 };
 

@@ -44,10 +44,15 @@ struct RowKernels {
   // Statistics of three rows in one pass, and E_a[x_n - x_p].
   void (*contrast_stats)(const ConstRows& rows, int64_t size, double inv_temperature,
                          RowStats out[3], double* gap);
+  // Gradients may be written in place of the logits. Where they are not, `past_caches` spares
+  // reading what is overwritten; who reads them next finds nothing in a cache.
   void (*gradient)(const void* row, void* out, int64_t size, double inv_temperature,
-                   const RowGradient& gradient);
+                   const RowGradient& gradient, bool past_caches);
   void (*contrast_gradient)(const ConstRows& rows, const MutableRows& out, int64_t size,
-                            double inv_temperature, const ContrastGradient& gradient);
+                            double inv_temperature, const ContrastGradient& gradient,
+                            bool past_caches);
+  // A row of zeros, past the caches.
+  void (*clear)(void* row, int64_t size);
   double (*load)(const void* row, int64_t index);
   void (*store)(void* row, int64_t index, double value);
   // The terms' power function in the accumulation type of the row, for its error bound: 2^t for

@@ -7,6 +7,8 @@
 // and the terms of the smallest lifted. A block's sums, in lanes of A, are added in double.
 #pragma once
 
+#include <initializer_list>
+
 #include "lanes.h"
 #include "row_kernels.h"
 
@@ -133,10 +135,14 @@ struct MutableRow {
   typename E::Stored* data;
   int64_t size;
 
-  void put(int64_t i, const Pair<typename E::A>& x) const { E::store(data + i, x); }
+  void put(int64_t i, const Pair<typename E::A>& x) const { E::put(data + i, x); }
+  // Past the caches: the address is aligned.
+  void stream(int64_t i, const Pair<typename E::A>& x) const {
+    E::template put<true>(data + i, x);
+  }
   void put_rest(int64_t i, const Pair<typename E::A>& x) const {
     typename E::Stored some[Row<E>::kStep];
-    E::store(some, x);
+    E::put(some, x);
     for (int64_t k = i; k < size; ++k) data[k] = some[k - i];
   }
 };
@@ -345,16 +351,44 @@ void contrast_stats(const ConstRows& rows, int64_t size, double inv_temperature,
   *gap_mean = sums.gap / sums.views[0].sum;
 }
 
+constexpr int64_t kNever = -1;
+
+// The first element of a row, or of each of three, whose address is aligned; kNever where they are
+// not aligned alike.
+template <class E>
+int64_t aligned(std::initializer_list<void*> rows) {
+  int64_t first = kNever;
+  for (void* row : rows) {
+    if (row == nullptr) continue;
+    const uintptr_t to_next = -reinterpret_cast<uintptr_t>(row) % kLaneBytes;
+    const int64_t i = to_next / sizeof(typename E::Stored);
+    if (first != kNever && first != i) return kNever;
+    first = i;
+  }
+  return first;
+}
+
 // Calls step(i, load, put) at each step of a row; the two are functions of (row, i) and of
-// (row, i, pair), others for the step that the end of the row cuts.
+// (row, i, pair), others for the step that the end of the row cuts. From `streamed` on, unless it is
+// kNever, `put` goes past the caches; what lies before it is part of a step of its own, which the
+// next one overlaps.
 template <class E, class Step>
-void for_each_step(int64_t size, const Step& step) {
+void for_each_step(int64_t size, int64_t streamed, const Step& step) {
+  constexpr int kStep = Row<E>::kStep;
   const auto load = [](const Row<E>& row, int64_t i) { return row.at(i); };
   const auto put = [](const MutableRow<E>& row, int64_t i, const Pair<typename E::A>& x) {
     row.put(i, x);
   };
   int64_t i = 0;
-  for (; i + Row<E>::kStep <= size; i += Row<E>::kStep) step(i, load, put);
+  if (streamed != kNever && streamed + kStep <= size) {
+    const auto stream = [](const MutableRow<E>& row, int64_t i, const Pair<typename E::A>& x) {
+      row.stream(i, x);
+    };
+    if (streamed > 0) step(0, load, put);
+    for (i = streamed; i + kStep <= size; i += kStep) step(i, load, stream);
+    settle();
+  }
+  for (; i + kStep <= size; i += kStep) step(i, load, put);
   if (i == size) return;
   step(
       i, [](const Row<E>& row, int64_t i) { return row.rest(i); },
@@ -371,7 +405,7 @@ Lanes<A> coefficient(double x) {
 
 template <class E>
 void gradient(const void* data, void* out, int64_t size, double inv_temperature,
-              const RowGradient& gradient) {
+              const RowGradient& gradient, bool past_caches) {
   using A = typename E::A;
   const Row<E> row = row_of<E>(data, size);
   const MutableRow<E> to = row_of<E>(out, size);
@@ -380,7 +414,8 @@ void gradient(const void* data, void* out, int64_t size, double inv_temperature,
   const Lanes<A> scale = coefficient<A>(gradient.scale);
   const Lanes<A> slope = coefficient<A>(gradient.slope * units.nats);
   const auto write = [&](const auto& factor) {
-    for_each_step<E>(size, [&](int64_t i, const auto& load, const auto& put) {
+    const int64_t streamed = past_caches && out != data ? aligned<E>({out}) : kNever;
+    for_each_step<E>(size, streamed, [&](int64_t i, const auto& load, const auto& put) {
       row.prefetch(i, Row<E>::kStep);
       const Pair<A> logits = load(row, i);
       const Terms<A> one(logits.first, origin, units.per_logit),
@@ -397,7 +432,7 @@ void gradient(const void* data, void* out, int64_t size, double inv_temperature,
 
 template <class E>
 void contrast_gradient(const ConstRows& rows, const MutableRows& out, int64_t size,
-                       double inv_temperature, const ContrastGradient& gradient) {
+                       double inv_temperature, const ContrastGradient& gradient, bool past_caches) {
   using A = typename E::A;
   const Row<E> views[3] = {row_of<E>(rows.anchor, size), row_of<E>(rows.positive, size),
                            row_of<E>(rows.negative, size)};
@@ -412,7 +447,12 @@ void contrast_gradient(const ConstRows& rows, const MutableRows& out, int64_t si
   const Lanes<A> scale = coefficient<A>(gradient.anchor.scale);
   const Lanes<A> slope = coefficient<A>(gradient.anchor.slope * units.nats);
   const Lanes<A> contrast = coefficient<A>(gradient.contrast * inv_temperature);
-  for_each_step<E>(size, [&](int64_t i, const auto& load, const auto& put) {
+  const bool in_place = out.anchor == rows.anchor || out.positive == rows.positive ||
+                        out.negative == rows.negative;
+  const int64_t streamed = past_caches && !in_place
+                               ? aligned<E>({out.anchor, out.positive, out.negative})
+                               : kNever;
+  for_each_step<E>(size, streamed, [&](int64_t i, const auto& load, const auto& put) {
     for (int v = 0; v < 3; ++v) views[v].prefetch(i, Row<E>::kStep);
     const Pair<A> anchor = load(views[0], i), positive = load(views[1], i),
                   negative = load(views[2], i);
@@ -445,10 +485,18 @@ void store_one(void* row, int64_t index, double value) {
   static_cast<typename E::Stored*>(row)[index] = E::from_one(value);
 }
 
+template <class E>
+void clear(void* row, int64_t size) {
+  const MutableRow<E> to = row_of<E>(row, size);
+  for_each_step<E>(size, aligned<E>({row}), [&](int64_t i, const auto&, const auto& put) {
+    put(to, i, Pair<typename E::A>{});
+  });
+}
+
 template <class A>
 void power_all(const void* from, void* to, int64_t size) {
   using E = Dense<A>;
-  for_each_step<E>(size, [&](int64_t i, const auto& load, const auto& put) {
+  for_each_step<E>(size, kNever, [&](int64_t i, const auto& load, const auto& put) {
     const Pair<A> t = load(row_of<E>(from, size), i);
     put(row_of<E>(to, size), i, {power(lift<A>(t.first)), power(lift<A>(t.second))});
   });
@@ -456,8 +504,8 @@ void power_all(const void* from, void* to, int64_t size) {
 
 template <class E>
 constexpr RowKernels table() {
-  return {stats<E>,    contrast_stats<E>, gradient<E>, contrast_gradient<E>,
-          load_one<E>, store_one<E>,      power_all<typename E::A>};
+  return {stats<E>, contrast_stats<E>, gradient<E>,  contrast_gradient<E>,
+          clear<E>, load_one<E>,       store_one<E>, power_all<typename E::A>};
 }
 
 }  // namespace

@@ -75,6 +75,14 @@ LogitRows LogitRows::new_like(const char* op, const LogitRows& logits) {
   return out;
 }
 
+void LogitRows::clear(int64_t i) const {
+  if (past_caches()) {
+    kernels_->clear(row(i), size_);
+  } else {
+    std::memset(row(i), 0, size_ * element_bytes_);
+  }
+}
+
 double logp_of(const RowStats& stats, double logit, double inv_temperature) {
   return (logit - stats.reference) * inv_temperature - std::log(stats.sum);
 }
@@ -90,7 +98,7 @@ void write_gradient(const LogitRows& logits, int64_t row, const LogitRows& out, 
                                 -per_term * d_entropy};
   const double logit = logits.at(row, target);
   logits.kernels().gradient(logits.row(row), out.row(out_row), logits.size(), inv_temperature,
-                            gradient);
+                            gradient, out.past_caches());
   if (d_logp == 0.0) return;
   // At the target 1 - pi may cancel: once more, in double.
   const double x = (logit - stats.reference) * inv_temperature, term = std::exp(x);

@@ -90,7 +90,9 @@ class LogitRows {
   }
   double at(int64_t i, int64_t v) const { return kernels_->load(row(i), v); }
   void set(int64_t i, int64_t v, double value) const { kernels_->store(row(i), v, value); }
-  void clear(int64_t i) const { std::memset(row(i), 0, size_ * element_bytes_); }
+  void clear(int64_t i) const;
+  // Whether the rows are too large to be found in a cache by who reads them next.
+  bool past_caches() const { return count_ * size_ * element_bytes_ > kCacheBytes; }
 
   const RowKernels& kernels() const { return *kernels_; }
   const Tensor& tensor() const { return tensor_; }
@@ -98,6 +100,8 @@ class LogitRows {
   int64_t size() const { return size_; }    // V
 
  private:
+  static constexpr int64_t kCacheBytes = 32 << 20;
+
   Tensor tensor_;
   char* data_;
   int64_t count_, size_, inner_, outer_stride_, inner_stride_, element_bytes_;

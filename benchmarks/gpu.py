@@ -125,6 +125,7 @@ def kernels(plan: Plan) -> bool:
         device=str(plan.device),
         output=plan.path(),
         seconds=0.0 if plan.toy else 0.3,
+        passes=1,
         missing_only=not plan.fresh,
         deadline=plan.deadline,
     )

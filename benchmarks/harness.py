@@ -6,7 +6,8 @@
 2. The first whole call is compared with the same fp64 results on those rows: what only goes wrong
    at full size (offsets, tails) is seen here.
 3. Peak memory of one whole call.
-4. Times, interleaved.
+4. Times, interleaved; then, when all cases had their turn, in further passes: what disturbs a
+   shared machine for minutes does not fall on one case alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,14 +40,16 @@ Outputs = dict[str, Tensor]
 class Budget:
     """How much is spent on a case.
 
-    seconds: of timing for each variant and mode. rounds: at least so many samples; of calls longer
-    than `seconds` three, than 10 s two. check_rows: rows on which fp64 is computed. patience: of a
-    call longer than this many seconds the first is the only sample. limit: what is expected to take
-    longer is not run at all.
+    seconds: of timing for each variant and mode in a pass. rounds: at least so many samples; of
+    calls longer than `seconds` three, than 10 s two. passes: over the cases all of whose calls are
+    shorter than `seconds`. check_rows: rows on which fp64 is computed. patience: of a call longer
+    than this many seconds the first is the only sample. limit: what is expected to take longer is
+    not run at all.
     """
 
     seconds: float = 5.0
     rounds: int = 7
+    passes: int = 1
     check_rows: int = 64
     patience: float = 60.0
     limit: float = 150.0
@@ -59,7 +62,10 @@ class Budget:
 
 @dataclass(eq=False)
 class Measured:
-    """What is known of one variant in one mode; `samples` is empty where nothing was timed."""
+    """What is known of one variant in one mode.
+
+    passes: the samples of each pass, in milliseconds; empty where nothing was timed.
+    """
 
     case: Case
     mode: str
@@ -69,17 +75,24 @@ class Measured:
     note: str = ""
     error: float = math.nan
     error_of: str = ""
-    samples: list[float] = field(default_factory=list)
+    passes: list[list[float]] = field(default_factory=list)
     peak_bytes: int | None = None
     gradient_bytes: int = 0
     first_seconds: float = 0.0
+    call: Callable[[Inputs], Any] | None = None
 
     @property
     def variant(self) -> str:
         return self.backend or self.peer
 
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.passes))
+
     def ms(self, share: float = 0.5) -> float:
-        return timing.percentile(self.samples, share) if self.samples else math.nan
+        """A percentile of the samples of a pass; of several passes the mean."""
+        found = [timing.percentile(samples, share) for samples in self.passes]
+        return sum(found) / len(found) if found else math.nan
 
 
 @dataclass(frozen=True)
@@ -118,23 +131,57 @@ def measure(
         for variant in variants:
             measured = _first_call(case, mode, inputs, variant, exact, judged, device)
             restore()
-            results.append((variant, measured))
+            results.append(measured)
             on_result(measured)
-        first = {v.name: m.first_seconds for v, m in results if m.status == "ok"}
-        samples = {name: [1e3 * s] for name, s in first.items() if s > budget.patience}
-        calls = {
-            v.name: timed(case, mode, inputs, v)
-            for v, _ in results
-            if v.name in first and v.name not in samples
-        }
-        rounds = {name: budget.rounds_of(first[name]) for name in calls}
-        samples |= timing.time_interleaved(calls, budget.seconds, rounds, device, restore)
-        for variant, measured in results:
-            measured.samples = samples.get(variant.name, [])
-            yield measured
+        _time([m for m in results if m.status == "ok"], inputs, budget, device, restore)
+        yield from results
         for name, reason in absent.items():
             yield Measured(case, mode, "", name, status=reason)
         gc.collect()
+
+
+def measure_again(known: Sequence[Measured], device: torch.device, budget: Budget) -> bool:
+    """A pass more over one case, into `passes` of what is known of it; False where calls are slow."""
+    timed_before = [m for m in known if m.passes]
+    if not timed_before or max(m.first_seconds for m in timed_before) > budget.seconds:
+        return False
+    case = timed_before[0].case
+    inputs = case.make(device)
+    restore = restorer(inputs)
+    for mode in case.modes:
+        members = [m for m in timed_before if m.mode == mode]
+        for m in members:
+            _timed(m, inputs)()
+            restore()
+        _time(members, inputs, budget, device, restore)
+        gc.collect()
+    return True
+
+
+def _timed(m: Measured, inputs: Inputs) -> timing.Call:
+    assert m.call is not None
+    return timed(m.case, m.mode, inputs, m.call)
+
+
+def _time(
+    members: Sequence[Measured],
+    inputs: Inputs,
+    budget: Budget,
+    device: torch.device,
+    restore: timing.Call,
+) -> None:
+    """One pass over the variants of one case and mode, whose first calls went well."""
+    quick = {}
+    for m in members:
+        if m.first_seconds > budget.patience:
+            m.passes.append([1e3 * m.first_seconds])
+        else:
+            quick[m.variant] = m
+    calls = {name: _timed(m, inputs) for name, m in quick.items()}
+    rounds = {name: budget.rounds_of(m.first_seconds) for name, m in quick.items()}
+    samples = timing.time_interleaved(calls, budget.seconds, rounds, device, restore)
+    for name, m in quick.items():
+        m.passes.append(samples[name])
 
 
 def variants_of(
@@ -218,10 +265,11 @@ def run(case: Case, mode: str, inputs: Inputs, call: Callable[[Inputs], Any]) ->
     return outputs
 
 
-def timed(case: Case, mode: str, inputs: Inputs, variant: Variant) -> Callable[[], Any]:
+def timed(case: Case, mode: str, inputs: Inputs, call: Callable[[Inputs], Any]) -> timing.Call:
+    """What the clock runs for."""
     if case.sizes is None:
-        return lambda: variant.competitor.call(inputs)
-    return lambda: run(case, mode, inputs, variant.competitor.call)
+        return lambda: call(inputs)
+    return lambda: run(case, mode, inputs, call)
 
 
 # Correctness
@@ -328,14 +376,14 @@ def _first_call(
     competitor = variant.competitor
     status, error, of = judged.get(variant.name, ("ok", math.nan, ""))
     result = Measured(case, mode, variant.backend, competitor.peer, status, competitor.note)
-    result.error, result.error_of = error, of
+    result.error, result.error_of, result.call = error, of, competitor.call
     if status != "ok":
         return result
     if shortage := _shortage(case, competitor, device):
         result.status = shortage
         return result
     kept: Outputs = {}
-    call = timed(case, mode, inputs, variant)
+    call = timed(case, mode, inputs, competitor.call)
 
     def first() -> None:
         start = time.perf_counter()

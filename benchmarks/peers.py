@@ -279,7 +279,9 @@ def _not_compiled(case: Case, device: torch.device) -> str:
 def _compiled(case: Case) -> Competitor:
     """torch.compile of the best eager composition; the rows are chosen outside of the graph."""
     assert case.sizes is not None
-    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = (
+        1000  # a graph for each case and mode, kept for each pass
+    )
     compile_ = partial(torch.compile, dynamic=False)
     if case.op.endswith("token_stats"):
         function = compile_(eager.token_stats)

@@ -21,6 +21,7 @@ MEASURED = (
     "ms_p50",
     "ms_p80",
     "samples",
+    "passes",
     "gbytes",
     "gflop",
     "rate",
@@ -42,7 +43,7 @@ def make_rows(measured: Sequence[Measured], ceilings: Ceilings) -> list[Row]:
     median time. max_error: relative to the largest value of the output named in error_of.
     peak_mib: memory beyond the inputs at the peak of the call; gradient_mib of it are gradients.
     """
-    timed = [m for m in measured if m.samples]
+    timed = [m for m in measured if m.passes]
     eager = next((m.ms() for m in timed if m.peer == "eager"), math.nan)
     return [_row(m, eager, ceilings) for m in timed]
 
@@ -63,7 +64,8 @@ def _row(m: Measured, eager_ms: float, ceilings: Ceilings) -> Row:
         "ms_p20": _digits(m.ms(0.2), 4),
         "ms_p50": _digits(m.ms(0.5), 4),
         "ms_p80": _digits(m.ms(0.8), 4),
-        "samples": str(len(m.samples)),
+        "samples": str(m.count),
+        "passes": str(len(m.passes)),
         "gbytes": _digits(case.bytes(m.mode) / 1e9, 4) if case.unit else "",
         "gflop": _digits(case.flops(m.mode) / 1e9, 4) if case.unit else "",
         "rate": _digits(rate, 4),

@@ -23,8 +23,9 @@ class LiveTables:
         self.console = console
         self.ceilings = ceilings
 
-    def heading(self, case: Case, number: int, count: int) -> None:
-        self.console.print(f"[bold]{case.name}[/]  [dim]{number} of {count}[/]", highlight=False)
+    def heading(self, case: Case, number: int, count: int, turn: str = "") -> None:
+        of = f"{number} of {count}{turn}"
+        self.console.print(f"[bold]{case.name}[/]  [dim]{of}[/]", highlight=False)
 
     @contextmanager
     def case(self) -> Iterator[Callable[[Sequence[Measured]], None]]:
@@ -32,16 +33,22 @@ class LiveTables:
         with Live(console=self.console, auto_refresh=False) as live:
 
             def show(measured: Sequence[Measured]) -> None:
-                modes = dict.fromkeys(m.mode for m in measured)
-                tables = [self._table([m for m in measured if m.mode == mode]) for mode in modes]
-                live.update(Group(*tables), refresh=self.console.is_terminal)
+                live.update(self._tables(measured), refresh=self.console.is_terminal)
 
             yield show
+
+    def show(self, measured: Sequence[Measured]) -> None:
+        """The same of a case that is measured, for good."""
+        self.console.print(self._tables(measured), "", sep="\n")
+
+    def _tables(self, measured: Sequence[Measured]) -> Group:
+        modes = dict.fromkeys(m.mode for m in measured)
+        return Group(*(self._table([m for m in measured if m.mode == mode]) for mode in modes))
 
     def _table(self, measured: Sequence[Measured]) -> Table:
         """The variants of one mode; ours stands out where it is the fastest."""
         case, mode = measured[0].case, measured[0].mode
-        timed = [m for m in measured if m.samples]
+        timed = [m for m in measured if m.passes]
         eager = next((m.ms() for m in timed if m.peer == "eager"), math.nan)
         fastest = min((m.ms() for m in timed), default=math.nan)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -52,7 +59,7 @@ class LiveTables:
         for m in measured:
             name = f"cppo {m.backend}" if m.backend else m.peer
             style = "bold" if m.backend else ""
-            if not m.samples:
+            if not m.passes:
                 bad = m.status.startswith(("wrong", "failed"))
                 text = "..." if m.status == "ok" else m.status
                 error = f"{m.error:.0e}" if m.error > 0 else ""

@@ -46,7 +46,7 @@ def test_case(case: Case, mode: str, variant: str, benchmark: Any, request: Any)
     chosen = [v for v in variants if bool(v.backend) == (variant == "cppo")]
     if not chosen:
         pytest.skip(f"no fast backend of {case.op} runs here")
-    call = harness.timed(case, mode, inputs, chosen[0])
+    call = harness.timed(case, mode, inputs, chosen[0].competitor.call)
     if case.sizes is not None and case.sizes.inplace:
         result = benchmark.pedantic(call, setup=restorer(inputs), rounds=3)
     else:

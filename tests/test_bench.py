@@ -73,8 +73,8 @@ def test_a_wrong_result_is_reported_and_never_timed(
     _plant(monkeypatch, "token_stats", wrong)
     found = _measure(_case("token_stats"))
     ours = [m for m in found if m.backend]
-    assert ours and all(m.status.startswith("wrong") and not m.samples for m in ours)
-    assert all(m.samples for m in found if m.peer == "eager")
+    assert ours and all(m.status.startswith("wrong") and not m.passes for m in ours)
+    assert all(m.passes for m in found if m.peer == "eager")
     assert {row["peer"] for row in rows.make_rows(found, CEILINGS)} == {"eager"}
 
 
@@ -88,7 +88,7 @@ def test_an_error_at_full_size_alone_is_caught(monkeypatch: pytest.MonkeyPatch) 
     _plant(monkeypatch, "token_stats", wrong)
     budget = Budget(seconds=0.0, rounds=1, check_rows=checked_rows)
     found = list(harness.measure(_case("token_stats"), CPU, budget, CEILINGS, ()))
-    assert found and all("whole call" in m.status and not m.samples for m in found)
+    assert found and all("whole call" in m.status and not m.passes for m in found)
 
 
 def test_a_slow_backend_is_seen_and_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_a_slow_backend_is_seen_and_flagged(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_peer_is_timed_whatever_its_error_is_and_the_error_stands_beside() -> None:
     case = _case("token_stats")
     found = {m.variant: m for m in _measure(case) if m.mode == "forward"}
-    assert found["eager"].error < 1e-5 and found["eager"].samples
+    assert found["eager"].error < 1e-5 and found["eager"].passes
     drawn = case.make(CPU)
     exact = harness.run(case, "forward", drawn, lambda x: case.run(x, "reference"))
     off = {name: value + 1 for name, value in exact.items()}
@@ -199,13 +199,30 @@ def test_a_mode_that_nobody_asked_for_is_not_run(monkeypatch: pytest.MonkeyPatch
     assert modes == {"forward"}
 
 
+def test_later_passes_time_the_same_calls_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _case("token_stats")
+    found = _measure(case)
+    assert [len(m.passes) for m in found] == [1] * 4
+    clock = itertools.count(1.0)
+    monkeypatch.setattr(timing, "time_once", lambda call, device: (call(), next(clock))[1])
+    assert not harness.measure_again(found, CPU, Budget(seconds=0.0))  # slow calls are not
+    assert harness.measure_again(found, CPU, Budget(seconds=60.0, rounds=3))
+    for m in found:
+        first, second = m.passes
+        assert len(second) >= 3 and m.count == len(first) + len(second)
+        assert m.ms() == pytest.approx(
+            (timing.percentile(first, 0.5) + timing.percentile(second, 0.5)) / 2
+        )
+    assert {row["passes"] for row in rows.make_rows(found, CEILINGS)} == {"2"}
+
+
 def test_what_a_call_in_place_overwrites_is_there_again() -> None:
     sizes = Sizes(4, 5, 37, inplace=True)
     drawn, given = (inputs.row_inputs("cppo_loss", sizes, "fp32", CPU) for _ in range(2))
     case = Case("cppo_loss", "tiny", "fp32", lambda _: given, ("both",), sizes)
     # No call of a peer after ours: eager leaves its inputs as they are.
     results = _measure(case, ())
-    assert [m.status for m in results] == ["ok"] and results[0].samples
+    assert [m.status for m in results] == ["ok"] and results[0].passes
     for view, other in zip(given["logits"], drawn["logits"], strict=True):
         assert torch.equal(view, other)
     harness.run(case, "both", given, lambda x: case.run(x, "auto"))
@@ -257,7 +274,7 @@ def test_a_peer_that_is_absent_says_why(monkeypatch: pytest.MonkeyPatch) -> None
 def test_torch_compile_is_a_peer() -> None:
     found = _measure(_case("token_stats"), ("compile",))
     compiled = [m for m in found if m.peer == "compile"]
-    assert len(compiled) == 2 and all(m.samples and m.error < 1e-5 for m in compiled)
+    assert len(compiled) == 2 and all(m.passes and m.error < 1e-5 for m in compiled)
 
 
 # What is written
@@ -283,7 +300,7 @@ def test_the_command_writes_rows_pictures_and_a_page(
     path = tmp_path / "toy.csv"
     command = ["bench", "--shapes", "toy", "--op", "cppo_loss", "plan_microbatches"]
     command += ["--dtype", "fp32", "--device", "cpu", "--output", str(path), "--against", "eager"]
-    command += ["--mode", "both"]
+    command += ["--mode", "both", "--seconds", "0.1", "--passes", "2"]
     assert main([*command, "--plot"]) == 0
     found = rows.read(path)
     assert {row["op"] for row in found} == {"cppo_loss", "plan_microbatches"}
@@ -298,6 +315,8 @@ def test_the_command_writes_rows_pictures_and_a_page(
     assert "three views, f=0.5 r=0.2" in page and "<script" not in page and "http" not in page
     pictures = {p.name for p in tmp_path.glob("*.png")}
     assert pictures == {"toy_logits.png", "toy_host.png", "toy_roofline.png"}
+    assert "2" in {row["passes"] for row in found}
+    assert ", pass 2" in printed
     before = path.read_text()
     assert main([*command, "--missing"]) == 0
     assert path.read_text() == before

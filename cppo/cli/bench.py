@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=device,
         output=arguments.output,
         seconds=arguments.seconds,
+        passes=arguments.passes,
         missing_only=arguments.missing,
         allocator=arguments.allocator,
     )
@@ -99,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1; else a GPU where there is one")
     keep = "keep: freed memory is reused, for all variants alike; system: every large block is new"
     add("--allocator", choices=("keep", "system"), default="keep", help=f"on a CPU; {keep}")
-    add("--seconds", type=float, help="timing per variant and mode")
+    add("--seconds", type=float, help="timing per variant and mode in a pass")
+    add("--passes", type=int, help="over the cases, minutes apart; of paper 4, else 1")
     add("--output", type=Path, help="CSV file; rows of the same case are replaced")
     add("--missing", action="store_true", help="only cases without a row in the file: resume")
     add("--compare", type=Path, metavar="CSV", help="fail if a ratio fell by more than 15 %%")

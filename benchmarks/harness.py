@@ -141,7 +141,7 @@ def measure(
 
 
 def measure_again(known: Sequence[Measured], device: torch.device, budget: Budget) -> bool:
-    """A pass more over one case, into `passes` of what is known of it; False where calls are slow."""
+    """Another pass over one case, added to what is known of it; False where calls are slow."""
     timed_before = [m for m in known if m.passes]
     if not timed_before or max(m.first_seconds for m in timed_before) > budget.seconds:
         return False

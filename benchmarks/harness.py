@@ -7,7 +7,7 @@
    at full size (offsets, tails) is seen here.
 3. Peak memory of one whole call.
 4. Times, interleaved; then, when all cases had their turn, in further passes: what disturbs a
-   shared machine for minutes does not fall on one case alone.
+   shared machine for minutes is not in each of them.
 """
 
 from __future__ import annotations
@@ -90,9 +90,11 @@ class Measured:
         return sum(map(len, self.passes))
 
     def ms(self, share: float = 0.5) -> float:
-        """A percentile of the samples of a pass; of several passes the mean."""
-        found = [timing.percentile(samples, share) for samples in self.passes]
-        return sum(found) / len(found) if found else math.nan
+        """A percentile of the samples of the pass with the lowest median, the least disturbed."""
+        if not self.passes:
+            return math.nan
+        quietest = min(self.passes, key=lambda samples: timing.percentile(samples, 0.5))
+        return timing.percentile(quietest, share)
 
 
 @dataclass(frozen=True)

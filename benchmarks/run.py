@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,12 @@ def bench(options: Options, console: Console) -> tuple[list[rows.Row], list[Meas
             if case.name not in known or time.monotonic() > options.deadline:
                 continue
             load = f"{load_per_core():.2f}"
-            if measure_again(known[case.name], device, budget):
-                tables.heading(case, number, len(todo), f", pass {turn}")
-                tables.show(known[case.name])
-                write(case, load)
+            with _quiet_peers():
+                if not measure_again(known[case.name], device, budget):
+                    continue
+            tables.heading(case, number, len(todo), f", pass {turn}")
+            tables.show(known[case.name])
+            write(case, load)
     wrong = [
         m
         for measured in known.values()
@@ -152,8 +155,7 @@ def _measure(
     case: Case, device: torch.device, options: Options, tables: LiveTables
 ) -> list[Measured]:
     known: list[Measured] = []
-    with warnings.catch_warnings(), tables.case() as show:
-        warnings.simplefilter("ignore")  # of the peers: deprecations, options that they lack
+    with _quiet_peers(), tables.case() as show:
 
         def heard(measured: Measured) -> None:
             known.append(measured)
@@ -167,6 +169,14 @@ def _measure(
         show(known)
     tables.console.print()
     return known
+
+
+@contextmanager
+def _quiet_peers() -> Iterator[None]:
+    """Without their warnings: deprecations, options that they lack."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _peer_versions() -> dict[str, str]:

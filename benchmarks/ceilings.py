@@ -2,13 +2,13 @@
 
 Copy: bytes read plus bytes written by `Tensor.copy_` of arrays far larger than the caches. Read:
 bytes read by a sum. GEMM: 2 n^3 operations of a square `torch.mm`. Each is the best of the run's
-repetitions, on as many threads as everything else.
+repetitions, of all its passes, on as many threads as everything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 import torch
 
@@ -37,6 +37,10 @@ class Ceilings:
     def gemm(self, dtype: str) -> float:
         """What torch's own matrix product reaches in a dtype, in TFLOP/s."""
         return self.gemm_bf16_tflop_s if dtype == "bf16" else self.gemm_fp32_tflop_s
+
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The larger of each rate: what disturbed a probe took from it."""
+        return Ceilings(*map(max, astuple(self), astuple(other)))
 
     def columns(self) -> dict[str, float]:
         return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import time
@@ -139,7 +138,7 @@ def measure(
         yield from results
         for name, reason in absent.items():
             yield Measured(case, mode, "", name, status=reason)
-        gc.collect()
+        timing.return_freed_memory()
 
 
 def measure_again(known: Sequence[Measured], device: torch.device, budget: Budget) -> bool:
@@ -156,7 +155,7 @@ def measure_again(known: Sequence[Measured], device: torch.device, budget: Budge
             _timed(m, inputs)()
             restore()
         _time(members, inputs, budget, device, restore)
-        gc.collect()
+        timing.return_freed_memory()
     return True
 
 

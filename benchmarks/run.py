@@ -33,7 +33,7 @@ BUSY = 0.25  # load per core above which the machine is doing something else
 BUDGETS = {
     "toy": Budget(seconds=0.0, rounds=2),
     "small": Budget(seconds=0.4, rounds=3, check_rows=64, patience=3.0, limit=6.0),
-    "paper": Budget(seconds=2.0, rounds=5, passes=4),
+    "paper": Budget(seconds=1.0, rounds=5, passes=8),
     "full": Budget(seconds=3.0, rounds=5),
 }
 
@@ -101,21 +101,25 @@ def bench(options: Options, console: Console) -> tuple[list[rows.Row], list[Meas
     allocator = "torch" if device.type == "cuda" else "system"
     if device.type == "cpu" and options.allocator == "keep" and timing.keep_freed_memory():
         allocator = "keep"
-    ceilings = measure_ceilings(device, min(1.0, budget.seconds), toy=options.shapes == "toy")
-    shared = {**environment(device), **_peer_versions(), **ceilings.columns()}
+
+    def ceilings_now() -> Ceilings:
+        return measure_ceilings(device, min(1.0, budget.seconds), toy=options.shapes == "toy")
+
+    tables = LiveTables(console, ceilings_now())
+    shared = {**environment(device), **_peer_versions()}
     shared |= {"shapes": options.shapes, "allocator": allocator}
-    _opening(console, options, ceilings)
-    tables = LiveTables(console, ceilings)
+    _opening(console, options, tables.ceilings)
     todo = selected(options)
     done = {rows.key(row)[:4] for row in rows.read(options.path)} if options.missing_only else set()
     new: dict[tuple[str, ...], rows.Row] = {}
     known: dict[str, list[Measured]] = {}
+    loads: dict[str, str] = {}
 
-    def write(case: Case, load: str) -> None:
+    def write(case: Case) -> None:
+        common = {**shared, **tables.ceilings.columns(), "load": loads[case.name]}
+        by_mode = [[m for m in known[case.name] if m.mode == mode] for mode in case.modes]
         found = [
-            {**row, **shared, "load": load}
-            for mode in case.modes
-            for row in rows.make_rows([m for m in known[case.name] if m.mode == mode], ceilings)
+            {**row, **common} for some in by_mode for row in rows.make_rows(some, tables.ceilings)
         ]
         new.update({rows.key(row): row for row in found})
         if options.shapes != "toy" or options.output is not None:
@@ -128,10 +132,12 @@ def bench(options: Options, console: Console) -> tuple[list[rows.Row], list[Meas
             console.print(f"[yellow]out of time before {case.name}[/]")
             break
         tables.heading(case, number, len(todo))
-        load = f"{load_per_core():.2f}"
+        loads[case.name] = f"{load_per_core():.2f}"
         known[case.name] = _measure(case, device, options, tables)
-        write(case, load)
+        write(case)
     for turn in range(2, budget.passes + 1):
+        if time.monotonic() <= options.deadline:
+            tables.ceilings = tables.ceilings.or_better(ceilings_now())
         for number, case in enumerate(todo, 1):
             if case.name not in known or time.monotonic() > options.deadline:
                 continue
@@ -141,7 +147,12 @@ def bench(options: Options, console: Console) -> tuple[list[rows.Row], list[Meas
                     continue
             tables.heading(case, number, len(todo), f", pass {turn}")
             tables.show(known[case.name])
-            write(case, load)
+            loads[case.name] = load
+            write(case)
+    if budget.passes > 1:  # all rows against the same, last known ceilings
+        for case in todo:
+            if case.name in known:
+                write(case)
     wrong = [
         m
         for measured in known.values()

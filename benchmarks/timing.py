@@ -31,6 +31,19 @@ def keep_freed_memory() -> bool:
     return bool(no_mmap and no_trim)
 
 
+def return_freed_memory() -> bool:
+    """Gives freed memory back to the kernel. Returns: whether the C library can.
+
+    Otherwise a heap that is kept grows from case to case, each finding the others' gaps too small.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
 def percentile(samples: list[float], share: float) -> float:
     """The value below which `share` of the samples lie, interpolated."""
     values = torch.tensor(samples, dtype=torch.float64)
@@ -101,7 +114,7 @@ def peak_growth(call: Call, device: torch.device) -> int | None:
     On a GPU what the allocator handed out; on Linux the growth of the resident set, from the
     kernel's own high-water mark.
     """
-    gc.collect()
+    returned = return_freed_memory()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -110,8 +123,9 @@ def peak_growth(call: Call, device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         del result
         return int(torch.cuda.max_memory_allocated(device)) - before
+    if not returned:
+        return None
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except OSError:
         return None

@@ -83,6 +83,17 @@ def test_accuracy_of_the_full_divergence(op, backend, case):
     assert all(value.isfinite().all() for value in evaluate(op, inputs, backend).values())
 
 
+@pytest.mark.parametrize("view", ["positive", "negative"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_that_one_view_alone_forbids(backend, view):
+    """Its logit of finfo.min makes a loss of some 1e36, not infinity and not NaN gradients."""
+    config = LossConfig(cpl_coef=1.0, divergence="full", tau=1.0, gating=False)
+    inputs = {**make_inputs("cppo_loss"), "config": config}
+    getattr(inputs["logits"], view)[..., 1] = torch.finfo(torch.float32).min
+    assert_op_as_accurate("cppo_loss", backend, inputs)
+    assert all(value.isfinite().all() for value in evaluate("cppo_loss", inputs, backend).values())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_vocabulary_of_qwen(backend):
     inputs = make_inputs("cppo_loss", lengths=(2, 1, 3), vocabulary=151_936, layout="packed")

@@ -9,6 +9,8 @@ log-probabilities cancel in the difference of the two divergences:
 
 The expectation is accumulated like the entropy, relative to the maxima of all three views so far:
 when they move, sum_v e^x_a (x_n - x_p) moves by the anchor's sum times the drift of the difference.
+It is a sum of logits, which the temperature divides at the end: scaled to powers of two first, a
+logit of finfo.min in one view alone would be -inf.
 """
 
 from __future__ import annotations
@@ -46,27 +48,27 @@ def _fold(anchor, positive, negative, d, tile_a, tile_p, tile_n, scale):
     new_p = tl.maximum(m_p, tl.max(tile_p, 1))
     new_n = tl.maximum(m_n, tl.max(tile_n, 1))
     base_a, base_p, base_n = or_zero(new_a), or_zero(new_p), or_zero(new_n)
-    drift = ((or_zero(m_n) - base_n) - (or_zero(m_p) - base_p)) * scale
+    drift = (or_zero(m_n) - base_n) - (or_zero(m_p) - base_p)
 
     shift = exponent(m_a, base_a, scale)
     decay = tl.exp2(shift)
     x = exponent(tile_a, base_a[:, None], scale)
     e = tl.exp2(x)
-    x_p = (tile_p - base_p[:, None]) * scale
-    x_n = (tile_n - base_n[:, None]) * scale
+    above_p = tile_p - base_p[:, None]
+    above_n = tile_n - base_n[:, None]
     # Where the anchor excludes a token, the other views may too: inf - inf counts nothing.
-    rise = tl.where(e == 0.0, 0.0, e * (x_n - x_p))
+    rise = tl.where(e == 0.0, 0.0, e * (above_n - above_p))
     d = decay * (d + drift * s_a) + tl.sum(rise, 1)
     w_a = decay * (w_a + shift * s_a) + tl.sum(e * x, 1)
     s_a = decay * s_a + tl.sum(e, 1)
 
     decay = tl.exp2(exponent(m_p, base_p, scale))
-    x_p = tl.maximum(x_p, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    x_p = tl.maximum(above_p * scale, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     s_p = decay * s_p + tl.sum(tl.exp2(x_p), 1)
 
     shift = exponent(m_n, base_n, scale)
     decay = tl.exp2(shift)
-    x_n = tl.maximum(x_n, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    x_n = tl.maximum(above_n * scale, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp2(x_n)
     w_n = decay * (w_n + shift * s_n) + tl.sum(e * x_n, 1)
     s_n = decay * s_n + tl.sum(e, 1)
@@ -80,7 +82,7 @@ def _merge(anchor, positive, negative, d, scale):
     m_p, s_p, w_p = positive
     m_n, s_n, w_n = negative
     base_p, base_n = or_zero(tl.max(m_p, 0)), or_zero(tl.max(m_n, 0))
-    drift = ((or_zero(m_n) - base_n) - (or_zero(m_p) - base_p)) * scale
+    drift = (or_zero(m_n) - base_n) - (or_zero(m_p) - base_p)
     decay = tl.exp2(exponent(m_a, or_zero(tl.max(m_a, 0)), scale))
     d = tl.sum(decay * (d + drift * s_a), 0)
     return (
@@ -163,7 +165,8 @@ def _store_row(
         tl.store(saved_ptr + 4 * num_rows + row, s_p)
         tl.store(saved_ptr + 5 * num_rows + row, m_n)
         tl.store(saved_ptr + 6 * num_rows + row, s_n)
-        tl.store(saved_ptr + 7 * num_rows + row, d / s_a * LN2 + log_p - log_n)
+        rise = d / s_a * as_scalar(inverse_temperature, s_a.dtype)
+        tl.store(saved_ptr + 7 * num_rows + row, rise + log_p - log_n)
 
 
 _RUNTIME = (
@@ -381,7 +384,7 @@ def _merge_full_statistics_kernel(
 
 
 @triton.jit
-def _store_gradients_at(column, inside, logits, gradients, stats, g, target, scale):
+def _store_gradients_at(column, inside, logits, gradients, stats, g, target, scale, inverse_t):
     a_ptr, p_ptr, n_ptr = logits
     da_ptr, dp_ptr, dn_ptr = gradients
     m_a, m_p, m_n, inverse_a, inverse_p, inverse_n, mean, offset = stats
@@ -389,12 +392,12 @@ def _store_gradients_at(column, inside, logits, gradients, stats, g, target, sca
     a = tl.load(a_ptr + column, inside).to(scale.dtype)
     x = exponent(a, m_a, scale)
     pi_a = tl.exp2(x) * inverse_a
-    x_p = (tl.load(p_ptr + column, inside).to(scale.dtype) - m_p) * scale
-    x_n = (tl.load(n_ptr + column, inside).to(scale.dtype) - m_n) * scale
-    pi_p = tl.exp2(x_p) * inverse_p
-    pi_n = tl.exp2(x_n) * inverse_n
+    above_p = tl.load(p_ptr + column, inside).to(scale.dtype) - m_p
+    above_n = tl.load(n_ptr + column, inside).to(scale.dtype) - m_n
+    pi_p = tl.exp2(above_p * scale) * inverse_p
+    pi_n = tl.exp2(above_n * scale) * inverse_n
     # offset = ln s_n - ln s_p + D, so that this is pi_a (ln pi_n - ln pi_p - D).
-    rise = tl.where(pi_a == 0.0, 0.0, (x_n - x_p) * LN2 - offset)
+    rise = tl.where(pi_a == 0.0, 0.0, (above_n - above_p) * inverse_t - offset)
     d_anchor = pi_a * (g_anchor * rise - (g_logp + g_entropy * (x * LN2 - mean)))
     d_anchor += tl.where(column == target, g_logp, 0.0)
     dtype: tl.constexpr = da_ptr.dtype.element_ty
@@ -492,9 +495,10 @@ def _full_backward_kernel(
     g_entropy = upstream(coefficients_ptr + num_rows, row, grad_loss_ptr, ACC)
     g_margin = upstream(coefficients_ptr + 2 * num_rows, row, grad_loss_ptr, ACC)
     # Per logit, not per scaled logit.
-    g_logp *= as_scalar(inverse_temperature, ACC)
-    g_entropy *= as_scalar(inverse_temperature, ACC)
-    g_margin *= as_scalar(inverse_temperature, ACC)
+    inverse_t = as_scalar(inverse_temperature, ACC)
+    g_logp *= inverse_t
+    g_entropy *= inverse_t
+    g_margin *= inverse_t
     target = tl.load(targets_ptr + row)
     scale_acc = as_scalar(scale, ACC)
     m_a = tl.load(saved_ptr + row)
@@ -525,12 +529,12 @@ def _full_backward_kernel(
         column = tl.arange(0, TILE)
         for start in range(first, whole, TILE):
             _store_gradients_at(
-                start + column, None, logits, gradients, stats, g, target, scale_acc
+                start + column, None, logits, gradients, stats, g, target, scale_acc, inverse_t
             )
         if whole < last:
             column = whole + column
             _store_gradients_at(
-                column, column < last, logits, gradients, stats, g, target, scale_acc
+                column, column < last, logits, gradients, stats, g, target, scale_acc, inverse_t
             )
     else:
         if (g_logp != 0) | (g_entropy != 0):

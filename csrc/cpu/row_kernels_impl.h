@@ -27,12 +27,12 @@ constexpr bool kFused = true;
 constexpr bool kFused = false;
 #endif
 
-// From logits to the exponents t of the terms kBase^t, and from t to nats.
+// From logits to the depths d of the terms kBase^-d, and from d to nats.
 template <class A>
 struct Scale {
   double inv_temperature;
-  A per_logit;      // t = (logit - reference) * per_logit
-  double nats;      // (logit - reference) / temperature = t * nats
+  A per_logit;      // d = (reference - logit) * per_logit
+  double nats;      // (reference - logit) / temperature = d * nats
   double rounding;  // nats = kLogBase (1 + rounding): per_logit is rounded, which moves lse by
                     // rounding * E[x]
   explicit Scale(double inv_temperature)
@@ -42,7 +42,7 @@ struct Scale {
         rounding(nats / kLogBase<A> - 1.0) {}
 };
 
-// Where exponents that one FMA computes, logit * per_logit - offset, are measured from: `above` the
+// Where depths that one FMA computes, offset - logit * per_logit, are measured from: `above` the
 // reference, which is kSlack but for the rounding of the offset. Their terms times `factor` are the
 // terms measured from the reference.
 struct Origin {
@@ -158,19 +158,19 @@ MutableRow<E> row_of(void* data, int64_t size) {
 }
 
 // The terms of a row in one vector: how far below the origin its logits are (the logit is what is
-// subtracted, so an instruction may take it from memory), their lifted exponents, and e = kBase^t.
+// subtracted, so an instruction may take it from memory), their lifted depths, and e = kBase^-depth.
 template <class A>
 struct Terms {
-  Lanes<A> below, t, e;
+  Lanes<A> below, depth, e;
   Terms(Lanes<A> logits, Lanes<A> origin, A per_logit)
-      : below(origin - logits), t(lift<A>(below * -per_logit)), e(power(t)) {}
+      : below(origin - logits), depth(lift<A>(below * per_logit)), e(term(depth)) {}
 };
 
-// Of one block, for each view: its largest logit and the sums of e and of e t. Of three views, the
-// anchor's, the positive's and the negative's, also the sum of e_a (t_n - t_p).
+// Of one block, for each view: its largest logit and the sums of e and of e d. Of three views, the
+// anchor's, the positive's and the negative's, also the sum of e_a (d_p - d_n).
 template <int kViews>
 struct BlockSums {
-  double max[kViews], sum[kViews], weighted[kViews], gap = 0.0;
+  double max[kViews], sum[kViews], deep[kViews], gap = 0.0;
 };
 
 template <class E, int kViews>
@@ -178,7 +178,7 @@ BlockSums<kViews> sum_block(const Row<E> (&views)[kViews], int64_t begin, int64_
                             const Online<typename E::A> (&online)[kViews],
                             typename E::A per_logit) {
   using A = typename E::A;
-  Lanes<A> origin[kViews], total[kViews] = {}, weighted[kViews] = {}, most[kViews], gaps{};
+  Lanes<A> origin[kViews], total[kViews] = {}, deep[kViews] = {}, most[kViews], gaps{};
   for (int v = 0; v < kViews; ++v) {
     most[v] = fill<A>(-kInfinity);
     origin[v] = fill(static_cast<A>(online[v].origin()));
@@ -198,7 +198,7 @@ BlockSums<kViews> sum_block(const Row<E> (&views)[kViews], int64_t begin, int64_
         e[v] = terms.e;
         most[v] = logits[v] > most[v] ? logits[v] : most[v];
         total[v] += terms.e;
-        weighted[v] += terms.e * terms.t;
+        deep[v] += terms.e * terms.depth;
       }
       if constexpr (kViews == 3) {
         // Where the anchor excludes a token, the other views may too: inf - inf counts nothing.
@@ -213,24 +213,23 @@ BlockSums<kViews> sum_block(const Row<E> (&views)[kViews], int64_t begin, int64_
   for (int v = 0; v < kViews; ++v) {
     block.max[v] = largest<A>(most[v]);
     block.sum[v] = sum<A>(total[v]);
-    block.weighted[v] = sum<A>(weighted[v]);
+    block.deep[v] = sum<A>(deep[v]);
   }
   block.gap = sum<A>(gaps) * static_cast<double>(per_logit);
   return block;
 }
 
-// The same of a whole block but the first, whose terms `power` takes as they are: nothing is lifted,
+// The same of a whole block but the first, whose depths `term` takes as they are: nothing is lifted,
 // and no maximum is looked for. False, and nothing written, where a logit is too far from its
 // reference.
 //
-// The exponents are measured from about kSlack above it, which makes one test of the two: 0 is
-// above, -127 below.
+// Depths are measured from about kSlack above it, which makes one test of the two.
 template <class E, int kViews>
 bool sum_block_in_range(const Row<E> (&views)[kViews], int64_t begin,
                         const Online<float> (&online)[kViews], float per_logit,
                         BlockSums<kViews>* block) {
   using Vectors = Lanes<float>;
-  Vectors offset[kViews], total[kViews] = {}, weighted[kViews] = {}, gaps{};
+  Vectors offset[kViews], total[kViews] = {}, deep[kViews] = {}, gaps{};
   for (int v = 0; v < kViews; ++v) offset[v] = fill(online[v].in_range.offset);
   Range range;
   constexpr int kSteps = 4;  // at a time
@@ -241,19 +240,19 @@ bool sum_block_in_range(const Row<E> (&views)[kViews], int64_t begin,
       Vectors first[kViews], second[kViews];
       for (int v = 0; v < kViews; ++v) {
         const Pair<float> logits = views[v].inside(i + step * Row<E>::kStep);
-        first[v] = logits.first * per_logit - offset[v];
-        second[v] = logits.second * per_logit - offset[v];
+        first[v] = offset[v] - logits.first * per_logit;
+        second[v] = offset[v] - logits.second * per_logit;
         range.add(first[v]);
         range.add(second[v]);
       }
-      const auto add = [&](const Vectors(&t)[kViews]) {
+      const auto add = [&](const Vectors(&depth)[kViews]) {
         Vectors e[kViews];
         for (int v = 0; v < kViews; ++v) {
-          e[v] = power(t[v]);
+          e[v] = term(depth[v]);
           total[v] += e[v];
-          weighted[v] += e[v] * t[v];
+          deep[v] += e[v] * depth[v];
         }
-        if constexpr (kViews == 3) gaps += e[0] * (t[2] - t[1]);
+        if constexpr (kViews == 3) gaps += e[0] * (depth[1] - depth[2]);
       };
       add(first);
       add(second);
@@ -264,7 +263,7 @@ bool sum_block_in_range(const Row<E> (&views)[kViews], int64_t begin,
     const Origin& from = online[v].in_range;
     const double of_e = sum<float>(total[v]);
     block->sum[v] = from.factor * of_e;
-    block->weighted[v] = from.factor * (sum<float>(weighted[v]) + from.above * of_e);
+    block->deep[v] = from.factor * (sum<float>(deep[v]) - from.above * of_e);
   }
   if constexpr (kViews == 3) {
     block->gap = online[0].in_range.factor * sum<float>(gaps) +
@@ -326,7 +325,7 @@ OnlineViews<typename E::A, kViews> sum_rows(const Row<E> (&views)[kViews],
     }
     for (int v = 0; v < kViews; ++v) {
       online[v].sum += block.sum[v];
-      online[v].weighted += block.weighted[v] * scale.nats;
+      online[v].weighted -= block.deep[v] * scale.nats;
     }
     so_far.gap += block.gap * scale.nats;
   }
@@ -412,7 +411,7 @@ void gradient(const void* data, void* out, int64_t size, double inv_temperature,
   const Scale<A> units(inv_temperature);
   const Lanes<A> origin = fill(static_cast<A>(gradient.reference));
   const Lanes<A> scale = coefficient<A>(gradient.scale);
-  const Lanes<A> slope = coefficient<A>(gradient.slope * units.nats);
+  const Lanes<A> slope = coefficient<A>(-gradient.slope * units.nats);
   const auto write = [&](const auto& factor) {
     const int64_t streamed = past_caches && out != data ? aligned<E>({out}) : kNever;
     for_each_step<E>(size, streamed, [&](int64_t i, const auto& load, const auto& put) {
@@ -420,13 +419,13 @@ void gradient(const void* data, void* out, int64_t size, double inv_temperature,
       const Pair<A> logits = load(row, i);
       const Terms<A> one(logits.first, origin, units.per_logit),
           two(logits.second, origin, units.per_logit);
-      put(to, i, {one.e * factor(one.t), two.e * factor(two.t)});
+      put(to, i, {one.e * factor(one.depth), two.e * factor(two.depth)});
     });
   };
   if (gradient.slope == 0.0) {
     write([&](Lanes<A>) { return scale; });
   } else {
-    write([&](Lanes<A> t) { return slope * t + scale; });
+    write([&](Lanes<A> depth) { return slope * depth + scale; });
   }
 }
 
@@ -445,7 +444,7 @@ void contrast_gradient(const ConstRows& rows, const MutableRows& out, int64_t si
   const Scale<A> units(inv_temperature);
   const A per_logit = units.per_logit;
   const Lanes<A> scale = coefficient<A>(gradient.anchor.scale);
-  const Lanes<A> slope = coefficient<A>(gradient.anchor.slope * units.nats);
+  const Lanes<A> slope = coefficient<A>(-gradient.anchor.slope * units.nats);
   const Lanes<A> contrast = coefficient<A>(gradient.contrast * inv_temperature);
   const bool in_place = out.anchor == rows.anchor || out.positive == rows.positive ||
                         out.negative == rows.negative;
@@ -463,7 +462,7 @@ void contrast_gradient(const ConstRows& rows, const MutableRows& out, int64_t si
       const Terms<A> of_a(a, origin[0], per_logit), of_p(p, origin[1], per_logit),
           of_n(n, origin[2], per_logit);
       const Lanes<A> apart = of_p.below - of_n.below;
-      const Lanes<A> own = of_a.e * (slope * of_a.t + contrast * apart + scale);
+      const Lanes<A> own = of_a.e * (slope * of_a.depth + contrast * apart + scale);
       const Lanes<A> away = of_a.e * push[0], none{};
       return {of_a.e == none ? none : own, of_p.e * push[1] - away, away - of_n.e * push[2]};
     };
@@ -498,7 +497,7 @@ void power_all(const void* from, void* to, int64_t size) {
   using E = Dense<A>;
   for_each_step<E>(size, kNever, [&](int64_t i, const auto& load, const auto& put) {
     const Pair<A> t = load(row_of<E>(from, size), i);
-    put(row_of<E>(to, size), i, {power(lift<A>(t.first)), power(lift<A>(t.second))});
+    put(row_of<E>(to, size), i, {term(lift<A>(-t.first)), term(lift<A>(-t.second))});
   });
 }
 

@@ -39,14 +39,18 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
 
 
 def device_name(device: torch.device | str = "cpu") -> str:
-    """The accelerator's name, or the processor's with the threads in use."""
+    """The accelerator's name, or the processor's with its instruction set and the threads in use.
+
+    A processor's name may be no more than its maker's: "AMD EPYC" has AVX-512 or not.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{_cpu()} {vectors}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
 def file_stem(device: torch.device | str = "cpu") -> str:
-    """A file name for the rows of this device: `cpu_amd_epyc_2_of_2_threads`."""
+    """A file name for the rows of this device: `cpu_amd_epyc_avx512_2_of_2_threads`."""
     words = re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_")
     return f"{torch.device(device).type}_{words}"
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from cppo import _ext
+
 Call = Callable[[], Any]
 _FLUSH_BYTES = 2**28  # larger than any L2
 _flush_buffers: dict[torch.device, torch.Tensor] = {}
@@ -34,9 +36,12 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> bool:
     """Gives freed memory back to the kernel. Returns: whether the C library can.
 
-    Otherwise a heap that is kept grows from case to case, each finding the others' gaps too small.
+    Otherwise a heap that is kept grows from case to case, each finding the others' gaps too small,
+    and gradients find the memory that cppo's own ops keep for them already there.
     """
     gc.collect()
+    if not _ext.missing["cpp"]:
+        torch.ops.cppo.empty_cache()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):

@@ -75,11 +75,13 @@ STABLE_TORCH_LIBRARY(cppo, m) {
       "str reduction, int? max_length, float kl_coef, float entropy_coef, float cpl_coef, "
       "str divergence, float tau, float fraction, bool gating, bool detach_anchor, "
       "str cpl_reduction) -> (Tensor, Tensor, Tensor)");
+  m.def("empty_cache() -> ()");
   m.def("row_capability() -> str");
   m.def("row_power(Tensor t) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cppo, CompositeExplicitAutograd, m) {
+  m.impl("empty_cache", TORCH_BOX(&cppo::cpu::empty_cache));
   m.impl("row_capability", TORCH_BOX(&cppo::cpu::row_capability));
 }
 

@@ -383,7 +383,8 @@ def test_rows_go_into_a_clone_and_beside_the_user_elsewhere(
     assert environment.results_folder() == Path(environment.__file__).parent / "results"
     monkeypatch.setattr(environment, "HERE", tmp_path / "site-packages")
     assert environment.results_folder() == tmp_path / "cppo-bench"
-    assert environment.file_stem().startswith("cpu_")
+    vectors = torch.backends.cpu.get_cpu_capability().lower()
+    assert environment.file_stem().startswith("cpu_") and f"_{vectors}_" in environment.file_stem()
 
 
 def test_the_gpu_script_goes_on_where_it_was_cut(

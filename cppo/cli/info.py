@@ -40,7 +40,8 @@ def collect() -> dict[str, Any]:
     """
     from cppo.forward import choose_attention
 
-    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    vectors = "" if _ext.missing["cpp"] else f" {torch.ops.cppo.row_capability()}"
+    devices = {"cpu": f"{platform.machine()}{vectors}, {torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
         devices["cuda"] = torch.cuda.get_device_name()
     return {

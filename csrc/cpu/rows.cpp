@@ -5,11 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kept_memory.h"
 #include "ops.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace cppo::cpu {
 namespace {
@@ -35,17 +32,6 @@ Tensor with_dense_rows(const Tensor& logits) {
   return dense ? logits : torch::stable::contiguous(logits);
 }
 
-// Gradients are as large as the logits and new: with 4 KiB pages most of the time to write them
-// would go into page faults. A hint, which the system may ignore.
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2u << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 LogitRows::LogitRows(const char* op, const char* argument, const Tensor& logits)
@@ -68,11 +54,7 @@ LogitRows::LogitRows(const char* op, const char* argument, const Tensor& logits)
 }
 
 LogitRows LogitRows::new_like(const char* op, const LogitRows& logits) {
-  const Tensor& like = logits.tensor_;
-  LogitRows out(op, "gradient",
-                torch::stable::new_empty(like, like.sizes(), like.scalar_type()));
-  advise_huge_pages(out.data_, out.count_ * out.size_ * out.element_bytes_);
-  return out;
+  return LogitRows(op, "gradient", new_gradient(logits.tensor_));
 }
 
 void LogitRows::clear(int64_t i) const {

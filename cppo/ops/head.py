@@ -60,8 +60,8 @@ class Head:
             self.never = bias.isneginf().nonzero()[:, 0]
         self.native = multiplies_natively(weight.dtype, weight.device)
         self.accumulator = torch.promote_types(weight.dtype, torch.float32)
-        on_cpu = weight.device.type == "cpu"
-        self.sliced = on_cpu and not (self.native and weight.dtype != self.accumulator)
+        self.on_cpu = weight.device.type == "cpu"
+        self.sliced = self.on_cpu and not (self.native and weight.dtype != self.accumulator)
         self.grad_weight = self._new_zeros(weight) if wants_weight else None
         self.grad_bias = self._new_zeros(bias) if wants_bias and bias is not None else None
 
@@ -146,7 +146,10 @@ class Head:
         """The gradient of these rows of hidden, (rows, D) in fp32; adds to those of the head."""
         if self.grad_bias is not None:
             self.grad_bias += grad_logits.sum(0, dtype=self.accumulator)
-        if not self.sliced:
+        # Of a head with a bias or a cap they are in fp32, and a CPU multiplies them as they are:
+        # in bf16 they would be less exact than those of eager now and then.
+        in_fp32 = self.on_cpu and grad_logits.dtype != self.weight.dtype
+        if not (self.sliced or in_fp32):
             if grad_logits.dtype != self.weight.dtype:
                 tile = self._new_tile(len(grad_logits), self.weight.dtype)
                 grad_logits = tile.copy_(grad_logits)

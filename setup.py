@@ -56,8 +56,8 @@ ROW_KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-wrapv"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 # With 32 registers instructions may be ordered before registers are given out: 3 % of a row's time.
-# (GCC's names; Clang, which orders them by itself, says that it does not know them.)
-AVX512_FLAGS += ["-fschedule-insns", "-fsched-pressure"]
+# GCC's own flags, left out for other compilers.
+GCC_FLAGS = ("-fschedule-insns", "-fsched-pressure")
 X86 = platform.machine() in ("x86_64", "AMD64")
 SOURCE_FLAGS = {
     "csrc/cpu/row_kernels_default.cpp": ROW_KERNEL_FLAGS,
@@ -109,6 +109,13 @@ def cxx() -> str:
         if shutil.which(candidate):
             return candidate
     return ""
+
+
+def source_flags(source: str) -> list[str]:
+    """The flags of one file, for the compiler that is here."""
+    flags = SOURCE_FLAGS.get(source, [])
+    is_gcc = "clang" not in first_line([cxx(), "--version"]).lower()
+    return [*flags, *GCC_FLAGS] if is_gcc and "-mavx512f" in flags else flags
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -266,7 +273,7 @@ class BuildExt(build_ext):
             output_dir=self.build_temp,
             macros=ext.define_macros,
             include_dirs=ext.include_dirs,
-            extra_postargs=[*ext.extra_compile_args, *SOURCE_FLAGS.get(source, [])],
+            extra_postargs=[*ext.extra_compile_args, *source_flags(source)],
             depends=[str(path) for path in sorted(Path("csrc").rglob("*.h"))],
         )
         return str(built)

@@ -76,7 +76,7 @@ void cppo_loss_backward_(Tensor grad_loss, Tensor anchor, std::optional<Tensor> 
                          bool detach_anchor);
 // Gives the memory that is kept for gradients back to the system (kept_memory.h).
 void empty_cache();
-// Of the row kernels: their instruction set, and their e^x for its error bound.
+// Of the row kernels: their instruction set, and their powers for the error bound.
 std::string row_capability();
 Tensor row_power(Tensor t);
 }  // namespace cpu

@@ -77,8 +77,12 @@ class Cache {
     const Block block = {static_cast<char*>(data), found->second};
     in_use_.erase(found);
     bytes_in_use_ -= block.bytes;
-    // Until the system takes a page it stays as it is, and who writes to it keeps it.
-    madvise(block.data, block.bytes, MADV_FREE);
+    // Until the system takes a page it stays as it is, and who writes to it keeps it. Where a system
+    // cannot be told, it has the memory back now.
+    if (madvise(block.data, block.bytes, MADV_FREE) != 0) {
+      munmap(block.data, block.bytes);
+      return;
+    }
     idle_.push_back(block);
     bytes_idle_ += block.bytes;
   }

@@ -74,21 +74,21 @@ inline A largest(Lanes<A> x) {
   return most;
 }
 
-// The terms of a softmax are kBase^-d of depths d: how far a logit lies below what it is measured from,
-// times a factor. kBase is 2 in fp32, whose exponents floats have, and log2(e) goes into the factor that
-// 1 / temperature takes anyway; e in fp64.
+// The terms of a softmax are kBase^-d of depths d: how far a logit lies below what it is measured
+// from, times a factor. kBase is 2 in fp32, whose exponents floats have, and log2(e) goes into the
+// factor that 1 / temperature takes anyway; e in fp64.
 template <class A>
 constexpr double kLogBase = sizeof(A) == 4 ? 0.69314718055994531 : 1.0;
 
-// There the term is 0. What is deeper, at infinity too, is lifted to it, so that term * d is 0 and not
-// NaN.
+// There the term is 0. What is deeper, at infinity too, is lifted to it, so that term * d is 0 and
+// not NaN.
 template <class A>
 inline Lanes<A> lift(Lanes<A> depth) {
   return at_most<A>(depth, sizeof(A) == 4 ? 127.0f : 746.0);
 }
 
-// Whether all of many depths are in [0, 127], where `term` takes them as they are. Just these have bits
-// that, as unsigned integers, are at most those of 127.
+// Whether all of many depths are in [0, 127], where `term` takes them as they are. Just these have
+// bits that, as unsigned integers, are at most those of 127.
 struct Range {
   using Bits = typename Vector<float>::bits;
   Bits most{};
@@ -119,10 +119,10 @@ struct Range {
   }
 };
 
-// The term of a lifted depth > -128: 2^-n 2^-f, where f is so small that a polynomial gives 2^-f. What
-// is added to the depth to round it to n leaves n at the end of the mantissa; from there it goes into the
-// exponent. 2^-n of a broken n is one of a few numbers, which a table holds: the finer n is, the shorter
-// the polynomial.
+// The term of a lifted depth > -128: 2^-n 2^-f, where f is so small that a polynomial gives 2^-f.
+// What is added to the depth to round it to n leaves n at the end of the mantissa; from there it goes
+// into the exponent. 2^-n of a broken n is one of a few numbers, which a table holds: the finer n is,
+// the shorter the polynomial.
 #if CPPO_LANE_BYTES == 64
 // n in parts of 32. At most 1.9 ulp.
 inline Lanes<float> term(Lanes<float> depth) {

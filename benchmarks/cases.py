@@ -147,17 +147,19 @@ def _row_sizes(shapes: str, on_gpu: bool) -> Iterator[tuple[str, str, Sizes]]:
     """(op, words, sizes) of the ops on rows."""
     vocabulary = 193 if shapes == "toy" else QWEN
     for rows in _logit_rows(shapes, on_gpu):
-        length = rows // 8
-        dense = Sizes(8, length, vocabulary, positive_share=0.5, selected_share=1.0, gating=False)
+        # As many completions as a GPU gets at once; fp64 is computed on two of them.
+        count = rows // 128 if on_gpu and shapes != "toy" else 8
+        length = rows // count
+        dense = Sizes(count, length, vocabulary, selected_share=1.0, gating=False)
         yield "cppo_loss", "three views, all rows", dense
-        yield "cppo_loss", "three views, f=0.5 r=0.2", Sizes(8, length, vocabulary)
+        yield "cppo_loss", "three views, f=0.5 r=0.2", Sizes(count, length, vocabulary)
         if shapes in ("toy", "paper"):
             yield "cppo_loss", "three views, all rows, in place", replace(dense, inplace=True)
         if shapes != "small":
-            full = Sizes(8, length, vocabulary, divergence="full")
+            full = Sizes(count, length, vocabulary, divergence="full")
             yield "cppo_loss", "three views, f=0.5 r=0.2, full divergence", full
-            yield "cppo_loss", "anchor only", Sizes(8, length, vocabulary, views=1)
-        yield "token_stats", "", Sizes(8, length, vocabulary)
+            yield "cppo_loss", "anchor only", Sizes(count, length, vocabulary, views=1)
+        yield "token_stats", "", Sizes(count, length, vocabulary)
     if shapes == "full":
         yield "token_stats", "", Sizes(8, 64, GPT2)
         for f in (0.25, 0.5, 1.0):

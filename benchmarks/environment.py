@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+import cppo
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -26,14 +28,18 @@ def results_folder() -> Path:
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     """Device, versions, commit and date."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
     return {
         "device": device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "cppo": version("cppo"),
-        "commit": commit or "unknown",
+        "cppo": cppo.__version__,
+        # Of a copy without its history the caller knows it.
+        "commit": commit or os.environ.get("GIT_COMMIT", "unknown"),
         "date": datetime.date.today().isoformat(),
     }
 

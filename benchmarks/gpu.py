@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -59,16 +62,35 @@ class Plan:
 
 
 def correctness(plan: Plan) -> bool:
-    """The tests that need a GPU, then the accuracy law for every op, backend, dtype and case."""
-    if not plan.toy:
-        found = Path(__file__).resolve().parents[1] / "tests"
-        command = [str(Path(sys.executable).with_name("pytest")), "-m", "gpu", "-q", str(found)]
-        left = max(1.0, plan.deadline - time.monotonic())
-        try:
-            subprocess.run(command, timeout=left, check=False)
-        except subprocess.TimeoutExpired:
-            plan.console.print("the tests were cut: run this part again")
-            return False
+    """The tests that need a GPU, and beside them the accuracy law for every op, backend, dtype and
+    case."""
+    tests = None if plan.toy else _start_tests()
+    try:
+        is_whole = _check_all(plan)
+        if tests is not None:
+            tests.wait(max(1.0, plan.deadline - time.monotonic()))
+        return is_whole
+    except subprocess.TimeoutExpired:
+        plan.console.print("the tests were cut: run this part again")
+        return False
+    finally:
+        if tests is not None and tests.poll() is None:
+            tests.send_signal(signal.SIGINT)  # it still says what failed so far
+            tests.wait()
+
+
+def _start_tests() -> subprocess.Popen[bytes]:
+    """Most of their time goes into compiling kernels: side by side, where pytest-xdist is there."""
+    folder = Path(__file__).resolve().parents[1] / "tests"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", str(folder)]
+    if find_spec("xdist"):
+        command += ["-n", str(max(1, min(10, (os.cpu_count() or 1) - 2)))]
+    # Elsewhere: with the repository in front, its triton_kernels/ would hide others of that name.
+    return subprocess.Popen(command, cwd=folder)
+
+
+def _check_all(plan: Plan) -> bool:
+    """Writes a row for each check; False if the time was too short for all."""
     path = plan.path("_correctness")
     done = set() if plan.fresh else {rows.key(row) for row in rows.read(path)}
     shared = environment(plan.device)
@@ -139,27 +161,21 @@ def kernels(plan: Plan) -> bool:
 
 
 def steps(plan: Plan) -> bool:
-    """One training step of Qwen2.5-VL-3B's shape, phase by phase."""
+    """One training step of Qwen2.5-VL-3B's shape, phase by phase, at three prune rates."""
     path = plan.path("_steps")
-    if plan.toy:
-        sizes = {"--prompt": "6", "--completion": "8", "--at-once": "4", "--repeats": "1"}
-        settings = [("toy-vl", rate, "fp32") for rate in ("0.5",)]
-    else:
+    model, rates = ("toy-vl", ["0.5"]) if plan.toy else ("qwen2.5-vl-3b", ["0.5", "0.75", "0.875"])
+    if not plan.fresh and any(row["shape"].startswith(model) for row in rows.read(path)):
+        return True
+    sizes = {"--prompt": "6", "--completion": "8", "--at-once": "4", "--repeats": "1"}
+    if not plan.toy:
         sizes = {"--questions": "4", "--group-size": "16", "--prompt": "128"}
         sizes |= {"--completion": "512", "--at-once": "16", "--repeats": "3"}
-        settings = [("qwen2.5-vl-3b", rate, "bf16") for rate in ("0.5", "0.75", "0.875")]
-    for model, rate, dtype in settings:
-        if plan.is_over:
-            return False
-        done = [row["shape"] for row in rows.read(path)]
-        if not plan.fresh and any(s.startswith(model) and s.endswith(f"P={rate}") for s in done):
-            continue
-        named = {"--model": model, "--prune-rate": rate, "--dtype": dtype, **sizes}
-        named |= {"--device": str(plan.device), "--output": str(path)}
-        arguments = [word for pair in named.items() for word in pair]
-        if not plan.toy:
-            arguments.append("--gradient-checkpointing")
-        step.main(arguments, plan.console.print)
+    named = {"--model": model, "--dtype": "fp32" if plan.toy else "bf16", **sizes}
+    named |= {"--device": str(plan.device), "--output": str(path)}
+    arguments = [word for pair in named.items() for word in pair]
+    if not plan.toy:
+        arguments.append("--gradient-checkpointing")
+    step.main([*arguments, "--prune-rate", *rates], plan.console.print)
     return True
 
 

@@ -4,7 +4,8 @@
     python benchmarks/step.py --model qwen2.5-vl-3b --device cuda     on a GPU
     python benchmarks/step.py --model toy                             shows that it runs
 
-All of them get the same rollouts (lengths as spread as a reasoning task's), rewards and weights:
+All of them get the same rollouts (lengths as spread as a reasoning task's), rewards and weights;
+the rollouts are sampled once:
 
     grpo            every completion, padded, logits of one view
     grpo, pruned    the same for the kept ones
@@ -23,7 +24,7 @@ import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from cppo.records import NumItems, Views
 
 PHASES = ("rollout", "reward", "pack", "forward", "loss", "backward", "optimizer")
 SCHEMES = ("grpo", "grpo, pruned", "three views", "cppo", "cppo, rate 0")
+PRUNED = ("grpo, pruned", "cppo")
+Way = tuple[str, float]  # a scheme and its prune rate
 CONFIG = LossConfig(cpl_coef=0.01, cpl_reduction="sequence")
 
 
@@ -66,14 +69,12 @@ class Update:
 
     model: nn.Module
     batch: StepBatch
-    prune_rate: float
     at_once: int
 
 
-def run_scheme(scheme: str, update: Update, clock: Clock) -> float:
+def run_scheme(scheme: str, rate: float, update: Update, clock: Clock) -> float:
     """Gradients of one step accumulate in the model; returns the loss."""
     batch = update.batch
-    rate = update.prune_rate if scheme in ("cppo", "grpo, pruned") else 0.0
     with clock("reward"):
         advantages, kept = cppo.advantages_and_prune(batch.rewards, batch.group_size, rate)
     run = _packed_part if scheme.startswith("cppo") else _padded_part
@@ -118,6 +119,7 @@ def _packed_part(
         positions = batch.positions_of(packed), batch.positions_of(looking_packed)
     with clock("forward"):
         anchor = packed_hidden(model, packed, positions[0], *batch.images_of(part, "anchor"))
+        # Where nobody looks, the compact views have no rows.
         perturbed = [
             packed_hidden(
                 model,
@@ -125,6 +127,8 @@ def _packed_part(
                 positions[1],
                 *batch.images_of(looking, name),
             )
+            if len(looking)
+            else anchor[:0]
             for name in ("positive", "negative")
         ]
     with clock("loss"):
@@ -141,34 +145,41 @@ def _packed_part(
 
 
 def measure(
-    update: Update, schemes: tuple[str, ...], repeats: int, device: torch.device
-) -> dict[str, dict[str, Any]]:
-    """{scheme: median seconds of each phase, peak memory, loss}, interleaved over repeats."""
+    update: Update, ways: Sequence[Way], repeats: int, device: torch.device
+) -> dict[Way, dict[str, Any]]:
+    """{way: median seconds of each phase, peak memory, loss}, interleaved over repeats.
+
+    Rollouts and the memory of the optimizer come first and are the same for every way.
+    """
     optimizer = torch.optim.AdamW(update.model.parameters(), lr=0.0, foreach=True)
+    for parameter in update.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
     set_attention(update.model, choose_attention("auto", device))
-    taken: dict[str, list[dict[str, float]]] = {name: [] for name in schemes}
-    found: dict[str, dict[str, Any]] = {}
+    sampling = Clock(device)
+    with sampling("rollout"):
+        update.batch.sample(update.model)
+    taken: dict[Way, list[dict[str, float]]] = {way: [] for way in ways}
+    found: dict[Way, dict[str, Any]] = {way: {} for way in ways}
     for repeat in range(repeats):
-        for scheme in schemes:
+        for way in ways:
             clock = Clock(device)
 
-            def once(scheme: str = scheme, clock: Clock = clock) -> None:
-                with clock("rollout"):
-                    update.batch.sample(update.model)
-                loss = run_scheme(scheme, update, clock)
+            def once(way: Way = way, clock: Clock = clock) -> None:
+                found[way]["loss_value"] = run_scheme(*way, update, clock)
                 with clock("optimizer"):
                     # A learning rate of zero: every scheme starts from the same weights.
                     optimizer.step()
                     optimizer.zero_grad()
-                found.setdefault(scheme, {})["loss_value"] = loss
 
             peak = timing.peak_growth(once, device)
-            taken[scheme].append(clock.seconds)
+            taken[way].append(clock.seconds | {"rollout": sampling.seconds["rollout"]})
             if repeat == repeats - 1:
-                found[scheme]["peak_mib"] = "" if peak is None else f"{peak / 2**20:.0f}"
-    for scheme in schemes:
+                found[way]["peak_mib"] = "" if peak is None else f"{peak / 2**20:.0f}"
+    for way in ways:
         for phase in PHASES:
-            found[scheme][phase] = statistics.median(s[phase] for s in taken[scheme])
+            found[way][phase] = statistics.median(s[phase] for s in taken[way])
     return found
 
 
@@ -223,19 +234,24 @@ def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> i
     batch = make_batch(
         model, options.questions, options.group_size, options.prompt, options.completion
     )
-    update = Update(model, batch, options.prune_rate, options.at_once)
+    update = Update(model, batch, options.at_once)
     shape = f"{options.model} Q={options.questions} G={options.group_size} "
-    shape += f"prompt={options.prompt} completion<={options.completion} P={options.prune_rate:g}"
-    shared = {"shape": shape, "dtype": options.dtype, **environment(device)}
+    shape += f"prompt={options.prompt} completion<={options.completion}"
+    shared = {"dtype": options.dtype, **environment(device)}
     shared["load"] = f"{load_per_core():.2f}"
-    made: list[rows.Row] = []
-    # One scheme after the other is written, so that a cut loses one only; with several repeats
-    # they are interleaved instead, which the comparison is worth.
-    found = measure(update, tuple(options.schemes), options.repeats, device)
-    made = make_rows(found, update, shared)
-    if not options.model.startswith("toy") or options.output:
-        rows.merge(path, made)
-    say(table(made))
+    ways = [
+        (scheme, rate)
+        for scheme in options.schemes
+        for rate in (options.prune_rate if scheme in PRUNED else [0.0])
+    ]
+    found = measure(update, ways, options.repeats, device)
+    for rate in options.prune_rate:
+        # What does not prune is the same at every rate.
+        own = {s: found[s, rate if s in PRUNED else 0.0] for s in options.schemes}
+        made = make_rows(own, update, {"shape": f"{shape} P={rate:g}", **shared})
+        if not options.model.startswith("toy") or options.output:
+            rows.merge(path, made)
+        say(f"P = {rate:g}\n{table(made)}")
     return 0
 
 
@@ -249,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--group-size", type=int, default=8)
     add("--prompt", type=int, default=32, help="tokens")
     add("--completion", type=int, default=48, help="tokens of the longest")
-    add("--prune-rate", type=float, default=0.5)
+    add("--prune-rate", type=float, nargs="+", default=[0.5])
     add("--at-once", type=int, default=8, help="completions in a forward and backward pass")
     add("--repeats", type=int, default=2)
     add("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))

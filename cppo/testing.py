@@ -55,10 +55,10 @@ def assert_as_accurate(name: str, ours: Tensor, eager: Tensor, exact: Tensor) ->
         )
     if ours.dtype.is_floating_point:
         # What is finite in fp64 may lie beyond the range of our dtype.
-        representable = exact.detach().cpu().to(ours.dtype).double()
+        representable = exact.detach().to(ours.dtype).double()
     else:
-        representable = exact.detach().cpu().double()
-    ours, eager, exact = (x.detach().cpu().double() for x in (ours, eager, exact))
+        representable = exact.detach().double()
+    ours, eager, exact = (x.detach().to(exact.device).double() for x in (ours, eager, exact))
     for word, place in (
         ("NaN", torch.isnan),
         ("+inf", torch.isposinf),

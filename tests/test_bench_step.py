@@ -18,12 +18,13 @@ def test_ours_without_pruning_is_the_three_view_scheme(model_name: str) -> None:
     model = step_models.build(model_name, CPU, torch.float32)
     batch = make_batch(model, questions=2, group_size=4, prompt=6, completion=9)
     step.set_attention(model, "sdpa")
-    update = step.Update(model, batch, prune_rate=0.5, at_once=4)
+    update = step.Update(model, batch, at_once=4)
     gradients = {}
     losses = {}
     for scheme in ("three views", "cppo, rate 0", "cppo"):
         model.zero_grad()
-        losses[scheme] = step.run_scheme(scheme, update, step.Clock(CPU))
+        rate = 0.5 if scheme in step.PRUNED else 0.0
+        losses[scheme] = step.run_scheme(scheme, rate, update, step.Clock(CPU))
         gradients[scheme] = torch.cat([p.grad.flatten() for p in model.parameters()])
     theirs, ours = gradients["three views"], gradients["cppo, rate 0"]
     assert losses["cppo, rate 0"] == pytest.approx(losses["three views"], abs=1e-6)
@@ -34,10 +35,12 @@ def test_ours_without_pruning_is_the_three_view_scheme(model_name: str) -> None:
 def test_every_phase_of_every_scheme_is_a_row(tmp_path: Path) -> None:
     path = tmp_path / "steps.csv"
     arguments = ["--model", "toy", "--prompt", "4", "--completion", "5", "--repeats", "1"]
+    arguments += ["--prune-rate", "0.5", "0.75", "--device", "cpu", "--output", str(path)]
     printed: list[str] = []
-    step.main([*arguments, "--device", "cpu", "--output", str(path)], printed.append)
+    step.main(arguments, printed.append)
     written = rows.read(path)
-    assert [row["backend"] or row["peer"] for row in written] == list(step.SCHEMES)
+    assert [row["backend"] or row["peer"] for row in written] == 2 * list(step.SCHEMES)
+    assert [row["shape"][-6:].strip() for row in written] == 5 * ["P=0.5"] + 5 * ["P=0.75"]
     assert all(scheme in printed[0] for scheme in step.SCHEMES)
     for row in written:
         phases = [float(row[f"{phase}_s"]) for phase in step.PHASES]

@@ -27,19 +27,17 @@ def results_folder() -> Path:
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     """Device, versions, commit and date."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--exclude=*"]
-    try:
+    commit = os.environ.get("GIT_COMMIT", "")  # of a copy without its history
+    if not commit:
+        git = ["git", "-C", str(HERE), "describe", "--always", "--exclude=*"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
-        commit = ""
     return {
         "device": device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "cppo": cppo.__version__,
-        # Of a copy without its history the caller knows it.
-        "commit": commit or os.environ.get("GIT_COMMIT", "unknown"),
+        "commit": commit or "unknown",
         "date": datetime.date.today().isoformat(),
     }
 

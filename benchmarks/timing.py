@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from cppo import _ext
 
 Call = Callable[[], Any]
 _FLUSH_BYTES = 2**28  # larger than any L2
+_QUEUED = 100  # calls that a GPU is given at most before it is waited for
 _flush_buffers: dict[torch.device, torch.Tensor] = {}
 
 
@@ -55,22 +57,33 @@ def percentile(samples: list[float], share: float) -> float:
     return float(torch.quantile(values, share))
 
 
-def time_once(call: Call, device: torch.device) -> float:
-    """Milliseconds of one call; on a GPU by events, with its L2 cache flushed before."""
+def time_calls(call: Call, count: int, device: torch.device, restore: Call) -> list[float]:
+    """Milliseconds of so many calls in a row.
+
+    On a GPU by events, its L2 cache flushed before each; all are queued before any is waited for,
+    as in training: a call takes as long as the slower of host and GPU.
+    """
     if device.type != "cuda":
-        start = time.perf_counter_ns()
-        call()
-        return (time.perf_counter_ns() - start) / 1e6
+        samples = []
+        for _ in range(count):
+            start = time.perf_counter_ns()
+            call()
+            samples.append((time.perf_counter_ns() - start) / 1e6)
+            restore()
+        return samples
     if device not in _flush_buffers:
         _flush_buffers[device] = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
-    _flush_buffers[device].zero_()
-    start_event = torch.cuda.Event(enable_timing=True)
-    end_event = torch.cuda.Event(enable_timing=True)
-    start_event.record()
-    call()
-    end_event.record()
-    end_event.synchronize()
-    return float(start_event.elapsed_time(end_event))
+    spans = []
+    for _ in range(count):
+        _flush_buffers[device].zero_()
+        span = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        span[0].record()
+        call()
+        span[1].record()
+        restore()
+        spans.append(span)
+    torch.cuda.synchronize(device)
+    return [float(start.elapsed_time(end)) for start, end in spans]
 
 
 def time_interleaved(
@@ -104,9 +117,13 @@ def time_interleaved(
         for name in waiting:
             end = used[name] + turn
             while True:
-                samples[name].append(time_once(calls[name], device))
-                used[name] += samples[name][-1]
-                restore()
+                count = 1
+                if device.type == "cuda" and samples[name]:
+                    left = (end - used[name]) / max(samples[name][-1], 1e-3)
+                    count = min(max(1, math.ceil(left)), _QUEUED)
+                taken = time_calls(calls[name], count, device, restore)
+                samples[name] += taken
+                used[name] += sum(taken)
                 if used[name] >= end:
                     break
             rounds[name] += 1

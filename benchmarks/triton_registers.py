@@ -31,6 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from cppo import reference
 from cppo.config import LossConfig
+from cppo.triton_kernels import rows
 
 RESULTS = Path(__file__).parent / "results" / "triton_registers.csv"
 FIELDS = (
@@ -73,6 +74,13 @@ class NoDriver:
         return self._target
 
 
+class KeepsNothing(dict[Any, Any]):
+    """In place of the launched kernels: the next launch is a warm-up too."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
 class Recorder:
     """Collects the kernels that launches compile; `with` it, launches are warm-ups."""
 
@@ -82,7 +90,8 @@ class Recorder:
         self._arch = arch
 
     def __enter__(self) -> Recorder:
-        self._run = JITFunction.run
+        self._run, self._launched = JITFunction.run, rows._compiled
+        rows._compiled = KeepsNothing()
         driver.set_active(NoDriver(self._arch))
         recorder, run = self, self._run
 
@@ -101,7 +110,7 @@ class Recorder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        JITFunction.run = self._run
+        JITFunction.run, rows._compiled = self._run, self._launched
 
 
 # The calls that a GPU would see
@@ -125,8 +134,6 @@ def _split(call: Callable[..., None]) -> Callable[..., None]:
     """The call on a GPU of so many multiprocessors that rows are split."""
 
     def split_call(dtype: torch.dtype) -> None:
-        from cppo.triton_kernels import rows
-
         before = rows.multiprocessors
         rows.multiprocessors = lambda device: 132
         try:

@@ -48,14 +48,12 @@ class _Checked:
     ) -> None:
         for name in names:
             value = getattr(self, name)
-            bounds = [
-                f"{word} {bound:g}"
-                for word, bound in ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
-                if math.isfinite(bound)
-            ]
-            ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not ok or not (at_least <= value <= at_most and above < value < below):
-                self._fail(name, "a number " + " and ".join(bounds))
+            is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if is_real and at_least <= value <= at_most and above < value < below:
+                continue
+            bounds = ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
+            words = [f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)]
+            self._fail(name, "a number " + " and ".join(words))
 
     def _integer(self, *names: str, at_least: int) -> None:
         for name in names:

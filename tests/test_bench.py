@@ -178,7 +178,9 @@ def test_a_fast_call_is_measured_for_as_long_as_a_slow_one_goes_on(
     order: list[str] = []
     milliseconds = {"fast": 1.0, "slow": 30.0}
     calls = {name: lambda name=name: order.append(name) for name in milliseconds}
-    monkeypatch.setattr(timing, "time_once", lambda call, _: (call(), milliseconds[order[-1]])[1])
+    monkeypatch.setattr(
+        timing, "time_calls", lambda call, *_: [(call(), milliseconds[order[-1]])[1]]
+    )
     timing.time_interleaved(calls, 0.2, {"fast": 4, "slow": 4}, CPU)
     turns = [(name, len(list(calls))) for name, calls in itertools.groupby(order)]
     # The order alternates: fast, slow, slow, fast, fast, slow. A turn is one call, later 30 of
@@ -208,7 +210,7 @@ def test_later_passes_time_the_same_calls_again(monkeypatch: pytest.MonkeyPatch)
     found = _measure(case)
     assert [len(m.passes) for m in found] == [1] * 4
     clock = itertools.count(1.0)
-    monkeypatch.setattr(timing, "time_once", lambda call, device: (call(), next(clock))[1])
+    monkeypatch.setattr(timing, "time_calls", lambda call, *_: [(call(), next(clock))[1]])
     assert not harness.measure_again(found, CPU, Budget(seconds=0.0))  # slow calls are not
     assert harness.measure_again(found, CPU, Budget(seconds=60.0, rounds=3))
     for m in found:

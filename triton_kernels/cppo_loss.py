@@ -114,7 +114,10 @@ def _plan(
         new(num_completions, 3, dtype=torch.int64),
     )
     if num_completions:
-        _plan_kernel[(num_completions,)](
+        rows.launch(
+            _plan_kernel,
+            num_completions,
+            8,
             advantages_ptr=advantages,
             cu_seqlens_ptr=cu_seqlens,
             mask_ptr=mask,
@@ -124,7 +127,6 @@ def _plan(
             length=targets.shape[-1],
             gating=int(gating),
             BLOCK=BLOCK,
-            num_warps=8,
         )
     return plan
 

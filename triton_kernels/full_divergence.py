@@ -605,7 +605,10 @@ def launch_full_statistics(
         "ACC": rows.tl_accumulator(views[0]),
         **rows.run_args(temperature),
     }
-    _full_statistics_kernel[(num_rows * split.splits,)](
+    rows.launch(
+        _full_statistics_kernel,
+        num_rows * split.splits,
+        shape.num_warps,
         **common,
         **_view_args("positive", positive),
         **_view_args("negative", negative),
@@ -617,11 +620,10 @@ def launch_full_statistics(
         SPLIT=is_split,
         LANES=shape.lanes,
         WIDTH=shape.width,
-        num_warps=shape.num_warps,
     )
     if is_split:
-        _merge_full_statistics_kernel[(num_rows,)](
-            **common, MAX_SPLITS=rows.MAX_SPLITS, num_warps=1
+        rows.launch(
+            _merge_full_statistics_kernel, num_rows, 1, **common, MAX_SPLITS=rows.MAX_SPLITS
         )
 
 
@@ -644,7 +646,10 @@ def launch_full_gradient(
     targets_of = [rows.as_rows(_nonempty(g, gradients[0])) for g in gradients]
     shape = rows.launch_shape("margin_gradient", views[0])
     split = rows.split_rows(num_rows, vocabulary, shape, targets.device)
-    _full_backward_kernel[(num_rows * split.splits,)](
+    rows.launch(
+        _full_backward_kernel,
+        num_rows * split.splits,
+        shape.num_warps,
         grad_loss_ptr=grad_loss,
         **_view_args("anchor", anchor),
         **_view_args("positive", positive),
@@ -668,6 +673,5 @@ def launch_full_gradient(
         ACC=rows.tl_accumulator(views[0]),
         TILE=shape.size,
         WIDTH=shape.width,
-        num_warps=shape.num_warps,
         **rows.run_args(temperature),
     )

@@ -527,7 +527,10 @@ def launch_loss(
         "NUM_SUMS": NUM_SUMS,
     }
     if num_completions:
-        _loss_kernel[(num_completions,)](
+        rows.launch(
+            _loss_kernel,
+            num_completions,
+            8,
             logps_ptr=logps,
             entropy_ptr=statistics.entropy,
             positive_ptr=statistics.positive,
@@ -553,16 +556,17 @@ def launch_loss(
             DETACH_ANCHOR=config.detach_anchor,
             ACC=rows.tl_accumulator(logps),
             BLOCK=BLOCK,
-            num_warps=8,
             **shared,
         )
     loss, metrics, num_selected = new(), new(6), new(dtype=torch.int64)
-    _finish_kernel[(1,)](
+    rows.launch(
+        _finish_kernel,
+        1,
+        4,
         loss_ptr=loss,
         metrics_ptr=metrics,
         num_selected_ptr=num_selected,
         HAS_CPL=statistics.positive is not None,
-        num_warps=4,
         **shared,
     )
     return loss, metrics, num_selected

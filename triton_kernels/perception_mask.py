@@ -159,7 +159,10 @@ def launch_selection(
     """Writes selected (R,) uint8 and, if wanted, the number per completion (B,) int32."""
     if num_completions == 0:
         return
-    _perception_mask_kernel[(num_completions,)](
+    rows.launch(
+        _perception_mask_kernel,
+        num_completions,
+        NUM_WARPS,
         anchor_ptr=anchor_entropy,
         negative_ptr=negative_entropy,
         reads_ptr=reads,
@@ -170,7 +173,6 @@ def launch_selection(
         fraction=fraction,
         ACC=rows.tl_accumulator(anchor_entropy, negative_entropy),
         BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
     )
 
 

@@ -273,13 +273,47 @@ class Split(NamedTuple):
     chunk: int
 
 
+def _cdiv(a: int, b: int) -> int:
+    # Triton's own takes ten times as long.
+    return -(-a // b)
+
+
 def split_rows(num_rows: int, vocabulary: int, shape: Shape, device: torch.device) -> Split:
     """One program per row, or several where the rows alone would leave the GPU idle."""
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
-    tiles = triton.cdiv(vocabulary, shape.size)
-    splits = max(1, min(MAX_SPLITS, triton.cdiv(wanted, max(1, num_rows)), tiles))
-    tiles_per_split = triton.cdiv(tiles, splits)
-    return Split(triton.cdiv(tiles, tiles_per_split), tiles_per_split * shape.size)
+    tiles = _cdiv(vocabulary, shape.size)
+    splits = max(1, min(MAX_SPLITS, _cdiv(wanted, max(1, num_rows)), tiles))
+    tiles_per_split = _cdiv(tiles, splits)
+    return Split(_cdiv(tiles, tiles_per_split), tiles_per_split * shape.size)
+
+
+# {what a launch depends on: the compiled kernel and the order of its arguments}
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
+
+
+def launch(kernel: Any, programs: int, num_warps: int, **arguments: Any) -> None:
+    """Launches so many programs of a kernel that is specialised on no number.
+
+    Triton looks up what it compiled by the value of every argument, which takes as long as many of
+    these kernels do. Here it depends on constants (in capitals), on which tensors are given, and on
+    their dtypes alone.
+    """
+    device = -1
+    parts = [id(kernel), num_warps]
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            parts.append(value.dtype)
+            device = value.get_device()
+        elif value is None or name.isupper():
+            parts.append(value)
+    key = (device, *parts)
+    if key in _compiled:
+        compiled, names = _compiled[key]
+        compiled[programs, 1, 1](*[arguments[name] for name in names])
+        return
+    compiled = kernel[programs, 1, 1](**arguments, num_warps=num_warps)
+    if compiled is not None:  # the interpreter compiles nothing
+        _compiled[key] = compiled, tuple(kernel.arg_names)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

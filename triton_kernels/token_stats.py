@@ -394,17 +394,19 @@ def launch_statistics(
         "ACC": rows.tl_accumulator(logits),
         **rows.run_args(temperature),
     }
-    _token_stats_kernel[(num_rows * split.splits,)](
+    rows.launch(
+        _token_stats_kernel,
+        num_rows * split.splits,
+        shape.num_warps,
         **common,
         chunk=split.chunk,
         ALIGNMENT=view.alignment,
         SPLIT=is_split,
         LANES=shape.lanes,
         WIDTH=shape.width,
-        num_warps=shape.num_warps,
     )
     if is_split:
-        _merge_token_stats_kernel[(num_rows,)](**common, MAX_SPLITS=rows.MAX_SPLITS, num_warps=1)
+        rows.launch(_merge_token_stats_kernel, num_rows, 1, **common, MAX_SPLITS=rows.MAX_SPLITS)
 
 
 def launch_gradient(
@@ -433,7 +435,10 @@ def launch_gradient(
     split = rows.split_rows(num_rows, vocabulary, shape, logits.device)
     grad_logps, grad_entropy, grad_loss = upstreams
     maximum, total, mean = statistics
-    _token_stats_backward_kernel[(num_rows * split.splits,)](
+    rows.launch(
+        _token_stats_backward_kernel,
+        num_rows * split.splits,
+        shape.num_warps,
         logits_ptr=view.tensor,
         gradient_ptr=target.tensor,
         targets_ptr=targets,
@@ -457,7 +462,6 @@ def launch_gradient(
         ACC=rows.tl_accumulator(logits),
         TILE=shape.size,
         WIDTH=shape.width,
-        num_warps=shape.num_warps,
         **rows.run_args(temperature),
     )
 

@@ -42,10 +42,32 @@ def _ends(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.arange(targets.shape[0] + 1, device=targets.device) * targets.shape[1]
 
 
-def _where(*masks: Tensor) -> list[Tensor]:
-    """The places that each (n,) mask names; waits for the device once."""
-    sizes = torch.stack([mask.sum() for mask in masks]).tolist()
-    return [places_of(mask, size) for mask, size in zip(masks, sizes, strict=True)]
+class Sent:
+    """Integers on their way to the host: what is launched meanwhile hides the wait for them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)
+        self._there = torch.cuda.Event() if values.is_cuda else None
+        if self._there is not None:
+            self._there.record()
+
+    def tolist(self) -> list[int]:
+        if self._there is not None:
+            self._there.synchronize()
+        return self._values.tolist()
+
+
+class Counted:
+    """(n,) masks, the sizes of which are on their way to the host."""
+
+    def __init__(self, *masks: Tensor) -> None:
+        self._masks = masks
+        self._sizes = Sent(torch.stack([mask.sum() for mask in masks]))
+
+    def places(self) -> list[Tensor]:
+        """The places that each mask names."""
+        sizes = self._sizes.tolist()
+        return [places_of(mask, size) for mask, size in zip(self._masks, sizes, strict=True)]
 
 
 def places_of(counts: Tensor, size: int) -> Tensor:
@@ -130,9 +152,9 @@ class LinearBatch:
         begin, end = self.starts[first], self.starts[last]
         return torch.arange(begin, end, device=self.rows.device)
 
-    def selected_starts(self) -> list[int]:
+    def selected_starts(self) -> Sent:
         """Where the selected rows of every completion begin, and the last ones end."""
-        return _from_zero(self.selected.long())[self.row_ends].tolist()
+        return Sent(_from_zero(self.selected.long())[self.row_ends])
 
     def seeing_range(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Of the completions [first, last): the seeing rows, and their places among those."""
@@ -153,18 +175,25 @@ class LinearBatch:
 
     def statistics(self, first: int, last: int, config: LossConfig, keep: tuple[int, ...]) -> Tiles:
         """All statistics of a range; returns the logits of the views in `keep`."""
-        tiles = self.select(first, last, config, keep)
+        tiles = self.read(first, last, keep)
+        self.select(first, last, config, keep, tiles)
         self.compare(first, last, config, keep, tiles)
         return tiles
 
-    def select(self, first: int, last: int, config: LossConfig, keep: tuple[int, ...]) -> Tiles:
-        """Anchor and negative of a range, and the perception tokens."""
+    def read(self, first: int, last: int, keep: tuple[int, ...]) -> Tiles:
+        """The anchor of a range."""
         tiles: Tiles = {}
         rows = self.range_of(first, last)
         self._stats_of(ANCHOR, rows, rows, keep, tiles)
+        return tiles
+
+    def select(
+        self, first: int, last: int, config: LossConfig, keep: tuple[int, ...], tiles: Tiles
+    ) -> None:
+        """The negative of a range, and the perception tokens."""
         seeing, places = self.seeing_range(first, last)
         if not self.has_negative:
-            return tiles
+            return
         self._stats_of(NEGATIVE, seeing, places, keep, tiles)
         bounds = self.seeing_ends[first : last + 1]
         self.selected[seeing] = self.ops.perception_mask(
@@ -174,7 +203,6 @@ class LinearBatch:
             None,
             bounds - bounds[0],
         )
-        return tiles
 
     def compare(
         self, first: int, last: int, config: LossConfig, keep: tuple[int, ...], tiles: Tiles
@@ -183,7 +211,7 @@ class LinearBatch:
         if not self.has_positive:
             return
         seeing, places = self.seeing_range(first, last)
-        (chosen,) = _where(self.selected[seeing])
+        (chosen,) = Counted(self.selected[seeing]).places()
         self.num_selected += len(chosen)
         if config.divergence == "full":
             self._margins(seeing[chosen], places[chosen])
@@ -208,15 +236,15 @@ class LinearBatch:
                 tiles[view] = logits
             del logits  # before the next are there
 
-    def contrast(self, first: int, last: int, views: tuple[int, ...]) -> Stack | None:
+    def contrast(self, first: int, last: int, size: int, views: tuple[int, ...]) -> Stack | None:
         """The perception tokens of a range in these views, the positive last; None: there are none.
 
-        Fills the statistics of the positive, as `compare` does.
+        Fills the statistics of the positive, as `compare` does. `size`: how many there are.
         """
-        seeing, places = self.seeing_range(first, last)
-        (chosen,) = _where(self.selected[seeing])
-        if not len(chosen):
+        if not size:
             return None
+        seeing, places = self.seeing_range(first, last)
+        chosen = places_of(self.selected[seeing], size)
         rows, places = seeing[chosen], places[chosen]
         parts = [(view, rows, rows if view == ANCHOR else places) for view in views]
         stack, logps = self._stack(parts)
@@ -300,23 +328,37 @@ class LinearBatch:
 
     # Gradients
 
-    def gradients(self, first: int, last: int, config: LossConfig, tiles: Tiles) -> None:
+    def count(self, first: int, last: int) -> Counted:
+        """The rows of a range that have a gradient: anchor; negative, positive among the seeing."""
+        seeing, _ = self.seeing_range(first, last)
+        masks = [self._counts(view, seeing) for view in (NEGATIVE, POSITIVE)]
+        return Counted(self._counts(ANCHOR, self.range_of(first, last)), *masks)
+
+    def gradients(
+        self,
+        first: int,
+        last: int,
+        config: LossConfig,
+        tiles: Tiles,
+        counted: Counted | None = None,
+    ) -> None:
         """Adds the gradients of a range to those of the views and of the head.
 
-        tiles: logits that are still there, which are overwritten; others are computed again.
+        Args:
+            tiles: logits that are still there, which are overwritten; others are computed again.
+            counted: what `count` found, if it was asked before.
         """
         rows = self.range_of(first, last)
         seeing, places = self.seeing_range(first, last)
-        anchor = self._counts(ANCHOR, rows)
         if config.divergence == "full" and self.has_positive:
+            anchor = self._counts(ANCHOR, rows)
             if not config.detach_anchor:
                 anchor &= ~self._counts(POSITIVE, rows)
-            contrasted, own = _where(self._counts(POSITIVE, seeing), anchor)
+            contrasted, own = Counted(self._counts(POSITIVE, seeing), anchor).places()
             self._contrast(seeing[contrasted], places[contrasted], config)
             found = [(ANCHOR, rows, rows, own)]
         else:
-            masks = [self._counts(view, seeing) for view in (POSITIVE, NEGATIVE)]
-            own, positive, negative = _where(anchor, *masks)
+            own, negative, positive = (counted or self.count(first, last)).places()
             found = [
                 (ANCHOR, rows, rows, own),
                 (NEGATIVE, seeing, places, negative),

@@ -213,18 +213,26 @@ def _deferred(loss: _Loss) -> tuple[Tensor, Tensor, int]:
     batch, config = loss.batch, loss.config
     room = batch.head.rows_per_tile
     by = loss.denominators(0)
+    sent = None
     for first, last, fits in _groups(batch.starts, max(1, room - room // 3)):
-        tiles = batch.select(first, last, config, (ANCHOR,) if fits else ())
+        keep = (ANCHOR,) if fits else ()
+        tiles = batch.read(first, last, keep)
         loss.reduce(first, last, by, contrast=False)
-        batch.gradients(first, last, config, tiles)
+        # While a GPU multiplies the negative, the host learns which rows have a gradient; and
+        # while it multiplies the last gradients, how many tokens are selected.
+        counted = batch.count(first, last)
+        batch.select(first, last, config, keep, tiles)
+        sent = batch.selected_starts() if last == batch.num_completions else None
+        batch.gradients(first, last, config, tiles, counted)
     policy = batch.coefficients.clone()
-    starts = batch.selected_starts()
+    starts = (sent or batch.selected_starts()).tolist()
     by = loss.denominators(starts[-1])
     views = (NEGATIVE, POSITIVE) if config.detach_anchor else (ANCHOR, NEGATIVE, POSITIVE)
     together = all(batch.views.wants_logits(view) for view in views)
     total, metrics = loss.nothing()
     for first, last, fits in _groups(starts, room // len(views)):
-        stack = batch.contrast(first, last, views) if fits and together else None
+        size = starts[last] - starts[first]
+        stack = batch.contrast(first, last, size, views) if fits and together else None
         if stack is None:
             batch.compare(first, last, config, (), {})
         value, part = loss.reduce(first, last, by)

@@ -146,20 +146,18 @@ def _row_cases(shapes: str, on_gpu: bool) -> Iterator[Case]:
 def _row_sizes(shapes: str, on_gpu: bool) -> Iterator[tuple[str, str, Sizes]]:
     """(op, words, sizes) of the ops on rows."""
     vocabulary = 193 if shapes == "toy" else QWEN
-    for rows in _logit_rows(shapes, on_gpu):
-        # As many completions as a GPU gets at once; fp64 is computed on two of them.
-        count = rows // 128 if on_gpu and shapes != "toy" else 8
-        length = rows // count
-        dense = Sizes(count, length, vocabulary, selected_share=1.0, gating=False)
-        yield "cppo_loss", "three views, all rows", dense
-        yield "cppo_loss", "three views, f=0.5 r=0.2", Sizes(count, length, vocabulary)
-        if shapes in ("toy", "paper"):
-            yield "cppo_loss", "three views, all rows, in place", replace(dense, inplace=True)
-        if shapes != "small":
-            full = Sizes(count, length, vocabulary, divergence="full")
-            yield "cppo_loss", "three views, f=0.5 r=0.2, full divergence", full
-            yield "cppo_loss", "anchor only", Sizes(count, length, vocabulary, views=1)
-        yield "token_stats", "", Sizes(count, length, vocabulary)
+    first, *more = _logit_rows(shapes, on_gpu)
+    yield from _logit_sizes(shapes, on_gpu, first)
+    for number, (rows, hidden) in enumerate(_linear_sizes(shapes, on_gpu)):
+        completions = 4 if shapes == "toy" else max(8, rows // 32)
+        sizes = Sizes(completions, rows // completions, vocabulary, hidden)
+        yield "linear_cppo_loss", "three views, f=0.5 r=0.2", sizes
+        if shapes == "toy" or (shapes == "paper" and (number == 0 if on_gpu else hidden == 1024)):
+            one = Sizes(sizes.completions, sizes.length, vocabulary, hidden, views=1)
+            yield "linear_cppo_loss", "anchor only", one
+            yield "linear_token_stats", "", sizes
+    for rows in more:
+        yield from _logit_sizes(shapes, on_gpu, rows, brief=shapes == "paper")
     if shapes == "full":
         yield "token_stats", "", Sizes(8, 64, GPT2)
         for f in (0.25, 0.5, 1.0):
@@ -169,14 +167,26 @@ def _row_sizes(shapes: str, on_gpu: bool) -> Iterator[tuple[str, str, Sizes]]:
                 rows = 8192 if on_gpu else 256
                 sizes = Sizes(8, rows // 8, QWEN, positive_share=f, selected_share=r)
                 yield "cppo_loss", f"three views, f={f:g} r={r:g}", sizes
-    for rows, hidden in _linear_sizes(shapes, on_gpu):
-        completions = 4 if shapes == "toy" else max(8, rows // 32)
-        sizes = Sizes(completions, rows // completions, vocabulary, hidden)
-        yield "linear_cppo_loss", "three views, f=0.5 r=0.2", sizes
-        if shapes == "toy" or (shapes == "paper" and (on_gpu or hidden == 1024)):
-            one = Sizes(sizes.completions, sizes.length, vocabulary, hidden, views=1)
-            yield "linear_cppo_loss", "anchor only", one
-            yield "linear_token_stats", "", sizes
+
+
+def _logit_sizes(
+    shapes: str, on_gpu: bool, rows: int, brief: bool = False
+) -> Iterator[tuple[str, str, Sizes]]:
+    """Those of the ops on logits at so many rows; `brief`: the three that matter most."""
+    vocabulary = 193 if shapes == "toy" else QWEN
+    # As many completions as a GPU gets at once; fp64 is computed on two of them.
+    count = rows // 128 if on_gpu and shapes != "toy" else 8
+    sizes = Sizes(count, rows // count, vocabulary)
+    dense = replace(sizes, selected_share=1.0, gating=False)
+    yield "cppo_loss", "three views, all rows", dense
+    yield "cppo_loss", "three views, f=0.5 r=0.2", sizes
+    if shapes in ("toy", "paper") and not brief:
+        yield "cppo_loss", "three views, all rows, in place", replace(dense, inplace=True)
+    if shapes != "small" and not brief:
+        full = replace(sizes, divergence="full")
+        yield "cppo_loss", "three views, f=0.5 r=0.2, full divergence", full
+        yield "cppo_loss", "anchor only", replace(sizes, views=1)
+    yield "token_stats", "", sizes
 
 
 def _logit_rows(shapes: str, on_gpu: bool) -> tuple[int, ...]:
@@ -192,9 +202,9 @@ def _linear_sizes(shapes: str, on_gpu: bool) -> tuple[tuple[int, int], ...]:
     if shapes == "toy":
         return ((24, 16),)
     if on_gpu:
-        paper = ((8192, 2048), (8192, 3584), (16384, 2048), (16384, 3584))
+        paper = ((8192, 2048), (8192, 3584), (16384, 2048))
         return {"small": ((2048, 2048),), "paper": paper}.get(
-            shapes, ((1024, 3584), (4096, 3584), *paper, (32768, 2048))
+            shapes, (*paper, (1024, 3584), (4096, 3584), (16384, 3584), (32768, 2048))
         )
     return {"small": ((32, 128),), "paper": ((32, 256), (512, 1024), (4096, 512))}.get(
         shapes, ((1024, 512), (2048, 512), (4096, 512), (8192, 512))

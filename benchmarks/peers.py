@@ -271,8 +271,9 @@ def _not_compiled(case: Case, device: torch.device) -> str:
     assert case.sizes is not None
     if case.sizes.hidden or case.sizes.divergence == "full":
         return "compiled for logits and the sampled token alone"
-    if device.type == "cuda" and case.sizes.rows > COMPILED_ROWS:
-        return f"compiled for up to {COMPILED_ROWS} rows"
+    if device.type == "cuda":
+        if case.sizes.rows > COMPILED_ROWS or case.dtype != "bf16" or case.sizes.inplace:
+            return f"compiled in bf16 for up to {COMPILED_ROWS} rows"
     return ""
 
 

@@ -27,6 +27,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+# Of what needs tens of GiB one test at a time (pytest-xdist, --dist loadgroup).
+needs_memory = pytest.mark.xdist_group("memory")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CONFIGS = {
     "k3": LossConfig(cpl_coef=0.3, entropy_coef=0.01, kl_coef=0.1),
@@ -100,6 +102,7 @@ def test_repeatable_and_in_place(config, rows):
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
+@needs_memory
 def test_offsets_beyond_32_bits():
     rows, vocabulary = 16_384, 151_936
     assert rows * vocabulary > 2**31
@@ -200,6 +203,7 @@ def dtype_name(dtype):
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
+@needs_memory
 @pytest.mark.parametrize("hidden", [2048, 3584])
 @every_head
 def test_the_fused_head_of_a_large_model(config, hidden):

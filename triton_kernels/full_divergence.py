@@ -645,7 +645,7 @@ def launch_full_gradient(
     anchor, positive, negative = (rows.as_rows(_nonempty(view, views[0])) for view in views)
     targets_of = [rows.as_rows(_nonempty(g, gradients[0])) for g in gradients]
     shape = rows.launch_shape("margin_gradient", views[0])
-    split = rows.split_rows(num_rows, vocabulary, shape, targets.device)
+    split = rows.split_for_writing(vocabulary, shape)
     rows.launch(
         _full_backward_kernel,
         num_rows * split.splits,

@@ -253,12 +253,16 @@ class Shape(NamedTuple):
 
 
 # The one table of launch shapes: loads of 16 bytes in flight per thread and tensor, and warps.
+# The fastest of five to ten on an H200; the next ones are within 3 %.
 _SHAPES = {
-    "statistics": (4, 4),
-    "gradient": (2, 8),
-    "margin": (1, 8),
-    "margin_gradient": (1, 4),
+    "statistics": (4, 8),
+    "gradient": (1, 8),
+    "margin": (2, 4),
+    "margin_gradient": (1, 8),
 }
+# Programs that write read as much: one after the other in memory, in pieces of 16 KiB, they reach
+# 97 % of a copy's rate on an H200, and 92 % with a row each.
+_TILES_PER_WRITER = 4
 
 
 def launch_shape(kind: str, tensor: Tensor) -> Shape:
@@ -285,6 +289,12 @@ def split_rows(num_rows: int, vocabulary: int, shape: Shape, device: torch.devic
     splits = max(1, min(MAX_SPLITS, _cdiv(wanted, max(1, num_rows)), tiles))
     tiles_per_split = _cdiv(tiles, splits)
     return Split(_cdiv(tiles, tiles_per_split), tiles_per_split * shape.size)
+
+
+def split_for_writing(vocabulary: int, shape: Shape) -> Split:
+    """Several programs per row, each of a few tiles."""
+    chunk = _TILES_PER_WRITER * shape.size
+    return Split(_cdiv(vocabulary, chunk), chunk)
 
 
 # {what a launch depends on: the compiled kernel and the order of its arguments}

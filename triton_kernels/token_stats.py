@@ -432,7 +432,7 @@ def launch_gradient(
         return
     view, target = rows.as_rows(logits), rows.as_rows(gradient)
     shape = rows.launch_shape("gradient", logits)
-    split = rows.split_rows(num_rows, vocabulary, shape, logits.device)
+    split = rows.split_for_writing(vocabulary, shape)
     grad_logps, grad_entropy, grad_loss = upstreams
     maximum, total, mean = statistics
     rows.launch(

@@ -62,11 +62,19 @@ class Head:
         self.accumulator = torch.promote_types(weight.dtype, torch.float32)
         self.on_cpu = weight.device.type == "cpu"
         self.sliced = self.on_cpu and not (self.native and weight.dtype != self.accumulator)
-        self.grad_weight = self._new_zeros(weight) if wants_weight else None
+        self.wants_weight = wants_weight
+        self._grad_weight: Tensor | None = None  # until the first product
         self.grad_bias = self._new_zeros(bias) if wants_bias and bias is not None else None
 
     def _new_zeros(self, like: Tensor) -> Tensor:
         return like.new_zeros(like.shape, dtype=self.accumulator)
+
+    @property
+    def grad_weight(self) -> Tensor | None:
+        """(V, D), the sum so far; None where it is not wanted."""
+        if self.wants_weight and self._grad_weight is None:
+            self._grad_weight = self._new_zeros(self.weight)
+        return self._grad_weight
 
     @property
     def rows_per_tile(self) -> int:
@@ -153,10 +161,10 @@ class Head:
             if grad_logits.dtype != self.weight.dtype:
                 tile = self._new_tile(len(grad_logits), self.weight.dtype)
                 grad_logits = tile.copy_(grad_logits)
-            if self.grad_weight is not None:
+            if self.wants_weight:
                 self._add_weight_gradient(grad_logits, hidden)
             return self._matrix_product(grad_logits, self.weight) if wants_hidden else None
-        wide = hidden.to(self.accumulator)
+        total, wide = self.grad_weight, hidden.to(self.accumulator)
         # Transposed, as the logits: faster for few rows.
         grad_states = wide.new_zeros(wide.shape[::-1]) if wants_hidden else None
         is_wide = self.weight.dtype == self.accumulator
@@ -164,8 +172,8 @@ class Head:
             columns = grad_logits[:, part].t()
             if grad_states is not None:
                 grad_states.addmm_(weight.t(), columns)
-            if self.grad_weight is not None:
-                self.grad_weight[part].addmm_(columns, wide)
+            if total is not None:
+                total[part].addmm_(columns, wide)
         return None if grad_states is None else grad_states.t()
 
     def _matrix_product(self, left: Tensor, right: Tensor) -> Tensor:
@@ -176,9 +184,16 @@ class Head:
         return (left @ right).to(self.accumulator)
 
     def _add_weight_gradient(self, grad_logits: Tensor, hidden: Tensor) -> None:
-        assert self.grad_weight is not None
-        total, columns = self.grad_weight, grad_logits.t()
-        if grad_logits.dtype == self.accumulator:
+        columns = grad_logits.t()
+        mixed = grad_logits.dtype != self.accumulator
+        if hidden.is_cuda and self._grad_weight is None:
+            options = {"out_dtype": self.accumulator} if mixed else {}
+            total = self.weight.new_empty(self.weight.shape, dtype=self.accumulator)
+            self._grad_weight = torch.mm(columns, hidden, out=total, **options)
+            return
+        total = self.grad_weight
+        assert total is not None
+        if not mixed:
             total.addmm_(columns, hidden)
             return
         if hidden.is_cuda:

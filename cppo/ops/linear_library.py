@@ -212,8 +212,9 @@ def _register_resident(namespace: str) -> None:
 
         def scaled(g):
             # A copy of the weight's gradient would be the largest tensor of all: none is made in
-            # fp32, nor any where the graph dies with this pass (a compiled graph may not).
-            if last and type(g) is Tensor:
+            # fp32, nor any where the graph dies with this pass (a compiled graph may not). A GPU
+            # scales and rounds in one pass.
+            if last and type(g) is Tensor and (g.dtype == ctx.dtype or not g.is_cuda):
                 return g.mul_(grad_loss).to(ctx.dtype)
             return torch.mul(g, grad_loss, out=g.new_empty(g.shape, dtype=ctx.dtype))
 

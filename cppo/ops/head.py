@@ -188,8 +188,8 @@ class Head:
         mixed = grad_logits.dtype != self.accumulator
         if hidden.is_cuda and self._grad_weight is None:
             options = {"out_dtype": self.accumulator} if mixed else {}
-            total = self.weight.new_empty(self.weight.shape, dtype=self.accumulator)
-            self._grad_weight = torch.mm(columns, hidden, out=total, **options)
+            new = self.weight.new_empty(self.weight.shape, dtype=self.accumulator)
+            self._grad_weight = torch.mm(columns, hidden, out=new, **options)
             return
         total = self.grad_weight
         assert total is not None

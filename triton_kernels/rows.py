@@ -297,33 +297,47 @@ def split_for_writing(vocabulary: int, shape: Shape) -> Split:
     return Split(_cdiv(vocabulary, chunk), chunk)
 
 
-# {what a launch depends on: the compiled kernel and the order of its arguments}
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
+class _Parameters(NamedTuple):
+    """The names of a kernel's parameters: all in order, tensors (`x_ptr`), constants (`X`)."""
+
+    every: tuple[str, ...]
+    tensors: tuple[str, ...]
+    constants: tuple[str, ...]
+
+
+@functools.cache
+def _parameters(names: tuple[str, ...]) -> _Parameters:
+    pointers = tuple(name for name in names if name.endswith("_ptr"))
+    return _Parameters(names, pointers, tuple(name for name in names if name.isupper()))
+
+
+# {what a launch depends on: the compiled kernel}
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(kernel: Any, programs: int, num_warps: int, **arguments: Any) -> None:
     """Launches so many programs of a kernel that is specialised on no number.
 
     Triton looks up what it compiled by the value of every argument, which takes as long as many of
-    these kernels do. Here it depends on constants (in capitals), on which tensors are given, and on
-    their dtypes alone.
+    these kernels do. Here it depends on constants, on which tensors are given, and on their dtypes
+    alone.
     """
-    device = -1
-    parts = [id(kernel), num_warps]
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            parts.append(value.dtype)
-            device = value.get_device()
-        elif value is None or name.isupper():
-            parts.append(value)
-    key = (device, *parts)
-    if key in _compiled:
-        compiled, names = _compiled[key]
-        compiled[programs, 1, 1](*[arguments[name] for name in names])
+    names = _parameters(tuple(kernel.arg_names))
+    tensors = [arguments[name] for name in names.tensors]
+    key = (
+        id(kernel),
+        num_warps,
+        next(tensor for tensor in tensors if tensor is not None).get_device(),
+        *[arguments[name] for name in names.constants],
+        *[None if tensor is None else tensor.dtype for tensor in tensors],
+    )
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[programs, 1, 1](*[arguments[name] for name in names.every])
         return
     compiled = kernel[programs, 1, 1](**arguments, num_warps=num_warps)
     if compiled is not None:  # the interpreter compiles nothing
-        _compiled[key] = compiled, tuple(kernel.arg_names)
+        _compiled[key] = compiled
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -157,6 +157,46 @@ def refuse_second_derivative(name: str) -> None:
         )
 
 
+# As long as somebody holds them, what they registered stays.
+_registrations: list[torch.library.Library] = []
+
+
+def register_autograd(
+    namespace: str,
+    op_name: str,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+) -> None:
+    """Gives an op its gradient, as `torch.library.register_autograd` does.
+
+    That one looks up the default of every argument in each call, in a time that grows with the
+    square of their number: with our thirty it is longer than many of the kernels. There are no
+    defaults here.
+    """
+    op = getattr(getattr(torch.ops, namespace), op_name).default
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"{namespace}_{op_name}", (torch.autograd.Function,), members)
+
+    def differentiable(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in inputs
+        ):
+            return function.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.impl(op_name, differentiable, "Autograd")
+    _registrations.append(library)
+
+
 def _register_token_stats(namespace: str) -> None:
     name = f"{namespace}::token_stats"
     ops = getattr(torch.ops, namespace)
@@ -181,7 +221,7 @@ def _register_token_stats(namespace: str) -> None:
         torch.autograd.graph.increment_version(logits)
         return logits, *nothing
 
-    torch.library.register_autograd(name, backward, setup_context=setup)
+    register_autograd(namespace, "token_stats", setup, backward)
 
 
 def _register_cppo_loss(namespace: str) -> None:
@@ -222,7 +262,7 @@ def _register_cppo_loss(namespace: str) -> None:
         wanted = zip(gradients, views, ctx.needs_input_grad[:3], strict=True)
         return *(g if w and v is not None else None for g, v, w in wanted), *nothing
 
-    torch.library.register_autograd(name, backward, setup_context=setup)
+    register_autograd(namespace, "cppo_loss", setup, backward)
 
 
 def num_items_tensor(num_items: Any, like: Tensor) -> Tensor | None:

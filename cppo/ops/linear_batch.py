@@ -11,6 +11,7 @@ them), or among those of completions with perturbed views ("seeing" rows).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -51,7 +52,7 @@ class Sent:
         if self._there is not None:
             self._there.record()
 
-    def tolist(self) -> list[int]:
+    def tolist(self) -> Any:
         if self._there is not None:
             self._there.synchronize()
         return self._values.tolist()
@@ -73,6 +74,35 @@ class Counted:
 def places_of(counts: Tensor, size: int) -> Tensor:
     """Where (n,) is not zero, of which the host knows how often that is."""
     return torch.nonzero_static(counts, size=size)[:, 0]
+
+
+class Seeing:
+    """Which rows belong to completions with perturbed views; found out after the first product.
+
+    Args:
+        rows: (n,) the rows that count, as places among all of the targets.
+        owner: (T,) the completion of each. sees: (B,) which completions have perturbed views.
+        size: how many rows they have, of those that count.
+        is_whole: of each view, whether it has all rows and not those of seeing completions alone.
+    """
+
+    def __init__(
+        self, rows: Tensor, owner: Tensor, sees: Tensor, size: int, is_whole: list[bool]
+    ) -> None:
+        self._rows, self._owner, self._sees = rows, owner, sees
+        self._size, self._is_whole = size, is_whole
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Their places among the rows that count."""
+        return places_of(self._sees[self._owner[self._rows]], self._size)
+
+    def places_in(self, view: int) -> Tensor:
+        """Where the rows lie that a view has: all that count, or the seeing ones."""
+        if view == ANCHOR:
+            return self._rows
+        at = self._rows[self.rows]
+        return at if self._is_whole[view] else (self._sees[self._owner].cumsum(0) - 1)[at]
 
 
 class LinearBatch:
@@ -111,39 +141,39 @@ class LinearBatch:
         if views.negative is not None:
             sees = advantages > 0 if gating else torch.ones_like(sees)
         position = torch.arange(total, device=device)
-        owner = torch.searchsorted(ends[1:], position, right=True)
-        counts = torch.ones_like(position) if mask is None else mask.reshape(-1).long()
+        counts = None if mask is None else mask.reshape(-1).long()
         # Of completion c: its rows among those that count, and among those of seeing completions.
-        self.row_ends = _from_zero(counts)[ends]
+        self.row_ends = ends if counts is None else _from_zero(counts)[ends]
         self.seeing_ends = _from_zero(self.row_ends.diff() * sees)
+        sent = Sent(torch.stack([self.row_ends, self.seeing_ends, ends]))
+        owner = torch.searchsorted(ends[1:], position, right=True)
+        parts = (3 * len(STATS_SAVED), 1, len(COEFFICIENTS), 3, 3)
+        numbers = torch.zeros(
+            sum(parts),
+            total,
+            dtype=torch.promote_types(views.anchor.dtype, torch.float32),
+            device=device,
+        )
+        selected = torch.zeros(total, dtype=torch.bool, device=device)
+        ids = targets.reshape(-1).long()
         # The one wait for the device here: sizes, and with them where every completion lies.
-        self.starts, self.seeing_starts, host_ends = torch.stack(
-            [self.row_ends, self.seeing_ends, ends]
-        ).tolist()
+        self.starts, self.seeing_starts, host_ends = sent.tolist()
         self.longest = max((b - a for a, b in pairwise(host_ends)), default=0)
         self.num_rows, self.num_completions = self.starts[-1], len(ends) - 1
-        rows = position if mask is None else places_of(counts, self.num_rows)
-        self.seeing = places_of(sees[owner[rows]], self.seeing_starts[-1])
-        compact = sees[owner].cumsum(0) - 1
-        self.rows = rows
-        at = rows[self.seeing]
-        perturbed = [
-            at if view is not None and len(view) == total else compact[at] for view in hidden[1:]
-        ]
-        self.views = ViewRows(head, hidden, [rows, *perturbed], wants)
-        self.targets = targets.reshape(-1)[rows].long()
-        dtype = torch.promote_types(views.anchor.dtype, torch.float32)
-
-        def new(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.saved = new(3 * len(STATS_SAVED), self.num_rows)
-        self.margin = new(self.num_rows)
-        self.coefficients = new(len(COEFFICIENTS), self.num_rows)
-        self.logps = [new(self.num_rows) for _ in range(3)]
-        self.entropy = [new(self.num_rows) for _ in range(3)]
-        self.selected = torch.zeros(self.num_rows, dtype=torch.bool, device=device)
+        self.rows = position if counts is None else places_of(counts, self.num_rows)
+        self.targets = ids if counts is None else ids[self.rows]
+        is_whole = [view is not None and len(view) == total for view in hidden]
+        self._seeing = Seeing(self.rows, owner, sees, self.seeing_starts[-1], is_whole)
+        self.views = ViewRows(head, hidden, self._seeing.places_in, wants)
+        self.selected, numbers = selected[: self.num_rows], numbers[:, : self.num_rows]
+        self.saved, margin, self.coefficients, logps, entropy = numbers.split(parts)
+        self.margin, self.logps, self.entropy = margin[0], list(logps), list(entropy)
         self.num_selected = 0
+
+    @property
+    def seeing(self) -> Tensor:
+        """The rows of completions with perturbed views."""
+        return self._seeing.rows
 
     # Rows and tiles
 

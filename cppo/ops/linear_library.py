@@ -41,6 +41,7 @@ from cppo.ops.library import (
     metrics_of,
     num_items_tensor,
     refuse_second_derivative,
+    register_autograd,
 )
 from cppo.records import LossOutput, NumItems, TokenStats, Views
 
@@ -158,7 +159,7 @@ def _register_stats(namespace: str) -> None:
         )
         return *_wanted(gradients, wants), *(None,) * 4
 
-    torch.library.register_autograd(name, backward, setup_context=setup)
+    register_autograd(namespace, "linear_token_stats", setup, backward)
 
 
 def _wanted(gradients: tuple[Tensor, ...], wants: list[bool]) -> list[Tensor | None]:
@@ -190,7 +191,7 @@ def _register_recompute(namespace: str) -> None:
         )
         return *_wanted(gradients, wants), *nothing
 
-    torch.library.register_autograd(name, backward, setup_context=setup)
+    register_autograd(namespace, "linear_cppo_loss", setup, backward)
 
 
 def _register_resident(namespace: str) -> None:
@@ -221,7 +222,7 @@ def _register_resident(namespace: str) -> None:
         gradients = tuple(scaled(g) for g in ctx.saved_tensors)
         return *_wanted(gradients, ctx.wants), *nothing
 
-    torch.library.register_autograd(name, backward, setup_context=setup)
+    register_autograd(namespace, "linear_cppo_loss_gradients", setup, backward)
 
 
 def _without_autocast(plan: Callable[..., Any]) -> Callable[..., Any]:

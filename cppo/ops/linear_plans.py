@@ -212,11 +212,11 @@ def _deferred(loss: _Loss) -> tuple[Tensor, Tensor, int]:
     """The policy terms group by group; when all is selected, the contrastive term."""
     batch, config = loss.batch, loss.config
     room = batch.head.rows_per_tile
-    by = loss.denominators(0)
-    sent = None
+    by, sent = None, None
     for first, last, fits in _groups(batch.starts, max(1, room - room // 3)):
         keep = (ANCHOR,) if fits else ()
         tiles = batch.read(first, last, keep)
+        by = by or loss.denominators(0)
         loss.reduce(first, last, by, contrast=False)
         # While a GPU multiplies the negative, the host learns which rows have a gradient; and
         # while it multiplies the last gradients, how many tokens are selected.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,15 +58,19 @@ class ViewRows:
     Args:
         head: the LM head, with the sums of its gradients.
         hidden: (n, D) of each view, or None.
-        at: of each view, where the rows lie that it has.
+        places: (view) to where the rows lie that it has; asked once, when they are needed.
         wants: gradients of anchor, positive, negative, weight, bias.
     """
 
     def __init__(
-        self, head: Head, hidden: list[Tensor | None], at: list[Tensor], wants: list[bool]
+        self,
+        head: Head,
+        hidden: list[Tensor | None],
+        places: Callable[[int], Tensor],
+        wants: list[bool],
     ) -> None:
         self.head, self.wants = head, wants
-        self._hidden, self._at = hidden, at
+        self._hidden, self._at = hidden, functools.cache(places)
         self.gradients: list[Tensor | None] = [None, None, None]
         self.rows_multiplied = 0
         # Gradients of few rows, which are multiplied together: a product costs a pass over the
@@ -75,7 +80,7 @@ class ViewRows:
     def hidden_at(self, view: int, places: Tensor) -> Tensor:
         hidden = self._hidden[view]
         assert hidden is not None
-        return hidden[self._at[view][places]]
+        return hidden[self._at(view)[places]]
 
     def logits(self, hidden: Tensor) -> Tensor:
         self.rows_multiplied += len(hidden)
@@ -130,4 +135,4 @@ class ViewRows:
             total = torch.zeros_like(source, dtype=self.head.accumulator)
             self.gradients[view] = total
         # A row has one gradient of the policy terms, and perhaps another of the contrastive one.
-        total[self._at[view][places]] += gradient
+        total[self._at(view)[places]] += gradient

@@ -171,7 +171,7 @@ def steps(plan: Plan) -> bool:
     sizes = {"--prompt": "6", "--completion": "8", "--at-once": "4", "--repeats": "1"}
     if not plan.toy:
         sizes = {"--questions": "4", "--group-size": "16", "--prompt": "128"}
-        sizes |= {"--completion": "512", "--at-once": "16", "--repeats": "3"}
+        sizes |= {"--completion": "256", "--at-once": "16", "--repeats": "2"}
     named = {"--model": model, "--dtype": "fp32" if plan.toy else "bf16", **sizes}
     named |= {"--device": str(plan.device), "--output": str(path)}
     arguments = [word for pair in named.items() for word in pair]

@@ -56,7 +56,9 @@ def _is_good(row: dict[str, str]) -> bool:
     Others are read one by one, but by threads that hold whole lanes: with few registers.
     """
     is_row_kernel = row["kernel"] in ROW_KERNELS and "unaligned" not in row["case"]
-    most = 255 if row["kernel"] not in ROW_KERNELS or row["dtype"] == "fp64" else 96
+    most = 96 if is_row_kernel else 112
+    if row["kernel"] not in ROW_KERNELS or row["dtype"] == "fp64":
+        most = 255
     wide = int(row["wide_loads"]) > 0 and int(row["two_byte_loads"]) <= 2
     return (
         (wide or not is_row_kernel)

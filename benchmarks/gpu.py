@@ -166,7 +166,8 @@ def steps(plan: Plan) -> bool:
     """One training step of Qwen2.5-VL-3B's shape, phase by phase, at three prune rates."""
     path = plan.path("_steps")
     model, rates = ("toy-vl", ["0.5"]) if plan.toy else ("qwen2.5-vl-3b", ["0.5", "0.75", "0.875"])
-    if not plan.fresh and any(row["shape"].startswith(model) for row in rows.read(path)):
+    whole = [row for row in rows.read(path) if row["shape"].startswith(model)]
+    if not plan.fresh and any(row["rollout_s"] != "nan" for row in whole):
         return True
     sizes = {"--prompt": "6", "--completion": "8", "--at-once": "4", "--repeats": "1"}
     if not plan.toy:

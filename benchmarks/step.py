@@ -4,8 +4,7 @@
     python benchmarks/step.py --model qwen2.5-vl-3b --device cuda     on a GPU
     python benchmarks/step.py --model toy                             shows that it runs
 
-All of them get the same rollouts (lengths as spread as a reasoning task's), rewards and weights;
-the rollouts are sampled once:
+All of them get the same rollouts (lengths as spread as a reasoning task's), rewards and weights:
 
     grpo            every completion, padded, logits of one view
     grpo, pruned    the same for the kept ones
@@ -14,13 +13,15 @@ the rollouts are sampled once:
     cppo, rate 0    without the pruning: the same loss and gradients as "three views"
 
 The perturbed views are noise on the image; for a text model, where nothing is seen, other prompt
-tokens of the same number stand in for them. Rows go to <device>_steps.csv as they are measured.
+tokens of the same number stand in for them. Rollouts are sampled once, at the end. Rows go to
+<device>_steps.csv after every repeat.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -146,10 +147,11 @@ def _packed_part(
 
 def measure(
     update: Update, ways: Sequence[Way], repeats: int, device: torch.device
-) -> dict[Way, dict[str, Any]]:
+) -> Iterator[dict[Way, dict[str, Any]]]:
     """{way: median seconds of each phase, peak memory, loss}, interleaved over repeats.
 
-    Rollouts and the memory of the optimizer come first and are the same for every way.
+    Yields what is known after every repeat, with NaN for the rollouts, and at last with them: they
+    are the same for every way, and so is the memory of the optimizer.
     """
     optimizer = torch.optim.AdamW(update.model.parameters(), lr=0.0, foreach=True)
     for parameter in update.model.parameters():
@@ -157,16 +159,13 @@ def measure(
     optimizer.step()
     optimizer.zero_grad()
     set_attention(update.model, choose_attention("auto", device))
-    sampling = Clock(device)
-    with sampling("rollout"):
-        update.batch.sample(update.model)
     if device.type == "cuda":
         # Kernels are compiled and chosen outside of what is timed.
         run_scheme(*ways[-1], update, Clock(device))
         update.model.zero_grad()
     taken: dict[Way, list[dict[str, float]]] = {way: [] for way in ways}
     found: dict[Way, dict[str, Any]] = {way: {} for way in ways}
-    for repeat in range(repeats):
+    for _ in range(repeats):
         for way in ways:
             clock = Clock(device)
 
@@ -178,13 +177,20 @@ def measure(
                     optimizer.zero_grad()
 
             peak = timing.peak_growth(once, device)
-            taken[way].append(clock.seconds | {"rollout": sampling.seconds["rollout"]})
-            if repeat == repeats - 1:
-                found[way]["peak_mib"] = "" if peak is None else f"{peak / 2**20:.0f}"
+            found[way]["peak_mib"] = "" if peak is None else f"{peak / 2**20:.0f}"
+            taken[way].append(clock.seconds)
+        for way in ways:
+            found[way]["repeats"] = len(taken[way])
+            for phase in PHASES:
+                found[way][phase] = statistics.median(s[phase] for s in taken[way])
+            found[way]["rollout"] = math.nan
+        yield found
+    sampling = Clock(device)
+    with sampling("rollout"):
+        update.batch.sample(update.model)
     for way in ways:
-        for phase in PHASES:
-            found[way][phase] = statistics.median(s[phase] for s in taken[way])
-    return found
+        found[way]["rollout"] = sampling.seconds["rollout"]
+    yield found
 
 
 def make_rows(
@@ -195,7 +201,7 @@ def make_rows(
     for scheme, values in found.items():
         seconds = {f"{phase}_s": f"{values[phase]:.4g}" for phase in PHASES}
         total = sum(values[phase] for phase in PHASES)
-        update_s = total - values["rollout"] - values["reward"]
+        update_s = sum(values[phase] for phase in PHASES[2:])
         made.append(
             {
                 "op": "step",
@@ -209,6 +215,7 @@ def make_rows(
                 "step_s": f"{total:.4g}",
                 "tokens_per_s": f"{update.batch.num_tokens / total:.4g}",
                 "peak_mib": values["peak_mib"],
+                "repeats": str(values["repeats"]),
                 "loss": f"{values['loss_value']:.6g}",
                 **{k: str(v) for k, v in shared.items() if k not in ("shape", "dtype")},
             }
@@ -228,6 +235,7 @@ def table(made: list[rows.Row]) -> str:
 
 
 def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> int:
+    began = time.perf_counter()
     options = _parser().parse_args(argv)
     device = torch.device(options.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
@@ -248,14 +256,19 @@ def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> i
         for scheme in options.schemes
         for rate in (options.prune_rate if scheme in PRUNED else [0.0])
     ]
-    found = measure(update, ways, options.repeats, device)
-    for rate in options.prune_rate:
-        # What does not prune is the same at every rate.
-        own = {s: found[s, rate if s in PRUNED else 0.0] for s in options.schemes}
-        made = make_rows(own, update, {"shape": f"{shape} P={rate:g}", **shared})
-        if not options.model.startswith("toy") or options.output:
-            rows.merge(path, made)
-        say(f"P = {rate:g}\n{table(made)}")
+    print(f"{options.model}: ready after {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    for found in measure(update, ways, options.repeats, device):
+        tables = []
+        for rate in options.prune_rate:
+            # What does not prune is the same at every rate.
+            own = {s: found[s, rate if s in PRUNED else 0.0] for s in options.schemes}
+            made = make_rows(own, update, {"shape": f"{shape} P={rate:g}", **shared})
+            if not options.model.startswith("toy") or options.output:
+                rows.merge(path, made)
+            tables.append(f"P = {rate:g}\n{table(made)}")
+        seconds = time.perf_counter() - began
+        print(f"{options.model}: rows after {seconds:.0f} s", file=sys.stderr)
+    say("\n".join(tables))
     return 0
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -89,11 +90,9 @@ class Measured:
         return sum(map(len, self.passes))
 
     def ms(self, share: float = 0.5) -> float:
-        """A percentile of the samples of the pass with the lowest median, the least disturbed."""
-        if not self.passes:
-            return math.nan
-        quietest = min(self.passes, key=lambda samples: timing.percentile(samples, 0.5))
-        return timing.percentile(quietest, share)
+        """A percentile of the samples of all passes."""
+        samples = list(chain.from_iterable(self.passes))
+        return timing.percentile(samples, share) if samples else math.nan
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ BUSY = 0.25  # load per core above which the machine is doing something else
 BUDGETS = {
     "toy": Budget(seconds=0.0, rounds=2),
     "small": Budget(seconds=0.4, rounds=3, check_rows=64, patience=3.0, limit=6.0),
-    "paper": Budget(seconds=1.0, rounds=5, passes=8),
+    "paper": Budget(seconds=1.0, rounds=5, passes=6),
     "full": Budget(seconds=3.0, rounds=5),
 }
 

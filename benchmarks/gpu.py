@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class Plan:
 
     Args:
         device: "cuda", or "cpu" with toy. folder: of the rows. deadline: time.monotonic() at which
-        a part starts nothing new.
+        a part starts nothing new. faults: what was found to be wrong, in words.
     """
 
     device: torch.device
@@ -52,6 +52,7 @@ class Plan:
     fresh: bool
     deadline: float
     console: Console
+    faults: list[str] = field(default_factory=list)
 
     def path(self, suffix: str = "") -> Path:
         return self.folder / f"{file_stem(self.device)}{suffix}.csv"
@@ -67,8 +68,8 @@ def correctness(plan: Plan) -> bool:
     tests = None if plan.toy else _start_tests()
     try:
         is_whole = _check_all(plan)
-        if tests is not None:
-            tests.wait(max(1.0, plan.deadline - time.monotonic()))
+        if tests is not None and tests.wait(max(1.0, plan.deadline - time.monotonic())):
+            plan.faults.append("tests")
         return is_whole
     except subprocess.TimeoutExpired:
         plan.console.print("the tests were cut: run this part again")
@@ -85,7 +86,8 @@ def _start_tests() -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", str(folder)]
     if find_spec("xdist"):
         # Those that need much memory are in one group, which one worker runs.
-        workers = max(1, min(10, (os.cpu_count() or 1) - 2))
+        memory = torch.cuda.get_device_properties(0).total_memory
+        workers = max(1, min(10, (os.cpu_count() or 1) - 2, memory // (12 << 30)))
         command += ["-n", str(workers), "--dist", "loadgroup"]
     # Elsewhere: with the repository in front, its triton_kernels/ would hide others of that name.
     return subprocess.Popen(command, cwd=folder)
@@ -94,9 +96,9 @@ def _start_tests() -> subprocess.Popen[bytes]:
 def _check_all(plan: Plan) -> bool:
     """Writes a row for each check; False if the time was too short for all."""
     path = plan.path("_correctness")
-    done = set() if plan.fresh else {rows.key(row) for row in rows.read(path)}
+    known = [] if plan.fresh else rows.read(path)
+    done = {rows.key(row) for row in known if row["status"] == "ok"}
     shared = environment(plan.device)
-    failures = 0
     for op, backend, case, dtype, vocabulary in _checks(plan):
         shape = f"{case} V={vocabulary}"
         row = {"op": op, "shape": shape, "dtype": dtype, "mode": "both", "backend": backend}
@@ -106,11 +108,11 @@ def _check_all(plan: Plan) -> bool:
         if plan.is_over:
             return False
         row["status"] = _law(op, backend, case, dtype, vocabulary, plan.device)
-        failures += row["status"] != "ok"
         rows.merge(path, [row])
         if row["status"] != "ok":
-            plan.console.print(f"[red]{op} {backend} {shape} {dtype}: {row['status']}[/]")
-    plan.console.print(f"correctness: {len(rows.read(path))} rows in {path}, {failures} new faults")
+            plan.faults.append(f"{op} {backend} {shape} {dtype}")
+            plan.console.print(f"[red]{plan.faults[-1]}: {row['status']}[/]")
+    plan.console.print(f"correctness: {len(rows.read(path))} rows in {path}")
     return True
 
 
@@ -155,6 +157,7 @@ def kernels(plan: Plan) -> bool:
     )
     _, wrong = run.bench(options, plan.console)
     run.report_wrong(plan.console, wrong)
+    plan.faults.extend(m.case.name for m in wrong)
     try:
         plots.draw(plan.path())
     except RuntimeError as error:
@@ -198,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cpu" and not arguments.toy:
         parser.error("--device cpu needs --toy")
     folder = arguments.output or results_folder()
-    unfinished = []
+    unfinished, faults = [], []
     for part in arguments.part:
         deadline = time.monotonic() + 60 * arguments.minutes
         console = Console(width=120)
@@ -206,9 +209,12 @@ def main(argv: list[str] | None = None) -> int:
         console.rule(part)
         if not {"correctness": correctness, "kernels": kernels, "steps": steps}[part](plan):
             unfinished.append(part)
+        faults += plan.faults
+    if faults:
+        print(f"wrong: {', '.join(faults)}")
     if unfinished:
         print(f"not finished: {', '.join(unfinished)}; the same command goes on from there")
-    return 1 if unfinished else 0
+    return 1 if unfinished or faults else 0
 
 
 if __name__ == "__main__":

@@ -270,10 +270,10 @@ def _not_compiled(case: Case, device: torch.device) -> str:
     """Why torch.compile is left out, or '': a graph takes up to a minute for each case and mode."""
     assert case.sizes is not None
     if case.sizes.hidden or case.sizes.divergence == "full":
-        return "compiled for logits and the sampled token alone"
+        return "not run: compiled for logits and the sampled token alone"
     if device.type == "cuda":
         if case.sizes.rows > COMPILED_ROWS or case.dtype != "bf16" or case.sizes.inplace:
-            return f"compiled in bf16 for up to {COMPILED_ROWS} rows"
+            return f"not run: compiled in bf16 for up to {COMPILED_ROWS} rows"
     return ""
 
 

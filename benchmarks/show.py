@@ -9,11 +9,20 @@ from contextlib import contextmanager
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from cppo.benchmarks.cases import Case
 from cppo.benchmarks.ceilings import Ceilings
 from cppo.benchmarks.harness import Measured
 from cppo.benchmarks.rows import Row, row_kind
+
+
+def _is_bad(measured: Measured) -> bool:
+    return measured.status.startswith(("wrong", "failed"))
+
+
+def _is_long(status: str) -> bool:
+    return len(status) > 16
 
 
 class LiveTables:
@@ -43,7 +52,11 @@ class LiveTables:
 
     def _tables(self, measured: Sequence[Measured]) -> Group:
         modes = dict.fromkeys(m.mode for m in measured)
-        return Group(*(self._table([m for m in measured if m.mode == mode]) for mode in modes))
+        tables = (self._table([m for m in measured if m.mode == mode]) for mode in modes)
+        # Once, not for each mode: the column beside the numbers is narrow.
+        reasons = {f"{m.variant}: {m.status}": _is_bad(m) for m in measured if _is_long(m.status)}
+        said = (Text(reason, "bold red" if bad else "dim") for reason, bad in reasons.items())
+        return Group(*tables, *said)
 
     def _table(self, measured: Sequence[Measured]) -> Table:
         """The variants of one mode; ours stands out where it is the fastest."""
@@ -55,15 +68,15 @@ class LiveTables:
         table.add_column(_MODE[mode] if case.sizes else "", min_width=26, no_wrap=True)
         for title in ("ms", "p20 - p80", "vs eager", case.unit or " ", "ceiling", "MiB", "error"):
             table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("", style="dim")
+        table.add_column("", style="dim", no_wrap=True, overflow="ellipsis")
         for m in measured:
             name = f"cppo {m.backend}" if m.backend else m.peer
             style = "bold" if m.backend else ""
             if not m.passes:
-                bad = m.status.startswith(("wrong", "failed"))
                 text = "..." if m.status == "ok" else m.status
+                text = text.partition(":")[0] + " (below)" if _is_long(text) else text
                 error = f"{m.error:.0e}" if m.error > 0 else ""
-                row = [name, *[""] * 6, error, f"[{'bold red' if bad else 'dim'}]{text}[/]"]
+                row = [name, *[""] * 6, error, f"[{'bold red' if _is_bad(m) else 'dim'}]{text}[/]"]
             else:
                 row = [name, *self._numbers(m, eager), m.note]
                 style = "bold green" if m.backend and m.ms() == fastest else style

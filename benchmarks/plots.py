@@ -11,7 +11,8 @@ from cppo.benchmarks import page, rows
 from cppo.benchmarks.rows import Row, row_kind
 
 OURS = "#0f766e"
-COLOURS = {"eager": "#94a3b8", "compile": "#64748b", "trl": "#b45309", "liger": "#a16207"}
+COLOURS = {"eager": "#94a3b8", "compile": "#64748b", "trl": "#b45309", "liger": "#2563eb"}
+COLOURS |= {"verl": "#7c3aed", "flash-attn": "#be185d"}
 OTHER = "#cbd5e1"
 KINDS = {"logits": "Ops on logits", "linear": "Ops on hidden states", "host": "Other ops"}
 

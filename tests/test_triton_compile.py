@@ -143,3 +143,26 @@ def test_no_kernel_is_listed_twice() -> None:
             for r in csv.DictReader(file)
         )
     assert max(keys.values()) == 1
+
+
+_NUMBERS = """
+import sys
+import cppo.triton_kernels
+from triton.runtime.jit import JITFunction
+kernels = {k.__name__: k for name, module in sys.modules.items()
+           if name.startswith("cppo.triton_kernels.") and not name.endswith("advantages_and_prune")
+           for k in vars(module).values() if isinstance(k, JITFunction)
+           and k.__name__.endswith("_kernel")}
+for name, kernel in kernels.items():
+    for p in kernel.params:
+        free = p.is_constexpr or p.do_not_specialize or p.annotation_type == "fp64"
+        kind = p.is_constexpr or p.name.endswith("_ptr") or p.annotation_type
+        if not free or not kind or p.is_constexpr != p.name.isupper():
+            print(name, p.name)
+print(len(kernels), "kernels")
+"""
+
+
+def test_no_kernel_that_is_found_again_is_specialised_on_a_number(tmp_path: Path) -> None:
+    """What `rows.launch` relies on: constants are in capitals, all else is of one type."""
+    assert _python(tmp_path, "-c", _NUMBERS).split("\n") == ["10 kernels", ""]

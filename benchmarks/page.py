@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from cppo.benchmarks.rows import Row, row_kind
+from cppo.benchmarks.rows import Row, row_kind, three_digits
 
 _CSS = """
 :root { --ink:#0f172a; --soft:#64748b; --line:#e2e8f0; --page:#f8fafc; --card:#fff;
@@ -92,7 +92,7 @@ def _tiles(rows: Sequence[Row], first: Row) -> str:
             tiles.append((value, f"{op} against eager", f"all of {cases} measured cases"))
     for name, unit in (("copy_gb_s", "GB/s copy"), ("gemm_bf16_tflop_s", "TFLOP/s bf16 GEMM")):
         if first.get(name):
-            tiles.append((f"{float(first[name]):.3g}", unit, "this machine, measured"))
+            tiles.append((three_digits(float(first[name])), unit, "this machine, measured"))
     cells = [
         f"<div class=tile><b>{escape(value)}</b>{escape(title)}"
         f'<div class="soft">{escape(words)}</div></div>'

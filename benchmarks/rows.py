@@ -36,6 +36,11 @@ MEASURED = (
 )
 
 
+def three_digits(value: float) -> str:
+    """0.0123, 12.3, 4,250: never 4.25e+03."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def make_rows(measured: Sequence[Measured], ceilings: Ceilings) -> list[Row]:
     """The rows of one case and mode; a variant without a time gives none.
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from cppo.benchmarks.cases import Case
 from cppo.benchmarks.ceilings import Ceilings
 from cppo.benchmarks.harness import Measured
-from cppo.benchmarks.rows import Row, row_kind
+from cppo.benchmarks.rows import Row, row_kind, three_digits
 
 
 def _is_bad(measured: Measured) -> bool:
@@ -90,7 +90,7 @@ class LiveTables:
             if m.case.unit == "TFLOP/s":
                 work = m.case.flops(m.mode) / 1e12
             value = work / m.ms() * 1e3
-            rate = f"{value:.3g}"
+            rate = three_digits(value)
             share = f"{100 * value / self.ceilings.of(m.case.unit, m.case.dtype):.0f} %"
         return [
             f"{m.ms():.4g}",

@@ -407,3 +407,8 @@ def test_the_gpu_script_goes_on_where_it_was_cut(
     assert gpu.correctness(plan)
     checked = rows.read(plan.path("_correctness"))
     assert [row["status"] for row in checked] == ["ok"] * len(checked) and checked
+
+
+def test_numbers_are_written_without_an_exponent() -> None:
+    found = [rows.three_digits(value) for value in (0.01234, 12.34, 999.4, 4246.0)]
+    assert found == ["0.0123", "12.3", "999", "4,246"]

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from cppo.records import Views
 from cppo.testing import assert_as_accurate, in_fp64
 
 Outputs = dict[str, Tensor]
+_RESERVE = 2**32  # bytes
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,14 @@ class Measured:
         return sum(map(len, self.passes))
 
     def ms(self, share: float = 0.5) -> float:
-        """A percentile of the samples of all passes."""
-        samples = list(chain.from_iterable(self.passes))
-        return timing.percentile(samples, share) if samples else math.nan
+        """A percentile of the samples of a pass, its mean over the passes.
+
+        A shared machine is fast in one pass and slow in another; a median over the passes would be
+        of whichever of the two happened once more often.
+        """
+        if not self.passes:
+            return math.nan
+        return fmean(timing.percentile(samples, share) for samples in self.passes)
 
 
 @dataclass(frozen=True)
@@ -150,11 +156,7 @@ def measure_again(known: Sequence[Measured], device: torch.device, budget: Budge
     restore = restorer(inputs)
     for mode in case.modes:
         members = [m for m in timed_before if m.mode == mode]
-        for m in members:
-            _timed(m, inputs)()
-            restore()
         _time(members, inputs, budget, device, restore)
-        timing.return_freed_memory()
     return True
 
 
@@ -179,9 +181,20 @@ def _time(
             quick[m.variant] = m
     calls = {name: _timed(m, inputs) for name, m in quick.items()}
     rounds = {name: budget.rounds_of(m.first_seconds) for name, m in quick.items()}
+    if device.type == "cpu":
+        timing.reserve_memory(_reserve(members))
+    for name, call in calls.items():
+        if quick[name].first_seconds < budget.seconds:
+            call()
+            restore()
     samples = timing.time_interleaved(calls, budget.seconds, rounds, device, restore)
     for name, m in quick.items():
         m.passes.append(samples[name])
+
+
+def _reserve(members: Sequence[Measured]) -> int:
+    """Free memory with which no call of these needs new pages."""
+    return min(_RESERVE, 4 * max((m.peak_bytes or 0 for m in members), default=0))
 
 
 def variants_of(

@@ -4,10 +4,8 @@
 
     <!-- table: FILE KIND --> ... <!-- /table -->        a table of results/FILE.csv
     <!-- ratio: FILE; OP; SHAPE; DTYPE; MODE; PEER -->12.3x<!-- /ratio -->
-                                                         the peer's median time over ours
-    <!-- agree: FILE; FILE; TIME -->52 of 66<!-- /agree -->
-                                                         ratios of two runs within 15 %, where TIME
-                                                         is ms_p20, ms_p50 or ms_p80
+                                                         the peer's time over ours
+    <!-- agree: FILE; FILE -->52 of 66<!-- /agree -->    ratios of two runs within 15 %
 
 KIND is logits, brief, linear, host or steps (show.py). Without it the table is the `summary` of the
 script FILE.py beside this one, or of demo_runs.py for FILE = <task>_runs.
@@ -27,7 +25,7 @@ from cppo.benchmarks.rows import Row, row_kind
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _TABLE = re.compile(r"(<!-- table: (\w+) ?(\w*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
-_AGREE = re.compile(r"(<!-- agree: (\w+); (\w+); (\w+) -->)(.*?)(<!-- /agree -->)", re.DOTALL)
+_AGREE = re.compile(r"(<!-- agree: (\w+); (\w+) -->)(.*?)(<!-- /agree -->)", re.DOTALL)
 _RATIO = re.compile(r"(<!-- ratio: ([^>]*?) -->)(.*?)(<!-- /ratio -->)", re.DOTALL)
 
 
@@ -47,7 +45,7 @@ def rendered(text: str) -> str:
 
     def agreement(found: re.Match[str]) -> str:
         first, second = (rows.read(RESULTS / f"{name}.csv") for name in (found[2], found[3]))
-        return f"{found[1]}{agreeing(first, second, found[4])}{found[6]}"
+        return f"{found[1]}{agreeing(first, second)}{found[5]}"
 
     return _AGREE.sub(agreement, _RATIO.sub(one_ratio, _TABLE.sub(table, text)))
 
@@ -57,7 +55,7 @@ def _script(name: str) -> Any:
     return importlib.import_module(f"cppo.benchmarks.{own}")
 
 
-def ratio(committed: Sequence[Row], words: Sequence[str], time: str = "ms_p50") -> float:
+def ratio(committed: Sequence[Row], words: Sequence[str]) -> float:
     """Time of a peer over that of our fastest backend, in the same case and mode."""
     op, shape, dtype, mode, peer = words
     members = [
@@ -65,14 +63,14 @@ def ratio(committed: Sequence[Row], words: Sequence[str], time: str = "ms_p50") 
         for row in committed
         if (row["op"], row["shape"], row["dtype"], row["mode"]) == (op, shape, dtype, mode)
     ]
-    theirs = [float(row[time]) for row in members if row["peer"] == peer]
-    ours = [float(row[time]) for row in members if row["backend"]]
+    theirs = [float(row["ms_p50"]) for row in members if row["peer"] == peer]
+    ours = [float(row["ms_p50"]) for row in members if row["backend"]]
     if not theirs or not ours:
         raise ValueError(f"no committed rows of both sides for {'; '.join(words)}")
     return theirs[0] / min(ours)
 
 
-def agreeing(first: Sequence[Row], second: Sequence[Row], time: str) -> str:
+def agreeing(first: Sequence[Row], second: Sequence[Row]) -> str:
     """How many ratios to a peer, of those in both runs, differ by at most 15 %."""
 
     def ratios(run: Sequence[Row]) -> dict[tuple[str, ...], float]:
@@ -80,9 +78,9 @@ def agreeing(first: Sequence[Row], second: Sequence[Row], time: str) -> str:
         timed = [
             case
             for case, row in zip(cases, run, strict=True)
-            if row["peer"] and row_kind(row) == "logits" and row[time]
+            if row["peer"] and row_kind(row) == "logits"
         ]
-        return {case: ratio(run, case, time) for case in timed}
+        return {case: ratio(run, case) for case in timed}
 
     before, after = ratios(first), ratios(second)
     both = before.keys() & after.keys()

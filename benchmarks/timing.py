@@ -18,6 +18,7 @@ Call = Callable[[], Any]
 _FLUSH_BYTES = 2**28  # larger than any L2
 _QUEUED = 100  # calls that a GPU is given at most before it is waited for
 _flush_buffers: dict[torch.device, torch.Tensor] = {}
+_keeps_freed_memory = False
 
 
 def keep_freed_memory() -> bool:
@@ -27,12 +28,24 @@ def keep_freed_memory() -> bool:
     needs several times longer to zero them than the ops to fill them. On a GPU PyTorch's own
     allocator does the same. It holds for every variant alike. Returns: whether it could be set.
     """
+    global _keeps_freed_memory
     try:
         library = ctypes.CDLL("libc.so.6")
-        no_mmap, no_trim = library.mallopt(-4, 0), library.mallopt(-1, 2**31 - 1)
+        # No block is a mapping of its own, and the heap is never trimmed.
+        _keeps_freed_memory = bool(library.mallopt(-4, 0) and library.mallopt(-1, -1))
     except (OSError, AttributeError):
-        return False
-    return bool(no_mmap and no_trim)
+        _keeps_freed_memory = False
+    return _keeps_freed_memory
+
+
+def reserve_memory(size: int) -> None:
+    """Where freed memory is kept: brings `size` bytes of it to the heap.
+
+    A block that was freed seldom fits the next one of its size (both are moved to a multiple of 64
+    bytes), so for many calls more the heap would still grow by new pages.
+    """
+    if _keeps_freed_memory and size > 0:
+        torch.empty(size, dtype=torch.int8).fill_(0)
 
 
 def return_freed_memory() -> bool:

@@ -22,6 +22,7 @@ from cppo.demo.digits import DigitSums
 from cppo.integrations.trl import CPPO, CPPOMixin
 from cppo.models import load_model
 
+SCRATCH = tempfile.TemporaryDirectory(prefix="cppo-trl-")  # gone when the process ends
 OFF = CPPO(trim=False, loss=LossConfig(cpl_coef=0))
 # Plain gradient descent: Adam's first steps are the sign of a gradient, zero or not.
 SMALL = dict(
@@ -35,7 +36,7 @@ SMALL = dict(
 @functools.cache
 def folder_of(family: str) -> str:
     """A saved tiny model: TRL loads the reference model from its folder."""
-    folder = Path(tempfile.mkdtemp(prefix="cppo-trl-")) / family
+    folder = Path(SCRATCH.name) / family
     model, processor = tiny(family)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -91,7 +92,7 @@ def trainer_of(
     """A trainer of a fresh tiny model, TRL's own without `cppo`."""
     model, processor = load_model(folder_of(family)), tiny(family)[1]
     processor = getattr(processor, "tokenizer", processor) if family == "text" else processor
-    options = {**SMALL, "output_dir": tempfile.mkdtemp(prefix="cppo-trl-"), **options}
+    options = {**SMALL, "output_dir": tempfile.mkdtemp(dir=SCRATCH.name), **options}
     torch.manual_seed(0)  # of LoRA's weights, which older TRL draws before it seeds
     if cppo is not None:
         more = {"cppo": cppo, **(more or {})}

@@ -41,14 +41,15 @@ _RESERVE = 2**32  # bytes
 class Budget:
     """How much is spent on a case.
 
-    seconds: of timing for each variant and mode in a pass. rounds: at least so many samples; of
-    calls longer than `seconds` three, than 10 s two. passes: over the cases all of whose calls are
-    shorter than `seconds`. check_rows: rows on which fp64 is computed. patience: of a call longer
-    than this many seconds the first is the only sample. limit: what is expected to take longer is
-    not run at all.
+    seconds: of timing for each variant and mode in a pass. quick: a call of fewer seconds is not
+    slow. rounds: at least so many samples; of slow calls three, of those longer than 10 s two.
+    passes: over the cases none of whose calls is slow. check_rows: rows on which fp64 is computed.
+    patience: of a call longer than this many seconds the first is the only sample. limit: what is
+    expected to take longer is not run at all.
     """
 
     seconds: float = 5.0
+    quick: float = 1.0
     rounds: int = 7
     passes: int = 1
     check_rows: int = 64
@@ -56,9 +57,9 @@ class Budget:
     limit: float = 150.0
 
     def rounds_of(self, call_seconds: float) -> int:
-        if call_seconds < self.seconds:
+        if call_seconds < self.quick:
             return self.rounds
-        return min(self.rounds, 3 if call_seconds < 10 else 2)
+        return 3 if call_seconds < 10 else 2
 
 
 @dataclass(eq=False)
@@ -149,7 +150,7 @@ def measure(
 def measure_again(known: Sequence[Measured], device: torch.device, budget: Budget) -> bool:
     """Another pass over one case, added to what is known of it; False where calls are slow."""
     timed_before = [m for m in known if m.passes]
-    if not timed_before or max(m.ms() for m in timed_before) > 1e3 * budget.seconds:
+    if not timed_before or max(m.ms() for m in timed_before) > 1e3 * budget.quick:
         return False
     case = timed_before[0].case
     inputs = case.make(device)
@@ -184,7 +185,7 @@ def _time(
     if device.type == "cpu":
         timing.reserve_memory(_reserve(members))
     for name, call in calls.items():
-        if quick[name].first_seconds < budget.seconds:
+        if quick[name].first_seconds < budget.quick:
             call()
             restore()
     samples = timing.time_interleaved(calls, budget.seconds, rounds, device, restore)

@@ -32,9 +32,9 @@ from cppo.records import Views
 BUSY = 0.25  # load per core above which the machine is doing something else
 BUDGETS = {
     "toy": Budget(seconds=0.0, rounds=2),
-    "small": Budget(seconds=0.4, rounds=3, check_rows=64, patience=3.0, limit=6.0),
-    "paper": Budget(seconds=1.0, rounds=5, passes=6),
-    "full": Budget(seconds=3.0, rounds=5),
+    "small": Budget(seconds=0.4, quick=0.4, rounds=3, patience=3.0, limit=6.0),
+    "paper": Budget(seconds=0.4, rounds=2, passes=12),
+    "full": Budget(seconds=3.0, quick=3.0, rounds=5),
 }
 
 

@@ -211,8 +211,8 @@ def test_later_passes_time_the_same_calls_again(monkeypatch: pytest.MonkeyPatch)
     assert [len(m.passes) for m in found] == [1] * 4
     clock = itertools.count(1.0)
     monkeypatch.setattr(timing, "time_calls", lambda call, *_: [(call(), next(clock))[1]])
-    assert not harness.measure_again(found, CPU, Budget(seconds=0.0))  # slow calls are not
-    assert harness.measure_again(found, CPU, Budget(seconds=60.0, rounds=3))
+    assert not harness.measure_again(found, CPU, Budget(quick=0.0))  # slow calls are not
+    assert harness.measure_again(found, CPU, Budget(seconds=60.0, quick=60.0, rounds=3))
     for m in found:
         first, second = m.passes
         assert len(second) >= 3 and m.count == len(first) + len(second)

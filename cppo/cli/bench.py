@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     keep = "keep: freed memory is reused, for all variants alike; system: every large block is new"
     add("--allocator", choices=("keep", "system"), default="keep", help=f"on a CPU; {keep}")
     add("--seconds", type=float, help="timing per variant and mode in a pass")
-    add("--passes", type=int, help="over the cases, minutes apart; of paper 6, else 1")
+    add("--passes", type=int, help="over the cases, minutes apart; of paper 12, else 1")
     add("--output", type=Path, help="CSV file; rows of the same case are replaced")
     add("--missing", action="store_true", help="only cases without a row in the file: resume")
     add("--compare", type=Path, metavar="CSV", help="fail if a ratio fell by more than 15 %%")

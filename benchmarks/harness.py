@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,14 +91,16 @@ class Measured:
         return sum(map(len, self.passes))
 
     def ms(self, share: float = 0.5) -> float:
-        """A percentile of the samples of a pass, its mean over the passes.
+        """A percentile of the samples of a pass, its interquartile mean over the passes.
 
         A shared machine is fast in one pass and slow in another; a median over the passes would be
-        of whichever of the two happened once more often.
+        of whichever of the two happened once more often, and a mean of one freak among them.
         """
         if not self.passes:
             return math.nan
-        return fmean(timing.percentile(samples, share) for samples in self.passes)
+        found = sorted(timing.percentile(samples, share) for samples in self.passes)
+        quarter = len(found) // 4
+        return fmean(found[quarter : len(found) - quarter])
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,9 @@ def _time(
 
 
 def _reserve(members: Sequence[Measured]) -> int:
-    """Free memory with which no call of these needs new pages."""
-    return min(_RESERVE, 4 * max((m.peak_bytes or 0 for m in members), default=0))
+    """Memory with which no call of these needs new pages; at most a quarter of what is free."""
+    needed = 4 * max((m.peak_bytes or 0 for m in members), default=0)
+    return min(_RESERVE, needed, timing.free_memory() // 4)
 
 
 def variants_of(
@@ -310,6 +312,7 @@ def check(
     exact = run(case, mode, in_fp64(part), specification)
     with _summed_in_fp32():
         eager = run(case, mode, part, specification)
+    timing.return_freed_memory()  # what fp64 took is several times what any call takes
     for variant in variants:
         if variant.competitor.fixed_shape:
             continue
@@ -446,7 +449,7 @@ def _shortage(case: Case, competitor: Competitor, device: torch.device) -> str:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = timing.free_memory()
     if needs < 0.8 * free:
         return ""
     return f"not run: needs about {needs / 2**30:.0f} GiB, {free / 2**30:.0f} free"

@@ -5,7 +5,8 @@
     <!-- table: FILE KIND --> ... <!-- /table -->        a table of results/FILE.csv
     <!-- ratio: FILE; OP; SHAPE; DTYPE; MODE; PEER -->12.3x<!-- /ratio -->
                                                          the peer's time over ours
-    <!-- agree: FILE; FILE -->52 of 66<!-- /agree -->    ratios of two runs within 15 %
+    <!-- agree: FILE; FILE -->52 of 66<!-- /agree -->    ratios of two runs within 15 %; with `brief`
+                                                         after the files, those of that table
 
 KIND is logits, brief, linear, host or steps (show.py). Without it the table is the `summary` of the
 script FILE.py beside this one, or of demo_runs.py for FILE = <task>_runs.
@@ -25,7 +26,7 @@ from cppo.benchmarks.rows import Row, row_kind
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _TABLE = re.compile(r"(<!-- table: (\w+) ?(\w*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
-_AGREE = re.compile(r"(<!-- agree: (\w+); (\w+) -->)(.*?)(<!-- /agree -->)", re.DOTALL)
+_AGREE = re.compile(r"(<!-- agree: (\w+); (\w+) ?(\w*) -->)(.*?)(<!-- /agree -->)", re.DOTALL)
 _RATIO = re.compile(r"(<!-- ratio: ([^>]*?) -->)(.*?)(<!-- /ratio -->)", re.DOTALL)
 
 
@@ -45,7 +46,9 @@ def rendered(text: str) -> str:
 
     def agreement(found: re.Match[str]) -> str:
         first, second = (rows.read(RESULTS / f"{name}.csv") for name in (found[2], found[3]))
-        return f"{found[1]}{agreeing(first, second)}{found[5]}"
+        if found[4] == "brief":
+            first = list(filter(show.in_brief, first))
+        return f"{found[1]}{agreeing(first, second)}{found[6]}"
 
     return _AGREE.sub(agreement, _RATIO.sub(one_ratio, _TABLE.sub(table, text)))
 

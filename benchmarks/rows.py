@@ -44,10 +44,11 @@ def three_digits(value: float) -> str:
 def make_rows(measured: Sequence[Measured], ceilings: Ceilings) -> list[Row]:
     """The rows of one case and mode; a variant without a time gives none.
 
-    ms_p20, ms_p50, ms_p80: percentiles of the samples of a pass, their means over the passes.
-    gbytes, gflop: of the best plan (cases.py). rate: one of the two, which `unit` says, over the
-    median time. max_error: relative to the largest value of the output named in error_of.
-    peak_mib: memory beyond the inputs at the peak of the call; gradient_mib of it are gradients.
+    ms_p20, ms_p50, ms_p80: percentiles of the samples of a pass, their interquartile means over
+    the passes. gbytes, gflop: of the best plan (cases.py). rate: one of the two, which `unit`
+    says, over the median time. max_error: relative to the largest value of the output named in
+    error_of. peak_mib: memory beyond the inputs at the peak of the call; gradient_mib of it are
+    gradients.
     """
     timed = [m for m in measured if m.passes]
     eager = next((m.ms() for m in timed if m.peer == "eager"), math.nan)

@@ -149,6 +149,7 @@ def bench(options: Options, console: Console) -> tuple[list[rows.Row], list[Meas
             tables.show(known[case.name])
             loads[case.name] = load
             write(case)
+        timing.return_freed_memory()  # a heap that is kept grows a little with every case
     if budget.passes > 1:  # all rows against the same, last known ceilings
         for case in todo:
             if case.name in known:

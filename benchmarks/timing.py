@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -171,8 +172,19 @@ def peak_growth(call: Call, device: torch.device) -> int | None:
     return max(0, peak - before) * 1024
 
 
+def free_memory() -> int:
+    """Bytes of the machine's memory that a process could still have, caches of files included."""
+    if Path("/proc/meminfo").exists():
+        return _kib("/proc/meminfo", "MemAvailable") * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    return _kib("/proc/self/status", field)
+
+
+def _kib(file: str, field: str) -> int:
+    for line in Path(file).read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    raise RuntimeError(f"{file} has no {field}")

@@ -218,7 +218,9 @@ def test_later_passes_time_the_same_calls_again(monkeypatch: pytest.MonkeyPatch)
         assert len(second) >= 3 and m.count == len(first) + len(second)
         m.passes[:] = [[3.0, 5.0, 9.0], [1.0, 6.0, 7.0, 8.0, 9.0]]
         assert (m.ms(), m.ms(0.0), m.ms(1.0)) == (6.0, 2.0, 9.0)  # of each pass, averaged
-    assert {row["passes"] for row in rows.make_rows(found, CEILINGS)} == {"2"}
+        m.passes += [[6.0], [6.5], [8.0], [5.5], [900.0], [0.1]]
+        assert m.ms() == 6.25  # of 0.1, 5, 5.5, 6, 6.5, 7, 8, 900 those between the quartiles
+    assert {row["passes"] for row in rows.make_rows(found, CEILINGS)} == {"8"}
 
 
 def test_what_a_call_in_place_overwrites_is_there_again() -> None:

@@ -118,6 +118,14 @@ def test_two_runs_agree_where_their_ratios_do() -> None:
     assert readme.agreeing(run(1, 10, 5), run(2, 22, 11)) == "2 of 2"
 
 
+def test_agreement_is_of_the_brief_table_where_that_is_asked_for() -> None:
+    files = "cpu_amd_epyc_avx2_2_of_2_threads; cpu_amd_epyc_avx2_2_of_2_threads_second"
+    all_, brief = (
+        readme.rendered(f"<!-- agree: {files}{kind} -->x<!-- /agree -->") for kind in ("", " brief")
+    )
+    assert ">64 of 66<" in all_ and ">37 of 38<" in brief
+
+
 def test_every_result_file_is_named_in_a_text() -> None:
     listed = ["git", "-C", str(ROOT), "ls-files", "benchmarks/results/*.csv"]
     tracked = subprocess.run(listed, capture_output=True, text=True, check=False).stdout.split()

@@ -5,8 +5,8 @@
     <!-- table: FILE KIND --> ... <!-- /table -->        a table of results/FILE.csv
     <!-- ratio: FILE; OP; SHAPE; DTYPE; MODE; PEER -->12.3x<!-- /ratio -->
                                                          the peer's time over ours
-    <!-- agree: FILE; FILE -->52 of 66<!-- /agree -->    ratios of two runs within 15 %; with `brief`
-                                                         after the files, those of that table
+    <!-- agree: FILE; FILE -->52 of 66<!-- /agree -->    ratios of two runs within 15 %; of the
+                                                         brief table alone: FILE; FILE brief
 
 KIND is logits, brief, linear, host or steps (show.py). Without it the table is the `summary` of the
 script FILE.py beside this one, or of demo_runs.py for FILE = <task>_runs.

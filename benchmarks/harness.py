@@ -186,7 +186,7 @@ def _time(
     if device.type == "cpu":
         timing.reserve_memory(_reserve(members))
     for name, call in calls.items():
-        if quick[name].first_seconds < budget.quick:
+        if quick[name].first_seconds < budget.quick:  # the first call finds caches and memory cold
             call()
             restore()
     samples = timing.time_interleaved(calls, budget.seconds, rounds, device, restore)

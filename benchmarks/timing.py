@@ -173,10 +173,11 @@ def peak_growth(call: Call, device: torch.device) -> int | None:
 
 
 def free_memory() -> int:
-    """Bytes of the machine's memory that a process could still have, caches of files included."""
+    """Bytes of memory that a process could still have, caches of files included; all of the
+    machine's where the system does not say."""
     if Path("/proc/meminfo").exists():
         return _kib("/proc/meminfo", "MemAvailable") * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _status_kib(field: str) -> int:

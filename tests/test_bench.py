@@ -272,9 +272,12 @@ def test_reserved_memory_is_there_for_the_calls_that_follow() -> None:
         from cppo.benchmarks import timing
         def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         assert timing.keep_freed_memory()
+        gap, behind = torch.ones(2**24), torch.ones(2**22)
+        del gap
+        timing.return_freed_memory()
         timing.reserve_memory(2**27)
         before = faults()
-        held = [torch.ones(2**22) for _ in range(4)]  # 64 MiB, 16,384 pages of 4 KiB
+        held = [torch.ones(2**22) for _ in range(7)]  # 112 MiB, 28,672 pages of 4 KiB
         print(faults() - before)
     """
     if not sys.platform.startswith("linux"):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,12 +61,26 @@ class Budget:
         return 3 if call_seconds < 10 else 2
 
 
+class Pass(NamedTuple):
+    """What is kept of the samples of a pass, in milliseconds.
+
+    Not the samples: their lists would lie between the blocks that the timed calls take and free,
+    and with every pass these would find fewer gaps of their size.
+    """
+
+    samples: int
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Pass:
+        return cls(len(samples), *(timing.percentile(samples, share) for share in (0.2, 0.5, 0.8)))
+
+
 @dataclass(eq=False)
 class Measured:
-    """What is known of one variant in one mode.
-
-    passes: the samples of each pass, in milliseconds; empty where nothing was timed.
-    """
+    """What is known of one variant in one mode; no passes where nothing was timed."""
 
     case: Case
     mode: str
@@ -76,7 +90,7 @@ class Measured:
     note: str = ""
     error: float = math.nan
     error_of: str = ""
-    passes: list[list[float]] = field(default_factory=list)
+    passes: list[Pass] = field(default_factory=list)
     peak_bytes: int | None = None
     gradient_bytes: int = 0
     first_seconds: float = 0.0
@@ -88,17 +102,17 @@ class Measured:
 
     @property
     def count(self) -> int:
-        return sum(map(len, self.passes))
+        return sum(each.samples for each in self.passes)
 
-    def ms(self, share: float = 0.5) -> float:
-        """A percentile of the samples of a pass, its interquartile mean over the passes.
+    def ms(self, percentile: str = "p50") -> float:
+        """A percentile of a pass, its interquartile mean over the passes.
 
         A shared machine is fast in one pass and slow in another; a median over the passes would be
         of whichever of the two happened once more often, and a mean of one freak among them.
         """
         if not self.passes:
             return math.nan
-        found = sorted(timing.percentile(samples, share) for samples in self.passes)
+        found = sorted(getattr(each, percentile) for each in self.passes)
         quarter = len(found) // 4
         return fmean(found[quarter : len(found) - quarter])
 
@@ -178,7 +192,7 @@ def _time(
     quick = {}
     for m in members:
         if m.first_seconds > budget.patience:
-            m.passes.append([1e3 * m.first_seconds])
+            m.passes.append(Pass.of([1e3 * m.first_seconds]))
         else:
             quick[m.variant] = m
     calls = {name: _timed(m, inputs) for name, m in quick.items()}
@@ -191,7 +205,7 @@ def _time(
             restore()
     samples = timing.time_interleaved(calls, budget.seconds, rounds, device, restore)
     for name, m in quick.items():
-        m.passes.append(samples[name])
+        m.passes.append(Pass.of(samples[name]))
 
 
 def _reserve(members: Sequence[Measured]) -> int:

@@ -94,7 +94,7 @@ class LiveTables:
             share = f"{100 * value / self.ceilings.of(m.case.unit, m.case.dtype):.0f} %"
         return [
             f"{m.ms():.4g}",
-            f"{m.ms(0.2):.3g} - {m.ms(0.8):.3g}",
+            f"{m.ms('p20'):.3g} - {m.ms('p80'):.3g}",
             "" if math.isnan(eager_ms) else f"{eager_ms / m.ms():.2f}x",
             rate,
             share,

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,19 @@ _FLUSH_BYTES = 2**28  # larger than any L2
 _QUEUED = 100  # calls that a GPU is given at most before it is waited for
 _flush_buffers: dict[torch.device, torch.Tensor] = {}
 _keeps_freed_memory = False
+
+
+# The C library keeps small freed blocks aside: among them what is left before and after a large one
+# of 64-byte alignment. They keep large neighbours apart, and a heap that is kept grows for it.
+_TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+
+
+def restart_with_joined_blocks() -> None:
+    """Starts the process anew, on Linux, with a C library that joins freed blocks at once; it only
+    hears of that when it starts. Comes back where nothing is to be changed."""
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = _TUNABLES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def keep_freed_memory() -> bool:
@@ -40,7 +54,7 @@ def keep_freed_memory() -> bool:
 
 
 def reserve_memory(size: int) -> None:
-    """Where freed memory is kept: `size` bytes more on the heap, and a page behind all of it.
+    """Where freed memory is kept: room for `size` bytes on the heap, and a page behind all of it.
 
     A block that was freed seldom fits the next one of its size (both are moved to a multiple of 64
     bytes), so for many calls more the heap would still grow by new pages. And what
@@ -49,21 +63,46 @@ def reserve_memory(size: int) -> None:
     """
     if not _keeps_freed_memory or size <= 0:
         return
-    room = torch.empty(size, dtype=torch.int8)
+    room = torch.empty(size if _free_on_heap() < size else 0, dtype=torch.int8)
     if not _populate_heap():
         room.fill_(0)
 
 
+class _MallInfo(ctypes.Structure):
+    """What mallinfo2 of the GNU C library returns (2.33 and later)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def _free_on_heap() -> int:
+    """Bytes of the heap that no block takes; 0 where the C library does not say."""
+    try:
+        ask = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        return 0
+    ask.restype = _MallInfo
+    return int(ask().fordblks)
+
+
 def _populate_heap() -> bool:
-    """Has the kernel put a page behind every address of the heap. Returns: whether it can (Linux
-    5.14)."""
+    """Has the kernel put a page behind every address of the heap. Returns: whether it did; from
+    Linux 5.14 on it can."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, *_, name = line.split()
-        if name == "[heap]":
-            first, end = (int(place, 16) for place in span.split("-"))
-            size = ctypes.c_size_t(end - first)
-            populate = 23  # MADV_POPULATE_WRITE
-            return ctypes.CDLL("libc.so.6").madvise(ctypes.c_void_p(first), size, populate) == 0
+        if name != "[heap]":
+            continue
+        first, end = (int(place, 16) for place in span.split("-"))
+        if end - first > free_memory() // 2:
+            return False
+        populate = 23  # MADV_POPULATE_WRITE
+        size = ctypes.c_size_t(end - first)
+        return ctypes.CDLL("libc.so.6").madvise(ctypes.c_void_p(first), size, populate) == 0
     return False
 
 

@@ -18,7 +18,7 @@ from cppo import backends
 from cppo.benchmarks import environment, gpu, harness, inputs, peers, rows, run, show, timing
 from cppo.benchmarks.cases import SHAPES, Case, cases
 from cppo.benchmarks.ceilings import Ceilings, measure_ceilings
-from cppo.benchmarks.harness import Budget, Measured
+from cppo.benchmarks.harness import Budget, Measured, Pass
 from cppo.benchmarks.inputs import Sizes
 from cppo.cli import main
 from cppo.records import TokenStats
@@ -215,10 +215,11 @@ def test_later_passes_time_the_same_calls_again(monkeypatch: pytest.MonkeyPatch)
     assert harness.measure_again(found, CPU, Budget(seconds=60.0, quick=60.0, rounds=3))
     for m in found:
         first, second = m.passes
-        assert len(second) >= 3 and m.count == len(first) + len(second)
-        m.passes[:] = [[3.0, 5.0, 9.0], [1.0, 6.0, 7.0, 8.0, 9.0]]
-        assert (m.ms(), m.ms(0.0), m.ms(1.0)) == (6.0, 2.0, 9.0)  # of each pass, averaged
-        m.passes += [[6.0], [6.5], [8.0], [5.5], [900.0], [0.1]]
+        assert second.samples >= 3 and m.count == first.samples + second.samples
+        m.passes[:] = map(Pass.of, ([3.0, 5.0, 9.0, 10.0, 11.0, 12.0], [1.0, 6.0, 7.0, 8.0, 10.0]))
+        assert m.passes[0] == (6, 5.0, 9.5, 11.0) and m.ms() == 8.25  # of each pass, averaged
+        assert (m.ms("p20"), m.ms("p80")) == pytest.approx((5.0, 9.7))
+        m.passes[:] = [Pass.of([t]) for t in (5.0, 7.0, 6.0, 6.5, 8.0, 5.5, 900.0, 0.1)]
         assert m.ms() == 6.25  # of 0.1, 5, 5.5, 6, 6.5, 7, 8, 900 those between the quartiles
     assert {row["passes"] for row in rows.make_rows(found, CEILINGS)} == {"8"}
 

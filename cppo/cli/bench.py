@@ -22,12 +22,19 @@ _SHAPES = {
 _QUICK = ("eager", "trl", "liger", "verl", "torch", "flash-attn")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure the ops; exit status 1 if a result is wrong or slower than a file to compare with."""
+def main(argv: Sequence[str] | None = None, may_restart: bool = False) -> int:
+    """Measure the ops; exit status 1 if a result is wrong or slower than a file to compare with.
+
+    Args:
+        argv: the arguments after `cppo bench`.
+        may_restart: whether they are those of the process, which may be started anew with them.
+    """
     arguments = _parser().parse_args(argv)
-    from cppo.benchmarks import peers, plots, rows, run
+    from cppo.benchmarks import peers, plots, rows, run, timing
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if may_restart and torch.device(device).type == "cpu" and arguments.allocator == "keep":
+        timing.restart_with_joined_blocks()
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: torch sees no GPU here")
     against = tuple(arguments.against or ())

@@ -35,6 +35,7 @@ CPU_SOURCES = (
     "csrc/cppo.cpp",
     "csrc/cpu/advantages_and_prune.cpp",
     "csrc/cpu/cppo_loss.cpp",
+    "csrc/cpu/head.cpp",
     "csrc/cpu/kept_memory.cpp",
     "csrc/cpu/loss_terms.cpp",
     "csrc/cpu/pack_completions.cpp",

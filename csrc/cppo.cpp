@@ -75,12 +75,16 @@ STABLE_TORCH_LIBRARY(cppo, m) {
       "str reduction, int? max_length, float kl_coef, float entropy_coef, float cpl_coef, "
       "str divergence, float tau, float fraction, bool gating, bool detach_anchor, "
       "str cpl_reduction) -> (Tensor, Tensor, Tensor)");
+  // Of the LM head: memory for its tiles, and tile[:, first + j] = product[j, :rows].
+  m.def("kept_memory(int bytes) -> Tensor");
+  m.def("place_transposed_(Tensor(a!) tile, Tensor product, int first) -> ()");
   m.def("empty_cache() -> ()");
   m.def("row_capability() -> str");
   m.def("row_power(Tensor t) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cppo, CompositeExplicitAutograd, m) {
+  m.impl("kept_memory", TORCH_BOX(&cppo::cpu::kept_memory));
   m.impl("empty_cache", TORCH_BOX(&cppo::cpu::empty_cache));
   m.impl("row_capability", TORCH_BOX(&cppo::cpu::row_capability));
 }
@@ -99,6 +103,7 @@ STABLE_TORCH_LIBRARY_IMPL(cppo, CPU, m) {
   m.impl("cppo_loss_backward", TORCH_BOX(&cppo::cpu::cppo_loss_backward));
   m.impl("cppo_loss_backward_", TORCH_BOX(&cppo::cpu::cppo_loss_backward_));
   m.impl("loss_terms", TORCH_BOX(&cppo::cpu::loss_terms));
+  m.impl("place_transposed_", TORCH_BOX(&cppo::cpu::place_transposed_));
   m.impl("row_power", TORCH_BOX(&cppo::cpu::row_power));
   m.impl("unpack", TORCH_BOX(&cppo::cpu::unpack));
   m.impl("gather_tokens", TORCH_BOX(&cppo::cpu::gather_tokens));

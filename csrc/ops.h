@@ -74,7 +74,10 @@ void cppo_loss_backward_(Tensor grad_loss, Tensor anchor, std::optional<Tensor> 
                          std::optional<Tensor> cu_seqlens, Tensor saved, Tensor coefficients,
                          double temperature, std::string divergence, bool gating,
                          bool detach_anchor);
-// Gives the memory that is kept for gradients back to the system (kept_memory.h).
+// Of the LM head: memory of its tiles (kept_memory.h); a product turned around into a tile.
+Tensor kept_memory(int64_t bytes);
+void place_transposed_(Tensor tile, Tensor product, int64_t first);
+// Gives the memory that is kept back to the system.
 void empty_cache();
 // Of the row kernels: their instruction set, and their powers for the error bound.
 std::string row_capability();

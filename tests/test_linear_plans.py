@@ -171,6 +171,8 @@ def test_the_host_waits_once_and_twice_a_group(layout, monkeypatch):
     rows += [inputs.get("mask"), inputs.get("cu_seqlens"), None]
     given = (*inputs["hidden"], inputs["weight"], None, *rows)
 
+    monkeypatch.setattr(head, "VECTOR", 1)  # else tiles are of 16 rows
+
     def waits(plan, config, rows_per_tile):
         monkeypatch.setitem(head.TILE_BYTES, "cpu", rows_per_tile * 37 * 4)
         options = [getattr(config, name) for name in config.__dataclass_fields__]

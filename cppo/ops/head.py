@@ -12,17 +12,23 @@ well: with the few rows of a tile that is faster than hidden times the whole wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from cppo import _ext
+
 # On a GPU 1 GiB is 3500 rows of a vocabulary of 150,000 in bf16: enough that a product costs more
 # than the pass over the fp32 gradient of the weight that it is added to (twice V D 4 bytes; at the
 # rates of an H200 as long as the product of 750 rows). A tile for the L2 cache would have 150 rows.
-# On a CPU 128 MiB are 220 rows in fp32: enough for most of the rate of many.
+# On a CPU 128 MiB are 208 rows in fp32: enough for most of the rate of many.
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 SLICE_BYTES = 4 << 20  # of a part of the weight in fp32
+# Floats of AVX-512: with a number of rows that is no multiple of it a CPU's product in fp32 takes a
+# sixth longer, and with 2 to 15 rows twice as long as with 16.
+VECTOR = 16
 
 
 def multiplies_natively(dtype: torch.dtype, device: torch.device) -> bool:
@@ -32,6 +38,14 @@ def multiplies_natively(dtype: torch.dtype, device: torch.device) -> bool:
     if dtype == torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+def even(count: int, room: int) -> int:
+    """The size of the fewest pieces that hold `count` rows, none of which has more than `room`:
+    as equal as can be, since a piece reads the whole weight however small it is."""
+    pieces = math.ceil(count / room)
+    size = math.ceil(count / max(1, pieces))
+    return max(1, min(room, math.ceil(size / VECTOR) * VECTOR))
 
 
 class Head:
@@ -85,7 +99,12 @@ class Head:
         bytes_per_logit = dtype.itemsize + (self.accumulator.itemsize if wide else 0)
         budget = TILE_BYTES.get(self.weight.device.type, TILE_BYTES["cuda"])
         rows = budget // (self.weight.shape[0] * bytes_per_logit)
-        return max(1, rows if self.softcap is None else rows // 2)
+        rows = max(1, rows if self.softcap is None else rows // 2)
+        return rows if rows < VECTOR else rows - rows % VECTOR
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """(n,) in the fewest pieces whose logits fit a tile."""
+        return rows.split(even(len(rows), self.rows_per_tile)) if len(rows) else ()
 
     def _slices(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in the accumulator's dtype, a part of the vocabulary at a time."""
@@ -94,11 +113,18 @@ class Head:
             part = slice(first, first + step)
             yield part, self.weight[part].to(self.accumulator)
 
+    def _new_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """On a CPU in memory that is kept when freed, as PyTorch does on a GPU."""
+        if not self.on_cpu or _ext.missing["cpp"]:
+            return self.weight.new_empty(shape, dtype=dtype)
+        memory: Tensor = torch.ops.cppo.kept_memory(math.prod(shape) * dtype.itemsize)
+        return memory.view(dtype).view(shape)
+
     def _new_tile(self, rows: int, dtype: torch.dtype) -> Tensor:
         """(rows, V), every row at a multiple of 16 bytes: GPUs read and write others slowly."""
         size = self.weight.shape[0]
         if not self.weight.is_cuda:
-            return self.weight.new_empty(rows, size, dtype=dtype)
+            return self._new_empty((rows, size), dtype)
         unit = 16 // dtype.itemsize
         return self.weight.new_empty(rows, -(-size // unit) * unit, dtype=dtype)[:, :size]
 
@@ -125,10 +151,17 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, V) of (rows, D); fp32 where this CPU multiplies in fp32."""
         if self.sliced:
-            states = hidden.to(self.accumulator).t().contiguous()
-            logits = self._new_tile(len(hidden), self.accumulator)
+            rows = len(hidden)
+            padded = rows if rows == 1 else math.ceil(rows / VECTOR) * VECTOR
+            states = hidden.new_zeros(hidden.shape[1], padded, dtype=self.accumulator)
+            states[:, :rows] = hidden.t()
+            logits = self._new_tile(rows, self.accumulator)
             for part, weight in self._slices():
-                logits[:, part] = torch.mm(weight, states).t()
+                product = torch.mm(weight, states)
+                if _ext.missing["cpp"]:
+                    logits[:, part] = product[:, :rows].t()
+                else:
+                    torch.ops.cppo.place_transposed_(logits, product, part.start)
         elif self.bias is None and self.softcap is None:
             return self._product(hidden, hidden.dtype)
         else:
@@ -156,50 +189,47 @@ class Head:
             self.grad_bias += grad_logits.sum(0, dtype=self.accumulator)
         # Of a head with a bias or a cap they are in fp32, and a CPU multiplies them as they are:
         # in bf16 they would be less exact than those of eager now and then.
-        in_fp32 = self.on_cpu and grad_logits.dtype != self.weight.dtype
-        if not (self.sliced or in_fp32):
-            if grad_logits.dtype != self.weight.dtype:
-                tile = self._new_tile(len(grad_logits), self.weight.dtype)
-                grad_logits = tile.copy_(grad_logits)
-            if self.wants_weight:
-                self._add_weight_gradient(grad_logits, hidden)
-            return self._matrix_product(grad_logits, self.weight) if wants_hidden else None
-        total, wide = self.grad_weight, hidden.to(self.accumulator)
-        # Transposed, as the logits: faster for few rows.
-        grad_states = wide.new_zeros(wide.shape[::-1]) if wants_hidden else None
-        is_wide = self.weight.dtype == self.accumulator
-        for part, weight in ((slice(None), self.weight),) if is_wide else self._slices():
-            columns = grad_logits[:, part].t()
-            if grad_states is not None:
-                grad_states.addmm_(weight.t(), columns)
-            if total is not None:
-                total[part].addmm_(columns, wide)
-        return None if grad_states is None else grad_states.t()
+        if not self.on_cpu and grad_logits.dtype != self.weight.dtype:
+            tile = self._new_tile(len(grad_logits), self.weight.dtype)
+            grad_logits = tile.copy_(grad_logits)
+        if self.wants_weight:
+            self._add_weight_gradient(grad_logits, hidden)
+        return self._gradient_of_hidden(grad_logits) if wants_hidden else None
 
-    def _matrix_product(self, left: Tensor, right: Tensor) -> Tensor:
-        """left @ right in the accumulator's dtype."""
-        if left.is_cuda and left.dtype != self.accumulator:
+    def _gradient_of_hidden(self, grad_logits: Tensor) -> Tensor:
+        if grad_logits.is_cuda and grad_logits.dtype != self.accumulator:
             # Summed in fp32 throughout; rounded to bf16 between its parts a product would be less.
-            return torch.mm(left, right, out_dtype=self.accumulator)
-        return (left @ right).to(self.accumulator)
+            return torch.mm(grad_logits, self.weight, out_dtype=self.accumulator)
+        if grad_logits.dtype == self.weight.dtype:
+            if self.sliced and len(grad_logits) % VECTOR == 0:
+                # As the logits: faster with whole vectors of rows, and 30 times slower with two.
+                return torch.mm(self.weight.t(), grad_logits.t()).t()
+            return (grad_logits @ self.weight).to(self.accumulator)
+        total = grad_logits.new_zeros(len(grad_logits), self.weight.shape[1])
+        for part, weight in self._slices():
+            total.addmm_(grad_logits[:, part], weight)
+        return total
 
     def _add_weight_gradient(self, grad_logits: Tensor, hidden: Tensor) -> None:
-        columns = grad_logits.t()
-        mixed = grad_logits.dtype != self.accumulator
-        if hidden.is_cuda and self._grad_weight is None:
-            options = {"out_dtype": self.accumulator} if mixed else {}
-            new = self.weight.new_empty(self.weight.shape, dtype=self.accumulator)
-            self._grad_weight = torch.mm(columns, hidden, out=new, **options)
-            return
-        total = self.grad_weight
-        assert total is not None
-        if not mixed:
-            total.addmm_(columns, hidden)
-            return
-        if hidden.is_cuda:
-            torch.addmm(total, columns, hidden, out_dtype=self.accumulator, out=total)
-            return
-        step = max(1, (32 << 20) // (4 * max(1, hidden.shape[1])))
-        for first in range(0, len(total), step):
-            part = slice(first, first + step)
-            total[part] += columns[part] @ hidden
+        columns, is_first = grad_logits.t(), self._grad_weight is None
+        if self._grad_weight is None:
+            self._grad_weight = self._new_empty(self.weight.shape, self.accumulator)
+        total = self._grad_weight
+        if grad_logits.dtype == self.accumulator:
+            states = hidden.to(self.accumulator)
+            torch.addmm(total, columns, states, beta=0 if is_first else 1, out=total)
+        elif hidden.is_cuda:
+            if is_first:
+                torch.mm(columns, hidden, out_dtype=self.accumulator, out=total)
+            else:
+                torch.addmm(total, columns, hidden, out_dtype=self.accumulator, out=total)
+        else:
+            # A part at a time, which is converted and added while it is in the cache.
+            step = max(1, SLICE_BYTES // (4 * max(1, hidden.shape[1])))
+            for first in range(0, len(total), step):
+                part = slice(first, first + step)
+                product = (columns[part] @ hidden).to(self.accumulator)
+                if is_first:
+                    total[part] = product
+                else:
+                    total[part] += product

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cppo.config import LossConfig
-from cppo.ops.head import Head
+from cppo.ops.head import Head, even
 from cppo.ops.library import COEFFICIENTS, CONFIG_FIELDS, STATS_SAVED
 from cppo.ops.linear_rows import ANCHOR, NEGATIVE, POSITIVE, WEIGHT, Part, Stack, ViewRows, stacks
 from cppo.records import Views
@@ -255,7 +255,7 @@ class LinearBatch:
             return  # a product of no rows reads the whole weight all the same
         # Where others are kept there is a third of a tile left.
         room = max(1, self.head.rows_per_tile // 3) if keep else self.head.rows_per_tile
-        step = len(rows) if view in keep else room
+        step = len(rows) if view in keep else even(len(rows), room)
         for some, where in zip(rows.split(step), places.split(step), strict=True):
             logits = self.views.logits(self.views.hidden_at(view, where))
             logps, entropy, saved = self._token_stats(logits, some)
@@ -309,7 +309,7 @@ class LinearBatch:
 
     def _thirds(self, rows: Tensor, places: Tensor) -> Iterator[list[Part]]:
         """Rows of which three views fit a tile."""
-        step = max(1, self.head.rows_per_tile // 3)
+        step = even(len(rows), max(1, self.head.rows_per_tile // 3))
         for some, where in zip(rows.split(step), places.split(step), strict=True):
             if len(some):
                 yield [(ANCHOR, some, some), (POSITIVE, some, where), (NEGATIVE, some, where)]
@@ -412,7 +412,8 @@ class LinearBatch:
             hidden, saved = self.views.hidden_at(view, part[2]), self.saved[SAVED[view], part[1]]
             self.gradient(Stack([part], hidden, logits, saved))
             del logits
-        for parts in stacks(gone, self.head.rows_per_tile):
+        count = sum(len(rows) for _, rows, _ in gone)
+        for parts in stacks(gone, even(count, self.head.rows_per_tile)):
             self.gradient(self._stack(parts)[0])
 
     def gradient(self, stack: Stack) -> None:

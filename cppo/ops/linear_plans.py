@@ -293,7 +293,7 @@ def linear_token_stats(
     rows = _counting(targets, mask)
     dtype = accumulator(hidden)
     logps, entropy = (hidden.new_zeros(targets.numel(), dtype=dtype) for _ in range(2))
-    for some in rows.split(head.rows_per_tile) if len(rows) else ():
+    for some in head.split(rows):
         logits = head.logits(flat[some])
         logps[some], entropy[some], _ = ops.token_stats(logits, ids[some], None, temperature, False)
         del logits  # before the next are there
@@ -330,7 +330,7 @@ def linear_token_stats_backward(
         if values is not None:
             counts |= values != 0
     active = counts.nonzero()[:, 0]
-    for part in active.split(head.rows_per_tile) if len(active) else ():
+    for part in head.split(active):
         some = rows[part]
         states = flat[some]
         logits = head.logits(states)

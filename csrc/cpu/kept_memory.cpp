@@ -1,7 +1,8 @@
-// Memory of new gradients: see kept_memory.h.
+// Memory of what is as large as logits: see kept_memory.h.
 
 #include "kept_memory.h"
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "ops.h"
@@ -13,11 +14,19 @@
 #include <algorithm>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 #endif
 
 namespace cppo::cpu {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+
+namespace {
+const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
+}
 
 #if defined(__linux__) && defined(MADV_FREE) && defined(MADV_HUGEPAGE)
 namespace {
@@ -132,16 +141,27 @@ class Cache {
   size_t bytes_idle_ = 0, bytes_in_use_ = 0, most_in_use_ = 0;
 };
 
+// Dense on the CPU, or nothing where it is small or the system has no more.
+std::optional<Tensor> of_kept_memory(IntHeaderOnlyArrayRef sizes, ScalarType dtype, size_t bytes) {
+  void* data = bytes < kLeast ? nullptr : Cache::instance().take(bytes);
+  if (data == nullptr) return std::nullopt;
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  return torch::stable::from_blob(data, sizes, strides, kCpu, dtype,
+                                  [](void* freed) { Cache::instance().give_back(freed); });
+}
+
 }  // namespace
 
 Tensor new_gradient(const Tensor& like) {
   const size_t bytes = static_cast<size_t>(like.numel()) * like.element_size();
-  void* data = bytes < kLeast ? nullptr : Cache::instance().take(bytes);
-  if (data == nullptr) return torch::stable::new_empty(like, like.sizes(), like.scalar_type());
-  std::vector<int64_t> strides(like.dim(), 1);
-  for (int64_t d = like.dim() - 2; d >= 0; --d) strides[d] = strides[d + 1] * like.size(d + 1);
-  return torch::stable::from_blob(data, like.sizes(), strides, like.device(), like.scalar_type(),
-                                  [](void* freed) { Cache::instance().give_back(freed); });
+  const auto kept = of_kept_memory(like.sizes(), like.scalar_type(), bytes);
+  return kept ? *kept : torch::stable::new_empty(like, like.sizes(), like.scalar_type());
+}
+
+Tensor kept_memory(int64_t bytes) {
+  const auto kept = of_kept_memory({bytes}, ScalarType::Byte, static_cast<size_t>(bytes));
+  return kept ? *kept : torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, kCpu);
 }
 
 void empty_cache() { Cache::instance().clear(); }
@@ -150,6 +170,10 @@ void empty_cache() { Cache::instance().clear(); }
 
 Tensor new_gradient(const Tensor& like) {
   return torch::stable::new_empty(like, like.sizes(), like.scalar_type());
+}
+
+Tensor kept_memory(int64_t bytes) {
+  return torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, kCpu);
 }
 
 void empty_cache() {}

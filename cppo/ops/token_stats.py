@@ -86,6 +86,9 @@ def linear_token_stats(
     + bias), capped as softcap * tanh(logits / softcap) where the model does that (Gemma 2,
     arXiv 2408.00118); a bias of -inf rules a token out in either case.
 
+    On a CPU with Linux the memory of a tile is kept for the next call, as that of new gradients is
+    (`token_stats`, `inplace`).
+
     Args:
         hidden: (B, L, D) or (T, D), fp16, bf16, fp32 or fp64; gradients flow.
         weight: (V, D) LM head of hidden's dtype; gradients flow. It may be a DTensor or a

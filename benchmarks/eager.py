@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cppo.config import LossConfig
 from cppo.records import Views
+from cppo.reference import ENTROPY_ERROR
 
 # (rows, targets, with_entropy) -> log-probabilities of the targets and entropies (or None)
 Stats = Callable[[Tensor, Tensor, bool], "tuple[Tensor, Tensor | None]"]
@@ -50,7 +51,7 @@ def select_tokens(
 ) -> Tensor:
     """(B, L) bool: in each completion that looks, the tokens whose entropy rises most."""
     rise = negative_entropy - entropy
-    rises = (rise > 0) & looks[:, None]
+    rises = (rise > ENTROPY_ERROR * (1 + negative_entropy)) & looks[:, None]
     score = torch.where(rises, rise / (negative_entropy + 1e-6), -torch.inf)
     count = (fraction * rises.sum(1)).floor().long().clamp(min=1)
     threshold = score.sort(dim=1, descending=True).values.gather(1, count[:, None] - 1)

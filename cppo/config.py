@@ -89,6 +89,9 @@ class LossConfig(_Checked):
     CPPOConfig, `max_completion_tokens`."""
     kl_coef: float = 0.0
     """Weight of the k3 estimate of KL(policy || reference). >= 0; needs `ref_logps`."""
+    kl_clamp: float | None = None
+    """The k3 estimate of a token is at most this, with no gradient above. > 0; verl's form is 10.
+    None: no bound, so that a token far from the reference is pulled back."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus. >= 0."""
     cpl_coef: float = 0.01
@@ -113,6 +116,8 @@ class LossConfig(_Checked):
         self._number("clip_high", "kl_coef", "entropy_coef", "cpl_coef", at_least=0, below=math.inf)
         if self.dual_clip is not None:
             self._number("dual_clip", above=1, below=math.inf)
+        if self.kl_clamp is not None:
+            self._number("kl_clamp", above=0, below=math.inf)
         if self.max_length is not None:
             self._integer("max_length", at_least=1)
         self._one_of("importance", IMPORTANCE)

@@ -51,8 +51,8 @@ STABLE_TORCH_LIBRARY(cppo, m) {
       "cppo_loss(Tensor anchor, Tensor? positive, Tensor? negative, Tensor targets, "
       "Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? mask, Tensor? cu_seqlens, "
       "Tensor? num_items, float temperature, float clip_low, float clip_high, float? dual_clip, "
-      "str importance, str reduction, int? max_length, float kl_coef, float entropy_coef, "
-      "float cpl_coef, str divergence, float tau, float fraction, bool gating, "
+      "str importance, str reduction, int? max_length, float kl_coef, float? kl_clamp, "
+      "float entropy_coef, float cpl_coef, str divergence, float tau, float fraction, bool gating, "
       "bool detach_anchor, str cpl_reduction, bool inplace) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -72,7 +72,8 @@ STABLE_TORCH_LIBRARY(cppo, m) {
       "Tensor? margin, Tensor selected, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, "
       "Tensor cu_seqlens, float policy_denominator, float contrast_denominator, "
       "float temperature, float clip_low, float clip_high, float? dual_clip, str importance, "
-      "str reduction, int? max_length, float kl_coef, float entropy_coef, float cpl_coef, "
+      "str reduction, int? max_length, float kl_coef, float? kl_clamp, float entropy_coef, "
+      "float cpl_coef, "
       "str divergence, float tau, float fraction, bool gating, bool detach_anchor, "
       "str cpl_reduction) -> (Tensor, Tensor, Tensor)");
   // Of the LM head: memory for its tiles, and tile[:, first + j] = product[j, :rows].

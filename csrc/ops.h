@@ -52,8 +52,9 @@ LossOutputs cppo_loss(Tensor anchor, std::optional<Tensor> positive, std::option
                       double temperature, double clip_low, double clip_high,
                       std::optional<double> dual_clip, std::string importance,
                       std::string reduction, std::optional<int64_t> max_length, double kl_coef,
-                      double entropy_coef, double cpl_coef, std::string divergence, double tau,
-                      double fraction, bool gating, bool detach_anchor, std::string cpl_reduction,
+                      std::optional<double> kl_clamp, double entropy_coef, double cpl_coef,
+                      std::string divergence, double tau, double fraction, bool gating,
+                      bool detach_anchor, std::string cpl_reduction,
                       bool inplace);
 std::tuple<Tensor, Tensor, Tensor> loss_terms(
     Tensor logps, Tensor entropy, std::optional<Tensor> positive_logps,
@@ -61,9 +62,9 @@ std::tuple<Tensor, Tensor, Tensor> loss_terms(
     Tensor advantages, std::optional<Tensor> old_logps, std::optional<Tensor> ref_logps,
     Tensor cu_seqlens, double policy_denominator, double contrast_denominator, double temperature,
     double clip_low, double clip_high, std::optional<double> dual_clip, std::string importance,
-    std::string reduction, std::optional<int64_t> max_length, double kl_coef, double entropy_coef,
-    double cpl_coef, std::string divergence, double tau, double fraction, bool gating,
-    bool detach_anchor, std::string cpl_reduction);
+    std::string reduction, std::optional<int64_t> max_length, double kl_coef,
+    std::optional<double> kl_clamp, double entropy_coef, double cpl_coef, std::string divergence,
+    double tau, double fraction, bool gating, bool detach_anchor, std::string cpl_reduction);
 std::tuple<Tensor, Tensor, Tensor> cppo_loss_backward(
     Tensor grad_loss, Tensor anchor, std::optional<Tensor> positive, std::optional<Tensor> negative,
     Tensor targets, Tensor advantages, std::optional<Tensor> cu_seqlens, Tensor saved,

@@ -4,7 +4,7 @@ Per row, with A of its completion, rho = exp(logp - old) (per completion its geo
 w = 1 / (denominator [x tokens of the completion]):
 
     policy = -min(rho A, clip(rho) A),  d policy / d logp = -rho A where no clip binds
-    KL = k3(ref - logp),  d k3(d) / d d = e^d - 1 inside the clamps
+    KL = min(k3(ref - logp), kl_clamp),  d k3(d) / d d = e^d - 1 inside the clamps
     CPL = softplus(margin / tau) where selected,  d CPL / d margin = sigmoid(margin / tau) / tau
     loss = sum w (policy + kl_coef KL - entropy_coef H) + cpl_coef sum CPL / selected
 
@@ -14,6 +14,7 @@ order. What they divide by is counted here, or given (`loss_terms`: a part of a 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -145,14 +146,14 @@ def _num_selected(selected_ptr, start, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _k3(logp, anchor):
-    """k3 estimate with d = logp - anchor, and its derivative by d; both clamped."""
+def _k3(logp, anchor, bound):
+    """k3 estimate with d = logp - anchor, at most `bound`, and its derivative by d."""
     d = logp - anchor
     clamped = tl.where(d < -20.0, -20.0, tl.where(d > 20.0, 20.0, d))
     ratio = tl.exp(clamped)
     value = ratio - clamped - 1.0
-    inside = (tl.abs(d) <= 20.0) & (value <= 10.0)
-    return tl.where(value > 10.0, 10.0, value), tl.where(inside, ratio - 1.0, 0.0)
+    inside = (tl.abs(d) <= 20.0) & (value <= bound)
+    return tl.where(value > bound, bound, value), tl.where(inside, ratio - 1.0, 0.0)
 
 
 @triton.jit
@@ -161,7 +162,7 @@ def _divergence(logp, anchor, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == "k1":
         return anchor - logp, tl.zeros_like(logp) - 1.0
     else:
-        return _k3(logp, anchor)
+        return _k3(logp, anchor, 10.0)
 
 
 @triton.jit
@@ -275,6 +276,7 @@ def _loss_kernel(
     clip_high: tl.float64,
     dual_clip: tl.float64,
     kl_coef: tl.float64,
+    kl_clamp: tl.float64,
     entropy_coef: tl.float64,
     cpl_coef: tl.float64,
     tau: tl.float64,
@@ -351,7 +353,7 @@ def _loss_kernel(
             loss -= entropy * as_scalar(entropy_coef, ACC)
         if ref_logps_ptr is not None:
             ref = tl.load(ref_logps_ptr + row, valid, 0.0).to(ACC)
-            kl, slope = _k3(ref, logp)
+            kl, slope = _k3(ref, logp, as_scalar(kl_clamp, ACC))
             loss += kl * as_scalar(kl_coef, ACC)
             d_logp -= slope * as_scalar(kl_coef, ACC)
             sum_kl += tl.where(valid, kl, 0.0).to(tl.float64)
@@ -548,6 +550,7 @@ def launch_loss(
             clip_high=config.clip_high,
             dual_clip=config.dual_clip or 0.0,
             kl_coef=config.kl_coef,
+            kl_clamp=math.inf if config.kl_clamp is None else config.kl_clamp,
             entropy_coef=config.entropy_coef,
             tau=config.tau,
             HAS_DUAL_CLIP=config.dual_clip is not None,

@@ -2,7 +2,8 @@
 
 Specification: `cppo.reference.perception_mask`. Per completion, over its valid tokens,
 
-    dH = H_negative - H_anchor,  score = dH / (H_negative + 1e-6) where dH > 0,  c of them
+    dH = H_negative - H_anchor,  dH > 0 where it exceeds the rounding error of an entropy
+    score = dH / (H_negative + 1e-6) where dH > 0,  c of them
     k = max(1, floor(fraction c)),  selected = dH > 0 and score >= k-th largest score
 
 One program per completion. A score's bits, made unsigned and of the order of the score, are
@@ -19,12 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cppo.reference import ENTROPY_ERROR
 from cppo.triton_kernels import rows
 from cppo.triton_kernels.rows import completion_rows
 
 BLOCK = 2048
 # One thread per bin of the histogram.
 NUM_WARPS = 8
+# Of an entropy H, times 1 + H.
+ERROR = tl.constexpr(ENTROPY_ERROR)
 
 
 @triton.jit
@@ -36,7 +40,7 @@ def _rises_and_keys(anchor_ptr, negative_ptr, reads_ptr, row, end, ACC: tl.const
     anchor = tl.load(anchor_ptr + row, inside, 0.0).to(ACC)
     negative = tl.load(negative_ptr + row, inside, 0.0).to(ACC)
     rise = negative - anchor
-    rises = inside & (rise > 0)
+    rises = inside & (rise > ERROR * (1 + negative))
     if ACC == tl.float64:
         score = rise / (negative + 1e-6)
     else:

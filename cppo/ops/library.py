@@ -30,7 +30,8 @@ from cppo.records import LossOutput, NumItems, TokenStats, Views
 # The scalars of the schema of cppo_loss are the fields of LossConfig, in order.
 CONFIG = (
     "float temperature, float clip_low, float clip_high, float? dual_clip, str importance, "
-    "str reduction, int? max_length, float kl_coef, float entropy_coef, float cpl_coef, "
+    "str reduction, int? max_length, float kl_coef, float? kl_clamp, float entropy_coef, "
+    "float cpl_coef, "
     "str divergence, float tau, float fraction, bool gating, bool detach_anchor, "
     "str cpl_reduction"
 )

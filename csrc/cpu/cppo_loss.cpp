@@ -198,8 +198,9 @@ LossOutputs cppo_loss(Tensor anchor, std::optional<Tensor> positive, std::option
                       double temperature, double clip_low, double clip_high,
                       std::optional<double> dual_clip, std::string importance,
                       std::string reduction, std::optional<int64_t> max_length, double kl_coef,
-                      double entropy_coef, double cpl_coef, std::string divergence, double tau,
-                      double fraction, bool gating, bool detach_anchor, std::string cpl_reduction,
+                      std::optional<double> kl_clamp, double entropy_coef, double cpl_coef,
+                      std::string divergence, double tau, double fraction, bool gating,
+                      bool detach_anchor, std::string cpl_reduction,
                       bool /*inplace: for the backward*/) {
   const LossConfig config = {
       temperature,
@@ -210,6 +211,7 @@ LossOutputs cppo_loss(Tensor anchor, std::optional<Tensor> positive, std::option
       parse_reduction(kOp, reduction),
       max_length,
       kl_coef,
+      kl_clamp,
       entropy_coef,
       cpl_coef,
       parse_divergence(kOp, divergence),
@@ -317,9 +319,9 @@ std::tuple<Tensor, Tensor, Tensor> loss_terms(
     Tensor advantages, std::optional<Tensor> old_logps, std::optional<Tensor> ref_logps,
     Tensor cu_seqlens, double policy_denominator, double contrast_denominator, double temperature,
     double clip_low, double clip_high, std::optional<double> dual_clip, std::string importance,
-    std::string reduction, std::optional<int64_t> max_length, double kl_coef, double entropy_coef,
-    double cpl_coef, std::string divergence, double tau, double fraction, bool gating,
-    bool detach_anchor, std::string cpl_reduction) {
+    std::string reduction, std::optional<int64_t> max_length, double kl_coef,
+    std::optional<double> kl_clamp, double entropy_coef, double cpl_coef, std::string divergence,
+    double tau, double fraction, bool gating, bool detach_anchor, std::string cpl_reduction) {
   const char* op = "loss_terms";
   const LossConfig config = {
       temperature,
@@ -330,6 +332,7 @@ std::tuple<Tensor, Tensor, Tensor> loss_terms(
       parse_reduction(op, reduction),
       max_length,
       kl_coef,
+      kl_clamp,
       entropy_coef,
       cpl_coef,
       parse_divergence(op, divergence),

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace cppo::cpu {
 namespace {
@@ -42,13 +43,17 @@ struct Term {
   double value, slope;
 };
 
-// The k3 estimate from d = log of a ratio, and its derivative by d; zero where clamped.
-Term k3(double d) {
+// The k3 estimate from d = log of a ratio, at most `bound`, and its derivative by d; zero where
+// either clamp binds.
+Term k3(double d, double bound) {
   const double clamped = std::clamp(d, -20.0, 20.0);
   const double value = std::exp(clamped) - clamped - 1.0;
-  const bool inside = d >= -20.0 && d <= 20.0 && value <= 10.0;
-  return {std::clamp(value, -10.0, 10.0), inside ? std::exp(d) - 1.0 : 0.0};
+  const bool inside = d >= -20.0 && d <= 20.0 && value <= bound;
+  return {std::min(value, bound), inside ? std::exp(d) - 1.0 : 0.0};
 }
+
+// Of two views: the authors' code bounds it, so that one token cannot carry the contrast.
+Term divergence_k3(double d) { return k3(d, 10.0); }
 
 // The clipped surrogate, its derivative by the log-ratio, and whether the clip stops it.
 struct Surrogate {
@@ -97,6 +102,7 @@ class Completion {
     const double weight = config_.reduction == Reduction::kGrpo ? 1.0 / count : 1.0;
     const bool per_sequence = config_.importance == Importance::kSequence;
     const double mean_log_ratio = per_sequence ? mean_of_log_ratios() : 0.0;
+    const double kl_bound = config_.kl_clamp.value_or(std::numeric_limits<double>::infinity());
     for (const int64_t i : rows_) {
       const Surrogate policy =
           surrogate(per_sequence ? mean_log_ratio : log_ratio(i), advantage_, config_);
@@ -106,7 +112,7 @@ class Completion {
       sums.policy[1] += weight * terms_.entropy[i];
       sums.policy[2] += policy.clipped ? weight : 0.0;
       if (!terms_.ref_logps.empty()) {
-        const Term kl = k3(terms_.ref_logps[i] - terms_.logps[i]);
+        const Term kl = k3(terms_.ref_logps[i] - terms_.logps[i], kl_bound);
         sums.policy[3] += weight * kl.value;
         if (config_.kl_coef != 0.0) d_logp -= config_.kl_coef * kl.slope;
       }
@@ -157,7 +163,7 @@ class Completion {
     const double negative = terms_.negative_logps[i];
     if (config_.divergence == Divergence::kFull) return terms_.margin[i];
     if (config_.divergence == Divergence::kK1) return (anchor - positive) - (anchor - negative);
-    return k3(positive - anchor).value - k3(negative - anchor).value;
+    return divergence_k3(positive - anchor).value - divergence_k3(negative - anchor).value;
   }
 
   // Adds step * d margin / d (each view's statistic).
@@ -167,8 +173,8 @@ class Completion {
       add(2, i, -step);
       return add(3, i, step);
     }
-    const double positive = k3(terms_.positive_logps[i] - terms_.logps[i]).slope;
-    const double negative = k3(terms_.negative_logps[i] - terms_.logps[i]).slope;
+    const double positive = divergence_k3(terms_.positive_logps[i] - terms_.logps[i]).slope;
+    const double negative = divergence_k3(terms_.negative_logps[i] - terms_.logps[i]).slope;
     add(2, i, step * positive);
     add(3, i, -step * negative);
     if (!config_.detach_anchor) add(0, i, step * (negative - positive));

@@ -17,7 +17,9 @@ struct LossConfig {
   Importance importance;
   Reduction reduction;
   std::optional<int64_t> max_length;
-  double kl_coef, entropy_coef, cpl_coef;
+  double kl_coef;
+  std::optional<double> kl_clamp;
+  double entropy_coef, cpl_coef;
   Divergence divergence;
   double tau, fraction;
   bool gating, detach_anchor;

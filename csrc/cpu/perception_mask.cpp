@@ -29,6 +29,9 @@ Completions::Completions(const char* op, const Tensor& rows,
 
 namespace {
 
+// The rounding error of an entropy H in fp32, times 1 + H (cppo.reference.ENTROPY_ERROR).
+constexpr double kEntropyError = 0x1p-17;
+
 // Larger first; a NaN counts as the largest, as in torch.sort, so that the order is total.
 template <class A>
 bool larger(A a, A b) {
@@ -49,7 +52,7 @@ void select(const std::vector<int64_t>& rows, const Values& anchor, const Values
   for (const int64_t row : rows) {
     const A before = static_cast<A>(anchor[row]), after = static_cast<A>(negative[row]);
     const A rise = after - before;
-    if (rise > 0) rising.push_back({row, rise / (after + static_cast<A>(1e-6))});
+    if (rise > static_cast<A>(kEntropyError) * (1 + after)) rising.push_back({row, rise / (after + static_cast<A>(1e-6))});
   }
   if (rising.empty()) return;
   const auto wanted = static_cast<int64_t>(static_cast<double>(rising.size()) * fraction);

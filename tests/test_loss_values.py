@@ -1,0 +1,114 @@
+"""The loss at points whose value can be worked out by hand, on every backend."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import cppo
+from cppo import LossConfig, Views, backends
+
+RUNS = [
+    (op, backend) for op in ("cppo_loss", "linear_cppo_loss") for backend in backends.available(op)
+]
+every_run = pytest.mark.parametrize(("op", "backend"), RUNS)
+
+
+def loss_of(op, rows, backend, **inputs):
+    """The loss of packed rows of logits; the op on hidden states gets the identity as its head."""
+    if op == "linear_cppo_loss":
+        first = rows.anchor if isinstance(rows, Views) else rows
+        inputs["weight"] = torch.eye(first.shape[-1], dtype=first.dtype)
+    return getattr(cppo, op)(rows, **inputs, backend=backend)
+
+
+# KL(policy || reference) by k3: e^d - d - 1 with d = log of reference over policy, whose derivative
+# by the policy's log-probability is 1 - e^d. Only the exponent is bounded, at 20.
+FAR = {
+    4.5: (84.51713, -89.01713),  # e^4.5 = 90.01713
+    1.0: (0.71828, -1.71828),
+    -12.0: (11.00001, 0.99999),  # the policy is more sure than the reference
+    25.0: (math.exp(20) - 21, 0.0),
+}
+
+
+@pytest.mark.parametrize("d", FAR)
+@every_run
+def test_the_pull_towards_the_reference_grows_with_the_distance(op, backend, d):
+    value, slope = FAR[d]
+    z = torch.tensor([[0.3, -0.2, 0.1]], requires_grad=True)
+    logps = z.detach().log_softmax(-1)
+    output = loss_of(
+        op,
+        z,
+        backend,
+        targets=torch.tensor([1]),
+        advantages=torch.zeros(1),
+        ref_logps=logps[:, 1] + d,
+        cu_seqlens=torch.tensor([0, 1]),
+        config=LossConfig(kl_coef=0.5),
+    )
+    output.loss.backward()
+    assert output.metrics["kl"].item() == pytest.approx(value, rel=1e-5)
+    assert output.loss.item() == pytest.approx(0.5 * value, rel=1e-5)
+    expected = 0.5 * slope * (torch.tensor([0.0, 1.0, 0.0]) - logps[0].exp())
+    torch.testing.assert_close(z.grad[0], expected, rtol=1e-4, atol=1e-6)
+
+
+@every_run
+def test_a_bound_on_the_kl_takes_its_gradient_away(op, backend):
+    z = torch.tensor([[0.3, -0.2, 0.1], [0.3, -0.2, 0.1]], requires_grad=True)
+    logps = z.detach().log_softmax(-1)[:, 1]
+    output = loss_of(
+        op,
+        z,
+        backend,
+        targets=torch.tensor([1, 1]),
+        advantages=torch.zeros(2),
+        ref_logps=logps + torch.tensor([4.5, 1.0]),
+        cu_seqlens=torch.tensor([0, 1, 2]),
+        config=LossConfig(kl_coef=1.0, kl_clamp=10),
+    )
+    output.loss.backward()
+    assert output.metrics["kl"].item() == pytest.approx((10 + math.e - 2) / 2, rel=1e-5)
+    assert not z.grad[0].any() and z.grad[1].abs().min() > 0.1
+
+
+# Entropies: a rise below the rounding error of an entropy selects nothing.
+
+
+@pytest.mark.parametrize("backend", backends.available("perception_mask"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rise_within_the_rounding_error_is_none(backend, dtype):
+    before = torch.tensor([[0.0, 0.0, 1.0, 1.0, 10.0, 10.0]], dtype=dtype)
+    # 2^-17 (1 + H) is 7.6e-6 at H = 0, 1.5e-5 at H = 1 and 8.4e-5 at H = 10.
+    rise = torch.tensor([[7e-6, 8e-6, 1.4e-5, 1.7e-5, 8e-5, 9e-5]], dtype=dtype)
+    selected = cppo.perception_mask(before, before + rise, fraction=1.0, backend=backend)
+    assert selected.tolist() == [[False, True] * 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("divergence", ["k3", "full"])
+@every_run
+def test_rows_that_are_certain_under_every_view_select_nothing(op, backend, divergence, dtype):
+    """One logit stands 20 to 30 above the others: every entropy is 0 up to rounding."""
+    targets = torch.randint(0, 17, (21,))
+
+    def view():
+        certain = 22 + 8 * torch.rand(21, 1)
+        return torch.randn(21, 17).scatter(1, targets[:, None], certain).to(dtype)
+
+    output = loss_of(
+        op,
+        Views(view(), view(), view()),
+        backend,
+        targets=targets,
+        advantages=torch.ones(3),
+        cu_seqlens=torch.tensor([0, 7, 14, 21]),
+        config=LossConfig(cpl_coef=1.0, divergence=divergence),
+    )
+    assert output.entropy.max() < 5e-6
+    assert not output.perception_mask.any()
+    assert output.metrics["cpl_loss"] == 0

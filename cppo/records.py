@@ -50,7 +50,13 @@ class LossOutput(NamedTuple):
     """What the two losses return.
 
     loss: 0-dim, differentiable. logps, entropy: detached, of the anchor, in the input's layout,
-    zero at masked rows. perception_mask: bool, same layout. metrics: {name: 0-dim detached}.
+    zero at masked rows. perception_mask: bool, same layout. metrics: {name: 0-dim detached}:
+
+    policy_loss, cpl_loss: their parts of the loss, before cpl_coef.
+    entropy, clip_fraction, kl: means over completions of the token mean ("grpo") or over tokens
+    ("dapo", "dr_grpo"); of a batch in parts, what each part adds to the mean of the whole.
+    perception_share: selected tokens / tokens of completions whose perturbed views count;
+    num_selected: the former. head_gemm_rows, head_resident_rows: what a fused head multiplied.
     """
 
     loss: Tensor

@@ -466,6 +466,27 @@ def _denominators(
     return whole, own_cpl * (whole / own)
 
 
+def metric_scale(
+    num_rows: int | Tensor,
+    num_completions: int,
+    longest: int | Tensor,
+    num_items: int | float | Tensor | NumItems | None,
+    config: LossConfig,
+) -> float | Tensor:
+    """What turns a part of the loss into a mean over completions or tokens, as metrics are.
+
+    "dr_grpo" divides the loss by completions x max_length, which is more than there are tokens.
+    """
+    if config.reduction != "dr_grpo":
+        return 1.0
+    completions: int | Tensor = num_completions
+    tokens: int | Tensor = num_rows
+    if isinstance(num_items, NumItems):
+        completions, tokens = num_items.completions, num_items.tokens
+    length = config.max_length or longest
+    return _at_least_one(completions * length) / _at_least_one(tokens)
+
+
 def _cppo_loss(
     project: Callable[[Tensor], Tensor],
     views: Views,
@@ -541,7 +562,11 @@ def _cppo_loss(
         return _reduce(values, owner, num_completions, config.reduction, policy_denominator)
 
     loss = reduce(per_row)
-    metrics = {name: reduce(values).detach() for name, values in metrics.items()}
+    scale = metric_scale(logps.numel(), num_completions, longest, num_items, config)
+    metrics = {
+        name: reduce(values).detach() * (1.0 if name == "policy_loss" else scale)
+        for name, values in metrics.items()
+    }
     if views.positive is not None:
         if config.cpl_reduction == "sequence":
             cpl = _mean_per_completion(cpl, owner[selected], num_completions)

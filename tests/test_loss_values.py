@@ -76,6 +76,48 @@ def test_a_bound_on_the_kl_takes_its_gradient_away(op, backend):
     assert not z.grad[0].any() and z.grad[1].abs().min() > 0.1
 
 
+# Metrics are means, whatever the loss is divided by.
+
+
+@pytest.mark.parametrize("reduction", ["grpo", "dapo", "dr_grpo"])
+@every_run
+def test_metrics_are_means_and_parts_add_up_to_them(op, backend, reduction):
+    config = LossConfig(reduction=reduction, max_length=50)
+    z, targets = torch.randn(8, 5), torch.randint(0, 5, (8,))
+    logps = z.log_softmax(-1)
+    entropy = -(logps.exp() * logps).sum(-1)
+    # The ratio of every other token is e, beyond both clips of the first completion's A > 0.
+    old = logps.gather(1, targets[:, None])[:, 0] - torch.tensor([1.0, 0.0]).repeat(4)
+    of_token = {"entropy": entropy, "clip_fraction": torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0])}
+    of_token["kl"] = torch.full((8,), math.e - 2)
+
+    def metrics(first, last, bounds, advantages, **options):
+        return loss_of(
+            op,
+            z[first:last],
+            backend,
+            targets=targets[first:last],
+            advantages=torch.tensor(advantages),
+            old_logps=old[first:last],
+            ref_logps=logps.gather(1, targets[:, None])[first:last, 0] + 1,
+            cu_seqlens=torch.tensor(bounds),
+            config=config,
+            **options,
+        ).metrics
+
+    whole = metrics(0, 8, [0, 4, 6, 8], [1.0, -1.0, 0.0])
+    share = cppo.NumItems(completions=3, tokens=8)
+    parts = [
+        metrics(0, 4, [0, 4], [1.0], num_items=share),
+        metrics(4, 8, [0, 2, 4], [-1.0, 0.0], num_items=share),
+    ]
+    for name, values in of_token.items():
+        per_completion = torch.stack([part.mean() for part in values.split([4, 2, 2])])
+        expected = per_completion.mean() if reduction == "grpo" else values.mean()
+        torch.testing.assert_close(whole[name], expected, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(sum(part[name] for part in parts), expected)
+
+
 # Entropies: a rise below the rounding error of an entropy selects nothing.
 
 

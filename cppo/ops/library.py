@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cppo import reference
 from cppo.config import LossConfig
 from cppo.records import LossOutput, NumItems, TokenStats, Views
 
@@ -84,6 +85,8 @@ LOSS_SAVED = (
 # Rows of `coefficients`: what the loss is differentiated by.
 COEFFICIENTS = ("anchor_logp", "anchor_entropy", "positive_logp_or_margin", "negative_logp")
 METRICS = ("policy_loss", "entropy", "clip_fraction", "kl", "cpl_loss", "perception_share")
+# Means over completions or tokens; the kernels divide them as they divide the loss.
+MEANS = ("entropy", "clip_fraction", "kl")
 
 
 def accumulator(logits: Tensor) -> torch.dtype:
@@ -281,11 +284,38 @@ def num_items_tensor(num_items: Any, like: Tensor) -> Tensor | None:
     return torch.stack([as_tensor(count) for count in counts])
 
 
+def metric_scale(
+    targets: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_completions: int,
+    num_items: float | Tensor | NumItems | None,
+    config: LossConfig,
+) -> float | Tensor | None:
+    """`cppo.reference.metric_scale` of rows in either layout, without a wait for the device.
+
+    None stands for 1, so that nothing is launched for it.
+    """
+    if config.reduction != "dr_grpo":
+        return None
+    num_rows = targets.numel() if mask is None else mask.sum()
+    longest: int | Tensor = targets.shape[-1]
+    if cu_seqlens is not None:
+        longest = cu_seqlens.diff().max() if num_completions else 0
+    return reference.metric_scale(num_rows, num_completions, longest, num_items, config)
+
+
 def metrics_of(
-    values: Tensor, num_selected: Tensor, views: Views, ref_logps: Tensor | None
+    values: Tensor,
+    num_selected: Tensor,
+    views: Views,
+    ref_logps: Tensor | None,
+    scale: float | Tensor | None,
 ) -> dict[str, Tensor]:
     """The metrics by name, those that make sense for what was given."""
     metrics = dict(zip(METRICS, values.unbind(), strict=True))
+    if scale is not None:
+        metrics |= {name: metrics[name] * scale for name in MEANS}
     if ref_logps is None:
         del metrics["kl"]
     if views.positive is None:
@@ -367,5 +397,7 @@ class Backend:
             *(getattr(config, field) for field in CONFIG_FIELDS),
             inplace,
         )
-        metrics = metrics_of(values, num_selected, views, ref_logps)
+        rows = (targets, mask, cu_seqlens, advantages.numel())
+        scale = metric_scale(*rows, num_items, config)
+        metrics = metrics_of(values, num_selected, views, ref_logps, scale)
         return LossOutput(loss, logps, entropy, selected, metrics)

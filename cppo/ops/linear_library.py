@@ -38,6 +38,7 @@ from cppo.ops.library import (
     CONFIG_FIELDS,
     METRICS,
     accumulator,
+    metric_scale,
     metrics_of,
     num_items_tensor,
     refuse_second_derivative,
@@ -307,6 +308,8 @@ class LinearBackend:
             wants,
         )
         count = len(METRICS)
-        metrics = metrics_of(values[:count], num_selected, views, ref_logps)
+        rows = (targets, mask, cu_seqlens, advantages.numel())
+        scale = metric_scale(*rows, num_items, config)
+        metrics = metrics_of(values[:count], num_selected, views, ref_logps, scale)
         metrics |= dict(zip(LINEAR_METRICS[count:], values[count:].unbind(), strict=True))
         return LossOutput(loss, logps, entropy, selected, metrics)

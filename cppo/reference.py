@@ -30,19 +30,40 @@ def _promote(x: Tensor) -> Tensor:
 # Advantages and pruning
 
 
+def _std(values: Tensor, scored: Tensor, dim: int | None = None) -> Tensor:
+    """The n-1 standard deviation of the scored values; 0 of a single one."""
+
+    def total(x: Tensor) -> Tensor:
+        return x.sum() if dim is None else x.sum(dim, keepdim=True)
+
+    count = total(scored.double())
+    centred = (values - total(values * scored) / count.clamp(min=1)) * scored
+    return (total(centred.square()) / (count - 1).clamp(min=1)).sqrt()
+
+
 def group_advantages(
-    rewards: Tensor, group_size: int, scale: str = "group", eps: float = 1e-4
+    rewards: Tensor,
+    group_size: int,
+    scale: str = "group",
+    eps: float = 1e-4,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """A = (r - mean_g(r)) / (std_g(r) + eps), computed in fp64, returned in fp32: (B,)."""
-    groups = rewards.double().view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
+    """A = (r - mean_g(r)) / (std_g(r) + eps), computed in fp64, returned in fp32: (B,).
+
+    Where `mask` (B,) is False a completion has no reward: A = 0, and neither mean nor std sees it.
+    """
+    scored = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.bool()
+    groups = rewards.double().masked_fill(~scored, 0.0).view(-1, group_size)
+    scored = scored.view(-1, group_size)
+    mean = groups.sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
     # Within the rounding error of the mean a difference is zero, and no advantage (equal rewards).
     error = group_size * 2.0**-52 * groups.abs().amax(1, keepdim=True)
-    centred = centred.masked_fill(centred.abs() <= error, 0.0)
-    if scale == "group" and group_size > 1 and rewards.numel():
-        centred = centred / (groups.std(1, keepdim=True) + eps)
-    elif scale == "batch" and rewards.numel() > 1:
-        centred = centred / (groups.std() + eps)
+    centred = groups - mean
+    centred = centred.masked_fill(~scored | (centred.abs() <= error), 0.0)
+    if scale == "group":
+        centred = centred / (_std(groups, scored, dim=1) + eps)
+    elif scale == "batch":
+        centred = centred / (_std(groups, scored) + eps)
     return centred.flatten().float()
 
 
@@ -59,10 +80,12 @@ def prune_completions(
     prune: str = "smallest",
     drop_zero: bool = False,
     noise: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Indices of the completions that stay, ascending: (K,) int64.
 
-    `noise` (B,) ranks the completions when `prune="random"`.
+    `noise` (B,) ranks the completions when `prune="random"`. Where `mask` (B,) is False a
+    completion has no reward and never stays.
     """
     unit_size = group_size if scope == "group" else advantages.numel()
     if advantages.numel() == 0:
@@ -72,10 +95,14 @@ def prune_completions(
         score = noise
     else:
         score = advantages.abs() if prune == "smallest" else -advantages.abs()
+    if mask is not None:
+        score = score.masked_fill(~mask.bool(), -math.inf)
     ranked = score.view(-1, unit_size).sort(dim=1, descending=True, stable=True).indices
     in_unit = ranked[:, : kept_per_unit(unit_size, prune_rate)].sort(dim=1).values
     first = torch.arange(0, advantages.numel(), unit_size, device=advantages.device)
     kept = (first[:, None] + in_unit).flatten()
+    if mask is not None:
+        kept = kept[mask.bool()[kept]]
     return kept[advantages[kept] != 0] if drop_zero else kept
 
 
@@ -89,11 +116,12 @@ def advantages_and_prune(
     prune: str = "smallest",
     drop_zero: bool = False,
     noise: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both of the above: advantages (B,) fp32 and kept (K,) int64."""
-    advantages = group_advantages(rewards, group_size, scale, eps)
-    kept = prune_completions(advantages, group_size, prune_rate, scope, prune, drop_zero, noise)
-    return advantages, kept
+    advantages = group_advantages(rewards, group_size, scale, eps, mask)
+    pruning = (group_size, prune_rate, scope, prune, drop_zero, noise, mask)
+    return advantages, prune_completions(advantages, *pruning)
 
 
 # Packing and planning

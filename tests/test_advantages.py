@@ -179,3 +179,46 @@ def test_an_explicit_backend_that_cannot_run_says_why():
 )
 def test_questions_needed(batch, group, rate, questions):
     assert cppo.questions_needed(batch, group, rate) == questions
+
+
+# Completions without a reward, in the specification, which the trainer uses where there are any.
+# Worked out by hand for two questions of four completions.
+
+UNSCORED = torch.tensor([1, NAN, 3, 2, NAN, NAN, NAN, 5], dtype=torch.float64)
+SCORED = ~UNSCORED.isnan()
+
+
+@pytest.mark.parametrize(
+    ("scale", "std"), [("group", 1.0), ("none", 1.0 - 1e-4), ("batch", math.sqrt(35 / 12))]
+)
+def test_completions_without_a_reward_are_in_no_mean_and_no_std(scale, std):
+    # 1, 3, 2 have mean 2 and std 1; 1, 3, 2, 5 have mean 2.75 and variance 8.75 / 3.
+    advantages = reference.group_advantages(UNSCORED, 4, scale, mask=SCORED)
+    expected = torch.tensor([-1, 0, 1, 0, 0, 0, 0, 0]) / (std + 1e-4)
+    torch.testing.assert_close(advantages, expected)
+
+
+@pytest.mark.parametrize(
+    ("prune", "rate", "expected"),
+    [
+        ("smallest", 0.5, [0, 2, 7]),
+        ("largest", 0.5, [0, 3, 7]),
+        ("smallest", 0.0, [0, 2, 3, 7]),
+        ("random", 0.0, [0, 2, 3, 7]),
+        ("smallest", 0.75, [0, 7]),
+    ],
+)
+def test_completions_without_a_reward_never_stay(prune, rate, expected):
+    options = dict(prune=prune, noise=torch.rand(8))
+    _, kept = reference.advantages_and_prune(UNSCORED, 4, rate, **options, mask=SCORED)
+    assert kept.tolist() == expected
+    nobody = torch.zeros(8, dtype=torch.bool)
+    advantages, kept = reference.advantages_and_prune(UNSCORED, 4, rate, **options, mask=nobody)
+    assert kept.tolist() == [] and not advantages.any()
+
+
+@pytest.mark.parametrize("scale", ["group", "none", "batch"])
+def test_a_mask_of_ones_changes_nothing(scale):
+    rewards = make_inputs("group_advantages")["rewards"]
+    masked = reference.group_advantages(rewards, 4, scale, mask=torch.ones(len(rewards)))
+    assert torch.equal(masked, reference.group_advantages(rewards, 4, scale))

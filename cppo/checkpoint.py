@@ -35,6 +35,8 @@ _MAY_CHANGE = {
     "log_every",
     "log_completions",
     "trackers",
+    "reward_timeout",
+    "skip_bad_questions",
 }
 
 
@@ -126,7 +128,7 @@ def _flush(path: Path) -> None:
 
 def run_options(config: CPPOConfig, num_processes: int) -> dict[str, Any]:
     """What decides the course of a run, under dotted names, as JSON gives it back."""
-    options = {"processes": num_processes, **flat(dataclasses.asdict(config))}
+    options = {"processes": num_processes, **_flat(dataclasses.asdict(config))}
     # A perturbation may be a function: its name, repr has the address in memory.
     named = json.dumps(options, default=lambda value: getattr(value, "__qualname__", repr(value)))
     return json.loads(named)
@@ -135,27 +137,29 @@ def run_options(config: CPPOConfig, num_processes: int) -> dict[str, Any]:
 def check_options(path: str | Path, now: dict[str, Any]) -> None:
     """Resuming with other options would be another run under the name of the old one.
 
-    Raises: ValueError naming every option that changed, its old and its new value.
+    Raises: ValueError naming every option that changed, its old and its new value. What the
+    checkpoint does not know, because an older version wrote it, cannot be compared.
     """
     was = read_summary(path)["options"]
     changed = [
-        f"{name} (was {was.get(name)!r}, is {now.get(name)!r})"
-        for name in sorted(was.keys() | now.keys())
-        if was.get(name) != now.get(name) and name not in _MAY_CHANGE
+        f"{name} (was {value!r}, is {now.get(name)!r})"
+        for name, value in sorted(was.items())
+        if value != now.get(name) and name not in _MAY_CHANGE
     ]
     if changed:
         raise ValueError(
-            f"cppo.CPPOTrainer: the run of {path} must be resumed with the options it was "
-            f"started with, changed: {', '.join(changed)}"
+            f"cppo.CPPOTrainer: the run of {path} must be resumed with the options, data and "
+            f"rewards it was started with, changed: {', '.join(changed)}; to train on with others, "
+            "start a run of another output_dir from the weights in that folder"
         )
 
 
-def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options under dotted names."""
     found: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
+            found |= _flat(value, f"{prefix}{name}.")
         else:
             found[prefix + name] = value
     return found

@@ -19,6 +19,10 @@ SCALES = ("group", "none", "batch")
 SCOPES = ("group", "batch")
 PRUNES = ("smallest", "largest", "random")
 PRECISIONS = ("fp32", "bf16")
+SCHEDULES = (
+    *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"),
+    *("polynomial", "inverse_sqrt"),
+)
 ATTENTIONS = ("auto", "sdpa", "varlen", "flash_attention_2")
 
 
@@ -163,13 +167,13 @@ class CPPOConfig(_Checked):
     """Completions of one step over all processes: those that the update runs on when
     `dynamic_allocation`, else those that are sampled."""
     group_size: int = 8
-    """Completions per question (G)."""
+    """Completions per question (G). >= 2: a single one has nothing to be compared with."""
     prune_rate: float = 0.0
     """Share of each question's completions that is dropped before the update. In [0, 1)."""
     dynamic_allocation: bool = True
     """Draw so many more questions that the kept completions fill `batch_size`."""
     prune_scope: str = "group"
-    """"group": per question (the paper). "batch": over the process's completions."""
+    """"group": per question (the paper). "batch": over all completions of the step (its code)."""
     prune: str = "smallest"
     """The side that is dropped by |advantage|: "smallest", "largest" or "random" (ablations)."""
     drop_zero_variance: bool = False
@@ -178,7 +182,8 @@ class CPPOConfig(_Checked):
     """With `drop_zero_variance` and `dynamic_allocation`: times that more questions are drawn in a
     step for the groups that were dropped, so that the batch stays full. 0: it shrinks."""
     scale_rewards: str = "group"
-    """Advantages are divided by the std of their "group", of the whole "batch", or "none"."""
+    """Advantages are divided by the std of their "group", of the whole "batch" over all processes,
+    or "none"."""
     max_prompt_tokens: int | None = None
     """Questions with a longer prompt are skipped with a warning. None: no limit."""
     max_completion_tokens: int = 256
@@ -189,6 +194,14 @@ class CPPOConfig(_Checked):
     """Completions cut at `max_completion_tokens` take part in advantages but not in the loss."""
     reward_weights: tuple[float, ...] | None = None
     """One weight per reward function. None: all 1."""
+    reward_timeout: float | None = None
+    """Seconds that a reward function may take for the completions of a step, before the run ends
+    with an error that names it. None: no limit."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template beside the messages, as {"enable_thinking": false}."""
+    skip_bad_questions: bool = False
+    """Leave out training questions that cannot be read or encoded (a broken image, one that the
+    image processor refuses), and count them in `questions/skipped`. False: the run ends there."""
 
     # The update
     loss: LossConfig = field(default_factory=lambda: LossConfig(cpl_reduction="sequence"))
@@ -215,7 +228,8 @@ class CPPOConfig(_Checked):
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: not at all."""
     lr_scheduler: str = "constant_with_warmup"
-    """A schedule of transformers: linear, cosine, constant_with_warmup, ..."""
+    """A schedule of transformers: "constant", "constant_with_warmup", "linear", "cosine",
+    "cosine_with_restarts", "polynomial" or "inverse_sqrt"."""
     warmup_steps: int = 0
     """Optimizer steps until the learning rate reaches its peak."""
 
@@ -266,7 +280,6 @@ class CPPOConfig(_Checked):
         self._integer(
             "max_steps",
             "batch_size",
-            "group_size",
             "max_completion_tokens",
             "num_iterations",
             "optimizer_steps",
@@ -277,11 +290,17 @@ class CPPOConfig(_Checked):
             "log_every",
             at_least=1,
         )
+        self._integer("group_size", at_least=2)
         self._integer("seed", "warmup_steps", "eval_every", "save_every", at_least=0)
         self._integer("max_refills", at_least=0)
         self._integer("log_completions", at_least=0)
         if self.max_prompt_tokens is not None:
             self._integer("max_prompt_tokens", at_least=1)
+        if self.reward_timeout is not None:
+            self._number("reward_timeout", above=0, below=math.inf)
+        kwargs = self.chat_template_kwargs
+        if kwargs is not None and not isinstance(kwargs, dict):
+            self._fail("chat_template_kwargs", "a dict or None")
         self._number("prune_rate", at_least=0, below=1)
         self._number("learning_rate", above=0, below=math.inf)
         self._number("weight_decay", "max_grad_norm", at_least=0, below=math.inf)
@@ -289,6 +308,10 @@ class CPPOConfig(_Checked):
         self._one_of("prune", PRUNES)
         self._one_of("scale_rewards", SCALES)
         self._one_of("precision", PRECISIONS)
+        self._one_of("lr_scheduler", SCHEDULES)
+        steps = self.max_steps * self.num_iterations * self.optimizer_steps
+        if self.warmup_steps > steps:
+            self._fail("warmup_steps", f"<= {steps}, the optimizer steps of the run")
         self._one_of("attention", ATTENTIONS)
         self._boolean(
             "dynamic_allocation",
@@ -298,6 +321,7 @@ class CPPOConfig(_Checked):
             "freeze_vision_tower",
             "share_prompts",
             "balance_processes",
+            "skip_bad_questions",
             "eval_greedy",
         )
         if not isinstance(self.loss, LossConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from torch import nn
 
 from cppo.config import CPPOConfig
 from cppo.questions import Question
-from cppo.rollout import RewardFunction, encode_questions, sample_completions, score
+from cppo.rollout import encode_questions, sample_completions
+from cppo.scoring import RewardFunction, score
 from cppo.seeds import seed_from
 from cppo.trainer_arguments import reward_weights
 
@@ -35,11 +37,13 @@ def evaluate(
     suppressed: Sequence[int] = (),
     rank: int = 0,
     world_size: int = 1,
+    state: Any = None,
 ) -> Evaluation:
     """Rewards of a set of questions, each process taking its share.
 
     Metrics are `sampled/<reward>` and `greedy/<reward>` for each function and `reward` for their
-    weighted sum; with N > 1 samples `sampled/<reward>_std` is the std over the N passes.
+    weighted sum, over the completions to which they apply; with N > 1 samples
+    `sampled/<reward>_std` is the std over the N passes. `state` is the `trainer_state` of rewards.
     """
     own = range(rank, len(questions), world_size)
     weights = reward_weights(list(reward_functions), config)
@@ -65,10 +69,12 @@ def evaluate(
                 suppressed=suppressed,
                 batch_size=config.generation_batch_size,
             )
-            total, by_name = score(reward_functions, weights, rollouts)
+            scores = score(
+                reward_functions, weights, rollouts, state=state, timeout=config.reward_timeout
+            )
             lengths = rollouts.completion_mask.sum(1).tolist()
             for row, text in enumerate(rollouts.texts):
-                rewards = {name: values[row].item() for name, values in by_name.items()}
+                rewards = {"reward": scores.total, **scores.by_name}
                 rows.append(
                     {
                         "mode": mode,
@@ -77,7 +83,7 @@ def evaluate(
                         "answer": rollouts.question_of(row).columns.get("answer"),
                         "completion": text,
                         "tokens": lengths[row],
-                        "rewards": {**rewards, "reward": total[row].item()},
+                        "rewards": {name: values[row].item() for name, values in rewards.items()},
                     }
                 )
     if world_size > 1:
@@ -91,11 +97,13 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, float]:
         own = [row for row in rows if row["mode"] == mode]
         passes = sorted({row["sample"] for row in own})
         for name in own[0]["rewards"]:
-            means = [
-                statistics.fmean(r["rewards"][name] for r in own if r["sample"] == sample)
-                for sample in passes
-            ]
-            metrics[f"{mode}/{name}"] = statistics.fmean(means)
+            means = []
+            for sample in passes:
+                rewards = [r["rewards"][name] for r in own if r["sample"] == sample]
+                known = [reward for reward in rewards if not math.isnan(reward)]
+                means += [statistics.fmean(known)] if known else []
+            if means:
+                metrics[f"{mode}/{name}"] = statistics.fmean(means)
             if len(means) > 1:
                 metrics[f"{mode}/{name}_std"] = statistics.stdev(means)
         metrics[f"{mode}/tokens"] = statistics.fmean(row["tokens"] for row in own)

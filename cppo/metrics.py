@@ -1,65 +1,111 @@
-"""What a step reports, from its rollouts and from its update."""
+"""What a step reports; docs/metrics.md says what each number is.
+
+A number is kept as what it is made of until the processes are put together, so that a run on
+several processes reports what one process would.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from cppo.config import CPPOConfig
 from cppo.processes import Processes
+from cppo.scoring import Scores
 from cppo.step import Batch
 
 # What the micro-batches of all processes add up to. Which are there depends on the options.
-_SUMMED = (
-    *("loss", "policy_loss", "entropy", "clip_fraction", "kl", "cpl_loss", "num_selected"),
-    *("microbatches", "computed_tokens"),
-)
+_OF_LOSS = ("loss", "policy_loss", "entropy", "clip_fraction", "kl", "cpl_loss")
 
 
-def rollout_metrics(batch: Batch, rewards: Tensor, by_name: dict[str, Tensor]) -> dict[str, float]:
-    rollouts = batch.rollouts
-    lengths = rollouts.completion_mask.sum(1).float()
-    groups = rewards.view(-1, rollouts.group_size)
-    metrics = {
-        "reward/mean": rewards.mean().item(),
-        "reward/std": groups.std(1, correction=0).mean().item(),
-        "reward/zero_variance_share": (groups == groups[:, :1]).all(1).float().mean().item(),
-        "kept_share": len(batch.kept) / len(rewards),
-        "completion/tokens": lengths.mean().item(),
-        "completion/max_tokens": lengths.max().item(),
-        "completion/truncated_share": rollouts.truncated.float().mean().item(),
-        "tokens/sampled": lengths.sum().item(),
-        "tokens/trained": rollouts.completion_mask[batch.kept].sum().item(),
+class Mean(NamedTuple):
+    """A sum and the number of its terms."""
+
+    total: float
+    terms: float
+
+
+class Total(NamedTuple):
+    """A sum over the processes."""
+
+    value: float
+
+
+class Largest(NamedTuple):
+    """The largest over the processes."""
+
+    value: float
+
+
+Metric = Mean | Total | Largest
+
+
+def over_processes(own: Mapping[str, Metric], processes: Processes) -> dict[str, float]:
+    """The numbers of all processes together; a mean of nothing is left out. Collective."""
+    parts = processes.gather(dict(own))
+    names = dict.fromkeys(name for part in parts for name in part)
+    combined = {name: _combined([part[name] for part in parts if name in part]) for name in names}
+    return {name: value for name, value in combined.items() if value is not None}
+
+
+def _combined(parts: Sequence[Metric]) -> float | None:
+    if isinstance(parts[0], Largest):
+        return max(part.value for part in parts if isinstance(part, Largest))
+    if isinstance(parts[0], Total):
+        return sum(part.value for part in parts if isinstance(part, Total))
+    means = [part for part in parts if isinstance(part, Mean)]
+    count = sum(part.terms for part in means)
+    return sum(part.total for part in means) / count if count else None
+
+
+def _mean(values: Tensor) -> Mean:
+    """Of the entries that are numbers."""
+    known = values[~values.isnan()].double()
+    return Mean(known.sum().item(), len(known))
+
+
+def rollout_metrics(batch: Batch, scores: Scores) -> dict[str, Metric]:
+    """What was sampled, how it was rewarded, and how much of it is trained on."""
+    rollouts, rewards = batch.rollouts, scores.total
+    lengths = rollouts.completion_mask.sum(1)
+    groups = [own[~own.isnan()] for own in rewards.split(rollouts.group_size)]
+    groups = [own for own in groups if len(own)]
+    stds = [own.std(correction=0).item() for own in groups]
+    equal = [bool((own == own[0]).all()) for own in groups]
+    metrics: dict[str, Metric] = {
+        "reward/mean": _mean(rewards),
+        "reward/std": Mean(sum(stds), len(groups)),
+        "reward/zero_variance_share": Mean(sum(equal), len(groups)),
+        "reward/scored_share": Mean((~rewards.isnan()).sum().item(), len(rewards)),
+        "kept_share": Mean(len(batch.kept), len(rewards)),
+        "completion/tokens": _mean(lengths.double()),
+        "completion/max_tokens": Largest(lengths.max().item()),
+        "completion/truncated_share": _mean(rollouts.truncated.double()),
+        "tokens/sampled": Total(lengths.sum().item()),
+        "tokens/trained": Total(rollouts.completion_mask[batch.kept].sum().item()),
     }
-    return metrics | {f"reward/{name}": values.mean().item() for name, values in by_name.items()}
+    metrics |= {f"reward/{name}": _mean(values) for name, values in scores.by_name.items()}
+    return metrics | {
+        f"logged/{name}": Mean(sum(values), len(values)) for name, values in scores.logged.items()
+    }
 
 
 def update_metrics(
-    total: dict[str, float], updates: int, batch: Batch, config: CPPOConfig, processes: Processes
+    total: Mapping[str, float], updates: int, config: CPPOConfig, processes: Processes
 ) -> dict[str, float]:
-    """Means over the optimizer steps of what the micro-batches summed up to in `total`.
+    """Means over the optimizer steps of what the micro-batches added up to in `total`.
 
-    `microbatch_fill` is the share of their token budget that the micro-batches use.
+    `microbatch_fill` is the share of their token budget that the micro-batches use,
+    `perception_share` the selected tokens among those of completions whose perturbed views ran.
     """
-    looking = batch.kept[batch.advantages[batch.kept] > 0]
-    looking_tokens = config.num_iterations * batch.rollouts.completion_mask[looking].sum().item()
-    sums = processes.sum([*(total.get(name, 0.0) for name in _SUMMED), looking_tokens])
-    # A process without perturbed views reports none of their metrics; another one may.
-    counts = processes.sum([float(name in total) for name in _SUMMED])
-    seen = {n: s for n, s, count in zip(_SUMMED, sums, counts, strict=False) if count}
-    selected = seen.pop("num_selected", None)
-    parts, computed = seen.pop("microbatches", 0), seen.pop("computed_tokens", 0)
-    metrics = {"loss": 0.0} | {name: value / max(updates, 1) for name, value in seen.items()}
-    if selected is not None:
-        metrics["perception_share"] = selected / max(sums[-1], 1)
-    if parts:
-        metrics["microbatch_fill"] = computed / (parts * config.max_tokens_per_microbatch)
-    return metrics | {"grad_norm": total.get("grad_norm", 0.0) / max(updates, 1)}
-
-
-def over_processes(own: dict[str, float], processes: Processes) -> dict[str, float]:
-    """The mean of each process's metrics; token counts are summed."""
-    sums = processes.sum(list(own.values()))
-    return {
-        name: total if name.startswith("tokens/") else total / processes.size
-        for name, total in zip(own, sums, strict=True)
-    }
+    sums = over_processes({name: Total(value) for name, value in total.items()}, processes)
+    metrics = {"loss": 0.0}
+    metrics |= {name: sums[name] / max(updates, 1) for name in _OF_LOSS if name in sums}
+    if sums.get("looking_tokens"):
+        metrics["perception_share"] = sums["num_selected"] / sums["looking_tokens"]
+    if sums.get("microbatches"):
+        budget = sums["microbatches"] * config.max_tokens_per_microbatch
+        metrics["microbatch_fill"] = sums["computed_tokens"] / budget
+    return metrics

@@ -64,6 +64,21 @@ def schedule(optimizer: torch.optim.Optimizer, config: CPPOConfig) -> Any:
         raise ValueError(f"CPPOConfig.lr_scheduler: {error}") from error
 
 
+def restore_schedule(scheduler: Any, state: dict[str, Any]) -> None:
+    """Puts a schedule where that of a checkpoint was, at the rate that this run has there.
+
+    The run may go on for longer than the one that wrote the checkpoint, and so at another rate.
+    """
+    scheduler.load_state_dict(state)
+    rates = [
+        base * course(scheduler.last_epoch)
+        for base, course in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    scheduler._last_lr = rates
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
 def load_weights(model: Any, path: Path) -> None:
     """Loads a checkpoint's weights, or its adapters, into a prepared model."""
     if hasattr(model, "get_base_model"):

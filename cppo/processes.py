@@ -43,10 +43,6 @@ class Processes:
         dist.all_reduce(totals)
         return totals.tolist()
 
-    def largest(self, value: int) -> int:
-        """The largest of each process's number."""
-        return max(self.gather(value))
-
     def gather(self, value: Any) -> list[Any]:
         """What each process has, in their order; anything that can be pickled."""
         if self.size == 1:

@@ -14,6 +14,7 @@ from cppo.ops.pack import balance_ranks
 from cppo.processes import Processes
 from cppo.questions import Question
 from cppo.rollout import Prompts, Rollouts
+from cppo.scoring import Scores
 from cppo.step import Batch
 
 # Below this ratio of the busiest process's tokens to the mean, completions stay where they are.
@@ -58,6 +59,25 @@ def merge(parts: Sequence[Rollouts]) -> Rollouts:
         [ids for part in parts for ids in part.completion_ids],
         [text for part in parts for text in part.texts],
         torch.cat([part.truncated for part in parts]),
+    )
+
+
+def merge_scores(parts: Sequence[Scores]) -> Scores:
+    """The scores of several rollouts as one, in the order of `merge`."""
+    columns = dict.fromkeys(column for part in parts for column in part.extra)
+    names = dict.fromkeys(name for part in parts for name in part.logged)
+    return Scores(
+        torch.cat([part.total for part in parts]),
+        {name: torch.cat([part.by_name[name] for part in parts]) for name in parts[0].by_name},
+        {name: [x for part in parts for x in part.logged.get(name, [])] for name in names},
+        {
+            column: [
+                value
+                for part in parts
+                for value in part.extra.get(column, [None] * len(part.total))
+            ]
+            for column in columns
+        },
     )
 
 

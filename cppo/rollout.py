@@ -1,9 +1,8 @@
-"""Questions in, sampled completions with rewards out."""
+"""Questions in, sampled completions out."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,6 @@ from cppo.forward import (
 )
 from cppo.questions import Question
 from cppo.sampler import decode
-
-RewardFunction = Callable[..., Sequence[float | None]]
 
 
 @dataclass(frozen=True)
@@ -202,98 +199,4 @@ def _assemble(
         ids,
         tokenizer.batch_decode(ids, skip_special_tokens=True),
         truncated,
-    )
-
-
-class RewardError(RuntimeError):
-    """A reward function raised or returned something that is not a finite number."""
-
-
-def reward_name(function: RewardFunction) -> str:
-    """The name under which a reward function appears in metrics and errors."""
-    name = getattr(function, "name", None) or getattr(function, "__name__", None)
-    return str(name or type(function).__name__)
-
-
-def score(
-    functions: Sequence[RewardFunction], weights: Sequence[float], rollouts: Rollouts
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum of the reward functions: (B,) fp32, and each function's own rewards by name.
-
-    Raises: RewardError naming the function, the question and the completion.
-    """
-    rows = range(len(rollouts.texts))
-    by_name: dict[str, Tensor] = {}
-    total = torch.zeros(len(rollouts.texts), dtype=torch.float64)
-    for function, weight in zip(functions, weights, strict=True):
-        values = _call(function, rollouts, list(rows))
-        by_name[reward_name(function)] = torch.tensor(values)
-        total += weight * torch.tensor(values, dtype=torch.float64)
-    return total.float(), by_name
-
-
-def _call(function: RewardFunction, rollouts: Rollouts, rows: list[int]) -> list[float]:
-    try:
-        returned: Any = _evaluate(function, rollouts, rows)
-    except Exception as error:
-        raise RewardError(
-            _describe(function, rollouts, _culprit(function, rollouts, rows), error)
-        ) from error
-    if isinstance(returned, (str, bytes)) or not isinstance(returned, Iterable):
-        raise RewardError(
-            f"cppo: reward function {reward_name(function)!r} must return a list of one number "
-            f"per completion, got {type(returned).__name__}"
-        )
-    values = list(returned)
-    if len(values) != len(rows):
-        raise RewardError(
-            f"cppo: reward function {reward_name(function)!r} must return one number per "
-            f"completion = {len(rows)}, got {len(values)}"
-        )
-    numbers: list[float] = []
-    for row, value in zip(rows, values, strict=True):
-        # None: the function does not apply to this row.
-        try:
-            number = 0.0 if value is None else float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise RewardError(_describe(function, rollouts, row, error)) from error
-        if not math.isfinite(number):
-            raise RewardError(_describe(function, rollouts, row, f"returned {number}"))
-        numbers.append(number)
-    return numbers
-
-
-def _evaluate(
-    function: RewardFunction, rollouts: Rollouts, rows: list[int]
-) -> Sequence[float | None]:
-    questions = [rollouts.question_of(row) for row in rows]
-    names = sorted({name for question in questions for name in question.columns})
-    columns = {name: [question.columns.get(name) for question in questions] for name in names}
-    return function(
-        completions=[rollouts.texts[row] for row in rows],
-        completion_ids=[rollouts.completion_ids[row] for row in rows],
-        prompts=[question.messages for question in questions],
-        **columns,
-    )
-
-
-def _culprit(function: RewardFunction, rollouts: Rollouts, rows: list[int]) -> int | None:
-    """The first row on which the function raises by itself, if there is one."""
-    for row in rows:
-        try:
-            _evaluate(function, rollouts, [row])
-        except Exception:
-            return row
-    return None
-
-
-def _describe(function: RewardFunction, rollouts: Rollouts, row: int | None, what: object) -> str:
-    cause = f"{type(what).__name__}: {what}" if isinstance(what, Exception) else str(what)
-    head = f"cppo: reward function {reward_name(function)!r} failed ({cause})"
-    if row is None:
-        return head + " on the whole batch, on no completion by itself"
-    question = rollouts.question_of(row)
-    return (
-        f"{head}\n  question: {question.messages!r}\n  answer: "
-        f"{question.columns.get('answer')!r}\n  completion: {rollouts.texts[row]!r}"
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cppo.config import CPPOConfig
+from cppo.config import CPPOConfig, LossConfig
 from cppo.forward import ImageBatch, lm_head, packed_hidden
 from cppo.ops.loss import linear_cppo_loss
 from cppo.ops.pack import pack_completions, plan_microbatches
@@ -137,6 +137,19 @@ class Batch:
         sees = has_images[rows // self.rollouts.group_size]
         return [own for own in (rows[sees], rows[~sees]) if len(own)]
 
+    def looking(self, rows: Tensor, loss: LossConfig) -> Tensor:
+        """Those of the completions `rows` whose perturbed views the loss needs.
+
+        Completions with A <= 0 select no perception token when gating is on, so their perturbed
+        views are never run: the loss and its gradients are the same, the work is not.
+        """
+        images = self.rollouts.prompts.images
+        if loss.cpl_coef == 0 or images is None:
+            return rows[:0]
+        has_images = torch.tensor(images.per_question, device=rows.device) > 0
+        looks = has_images[rows // self.rollouts.group_size]
+        return rows[looks & (self.advantages[rows] > 0)] if loss.gating else rows[looks]
+
     def counts(self, rows: Tensor) -> list[int]:
         """Completions and response tokens of `rows`, the denominators of the loss."""
         return [len(rows), int(self.rollouts.completion_mask[rows].sum())]
@@ -193,19 +206,16 @@ def perturbed_images(
 def forward_views(
     model: nn.Module, batch: Batch, rows: Tensor, config: CPPOConfig, processor: Any
 ) -> tuple[Views, PackedBatch]:
-    """Hidden states of the completions `rows`; the perturbed views only where A > 0.
-
-    Completions with A <= 0 select no perception token when gating is on, so their perturbed views
-    are never run: the loss and its gradients are the same, the work is not.
-    """
+    """Hidden states of the completions `rows`; the perturbed views of those that look alone."""
     packed = batch.pack(rows)
     images, questions = _images_of(batch, rows)
     anchor = _hidden(model, batch, packed, images, questions)
-    looking = rows[batch.advantages[rows] > 0] if config.loss.gating else rows
-    images, questions = _images_of(batch, looking)
-    if config.loss.cpl_coef == 0 or images is None or len(images.image_grid_thw) == 0:
+    looking = batch.looking(rows, config.loss)
+    if len(looking) == 0:
         return Views(anchor), packed
     looking_packed = batch.pack(looking)
+    images, questions = _images_of(batch, looking)
+    assert images is not None
     positive, negative = perturbed_images(batch, images, questions, config, processor)
     return (
         Views(

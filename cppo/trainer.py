@@ -13,6 +13,8 @@ processes may have different numbers of micro-batches, or none.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,8 +24,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
+from transformers import TrainerState
 
-from cppo import forward, policy
+from cppo import fingerprint, forward, policy, reference
 from cppo.checkpoint import (
     check_options,
     last_checkpoint,
@@ -33,7 +36,7 @@ from cppo.checkpoint import (
 )
 from cppo.config import CPPOConfig
 from cppo.evaluate import evaluate
-from cppo.metrics import over_processes, rollout_metrics, update_metrics
+from cppo.metrics import Total, over_processes, rollout_metrics, update_metrics
 from cppo.models import special_token_ids_to_suppress
 from cppo.ops.advantages import advantages_and_prune, questions_needed
 from cppo.processes import Processes
@@ -41,15 +44,9 @@ from cppo.progress import PhaseTimer, RunLog
 from cppo.questions import Question, as_question
 from cppo.questions.stream import Dataset, QuestionStream, all_questions
 from cppo.records import NumItems
-from cppo.regroup import balanced, merge
-from cppo.rollout import (
-    RewardFunction,
-    Rollouts,
-    encode_questions,
-    reward_name,
-    sample_completions,
-    score,
-)
+from cppo.regroup import balanced, merge, merge_scores
+from cppo.rollout import Rollouts, encode_questions, sample_completions
+from cppo.scoring import RewardFunction, Scores, metric_name, score
 from cppo.seeds import seed_from
 from cppo.step import Batch, cut_surplus, microbatch_loss, token_logps
 from cppo.trainer_arguments import check_processor, reward_list, reward_weights
@@ -104,7 +101,7 @@ class CPPOTrainer:
         forward.check_supported(model)
         check_processor(model, processor)
         self.questions = QuestionStream(train_dataset, config.seed)
-        self.eval_questions = all_questions(eval_dataset)
+        self.eval_questions, self._eval_dataset = all_questions(eval_dataset), eval_dataset
         for question in [as_question(train_dataset[0], index=0), *self.eval_questions]:
             if question.images and not forward.has_vision(model):
                 raise ValueError(
@@ -131,12 +128,14 @@ class CPPOTrainer:
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.log = RunLog(config.output_dir, config.max_steps, is_main=self.processes.is_main)
-        self._batch_size = self.processes.share("batch_size", config.batch_size)
+        questions = questions_needed(config.batch_size, config.group_size, config.prune_rate)
+        # What is drawn too much is cut off again: every process draws as many.
         self._num_questions = (
-            questions_needed(self._batch_size, config.group_size, config.prune_rate)
+            math.ceil(questions / self.processes.size)
             if config.dynamic_allocation
             else self.processes.share("questions", config.batch_size // config.group_size)
         )
+        self._skipped = 0
         self._best: float | None = None
 
     # The loop
@@ -172,61 +171,73 @@ class CPPOTrainer:
         # Every random number of a step follows from (seed, step, process): nothing to checkpoint.
         set_seed(seed_from(self.config.seed, self.step, self.processes.rank) % 2**32)
         timer = PhaseTimer()
-        rollouts, rewards, by_name = self._scored_rollouts(timer)
-        batch = self.make_batch(rollouts, rewards.to(rollouts.input_ids.device))
-        metrics = rollout_metrics(batch, rewards, by_name)
+        rollouts, scores = self._scored_rollouts(timer)
+        batch = self.make_batch(rollouts, scores.total)
+        metrics = rollout_metrics(batch, scores)
+        if self.config.skip_bad_questions:
+            metrics["questions/skipped"] = Total(self._skipped)
         if _is_due(self.step + 1, self.config.log_every):
-            self._write_completions(batch, rewards)
+            self._write_completions(batch, scores)
         updates = self.update(batch, timer)
         return over_processes(metrics, self.processes) | updates | timer.metrics()
 
-    def _scored_rollouts(self, timer: PhaseTimer) -> tuple[Rollouts, Tensor, dict[str, Tensor]]:
+    def _scored_rollouts(self, timer: PhaseTimer) -> tuple[Rollouts, Scores]:
         """Rollouts with their rewards; more questions for the groups that `_missing` counts."""
         weights = reward_weights(self.reward_functions, self.config)
-        parts: list[tuple[Rollouts, Tensor, dict[str, Tensor]]] = []
-        count = self._num_questions
+        state = TrainerState(global_step=self.step, max_steps=self.config.max_steps)
+        rollouts: list[Rollouts] = []
+        scores: list[Scores] = []
+        count, self._skipped = self._num_questions, 0
         while count:
             with timer("rollout"):
-                rollouts = self.sample(self.draw_questions(count))
+                rollouts.append(self.sample(self.draw_questions(count)))
             with timer("reward"):
-                parts.append((rollouts, *score(self.reward_functions, weights, rollouts)))
-            rewards = torch.cat([own for _, own, _ in parts])
-            count = self._missing(rewards, refills=len(parts) - 1)
-        by_name = {name: torch.cat([own[name] for *_, own in parts]) for name in parts[0][2]}
-        return merge([own for own, *_ in parts]), rewards, by_name
+                own = score(
+                    self.reward_functions,
+                    weights,
+                    rollouts[-1],
+                    state=state,
+                    timeout=self.config.reward_timeout,
+                )
+            scores.append(own)
+            count = self._missing(torch.cat([own.total for own in scores]), len(scores) - 1)
+        return merge(rollouts), merge_scores(scores)
 
     def _missing(self, rewards: Tensor, refills: int) -> int:
         """Questions that every process should draw in place of those with equal rewards."""
         config = self.config
         if not (config.drop_zero_variance and config.dynamic_allocation and config.max_refills):
             return 0
-        kept = len(self._prune(rewards)[1])
+        everywhere = torch.cat(self.processes.gather(rewards))
+        kept = len(self._prune(everywhere)[1])
         missing = questions_needed(
-            max(0, self._batch_size - kept), config.group_size, config.prune_rate
+            max(0, config.batch_size - kept), config.group_size, config.prune_rate
         )
-        # All draw as many as the one that needs most: the order of questions is common to all.
-        missing = self.processes.largest(missing)
         if missing and refills == config.max_refills:
-            totals = self.processes.sum([kept, len(rewards) // config.group_size])
             self.log.say(
-                f"step {self.step + 1}: {int(totals[0])} of {config.batch_size} completions after "
-                f"{refills} refills ({int(totals[1])} questions): most groups have equal rewards; "
-                "use easier or harder questions, or raise max_refills"
+                f"step {self.step + 1}: {kept} of {config.batch_size} completions after "
+                f"{refills} refills ({len(everywhere) // config.group_size} questions): most "
+                "groups have equal rewards; use easier or harder questions, or raise max_refills"
             )
             return 0
-        return missing
+        return math.ceil(missing / self.processes.size)
 
     def _prune(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages and kept completions of a whole step, of all processes."""
         config = self.config
-        return advantages_and_prune(
-            rewards,
-            config.group_size,
-            config.prune_rate,
-            scale=config.scale_rewards,
-            scope=config.prune_scope,
-            prune=config.prune,
-            drop_zero=config.drop_zero_variance,
-        )
+        generator = torch.Generator().manual_seed(seed_from(config.seed, "prune", self.step))
+        options: dict[str, Any] = {
+            "scale": config.scale_rewards,
+            "scope": config.prune_scope,
+            "prune": config.prune,
+            "drop_zero": config.drop_zero_variance,
+        }
+        scored = ~rewards.isnan()
+        sizes = config.group_size, config.prune_rate
+        if scored.all():
+            return advantages_and_prune(rewards, *sizes, **options, generator=generator)
+        noise = torch.rand(len(rewards), generator=generator)
+        return reference.advantages_and_prune(rewards, *sizes, **options, noise=noise, mask=scored)
 
     def draw_questions(self, count: int | None = None) -> list[Question]:
         """This process's questions of the next step; a group never straddles processes."""
@@ -237,7 +248,7 @@ class CPPOTrainer:
             question = next(self.questions)
             if self._fits(question):
                 drawn.append(question)
-            elif not drawn and self.questions.position - start > len(self.questions._dataset):
+            elif not drawn and self.questions.position - start > len(self.questions.dataset):
                 raise ValueError(
                     f"cppo.CPPOTrainer: no question of train_dataset has a prompt of at most "
                     f"max_prompt_tokens = {self.config.max_prompt_tokens} tokens"
@@ -270,11 +281,24 @@ class CPPOTrainer:
             )
 
     def make_batch(self, rollouts: Rollouts, rewards: Tensor) -> Batch:
-        """Advantages and pruning: what of the rollouts the update will run on."""
+        """Advantages and pruning: what of the rollouts the update will run on. Collective.
+
+        They are worked out on the rewards of all processes, by every process alike, so that
+        "batch" means the batch and the number of processes changes nothing.
+
+        Args:
+            rewards: (B,) of this process's completions, NaN where there is none.
+        """
         config = self.config
-        advantages, kept = self._prune(rewards)
+        everywhere = self.processes.gather(rewards.cpu())
+        advantages, kept = self._prune(torch.cat(everywhere))
         if config.dynamic_allocation:
-            kept = cut_surplus(kept, advantages, config.group_size, self._batch_size)
+            kept = cut_surplus(kept, advantages, config.group_size, config.batch_size)
+        start = sum(len(own) for own in everywhere[: self.processes.rank])
+        own = (start <= kept) & (kept < start + len(rewards))
+        device = rollouts.input_ids.device
+        advantages = advantages[start : start + len(rewards)].to(device)
+        kept = (kept[own] - start).to(device)
         if config.mask_overlong:
             kept = kept[~rollouts.truncated[kept]]
         return Batch(
@@ -295,12 +319,15 @@ class CPPOTrainer:
         batch = self._with_old_and_reference(batch, timer)
         self.model.train()
         total: dict[str, float] = {}
-        updates = 0
+        grad_norms: list[float] = []
+        learning_rate = 0.0
         for _ in range(config.num_iterations):
             for rows in _deal(batch.kept, config.optimizer_steps):
                 num_items = NumItems(*map(int, self.processes.sum(batch.counts(rows))))
+                learning_rate = self.optimizer.param_groups[0]["lr"]
                 if num_items.completions == 0:
                     self.log.say(f"step {self.step + 1}: no completion is left, nothing to learn")
+                    self.scheduler.step()
                     continue
                 for part in batch.microbatches(rows, config.max_tokens_per_microbatch):
                     with timer("forward"), self._autocast():
@@ -312,13 +339,14 @@ class CPPOTrainer:
                     values = {name: value.item() for name, value in output.metrics.items()}
                     values |= {"loss": output.loss.item(), "microbatches": 1.0}
                     values["computed_tokens"] = batch.computed_tokens(part)
+                    values["looking_tokens"] = batch.counts(batch.looking(part, config.loss))[1]
                     for name, value in values.items():
                         total[name] = total.get(name, 0.0) + value
                 with timer("optimizer"):
-                    total["grad_norm"] = total.get("grad_norm", 0.0) + self._optimizer_step()
-                updates += 1
-        metrics = update_metrics(total, updates, batch, config, self.processes)
-        return metrics | {"learning_rate": self.scheduler.get_last_lr()[0]}
+                    grad_norms.append(self._optimizer_step())
+        metrics = update_metrics(total, len(grad_norms), config, self.processes)
+        metrics["grad_norm"] = sum(grad_norms) / max(len(grad_norms), 1)
+        return metrics | {"learning_rate": learning_rate}
 
     def _with_old_and_reference(self, batch: Batch, timer: PhaseTimer) -> Batch:
         """Old log-probabilities if the policy will move within the step, reference ones for KL."""
@@ -393,7 +421,7 @@ class CPPOTrainer:
         if self.config.trackers and (is_due or has_eval):
             self.accelerator.log(metrics, step=self.step)
 
-    def _write_completions(self, batch: Batch, rewards: Tensor) -> None:
+    def _write_completions(self, batch: Batch, scores: Scores) -> None:
         rollouts, kept = batch.rollouts, set(batch.kept.tolist())
         count = min(self.config.log_completions, len(rollouts.texts))
         rows = range(0, len(rollouts.texts), max(1, len(rollouts.texts) // max(count, 1)))
@@ -404,9 +432,10 @@ class CPPOTrainer:
                     "question": rollouts.question_of(row).messages,
                     "answer": rollouts.question_of(row).columns.get("answer"),
                     "completion": rollouts.texts[row],
-                    "reward": rewards[row].item(),
+                    "reward": _number(scores.total[row]),
                     "advantage": batch.advantages[row].item(),
                     "kept": row in kept,
+                    **{column: values[row] for column, values in scores.extra.items()},
                 }
                 for row in list(rows)[:count]
             ]
@@ -421,7 +450,7 @@ class CPPOTrainer:
 
     def _metric(self, metrics: dict[str, Any]) -> float | None:
         """The evaluation metric that "best" means, if this row has it."""
-        first = f"sampled/{reward_name(self.reward_functions[0])}"
+        first = f"sampled/{metric_name(self.reward_functions[0])}"
         return metrics.get(f"eval/{self.config.best_metric or first}")
 
     def save_checkpoint(self) -> Path | None:
@@ -438,7 +467,7 @@ class CPPOTrainer:
             }
             summary = {
                 "metric": self._metric(self.history[-1]) if self.history else None,
-                "options": run_options(self.config, self.processes.size),
+                "options": self._options,
             }
             path = write_checkpoint(
                 self.config.output_dir,
@@ -456,6 +485,18 @@ class CPPOTrainer:
             self.model.save_pretrained(directory)
             self.processor.save_pretrained(directory)
 
+    @functools.cached_property
+    def _options(self) -> dict[str, Any]:
+        """What a resumed run must have in common with this one, in words."""
+        rewards = [fingerprint.of_function(function) for function in self.reward_functions]
+        return {
+            **run_options(self.config, self.processes.size),
+            "train_dataset": fingerprint.of_dataset(self.questions.dataset),
+            "eval_dataset": fingerprint.of_dataset(self._eval_dataset),
+            "rewards": rewards,
+            "chat_template": fingerprint.of_text(self.processor.chat_template),
+        }
+
     def _start(self, resume_from: str | Path | None) -> None:
         if resume_from == "auto":
             resume_from = last_checkpoint(self.config.output_dir)
@@ -463,17 +504,19 @@ class CPPOTrainer:
             self._resume(Path(resume_from))
         self.log.restart(self.history, self.step)
         if self.config.trackers:
-            options = run_options(self.config, self.processes.size)
-            plain = {k: v if isinstance(v, (int, float)) else str(v) for k, v in options.items()}
+            plain = {
+                name: value if isinstance(value, (int, float)) else str(value)
+                for name, value in self._options.items()
+            }
             self.accelerator.init_trackers("cppo", config=plain)
         self.processes.same_weights(self.model)
 
     def _resume(self, path: Path) -> None:
         state = read_state(path)
-        check_options(path, run_options(self.config, self.processes.size))
+        check_options(path, self._options)
         policy.load_weights(self.model, path)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        policy.restore_schedule(self.scheduler, state["scheduler"])
         self.step, self.history = state["step"], state["history"]
         self.questions.position, self._best = state["position"], state["best"]
         self.log.say(f"resumed from {path} at step {self.step}")
@@ -481,6 +524,12 @@ class CPPOTrainer:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _number(value: Tensor) -> float | None:
+    """A number that JSON can write; None for NaN."""
+    number = value.item()
+    return None if math.isnan(number) else number
 
 
 def _deal(rows: Tensor, parts: int) -> Iterator[Tensor]:

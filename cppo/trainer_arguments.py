@@ -9,7 +9,8 @@ from torch import nn
 
 from cppo import forward
 from cppo.config import CPPOConfig
-from cppo.rollout import RewardFunction, reward_name, tokenizer_of
+from cppo.rollout import tokenizer_of
+from cppo.scoring import RewardFunction, metric_name, reward_name
 
 
 def check_processor(model: nn.Module, processor: Any) -> None:
@@ -41,11 +42,12 @@ def reward_list(functions: RewardFunction | Sequence[RewardFunction]) -> list[Re
         raise TypeError(
             f"cppo.CPPOTrainer: reward_functions must be one or more callables, got {functions!r}"
         )
-    names = [reward_name(function) for function in listed]
-    if len(set(names)) < len(names):
+    names = [metric_name(function) for function in listed]
+    # `<name>_std` is a metric of its own in evaluations of several samples.
+    if len({*names, *(f"{name}_std" for name in names)}) < 2 * len(names):
         raise ValueError(
-            "cppo.CPPOTrainer: reward_functions must have different names (`__name__` or `name`), "
-            f"got {names}"
+            "cppo.CPPOTrainer: reward_functions must have different names (`__name__` or `name`) "
+            f"that give different metrics, got {names}"
         )
     return list(listed)
 

@@ -18,7 +18,7 @@ import cppo
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
 from cppo.demo.digits import DigitSums
 from cppo.models import load_model, load_processor
-from cppo.rollout import RewardError
+from cppo.scoring import RewardError
 from cppo.trainer import CPPOTrainer
 
 # The trainer's arguments: what is given instead of something right, the error, its words.

@@ -32,7 +32,7 @@ from cppo.models import load_model, load_processor
 from cppo.progress import PhaseTimer, read_metrics
 from cppo.questions import as_question
 from cppo.questions.stream import QuestionStream
-from cppo.rollout import RewardError
+from cppo.scoring import RewardError
 from cppo.step import token_logps
 from cppo.trainer import CPPOTrainer
 

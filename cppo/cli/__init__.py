@@ -118,7 +118,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     from cppo.checkpoint import last_checkpoint
     from cppo.cli.run_parts import make_trainer
-    from cppo.rollout import RewardError
+    from cppo.scoring import RewardError
 
     output_dir = Path(config.trainer.output_dir)
     newest = last_checkpoint(output_dir)

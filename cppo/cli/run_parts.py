@@ -151,7 +151,7 @@ def evaluate_policy(
     from cppo.evaluate import evaluate
     from cppo.models import special_token_ids_to_suppress
     from cppo.questions import as_question
-    from cppo.rollout import RewardError
+    from cppo.scoring import RewardError
 
     functions, options = trainer_options(config)
     spec = getattr(config.data, dataset)

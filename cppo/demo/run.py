@@ -28,7 +28,8 @@ from cppo.models import load_model, load_processor
 from cppo.ops.perception_mask import perception_mask
 from cppo.ops.token_stats import linear_token_stats
 from cppo.reference import kept_per_unit
-from cppo.rollout import reward_name, tokenizer_of
+from cppo.rollout import tokenizer_of
+from cppo.scoring import metric_name
 from cppo.seeds import seed_from
 from cppo.step import forward_views
 from cppo.trainer import CPPOTrainer
@@ -257,7 +258,7 @@ def _introduce(trainer: CPPOTrainer, task: Task) -> None:
 def summarize(trainer: CPPOTrainer, seconds: float) -> dict[str, Any]:
     """Held-out accuracy before and after, and where the time went."""
     first, last = trainer.history[0], trainer.history[-1]
-    name = reward_name(trainer.reward_functions[0])
+    name = metric_name(trainer.reward_functions[0])
     steps = [row for row in trainer.history if "time/step" in row]
     return {
         "sampled accuracy": {

@@ -28,19 +28,19 @@ class QuestionStream:
         check_dataset("train_dataset", dataset)
         if len(dataset) == 0:
             raise ValueError("cppo.CPPOTrainer: train_dataset must have rows, got none")
-        self._dataset, self._seed = dataset, seed
+        self.dataset, self._seed = dataset, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self.position = 0
 
     def __next__(self) -> Question:
-        epoch, place = divmod(self.position, len(self._dataset))
+        epoch, place = divmod(self.position, len(self.dataset))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_from(self._seed, "epoch", epoch))
             self._epoch = epoch
-            self._order = torch.randperm(len(self._dataset), generator=generator)
+            self._order = torch.randperm(len(self.dataset), generator=generator)
         self.position += 1
         row = int(self._order[place])
-        return as_question(self._dataset[row], index=row)
+        return as_question(self.dataset[row], index=row)
 
 
 def check_dataset(name: str, dataset: Any) -> None:

@@ -1,0 +1,346 @@
+"""Calls reward functions as TRL calls them and adds their rewards up.
+
+    rollouts -> score -> Scores(total, by_name)
+
+A function is called with keyword arguments alone, one entry per completion in each list:
+
+    prompts              messages, or strings where the data set's prompts are strings
+    completions          `[{"role": "assistant", "content": text}]`, or strings likewise
+    completion_ids       token ids, with the closing one
+    <column>             every other column of the data set
+
+and, if it names them or takes `**kwargs`, with
+
+    trainer_state        a `transformers.TrainerState`: `global_step`, `max_steps`
+    log_metric           `log_metric(name, value)`: its mean in a step is the metric `logged/<name>`
+    log_extra            `log_extra(column, values)`: a value per completion, for completions.jsonl
+    generation_prompts   what the chat template put behind the last message, `<think>` for example
+    group_size           completions per question; those of a question are neighbours
+
+It returns a number per completion, or None where it does not apply. It may be `async`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from cppo.questions import Question
+from cppo.rollout import Rollouts
+
+RewardFunction = Callable[..., Any]
+# Names beside those of the reward functions in `reward/...` and `eval/sampled/...`.
+_METRICS = ("mean", "std", "zero_variance_share", "scored_share", "reward", "tokens")
+_T = TypeVar("_T")
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, took too long, or returned something else than numbers."""
+
+
+class Scores(NamedTuple):
+    """What the reward functions say of B completions.
+
+    total: (B,) fp64, the weighted sum of the rewards that apply; NaN where none does.
+    by_name: {function: (B,) fp64}; NaN where the function does not apply.
+    logged: {name: the numbers that functions passed to `log_metric`}.
+    extra: {column: B values that functions passed to `log_extra`}.
+    """
+
+    total: Tensor
+    by_name: dict[str, Tensor]
+    logged: dict[str, list[float]]
+    extra: dict[str, list[Any]]
+
+
+def score(
+    functions: Sequence[RewardFunction],
+    weights: Sequence[float],
+    rollouts: Rollouts,
+    *,
+    state: Any = None,
+    timeout: float | None = None,
+) -> Scores:
+    """Rewards of every completion.
+
+    A None is left out of the sum; where all functions return None there is no reward, and the
+    completion takes part in nothing (as in TRL >= 1.16).
+
+    Args:
+        functions, weights: as many of both.
+        state: the `trainer_state` that functions get.
+        timeout: seconds that a function may take for all completions. None: no limit.
+    Raises: RewardError naming the function, and the question and completion if one is to blame.
+    """
+    log = _Log(len(rollouts.texts))
+    calls = [_Call(function, rollouts, state, log, timeout) for function in functions]
+    started = [call.start() for call in calls]  # async functions run while the others are called
+    by_name = {
+        metric_name(call.function): torch.tensor(call.finish(begun), dtype=torch.float64)
+        for call, begun in zip(calls, started, strict=True)
+    }
+    rewards = torch.stack(list(by_name.values()))
+    total = (rewards.nan_to_num(0.0) * torch.tensor(list(weights))[:, None].double()).sum(0)
+    total = total.masked_fill(rewards.isnan().all(0), math.nan)
+    return Scores(total, by_name, log.metrics, log.columns)
+
+
+def reward_name(function: RewardFunction) -> str:
+    """The name under which a reward function appears in errors, and mostly in metrics.
+
+    A `functools.partial` goes by its function's name and the arguments that it fixes.
+    """
+    name = getattr(function, "name", None) or getattr(function, "__name__", None)
+    if name is None and isinstance(function, functools.partial):
+        fixed = [repr(value) for value in function.args]
+        fixed += [f"{key}={value!r}" for key, value in function.keywords.items()]
+        return f"{reward_name(function.func)}({', '.join(fixed)})"
+    return str(name or type(function).__name__)
+
+
+def metric_name(function: RewardFunction) -> str:
+    """The last part of a reward function's metrics: its name, unless another metric has it."""
+    name = reward_name(function)
+    return f"{name}_reward" if name in _METRICS else name
+
+
+class _Log:
+    """What reward functions log while they run."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self.metrics: dict[str, list[float]] = {}
+        self.columns: dict[str, list[Any]] = {}
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(str(name), []).append(float(value))
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        values = list(values)
+        if len(values) != self._count:
+            raise ValueError(
+                f"log_extra({column!r}, ...) needs a value per completion = {self._count}, "
+                f"got {len(values)}"
+            )
+        self.columns[str(column)] = values
+
+
+class _Call:
+    """One reward function on all completions of some rollouts."""
+
+    def __init__(
+        self,
+        function: RewardFunction,
+        rollouts: Rollouts,
+        state: Any,
+        log: _Log,
+        timeout: float | None,
+    ) -> None:
+        self.name = reward_name(function)
+        self.function, self._rollouts, self._timeout = function, rollouts, timeout
+        self._rows = range(len(rollouts.texts))
+        self._extras = _accepted(
+            function,
+            {
+                "trainer_state": state,
+                "log_metric": log.log_metric,
+                "log_extra": log.log_extra,
+                "group_size": rollouts.group_size,
+            },
+        )
+        self._wants_prefix = bool(_accepted(function, {"generation_prompts": None}))
+
+    def start(self) -> Future[Any] | None:
+        """Starts an async function; None for any other."""
+        if not _is_async(self.function):
+            return None
+
+        async def run() -> Any:
+            return await self._evaluate(self._rows)
+
+        return asyncio.run_coroutine_threadsafe(run(), _event_loop())
+
+    def finish(self, begun: Future[Any] | None) -> list[float]:
+        """A number per completion, NaN for None."""
+        try:
+            wait = begun.result if begun is not None else lambda: self._evaluate_now(self._rows)
+            returned = _within(self._timeout, wait)
+        except _TooLong as error:
+            if begun is not None:
+                begun.cancel()
+            raise RewardError(
+                f"cppo: reward function {self.name!r} did not return within reward_timeout = "
+                f"{self._timeout:g} seconds for {len(self._rows)} completions"
+            ) from error
+        except Exception as error:
+            raise RewardError(self._describe(self._culprit(), error)) from error
+        return self._numbers(returned)
+
+    def _evaluate(self, rows: Sequence[int]) -> Any:
+        rollouts = self._rollouts
+        questions = [rollouts.question_of(row) for row in rows]
+        names = sorted({name for question in questions for name in question.columns})
+        columns = {name: [question.columns.get(name) for question in questions] for name in names}
+        if self._wants_prefix:
+            columns["generation_prompts"] = [rollouts.generation_prompt_of(row) for row in rows]
+        return self.function(
+            completions=[_completion(rollouts, row) for row in rows],
+            completion_ids=[rollouts.completion_ids[row] for row in rows],
+            prompts=[_prompt(question) for question in questions],
+            **{**columns, **self._extras},
+        )
+
+    def _evaluate_now(self, rows: Sequence[int]) -> Any:
+        returned = self._evaluate(rows)
+        if not inspect.isawaitable(returned):
+            return returned
+        return asyncio.run_coroutine_threadsafe(_awaited(returned), _event_loop()).result()
+
+    def _numbers(self, returned: Any) -> list[float]:
+        if isinstance(returned, (str, bytes)) or not isinstance(returned, Iterable):
+            raise RewardError(
+                f"cppo: reward function {self.name!r} must return a list of one number "
+                f"per completion, got {type(returned).__name__}"
+            )
+        values = list(returned)
+        if len(values) != len(self._rows):
+            raise RewardError(
+                f"cppo: reward function {self.name!r} must return one number per "
+                f"completion = {len(self._rows)}, got {len(values)}"
+            )
+        numbers: list[float] = []
+        for row, value in zip(self._rows, values, strict=True):
+            try:
+                number = math.nan if value is None else float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise RewardError(self._describe(row, error)) from error
+            if value is not None and not math.isfinite(number):
+                raise RewardError(self._describe(row, f"returned {number}"))
+            numbers.append(number)
+        return numbers
+
+    def _culprit(self) -> int | None:
+        """The first row on which the function raises by itself, if there is one."""
+        for row in self._rows:
+            try:
+                _within(self._timeout, functools.partial(self._evaluate_now, [row]))
+            except Exception:
+                return row
+        return None
+
+    def _describe(self, row: int | None, what: object) -> str:
+        cause = f"{type(what).__name__}: {what}" if isinstance(what, Exception) else str(what)
+        head = f"cppo: reward function {self.name!r} failed ({cause})"
+        if row is None:
+            return head + " on the whole batch, on no completion by itself"
+        question = self._rollouts.question_of(row)
+        return (
+            f"{head}\n  question: {question.messages!r}\n  answer: "
+            f"{question.columns.get('answer')!r}\n  completion: {self._rollouts.texts[row]!r}"
+        )
+
+
+def _completion(rollouts: Rollouts, row: int) -> Any:
+    text = rollouts.texts[row]
+    if rollouts.question_of(row).is_conversational:
+        return [{"role": "assistant", "content": text}]
+    return text
+
+
+def _prompt(question: Question) -> Any:
+    """The prompt in the form that the data set has it: messages or a string."""
+    if question.is_conversational:
+        return question.messages
+    content = question.messages[0]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "<image>") for part in content)
+
+
+def _accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the function names, or all if it takes any."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some builtins have none
+        return {}
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+# Running with a time limit, and asynchronously
+
+
+def _is_async(function: RewardFunction) -> bool:
+    call = getattr(function, "__call__", None)  # noqa: B004  (an object whose call is async)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+async def _awaited(value: Awaitable[_T]) -> _T:
+    return await value
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One loop for the whole run: the clients that reward functions keep belong to it."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="cppo rewards", daemon=True).start()
+    return loop
+
+
+class _TooLong(BaseException):
+    """The time limit is over. No Exception, which a reward function may well catch."""
+
+
+def _within(seconds: float | None, call: Callable[[], _T]) -> _T:
+    """What `call` returns. Raises _TooLong if that takes longer."""
+    if seconds is None:
+        return call()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and hasattr(signal, "setitimer"):
+        return _within_by_signal(seconds, call)
+    return _within_by_thread(seconds, call)
+
+
+def _within_by_signal(seconds: float, call: Callable[[], _T]) -> _T:
+    """Interrupts also a regular expression without an end, which no other thread can."""
+
+    def stop(*_: Any) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        return call()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _within_by_thread(seconds: float, call: Callable[[], _T]) -> _T:
+    """Leaves the thread behind when the time is over: it cannot be stopped."""
+    done: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return done.result(seconds)
+    except TimeoutError as error:
+        if done.done():
+            raise  # the function's own
+        raise _TooLong from error

@@ -99,7 +99,13 @@ def encode_questions(
     if any(question.images for question in questions) and not has_vision(model):
         raise ValueError("cppo: questions have images, but the model takes none")
     encoder = PromptEncoder(processor, chat_template_kwargs)
-    encoded = [encoder(question) for question in questions]
+    return collate(model, questions, [encoder(question) for question in questions])
+
+
+def collate(
+    model: nn.Module, questions: list[Question], encoded: Sequence[EncodedQuestion]
+) -> Prompts:
+    """Puts questions that a `PromptEncoder` encoded into one batch, on the model's device."""
     device = next(model.parameters()).device
     input_ids, attention_mask = (x.to(device) for x in _padded([own.input_ids for own in encoded]))
     images = grid = None
@@ -198,7 +204,7 @@ class PromptEncoder:
             ) from error
 
     def _check_rendered(self, question: Question, rendered: str) -> None:
-        """Whether every message and every image is in the text that the template made."""
+        """Raises if a message or an image is not in the text that the template made."""
         for position, message in enumerate(question.messages):
             texts = [text.strip() for text in texts_of(message["content"])]
             # Templates may drop what an assistant thought in earlier turns.
@@ -208,10 +214,13 @@ class PromptEncoder:
             changed = list(question.messages)
             changed[position] = with_last_text(message, lambda text: text + _END_OF_TEXT)
             if self._render(question._replace(messages=changed)) == rendered:
+                hint = "; give its text as a string" if isinstance(message["content"], list) else ""
                 raise QuestionError(
-                    f"the chat template leaves out prompt[{position}] (role {message['role']!r})"
+                    f"the chat template leaves out prompt[{position}] "
+                    f"(role {message['role']!r}){hint}"
                 )
-        if "'type': 'text'" in rendered:
+        has_parts = any(isinstance(message["content"], list) for message in question.messages)
+        if has_parts and "'type': 'text'" in rendered:
             raise QuestionError(
                 "the chat template writes a list of parts as it stands; give plain text"
             )
@@ -259,9 +268,9 @@ class PromptEncoder:
     def _generation_prompt(self, question: Question) -> str:
         """What the template puts behind the last message and a completion continues.
 
-        That is what it writes with `add_generation_prompt` and not without; all of it where the
-        template does not ask. Looked for behind a mark at the end of the last message, because a
-        template may write another beginning too.
+        That is what it writes with `add_generation_prompt` and not without it; where both are the
+        same, it is all that stands there. The comparison begins behind a mark at the end of the
+        last message, because a template may write another beginning, too.
         """
         *earlier, last = question.messages
         marked = [*earlier, with_last_text(last, lambda text: text + _END_OF_TEXT)]

@@ -8,10 +8,14 @@ from __future__ import annotations
 import string
 from typing import Any
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from cppo.demo.tiny import CHAT_TEMPLATE as CHATML
+from cppo.prompts import Prompts, encode_questions
+from cppo.questions import as_question
 
 # Behaves as Llama 3's: the template writes bos, and the tokenizer would write it once more.
 LLAMA = (
@@ -93,3 +97,28 @@ def vision_processor(template: str, *, bos: bool = True) -> Any:
     return image_only(Qwen2_5_VLProcessor)(
         image_processor=images, tokenizer=tokenizer, chat_template=template
     )
+
+
+class NoModel(nn.Module):
+    """What `encode_questions` asks a text model for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.config = type("Config", (), {})()
+
+
+def encode_rows(tokenizer: Any, *rows: Any, **arguments: Any) -> Prompts:
+    questions = [as_question(row if isinstance(row, dict) else {"prompt": row}) for row in rows]
+    return encode_questions(NoModel(), tokenizer, questions, arguments)
+
+
+def own_ids(prompts: Prompts, row: int) -> list[int]:
+    return prompts.input_ids[row][prompts.attention_mask[row]].tolist()
+
+
+DIALOGUE = [
+    {"role": "user", "content": "1?"},
+    {"role": "assistant", "content": "1."},
+    {"role": "user", "content": " 2? "},
+]

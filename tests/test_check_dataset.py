@@ -41,6 +41,12 @@ def test_bad_datasets(dataset, message):
         check_dataset(dataset, require_answer=True)
 
 
+def test_a_data_frame_is_no_sequence_of_rows():
+    frame = type("DataFrame", (dict,), {})(prompt=["?"])
+    with pytest.raises(TypeError, match=r"got DataFrame; take its to_dict\('records'\)"):
+        check_dataset(frame)
+
+
 def test_all_bad_rows_are_said():
     rows = [dict(row) for row in ROWS] * 10
     for index in range(1, 36, 2):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from prompt_cases import (
     CHATML,
     CHATML_WITH_BOS,
+    DIALOGUE,
     GEMMA,
     LLAMA,
     MISTRAL,
@@ -17,48 +20,35 @@ from prompt_cases import (
     TEMPLATES,
     THINKING,
     chat_tokenizer,
+    encode_rows,
+    own_ids,
     vision_processor,
 )
-from torch import nn
-from trainer_cases import VISION_FAMILIES, image, questions_for, tiny
+from tokenizers import processors
+from trainer_cases import (
+    VISION_FAMILIES,
+    digit_share,
+    image,
+    questions_for,
+    small_run,
+    text_rows,
+    tiny,
+)
 
-from cppo.prompts import PromptEncoder, Prompts, encode_questions, render
+from cppo.cli import dry_run
+from cppo.demo.digits import DigitSums
+from cppo.prompts import PromptEncoder, encode_questions, render
 from cppo.questions import Question, QuestionError, as_question
 from cppo.questions.messages import with_images
 from cppo.rollout import sample_completions
-
-
-class NoModel(nn.Module):
-    """What `encode_questions` asks a text model for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.config = type("Config", (), {})()
-
-
-def encoded(tokenizer: Any, *rows: Any, **arguments: Any) -> Prompts:
-    questions = [as_question(row if isinstance(row, dict) else {"prompt": row}) for row in rows]
-    return encode_questions(NoModel(), tokenizer, questions, arguments)
-
-
-def own_ids(prompts: Prompts, row: int) -> list[int]:
-    return prompts.input_ids[row][prompts.attention_mask[row]].tolist()
-
-
-DIALOGUE = [
-    {"role": "user", "content": "1?"},
-    {"role": "assistant", "content": "1."},
-    {"role": "user", "content": " 2? "},
-]
-
+from cppo.trainer import CPPOTrainer
 
 # ---- Ids
 
 
 def test_ids_worked_out_by_hand() -> None:
     tokenizer = chat_tokenizer(LLAMA)
-    ids = own_ids(encoded(tokenizer, "1+1?"), 0)
+    ids = own_ids(encode_rows(tokenizer, "1+1?"), 0)
     pieces = ["<s>", "<|start|>", *"user", "<|end|>", *"1+1?", "<|eot|>", "<|start|>", *"assistant"]
     assert ids == tokenizer.convert_tokens_to_ids([*pieces, "<|end|>"])
 
@@ -67,7 +57,7 @@ def test_ids_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("prompt", ["2 + 2?", DIALOGUE])
 def test_ids_are_those_of_apply_chat_template(name: str, prompt: Any) -> None:
     tokenizer = chat_tokenizer(TEMPLATES[name], eos=True)
-    prompts = encoded(tokenizer, prompt)
+    prompts = encode_rows(tokenizer, prompt)
     question = prompts.questions[0]
     expected = tokenizer.apply_chat_template(
         question.messages, tokenize=True, add_generation_prompt=True, return_dict=False
@@ -136,6 +126,15 @@ def test_greyscale_and_colour_images_are_one_thing_to_the_processor() -> None:
     assert torch.equal(*pixels)
 
 
+def test_the_lengths_of_a_dry_run_are_those_of_the_run(monkeypatch: Any, tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(LLAMA)
+    monkeypatch.setattr("cppo.models.load_processor", lambda path: tokenizer)
+    config: Any = SimpleNamespace(model=SimpleNamespace(path=tmp_path))
+    shown, longest = dry_run._first_question(config, [{"prompt": "1?"}, {"prompt": "1+1?"}])
+    assert longest == encode_rows(tokenizer, "1+1?").input_ids.shape[1]
+    assert shown.startswith("<s><|start|>user")
+
+
 # ---- Padding
 
 
@@ -145,14 +144,40 @@ def test_prompts_are_padded_on_the_left_without_the_tokenizer(side: str, pad_tok
     tokenizer = chat_tokenizer(LLAMA, pad_token=pad_token)
     tokenizer.padding_side = side
     before = dict(vars(tokenizer)), len(tokenizer), tokenizer.pad_token
-    prompts = encoded(tokenizer, "long question", "?")
+    prompts = encode_rows(tokenizer, "long question", "?")
     assert (dict(vars(tokenizer)), len(tokenizer), tokenizer.pad_token) == before
     assert prompts.attention_mask.dtype == torch.bool
     assert prompts.attention_mask.sum(1).tolist() == [32, 20]  # 12 letters more
     assert prompts.attention_mask[1].tolist() == [False] * 12 + [True] * 20
     for row, text in enumerate(("long question", "?")):
-        (alone,) = encoded(tokenizer, text).input_ids.tolist()
+        (alone,) = encode_rows(tokenizer, text).input_ids.tolist()
         assert own_ids(prompts, row) == alone
+
+
+@pytest.mark.parametrize("family", ["text", "qwen2_5_vl"])
+def test_training_with_a_bos_and_without_a_pad_token(family: str, tmp_path: Path) -> None:
+    model, processor = tiny(family)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    core = tokenizer.backend_tokenizer
+    bos = "<|vision_pad|>"  # any special token of the demo's
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+    )
+    tokenizer.bos_token, tokenizer.pad_token = bos, None
+    processor.chat_template = CHATML_WITH_BOS
+    rows = text_rows() if family == "text" else DigitSums("train", 6)
+    trainer = CPPOTrainer(
+        model,
+        digit_share,
+        rows,
+        config=small_run(tmp_path, max_prompt_tokens=100),
+        processor=processor,
+        eval_dataset=rows,
+    )
+    trainer.train()
+    prompts = trainer.sample(trainer.draw_questions()).prompts
+    assert (prompts.input_ids == tokenizer.bos_token_id).sum(1).tolist() == [1] * 2
+    assert tokenizer.pad_token is None
 
 
 def test_sampling_without_a_pad_token() -> None:
@@ -173,83 +198,6 @@ def test_sampling_without_a_pad_token() -> None:
             temperature=None,
         )
         assert rollouts.completion_ids[row] == alone.completion_ids[0]
-
-
-# ---- The generation prompt
-
-
-@pytest.mark.parametrize(
-    ("template", "arguments", "expected"),
-    [
-        (LLAMA, {}, "<|start|>assistant<|end|>"),
-        (GEMMA, {}, "<|start|>model\n"),
-        (PHI, {}, "<|assistant|>\n"),  # without it the template ends in <|endoftext|>
-        (MISTRAL, {}, " [/INST]"),  # the template does not ask: all behind the message
-        (THINKING, {}, "<|start|>assistant\n<think>\n"),
-        (
-            THINKING,
-            {"enable_thinking": False},
-            "<|start|>assistant\n<think>\n\n</think>\n\n",
-        ),
-        # Another beginning with a generation prompt, and the tag differs in its middle.
-        (
-            "{{ 'on' if add_generation_prompt else 'off' }} {{ messages[-1].content }}"
-            "{% if add_generation_prompt %}<think>{% else %}<thanks>{% endif %}",
-            {},
-            "<think>",
-        ),
-        # In any case, as some reasoning models do.
-        ("{{ messages[-1].content }}<|eot|>{{ '<think>\n' }}", {}, "<|eot|><think>\n"),
-        ("{{ messages[-1].content }}", {}, ""),
-    ],
-)
-@pytest.mark.parametrize("text", ["a", "think", "<think>", "1+1?"])
-def test_generation_prompts(template: str, arguments: Any, expected: str, text: str) -> None:
-    tokenizer = chat_tokenizer(template)
-    assert encoded(tokenizer, text, **arguments).generation_prompts == [expected]
-    row = {"prompt": [*DIALOGUE, {"role": "assistant", "content": text}]}
-    if template in (LLAMA, GEMMA, THINKING):
-        assert encoded(tokenizer, row, **arguments).generation_prompts == [expected]
-
-
-def test_generation_prompts_with_images_and_of_prompts_made_by_hand() -> None:
-    for content in ([{"type": "image"}], "<image>?", "?<image>"):
-        row = {"prompt": [{"role": "user", "content": content}], "image": image(24, 24)}
-        found = PromptEncoder(vision_processor(CHATML))(as_question(row))
-        assert found.generation_prompt == "<|im_start|>assistant\n"
-    ids = torch.zeros(2, 3, dtype=torch.int64)
-    by_hand = Prompts([as_question({"prompt": "?"})] * 2, ids, ids == 0, None, None)
-    assert by_hand.generation_prompts == ["", ""]
-
-
-def test_chat_template_kwargs_reach_the_ids() -> None:
-    tokenizer = chat_tokenizer(THINKING)
-    text = tokenizer.decode(own_ids(encoded(tokenizer, "?", enable_thinking=False), 0))
-    assert text.endswith("assistant\n<think>\n\n</think>\n\n")
-    text = tokenizer.decode(own_ids(encoded(tokenizer, "?"), 0))
-    assert text.endswith("assistant\n<think>\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"enable_thinkin": True}, ValueError, "'enable_thinkin', which the chat template does"),
-        ({"add_generation_prompt": False}, ValueError, "'add_generation_prompt', which cppo sets"),
-        ({"tokenize": False}, ValueError, "'tokenize', which cppo sets"),
-        (["enable_thinking"], TypeError, "chat_template_kwargs must be a mapping, got"),
-    ],
-)
-def test_chat_template_kwargs_that_cannot_work(arguments: Any, error: Any, message: str) -> None:
-    with pytest.raises(error, match=f"^cppo: .*{message}") as caught:
-        PromptEncoder(chat_tokenizer(THINKING), arguments)
-    assert not isinstance(caught.value, QuestionError)  # no question is to blame
-
-
-def test_a_chat_template_of_ones_own_and_none() -> None:
-    found = encoded(chat_tokenizer(LLAMA), "?", chat_template="{{ messages[0].content }}!")
-    assert found.attention_mask.sum() == 2
-    with pytest.raises(ValueError, match="processor .* has no chat template"):
-        PromptEncoder(chat_tokenizer(None))
 
 
 # ---- Special tokens in the text
@@ -296,7 +244,7 @@ def test_texts_that_only_look_special(template: str) -> None:
     tokenizer = chat_tokenizer(template)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "<answer>"]})
     text = "<think>, </think>, <answer>4</answer>, <|im_, <b>, [INST] and |im_end|"
-    (ids,) = encoded(tokenizer, text).input_ids.tolist()
+    (ids,) = encode_rows(tokenizer, text).input_ids.tolist()
     assert tokenizer.decode(ids).count(text) == 1
 
 
@@ -344,7 +292,7 @@ def test_what_a_template_does_not_take(template: str, row: Any, message: str) ->
 
 def test_a_template_may_change_the_text() -> None:
     for template in ("{{ messages[0].content | upper }}", "{{ messages[0].content | tojson }}"):
-        assert encoded(chat_tokenizer(template), 'say "a"').input_ids.numel() > 0
+        assert encode_rows(chat_tokenizer(template), 'say "a"').input_ids.numel() > 0
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)

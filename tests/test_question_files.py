@@ -77,6 +77,12 @@ def test_json_in_every_encoding_of_its_standard(encoding, mark, suffix, end, tmp
     assert list(load_rows(file)) == rows
 
 
+def test_byte_order_marks_of_files_put_together(tmp_path):
+    part = codecs.BOM_UTF8 + b'{"prompt": "?"}\n'
+    (tmp_path / "a.jsonl").write_bytes(part + b"\n" + part + part)
+    assert list(load_rows(tmp_path / "a.jsonl")) == [{"prompt": "?"}] * 3
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -47,7 +47,7 @@ def check_dataset(
     limit: int | None = None,
     require_answer: bool = False,
     processor: Any = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] = {},
 ) -> DatasetSummary:
     """Read the rows of a dataset as questions and return what they hold.
 
@@ -70,7 +70,7 @@ def check_dataset(
     if processor is not None:
         from cppo.prompts import PromptEncoder  # torch and transformers, which rows do not need
 
-        encoder = PromptEncoder(processor, chat_template_kwargs or {})
+        encoder = PromptEncoder(processor, chat_template_kwargs)
     total = len(dataset)
     count = total if limit is None else max(1, min(total, limit))
     good: list[_Row] = []

@@ -199,9 +199,9 @@ def _json_lines(file: Path) -> list[dict[str, Any]]:
     try:
         with file.open(encoding=encoding) as lines:
             for number, line in enumerate(lines, 1):
+                line = line.lstrip("\ufeff")  # of files that were put one behind the other
                 if line.strip():
-                    place = f"{file}, line {number}"
-                    rows.append(_object(_json(line, file, number), place))
+                    rows.append(_object(_json(line, file, number), f"{file}, line {number}"))
     except UnicodeDecodeError as error:
         raise _wrong_encoding(file, encoding) from error
     return rows

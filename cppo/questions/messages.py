@@ -24,7 +24,7 @@ def sequence(value: Any) -> list[Any] | None:
     if isinstance(value, (list, tuple)):
         return list(value)
     is_array = type(value).__name__ == "ndarray" and value.ndim > 0
-    return list(value) if is_array and value.dtype.kind in "OUS" else None
+    return list(value) if is_array and (value.dtype.kind in "OUS" or value.shape == (0,)) else None
 
 
 def each(function: Callable[[Any], Any], value: Any) -> Any:

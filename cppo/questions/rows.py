@@ -55,9 +55,11 @@ class Rows(Sequence[dict[str, Any]]):
 def require_dataset(name: str, dataset: Any) -> None:
     """Raise TypeError for what is no dataset, ValueError for one without rows."""
     is_one = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if not is_one or isinstance(dataset, (str, bytes, Mapping)):
-        got = type(dataset).__name__
-        if isinstance(dataset, Mapping):
+    got = type(dataset).__name__
+    if not is_one or isinstance(dataset, (str, bytes, Mapping)) or got == "DataFrame":
+        if got == "DataFrame":
+            got += "; take its to_dict('records')"
+        elif isinstance(dataset, Mapping):
             got += f" of {', '.join(map(str, dataset)) or 'nothing'}; take one of them"
         raise TypeError(
             f"{name} must have __len__ and an integer __getitem__ (a list of rows, a "
@@ -77,7 +79,7 @@ def question_at(dataset: Dataset, index: int) -> Question:
         row = dataset[index]
     except QuestionError:
         raise
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # datasets and their conversions are other people's code
         raise QuestionError(
             f"cppo.as_question: row {index}: the dataset cannot give it: "
             f"{type(error).__name__}: {error}"

@@ -49,9 +49,10 @@ from cppo.benchmarks.environment import environment, results_folder
 from cppo.benchmarks.timing import keep_freed_memory
 from cppo.config import CPPOConfig, LossConfig
 from cppo.ops.loss import linear_cppo_loss
+from cppo.prompts import Prompts
 from cppo.questions import Question
 from cppo.records import NumItems
-from cppo.rollout import Prompts, Rollouts, sample_completions
+from cppo.rollout import Rollouts, sample_completions
 from cppo.step import Batch, forward_views, microbatch_loss
 
 RESULTS = results_folder() / "prune_rates.csv"

@@ -28,8 +28,8 @@ from cppo.benchmarks.environment import environment, results_folder
 from cppo.benchmarks.prune_rates import Setting, dummy_tokenizer, load, seconds
 from cppo.benchmarks.timing import keep_freed_memory
 from cppo.config import CPPOConfig
+from cppo.prompts import Prompts
 from cppo.questions import Question
-from cppo.rollout import Prompts
 from cppo.step import Batch, _hidden
 
 RESULTS = results_folder() / "shared_prompts.csv"

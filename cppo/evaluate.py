@@ -12,8 +12,9 @@ from accelerate.utils import gather_object, set_seed
 from torch import nn
 
 from cppo.config import CPPOConfig
+from cppo.prompts import encode_questions
 from cppo.questions import Question
-from cppo.rollout import encode_questions, sample_completions
+from cppo.rollout import sample_completions
 from cppo.scoring import RewardFunction, score
 from cppo.seeds import seed_from
 from cppo.trainer_arguments import reward_weights

@@ -12,8 +12,8 @@ from torch import Tensor
 from cppo.forward import ImageBatch
 from cppo.ops.pack import balance_ranks
 from cppo.processes import Processes
-from cppo.questions import Question
-from cppo.rollout import Prompts, Rollouts
+from cppo.prompts import Prompts
+from cppo.rollout import Rollouts
 from cppo.scoring import Scores
 from cppo.step import Batch
 
@@ -48,6 +48,7 @@ def merge(parts: Sequence[Rollouts]) -> Rollouts:
         joined([part.prompts.attention_mask for part in parts], 0),
         all_positions([part.prompts.positions for part in parts], 0),
         _merged_images([part.prompts for part in parts]),
+        [text for part in parts for text in part.prompts.generation_prompts],
     )
     return Rollouts(
         prompts,
@@ -109,6 +110,7 @@ def take_questions(rollouts: Rollouts, questions: Sequence[int]) -> Rollouts:
             prompts.attention_mask[own],
             None if prompts.positions is None else prompts.positions[:, own],
             None if prompts.images is None else prompts.images.of(list(questions)),
+            [prompts.generation_prompts[q] for q in questions],
         ),
         group,
         rollouts.input_ids[rows],
@@ -254,6 +256,6 @@ def _to_cpu(piece: Batch) -> Batch:
     """What travels: no pictures, which the update does not look at again."""
     moved = _moved(piece, "cpu")
     prompts = moved.rollouts.prompts
-    light = [Question(question.messages, [], {}) for question in prompts.questions]
+    light = [question._replace(images=[], columns={}) for question in prompts.questions]
     prompts = dataclasses.replace(prompts, questions=light)
     return dataclasses.replace(moved, rollouts=dataclasses.replace(moved.rollouts, prompts=prompts))

@@ -9,33 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cppo.forward import (
-    ImageBatch,
-    has_vision,
-    rotary_positions,
-    unwrap,
-)
+from cppo.forward import unwrap
+from cppo.prompts import Prompts, tokenizer_of
 from cppo.questions import Question
 from cppo.sampler import decode
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Questions as a model reads them.
-
-    Args:
-        questions: Q questions.
-        input_ids: (Q, L) int64, padded on the left.
-        attention_mask: (Q, L) bool.
-        positions: (3, Q, L) rotary positions of a vision-language model, else None.
-        images: the questions' images as the processor prepared them; None without any.
-    """
-
-    questions: list[Question]
-    input_ids: Tensor
-    attention_mask: Tensor
-    positions: Tensor | None
-    images: ImageBatch | None
 
 
 @dataclass(frozen=True)
@@ -68,45 +45,9 @@ class Rollouts:
         """The question of a row of the batch."""
         return self.prompts.questions[row // self.group_size]
 
-
-def tokenizer_of(processor: Any) -> Any:
-    """The tokenizer inside a processor, or the tokenizer itself."""
-    return getattr(processor, "tokenizer", processor)
-
-
-def render(processor: Any, question: Question) -> str:
-    """The question as the text that the model continues."""
-    return processor.apply_chat_template(
-        question.messages, tokenize=False, add_generation_prompt=True
-    )
-
-
-def encode_questions(model: nn.Module, processor: Any, questions: list[Question]) -> Prompts:
-    """Tokenizes questions and prepares their images, on the model's device."""
-    images = [question.images for question in questions]
-    texts = [render(processor, question) for question in questions]
-    arguments: dict[str, Any] = {"text": texts, "return_tensors": "pt", "padding": True}
-    if any(images):
-        if not has_vision(model):
-            raise ValueError("cppo: questions have images, but the model takes none")
-        arguments["images"] = [group for group in images if group]
-    else:
-        processor = tokenizer_of(processor)
-    tokenizer_of(processor).padding_side = "left"
-    encoded = processor(**arguments).to(next(model.parameters()).device)
-    attention_mask = encoded["attention_mask"].bool()
-    grid = encoded.get("image_grid_thw")
-    image_batch = None
-    if grid is not None:
-        counts = tuple(len(group) for group in images)
-        image_batch = ImageBatch(encoded["pixel_values"], grid, counts)
-    return Prompts(
-        questions,
-        encoded["input_ids"],
-        attention_mask,
-        rotary_positions(model, encoded["input_ids"], attention_mask, grid),
-        image_batch,
-    )
+    def generation_prompt_of(self, row: int) -> str:
+        """What the chat template put before the completion of a row."""
+        return self.prompts.generation_prompts[row // self.group_size]
 
 
 def sample_completions(

@@ -41,11 +41,12 @@ from cppo.models import special_token_ids_to_suppress
 from cppo.ops.advantages import advantages_and_prune, questions_needed
 from cppo.processes import Processes
 from cppo.progress import PhaseTimer, RunLog
+from cppo.prompts import encode_questions
 from cppo.questions import Question, as_question
 from cppo.questions.stream import Dataset, QuestionStream, all_questions
 from cppo.records import NumItems
 from cppo.regroup import balanced, merge, merge_scores
-from cppo.rollout import Rollouts, encode_questions, sample_completions
+from cppo.rollout import Rollouts, sample_completions
 from cppo.scoring import RewardFunction, Scores, metric_name, score
 from cppo.seeds import seed_from
 from cppo.step import Batch, cut_surplus, microbatch_loss, token_logps

@@ -9,7 +9,7 @@ from torch import nn
 
 from cppo import forward
 from cppo.config import CPPOConfig
-from cppo.rollout import tokenizer_of
+from cppo.prompts import tokenizer_of
 from cppo.scoring import RewardFunction, metric_name, reward_name
 
 

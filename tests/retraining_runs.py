@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer_cases import image, small_run, tiny
 
 from cppo.config import LoraConfig
-from cppo.rollout import tokenizer_of
+from cppo.prompts import tokenizer_of
 from cppo.trainer import CPPOTrainer
 
 # Every coefficient is large, so that an error of 1 % in it shows.

@@ -26,8 +26,8 @@ from trainer_cases import (
 import cppo
 from cppo import attention, forward
 from cppo.ops.pack import pack_completions
+from cppo.prompts import encode_questions
 from cppo.records import PackedBatch
-from cppo.rollout import encode_questions
 from cppo.sampler import _draw
 from cppo.step import Batch, _hidden, _images_of
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from trainer_cases import config, fixed_rollouts, packed, question, questions_for, tiny
 
+from cppo.prompts import encode_questions
 from cppo.questions import Question
-from cppo.rollout import RewardError, Rollouts, encode_questions, sample_completions, score
+from cppo.rollout import Rollouts, sample_completions
+from cppo.scoring import RewardError, score
 from cppo.step import Batch, token_logps
 
 

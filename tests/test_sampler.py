@@ -14,8 +14,9 @@ from cppo.demo.digits import DigitSums
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
 from cppo.demo.warmup import CHECKPOINTS
 from cppo.models import load_model, load_processor
+from cppo.prompts import Prompts, encode_questions
 from cppo.questions import as_question
-from cppo.rollout import Prompts, Rollouts, encode_questions, sample_completions
+from cppo.rollout import Rollouts, sample_completions
 
 FAMILIES = ("text", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 TOKENS = 16

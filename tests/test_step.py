@@ -24,8 +24,8 @@ from cppo.config import CPPOConfig
 from cppo.forward import lm_head
 from cppo.ops.advantages import advantages_and_prune
 from cppo.ops.loss import linear_cppo_loss
+from cppo.prompts import encode_questions
 from cppo.records import LossOutput, NumItems
-from cppo.rollout import encode_questions
 from cppo.step import (
     Batch,
     cut_surplus,

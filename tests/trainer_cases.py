@@ -17,8 +17,9 @@ from cppo.config import CPPOConfig, LossConfig
 from cppo.demo.digits import DigitSums
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
 from cppo.forward import check_supported, set_attention
+from cppo.prompts import encode_questions, tokenizer_of
 from cppo.questions import Question
-from cppo.rollout import Rollouts, _assemble, encode_questions, tokenizer_of
+from cppo.rollout import Rollouts, _assemble
 from cppo.step import Batch
 from cppo.trainer import CPPOTrainer
 

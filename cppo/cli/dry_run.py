@@ -272,8 +272,8 @@ def _data(config: RunConfig) -> tuple[list[str], int | None]:
 def _first_question(config: RunConfig, rows: Any) -> tuple[str, int | None]:
     """The first question as the model reads it, and the longest of the first prompts in tokens."""
     from cppo.models import load_processor
+    from cppo.prompts import PromptEncoder, render
     from cppo.questions import as_question
-    from cppo.rollout import render
 
     first = [as_question(rows[i], index=i) for i in range(min(CHECKED_ROWS, len(rows)))]
     sizes = ", ".join(f"{w} x {h}" for w, h in (image.size for image in first[0].images))
@@ -284,11 +284,8 @@ def _first_question(config: RunConfig, rows: Any) -> tuple[str, int | None]:
         text = "\n".join(f"{m['role']}: {m['content']}" for m in first[0].messages)
         return text + suffix, None
     processor = load_processor(path)
-    lengths = []
-    for question in first:
-        text = render(processor, question)
-        extra = {"images": question.images} if question.images else {}
-        lengths.append(len(processor(text=[text], **extra)["input_ids"][0]))
+    encoder = PromptEncoder(processor)
+    lengths = [len(encoder(question).input_ids) for question in first]
     return render(processor, first[0]) + suffix, max(lengths)
 
 

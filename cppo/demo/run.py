@@ -27,8 +27,8 @@ from cppo.demo.warmup import CHECKPOINTS, warm_up
 from cppo.models import load_model, load_processor
 from cppo.ops.perception_mask import perception_mask
 from cppo.ops.token_stats import linear_token_stats
+from cppo.prompts import tokenizer_of
 from cppo.reference import kept_per_unit
-from cppo.rollout import tokenizer_of
 from cppo.scoring import metric_name
 from cppo.seeds import seed_from
 from cppo.step import forward_views

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
-
 import torch
 
-from cppo.questions import Question, as_question
+from cppo.questions.question import Question
+from cppo.questions.rows import Dataset, question_at, require_dataset
 from cppo.seeds import seed_from
 
-
-class Dataset(Protocol):
-    """Rows by number: a list of dicts, a `datasets.Dataset`, anything alike."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...
+__all__ = ["Dataset", "QuestionStream", "all_questions"]
 
 
 class QuestionStream:
     """A dataset's questions without end, shuffled anew in every epoch.
 
-    The order is a function of the seed; `position` is all there is to remember.
+    The order is a function of the seed; `position` is all there is to remember. A row that cannot
+    be asked raises QuestionError when it is its turn; the next call goes on behind it.
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
-        check_dataset("train_dataset", dataset)
-        if len(dataset) == 0:
-            raise ValueError("cppo.CPPOTrainer: train_dataset must have rows, got none")
+        require_dataset("cppo.CPPOTrainer: train_dataset", dataset)
         self.dataset, self._seed = dataset, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self.position = 0
@@ -39,23 +31,12 @@ class QuestionStream:
             self._epoch = epoch
             self._order = torch.randperm(len(self.dataset), generator=generator)
         self.position += 1
-        row = int(self._order[place])
-        return as_question(self.dataset[row], index=row)
-
-
-def check_dataset(name: str, dataset: Any) -> None:
-    """Raises TypeError for what is no dataset."""
-    is_one = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if not is_one or isinstance(dataset, (str, Mapping)):
-        raise TypeError(
-            f"cppo.CPPOTrainer: {name} must have __len__ and an integer __getitem__ (a list of "
-            f"rows, a datasets.Dataset), got {type(dataset).__name__}"
-        )
+        return question_at(self.dataset, int(self._order[place]))
 
 
 def all_questions(dataset: Dataset | None) -> list[Question]:
-    """Every question of a held-out set; none for None."""
+    """Every question of a held-out set; none for None. Raises as `question_at`."""
     if dataset is None:
         return []
-    check_dataset("eval_dataset", dataset)
-    return [as_question(dataset[i], index=i) for i in range(len(dataset))]
+    require_dataset("cppo.CPPOTrainer: eval_dataset", dataset)
+    return [question_at(dataset, i) for i in range(len(dataset))]

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cppo.questions.pixels import eight_bit
 from cppo.views.patches import PatchLayout, images_from_patches, patches_from_images
 from cppo.views.perturbations import (
     BasePerturbation,
@@ -123,11 +124,14 @@ def perturb(
     """Return the PIL image(s), each under one perturbation drawn from `perturbations`.
 
     Args:
-        images: one image or a sequence; L, RGB, and LA or RGBA (alpha is kept unchanged) come back
-            in their mode, palette, CMYK and YCbCr images as RGB (RGBA if transparent), 1 as L.
+        images: one image or a sequence, of any mode that keeps its picture in 8 bits by the rules
+            of `cppo.questions.pixels`, which also read a data set's images: L, RGB, LA and RGBA
+            come back in their mode, 1, I and F as L, others as RGB, or RGBA if transparent. Alpha
+            is kept unchanged. The orientation that EXIF states is applied.
         perturbations: one perturbation or a sequence to draw from with equal probability.
         seed: one per image, or a base seed from which image i takes `image_seed(seed, i)`.
-    Returns: an image of the same size for an image, a list for a sequence; inputs stay unchanged.
+    Returns: an upright image of the same size for an image, a list for a sequence; inputs stay
+        unchanged.
     Raises: TypeError or ValueError for anything that is not such an image, an empty set of
         perturbations or a number of seeds that is not the number of images.
     """
@@ -178,14 +182,7 @@ def _perturb_pil(
         raise TypeError(
             f"cppo.perturb: image {index} must be a PIL image, got {type(image).__name__}"
         )
-    if image.mode.startswith(("I", "F")) or 0 in image.size:
-        raise ValueError(
-            f"cppo.perturb: image {index} has mode {image.mode!r} and size {image.size}; "
-            "expected an 8-bit image of at least 1 x 1 pixels"
-        )
-    if image.mode not in ("L", "LA", "RGB", "RGBA"):
-        transparent = image.has_transparency_data
-        image = image.convert("L" if image.mode == "1" else "RGBA" if transparent else "RGB")
+    image = eight_bit(image, f"cppo.perturb: image {index}: ")
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
     colour = image if alpha is None else image.convert(image.mode[:-1])
     array = np.array(colour, dtype=np.float32) / 255

@@ -1,0 +1,334 @@
+"""Questions as a model reads them: the chat template, token ids, pixels.
+
+The ids and pixels are those of transformers' `apply_chat_template(tokenize=True)`, which is called
+for one question at a time: so an error belongs to one question, and a question's ids do not depend
+on its neighbours. Padding is done here: no tokenizer needs a pad token, and none is changed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cppo.forward import ImageBatch, has_vision, rotary_positions
+from cppo.questions import Question, QuestionError
+from cppo.questions.messages import (
+    Messages,
+    strings_in,
+    texts_of,
+    with_images,
+    with_last_text,
+)
+
+# What apply_chat_template takes besides what the template reads.
+_PASSED_ON = ("chat_template", "tools", "documents")
+_OWN = (
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+)
+# Reasoning and answers stand between these, in prompts too, whatever the tokenizer calls them.
+_FORMAT_TAGS = {"<think>", "</think>", "<answer>", "</answer>"}
+_TAG = re.compile(r"<[^<>\n]*>|\[[^\[\]\n]*\]")
+_END_OF_TEXT = "(cppo: the last message ends here)"
+_PAD = 0  # any id will do: the mask hides it
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Questions as a model reads them.
+
+    Args:
+        questions: Q questions.
+        input_ids: (Q, L) int64, padded on the left.
+        attention_mask: (Q, L) bool.
+        positions: (3, Q, L) rotary positions of a vision-language model, else None.
+        images: the questions' images as the processor prepared them; None without any.
+        generation_prompts: Q texts that the chat template puts after the last message and that a
+            completion continues, such as "<|im_start|>assistant\\n<think>\\n"; empty where it puts
+            nothing there.
+    """
+
+    questions: list[Question]
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor | None
+    images: ImageBatch | None
+    generation_prompts: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.generation_prompts:
+            object.__setattr__(self, "generation_prompts", [""] * len(self.questions))
+
+
+class EncodedQuestion(NamedTuple):
+    """One question as a model reads it.
+
+    Fields:
+        input_ids: token ids, image placeholders included.
+        generation_prompt: as in `Prompts`.
+        pixel_values: (P, C) patches of its images; None without any.
+        image_grid_thw: (I, 3) int64, as in `cppo.forward.ImageBatch`; None without any.
+    """
+
+    input_ids: list[int]
+    generation_prompt: str
+    pixel_values: Tensor | None
+    image_grid_thw: Tensor | None
+
+
+def encode_questions(
+    model: nn.Module,
+    processor: Any,
+    questions: list[Question],
+    chat_template_kwargs: Mapping[str, Any] = {},
+) -> Prompts:
+    """Tokenizes questions and prepares their images, on the model's device.
+
+    Raises: as `PromptEncoder`; ValueError for images that the model does not take.
+    """
+    if any(question.images for question in questions) and not has_vision(model):
+        raise ValueError("cppo: questions have images, but the model takes none")
+    encoder = PromptEncoder(processor, chat_template_kwargs)
+    return collate(model, questions, [encoder(question) for question in questions])
+
+
+def collate(
+    model: nn.Module, questions: list[Question], encoded: Sequence[EncodedQuestion]
+) -> Prompts:
+    """Puts questions that a `PromptEncoder` encoded into one batch, on the model's device."""
+    device = next(model.parameters()).device
+    input_ids, attention_mask = (x.to(device) for x in _padded([own.input_ids for own in encoded]))
+    images = grid = None
+    pixel_values = [own.pixel_values for own in encoded if own.pixel_values is not None]
+    if pixel_values:
+        grids = [own.image_grid_thw for own in encoded if own.image_grid_thw is not None]
+        grid = torch.cat(grids).to(device)
+        counts = tuple(len(question.images) for question in questions)
+        images = ImageBatch(torch.cat(pixel_values).to(device), grid, counts)
+    return Prompts(
+        questions,
+        input_ids,
+        attention_mask,
+        rotary_positions(model, input_ids, attention_mask, grid),
+        images,
+        [own.generation_prompt for own in encoded],
+    )
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer inside a processor, or the tokenizer itself."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def render(
+    processor: Any,
+    question: Question,
+    chat_template_kwargs: Mapping[str, Any] = {},
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """The question as the text that the model continues."""
+    return processor.apply_chat_template(
+        question.messages,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        **chat_template_kwargs,
+    )
+
+
+class PromptEncoder:
+    """Encodes questions by a processor or tokenizer; it needs no model.
+
+    Args:
+        processor: the processor of a vision-language model, the tokenizer of a text model.
+        chat_template_kwargs: what the chat template is given besides the messages, such as
+            {"enable_thinking": False}.
+    Raises: TypeError or ValueError for a processor without a chat template, and for
+        chat_template_kwargs that the template does not read or that are set here.
+    """
+
+    def __init__(self, processor: Any, chat_template_kwargs: Mapping[str, Any] = {}) -> None:
+        _check_template_arguments(processor, chat_template_kwargs)
+        self._processor = processor
+        self._arguments = chat_template_kwargs
+        self._control = _control_tokens(processor)
+
+    def __call__(self, question: Question) -> EncodedQuestion:
+        """Return a question's ids and pixels.
+
+        Raises: QuestionError naming the question, for text with a token that only the template may
+            write, a message that the template refuses or leaves out, an image that the image
+            processor refuses, and a prompt without tokens.
+        """
+        try:
+            if question.images and not hasattr(self._processor, "image_processor"):
+                raise QuestionError("has images, which a tokenizer does not prepare")
+            self._check_text(question.messages)
+            self._check_rendered(question, self._render(question))
+            return self._encode(question)
+        except QuestionError as error:
+            raise QuestionError(f"cppo: {_name(question)}: {error}") from error.__cause__
+
+    def _check_text(self, messages: Messages) -> None:
+        for position, message in enumerate(messages):
+            for text in strings_in(message):
+                found = self._control.search(text)
+                if found:
+                    raise QuestionError(
+                        f"prompt[{position}] has the special token {found[0]!r} in its text, which "
+                        "only the chat template may write (roles are messages, images are <image> "
+                        "markers or image parts)"
+                    )
+
+    def _render(self, question: Question, *, add_generation_prompt: bool = True) -> str:
+        try:
+            return render(
+                self._processor,
+                question,
+                self._arguments,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # a template raises what it likes
+            raise QuestionError(
+                f"the chat template refused it: {type(error).__name__}: {error}"
+            ) from error
+
+    def _check_rendered(self, question: Question, rendered: str) -> None:
+        """Raises if a message or an image is not in the text that the template made."""
+        for position, message in enumerate(question.messages):
+            texts = [text.strip() for text in texts_of(message["content"])]
+            # Templates may drop what an assistant thought in earlier turns.
+            if message["role"] == "assistant" or all(text in rendered for text in texts):
+                continue
+            # Not there word for word: does anything depend on it?
+            changed = list(question.messages)
+            changed[position] = with_last_text(message, lambda text: text + _END_OF_TEXT)
+            if self._render(question._replace(messages=changed)) == rendered:
+                hint = "; give its text as a string" if isinstance(message["content"], list) else ""
+                raise QuestionError(
+                    f"the chat template leaves out prompt[{position}] "
+                    f"(role {message['role']!r}){hint}"
+                )
+        has_parts = any(isinstance(message["content"], list) for message in question.messages)
+        if has_parts and "'type': 'text'" in rendered:
+            raise QuestionError(
+                "the chat template writes a list of parts as it stands; give plain text"
+            )
+        token = getattr(self._processor, "image_token", None)
+        if token and rendered.count(token) != len(question.images):
+            raise QuestionError(
+                f"the chat template places {rendered.count(token)} images, "
+                f"the question has {len(question.images)}"
+            )
+
+    def _encode(self, question: Question) -> EncodedQuestion:
+        try:
+            encoded = self._processor.apply_chat_template(
+                with_images(question.messages, question.images),
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+                **self._arguments,
+            )
+        except Exception as error:
+            raise self._refusal(question, error) from error
+        ids = encoded["input_ids"][0].tolist()
+        if not ids:
+            raise QuestionError("the chat template makes no tokens of it")
+        return EncodedQuestion(
+            ids,
+            self._generation_prompt(question),
+            encoded.get("pixel_values"),
+            encoded.get("image_grid_thw"),
+        )
+
+    def _refusal(self, question: Question, error: Exception) -> QuestionError:
+        """The error of a processor, with the image that it is about, if it is about one."""
+        for number, image in enumerate(question.images):
+            try:
+                self._processor.image_processor(images=[image], return_tensors="pt")
+            except Exception as own:
+                width, height = image.size
+                return QuestionError(
+                    f"the image processor refused image {number} ({width} x {height}): {own}"
+                )
+        return QuestionError(f"the processor refused it: {type(error).__name__}: {error}")
+
+    def _generation_prompt(self, question: Question) -> str:
+        """What the template puts behind the last message and a completion continues.
+
+        That is what it writes with `add_generation_prompt` and not without it; where both are the
+        same, it is all that stands there. The comparison begins behind a mark at the end of the
+        last message, because a template may write another beginning, too.
+        """
+        *earlier, last = question.messages
+        marked = [*earlier, with_last_text(last, lambda text: text + _END_OF_TEXT)]
+        opened, closed = (
+            self._render(question._replace(messages=marked), add_generation_prompt=flag)
+            for flag in (True, False)
+        )
+        opened, closed = (text.rpartition(_END_OF_TEXT)[2] for text in (opened, closed))
+        if opened == closed:
+            return opened
+        common = len(os.path.commonprefix([opened, closed]))
+        # "<|assistant|>" and "<|endoftext|>" have "<|" in common: a tag is not cut.
+        inside = [tag.start() for tag in _TAG.finditer(opened) if tag.start() < common < tag.end()]
+        return opened[min([common, *inside]) :]
+
+
+def _padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Ids padded on the left, and the mask of what is no padding."""
+    width = max(map(len, rows), default=0)
+    ids = torch.full((len(rows), width), _PAD)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, own in enumerate(rows):
+        ids[row, width - len(own) :] = torch.tensor(own)
+        mask[row, width - len(own) :] = True
+    return ids, mask
+
+
+def _check_template_arguments(processor: Any, arguments: Mapping[str, Any]) -> None:
+    if not isinstance(arguments, Mapping):
+        raise TypeError(f"cppo: chat_template_kwargs must be a mapping, got {arguments!r}")
+    template = arguments.get("chat_template") or getattr(processor, "chat_template", None)
+    if template is None:
+        raise ValueError(f"cppo: processor {type(processor).__name__} has no chat template")
+    for name in arguments:
+        if name in _OWN:
+            raise ValueError(f"cppo: chat_template_kwargs must not have {name!r}, which cppo sets")
+        if name not in _PASSED_ON and not re.search(rf"\b{re.escape(name)}\b", str(template)):
+            raise ValueError(
+                f"cppo: chat_template_kwargs has {name!r}, which the chat template does not read"
+            )
+
+
+def _control_tokens(processor: Any) -> re.Pattern[str]:
+    """Matches the tokens that only the template may write: special ones, and placeholders."""
+    tokenizer = tokenizer_of(processor)
+    tokens = set(tokenizer.all_special_tokens)
+    tokens |= {own.content for own in tokenizer.added_tokens_decoder.values() if own.special}
+    tokens |= {
+        value
+        for name, value in vars(processor).items()
+        if name.endswith("_token") and isinstance(value, str)
+    }
+    known = [token for token in tokens - _FORMAT_TAGS if token.strip()]
+    longest_first = sorted(known, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _name(question: Question) -> str:
+    text = " ".join(texts_of(question.messages[-1]["content"]))
+    row = "" if question.row is None else f" of row {question.row}"
+    return f"question {text[:60]!r}{row}"

@@ -1,0 +1,145 @@
+"""A dataset read to its last row, before a run depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from cppo.questions.messages import parts_of
+from cppo.questions.question import Question
+from cppo.questions.rows import Dataset, question_at, require_dataset
+
+SHOWN = 10  # bad rows that are described
+
+
+class DatasetSummary(NamedTuple):
+    """What `check_dataset` saw.
+
+    Fields: rows (in the dataset), checked (rows read), with_images, with_answers (of those
+        checked), max_images (of one row), mean_characters (of a prompt), columns (names),
+        max_tokens (of the longest prompt; None without a processor).
+    """
+
+    rows: int
+    checked: int
+    with_images: int
+    with_answers: int
+    max_images: int
+    mean_characters: float
+    columns: tuple[str, ...]
+    max_tokens: int | None = None
+
+
+class _Row(NamedTuple):
+    """What is kept of a row."""
+
+    number: int
+    images: int
+    has_answer: bool
+    characters: int
+    tokens: int
+    columns: tuple[str, ...]
+
+
+def check_dataset(
+    dataset: Dataset,
+    *,
+    limit: int | None = None,
+    require_answer: bool = False,
+    processor: Any = None,
+    chat_template_kwargs: Mapping[str, Any] = {},
+) -> DatasetSummary:
+    """Read the rows of a dataset as questions and return what they hold.
+
+    Args:
+        dataset: anything with `__len__` and an integer `__getitem__`.
+        limit: check only that many rows, spread evenly; None checks all.
+        require_answer: whether a row without ground truth is an error.
+        processor: the processor or tokenizer of a model. Each row checked is then encoded as the
+            trainer encodes it: by the chat template, the tokenizer and the image processor.
+        chat_template_kwargs: what the chat template is given besides the messages, such as
+            {"enable_thinking": False}.
+    Returns: counts over the rows checked.
+    Raises: TypeError or ValueError for an empty dataset or something else than a dataset, and for
+        chat_template_kwargs that the template does not read. ValueError that says how many rows
+        cannot be used, and why the first ten cannot: a row that is no question or cannot be
+        encoded, a ground truth that no answer can equal, columns other than the first row's.
+    """
+    require_dataset("cppo.check_dataset: dataset", dataset)
+    encoder = None
+    if processor is not None:
+        from cppo.prompts import PromptEncoder  # torch and transformers, which rows do not need
+
+        encoder = PromptEncoder(processor, chat_template_kwargs)
+    total = len(dataset)
+    count = total if limit is None else max(1, min(total, limit))
+    good: list[_Row] = []
+    bad: dict[int, str] = {}
+    for index in (i * total // count for i in range(count)):
+        try:
+            question = question_at(dataset, index)
+            _check_columns(question, good[0] if good else None, require_answer)
+            tokens = len(encoder(question).input_ids) if encoder else 0
+        except (TypeError, ValueError) as error:
+            bad[index] = str(error)
+        else:
+            good.append(_row(index, question, tokens))
+    if bad:
+        raise ValueError(f"cppo.check_dataset: {describe_bad_rows(bad, count)}")
+    return DatasetSummary(
+        total,
+        count,
+        sum(row.images > 0 for row in good),
+        sum(row.has_answer for row in good),
+        max(row.images for row in good),
+        sum(row.characters for row in good) / count,
+        good[0].columns,
+        max(row.tokens for row in good) if encoder else None,
+    )
+
+
+def describe_bad_rows(bad: Mapping[int, str], count: int) -> str:
+    """Return how many of `count` rows are bad, and the first of them with their reasons."""
+    lines = []
+    for index, reason in list(bad.items())[:SHOWN]:
+        # The reasons name their own function and, mostly, the row.
+        words = reason.split(f"row {index}: ", 1)[-1]
+        lines.append(f"row {index}: {words}")
+    if len(bad) > SHOWN:
+        lines.append(f"and {len(bad) - SHOWN} more, up to row {max(bad)}")
+    return f"{len(bad)} of {count} rows read cannot be used:\n  " + "\n  ".join(lines)
+
+
+def check_ground_truth(value: Any) -> None:
+    """Raise ValueError for a value that no answer can equal: a dict, NaN, an empty list or text."""
+    try:
+        from cppo.rewards.ground_truth import accepted_answers
+    except ImportError:
+        return
+    accepted_answers(value)
+
+
+def _check_columns(question: Question, first: _Row | None, require_answer: bool) -> None:
+    names = tuple(sorted(question.columns))
+    if first is not None and names != first.columns:
+        raise ValueError(
+            f"has the columns {', '.join(names) or 'none'}, row {first.number} has "
+            f"{', '.join(first.columns) or 'none'}; rewards take every column of every row"
+        )
+    answer = question.columns.get("answer")
+    if answer is not None:
+        check_ground_truth(answer)
+    elif require_answer:
+        raise ValueError("has no ground truth ('answer')")
+
+
+def _row(index: int, question: Question, tokens: int) -> _Row:
+    texts = [part["text"] for part in parts_of(question.messages) if part["type"] == "text"]
+    return _Row(
+        index,
+        len(question.images),
+        question.columns.get("answer") is not None,
+        sum(map(len, texts)),
+        tokens,
+        tuple(sorted(question.columns)),
+    )

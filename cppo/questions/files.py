@@ -1,0 +1,258 @@
+"""The rows of files: parquet, JSON, JSON lines, and what the package `datasets` saved.
+
+Files are read from the disk, never downloaded; pyarrow and datasets are imported when a file needs
+them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cppo.questions.rows import Rows
+
+_SUFFIXES = (".parquet", ".jsonl", ".json")
+
+
+def load_rows(
+    path: str | Path, split: str | None = None, *, system_prompt: str | None = None
+) -> Rows:
+    """Return the rows of a file or folder.
+
+    Args:
+        path: a .parquet, .jsonl or .json file (an array of objects); a folder saved by `datasets`;
+            or a folder (or its subfolder `data`) of such files, all of one suffix, in name order.
+            JSON is UTF-8, or UTF-16 or UTF-32 as JSON's standard tells them apart, with or without
+            a byte-order mark. Parquet files may store a column as different types of one kind
+            (int32 and int64, or nothing but nulls); each row keeps the value of its file.
+        split: of a folder: take the files whose name starts with it, or the saved split.
+        system_prompt: a system message put before each prompt, or in place of its own.
+    Raises: ValueError for a path that is not there, an unknown suffix, a split that is not there
+        (with those that are), files without rows, malformed JSON (with file and line) and parquet
+        files whose columns do not go together (with file and column).
+    """
+    source = read_source(Path(path).expanduser(), split)
+    if system_prompt is None:
+        return Rows(source)
+    return Rows(source, lambda row, index: with_system(row, system_prompt))
+
+
+def with_system(row: dict[str, Any], system_prompt: str | None) -> dict[str, Any]:
+    """The row with a system message before its prompt, in place of one that is there."""
+    if system_prompt is None or row.get("prompt") is None:
+        return row
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    rest = [message for message in prompt if message.get("role") != "system"]
+    return {**row, "prompt": [{"role": "system", "content": system_prompt}, *rest]}
+
+
+def read_source(path: Path, split: str | None) -> Any:
+    """What holds the rows of a file or folder; `column` reads one of its columns."""
+    if not path.exists():
+        raise ValueError(f"cppo.load_rows: there is no file or folder {path}")
+    if path.is_dir():
+        if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+            return _saved(path, split)
+        files = _files(path, split)
+    else:
+        files = [path]
+    suffix = files[0].suffix
+    if suffix == ".parquet":
+        source: Any = _Shards(_tables(files))
+    elif suffix == ".jsonl":
+        source = [row for file in files for row in _json_lines(file)]
+    elif suffix == ".json":
+        source = [row for file in files for row in _json_array(file)]
+    else:
+        known = ", ".join(_SUFFIXES)
+        raise ValueError(f"cppo.load_rows: {files[0]} must be a {known} file")
+    if len(source) == 0:
+        raise ValueError(f"cppo.load_rows: {path} has no rows")
+    return source
+
+
+def column(source: Any, name: str) -> list[Any]:
+    """The values of a column of a source, as they are stored: no image is decoded.
+
+    None where there is no such column.
+    """
+    if isinstance(source, list):
+        return [row.get(name) for row in source]
+    tables = source.tables if isinstance(source, _Shards) else [source.with_format("arrow")[:]]
+    if name not in tables[0].column_names:
+        return [None] * len(source)
+    return [value for table in tables for value in table.column(name).to_pylist()]
+
+
+class _Shards:
+    """The rows of Arrow tables one after the other, read one by one (images stay encoded)."""
+
+    def __init__(self, tables: Sequence[Any]) -> None:
+        self.tables = tables
+        self._ends = list(itertools.accumulate(table.num_rows for table in tables))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        shard = bisect.bisect_right(self._ends, index)
+        table = self.tables[shard]
+        return table.slice(index - self._ends[shard] + table.num_rows, 1).to_pylist()[0]
+
+
+def _files(folder: Path, split: str | None) -> list[Path]:
+    for place in (folder, folder / "data"):
+        for suffix in _SUFFIXES:
+            found = sorted(place.glob(f"*{suffix}"))
+            chosen = [file for file in found if split is None or file.name.startswith(split)]
+            if found and not chosen:
+                names = ", ".join(file.name for file in found)
+                raise ValueError(
+                    f"cppo.load_rows: {folder} has no file of the split {split!r}, only {names}"
+                )
+            if chosen:
+                return chosen
+    raise ValueError(f"cppo.load_rows: {folder} holds no {', '.join(_SUFFIXES)} file")
+
+
+def _saved(folder: Path, split: str | None) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"cppo.load_rows: {folder} was saved by the package datasets: pip install 'cppo[data]'"
+        ) from error
+    loaded = datasets.load_from_disk(str(folder))
+    if not isinstance(loaded, Mapping):
+        return loaded
+    if split is None and len(loaded) == 1:
+        (split,) = loaded
+    if split not in loaded:
+        raise ValueError(
+            f"cppo.load_rows: {folder} has no split {split!r}, only {', '.join(map(str, loaded))}"
+        )
+    return loaded[split]
+
+
+def _tables(files: Sequence[Path]) -> list[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            f"cppo.load_rows: {files[0]} needs the package pyarrow: pip install 'cppo[data]'"
+        ) from error
+    tables: list[Any] = []
+    for file in files:
+        try:
+            tables.append(pyarrow.parquet.read_table(file, partitioning=None))
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"cppo.load_rows: cannot read {file}: {error}") from error
+    _check_schemas(files, [table.schema for table in tables])
+    return tables
+
+
+def _check_schemas(files: Sequence[Path], schemas: Sequence[Any]) -> None:
+    """Require the same columns in all files, of types that go together."""
+    import pyarrow
+
+    known: dict[str, tuple[Any, Path]] = {}
+    for file, schema in zip(files, schemas, strict=True):
+        if set(schema.names) != set(schemas[0].names):
+            raise ValueError(
+                f"cppo.load_rows: {file} has the columns {', '.join(schema.names) or 'none'}, "
+                f"{files[0]} has {', '.join(schemas[0].names) or 'none'}"
+            )
+        for name, kind in zip(schema.names, map(_plain_type, schema.types), strict=True):
+            before, first = known.get(name, (kind, file))
+            try:
+                both = [pyarrow.schema([(name, own)]) for own in (before, kind)]
+                common = pyarrow.unify_schemas(both, promote_options="permissive").field(0).type
+            except pyarrow.ArrowException as error:
+                raise ValueError(
+                    f"cppo.load_rows: the column {name!r} is {before} in {first} and {kind} in "
+                    f"{file}"
+                ) from error
+            known[name] = (common, file if pyarrow.types.is_null(before) else first)
+
+
+def _plain_type(kind: Any) -> Any:
+    """A type without how its values are stored."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pyarrow.string() if pyarrow.types.is_string_view(kind) else kind
+
+
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    rows = []
+    encoding = _encoding(file)
+    try:
+        with file.open(encoding=encoding) as lines:
+            for number, line in enumerate(lines, 1):
+                line = line.lstrip("\ufeff")  # of files that were put one behind the other
+                if line.strip():
+                    rows.append(_object(_json(line, file, number), f"{file}, line {number}"))
+    except UnicodeDecodeError as error:
+        raise _wrong_encoding(file, encoding) from error
+    return rows
+
+
+def _json_array(file: Path) -> list[dict[str, Any]]:
+    encoding = _encoding(file)
+    try:
+        rows = _json(file.read_text(encoding=encoding), file)
+    except UnicodeDecodeError as error:
+        raise _wrong_encoding(file, encoding) from error
+    if not isinstance(rows, list):
+        raise ValueError(
+            f"cppo.load_rows: {file} must hold an array of objects, got {type(rows).__name__}"
+        )
+    return [_object(row, f"row {index} of {file}") for index, row in enumerate(rows)]
+
+
+def _object(row: Any, place: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"cppo.load_rows: {place} must be an object, got {type(row).__name__}")
+    return row
+
+
+def _encoding(file: Path) -> str:
+    with file.open("rb") as head:
+        return json.detect_encoding(head.read(4))
+
+
+def _wrong_encoding(file: Path, encoding: str) -> ValueError:
+    """The error of a file that does not decode, with the line: the decoder knew only its block."""
+    data = file.read_bytes()
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].decode(encoding, "replace").count("\n") + 1
+        return ValueError(f"cppo.load_rows: {file}, line {line} is not {encoding}: {error.reason}")
+    return ValueError(f"cppo.load_rows: {file} is not {encoding}")
+
+
+def _json(text: str, file: Path, line: int = 0) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = ""
+        if not line and error.msg == "Extra data" and text.lstrip().startswith("{"):
+            hint = "; JSON lines belong in a .jsonl file"
+        raise ValueError(
+            f"cppo.load_rows: {file}, line {line or error.lineno} is not JSON: {error.msg} "
+            f"(column {error.colno}){hint}"
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
+        place = f"{file}, line {line}" if line else str(file)
+        raise ValueError(f"cppo.load_rows: {place} cannot be read: {error}") from error

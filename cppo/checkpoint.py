@@ -37,6 +37,7 @@ _MAY_CHANGE = {
     "trackers",
     "reward_timeout",
     "skip_bad_questions",
+    "resume_with_changes",
 }
 
 
@@ -134,24 +135,33 @@ def run_options(config: CPPOConfig, num_processes: int) -> dict[str, Any]:
     return json.loads(named)
 
 
-def check_options(path: str | Path, now: dict[str, Any]) -> None:
+def check_options(path: str | Path, now: dict[str, Any], data: dict[str, Any]) -> list[str]:
     """Resuming with other options would be another run under the name of the old one.
 
-    Raises: ValueError naming every option that changed, its old and its new value. What the
-    checkpoint does not know, because an older version wrote it, cannot be compared.
+    Args:
+        now: the options of this run, as of `run_options`.
+        data: what it is trained on, in words; `resume_with_changes` allows differences here.
+    Returns: the differences of `data` that are allowed, in words.
+    Raises: ValueError naming everything that changed, its old and its new value. What the
+        checkpoint does not know, because an older version wrote it, cannot be compared.
     """
     was = read_summary(path)["options"]
-    changed = [
-        f"{name} (was {value!r}, is {now.get(name)!r})"
-        for name, value in sorted(was.items())
-        if value != now.get(name) and name not in _MAY_CHANGE
-    ]
-    if changed:
+
+    def changes(now: dict[str, Any]) -> list[str]:
+        return [
+            f"{name} (was {was[name]!r}, is {value!r})"
+            for name, value in sorted(now.items())
+            if name in was and was[name] != value and name not in _MAY_CHANGE
+        ]
+
+    options, others = changes(now), changes(data)
+    if options or (others and not now["resume_with_changes"]):
+        hint = "" if options else "; resume_with_changes=True goes on all the same"
         raise ValueError(
             f"cppo.CPPOTrainer: the run of {path} must be resumed with the options, data and "
-            f"rewards it was started with, changed: {', '.join(changed)}; to train on with others, "
-            "start a run of another output_dir from the weights in that folder"
+            f"rewards it was started with, changed: {', '.join(options + others)}{hint}"
         )
+    return others
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -270,6 +270,9 @@ class CPPOConfig(_Checked):
     """Steps between rows of the console table and the trackers."""
     log_completions: int = 4
     """Sample completions written to completions.jsonl every `log_every` steps."""
+    resume_with_changes: bool = False
+    """Go on from a checkpoint although data, rewards or chat template are not what it was trained
+    on, a repaired reward for example; what differs is said. Options must still be the same."""
     trackers: tuple[str, ...] = ()
     """Trackers of accelerate: "tensorboard", "trackio", "wandb", ..."""
 
@@ -322,6 +325,7 @@ class CPPOConfig(_Checked):
             "share_prompts",
             "balance_processes",
             "skip_bad_questions",
+            "resume_with_changes",
             "eval_greedy",
         )
         if not isinstance(self.loss, LossConfig):

@@ -59,7 +59,8 @@ def evaluate(
         for start in range(0, len(own), per_batch):
             ids = own[start : start + per_batch]
             set_seed(seed_from(config.seed, "eval", mode, ids[0]) % 2**32)
-            prompts = encode_questions(model, processor, [questions[i] for i in ids])
+            kwargs = config.chat_template_kwargs or {}
+            prompts = encode_questions(model, processor, [questions[i] for i in ids], kwargs)
             rollouts = sample_completions(
                 model,
                 processor,

@@ -54,22 +54,13 @@ def of_function(function: Any) -> str:
         source = inspect.getsource(kind)
     except (OSError, TypeError):  # typed into an interpreter, or built in
         return name + fixed
-    digest = hashlib.sha256((source + _closure(function)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
     return f"{name}{fixed}, source {digest}"
 
 
 def of_text(text: Any) -> str:
     """A digest of a long text, such as a chat template."""
     return f"digest {hashlib.sha256(repr(text).encode()).hexdigest()[:12]}"
-
-
-def _closure(function: Any) -> str:
-    """The plain values that a nested function uses from around it."""
-    if not inspect.isfunction(function):
-        return ""
-    values = inspect.getclosurevars(function).nonlocals
-    plain = {k: v for k, v in values.items() if isinstance(v, (int, float, str, bytes, type(None)))}
-    return repr(sorted(plain.items()))
 
 
 def _add(digest: Any, value: Any) -> None:

@@ -74,12 +74,14 @@ class EncodedQuestion(NamedTuple):
     """One question as a model reads it.
 
     Fields:
+        question: what was asked.
         input_ids: token ids, image placeholders included.
         generation_prompt: as in `Prompts`.
         pixel_values: (P, C) patches of its images; None without any.
         image_grid_thw: (I, 3) int64, as in `cppo.forward.ImageBatch`; None without any.
     """
 
+    question: Question
     input_ids: list[int]
     generation_prompt: str
     pixel_values: Tensor | None
@@ -99,12 +101,10 @@ def encode_questions(
     if any(question.images for question in questions) and not has_vision(model):
         raise ValueError("cppo: questions have images, but the model takes none")
     encoder = PromptEncoder(processor, chat_template_kwargs)
-    return collate(model, questions, [encoder(question) for question in questions])
+    return collate(model, [encoder(question) for question in questions])
 
 
-def collate(
-    model: nn.Module, questions: list[Question], encoded: Sequence[EncodedQuestion]
-) -> Prompts:
+def collate(model: nn.Module, encoded: Sequence[EncodedQuestion]) -> Prompts:
     """Puts questions that a `PromptEncoder` encoded into one batch, on the model's device."""
     device = next(model.parameters()).device
     input_ids, attention_mask = (x.to(device) for x in _padded([own.input_ids for own in encoded]))
@@ -113,10 +113,10 @@ def collate(
     if pixel_values:
         grids = [own.image_grid_thw for own in encoded if own.image_grid_thw is not None]
         grid = torch.cat(grids).to(device)
-        counts = tuple(len(question.images) for question in questions)
+        counts = tuple(len(own.question.images) for own in encoded)
         images = ImageBatch(torch.cat(pixel_values).to(device), grid, counts)
     return Prompts(
-        questions,
+        [own.question for own in encoded],
         input_ids,
         attention_mask,
         rotary_positions(model, input_ids, attention_mask, grid),
@@ -247,6 +247,7 @@ class PromptEncoder:
         if not ids:
             raise QuestionError("the chat template makes no tokens of it")
         return EncodedQuestion(
+            question,
             ids,
             self._generation_prompt(question),
             encoded.get("pixel_values"),

@@ -41,16 +41,24 @@ from cppo.models import special_token_ids_to_suppress
 from cppo.ops.advantages import advantages_and_prune, questions_needed
 from cppo.processes import Processes
 from cppo.progress import PhaseTimer, RunLog
-from cppo.prompts import encode_questions
-from cppo.questions import Question, as_question
-from cppo.questions.stream import Dataset, QuestionStream, all_questions
+from cppo.prompts import EncodedQuestion, PromptEncoder, collate
+from cppo.questions import QuestionError
+from cppo.questions.rows import Dataset, question_at
+from cppo.questions.stream import QuestionStream, all_questions
 from cppo.records import NumItems
 from cppo.regroup import balanced, merge, merge_scores
 from cppo.rollout import Rollouts, sample_completions
 from cppo.scoring import RewardFunction, Scores, metric_name, score
 from cppo.seeds import seed_from
 from cppo.step import Batch, cut_surplus, microbatch_loss, token_logps
-from cppo.trainer_arguments import check_processor, reward_list, reward_weights
+from cppo.trainer_arguments import (
+    check_evaluation,
+    check_images,
+    check_processor,
+    first_question,
+    reward_list,
+    reward_weights,
+)
 from cppo.views import views_from_names
 
 
@@ -101,14 +109,11 @@ class CPPOTrainer:
         self.processes = Processes(self.accelerator)
         forward.check_supported(model)
         check_processor(model, processor)
+        self.encode = PromptEncoder(processor, config.chat_template_kwargs or {})
         self.questions = QuestionStream(train_dataset, config.seed)
+        check_evaluation(config, eval_dataset)
         self.eval_questions, self._eval_dataset = all_questions(eval_dataset), eval_dataset
-        for question in [as_question(train_dataset[0], index=0), *self.eval_questions]:
-            if question.images and not forward.has_vision(model):
-                raise ValueError(
-                    "cppo.CPPOTrainer: model takes no images, but there are questions with images: "
-                    f"{question.messages!r}"
-                )
+        check_images(model, [*first_question(train_dataset, config), *self.eval_questions])
         if config.loss.cpl_coef > 0:
             views_from_names(config.positive_views), views_from_names(config.negative_views)
         self.suppressed = tuple(special_token_ids_to_suppress(model, processor))
@@ -185,7 +190,6 @@ class CPPOTrainer:
     def _scored_rollouts(self, timer: PhaseTimer) -> tuple[Rollouts, Scores]:
         """Rollouts with their rewards; more questions for the groups that `_missing` counts."""
         weights = reward_weights(self.reward_functions, self.config)
-        state = TrainerState(global_step=self.step, max_steps=self.config.max_steps)
         rollouts: list[Rollouts] = []
         scores: list[Scores] = []
         count, self._skipped = self._num_questions, 0
@@ -197,12 +201,17 @@ class CPPOTrainer:
                     self.reward_functions,
                     weights,
                     rollouts[-1],
-                    state=state,
+                    state=self._state,
                     timeout=self.config.reward_timeout,
                 )
             scores.append(own)
             count = self._missing(torch.cat([own.total for own in scores]), len(scores) - 1)
         return merge(rollouts), merge_scores(scores)
+
+    @property
+    def _state(self) -> TrainerState:
+        """What reward functions may know of the run."""
+        return TrainerState(global_step=self.step, max_steps=self.config.max_steps)
 
     def _missing(self, rewards: Tensor, refills: int) -> int:
         """Questions that every process should draw in place of those with equal rewards."""
@@ -240,40 +249,54 @@ class CPPOTrainer:
         noise = torch.rand(len(rewards), generator=generator)
         return reference.advantages_and_prune(rewards, *sizes, **options, noise=noise, mask=scored)
 
-    def draw_questions(self, count: int | None = None) -> list[Question]:
-        """This process's questions of the next step; a group never straddles processes."""
-        own = self._num_questions if count is None else count
-        drawn: list[Question] = []
+    def draw_questions(self, count: int | None = None) -> list[EncodedQuestion]:
+        """This process's questions of the next step, encoded; a group never straddles processes.
+
+        All processes walk through one order of questions, and each encodes its own. Those that are
+        left out (`max_prompt_tokens`, `skip_bad_questions`) are replaced by the next ones.
+        """
+        needs = [self._num_questions if count is None else count] * self.processes.size
+        wanted = sum(needs)
+        drawn: list[EncodedQuestion] = []
         start = self.questions.position
-        while len(drawn) < own * self.processes.size:
-            question = next(self.questions)
-            if self._fits(question):
-                drawn.append(question)
-            elif not drawn and self.questions.position - start > len(self.questions.dataset):
+        while any(needs):
+            rows = [[self.questions.next_row() for _ in range(need)] for need in needs]
+            encoded = [self._encoded(row) for row in rows[self.processes.rank]]
+            drawn += [question for question in encoded if question is not None]
+            needs = self.processes.gather(encoded.count(None))
+            seen = self.questions.position - start
+            if sum(needs) == wanted and seen > len(self.questions.dataset):
                 raise ValueError(
-                    f"cppo.CPPOTrainer: no question of train_dataset has a prompt of at most "
-                    f"max_prompt_tokens = {self.config.max_prompt_tokens} tokens"
+                    "cppo.CPPOTrainer: no question of train_dataset can be asked, all are left out "
+                    f"by max_prompt_tokens = {self.config.max_prompt_tokens} or "
+                    f"skip_bad_questions = {self.config.skip_bad_questions}"
                 )
-        return drawn[self.processes.rank * own : (self.processes.rank + 1) * own]
+        return drawn
 
-    def _fits(self, question: Question) -> bool:
+    def _encoded(self, row: int) -> EncodedQuestion | None:
+        """The question of a row as the model reads it; None if it is left out."""
         limit = self.config.max_prompt_tokens
-        if limit is None:
-            return True
-        length = encode_questions(self.model, self.processor, [question]).input_ids.shape[1]
-        if length > limit:
-            self.log.say(
-                f"skipped a question: its prompt has {length} tokens, the limit is {limit}"
-            )
-        return length <= limit
+        try:
+            encoded = self.encode(question_at(self.questions.dataset, row))
+        except QuestionError as error:
+            if not self.config.skip_bad_questions:
+                raise
+            self._skipped += 1
+            self.log.say(f"skipped a question: {error}")
+            return None
+        length = len(encoded.input_ids)
+        if limit is None or length <= limit:
+            return encoded
+        self.log.say(f"skipped a question: its prompt has {length} tokens, the limit is {limit}")
+        return None
 
-    def sample(self, questions: list[Question]) -> Rollouts:
+    def sample(self, questions: Sequence[EncodedQuestion]) -> Rollouts:
         """`group_size` completions of each question, sampled from the current policy."""
         with self._autocast():
             return sample_completions(
                 self.model,
                 self.processor,
-                encode_questions(self.model, self.processor, questions),
+                collate(self.model, questions),
                 group_size=self.config.group_size,
                 max_new_tokens=self.config.max_completion_tokens,
                 temperature=self.config.loss.temperature,
@@ -399,6 +422,7 @@ class CPPOTrainer:
                 suppressed=self.suppressed,
                 rank=self.processes.rank,
                 world_size=self.processes.size,
+                state=self._state,
             )
         return {f"eval/{name}": value for name, value in result.metrics.items()}
 
@@ -468,7 +492,7 @@ class CPPOTrainer:
             }
             summary = {
                 "metric": self._metric(self.history[-1]) if self.history else None,
-                "options": self._options,
+                "options": {**self._options, **self._trained_on},
             }
             path = write_checkpoint(
                 self.config.output_dir,
@@ -488,10 +512,13 @@ class CPPOTrainer:
 
     @functools.cached_property
     def _options(self) -> dict[str, Any]:
-        """What a resumed run must have in common with this one, in words."""
+        return run_options(self.config, self.processes.size)
+
+    @functools.cached_property
+    def _trained_on(self) -> dict[str, Any]:
+        """Data, rewards and chat template, in words that a resumed run compares."""
         rewards = [fingerprint.of_function(function) for function in self.reward_functions]
         return {
-            **run_options(self.config, self.processes.size),
             "train_dataset": fingerprint.of_dataset(self.questions.dataset),
             "eval_dataset": fingerprint.of_dataset(self._eval_dataset),
             "rewards": rewards,
@@ -499,6 +526,7 @@ class CPPOTrainer:
         }
 
     def _start(self, resume_from: str | Path | None) -> None:
+        self._trained_on  # noqa: B018  (before anybody edits a reward's file)
         if resume_from == "auto":
             resume_from = last_checkpoint(self.config.output_dir)
         if resume_from is not None:
@@ -507,14 +535,15 @@ class CPPOTrainer:
         if self.config.trackers:
             plain = {
                 name: value if isinstance(value, (int, float)) else str(value)
-                for name, value in self._options.items()
+                for name, value in {**self._options, **self._trained_on}.items()
             }
             self.accelerator.init_trackers("cppo", config=plain)
         self.processes.same_weights(self.model)
 
     def _resume(self, path: Path) -> None:
         state = read_state(path)
-        check_options(path, self._options)
+        for change in check_options(path, self._options, self._trained_on):
+            self.log.say(f"resumed although it changed: {change}")
         policy.load_weights(self.model, path)
         self.optimizer.load_state_dict(state["optimizer"])
         policy.restore_schedule(self.scheduler, state["scheduler"])

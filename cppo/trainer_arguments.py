@@ -10,6 +10,8 @@ from torch import nn
 from cppo import forward
 from cppo.config import CPPOConfig
 from cppo.prompts import tokenizer_of
+from cppo.questions import Question, QuestionError
+from cppo.questions.rows import Dataset, question_at
 from cppo.scoring import RewardFunction, metric_name, reward_name
 
 
@@ -32,6 +34,38 @@ def check_processor(model: nn.Module, processor: Any) -> None:
             f"cppo.CPPOTrainer: processor must be the model's: its {len(tokenizer)} tokens are "
             f"more than the {vocabulary} that the model has"
         )
+
+
+def check_evaluation(config: CPPOConfig, eval_dataset: Dataset | None) -> None:
+    """Raises for options of evaluations that will never be."""
+    if eval_dataset is not None:
+        return
+    for name in ("eval_every", "best_metric"):
+        if getattr(config, name):
+            raise ValueError(
+                f"cppo.CPPOTrainer: eval_dataset must be given with CPPOConfig.{name} = "
+                f"{getattr(config, name)!r}, got None"
+            )
+
+
+def first_question(dataset: Dataset, config: CPPOConfig) -> list[Question]:
+    """The first row as a question; none if it is bad and will be left out."""
+    try:
+        return [question_at(dataset, 0)]
+    except QuestionError:
+        if config.skip_bad_questions:
+            return []
+        raise
+
+
+def check_images(model: nn.Module, questions: Sequence[Question]) -> None:
+    """Raises for questions with images that the model does not take."""
+    for question in questions:
+        if question.images and not forward.has_vision(model):
+            raise ValueError(
+                "cppo.CPPOTrainer: model takes no images, but there are questions with images: "
+                f"{question.messages!r}"
+            )
 
 
 def reward_list(functions: RewardFunction | Sequence[RewardFunction]) -> list[RewardFunction]:

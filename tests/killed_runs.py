@@ -26,6 +26,7 @@ import cppo.checkpoint
 from cppo.config import LoraConfig
 from cppo.demo.digits import DigitSums
 from cppo.progress import read_metrics
+from cppo.rewards import completion_text
 
 STEPS = 6
 CASES: dict[str, dict[str, Any]] = {
@@ -35,9 +36,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def noise(completions: list[str], **columns: Any) -> list[float]:
+def noise(completions: list[Any], **columns: Any) -> list[float]:
     """A reward that depends on the completion alone and differs within groups."""
-    return [random.Random(text).random() for text in completions]
+    return [random.Random(completion_text(text)).random() for text in completions]
 
 
 def train(folder: Path, case: str) -> None:

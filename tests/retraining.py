@@ -174,10 +174,10 @@ def divergence(anchor: Tensor, view: Tensor, completion: Completion, kind: str) 
 def perception_tokens(anchor: Tensor, negative: Tensor, fraction: float) -> Tensor:
     """(C,) bool: the tokens whose entropy rises most under the negative view.
 
-    Of the c tokens with H_neg > H_anchor, the k = max(1, floor(fraction c)) with the largest rise
-    relative to H_neg; equal ones stay in.
+    Of the c tokens with H_neg > H_anchor beyond the rounding error 2^-17 (1 + H_neg) of an entropy,
+    the k = max(1, floor(fraction c)) with the largest rise relative to H_neg; equal ones stay in.
     """
-    rises = negative > anchor
+    rises = negative - anchor > 2**-17 * (1 + negative)
     if not rises.any():
         return rises
     score = (negative - anchor) / (negative + 1e-6)

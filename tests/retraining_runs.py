@@ -20,6 +20,7 @@ from trainer_cases import image, small_run, tiny
 
 from cppo.config import LoraConfig
 from cppo.prompts import tokenizer_of
+from cppo.rewards import completion_text
 from cppo.trainer import CPPOTrainer
 
 # Every coefficient is large, so that an error of 1 % in it shows.
@@ -67,9 +68,9 @@ TWO_PROCESSES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def hashed(completions: list[str], **columns: Any) -> list[float]:
+def hashed(completions: list[Any], **columns: Any) -> list[float]:
     """A reward that depends on the completion alone and differs within groups."""
-    return [random.Random(text).random() for text in completions]
+    return [random.Random(completion_text(text)).random() for text in completions]
 
 
 def text_rows() -> list[dict[str, Any]]:

@@ -109,15 +109,14 @@ def test_a_run_on_two_processes(launched: Path) -> None:
 def test_processes_with_nothing_to_learn_or_shares_that_do_not_divide(launched: Path) -> None:
     told = json.loads((launched / "uneven" / "uneven.json").read_text())
     assert told["words"] == [
-        "cppo.CPPOTrainer: batch_size must divide evenly over the processes, got 7 over 2",
         "cppo.CPPOTrainer: questions must divide evenly over the processes, got 3 over 2",
     ]
     assert [row["kept_share"] for row in told["one"]] == [0.5, 0.5]
     assert all(row["grad_norm"] > 0 for row in told["one"])
     assert [row["kept_share"] for row in told["none"]] == [0, 0]
     assert [row["loss"] for row in told["none"]] == [0, 0]
-    # Both draw again for the one that got nothing, twice; the other one's share stays full.
-    assert [row["kept_share"] for row in told["filled"]] == [8 / 24 / 2] * 2
+    # Both draw once more for the one that got nothing: the other one fills the batch.
+    assert [row["kept_share"] for row in told["filled"]] == [8 / 16] * 2
     assert all(row["grad_norm"] > 0 for row in told["filled"])
 
 

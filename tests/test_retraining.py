@@ -95,21 +95,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-OF_ONE_PROCESS = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="scale_rewards='batch' divides by the std over the completions of one process",
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "setting",
-    [
-        pytest.param(name, marks=OF_ONE_PROCESS if name == "batch scale" else ())
-        for name in TWO_PROCESSES
-    ],
-)
+@pytest.mark.parametrize("setting", TWO_PROCESSES)
 def test_a_run_on_two_processes(launched: Path, tmp_path: Path, setting: str) -> None:
     told = [torch.load(launched / f"{setting} {rank}.pt", weights_only=False) for rank in (0, 1)]
     _, run = prepared(TWO_PROCESSES[setting], tmp_path)

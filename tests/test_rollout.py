@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from trainer_cases import config, fixed_rollouts, packed, question, questions_for, tiny
+from trainer_cases import config, packed, question, questions_for, tiny
 
 from cppo.prompts import encode_questions
 from cppo.questions import Question
 from cppo.rollout import Rollouts, sample_completions
-from cppo.scoring import RewardError, score
 from cppo.step import Batch, token_logps
 
 
@@ -177,135 +175,3 @@ def test_images_for_a_text_model_are_an_error() -> None:
     model, tokenizer = tiny("text")
     with pytest.raises(ValueError, match="questions have images, but the model takes none"):
         encode_questions(model, tokenizer, questions_for("qwen2_vl"))
-
-
-# Scoring
-
-
-@pytest.fixture(scope="module")
-def rollouts() -> Rollouts:
-    model, tokenizer = tiny("text")
-    return fixed_rollouts(model, tokenizer, questions_for("text", 2), lengths=[1, 2, 3, 4])
-
-
-def lengths(completions: list[str], **columns: Any) -> list[float]:
-    return [float(len(text)) for text in completions]
-
-
-def test_rewards_are_weighted_sums_and_none_counts_zero(rollouts: Rollouts) -> None:
-    def applies_to_some(completions: list[str], **columns: Any) -> list[float | None]:
-        return [None, 1.0, None, 3.0]
-
-    total, by_name = score([lengths, applies_to_some], [0.5, 2.0], rollouts)
-    # The completions have 1, 2, 3 and 4 letters.
-    assert total.tolist() == [0.5, 3.0, 1.5, 8.0]
-    assert total.dtype == torch.float32
-    assert by_name["lengths"].tolist() == [1.0, 2.0, 3.0, 4.0]
-    assert by_name["applies_to_some"].tolist() == [0.0, 1.0, 0.0, 3.0]
-
-
-def test_rewards_are_called_as_trl_calls_them(rollouts: Rollouts) -> None:
-    calls = []
-
-    def watch(completions: Any, *, completion_ids: Any, prompts: Any, answer: Any) -> list[float]:
-        calls.append((completions, completion_ids, prompts, answer))
-        return [0] * len(completions)
-
-    score([watch], [1.0], rollouts)
-    first, second = (question.messages for question in rollouts.prompts.questions)
-    ids = [row[mask].tolist() for row, mask in zip(
-        rollouts.input_ids, rollouts.completion_mask, strict=True
-    )]  # fmt: skip
-    assert calls == [(rollouts.texts, ids, [first, first, second, second], ["0", "0", "1", "1"])]
-
-
-def test_a_column_that_only_some_questions_have_is_none_for_the_others() -> None:
-    model, tokenizer = tiny("text")
-    mixed = [question("Hi", answer="1"), question("Hi", level=2)]
-    seen: dict[str, Any] = {}
-
-    def watch(completions: list[str], **columns: Any) -> list[float]:
-        seen.update(columns)
-        return [0.0] * len(completions)
-
-    score([watch], [1.0], fixed_rollouts(model, tokenizer, mixed, group_size=2))
-    assert seen["answer"] == ["1", "1", None, None] and seen["level"] == [None, None, 2, 2]
-
-
-class Named:
-    name = "my_reward"
-
-    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
-        return [1.0] * len(completions)
-
-
-def test_a_reward_object_goes_by_its_name(rollouts: Rollouts) -> None:
-    assert list(score([Named()], [1.0], rollouts)[1]) == ["my_reward"]
-
-
-def _third(completions: list[str], value: Any) -> list[Any]:
-    return [value if len(text) == 3 else 0.0 for text in completions]
-
-
-def raises(completions: list[str], **columns: Any) -> list[float]:
-    return [1 / (len(text) - 3) for text in completions]
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (math.nan, "returned nan"),
-        (math.inf, "returned inf"),
-        ("right", "ValueError: could not convert string to float: 'right'"),
-        ([1.0], "TypeError: "),
-        (torch.tensor([1.0, 2.0]), "RuntimeError: |ValueError: |TypeError: "),
-    ],
-)
-def test_a_bad_reward_names_function_question_and_completion(
-    rollouts: Rollouts, value: Any, words: str
-) -> None:
-    def broken(completions: list[str], **columns: Any) -> list[Any]:
-        return _third(completions, value)
-
-    with pytest.raises(RewardError, match=rf"reward function 'broken' failed \(({words})") as error:
-        score([lengths, broken], [1.0, 1.0], rollouts)
-    message = str(error.value)
-    assert repr(rollouts.prompts.questions[1].messages) in message  # the third completion's
-    assert f"completion: {rollouts.texts[2]!r}" in message and "answer: '1'" in message
-
-
-def test_a_raising_reward_names_the_completion_on_which_it_raises(rollouts: Rollouts) -> None:
-    with pytest.raises(RewardError, match="'raises' failed .ZeroDivisionError: ") as error:
-        score([raises], [1.0], rollouts)
-    assert f"completion: {rollouts.texts[2]!r}" in str(error.value)
-    assert isinstance(error.value.__cause__, ZeroDivisionError)
-
-
-def test_a_reward_that_raises_on_the_whole_batch_only_says_so(rollouts: Rollouts) -> None:
-    def no_batches(completions: list[str], **columns: Any) -> list[float]:
-        if len(completions) > 1:
-            raise RuntimeError("one at a time")
-        return [1.0]
-
-    with pytest.raises(RewardError, match="one at a time.* on no completion by itself"):
-        score([no_batches], [1.0], rollouts)
-
-
-@pytest.mark.parametrize("value", [[1.0], [], [1.0] * 5])
-def test_a_wrong_number_of_rewards(rollouts: Rollouts, value: list[float]) -> None:
-    def short(completions: list[str], **columns: Any) -> list[float]:
-        return value
-
-    words = f"'short' must return one number per completion = 4, got {len(value)}"
-    with pytest.raises(RewardError, match=words):
-        score([short], [1.0], rollouts)
-
-
-@pytest.mark.parametrize("value", [1.0, None, "1234"])
-def test_something_that_is_no_list_of_rewards(rollouts: Rollouts, value: Any) -> None:
-    def scalar(completions: list[str], **columns: Any) -> Any:
-        return value
-
-    words = f"'scalar' must return a list of one number per completion, got {type(value).__name__}"
-    with pytest.raises(RewardError, match=words):
-        score([scalar], [1.0], rollouts)

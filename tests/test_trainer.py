@@ -32,14 +32,15 @@ from cppo.models import load_model, load_processor
 from cppo.progress import PhaseTimer, read_metrics
 from cppo.questions import as_question
 from cppo.questions.stream import QuestionStream
+from cppo.rewards import completion_text
 from cppo.scoring import RewardError
 from cppo.step import token_logps
 from cppo.trainer import CPPOTrainer
 
 
-def random_reward(completions: list[str], **columns: Any) -> list[float]:
+def random_reward(completions: list[Any], **columns: Any) -> list[float]:
     """Noise that depends on the completion alone: every group has a variance."""
-    return [random.Random(text).random() for text in completions]
+    return [random.Random(completion_text(text)).random() for text in completions]
 
 
 def moved(trainer: CPPOTrainer) -> dict[str, float]:
@@ -88,8 +89,9 @@ def test_several_passes_and_steps_take_old_log_probabilities(
     last = trainer.train()
     assert len(calls) == 2  # once per rollout
     assert {int(s["step"]) for s in trainer.optimizer.state.values()} == {8}
-    assert last["learning_rate"] == 0.0  # linear over 2 x 2 x 2 optimizer steps
-    assert trainer.history[0]["learning_rate"] == pytest.approx(0.5e-2)
+    # Linear over 2 x 2 x 2 optimizer steps: the fourth and the eighth had 5/8 and 1/8 of the rate.
+    assert trainer.history[0]["learning_rate"] == pytest.approx(5 / 8 * 1e-2)
+    assert last["learning_rate"] == pytest.approx(1 / 8 * 1e-2)
     assert trainer.history[0]["clip_fraction"] > 0
     on_policy = trainer_for(tmp_path / "one", **options)
     on_policy.train()
@@ -446,7 +448,13 @@ def test_best_and_last_checkpoints_and_which_are_kept(
     values = [0.9, 0.2, 0.5, 0.1, 0.3, 0.2]
     monkeypatch.setattr(CPPOTrainer, "_evaluation", scripted(values))
     trainer = trainer_for(
-        tmp_path, eval_every=1, save_every=1, keep_checkpoints=2, max_steps=5, log_completions=0
+        tmp_path,
+        eval_every=1,
+        eval_rows=text_rows(1),
+        save_every=1,
+        keep_checkpoints=2,
+        max_steps=5,
+        log_completions=0,
     )
     trainer.train()
     # After steps 1 to 5; what was measured before training has no checkpoint.
@@ -467,7 +475,9 @@ def test_without_save_every_the_best_and_the_last_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CPPOTrainer, "_evaluation", scripted([0.9, 0.2, 0.5, 0.5, 0.3, 0.2]))
-    trainer_for(tmp_path, eval_every=1, max_steps=5, keep_checkpoints=9).train()
+    trainer_for(
+        tmp_path, eval_every=1, eval_rows=text_rows(1), max_steps=5, keep_checkpoints=9
+    ).train()
     # A tie is no improvement.
     assert [path.name[-1] for path in checkpoints(tmp_path)] == ["1", "2", "5"]
 
@@ -571,7 +581,9 @@ def test_a_failing_reward_stops_the_run_and_leaves_the_last_checkpoint(
         return digit_share(completions)
 
     repaired.__name__ = "digits"
-    resumed = trainer_for(tmp_path, **{**options, "rewards": repaired})
+    with pytest.raises(ValueError, match=r"changed: rewards \(was .*resume_with_changes=True"):
+        trainer_for(tmp_path, **{**options, "rewards": repaired}).train(resume_from="auto")
+    resumed = trainer_for(tmp_path, **{**options, "rewards": repaired, "resume_with_changes": True})
     resumed.train(resume_from="auto")
     whole = trainer_for(tmp_path / "whole", **{**options, "rewards": repaired})
     whole.train()

@@ -19,6 +19,7 @@ from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
 from cppo.forward import check_supported, set_attention
 from cppo.prompts import encode_questions, tokenizer_of
 from cppo.questions import Question
+from cppo.rewards import completion_text
 from cppo.rollout import Rollouts, _assemble
 from cppo.step import Batch
 from cppo.trainer import CPPOTrainer
@@ -164,9 +165,10 @@ def text_rows(count: int = 6) -> list[dict[str, Any]]:
     return [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(count)]
 
 
-def digit_share(completions: list[str], **columns: Any) -> list[float]:
+def digit_share(completions: list[Any], **columns: Any) -> list[float]:
     """Share of digits among the characters: easily learned."""
-    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+    texts = map(completion_text, completions)
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in texts]
 
 
 def small_run(output_dir: Any, **options: Any) -> CPPOConfig:

@@ -304,7 +304,7 @@ def example_completions(trainer: CPPOTrainer, count: int = 6) -> list[dict[str, 
         loss=dataclasses.replace(trainer.config.loss, gating=False, cpl_coef=1.0),
     )
     torch.manual_seed(seed_from(config.seed, "examples") % 2**32)
-    rollouts = trainer.sample(trainer.eval_questions[: 4 * count])
+    rollouts = trainer.sample([trainer.encode(q) for q in trainer.eval_questions[: 4 * count]])
     rewards = torch.tensor(
         trainer.reward_functions[0](
             rollouts.texts,

@@ -14,8 +14,7 @@ __all__ = ["Dataset", "QuestionStream", "all_questions"]
 class QuestionStream:
     """A dataset's questions without end, shuffled anew in every epoch.
 
-    The order is a function of the seed; `position` is all there is to remember. A row that cannot
-    be asked raises QuestionError when it is its turn; the next call goes on behind it.
+    The order is a function of the seed; `position` is all there is to remember.
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
@@ -24,14 +23,19 @@ class QuestionStream:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self.position = 0
 
-    def __next__(self) -> Question:
+    def next_row(self) -> int:
+        """The number of the next row."""
         epoch, place = divmod(self.position, len(self.dataset))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_from(self._seed, "epoch", epoch))
             self._epoch = epoch
             self._order = torch.randperm(len(self.dataset), generator=generator)
         self.position += 1
-        return question_at(self.dataset, int(self._order[place]))
+        return int(self._order[place])
+
+    def __next__(self) -> Question:
+        """The question of the next row. Raises as `question_at`, and goes on behind it."""
+        return question_at(self.dataset, self.next_row())
 
 
 def all_questions(dataset: Dataset | None) -> list[Question]:

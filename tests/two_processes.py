@@ -2,7 +2,8 @@
 
 Part "update": one update on fixed rollouts, each process with its share of the questions; weights
 and what was exchanged go to FOLDER. Part "train": a run of two steps. Part "uneven": groups over
-processes that do not divide, and a process with nothing left to learn.
+processes that do not divide, and a process with nothing left to learn. Part "metrics": a run whose
+metrics are worked out anew.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from metric_cases import recorded_run
 from trainer_cases import (
     fixed_batch,
     fixed_rollouts,
@@ -154,8 +156,16 @@ def uneven(folder: Path) -> None:
         (folder / "uneven.json").write_text(json.dumps(told))
 
 
+def metrics(folder: Path) -> None:
+    options = dict(reduction="dr_grpo", batch_size=16, max_completion_tokens=9)
+    told = recorded_run(folder / "run", "qwen2_5_vl", **options)
+    torch.save(told, folder / f"{own_rank()}.pt")
+
+
+PARTS = {"update": update, "train": train, "uneven": uneven, "metrics": metrics}
+
 if __name__ == "__main__":
     for part in sys.argv[2:]:
-        {"update": update, "train": train, "uneven": uneven}[part](Path(sys.argv[1]) / part)
+        PARTS[part](Path(sys.argv[1]) / part)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -241,10 +241,11 @@ class BuildExt(build_ext):
         try:
             self.build_extension(ext)
         except Exception as error:
-            if flag("CPPO_FORCE_BUILD"):
-                raise
             reason = f"compilation failed: {str(error).splitlines()[0][:200]}"
             say(f"{ext.name} was not built: {reason}")
+            if flag("CPPO_FORCE_BUILD"):
+                atexit.unregister(say_result)  # there is no result
+                raise
             return reason
         return ""
 

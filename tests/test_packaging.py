@@ -70,11 +70,8 @@ def said_by_cppo(done):
 
 
 def last_line(done):
-    """What the build said last, before pip goes on."""
-    lines = [line.strip() for line in done.stdout.splitlines()]
-    return lines[
-        lines.index("Building wheel for cppo (pyproject.toml): finished with status 'done'") - 1
-    ]
+    """What the build said last: pip repeats it with an indent, on its standard error."""
+    return [line.strip() for line in done.stderr.splitlines() if line.startswith("  ")][-1]
 
 
 def is_for_any_machine(wheel):

@@ -196,6 +196,8 @@ def plan() -> tuple[list[Extension], dict]:
 def record(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build_info.json").write_text(json.dumps(INFO, indent=1) + "\n")
+    atexit.unregister(say_result)  # it is said once
+    atexit.register(say_result)
 
 
 def say(line: str) -> None:
@@ -219,8 +221,6 @@ class BuildPy(build_py):
     def run(self) -> None:
         super().run()
         record(ROOT / "cppo" if self.editable_mode else Path(self.build_lib) / "cppo")
-        atexit.unregister(say_result)
-        atexit.register(say_result)
 
 
 class BuildExt(build_ext):
@@ -241,7 +241,7 @@ class BuildExt(build_ext):
         try:
             self.build_extension(ext)
         except Exception as error:
-            reason = f"compilation failed: {str(error).splitlines()[0][:200]}"
+            reason = f"compilation failed: {(str(error) or repr(error)).splitlines()[0][:200]}"
             say(f"{ext.name} was not built: {reason}")
             if flag("CPPO_FORCE_BUILD"):
                 atexit.unregister(say_result)  # there is no result
@@ -327,11 +327,7 @@ if not EXTENSIONS and flag("CPPO_FORCE_BUILD"):
 
 setup(
     # Listed here, not in pyproject.toml, because cppo's packages are found and two are mapped.
-    packages=[
-        *find_packages(include=["cppo", "cppo.*"]),
-        "cppo.triton_kernels",
-        "cppo.benchmarks",
-    ],
+    packages=[*find_packages(include=["cppo", "cppo.*"]), "cppo.triton_kernels", "cppo.benchmarks"],
     package_dir={"cppo.triton_kernels": "triton_kernels", "cppo.benchmarks": "benchmarks"},
     ext_modules=EXTENSIONS,
     cmdclass={"bdist_wheel": BdistWheel, "build_ext": BuildExt, "build_py": BuildPy},

@@ -58,6 +58,25 @@ def test_train_stops_before_it_loads_anything(
     assert "a real run would stop: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("package", "files"),
+    [("pyarrow", ["rows.parquet"]), ("datasets", ["saved/dataset_info.json"])],
+)
+def test_data_that_need_a_package_are_met_before_the_model(
+    package, files, without, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in files:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("")
+    without(package)
+    path = files[0].split("/")[0]
+    given = [f"data.train={{loader: rows, path: {path}}}", "model={path: no/such}"]
+    assert cli.main(["train", RECIPE, *given]) == 2
+    error = capsys.readouterr().err
+    assert "cppo train: error: data.train: " in error and "pip install 'cppo[data]'" in error
+
+
 def test_an_unknown_tracker_stops_a_dry_run_too(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for last in ([], ["--dry-run"]):

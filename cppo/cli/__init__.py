@@ -139,7 +139,7 @@ def _train(options: argparse.Namespace) -> int:
             "trainer.output_dir",
         )
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(str(error).removeprefix("cppo: ")) from error
     trainer = make_trainer(config)
     line = ops_line(trainer.accelerator.device)
     if trainer.processes.rank == 0:

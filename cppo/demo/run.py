@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         trainer = _trainer_of(arguments)
     except (ValueError, ImportError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(str(error).removeprefix("cppo: ")) from error
     config, task = trainer.config, TASKS[arguments.task]
     line = ops_line(trainer.accelerator.device)
     if trainer.processes.rank == 0:

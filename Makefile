@@ -1,6 +1,7 @@
 # make setup | demo | test | bench | gpu | lint | fix | bench-smoke. An active virtual environment is used,
 # else .venv is made. A torch that is already there is kept; TORCH chooses the one to install, and
-# PIP_OPTIONS goes to every pip (an index with smaller CPU builds of torch, for example).
+# PIP_OPTIONS goes to every pip (an index with smaller CPU builds of torch, for example), DEMO_OPTIONS to
+# the demo (--overwrite: again, over the run that is there).
 #
 # Nothing runs by `python -m`: that puts the repository root on sys.path, where the folder
 # triton_kernels/ would shadow another project's package of that name.
@@ -29,7 +30,7 @@ $(STAMP): pyproject.toml setup.py $(SOURCES) $(BIN)/pip
 	mkdir -p $(dir $@) && touch $@
 
 demo: setup
-	$(BIN)/cppo demo
+	$(BIN)/cppo demo $(DEMO_OPTIONS)
 
 test: setup
 	$(BIN)/pytest $(PYTEST_OPTIONS)

@@ -4,6 +4,9 @@
     cppo._cuda   their CUDA kernels, same ABI
     cppo._host   planners that see no tensor, bound with pybind11
 
+A wheel with the tensor ops is named after its Python and machine. Without them nothing compiled
+is in it and its name ends in py3-none-any. The last line of every build says which one it is.
+
 Environment: CPPO_SKIP_BUILD=1 builds nothing, CPPO_FORCE_BUILD=1 makes a missing or failing build
 an error, CPPO_FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST asks for CUDA, MAX_JOBS limits the compilers.
 No GPU is ever queried, and torch is located and read, never imported and never downloaded.
@@ -11,20 +14,22 @@ No GPU is ever queried, and torch is located and read, never imported and never 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -66,31 +71,13 @@ SOURCE_FLAGS = {
     "csrc/cpu/row_kernels_avx512.cpp": ROW_KERNEL_FLAGS + (AVX512_FLAGS if X86 else []),
 }
 HOST_SOURCES = ("csrc/host/planners.cpp",)
+# No import: under PEP 517 the folder of setup.py is not on the path.
+find_torch = runpy.run_path(str(ROOT / "csrc" / "find_torch.py"))["find_torch"]
+PARTS = {"cppo._C": "cpp", "cppo._cuda": "cuda", "cppo._host": "host"}
 
 
 def flag(name: str) -> bool:
     return os.environ.get(name, "0").lower() not in ("", "0", "false", "no")
-
-
-def find_torch() -> tuple[Path, str, str | None] | None:
-    """Folder, version and CUDA version of the installed torch, without importing it.
-
-    Under pip's build isolation sys.path hides the environment's site-packages, but the interpreter,
-    and with it sysconfig's paths, is still the environment's.
-    """
-    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    if os.environ.get("VIRTUAL_ENV"):
-        version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-        folders.append(f"{os.environ['VIRTUAL_ENV']}/lib/{version}/site-packages")
-    spec = find_spec("torch")
-    candidates = [Path(spec.origin).parent] if spec and spec.origin else []
-    candidates += [Path(folder) / "torch" for folder in folders]
-    for folder in candidates:
-        if (folder / "version.py").exists() and (folder / "include").is_dir():
-            found: dict = {}
-            exec((folder / "version.py").read_text(), found)
-            return folder, str(found["__version__"]), found.get("cuda")
-    return None
 
 
 def first_line(command: list[str]) -> str:
@@ -157,35 +144,16 @@ def plan() -> tuple[list[Extension], dict]:
         why_not = "the extension is not built on Windows"
     elif not compiler:
         why_not = "no C++ compiler was found"
+    elif torch is None:
+        why_not = "the build found no installed torch: install torch, then cppo again"
+    elif tuple(int(part) for part in re.findall(r"\d+", torch[1])[:2]) < STABLE_ABI_VERSION:
+        why_not = f"torch {torch[1]} is older than 2.11"
     for part in ("cpp", "cuda", "host"):
         info[part] = why_not
-    if why_not:
+    if why_not or torch is None:
         return [], info
 
-    extensions = []
-    host_include = pybind11_include()
-    if host_include:
-        extensions.append(
-            Extension(
-                "cppo._host",
-                list(HOST_SOURCES),
-                include_dirs=[host_include],
-                extra_compile_args=CXX_FLAGS,
-                language="c++",
-            )
-        )
-    else:
-        info["host"] = "pybind11 is not installed"
-    if torch is None:
-        info["cpp"] = info["cuda"] = (
-            "no installed torch was found: install it, then `pip install --no-build-isolation .`"
-        )
-        return extensions, info
     folder, version, torch_cuda = torch
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < STABLE_ABI_VERSION:
-        info["cpp"] = info["cuda"] = f"torch {version} is older than 2.11"
-        return extensions, info
-
     target = "0x{:02x}{:02x}000000000000".format(*STABLE_ABI_VERSION)
     stable = {
         "include_dirs": ["csrc", str(folder / "include")],
@@ -195,9 +163,18 @@ def plan() -> tuple[list[Extension], dict]:
         "language": "c++",
         "py_limited_api": True,
     }
-    extensions.append(
+    # First, because the others are not built without it.
+    extensions = [
         Extension("cppo._C", list(CPU_SOURCES), libraries=["torch_cpu", "torch", "c10"], **stable)
-    )
+    ]
+    host_include = pybind11_include()
+    if host_include:
+        options = {"extra_compile_args": CXX_FLAGS, "language": "c++"}
+        extensions.append(
+            Extension("cppo._host", list(HOST_SOURCES), include_dirs=[host_include], **options)
+        )
+    else:
+        info["host"] = "pybind11 is not installed"
     asked = torch_cuda or flag("CPPO_FORCE_CUDA") or os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not nvcc:
         info["cuda"] = "nvcc was not found"
@@ -212,16 +189,30 @@ def plan() -> tuple[list[Extension], dict]:
         # The CPU build of torch has no torch_cuda to link; the kernels still compile and link.
         cuda.libraries += ["torch_cuda"] if (folder / "lib" / "libtorch_cuda.so").exists() else []
         extensions.append(cuda)
+    info.update({PARTS[extension.name]: "not compiled yet" for extension in extensions})
     return extensions, info
 
 
 def record(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build_info.json").write_text(json.dumps(INFO, indent=1) + "\n")
+    atexit.unregister(say_result)  # it is said once
+    atexit.register(say_result)
 
 
 def say(line: str) -> None:
     print(f"cppo: {line}", file=sys.stderr, flush=True)
+
+
+def say_result() -> None:
+    """The last line of a build, whatever command it ran."""
+    sys.stdout.flush()
+    if INFO["cpp"]:
+        say(f"pure-Python install, without the compiled tensor ops: {INFO['cpp']}")
+        return
+    built = [part for part in PARTS.values() if not INFO[part]]
+    without = "".join(f"; no {part}: {INFO[part]}" for part in PARTS.values() if INFO[part])
+    say(f"compiled ops for torch {INFO['torch']}: {', '.join(built)}{without}")
 
 
 class BuildPy(build_py):
@@ -230,30 +221,41 @@ class BuildPy(build_py):
     def run(self) -> None:
         super().run()
         record(ROOT / "cppo" if self.editable_mode else Path(self.build_lib) / "cppo")
-        if not any(extension.name == "cppo._C" for extension in EXTENSIONS):
-            say(f"pure-Python install, without the compiled tensor ops: {INFO['cpp']}")
 
 
 class BuildExt(build_ext):
     """Compiles sources in parallel, .cu files with nvcc, and records what became of each part."""
 
-    PARTS = {"cppo._C": "cpp", "cppo._cuda": "cuda", "cppo._host": "host"}
+    def build_extensions(self) -> None:
+        """Builds every part that can be built, and none of them without the tensor ops."""
+        for ext in self.extensions:  # what an earlier build left behind is no part of this one
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        for ext in self.extensions:
+            lost = ext.name != "cppo._C" and INFO["cpp"]
+            INFO[PARTS[ext.name]] = lost or self.attempt(ext)
+        # The list is also the distribution's: empty, it makes a wheel for any Python and machine.
+        self.extensions[:] = [ext for ext in self.extensions if not INFO[PARTS[ext.name]]]
+
+    def attempt(self, ext: Extension) -> str:
+        """Builds one part; returns why it is missing, or ''."""
+        try:
+            self.build_extension(ext)
+        except Exception as error:
+            reason = f"compilation failed: {(str(error) or repr(error)).splitlines()[0][:200]}"
+            say(f"{ext.name} was not built: {reason}")
+            if flag("CPPO_FORCE_BUILD"):
+                atexit.unregister(say_result)  # there is no result
+                raise
+            return reason
+        return ""
 
     def build_extension(self, ext: Extension) -> None:
-        part = self.PARTS[ext.name]
-        try:
-            objects = self.compile_objects(ext)
-            if part == "cuda":
-                self.link_with_nvcc(ext, objects)
-            else:
-                # What the linked file must not be older than: there are no sources to compare with.
-                ext.extra_objects, ext.depends, ext.sources = objects, objects, []
-                super().build_extension(ext)
-            INFO[part] = ""
-        except Exception as error:
-            INFO[part] = f"compilation failed: {str(error).splitlines()[0][:200]}"
-            say(f"{ext.name} was not built: {INFO[part]}")
-            raise
+        objects = self.compile_objects(ext)
+        if ext.name == "cppo._cuda":
+            self.link_with_nvcc(ext, objects)
+        else:
+            ext.extra_objects, ext.sources = objects, []
+            super().build_extension(ext)
 
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode
@@ -308,24 +310,25 @@ class BuildExt(build_ext):
             raise RuntimeError(f"nvcc failed: {shlex.join(options[:4])}")
 
 
+class BdistWheel(bdist_wheel):
+    """A wheel for any Python and machine where nothing was compiled, after all."""
+
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command == "build":
+            self.root_is_pure = not self.distribution.has_ext_modules()
+
+
 EXTENSIONS, INFO = plan()
-if not INFO["cpp"]:
-    INFO["cpp"] = "not compiled yet"
-elif flag("CPPO_FORCE_BUILD"):
+if not EXTENSIONS and flag("CPPO_FORCE_BUILD"):
     raise SystemExit(
         f"cppo: CPPO_FORCE_BUILD is set but the extension cannot be built: {INFO['cpp']}"
     )
-for extension in EXTENSIONS:
-    extension.optional = not flag("CPPO_FORCE_BUILD")
 
 setup(
     # Listed here, not in pyproject.toml, because cppo's packages are found and two are mapped.
-    packages=[
-        *find_packages(include=["cppo", "cppo.*"]),
-        "cppo.triton_kernels",
-        "cppo.benchmarks",
-    ],
+    packages=[*find_packages(include=["cppo", "cppo.*"]), "cppo.triton_kernels", "cppo.benchmarks"],
     package_dir={"cppo.triton_kernels": "triton_kernels", "cppo.benchmarks": "benchmarks"},
     ext_modules=EXTENSIONS,
-    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
+    cmdclass={"bdist_wheel": BdistWheel, "build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -160,7 +160,7 @@ def kernels(plan: Plan) -> bool:
     plan.faults.extend(m.case.name for m in wrong)
     try:
         plots.draw(plan.path())
-    except RuntimeError as error:
+    except ImportError as error:
         plan.console.print(str(error))
     return not plan.is_over
 

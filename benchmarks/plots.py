@@ -9,6 +9,7 @@ from typing import Any
 
 from cppo.benchmarks import page, rows
 from cppo.benchmarks.rows import Row, row_kind
+from cppo.extras import require_package
 
 OURS = "#0f766e"
 COLOURS = {"eager": "#94a3b8", "compile": "#64748b", "trl": "#b45309", "liger": "#2563eb"}
@@ -20,12 +21,11 @@ KINDS = {"logits": "Ops on logits", "linear": "Ops on hidden states", "host": "O
 def draw(path: Path) -> list[Path]:
     """Writes <stem>_<kind>.png, <stem>_roofline.png and <stem>.html beside a CSV file.
 
-    Raises: RuntimeError without matplotlib.
+    Raises: ImportError without matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RuntimeError("--plot needs matplotlib: pip install 'cppo[bench]'") from error
+    require_package("--plot", "matplotlib", "bench")
+    import matplotlib
+
     matplotlib.use("Agg")
     found = rows.read(path)
     pictures = []

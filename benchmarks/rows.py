@@ -111,6 +111,15 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
+def check(path: Path) -> None:
+    """Raises ValueError for a file of another kind, of whose rows `merge` would keep the last."""
+    if path.exists():
+        with path.open(newline="", errors="replace") as file:
+            columns = next(csv.reader(file), list(KEY))
+        if missing := [name for name in KEY if name not in columns]:
+            raise ValueError(f"{path} is no file of `cppo bench`: no column {', '.join(missing)}")
+
+
 def merge(path: Path, new: Iterable[Row]) -> list[Row]:
     """Writes rows over those of the same key; a cut never leaves half a file behind."""
     rows = {key(row): row for row in read(path)}

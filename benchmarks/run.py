@@ -66,7 +66,9 @@ class Options:
 
     @property
     def path(self) -> Path:
-        return self.output or results_folder() / f"{file_stem(self.device)}.csv"
+        # Times under the two allocators are not comparable: no file holds both.
+        suffix = "_system" if self.allocator == "system" else ""
+        return self.output or results_folder() / f"{file_stem(self.device)}{suffix}.csv"
 
     @property
     def budget(self) -> Budget:

@@ -64,17 +64,11 @@ def _why_not_triton(device: str) -> str:
     return "" if device in ("cpu", "cuda") else f"tensors are on {device}"
 
 
-def pick(op: str, tensor: Tensor | None, backend: str = "auto") -> Any:
-    """The namespace whose function `op` runs on the device of `tensor`.
+def choose(op: str, device: str, backend: str = "auto") -> str:
+    """The name of the backend that runs `op` on tensors of the device type `device`.
 
-    Args:
-        op: a key of BACKENDS.
-        tensor: any tensor argument of the call, or None for the planners.
-        backend: "auto" (the fastest that runs here) or one of NAMES.
-    Returns: a namespace with a callable named `op`, called like `cppo.reference.<op>`.
-    Raises: ValueError for an unknown name; RuntimeError if an explicit choice cannot run here.
+    Args: as of `pick`. Raises: as `pick` does.
     """
-    device = "cpu" if tensor is None else tensor.device.type
     source = ""
     if backend == "auto":
         backend = os.environ.get("CPPO_BACKEND") or "auto"
@@ -87,11 +81,24 @@ def pick(op: str, tensor: Tensor | None, backend: str = "auto") -> Any:
             f"got {backend!r}"
         )
     if backend == "auto":
-        backend = available(op, device)[0]
-    else:
-        reason = why_not(op, backend, device)
-        if reason:
-            raise RuntimeError(f"cppo.{op}: backend {backend!r}{source} cannot run here: {reason}")
+        return available(op, device)[0]
+    reason = why_not(op, backend, device)
+    if reason:
+        raise RuntimeError(f"cppo.{op}: backend {backend!r}{source} cannot run here: {reason}")
+    return backend
+
+
+def pick(op: str, tensor: Tensor | None, backend: str = "auto") -> Any:
+    """The namespace whose function `op` runs on the device of `tensor`.
+
+    Args:
+        op: a key of BACKENDS.
+        tensor: any tensor argument of the call, or None for the planners.
+        backend: "auto" (the fastest that runs here) or one of NAMES.
+    Returns: a namespace with a callable named `op`, called like `cppo.reference.<op>`.
+    Raises: ValueError for an unknown name; RuntimeError if an explicit choice cannot run here.
+    """
+    backend = choose(op, "cpu" if tensor is None else tensor.device.type, backend)
     if backend == "triton":
         from cppo import triton_kernels
 

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder is either whole or not there.
+"""Checkpoints: a folder is either whole or not there, and an output folder holds one run.
 
 Everything is written to a hidden folder beside the final one, flushed to disk, and renamed; a run
 killed at any moment leaves the earlier checkpoints as they were. What is best and what is last is
@@ -11,7 +11,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,94 @@ _MAY_CHANGE = {
     "skip_bad_questions",
     "resume_with_changes",
 }
+
+
+# What a run, its evaluations and its report write beside the checkpoints; the tracker's files are
+# those of TensorBoard, the one tracker that writes into the output folder.
+_WRITTEN = (
+    *("metrics.jsonl", "completions.jsonl", "metrics.partial", "completions.partial"),
+    *("config.yaml", "eval.csv", "summary.json", "report.html"),
+    *("cppo/**/events.out.tfevents.*", "cppo/**/hparams.yml"),
+    f".{_PREFIX}*.partial",
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What `claim_output_dir` decided.
+
+    start: the checkpoint to go on from; None for a fresh start. old: what `clear` removes, nothing
+    but what an earlier run wrote.
+    """
+
+    start: Path | None
+    old: tuple[Path, ...] = ()
+
+    def clear(self) -> None:
+        """Removes the earlier run's files. Of several processes the first alone calls it."""
+        for path in self.old:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def claim_output_dir(
+    output_dir: str | Path,
+    resume_from: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    needed: Sequence[str | Path] = (),
+    ways: str = "resume it, overwrite it, or choose another folder",
+) -> Claim:
+    """Decides how a run may begin to write into a folder, so that no folder holds two runs.
+
+    Nothing is written or removed here: every process may ask, as long as none has begun to write.
+
+    Args:
+        output_dir: the folder; it need not exist.
+        resume_from: a checkpoint folder; "auto": the newest one in `output_dir`, a fresh start if
+            there is none; None: a fresh start.
+        overwrite: what is in the way may go, by `Claim.clear`: the whole earlier run, or where a
+            checkpoint of it is resumed, the later ones.
+        needed: folders that the run will read, such as the weights that it starts from.
+        ways: what the user can do about a refusal, in the words of the caller.
+    Returns: where to start, and what to remove before anything is written.
+    Raises: ValueError if `output_dir` is a file or holds a run (a checkpoint, or rows in
+        metrics.jsonl) that would go on beside the new one, if `resume_from` is no checkpoint, or
+        if `overwrite` would remove something `needed`.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"cppo: output_dir must be a folder, got the file {folder}")
+    start = last_checkpoint(folder) if resume_from == "auto" else resume_from
+    start = None if start is None else Path(start)
+    if start is not None and not (start / _SUMMARY).is_file():
+        raise ValueError(f"cppo: {start} is not a checkpoint of cppo (it has no {_SUMMARY})")
+    there, found = checkpoints(folder), ""
+    if start is not None and start.resolve().parent == folder.resolve():
+        step = read_summary(start)["step"]
+        old = [path for path in there if read_summary(path)["step"] > step]
+        if old:
+            found = f"{old[-1].name}, which is later than {start.name}"
+    else:
+        old = [*there, *(path for pattern in _WRITTEN for path in folder.glob(pattern))]
+        rows = folder / "metrics.jsonl"
+        if there:
+            found = there[-1].name
+        elif rows.is_file() and rows.stat().st_size:
+            found = "a run without a checkpoint (its metrics.jsonl has rows)"
+    if not found:
+        return Claim(start)
+    if overwrite:
+        lost = {path.resolve() for path in old}
+        for name in needed:
+            if lost & {Path(name).resolve(), *Path(name).resolve().parents}:
+                raise ValueError(f"cppo: {name} is needed, overwriting {folder} would remove it")
+        return Claim(start, tuple(old))
+    if resume_from == "auto" and start is None:
+        return Claim(None)  # the run that ended before its first checkpoint begins again
+    raise ValueError(f"cppo: output_dir {folder} already holds {found}: {ways}")
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -142,24 +231,25 @@ def check_options(path: str | Path, now: dict[str, Any], data: dict[str, Any]) -
         now: the options of this run, as of `run_options`.
         data: what it is trained on, in words; `resume_with_changes` allows differences here.
     Returns: the differences of `data` that are allowed, in words.
-    Raises: ValueError naming everything that changed, its old and its new value. What the
-        checkpoint does not know, because an older version wrote it, cannot be compared.
+    Raises: ValueError naming everything that changed, its old and its new value.
     """
-    was = read_summary(path)["options"]
+    # An option that an older version did not have had its default's effect.
+    was = {**run_options(CPPOConfig(), 1), **read_summary(path)["options"]}
 
-    def changes(now: dict[str, Any]) -> list[str]:
+    def changes(names: Iterable[str], now: dict[str, Any]) -> list[str]:
         return [
-            f"{name} (was {was[name]!r}, is {value!r})"
-            for name, value in sorted(now.items())
-            if name in was and was[name] != value and name not in _MAY_CHANGE
+            f"{name} (was {was.get(name)!r}, is {now.get(name)!r})"
+            for name in sorted(names)
+            if was.get(name) != now.get(name)
         ]
 
-    options, others = changes(now), changes(data)
+    options = changes((was.keys() | now.keys()) - data.keys() - _MAY_CHANGE, now)
+    others = changes(was.keys() & data.keys(), data)
     if options or (others and not now["resume_with_changes"]):
         hint = "" if options else "; resume_with_changes=True goes on all the same"
         raise ValueError(
-            f"cppo.CPPOTrainer: the run of {path} must be resumed with the options, data and "
-            f"rewards it was started with, changed: {', '.join(options + others)}{hint}"
+            f"cppo.CPPOTrainer: the run of {path} must be resumed with the options it was "
+            f"started with, data and rewards included, changed: {', '.join(options + others)}{hint}"
         )
     return others
 

@@ -18,10 +18,8 @@ from cppo.questions.stream import Dataset
 _SAMPLED_ROWS = 64
 
 
-def of_dataset(dataset: Dataset | None) -> str:
+def of_dataset(dataset: Dataset) -> str:
     """The number of rows and a digest of up to 64 of them, spread evenly from first to last."""
-    if dataset is None:
-        return "none"
     count = len(dataset)
     sample = min(count, _SAMPLED_ROWS)
     places = [i * (count - 1) // max(sample - 1, 1) for i in range(sample)]

@@ -60,7 +60,7 @@ def schedule(optimizer: torch.optim.Optimizer, config: CPPOConfig) -> Any:
     steps = config.max_steps * config.num_iterations * config.optimizer_steps
     try:
         return get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, steps)
-    except ValueError as error:
+    except ValueError as error:  # "polynomial" with a rate below its last one
         raise ValueError(f"CPPOConfig.lr_scheduler: {error}") from error
 
 

@@ -29,6 +29,7 @@ from transformers import TrainerState
 from cppo import fingerprint, forward, policy, reference
 from cppo.checkpoint import (
     check_options,
+    claim_output_dir,
     last_checkpoint,
     read_state,
     run_options,
@@ -55,6 +56,7 @@ from cppo.trainer_arguments import (
     check_evaluation,
     check_images,
     check_processor,
+    check_trackers,
     first_question,
     reward_list,
     reward_weights,
@@ -99,6 +101,7 @@ class CPPOTrainer:
         self.processor = processor
         self.reward_functions = reward_list(reward_functions)
         weights = reward_weights(self.reward_functions, config)
+        check_trackers(config.trackers)
         self.config = config = dataclasses.replace(config, reward_weights=weights)
         self.accelerator = Accelerator(
             # Left to itself, accelerate takes every process of a machine without a GPU for one.
@@ -146,15 +149,21 @@ class CPPOTrainer:
 
     # The loop
 
-    def train(self, resume_from: str | Path | None = None) -> dict[str, Any]:
+    def train(
+        self, resume_from: str | Path | None = None, *, overwrite: bool = False
+    ) -> dict[str, Any]:
         """Runs to `config.max_steps`; returns the last row of metrics.
 
         Args:
             resume_from: a checkpoint folder, or "auto" for the newest one in `config.output_dir`
                 (a fresh start if there is none). The run goes on bit for bit as if it had not been
                 interrupted.
+            overwrite: whether an earlier run in `config.output_dir` may be removed; of one that is
+                resumed, the checkpoints later than `resume_from`.
+        Raises: ValueError if the folder holds another run; RewardError for a reward function that
+            fails.
         """
-        self._start(resume_from)
+        self._start(resume_from, overwrite)
         with self.log.running():
             if self.step == 0:
                 self._record(self._evaluation())
@@ -518,19 +527,19 @@ class CPPOTrainer:
     def _trained_on(self) -> dict[str, Any]:
         """Data, rewards and chat template, in words that a resumed run compares."""
         rewards = [fingerprint.of_function(function) for function in self.reward_functions]
+        held_out = self._eval_dataset
         return {
             "train_dataset": fingerprint.of_dataset(self.questions.dataset),
-            "eval_dataset": fingerprint.of_dataset(self._eval_dataset),
             "rewards": rewards,
             "chat_template": fingerprint.of_text(self.processor.chat_template),
+            **({"eval_dataset": fingerprint.of_dataset(held_out)} if held_out else {}),
         }
 
-    def _start(self, resume_from: str | Path | None) -> None:
+    def _start(self, resume_from: str | Path | None, overwrite: bool) -> None:
         self._trained_on  # noqa: B018  (before anybody edits a reward's file)
-        if resume_from == "auto":
-            resume_from = last_checkpoint(self.config.output_dir)
-        if resume_from is not None:
-            self._resume(Path(resume_from))
+        start = self._claim(resume_from, overwrite)
+        if start is not None:
+            self._resume(start)
         self.log.restart(self.history, self.step)
         if self.config.trackers:
             plain = {
@@ -539,6 +548,27 @@ class CPPOTrainer:
             }
             self.accelerator.init_trackers("cppo", config=plain)
         self.processes.same_weights(self.model)
+
+    def _claim(self, resume_from: str | Path | None, overwrite: bool) -> Path | None:
+        """The checkpoint to go on from. The first process looks, the others hear what it found."""
+        found: tuple[Path | None, str] | None = None
+        if self.processes.is_main:
+            try:
+                claim = claim_output_dir(
+                    self.config.output_dir,
+                    resume_from,
+                    overwrite=overwrite,
+                    ways="train(resume_from='auto') goes on with it, train(overwrite=True) removes "
+                    "it, another output_dir keeps both",
+                )
+                claim.clear()
+                found = claim.start, ""
+            except ValueError as error:
+                found = None, str(error)
+        start, refusal = self.processes.gather(found)[0]
+        if refusal:
+            raise ValueError(refusal)
+        return start
 
     def _resume(self, path: Path) -> None:
         state = read_state(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,43 @@ def check_images(model: nn.Module, questions: Sequence[Question]) -> None:
                 "cppo.CPPOTrainer: model takes no images, but there are questions with images: "
                 f"{question.messages!r}"
             )
+
+
+def check_trackers(names: Sequence[Any], key: str = "CPPOConfig.trackers") -> None:
+    """Checks that every tracker exists and that its package is installed.
+
+    Args:
+        names: of accelerate ("tensorboard", "wandb", ..., "all"), or registered there by
+            `accelerate.tracking.register_tracker_class`; objects of its GeneralTracker pass.
+        key: the option that holds them, for messages.
+    Raises: ValueError for what accelerate does not know, with the nearest name; ImportError for a
+        tracker whose package is not installed, with the pip line.
+    """
+    if not names:
+        return
+    from accelerate.tracking import (
+        LOGGER_TYPE_TO_CLASS,
+        GeneralTracker,
+        LoggerType,
+        get_available_trackers,
+    )
+
+    known = sorted({*map(str, LoggerType), *LOGGER_TYPE_TO_CLASS})
+    installed = {str(kind) for kind in get_available_trackers()}
+    # Those that somebody registered are here by definition.
+    installed |= set(LOGGER_TYPE_TO_CLASS) - set(map(str, LoggerType))
+    for name in names:
+        if isinstance(name, GeneralTracker):
+            continue
+        if name not in known:
+            close = difflib.get_close_matches(str(name).lower(), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{key} must be of {', '.join(known)}, got {name!r}{hint}")
+        if name == "all" and not installed:
+            raise ImportError(f"{key}: 'all' finds no tracker: pip install 'cppo[tracking]'")
+        if name not in {*installed, "all"}:
+            package = "'cppo[tracking]'" if name == "tensorboard" else name.replace("_", "-")
+            raise ImportError(f"{key}: {name!r} is not installed: pip install {package}")
 
 
 def reward_list(functions: RewardFunction | Sequence[RewardFunction]) -> list[RewardFunction]:

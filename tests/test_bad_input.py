@@ -107,7 +107,7 @@ ARGUMENTS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "an unknown schedule",
         {"options": {"lr_scheduler": "cosin"}},
         ValueError,
-        "CPPOConfig.lr_scheduler: cosin is not a valid SchedulerType",
+        "CPPOConfig.lr_scheduler must be one of .*cosine.*, got .cosin.",
     ),
     (
         "an unknown tracker",
@@ -183,7 +183,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"max_steps": 2.5}, "max_steps must be an integer >= 1, got 2.5"),
     ({"prune_rate": 1.0}, "CPPOConfig.prune_rate must be a number >= 0 and < 1, got 1.0"),
     ({"prune_rate": math.nan}, "prune_rate must be a number >= 0 and < 1, got nan"),
-    ({"group_size": 0}, "group_size must be an integer >= 1, got 0"),
+    ({"group_size": 1}, "group_size must be an integer >= 2, got 1"),
     ({"learning_rate": "1e-6"}, "learning_rate must be a number > 0, got '1e-6'"),
     ({"betas": (0.9, "x")}, r"betas must be two numbers in \[0, 1\), got \(0.9, 'x'\)"),
     ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),

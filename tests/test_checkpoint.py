@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trainer_cases import same, trainer_for, weights_of
+from trainer_cases import same, text_rows, trainer_for, weights_of
 
 from cppo.checkpoint import checkpoints, last_checkpoint, read_state, write_checkpoint
 from cppo.config import LoraConfig
@@ -128,7 +128,9 @@ def test_going_on_from_an_older_checkpoint(copied: Path) -> None:
     trainer = trainer_for(copied, save_every=1, keep_checkpoints=1, max_steps=2)
     older = checkpoints(copied)[0]
     expected = (last_checkpoint(copied) / "model.safetensors").read_bytes()
-    trainer.train(resume_from=older)
+    with pytest.raises(ValueError, match="checkpoint-000002, which is later than checkpoint-0000"):
+        trainer.train(resume_from=older)
+    trainer.train(resume_from=older, overwrite=True)
     assert (last_checkpoint(copied) / "model.safetensors").read_bytes() == expected
     assert [path.name for path in checkpoints(copied)] == ["checkpoint-000002"]
 
@@ -184,7 +186,7 @@ def test_what_may_change_when_resuming(copied: Path) -> None:
     trainer = trainer_for(
         moved, max_steps=3, eval_every=2, eval_samples=2, eval_greedy=False, save_every=3,
         keep_checkpoints=5, best_metric="sampled/reward", log_every=2, log_completions=0,
-        trackers=("tensorboard",),
+        trackers=("tensorboard",), eval_rows=text_rows(1),
     )  # fmt: skip
     trainer.train(resume_from="auto")
     assert trainer.step == 3

@@ -103,7 +103,7 @@ def test_recipes_are_listed() -> None:
         (["train", GSM8K], "data.train: .*data/gsm8k"),
         (["train", DIGITS, "model={path: no/such/model}"], "no/such/model"),
         (["train", DIGITS, "data.train.split=tst"], "data.train: .*'train'.*, got 'tst'"),
-        (["train", DIGITS, "--resume", "nowhere"], "--resume: nowhere is not a checkpoint"),
+        (["train", DIGITS, "--resume", "nowhere"], "nowhere is not a checkpoint of cppo"),
         (["eval", "nowhere"], "nowhere: no such file or folder"),
         (["eval", "."], "neither a run of `cppo train` nor a checkpoint"),
         (["eval", DIGITS, "--samples", "0"], "--samples must be >= 1, got 0"),

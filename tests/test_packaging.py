@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -68,6 +69,21 @@ def said_by_cppo(done):
     return [line for line in lines if line.startswith("cppo: ")]
 
 
+def last_line(done):
+    """What the build said last: pip repeats it with an indent, on its standard error."""
+    return [line.strip() for line in done.stderr.splitlines() if line.startswith("  ")][-1]
+
+
+def is_for_any_machine(wheel):
+    """Whether nothing compiled is in a wheel; its name, its tag and its contents have to agree."""
+    archive = zipfile.ZipFile(wheel)
+    libraries = [name for name in archive.namelist() if name.endswith(".so")]
+    (tags,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+    is_pure = "Tag: py3-none-any" in archive.read(tags).decode().splitlines()
+    assert is_pure == wheel.name.endswith("-py3-none-any.whl") == (not libraries)
+    return is_pure
+
+
 def build_info(wheel):
     with zipfile.ZipFile(wheel) as archive:
         return json.loads(archive.read("cppo/build_info.json"))
@@ -79,6 +95,8 @@ def full_wheel(tmp_path_factory):
     env = {"CPPO_FORCE_BUILD": "1", **({"CPPO_FORCE_CUDA": "1"} if HAS_NVCC else {})}
     done, wheel = pip_wheel(tmp_path_factory.mktemp("full"), **env)
     assert wheel, done.stdout + done.stderr
+    parts = "cpp, cuda, host" if HAS_NVCC else "cpp, host; no cuda: nvcc was not found"
+    assert last_line(done) == f"cppo: compiled ops for torch {torch.__version__}: {parts}"
     return wheel
 
 
@@ -86,10 +104,18 @@ def full_wheel(tmp_path_factory):
 def pure_wheel(tmp_path_factory):
     done, wheel = pip_wheel(tmp_path_factory.mktemp("pure"), CPPO_SKIP_BUILD="1")
     assert wheel, done.stdout + done.stderr
-    assert said_by_cppo(done) == [
-        "cppo: pure-Python install, without the compiled tensor ops: CPPO_SKIP_BUILD is set"
-    ]
+    said = "cppo: pure-Python install, without the compiled tensor ops: CPPO_SKIP_BUILD is set"
+    assert said_by_cppo(done) == [said]
+    assert last_line(done) == said
     return wheel
+
+
+@needs_compiler
+def test_a_wheel_with_the_ops_is_named_after_its_python_and_machine(full_wheel):
+    assert not is_for_any_machine(full_wheel)
+    python = f"cp{sys.version_info[0]}{sys.version_info[1]}"  # the planners' pybind11 needs it
+    machine = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert full_wheel.name.endswith(f"-{python}-{python}-{machine}.whl")
 
 
 @needs_compiler
@@ -145,8 +171,7 @@ def test_cuda_kernels_compile_against_any_torch(full_wheel, tmp_path):
 
 
 def test_pure_python_wheel_works_and_says_why(pure_wheel, tmp_path):
-    names = zipfile.ZipFile(pure_wheel).namelist()
-    assert not [name for name in names if name.endswith(".so")]
+    assert is_for_any_machine(pure_wheel)
     zipfile.ZipFile(pure_wheel).extractall(tmp_path)
     script = """
 import torch, cppo
@@ -175,6 +200,7 @@ def test_without_a_compiler_the_install_is_pure_python(tmp_path):
         "cppo: pure-Python install, without the compiled tensor ops: no C++ compiler was found"
     ]
     assert build_info(wheel)["cpp"] == "no C++ compiler was found"
+    assert is_for_any_machine(wheel)
 
 
 def test_force_build_without_a_compiler_is_an_error(tmp_path):
@@ -197,7 +223,12 @@ def test_a_failing_compiler_is_recorded_and_forced_builds_stop(tmp_path):
     (tmp_path / "soft").mkdir()
     done, wheel = pip_wheel(tmp_path / "soft", CXX=compiler, CC=compiler)
     assert wheel, done.stdout + done.stderr
-    assert build_info(wheel)["cpp"].startswith("compilation failed")
+    reason = build_info(wheel)["cpp"]
+    assert reason.startswith("compilation failed")
+    assert build_info(wheel)["host"] == reason  # the planners alone would not be worth a tag
+    assert is_for_any_machine(wheel)
+    words = "cppo: pure-Python install, without the compiled tensor ops"
+    assert said_by_cppo(done)[-1] == f"{words}: {reason}"
     (tmp_path / "forced").mkdir()
     done, wheel = pip_wheel(tmp_path / "forced", CXX=compiler, CC=compiler, CPPO_FORCE_BUILD="1")
     assert wheel is None
@@ -211,7 +242,7 @@ import runpy, setuptools
 setup, options = setuptools.setup, {}
 setuptools.setup = options.update
 runpy.run_path(SETUP)
-toy = setuptools.Extension("cppo._host", ["toy.cpp"], language="c++")
+toy = setuptools.Extension("cppo._C", ["toy.cpp"], language="c++")
 setup(name="toy", ext_modules=[toy], cmdclass=options["cmdclass"])
 """
     (tmp_path / "build_toy.py").write_text(script.replace("SETUP", repr(str(ROOT / "setup.py"))))
@@ -221,7 +252,7 @@ setup(name="toy", ext_modules=[toy], cmdclass=options["cmdclass"])
         later = source.stat().st_mtime + (60 if word == "after" else -60)
         os.utime(source, (later, later))
         done = run([sys.executable, "build_toy.py", "build_ext"], tmp_path)
-        (binary,) = tmp_path.glob("build/lib*/cppo/_host*.so")
+        (binary,) = tmp_path.glob("build/lib*/cppo/_C*.so")
         assert f"{word} the change".encode() in binary.read_bytes(), done.stdout + done.stderr
 
 

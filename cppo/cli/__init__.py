@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from cppo.cli.run_config import RunConfig
 
 _CONFIG_NAME = "config.yaml"
+_EVAL_COLUMNS = (
+    *("model", "data", "split", "questions"),
+    *("mode", "metric", "samples", "mean", "std"),
+)
 _FORWARDED = {
     "info": "which backend of each op runs here, and why another does not",
     "bench": "measure every op against the peers that are installed and the machine's limits",
@@ -89,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="go on from a checkpoint; without a folder from the newest in trainer.output_dir",
     )
+    train.add_argument(
+        "--overwrite", action="store_true", help="remove the run that trainer.output_dir holds"
+    )
     evaluate = commands.add_parser(
         "eval", help="accuracy of a run, a checkpoint or a model", description=_evaluate.__doc__
     )
@@ -116,24 +123,32 @@ def _train(options: argparse.Namespace) -> int:
 
         print(dry_run.report(config))
         return 0
-    from cppo.checkpoint import last_checkpoint
+    from cppo.checkpoint import claim_output_dir, last_checkpoint
+    from cppo.cli.info import ops_line
     from cppo.cli.run_parts import make_trainer
     from cppo.scoring import RewardError
 
     output_dir = Path(config.trainer.output_dir)
-    newest = last_checkpoint(output_dir)
-    if newest is not None and resume is None:
-        raise ConfigError(
-            f"trainer.output_dir: {output_dir} already holds {newest.name}; continue it with "
-            "--resume or choose another trainer.output_dir"
-        )
-    if resume not in (None, "auto") and not (Path(resume) / "trainer.json").is_file():
-        raise ConfigError(f"--resume: {resume} is not a checkpoint folder")
-    trainer = make_trainer(config)
-    if trainer.processes.rank == 0:
-        run_config.save(config, output_dir / _CONFIG_NAME)
     try:
-        trainer.train(resume_from=resume)
+        claim = claim_output_dir(
+            output_dir,
+            resume,
+            overwrite=options.overwrite,
+            needed=[config.model.path] if config.model.path else [],
+            ways="go on with --resume, start anew with --overwrite, or choose another "
+            "trainer.output_dir",
+        )
+    except ValueError as error:
+        raise ConfigError(str(error).removeprefix("cppo: ")) from error
+    trainer = make_trainer(config)
+    line = ops_line(trainer.accelerator.device)
+    if trainer.processes.rank == 0:
+        claim.clear()
+        run_config.save(config, output_dir / _CONFIG_NAME)
+        print(line)
+    trainer.accelerator.wait_for_everyone()  # until the earlier run's files are gone
+    try:
+        trainer.train(resume_from=claim.start)
     except KeyboardInterrupt:
         newest = last_checkpoint(output_dir)
         again = f"resume from {newest} with --resume" if newest else "no checkpoint was written yet"
@@ -151,9 +166,10 @@ def _train(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     """Measure greedy and sampled rewards on held-out questions, and append them to a CSV file."""
-    config, checkpoint = _target(options)
+    config, checkpoint, folder = _target(options)
     from dataclasses import replace
 
+    from cppo.cli.info import default_device, ops_line
     from cppo.cli.run_parts import evaluate_policy
 
     if options.samples is not None:
@@ -165,7 +181,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     if data is None:
         raise ConfigError(f"{options.target}: data.{options.data} is missing, nothing to measure")
     name = str(checkpoint or config.model.path or config.model.builder)
-    metrics, num_questions = evaluate_policy(config, checkpoint, options.data)
+    path = Path(options.csv or folder / "eval.csv")
+    _check_csv(path)
+    device = default_device()
+    print(ops_line(device))
+    metrics, num_questions = evaluate_policy(config, checkpoint, options.data, device)
     rows = [
         {
             "model": name,
@@ -189,21 +209,24 @@ def _evaluate(options: argparse.Namespace) -> int:
         spread = f" +- {row['std']}" if row["std"] else ""
         passes = f"avg@{row['samples']}" if row["mode"] == "sampled" else ""
         print(f"  {row['mode']:<8} {passes:<7} {row['metric']:<24} {row['mean']}{spread}")
-    path = Path(options.csv or Path(config.trainer.output_dir) / "eval.csv")
     _append_csv(path, rows)
     print(f"appended to {path}")
     return 0
 
 
-def _target(options: argparse.Namespace) -> tuple[RunConfig, Path | None]:
-    """The configuration, and the checkpoint folder of a run (None: the configured weights)."""
+def _target(options: argparse.Namespace) -> tuple[RunConfig, Path | None, Path]:
+    """The configuration, the checkpoint (None: the configured weights), the folder of the run.
+
+    A run may have been moved since: its folder is where it is, not its trainer.output_dir.
+    """
     from cppo.checkpoint import best_checkpoint, last_checkpoint
 
     target = Path(options.target)
     if not target.exists():
         raise ConfigError(f"{target}: no such file or folder")
     if target.is_file():
-        return run_config.load(target, options.overrides), None
+        config = run_config.load(target, options.overrides)
+        return config, None, Path(config.trainer.output_dir)
     if (target / _CONFIG_NAME).is_file():
         run, checkpoint = target, last_checkpoint(target)
         if options.checkpoint == "best":
@@ -217,14 +240,23 @@ def _target(options: argparse.Namespace) -> tuple[RunConfig, Path | None]:
             f"{target}: neither a run of `cppo train` nor a checkpoint in one (no {_CONFIG_NAME}); "
             "for another model give a configuration file and model.path=FOLDER"
         )
-    return run_config.load(run / _CONFIG_NAME, options.overrides), checkpoint
+    return run_config.load(run / _CONFIG_NAME, options.overrides), checkpoint, run
+
+
+def _check_csv(path: Path) -> None:
+    """Rows are appended: to a file of other columns they would be nonsense."""
+    if path.is_file() and path.stat().st_size:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            columns = next(csv.reader(file), [])
+        if tuple(columns) != _EVAL_COLUMNS:
+            raise ConfigError(f"--csv: {path} has other columns than `cppo eval` writes: {columns}")
 
 
 def _append_csv(path: Path, rows: list[dict[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
+    is_new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, _EVAL_COLUMNS)
         if is_new:
             writer.writeheader()
         writer.writerows(rows)

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from cppo import backends
 from cppo.cli.config_file import ConfigError
+from cppo.cli.info import default_device, ops_line
+from cppo.extras import require_package
 
 _SHAPES = {
     "toy": "that everything runs",
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None, may_restart: bool = False) -> int:
     arguments = _parser().parse_args(argv)
     from cppo.benchmarks import peers, plots, rows, run, timing
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device or default_device()
     if may_restart and torch.device(device).type == "cpu" and arguments.allocator == "keep":
         timing.restart_with_joined_blocks()
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -63,10 +65,23 @@ def main(argv: Sequence[str] | None = None, may_restart: bool = False) -> int:
         allocator=arguments.allocator,
     )
     console = Console(width=None if Console().is_terminal else 120)
+    try:
+        if arguments.plot or arguments.plot_only:
+            require_package("--plot", "matplotlib", "bench")
+        for option, path in (
+            ("--compare", arguments.compare),
+            ("--plot-only", options.path if arguments.plot_only else None),
+        ):
+            if path is not None and not path.is_file():
+                raise ValueError(f"{option}: there is no file {path}")
+            rows.check(path or options.path)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(str(error)) from error
     if arguments.plot_only:
         _plot(console, plots, options.path)
         return 0
     earlier = rows.read(arguments.compare) if arguments.compare else []
+    console.print(ops_line(device, obey=False), soft_wrap=True, markup=False, highlight=False)
     new, wrong = run.bench(options, console)
     run.report_wrong(console, wrong)
     if not new and not wrong:

@@ -195,11 +195,7 @@ def _unknown(cls: type, name: str, key: str, value: Any) -> ConfigError:
 def _coerce(value: Any, hint: Any, key: str) -> Any:
     """`value` as the type `hint` of a field, or an error that says what was expected."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        choices = [t for t in typing.get_args(hint) if t is not type(None)]
-        if len(choices) < len(typing.get_args(hint)) and value in (None, "none", "None"):
-            return None
-        fitting = [t for t in choices if isinstance(value, (list, tuple)) == _is_list(t)]
-        return _coerce(value, (fitting or choices)[0], key)
+        return _coerce_union(value, typing.get_args(hint), key)
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
@@ -218,9 +214,35 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         return str(value).lower() == "true"
     elif hint is str and isinstance(value, str):
         return value
-    elif typing.get_origin(hint) is dict and isinstance(value, dict):
-        return value
+    elif _is_mapping(hint) and isinstance(value, dict):
+        return _coerce_mapping(value, hint, key)
     raise ConfigError(f"{key} must be {_expected(hint)}, got {value!r} ({_kind(value)})", key)
+
+
+def _coerce_union(value: Any, choices: Sequence[Any], key: str) -> Any:
+    """`value` as the first of several types that takes it: lists and mappings as such alone."""
+    kinds = [t for t in choices if t is not type(None)]
+    if len(kinds) < len(choices) and value in (None, "none", "None"):
+        return None
+    is_list, is_mapping = isinstance(value, (list, tuple)), isinstance(value, dict)
+    fitting = [t for t in kinds if (_is_list(t), _is_mapping(t)) == (is_list, is_mapping)] or kinds
+    for kind in fitting:
+        try:
+            return _coerce(value, kind, key)
+        except ConfigError as error:
+            if len(fitting) == 1 or error.key != key:  # inside: it was of the right kind
+                raise
+    expected = " or ".join(dict.fromkeys(_expected(kind) for kind in fitting))
+    raise ConfigError(f"{key} must be {expected}, got {value!r} ({_kind(value)})", key)
+
+
+def _coerce_mapping(value: dict[Any, Any], hint: Any, key: str) -> dict[Any, Any]:
+    """A dict[str, T] with its values as T."""
+    names, values = typing.get_args(hint) or (Any, Any)
+    for name in value:
+        if names is str and not isinstance(name, str):
+            raise ConfigError(f"{key} must have text as its keys, got {name!r}", key)
+    return {name: _coerce(item, values, _join(key, str(name))) for name, item in value.items()}
 
 
 def _number(value: int | float | str) -> int | float | None:
@@ -236,6 +258,10 @@ def _number(value: int | float | str) -> int | float | None:
 
 def _is_list(hint: Any) -> bool:
     return typing.get_origin(hint) is tuple
+
+
+def _is_mapping(hint: Any) -> bool:
+    return dict in (hint, typing.get_origin(hint)) or dataclasses.is_dataclass(hint)
 
 
 def _expected(hint: Any) -> str:

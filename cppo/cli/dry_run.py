@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from cppo.cli import run_config
 from cppo.cli.config_file import ConfigError
 from cppo.cli.run_config import ModelConfig, RunConfig
-from cppo.cli.run_parts import CHECKED_ROWS, load_questions, model_path
+from cppo.cli.run_parts import CHECKED_ROWS, check_packages, load_questions, model_path
 from cppo.config import CPPOConfig
+from cppo.places import is_place
 
 _UNKNOWN_PROMPT = 512  # tokens per prompt where nothing tells
 
@@ -148,6 +149,8 @@ def model_sizes(model: ModelConfig, lora_rank: int = 0) -> tuple[ModelSizes, str
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     path = model_path(model)
+    if is_place(model.builder) and model.architecture is None:
+        raise ValueError(f"a dry run does not call {path}, and model.architecture is not given")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         source = f"config.json of {path}"
@@ -190,6 +193,12 @@ def model_sizes(model: ModelConfig, lora_rank: int = 0) -> tuple[ModelSizes, str
 def report(config: RunConfig) -> str:
     """Return the text of a dry run: resolved options, data, step, model, memory."""
     lines = ["# the resolved configuration", run_config.dump(config).rstrip(), ""]
+    try:
+        check_packages(config)
+    except ImportError as error:
+        lines += ["# packages", f"a real run would stop: {error}", ""]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     data_lines, measured = _data(config)
     lines += ["# data", *data_lines, ""]
     trainer = config.trainer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cppo import __version__, _ext, backends
+from cppo.cli.config_file import ConfigError
 
 # Read from the installed metadata: importing triton or transformers only to print a version
 # would take seconds.
@@ -24,6 +26,57 @@ PARTS = {
     "cuda": "CUDA kernels (cppo._cuda)",
     "host": "C++ planners (cppo._host)",
 }
+
+
+def default_device() -> str:
+    """The device of a command that has none named: a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def ops_line(device: Any, *, obey: bool = True) -> str:
+    """One line for the start of a run: which backends its ops use on a device, and why no better.
+
+    Args:
+        device: a torch.device or its name.
+        obey: whether CPPO_BACKEND counts; `cppo bench` calls each backend by its name.
+    Returns: "ops: cpp (avx512) on cpu"; of ops that are left to plain PyTorch also the reason.
+    Raises: ConfigError for a CPPO_BACKEND that does not exist or cannot run there.
+    """
+    kind = torch.device(device).type
+    forced = obey and os.environ.get("CPPO_BACKEND", "auto") not in ("", "auto")
+    chosen: dict[str, list[str]] = {}
+    for op in backends.BACKENDS:
+        if op in backends.HOST_OPS:
+            continue
+        try:
+            name = backends.choose(op, kind) if forced else backends.available(op, kind)[0]
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(str(error)) from error
+        chosen.setdefault(name, []).append(op)
+    notes = {"cpp": _vectors()}
+    if forced:
+        notes = dict.fromkeys(chosen, "CPPO_BACKEND")
+    elif "reference" in chosen:
+        which = "" if len(chosen) == 1 else f"for {', '.join(chosen['reference'])}: "
+        notes["reference"] = f"{which}{_why_reference(chosen['reference'], kind)}; see cppo info"
+    used = [f"{name} ({notes[name]})" if name in notes else name for name in chosen]
+    return f"ops: {', '.join(used)} on {kind}"
+
+
+def _why_reference(ops: list[str], kind: str) -> str:
+    """Why no backend that is made for a device runs these ops."""
+    reasons = []
+    for name in {"cpu": ("cpp",), "cuda": ("triton", "cuda")}.get(kind, ()):
+        own = [op for op in ops if name in backends.BACKENDS[op]]
+        if own:
+            missing = "the compiled extension is missing" if name == "cpp" else f"no {name}"
+            reasons.append(f"{missing}: {backends.why_not(own[0], name, kind)}")
+    return "; ".join(reasons) or f"there are no kernels for {kind}"
+
+
+def _vectors() -> str:
+    """The instruction set of the compiled ops on the CPU; '' without them."""
+    return "" if _ext.missing["cpp"] else str(torch.ops.cppo.row_capability())
 
 
 def _version(package: str) -> str:
@@ -40,8 +93,8 @@ def collect() -> dict[str, Any]:
     """
     from cppo.forward import choose_attention
 
-    vectors = "" if _ext.missing["cpp"] else f" {torch.ops.cppo.row_capability()}"
-    devices = {"cpu": f"{platform.machine()}{vectors}, {torch.get_num_threads()} threads"}
+    processor = f"{platform.machine()} {_vectors()}".rstrip()
+    devices = {"cpu": f"{processor}, {torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
         devices["cuda"] = torch.cuda.get_device_name()
     return {

@@ -1,9 +1,12 @@
 """The YAML file of `cppo train`: one tree of frozen dataclasses, read, checked, overridden, dumped.
 
-    model:   {path: folder or hub name} or {builder: a shipped demo checkpoint}
+    model:   {path: folder or hub name} or {builder: a shipped demo checkpoint, or a place}
     data:    {train: {loader, path, split, limit}, eval: {...}, system_prompt}
-    rewards: [name, {name: {parameters}, weight: 0.9}, ...]
+    rewards: [name or place, {name: {parameters}, weight: 0.9}, ...]
     trainer: CPPOConfig, with `loss:` (LossConfig) and `lora:` (LoraConfig) inside
+
+A place is a function of one's own: "my_code.py:function", relative to the working directory, or
+"package.module:function" (`cppo.places`).
 
 Every mistake is a ConfigError that names the dotted key, the value, what is allowed, and the file
 or the command line. `extends: other.yaml` (relative to the file) starts from another file.
@@ -21,11 +24,15 @@ import yaml
 from cppo.cli import config_file
 from cppo.cli.config_file import ConfigError
 from cppo.config import CPPOConfig, _Checked
+from cppo.places import is_place, load_object
 
 BUILDERS = ("tiny_digits", "tiny_arithmetic")
 LOADERS = ("gsm8k", "math", "geometry3k", "virl39k", "rows", "digits", "arithmetic")
 GENERATED = ("digits", "arithmetic")  # loaders of the demo tasks: they need no path
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt")
+
+
+def _one_of_or_place(names: Sequence[str], example: str) -> str:
+    return f"one of {', '.join(map(repr, names))}, or a function's place such as {example!r}"
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,8 @@ class ModelConfig(_Checked):
     path: str | None = None
     """Folder written by save_pretrained, or a hub name."""
     builder: str | None = None
-    """Instead of path: a demo checkpoint that ships with the package."""
+    """Instead of path: a demo checkpoint that ships with the package, or the place of a function
+    that is called without arguments and returns (model, processor)."""
     architecture: dict[str, Any] | None = None
     """Keys of a hub model's config.json, for `--dry-run` where the model is not at hand."""
 
@@ -45,8 +53,8 @@ class ModelConfig(_Checked):
                 "ModelConfig.path or ModelConfig.builder must be given, not both: "
                 f"got path {self.path!r} and builder {self.builder!r}"
             )
-        if self.builder is not None:
-            self._one_of("builder", BUILDERS)
+        if self.builder not in (None, *BUILDERS) and not is_place(self.builder):
+            self._fail("builder", _one_of_or_place(BUILDERS, "my_model.py:build"))
         if self.architecture is not None and "model_type" not in self.architecture:
             self._fail("architecture", "a mapping with a model_type, like a model's config.json")
 
@@ -56,9 +64,12 @@ class DatasetConfig(_Checked):
     """Where the questions of one dataset come from."""
 
     loader: str = "rows"
-    """What the files look like: a name of LOADERS."""
+    """What the files look like: a name of LOADERS. Or the place of a function that returns rows
+    (a list, or anything with len() and [i]); it is called with `path` and `split`, as far as they
+    are given."""
     path: str | None = None
-    """File or folder, relative to the working directory. The demo tasks need none."""
+    """File or folder, relative to the working directory. The demo tasks and functions of one's own
+    need none."""
     split: str | None = None
     """Split of the dataset: "train", "test", ...; of a demo task "train" or "heldout". None: the
     training split, of loader "rows" everything."""
@@ -66,14 +77,16 @@ class DatasetConfig(_Checked):
     """Use the first so many questions only. Demo tasks: how many are made (None: 100 000)."""
 
     def __post_init__(self) -> None:
-        self._one_of("loader", LOADERS)
+        is_own = is_place(self.loader)
+        if self.loader not in LOADERS and not is_own:
+            self._fail("loader", _one_of_or_place(LOADERS, "my_loader.py:load"))
         if self.limit is not None:
             self._integer("limit", at_least=1)
         if self.loader == "virl39k" and self.split not in (None, "train"):
             self._fail("split", "'train', the only one that ViRL39K has")
         if self.loader in GENERATED and self.path is not None:
             self._fail("path", f"left out: loader {self.loader!r} makes its own questions")
-        if self.loader not in GENERATED and self.path is None:
+        if self.loader not in GENERATED and not is_own and self.path is None:
             self._fail("path", f"a file or folder for loader {self.loader!r}")
 
 
@@ -98,32 +111,16 @@ class RunConfig:
     data: DataConfig
     """The questions."""
     rewards: tuple[Any, ...]
-    """Names, or mappings {name: {parameters}, weight: number}; see `cppo.rewards`."""
+    """Names or places, or mappings {name: {parameters}, weight: number}; see `cppo.rewards`."""
     trainer: CPPOConfig = field(default_factory=CPPOConfig)
     """Options of the trainer."""
 
     def __post_init__(self) -> None:
         options, loss = self.trainer, self.trainer.loss
-        steps = options.max_steps * options.num_iterations * options.optimizer_steps
         weighted = any(isinstance(r, dict) and "weight" in r for r in self.rewards)
         weights = options.reward_weights
         mistakes = [
             (not self.rewards, "rewards must name at least one reward"),
-            (
-                options.group_size == 1,
-                "trainer.group_size must be >= 2, got 1: a single completion has no group to be "
-                "compared with, its advantage is always 0",
-            ),
-            (
-                options.warmup_steps > steps,
-                f"trainer.warmup_steps must be <= {steps}, the optimizer steps of the run, got "
-                f"{options.warmup_steps}",
-            ),
-            (
-                options.lr_scheduler not in SCHEDULES,
-                f"trainer.lr_scheduler must be one of {', '.join(SCHEDULES)}, got "
-                f"{options.lr_scheduler!r}",
-            ),
             (
                 bool(options.eval_every) and self.data.eval is None,
                 f"trainer.eval_every must be 0 without held-out questions (data.eval), got "
@@ -155,7 +152,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
         path: the file.
         overrides: "trainer.loss.tau=0.2" and the like, values parsed as YAML, set after the file.
-    Returns: the checked configuration; names of rewards and perturbations are known ones.
+    Returns: the checked configuration; rewards, perturbations and places are there.
     Raises: ConfigError for a file that cannot be read or holds an unknown, repeated, mistyped or
         impossible key.
     """
@@ -195,9 +192,20 @@ def save(config: RunConfig, path: str | Path) -> None:
 
 
 def _check_names(config: RunConfig) -> None:
-    """Build rewards and perturbations once, so that a misspelt one is found at the start."""
+    """Build rewards and perturbations and import places once, to find a misspelt one at once."""
     from cppo import rewards, views
 
+    evaluated = config.data.eval and config.data.eval.loader
+    for key, place in (
+        ("model.builder", config.model.builder),
+        ("data.train.loader", config.data.train.loader),
+        ("data.eval.loader", evaluated),
+    ):
+        try:
+            if is_place(place):
+                load_object(str(place), key.rpartition(".")[2])
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{key}: {error}", key) from error
     for key, build, names in (
         ("rewards", rewards.from_names, config.rewards),
         ("trainer.positive_views", views.views_from_names, config.trainer.positive_views),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cppo.cli.config_file import ConfigError
 from cppo.cli.run_config import GENERATED, DatasetConfig, ModelConfig, RunConfig
+from cppo.extras import require_package
+from cppo.places import is_place, load_object
 from cppo.questions import loaders
 from cppo.questions.loaders import Rows
 
@@ -20,9 +23,14 @@ if TYPE_CHECKING:
 
 
 def model_path(model: ModelConfig) -> str:
-    """Return the folder or hub name of a model; a builder's is the checkpoint that ships here."""
+    """Return the folder or hub name of a model; a builder's is the checkpoint that ships here.
+
+    A function of one's own has none: its place is returned.
+    """
     if model.path is not None:
         return str(Path(model.path).expanduser())
+    if is_place(model.builder):
+        return str(model.builder)
     from cppo.demo.warmup import CHECKPOINTS
 
     return str(CHECKPOINTS / str(model.builder).removeprefix("tiny_"))
@@ -44,14 +52,35 @@ def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tup
 
     logging.disable_progress_bar()  # a bar of a moment, between our own lines
     if checkpoint is None:
+        if is_place(model.builder):
+            return _build(str(model.builder))
         path = model_path(model)
         return load_model(path), load_processor(path)
-    if not (Path(checkpoint) / "adapter_config.json").is_file():
-        return load_model(checkpoint), load_processor(checkpoint)
-    from peft import PeftModel
+    if (Path(checkpoint) / "adapter_config.json").is_file():
+        require_package(f"the adapters of {checkpoint}", "peft", "peft")
+        from peft import PeftModel
 
-    base, processor = load_policy(model)
-    return PeftModel.from_pretrained(base, str(checkpoint)), processor
+        base, processor = load_policy(model)
+        return PeftModel.from_pretrained(base, str(checkpoint)), processor
+    if not is_place(model.builder):
+        return load_model(checkpoint), load_processor(checkpoint)
+    from cppo.policy import load_weights
+
+    built, processor = load_policy(model)
+    load_weights(built, Path(checkpoint))
+    return built, processor
+
+
+def _build(place: str) -> tuple[Any, Any]:
+    """What a function of one's own makes: a model and its processor."""
+    from torch import nn
+
+    built = load_object(place, "builder")()
+    parts = built if isinstance(built, tuple) else (built,)
+    if len(parts) != 2 or not isinstance(parts[0], nn.Module):
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise TypeError(f"model.builder: {place} must return (model, processor), got {kinds}")
+    return parts
 
 
 def load_questions(data: DatasetConfig, system_prompt: str | None, key: str) -> Dataset:
@@ -93,11 +122,48 @@ def _load(data: DatasetConfig) -> Any:
         rows = DigitSums(split, size)
         handwriting(split)  # says at once if scikit-learn is missing
         return rows
+    if is_place(data.loader):
+        return _rows_of(data)
     path = str(data.path)
     if data.loader == "virl39k":
         return loaders.load_virl39k(path)
     load = getattr(loaders, f"load_{data.loader}")
     return load(path) if data.split is None else load(path, data.split)
+
+
+def _rows_of(data: DatasetConfig) -> Any:
+    """What a loader of one's own returns, called like ours: `split` only where it is given."""
+    arguments = (data.path,) if data.split is None else (data.path, data.split)
+    rows = load_object(data.loader, "loader")(*(() if arguments == (None,) else arguments))
+    is_sequence = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    if not is_sequence or isinstance(rows, (Mapping, str)):
+        raise TypeError(
+            f"{data.loader} must return rows with len() and [i], such as a list of mappings, got "
+            f"{type(rows).__name__}"
+        )
+    if len(rows) == 0:
+        raise ValueError(f"{data.loader} returned no rows")
+    return rows
+
+
+def check_packages(config: RunConfig, *, training: bool = True) -> None:
+    """Check that the optional packages that a configuration names are installed.
+
+    Args:
+        config: the configuration.
+        training: whether the trainer's options count; an evaluation needs the rewards' alone.
+    Raises: ImportError naming the key and what to install; ValueError for an unknown tracker.
+    """
+    from cppo.trainer_arguments import check_trackers
+
+    entries = ([entry] if isinstance(entry, str) else entry for entry in config.rewards)
+    names = {name for entry in entries for name in entry}
+    for name in sorted(names & {"math_verify", "math_reward"}):
+        require_package(f"rewards: {name}", "math-verify", "math")
+    if training and config.trainer.lora is not None:
+        require_package("trainer.lora", "peft", "peft")
+    if training:
+        check_trackers(config.trainer.trackers, key="trainer.trackers")
 
 
 def trainer_options(config: RunConfig) -> tuple[list[Any], CPPOConfig]:
@@ -118,52 +184,56 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
     from cppo.questions import check_dataset
     from cppo.trainer import CPPOTrainer
 
-    functions, options = trainer_options(config)
-    data = config.data
-    train = load_questions(data.train, data.system_prompt, "data.train")
-    held_out = None
-    if data.eval is not None:
-        held_out = load_questions(data.eval, data.system_prompt, "data.eval")
+    data, held_out = config.data, None
     try:
+        check_packages(config)
+        functions, options = trainer_options(config)
+        train = load_questions(data.train, data.system_prompt, "data.train")
+        if data.eval is not None:
+            held_out = load_questions(data.eval, data.system_prompt, "data.eval")
         check_dataset(train, limit=CHECKED_ROWS)
         model, processor = load_policy(config.model)
         return CPPOTrainer(
             model, functions, train, config=options, processor=processor, eval_dataset=held_out
         )
+    except ConfigError:
+        raise
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(str(error)) from error
 
 
 def evaluate_policy(
-    config: RunConfig, checkpoint: Path | None, dataset: str
+    config: RunConfig, checkpoint: Path | None, dataset: str, device: str = "cpu"
 ) -> tuple[dict[str, float], int]:
-    """Measure a model's rewards without training it, on a GPU if there is one.
+    """Measure a model's rewards without training it.
 
     Args:
         config: its trainer.eval_samples and trainer.eval_greedy say what is measured.
         checkpoint: a folder that the trainer wrote; None: the configured weights.
         dataset: "train" or "eval".
+        device: where the model runs.
     Returns: (metrics as `cppo.evaluate.evaluate` names them, number of questions).
     Raises: ConfigError for anything that is missing.
     """
-    import torch
-
     from cppo.evaluate import evaluate
     from cppo.models import special_token_ids_to_suppress
     from cppo.questions import as_question
     from cppo.scoring import RewardError
 
-    functions, options = trainer_options(config)
-    spec = getattr(config.data, dataset)
-    rows = load_questions(spec, config.data.system_prompt, f"data.{dataset}")
     try:
+        check_packages(config, training=False)
+        functions, options = trainer_options(config)
+        spec = getattr(config.data, dataset)
+        rows = load_questions(spec, config.data.system_prompt, f"data.{dataset}")
         model, processor = load_policy(config.model, checkpoint)
         questions = [as_question(rows[i], index=i) for i in range(len(rows))]
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = model.to(device)
         special = special_token_ids_to_suppress(model, processor)
         result = evaluate(
             model, processor, functions, questions, config=options, suppressed=special
         )
+    except ConfigError:
+        raise
     except (ValueError, TypeError, ImportError, RewardError) as error:
         raise ConfigError(str(error)) from error
     return result.metrics, len(questions)

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from cppo.checkpoint import claim_output_dir
 from cppo.cli.config_file import ConfigError
+from cppo.cli.info import ops_line
 from cppo.cli.run_config import DataConfig, DatasetConfig, ModelConfig, RunConfig, save
 from cppo.config import DIVERGENCES, CPPOConfig, LossConfig
 from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
@@ -155,11 +157,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        claim = claim_output_dir(
+            arguments.output,
+            overwrite=arguments.overwrite,
+            needed=[arguments.start] if arguments.start else [],
+            ways="start anew with --overwrite, or choose another --output",
+        )
         trainer = _trainer_of(arguments)
     except (ValueError, ImportError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(str(error).removeprefix("cppo: ")) from error
     config, task = trainer.config, TASKS[arguments.task]
-    _introduce(trainer, task)
+    line = ops_line(trainer.accelerator.device)
+    if trainer.processes.rank == 0:
+        claim.clear()
+        if arguments.task in SHIPPED:
+            save(_run_config(arguments, config), Path(config.output_dir) / "config.yaml")
+        _introduce(trainer, task)
+        print(line)
+    trainer.accelerator.wait_for_everyone()
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
@@ -194,27 +209,28 @@ def _trainer_of(arguments: argparse.Namespace) -> CPPOTrainer:
         seed=arguments.seed,
         output_dir=arguments.output,
     )
-    trainer = build_trainer(
+    return build_trainer(
         arguments.task,
         config,
         start=arguments.start,
         from_scratch=arguments.from_scratch,
         held_out=arguments.held_out,
     )
-    if arguments.task in SHIPPED:
-        # With it `cppo eval` and `cppo train --resume` know the run.
-        loader = {"loader": arguments.task}
-        run = RunConfig(
-            model=ModelConfig(builder=f"tiny_{arguments.task}"),
-            data=DataConfig(
-                train=DatasetConfig(**loader, split="train"),
-                eval=DatasetConfig(**loader, split="heldout", limit=arguments.held_out),
-            ),
-            rewards=("boxed",),
-            trainer=config,
-        )
-        save(run, Path(config.output_dir) / "config.yaml")
-    return trainer
+
+
+def _run_config(arguments: argparse.Namespace, config: CPPOConfig) -> RunConfig:
+    """What `cppo eval` and `cppo train --resume` need to know of the run."""
+    loader = {"loader": arguments.task}
+    reward: Any = TASKS[arguments.task].reward
+    return RunConfig(
+        model=ModelConfig(builder=f"tiny_{arguments.task}"),
+        data=DataConfig(
+            train=DatasetConfig(**loader, split="train"),
+            eval=DatasetConfig(**loader, split="heldout", limit=arguments.held_out),
+        ),
+        rewards=(f"{reward.__module__}:{reward.__name__}",),
+        trainer=config,
+    )
 
 
 def _count(text: str) -> int:
@@ -240,6 +256,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--start", type=Path, help="checkpoint folder to start from")
     parser.add_argument("--output", default="runs/demo", help="folder of the run and its report")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="remove the run that the folder holds"
+    )
     return parser
 
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cppo.places import load_object
 from cppo.rewards.functions import (
     ACCURACIES,
     boxed,
@@ -120,7 +120,8 @@ def from_names(entries: Sequence[Any]) -> tuple[list[RewardFunction], list[float
     Args:
         entries: each a name of `NAMES` ("boxed"); a mapping of a name to its parameters and,
             optionally, a weight ({"cosine_length": {"max_length": 512}, "weight": 0.5}); the place
-            of a function of one's own ("my_package.my_module:my_reward"); or a function.
+            of a function of one's own ("my_reward.py:function", relative to the working
+            directory, or "package.module:function", see `cppo.places`); or a function.
     Returns: (functions, weights), one each per entry, in order; a weight left out is 1.
     Raises: TypeError or ValueError naming the entry, for an unknown name or parameter (with a
         suggestion), a function that cannot be imported and a weight that is not a finite number.
@@ -176,13 +177,15 @@ def _build(name: Any, parameters: Any) -> RewardFunction:
 
 
 def _import(place: str) -> RewardFunction:
-    module, _, attribute = place.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"cppo.rewards: cannot import the reward {place!r}: {error}") from error
-    if not callable(function):
-        raise TypeError(f"cppo.rewards: {place!r} must be a function, got {function!r}")
+        function = load_object(place, "reward")
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"cppo.rewards: {error}") from error
+    if isinstance(function, type):
+        raise TypeError(
+            f"cppo.rewards: the reward {place!r} must be a function, or an object that can be "
+            f"called, got the class {function.__name__}: name an instance of it"
+        )
     return function
 
 

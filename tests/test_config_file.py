@@ -1,0 +1,89 @@
+"""Values of a YAML file as the types of the fields that they are for: mappings and choices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from cppo.cli.config_file import ConfigError, apply_overrides, build
+
+
+@dataclass(frozen=True)
+class Part:
+    rank: int = 1
+
+
+@dataclass(frozen=True)
+class Toy:
+    arguments: dict[str, Any] | None = None
+    made: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    bare: dict | None = None
+    part: Part | None = None
+    words: str | tuple[str, ...] | None = None
+    either: dict[str, float] | tuple[float, ...] | None = None
+    scale: float | str = 1.0
+    limit: int | bool = 1
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("arguments={enable_thinking: false, depth: {a: [1, none]}}", {"arguments": 0}),
+        ("arguments={}", {"arguments": {}}),
+        ("arguments=null", {"arguments": None}),
+        ("arguments=none", {"arguments": None}),
+        ("arguments.enable_thinking=false", {"arguments": {"enable_thinking": False}}),
+        ("arguments.a.b=1e-3", {"arguments": {"a": {"b": 0.001}}}),
+        ("made.x=[1, 2]", {"made": {"x": [1, 2]}}),
+        ("weights={boxed: 1, format: '1e-1'}", {"weights": {"boxed": 1.0, "format": 0.1}}),
+        ("bare={1: 2}", {"bare": {1: 2}}),
+        ("part={rank: 4}", {"part": Part(4)}),
+        ("part=none", {"part": None}),
+        ("words=all", {"words": "all"}),
+        ("words=[q, k]", {"words": ("q", "k")}),
+        ("either={a: 1}", {"either": {"a": 1.0}}),
+        ("either=[1, '2']", {"either": (1.0, 2.0)}),
+        ("scale=2", {"scale": 2.0}),
+        ("scale=group", {"scale": "group"}),
+        ("limit=true", {"limit": True}),
+        ("limit=3", {"limit": 3}),
+    ],
+)
+def test_values_become_what_their_field_takes(override, expected):
+    tree: dict[str, Any] = {}
+    apply_overrides(tree, [override])
+    built = build(Toy, tree)
+    if expected == {"arguments": 0}:
+        expected = {"arguments": {"enable_thinking": False, "depth": {"a": [1, "none"]}}}
+    assert built == Toy(**expected)
+    assert [type(v) for v in vars(built).values()] == [
+        type(v) for v in vars(Toy(**expected)).values()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("arguments=5", r"arguments must be a mapping of keys, got 5 \(a whole number\)"),
+        ("arguments=[a]", r"arguments must be a mapping of keys, got \['a'\] \(a list\)"),
+        ("arguments={1: 2}", "arguments must have text as its keys, got 1"),
+        ("weights={boxed: high}", r"weights.boxed must be a number, got 'high' \(text\)"),
+        ("weights.boxed=[1]", r"weights.boxed must be a number, got \[1\]"),
+        ("part={rnak: 4}", "part.rnak is not a key .*; did you mean part.rank"),
+        ("part=4", "part must be a mapping of keys, got 4"),
+        ("words={a: 1}", r"words must be text or a list, got {'a': 1} \(a mapping\)"),
+        ("words=[1]", r"words\[0\] must be text, got 1"),
+        ("either=5", "either must be a mapping of keys or a list, got 5"),
+        ("either={a: x}", "either.a must be a number, got 'x'"),
+        ("scale=true", "scale must be a number or text, got True"),
+        ("limit=0.5", "limit must be a whole number or true or false, got 0.5"),
+    ],
+)
+def test_other_values_are_refused_by_their_key(override, words):
+    tree: dict[str, Any] = {}
+    apply_overrides(tree, [override])
+    with pytest.raises(ConfigError, match=words):
+        build(Toy, tree)

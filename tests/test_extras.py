@@ -1,0 +1,162 @@
+"""What needs an optional package or a tracker is refused before anything is loaded or measured."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from cppo import cli
+from cppo.extras import require_package
+from cppo.trainer_arguments import check_trackers
+
+RECIPE = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Takes a package away."""
+    return lambda name: monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_a_missing_package_is_named_with_its_extra(without):
+    require_package("--plot", "numpy", "bench")
+    require_package("trainer.lora", "scikit-learn", "demo", module="json")
+    words = r"trainer.lora needs the package no-such: pip install 'cppo\[peft\]'"
+    with pytest.raises(ImportError, match=words):
+        require_package("trainer.lora", "no-such", "peft")
+    without("numpy")
+    with pytest.raises(ImportError, match="needs the package numpy"):
+        require_package("--plot", "numpy", "bench")
+
+
+@pytest.mark.parametrize(
+    ("options", "package", "words"),
+    [
+        (["trainer.lora.r=2"], "peft", "trainer.lora needs the package peft: pip install"),
+        (["rewards=[math_verify]"], "math_verify", "rewards: math_verify needs the package math"),
+        (["rewards=[{math_verify: null, weight: 2}]"], "math_verify", "'cppo[math]'"),
+        (["rewards=[boxed, math_reward]"], "math_verify", "rewards: math_reward needs"),
+        (["trainer.trackers=[wandb]"], "wandb", "trainer.trackers: 'wandb' is not installed: pip"),
+    ],
+)
+def test_train_stops_before_it_loads_anything(
+    options, package, words, without, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    without(package)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    # Neither the data nor the model is there: the package is missed first.
+    absent = ["model={path: no/such}", "data.train={loader: rows, path: no_such.jsonl}"]
+    assert cli.main(["train", RECIPE, *options, *absent]) == 2
+    error = capsys.readouterr().err
+    assert f"cppo train: error: {words}" in error or words in error
+    assert len(error.splitlines()) == 1
+    # A dry run needs no package; it says what a real one would miss.
+    assert cli.main(["train", RECIPE, *options, "--dry-run"]) == 0
+    assert "a real run would stop: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("package", "files"),
+    [("pyarrow", ["rows.parquet"]), ("datasets", ["saved/dataset_info.json"])],
+)
+def test_data_that_need_a_package_are_met_before_the_model(
+    package, files, without, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in files:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("")
+    without(package)
+    path = files[0].split("/")[0]
+    given = [f"data.train={{loader: rows, path: {path}}}", "model={path: no/such}"]
+    assert cli.main(["train", RECIPE, *given]) == 2
+    error = capsys.readouterr().err
+    assert "cppo train: error: data.train: " in error and "pip install 'cppo[data]'" in error
+
+
+def test_an_unknown_tracker_stops_a_dry_run_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for last in ([], ["--dry-run"]):
+        assert cli.main(["train", RECIPE, "trainer.trackers=[tensorbord]", *last]) == 2
+        error = capsys.readouterr().err
+        assert "trainer.trackers must be of aim, all, " in error
+        assert "got 'tensorbord'; did you mean 'tensorboard'?" in error
+
+
+def test_an_evaluation_needs_the_packages_of_the_rewards_alone(
+    without, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    evaluate = ["eval", RECIPE, "data.eval.limit=1", "trainer.max_completion_tokens=2"]
+    assert cli.main([*evaluate, "trainer.trackers=[wandb]", "trainer.lora.r=2"]) == 0
+    without("math_verify")
+    assert cli.main([*evaluate, "rewards=[math_verify]"]) == 2
+    assert "needs the package math-verify" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("installed", "names", "error", "words"),
+    [
+        ([], [], None, ""),
+        ([], ["wandb"], ImportError, "'wandb' is not installed: pip install wandb$"),
+        ([], ["comet_ml"], ImportError, "pip install comet-ml$"),
+        ([], ["tensorboard"], ImportError, r"pip install 'cppo\[tracking\]'$"),
+        ([], ["all"], ImportError, "'all' finds no tracker"),
+        (["wandb"], ["all"], None, ""),
+        (["wandb"], ["wandb"], None, ""),
+        (["wandb"], ["wandb", "tensorboard"], ImportError, "'tensorboard' is not installed"),
+        (["wandb"], ["wanb"], ValueError, "got 'wanb'; did you mean 'wandb'"),
+        (["wandb"], ["WandB"], ValueError, "got 'WandB'; did you mean 'wandb'"),
+        (["wandb"], ["none"], ValueError, "got 'none'$"),
+        (["wandb"], [3], ValueError, "CPPOConfig.trackers must be of .*, got 3$"),
+    ],
+)
+def test_trackers(installed, names, error, words, monkeypatch):
+    tracking = pytest.importorskip("accelerate.tracking")
+    kinds = [tracking.LoggerType(name) for name in installed]
+    monkeypatch.setattr(tracking, "_available_trackers", kinds)
+    if error is None:
+        return check_trackers(names)
+    with pytest.raises(error, match=words):
+        check_trackers(names)
+
+
+def test_a_tracker_of_ones_own(monkeypatch):
+    tracking = pytest.importorskip("accelerate.tracking")
+
+    class Mine(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "mine", False, None
+
+        def __init__(self):
+            pass
+
+    with pytest.raises(ValueError, match="got 'mine'"):
+        check_trackers(["mine"])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mine", Mine)
+    check_trackers(["mine", Mine()])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--plot"], "--plot needs the package matplotlib: pip install 'cppo[bench]'"),
+        (["--plot-only"], "--plot needs the package matplotlib: pip install 'cppo[bench]'"),
+        (["--compare", "absent.csv"], "--compare: there is no file absent.csv"),
+        (["--compare", "table.csv"], "table.csv is no file of `cppo bench`: no column op, shape"),
+        (["--output", "table.csv"], "table.csv is no file of `cppo bench`: no column op, shape"),
+    ],
+)
+def test_bench_stops_before_it_measures_anything(
+    options, words, without, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    without("matplotlib")
+    monkeypatch.setattr("cppo.benchmarks.run.bench", lambda *_: pytest.fail("it was measured"))
+    Path("table.csv").write_text("name,backend\na,b\n")
+    assert cli.main(["bench", "--shapes", "toy", *options]) == 2
+    assert f"cppo bench: error: {words}" in capsys.readouterr().err
+    assert Path("table.csv").read_text() == "name,backend\na,b\n"

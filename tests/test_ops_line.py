@@ -1,0 +1,103 @@
+"""The line at the start of a command that says which backends its ops use, and why no better."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cppo import _ext, backends
+from cppo.cli import info, main, run_config
+
+RECIPE = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
+TINY = (
+    "data.train.limit=8 data.eval.limit=2 trainer.max_steps=1 trainer.batch_size=2 "
+    "trainer.group_size=4 trainer.prune_rate=0.5 trainer.max_completion_tokens=4 "
+    "trainer.warmup_steps=0 trainer.eval_every=0 trainer.eval_greedy=false"
+).split()
+
+
+def lines_of(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("ops: ")]
+
+
+@pytest.fixture
+def pure(monkeypatch: pytest.MonkeyPatch) -> str:
+    """As if the package had been built without torch; returns the line that says so."""
+    reason = "the build found no installed torch"
+    loaded = {"cpp": reason, "host": reason, "cuda": f"cppo._C is missing: {reason}"}
+    monkeypatch.setattr(_ext, "missing", loaded)
+    missing = f"the compiled extension is missing: {reason}"
+    return f"ops: reference ({missing}; see cppo info) on cpu"
+
+
+def test_the_line_of_a_compiled_install() -> None:
+    if _ext.missing["cpp"]:
+        pytest.skip(_ext.missing["cpp"])
+    vectors = torch.ops.cppo.row_capability()
+    assert (
+        info.ops_line("cpu") == info.ops_line(torch.device("cpu")) == f"ops: cpp ({vectors}) on cpu"
+    )
+
+
+def test_the_line_says_why_ops_are_left_to_pytorch(
+    pure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert info.ops_line("cpu") == pure
+    assert (
+        info.ops_line("mps")
+        == "ops: reference (there are no kernels for mps; see cppo info) on mps"
+    )
+    monkeypatch.setattr(backends, "_HAS_TRITON", True)
+    none = "no cuda: cppo._C is missing: the build found no installed torch"
+    packing = f"reference (for pack_completions, unpack: {none}; see cppo info)"
+    assert info.ops_line("cuda:0") == f"ops: triton, {packing} on cuda"
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    both = f"no triton: triton is not installed; {none}"
+    assert info.ops_line("cuda") == f"ops: reference ({both}; see cppo info) on cuda"
+    monkeypatch.setattr(_ext, "missing", {"cpp": "", "host": "", "cuda": ""})
+    assert info.ops_line("cuda").startswith("ops: cuda, reference (for token_stats, ")
+    monkeypatch.setattr(backends, "_HAS_TRITON", True)
+    assert info.ops_line("cuda") == "ops: cuda, triton on cuda"
+
+
+def test_the_line_obeys_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CPPO_BACKEND", "reference")
+    assert info.ops_line("cpu") == "ops: reference (CPPO_BACKEND) on cpu"
+    assert "CPPO_BACKEND" not in info.ops_line("cpu", obey=False)
+    monkeypatch.setenv("CPPO_BACKEND", "auto")
+    assert "CPPO_BACKEND" not in info.ops_line("cpu")
+    for name, words in (("tritn", "must be 'auto' or one of"), ("cuda", "tensors are on cpu")):
+        monkeypatch.setenv("CPPO_BACKEND", name)
+        with pytest.raises(run_config.ConfigError, match=words):
+            info.ops_line("cpu")
+
+
+def test_train_eval_demo_and_bench_print_it_once(
+    pure: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "40")  # it stays one line in a narrow terminal
+    demo = ["demo", "--task=arithmetic", "--steps=1", "--held-out=2", "--output=demo"]
+    for command in (
+        ["train", RECIPE, *TINY, "trainer.output_dir=run"],
+        ["eval", "run"],
+        demo,
+        ["bench", "--shapes", "toy", "--op", "group_advantages", "--against", "none"],
+    ):
+        main(command)
+        assert lines_of(capsys.readouterr().out) == [pure], command
+
+
+def test_a_backend_that_cannot_run_is_found_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CPPO_BACKEND", "cuda")
+    assert main(["train", RECIPE, *TINY, "trainer.output_dir=run"]) == 2
+    assert "(from CPPO_BACKEND) cannot run here" in capsys.readouterr().err
+    assert not list(Path("run").glob("*"))

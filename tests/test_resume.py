@@ -1,0 +1,166 @@
+"""What a run that goes on must have in common with the one that wrote the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trainer_cases import digit_share, image, same, text_rows, trainer_for, weights_of
+
+from cppo import fingerprint
+from cppo.rewards import CosineLength, boxed, completion_text
+
+
+def letter_share(completions: list[Any], **columns: Any) -> list[float]:
+    texts = map(completion_text, completions)
+    return [sum(c.isalpha() for c in text) / max(len(text), 1) for text in texts]
+
+
+def other_rows(count: int = 6) -> list[dict[str, Any]]:
+    return [{"prompt": f"What is {i} - {i}?", "answer": "0"} for i in range(count)]
+
+
+CHANGES = {
+    "another data set": ({"rows": other_rows()}, "train_dataset .was '6 rows, digest "),
+    "a row less": ({"rows": text_rows(5)}, "train_dataset .was '6 rows, .*is '5 rows, "),
+    "another order": ({"rows": text_rows()[::-1]}, "train_dataset .was "),
+    "one answer": (
+        {"rows": [*text_rows(5), {"prompt": "What is 5 + 5?", "answer": "11"}]},
+        "train_dataset .was ",
+    ),
+    "another reward": ({"rewards": letter_share}, "rewards .was .*digit_share.*letter_share"),
+    "one more reward": ({"rewards": [digit_share, letter_share]}, "rewards .was "),
+    "other held-out rows": ({"eval_rows": other_rows(1)}, "eval_dataset .was '1 rows, "),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step."""
+    path = tmp_path_factory.mktemp("run")
+    trainer_for(path, max_steps=1, eval_rows=text_rows(1)).train()
+    return path
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_data_or_rewards_are_refused_in_words(folder: Path, change: str) -> None:
+    options, words = CHANGES[change]
+    options = {"max_steps": 2, "eval_rows": text_rows(1), **options}
+    trainer = trainer_for(folder, **options)
+    with pytest.raises(ValueError, match=f"changed: .*{words}"):
+        trainer.train(resume_from="auto")
+    assert trainer.step == 0
+
+
+def test_a_repaired_reward_goes_on_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer_for(tmp_path, max_steps=1).train()
+    again = trainer_for(tmp_path, max_steps=2, rewards=letter_share, resume_with_changes=True)
+    again.train(resume_from="auto")
+    assert again.step == 2
+    assert "resumed although it changed: rewards" in " ".join(capsys.readouterr().out.split())
+
+
+def test_another_option_is_refused_all_the_same(folder: Path) -> None:
+    trainer = trainer_for(
+        folder, max_steps=2, eval_rows=text_rows(1), learning_rate=0.5, resume_with_changes=True
+    )
+    with pytest.raises(ValueError, match=r"changed: learning_rate \(was 0.001, is 0.5\)$"):
+        trainer.train(resume_from="auto")
+
+
+def test_the_schedule_is_that_of_the_run_that_goes_on(tmp_path: Path) -> None:
+    options = dict(lr_scheduler="linear", learning_rate=1e-3)
+    trainer_for(tmp_path / "short", max_steps=2, **options).train()
+    longer = trainer_for(tmp_path / "longer", max_steps=4, **options)
+    checkpoint = tmp_path / "short" / "checkpoint-000002"
+    longer.train(resume_from=checkpoint)
+    rates = [row["learning_rate"] for row in longer.history]
+    # 1 and 1/2 of the rate in the run of two steps; 2/4 and 1/4 in that of four.
+    assert rates == pytest.approx([1e-3, 0.5e-3, 0.5e-3, 0.25e-3])
+
+
+def test_a_schedule_with_warm_up_goes_on_where_it_was(tmp_path: Path) -> None:
+    options = dict(lr_scheduler="cosine", warmup_steps=2, num_iterations=2, save_every=1)
+    whole = trainer_for(tmp_path / "whole", max_steps=3, keep_checkpoints=3, **options)
+    whole.train()
+    rest = trainer_for(tmp_path / "rest", max_steps=3, **options)
+    rest.train(resume_from=tmp_path / "whole" / "checkpoint-000001")
+    assert [row["learning_rate"] for row in rest.history] == [
+        row["learning_rate"] for row in whole.history
+    ]
+    assert same(weights_of(rest.model), weights_of(whole.model))
+
+
+def test_a_step_without_completions_moves_the_schedule_on(tmp_path: Path) -> None:
+    def equal(completions: list[Any], **columns: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    trainer = trainer_for(
+        tmp_path, rewards=equal, drop_zero_variance=True, max_refills=0, lr_scheduler="linear",
+        learning_rate=1e-3, max_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    rates = [row["learning_rate"] for row in trainer.history]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+# Fingerprints
+
+
+def factor(scale: float) -> Any:
+    return functools.partial(digit_share, scale=scale)
+
+
+def test_fingerprints_of_functions() -> None:
+    names = [
+        *(digit_share, letter_share, factor(1.0), factor(2.0), boxed),
+        *(CosineLength(max_length=10), CosineLength(max_length=20)),
+    ]
+    marks = [fingerprint.of_function(function) for function in names]
+    assert len(set(marks)) == len(marks)
+    assert marks[4] == "cppo.rewards.functions:boxed"
+    again = [fingerprint.of_function(f) for f in (factor(2.0), CosineLength(max_length=20))]
+    assert again == [marks[3], marks[6]]
+
+
+def test_fingerprints_of_rows() -> None:
+    rows: list[Any] = [
+        {"prompt": "a", "answer": "1"},
+        {"prompt": "a", "answer": 1},
+        {"prompt": [{"role": "user", "content": "a"}], "answer": "1"},
+        {"prompt": "a", "images": [image(24, 24, 1)]},
+        {"prompt": "a", "images": [image(24, 24, 2)]},
+        {"prompt": "a", "images": [Image.new("RGB", (2, 8))]},
+        {"prompt": "a", "images": [Image.new("RGB", (8, 2))]},
+        {"prompt": "a", "images": [{"bytes": b"1"}]},
+        {"prompt": "a", "answer": ["1", "2"]},
+        {"prompt": "a", "answer": ["12"]},
+        {"prompt": "a", "answer": np.array([1, 2])},
+        {"prompt": "a", "answer": np.array([1.0, 2.0])},
+    ]
+    marks = [fingerprint.of_dataset([row]) for row in rows]
+    assert len(set(marks)) == len(marks)
+    assert [fingerprint.of_dataset([row]) for row in rows] == marks
+    # Of many rows some are looked at, the first and the last among them.
+    many = [{"prompt": str(i)} for i in range(5000)]
+    for place in (0, -1):
+        changed = list(many)
+        changed[place] = {"prompt": "other"}
+        assert fingerprint.of_dataset(changed) != fingerprint.of_dataset(many)
+
+
+def test_fingerprints_do_not_depend_on_addresses() -> None:
+    @dataclasses.dataclass
+    class Odd:
+        value: torch.Tensor
+
+    first, second = ([{"prompt": "a", "odd": Odd(torch.ones(1))}] for _ in range(2))
+    assert fingerprint.of_dataset(first) == fingerprint.of_dataset(second)

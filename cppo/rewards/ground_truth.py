@@ -54,10 +54,12 @@ def _spellings(entry: Any, value: Any) -> list[str]:
         return [str(entry)]
     if isinstance(entry, numbers.Rational) and not isinstance(entry, bool):
         return [str(entry)]
-    if isinstance(entry, numbers.Real) and not isinstance(entry, bool) and math.isfinite(entry):
-        if entry == round(entry) and abs(entry) < 2**53:
-            return [str(int(entry)), f"{int(entry)}.0"]
-        return [f"{entry:.15g}" if isinstance(entry, float) else str(entry)]
+    if isinstance(entry, numbers.Real) and not isinstance(entry, bool):
+        number = float(entry)
+        if number.is_integer() and abs(number) < 2**53:
+            return [str(int(number)), f"{int(number)}.0"]
+        if math.isfinite(number):
+            return [f"{entry:.15g}" if isinstance(entry, float) else str(entry)]
     raise ValueError(
         "has a ground truth that is not a string, a finite number or a list of these, "
         f"got {value!r:.200}"

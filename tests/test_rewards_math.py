@@ -199,6 +199,47 @@ def test_a_worker_that_cannot_start_says_why(monkeypatch):
         one(r"\boxed{2x}", "x + x")
 
 
+FAKE = """
+import os, sys
+
+class LatexExtractionConfig:
+    def __init__(self, **options): pass
+
+class grader: pass
+
+def parse(text, *config, **options):
+    print("noise")
+    os.write(1, b"noise")
+    os.write(2, b"noise")
+    return [text.strip("$")]
+
+def verify(truth, answer, **options):
+    print("noise")
+    assert sys.stdin.read() == ""  # what the parent says is not for it
+    if "raise" in answer[0]:
+        raise MemoryError
+    if "exit" in answer[0]:
+        os._exit(3)
+    return truth == answer
+"""
+
+
+@pytest.fixture
+def fake_math_verify(monkeypatch, tmp_path):
+    """A worker with a math-verify of our own."""
+    (tmp_path / "math_verify").mkdir()
+    (tmp_path / "math_verify" / "__init__.py").write_text(FAKE)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    worker = symbolic._Worker()
+    yield worker
+    worker.stop()
+
+
+def test_what_libraries_print_and_raise(fake_math_verify):
+    answers = ["x", "y", "raise", "x", "exit", "x"]
+    assert fake_math_verify.ask("x", answers, 30.0) == [True, False, False, True, False, True]
+
+
 # ---- what is asked
 
 
@@ -255,7 +296,7 @@ def test_answers_in_running_text(text, gold, reward):
     assert one(text, gold) == reward
 
 
-@pytest.mark.parametrize("gold", ["$$", r"\boxed{}", "<answer> </answer>"])
+@pytest.mark.parametrize("gold", ["$$", r"\boxed{}", r"\boxed{2", "<answer> </answer>"])
 def test_a_ground_truth_without_an_answer(gold):
     with pytest.raises(ValueError, match="math_verify: row 1: ground truth must be an expression"):
         rewards.math_verify(["1", "2"], prompts=["?"] * 2, answer=["1", gold])
@@ -297,3 +338,12 @@ def test_it_is_refused_where_it_is_combined_or_called(without_math_verify):
     with pytest.raises(ImportError, match=WITHOUT):
         one("1", "1")
     assert from_names(["boxed", "gsm8k_reward"])[1] == [1.0, 1.0]
+
+
+def test_a_configuration_is_refused_with_its_key(without_math_verify, tmp_path):
+    run_config = pytest.importorskip("cppo.cli.run_config")
+    path = tmp_path / "run.yaml"
+    text = Path(__file__).parents[1].joinpath("recipes/arithmetic.yaml").read_text()
+    path.write_text(text.replace("rewards: [boxed]", "rewards: [math_verify]"))
+    with pytest.raises(run_config.ConfigError, match="rewards: .*pip install 'cppo\\[math\\]'"):
+        run_config.load(path)

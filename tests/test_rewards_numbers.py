@@ -127,6 +127,7 @@ def test_units_have_one_name(text, unit):
         ("$42 per day", 42),
         ("x = -5", -5),
         (r"\text{Total: } 7", 7),
+        ("It is **42**", 42),
         ("1 1/2 cups of flour", Fraction(3, 2)),
         ("5 m", 5),
         ("18 apples for 3 people", None),

@@ -169,6 +169,8 @@ WRONG = {"role": "assistant", "content": r"\boxed{5}"}
         # thoughts in a field or a part of their own
         ([{**SAYS, "reasoning_content": r"\boxed{5}"}], 1),
         ([{**WRONG, "thinking": r"\boxed{4}"}], 0),
+        ([{**SAYS, "reasoning": {"effort": "low"}}], 1),
+        ([{"role": "assistant", "content": None, "reasoning": r"\boxed{4}"}], 0),
         ([{"role": "assistant", "content": None, "reasoning_content": r"\boxed{4}"}], 0),
         ([{"role": "assistant", "content": "", "thinking": r"\boxed{4}"}], 0),
         ([{"role": "assistant", "content": [{"type": "thinking", "thinking": r"\boxed{4}"}]}], 0),

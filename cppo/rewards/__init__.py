@@ -130,7 +130,7 @@ def from_names(entries: Sequence[Any]) -> tuple[list[RewardFunction], list[float
 
     Args:
         entries: each a name of `NAMES` ("boxed"); a mapping of a name to its parameters and,
-            optionally, a weight ({"cosine_length": {"max_length": 512}, "weight": 0.5}); the place
+            optionally, a weight ({"boxed": {"unfinished_thought": -1}, "weight": 0.5}); the place
             of a function of one's own ("my_package.my_module:my_reward"); or a function.
     Returns: (functions, weights), one each per entry, in order; a weight left out is 1.
     Raises: TypeError or ValueError naming the entry, for an unknown name or parameter (with a

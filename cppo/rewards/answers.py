@@ -92,14 +92,14 @@ def marked_answer(text: str) -> str | None:
 
 
 def answer_part(text: str) -> str:
-    """Return the marked answer, or all of the text, without the `$` around all of it; stripped."""
+    """Return the marked answer, or all of the text, without `$` or `**` around it; stripped."""
     marked = marked_answer(text)
     return _without_delimiters(text if marked is None else marked)
 
 
 def _without_delimiters(text: str) -> str:
     text = text.strip()
-    for opening, closing in reversed(_CLOSING.items()):
+    for opening, closing in (("**", "**"), *reversed(_CLOSING.items())):
         if text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening) : -len(closing)]
             if not any(mark in inner.replace("\\$", "") for mark in (opening, closing)):

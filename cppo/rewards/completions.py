@@ -12,8 +12,8 @@ def completion_text(completion: Any, generation_prompt: str = "") -> str:
     Args:
         completion: a string; or TRL's messages, of which the assistant's last counts. A message
             without a role is the assistant's. Its content is a string or a list of parts, and a
-            thought in a field of its own (`reasoning_content`, `thinking`, parts of these types) is
-            put before it in `<think>` tags, unclosed where no content follows.
+            thought in a field of its own (`reasoning_content`, `reasoning`, `thinking`, or parts of
+            such a type) is put before it in `<think>` tags, unclosed where no content follows.
         generation_prompt: what the chat template wrote behind the last message. It counts from its
             first `<think>` or `<answer>` on, and not where the message has a thought of its own.
     Returns: the text; "" for a conversation in which the assistant says nothing.
@@ -29,7 +29,8 @@ def completion_text(completion: Any, generation_prompt: str = "") -> str:
         return ""
     message = own[-1]
     content, thought = _content(message.get("content"), completion)
-    thought += str(message.get("reasoning_content") or message.get("thinking") or "")
+    fields = [message.get(name) for name in ("reasoning_content", "reasoning", "thinking")]
+    thought += next((field for field in fields if field and isinstance(field, str)), "")
     if not thought or "</think>" in content:
         return _opening(generation_prompt) + content
     return f"<think>{thought}</think>\n{content}" if content.strip() else f"<think>{thought}"

@@ -27,6 +27,7 @@ from cppo.rewards.answers import (
 from cppo.rewards.checks import is_real, require
 from cppo.rewards.completions import judged_texts
 from cppo.rewards.judging import Judged, Rewards
+from cppo.rewards.latex import LONGEST
 from cppo.rewards.quantities import (
     Quantity,
     last_number,
@@ -114,21 +115,22 @@ def boxed(
 
     What a box is says `cppo.rewards.answers.last_boxed`, what equality is `cppo.rewards.spelling`.
 
-    Args: see `cppo.rewards.functions`; a ground truth is bare, in `$...$` or in a box of its own.
+    Args: see `cppo.rewards.functions`; a ground truth is bare, or in `$`, a box or `<answer>`.
     Returns: 0.0 or 1.0 per completion; no closed box behind the thought is 0.
     Raises: ValueError naming a row without ground truth.
     """
     rows = Judged("boxed", completions, answer, generation_prompts, unfinished_thought)
-    truths = rows.truths(_boxed_truth, "an answer, bare or in a closed \\boxed{}")
+    truths = rows.truths(_truth, "an answer, bare or in a closed \\boxed{}")
     return rows.rewards(
         truths, lambda text, truth: float(same_answer(last_boxed(text) or "", truth))
     )
 
 
-def _boxed_truth(gold: str) -> str | None:
-    boxed = last_boxed(gold)
-    truth = gold if boxed is None and "\\boxed" not in gold else boxed
-    return truth if truth and normalize_answer(truth) else None
+def _truth(gold: str) -> str:
+    """The answer part of a ground truth; "" if it says nothing or its box is not closed."""
+    truth = answer_part(gold)
+    says_something = len(truth) > LONGEST or normalize_answer(truth) != ""
+    return truth if says_something and "\\boxed" not in truth else ""
 
 
 def math_verify(
@@ -156,7 +158,7 @@ def math_verify(
     require_math_verify("math_verify")
     require("math_verify", timeout=(is_real(timeout) and timeout > 0, "a number > 0", timeout))
     rows = Judged("math_verify", completions, answer, generation_prompts, unfinished_thought)
-    truths = rows.truths(_readings, "an expression or a word")
+    truths = rows.truths(lambda gold: _readings(_truth(gold)), "an expression or a word")
     verdicts = {
         (text, truth): _verdict(text, truth)
         for text, accepted in zip(rows.texts, truths, strict=True)

@@ -23,14 +23,9 @@ _CHARACTERS = str.maketrans(
         **{"\u00d7": r"\times ", "\u22c5": r"\cdot ", "\u00b7": r"\cdot ", "\u00b1": r"\pm "},
         **{"\u03c0": r"\pi ", "\u221e": r"\infty ", "\u221a": r"\sqrt ", "\u00b0": r"^\circ "},
         **{"\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u2208": r"\in "},
-        **{
-            "\u222a": r"\cup ",
-            "\u2229": r"\cap ",
-            "\u2205": r"\emptyset ",
-            "\u211d": r"\mathbb{R}",
-        },
-        **{"\u00b2": "^2", "\u00b3": "^3", "\u2019": "'", "\uff05": r"\%", "\uff0c": ","},
-        **{"\uff08": "(", "\uff09": ")", "\u3002": "."},
+        **{"\u222a": r"\cup ", "\u2229": r"\cap ", "\u2205": r"\emptyset ", "\u00b2": "^2"},
+        **{"\u00b3": "^3", "\u2019": "'", "\uff05": r"\%", "\uff0c": ",", "\uff08": "("},
+        **{"\uff09": ")", "\u3002": "."},
     }
 )
 # A row's end, `\\`, comes first in each pattern, so that no command begins with its second half.

@@ -23,7 +23,7 @@ _SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|\d (?=\d)|[A-Za-z]{2} (?=[A-Za-z
 _CAPITAL = re.compile(r"(?<![A-Za-z\\])(?:[A-Z](?=[a-z]{2,}(?![A-Za-z]))|N(?=o(?![A-Za-z])))")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)")
 _LEFT_SIDE = re.compile(
-    r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{[^{}]*\}|'|\([A-Za-z]\))? ?(?:=|\\in(?![A-Za-z])) ?(?=.)"
+    r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{[^{}]*\}|'|\([A-Za-z]\))* ?(?:=|\\in(?![A-Za-z])) ?(?=.)"
 )
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*[A-Za-z]")
@@ -71,7 +71,7 @@ def compare(answer: str, truth: str, depth: int = 0) -> bool | None:
     bare = _without_left_side(plain(answer), plain(truth))
     if bare is not None and depth < _DEEPEST:
         return compare(*bare, depth + 1)
-    if _are_words(answer) or _are_words(truth) or _differ_in_case(*spelled):
+    if _are_words(answer) or _are_words(truth) or _differ_in_letters(*spelled):
         return False
     return _compare_elements(formula, true_formula, depth)
 
@@ -92,10 +92,8 @@ def _without_left_side(answer: str, truth: str) -> tuple[str, str] | None:
 
 
 def _are_words(text: str) -> bool:
-    """Whether an answer is words or a choice, which algebra would take for products of letters."""
+    """Whether an answer is words, which algebra would take for a product of letters."""
     words = normalize_answer(text)
-    if len(words) == 1:
-        return words.isalpha()
     is_text = " " in words or len(words) > 3 or words in _SHORT_WORDS or bool(FONT.search(text))
     return is_text and _WORDS.fullmatch(words) is not None and words not in _NAMES
 
@@ -106,8 +104,10 @@ def is_prose(text: str) -> bool:
     return len(set(words) - CHANGES) > 1
 
 
-def _differ_in_case(answer: str, truth: str) -> bool:
-    """Whether a letter of one answer is in the other only in the other case: `Ax` and `ax`."""
+def _differ_in_letters(answer: str, truth: str) -> bool:
+    """Whether the answers are two letters, or one has a letter of the other in another case."""
+    if len(answer) == len(truth) == 1:
+        return answer.isalpha() and truth.isalpha()
     letters = [set(re.findall(r"[A-Za-z]", _COMMAND.sub("", text))) for text in (answer, truth)]
     return any(
         letter not in letters[1] and letter.swapcase() in letters[1] - letters[0]

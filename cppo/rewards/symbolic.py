@@ -88,7 +88,7 @@ class _Worker:
             bufsize=0,
             env={**os.environ, "PYTHONHASHSEED": "0"},  # the same verdict in every run
         )
-        self._send(sys.path)
+        self._send([place for place in sys.path if isinstance(place, str)])
         reply = self._read_line()
         if reply != "ready":
             reason = reply or "it gives no reason"
@@ -137,6 +137,8 @@ class _Worker:
     def after_fork(self) -> None:
         """Begin again in a forked child, in which no thread holds the lock."""
         self._lock = threading.Lock()
+        if self._process is not None:
+            self._process.returncode = 0  # nothing to wait for: it is the parent's child
         self.forget()
 
 

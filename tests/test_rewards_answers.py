@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from cppo import rewards
-from cppo.rewards.answers import behind_hashes, last_boxed, last_formula, last_tagged
+from cppo.rewards.answers import behind_hashes, formulas, last_boxed, last_tagged
 from cppo.rewards.spelling import normalize_answer
 
 NEEDS_MATH = "the extra 'math' is not installed"
@@ -291,22 +291,21 @@ def test_last_tagged(text, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("It is $x$.", "x"),
-        ("first $x$, then $y$", "y"),
-        ("first $x$ then $y$", "y"),
-        ("$x = 1$ or $x = 2$.", "x = 1, x = 2"),
-        (r"\(a\), \(b\), and \(c\)", "a, b, c"),
-        (r"\[ x \] is it", "x"),
-        ("$$x^2$$", "x^2"),
-        ("from $5 to $7", None),
-        (r"\$5 and $x$", "x"),
-        ("costs $5, or $x$", "x"),
-        ("$x", None),
-        ("", None),
+        ("It is $x$.", ["x"]),
+        ("first $x$, then $y$", ["x", "y"]),
+        ("$x = 1$ or $x = 2$.", ["x = 1, x = 2"]),
+        (r"\(a\), \(b\), and \(c\), but \(d\)", ["a, b, c", "d"]),
+        (r"\[ x \] is it", ["x"]),
+        ("$$x^2$$", ["x^2"]),
+        ("from $5 to $7", []),
+        (r"\$5 and $x$", ["x"]),
+        ("costs $5, or $x$", ["x"]),
+        ("$x", []),
+        ("", []),
     ],
 )
-def test_last_formula(text, expected):
-    assert last_formula(text) == expected
+def test_formulas(text, expected):
+    assert formulas(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,12 @@ def test_what_the_spelling_tells_is_not_asked(monkeypatch):
         (r"\pi", "3.14159265", 1),
         (r"\pi", "3.14", 0),
         ("[1,2]", r"\{1, 2\}", 0),
+        ("7", "3 4", 0),  # a sum, to math-verify
+        (r"x + 1", r"1 + x'", 0),  # it drops primes
+        (r"f'(2)", "f(2)", 0),
+        (r"f^{\prime}(x)", "f'(x)", 1),
+        ("9", r"9 \text{ a.m.}", 1),
+        (r"9 \text{ p.m.}", r"9 \text{ a.m.}", 0),
     ],
 )
 def test_algebra(gold, answer, reward):
@@ -283,6 +289,8 @@ def test_algebra(gold, answer, reward):
         (r"so $2\sqrt{2}$", r"\sqrt{8}", 1),
         (r"so $x = 2$ or $x = 3$.", "2, 3", 1),
         (r"it is $5$, not $x$", "5", 0),
+        ("$y$", "$x = 1$ where $y$ is real", 0),
+        ("$x$ is $5$", "$5$ people", 1),
         ("It is 42.", "42", 1),
         ("There are 5, then 42 apples", "42", 0),
         (r"It is 1 - \sqrt{2}", "1", 0),

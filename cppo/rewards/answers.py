@@ -107,30 +107,27 @@ def _without_delimiters(text: str) -> str:
     return text
 
 
-def last_formula(text: str) -> str | None:
-    r"""Return what the last `$...$`, `$$...$$`, `\(...\)` or `\[...\]` holds; None without one.
+def formulas(text: str) -> list[str]:
+    r"""Return what stands in `$...$`, `$$...$$`, `\(...\)` and `\[...\]`, in order.
 
     Formulas that only commas, "and" and "or" separate are one list: "$x = 1$ or $x = 2$". A dollar
     sign that opens a formula has a character behind it, one that closes it has one before it and no
     digit behind it: "from $5 to $7" has no formula.
     """
-    text, found, opening = text[-_TAIL:], [], None
+    text, end = text[-_TAIL:], 0
+    found: list[list[str]] = []
+    opening: re.Match[str] | None = None
     for mark in _DELIMITER.finditer(text):
         if opening is not None and mark[0] == _CLOSING[opening[0]] and _may_close(text, mark):
-            found.append((opening, mark))
-            opening = None
+            formula = text[opening.end() : mark.start()].strip()
+            if found and _BETWEEN.fullmatch(text, end, opening.start()):
+                found[-1].append(formula)
+            else:
+                found.append([formula])
+            opening, end = None, mark.end()
         elif mark[0] in _CLOSING and (opening is None or opening[0] == "$" == mark[0]):
             opening = mark if mark[0] != "$" or text[mark.end() : mark.end() + 1].strip() else None
-    if not found:
-        return None
-    formulas: list[str] = []
-    begin = len(text)
-    for opening, closing in reversed(found):
-        if formulas and not _BETWEEN.fullmatch(text, closing.end(), begin):
-            break
-        formulas.append(text[opening.end() : closing.start()].strip())
-        begin = opening.start()
-    return ", ".join(reversed(formulas))
+    return [", ".join(parts) for parts in found]
 
 
 def _may_close(text: str, mark: re.Match[str]) -> bool:

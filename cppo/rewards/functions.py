@@ -13,14 +13,15 @@ The arguments that they share:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from cppo.rewards.answers import (
     answer_part,
     behind_hashes,
+    formulas,
     last_boxed,
-    last_formula,
     last_tagged,
     marked_answer,
 )
@@ -35,7 +36,7 @@ from cppo.rewards.quantities import (
     read_quantity,
     same_quantity,
 )
-from cppo.rewards.spelling import compare, for_algebra, is_prose, normalize_answer, same_answer
+from cppo.rewards.spelling import compare, for_algebra, normalize_answer, same_answer
 from cppo.rewards.symbolic import equal_pairs, require_math_verify
 from cppo.rewards.units import PERCENT
 
@@ -158,7 +159,7 @@ def math_verify(
     require_math_verify("math_verify")
     require("math_verify", timeout=(is_real(timeout) and timeout > 0, "a number > 0", timeout))
     rows = Judged("math_verify", completions, answer, generation_prompts, unfinished_thought)
-    truths = rows.truths(lambda gold: _readings(_truth(gold)), "an expression or a word")
+    truths = rows.truths(_readings_of_truth, "an expression or a word")
     verdicts = {
         (text, truth): _verdict(text, truth)
         for text, accepted in zip(rows.texts, truths, strict=True)
@@ -174,18 +175,32 @@ def _verdict(text: str, truth: tuple[str, ...]) -> bool | tuple[str, str]:
     """Whether the answer of a text is the truth; what algebra has to compare, if only that can."""
     readings = _readings(text)
     found = [compare(reading, gold) for reading in readings for gold in truth]
-    number, line = read_quantity(truth[-1]), answer_part(text).rpartition("\n")[2]
-    if True in found or (number is not None and _equal(only_number(line), number)):
+    if True in found or _says_number(answer_part(text), truth[-1]):
         return True
-    if not readings or found[-1] is False or is_prose(readings[-1]):
+    if not readings or found[-1] is False:
         return False
-    return for_algebra(truth[-1]), for_algebra(readings[-1])
+    formula, true_formula = for_algebra(readings[-1]), for_algebra(truth[-1])
+    return False if formula is None or true_formula is None else (true_formula, formula)
+
+
+def _says_number(part: str, truth: str) -> bool:
+    """Whether the last line of an answer is a sentence with the number that the truth is."""
+    line, number = part.rpartition("\n")[2], read_quantity(truth)
+    has_words = re.search(r"[A-Za-z]{2}", line) is not None
+    return number is not None and has_words and _equal(only_number(line), number)
 
 
 def _readings(text: str) -> tuple[str, ...]:
     """What the answer of a text may be: all of its answer part, and the last formula in that."""
     part = answer_part(text)
-    return tuple(reading for reading in (part, last_formula(part)) if reading)
+    return tuple(reading for reading in (part, *formulas(part)[-1:]) if reading)
+
+
+def _readings_of_truth(gold: str) -> tuple[str, ...]:
+    """What a ground truth may be: all of it, and the formula in it if there is only one."""
+    truth = _truth(gold)
+    found = formulas(truth)
+    return tuple(reading for reading in [truth, *found] if reading)[: 2 if len(found) == 1 else 1]
 
 
 def gsm8k(

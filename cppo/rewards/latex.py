@@ -35,10 +35,13 @@ _SPACE = re.compile(
 )
 _NOTHING = re.compile(
     r"(\\\\)|\\!\s*|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])(?:\s*\.(?!\d))?"
+    r"|\\(?:text)?color\{[^{}]*\}"
 )
 _DELIMITER = re.compile(r"(\\\\)|(\\\$)|\$|\\[()\[\]]")
+_END = re.compile(r"(?: |[.,;]|\\\\)+$")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
-_ARGUMENTS = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1, "^": 1, "_": 1}
+_ROOT = re.compile(r"(\\sqrt ?\[[^\[\]]*\]) ?([^\s{\\])")
+_ARGUMENTS = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1, "^": 1, "_": 1, "\\mathbb": 1}
 _NAMES = {
     **dict.fromkeys(("\\dfrac", "\\tfrac", "\\cfrac"), "\\frac"),
     **dict.fromkeys(("\\dbinom", "\\tbinom"), "\\binom"),
@@ -55,14 +58,15 @@ def plain(text: str) -> str:
     r"""Return a formula without its delimiters, in one spelling.
 
     `$`, `\(` and `\[` go, `\$` and a lone `$` stay as the sign of a currency; all spaces of TeX
-    become " "; `\left`, `\right` and a final full stop go; arguments stand in braces (`\frac12`,
-    `x^2`); one name is kept of several for a command, and ASCII for what ASCII can say.
+    become " "; `\left`, `\right`, colours and final full stops and commas go; arguments stand in
+    braces (`\frac12`, `x^2`); one name is kept of several for a command, and ASCII for what ASCII
+    can say.
     """
     text = _SPACE.sub(lambda found: found[1] or " ", text.translate(_CHARACTERS))
     text = _NOTHING.sub(lambda found: found[1] or "", text).replace("{,}", ",")
     text = " ".join(_without_delimiters(text).split())
-    text = text.replace("{ ", "{").replace(" }", "}")
-    return _outside_braces(_with_braces(text).strip().rstrip(".").rstrip())
+    text = _ROOT.sub(r"\1{\2}", text.replace("{ ", "{").replace(" }", "}"))
+    return _outside_braces(_END.sub("", _with_braces(text).strip()))
 
 
 def _without_delimiters(text: str) -> str:

@@ -18,12 +18,15 @@ _MATRIX = re.compile(
 )
 _FONT_SWITCH = re.compile(r"\\(?:bf|rm|it)(?![A-Za-z])")
 _PERCENT = re.compile(r"\\?%")
+_PRIMES = re.compile(r"\^\{((?:\\prime ?)+)\}")
 # A space says something behind a command before a letter, between digits and between words.
 _SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|\d (?=\d)|[A-Za-z]{2} (?=[A-Za-z]{2}))| ", re.ASCII)
 _CAPITAL = re.compile(r"(?<![A-Za-z\\])(?:[A-Z](?=[a-z]{2,}(?![A-Za-z]))|N(?=o(?![A-Za-z])))")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)")
+# "x =", "f'(x) =", "AB =", "m\\angle ABC =", "=".
 _LEFT_SIDE = re.compile(
-    r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{[^{}]*\}|'|\([A-Za-z]\))* ?(?:=|\\in(?![A-Za-z])) ?(?=.)"
+    r"(?:(?:[A-Za-z]|[A-Z]{2,3}|m? ?\\angle ?[A-Z]{1,3}|\\[A-Za-z]+)"
+    r"(?:_\{[^{}]*\}|'|\([A-Za-z]\))*)? ?(?:=|\\(?:in|approx)(?![A-Za-z])) ?(?=.)"
 )
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*[A-Za-z]")
@@ -44,6 +47,7 @@ def normalize_answer(text: str) -> str:
     while FONT.search(text):
         text = FONT.sub(r" \1 ", text)
     text = _PERCENT.sub(r"\\%", _FONT_SWITCH.sub("", " ".join(text.split())))
+    text = _PRIMES.sub(lambda found: "'" * found[1].count("p"), text)
     text = _SPACE.sub(lambda found: found[1] or "", text)
     text = _CAPITAL.sub(lambda found: found[0].lower(), text.strip())
     choice = _CHOICE.fullmatch(text)
@@ -76,13 +80,19 @@ def compare(answer: str, truth: str, depth: int = 0) -> bool | None:
     return _compare_elements(formula, true_formula, depth)
 
 
-def for_algebra(text: str) -> str:
-    """The formula that algebra compares where `compare` cannot tell: without its unit."""
-    return split_unit(plain(text))[0].replace("$", "")
+def for_algebra(text: str) -> str | None:
+    """The formula that algebra compares where `compare` cannot tell, without its unit.
+
+    None for text that is no formula: two words outside of `\\text`, or numbers side by side.
+    """
+    formula = " ".join(split_unit(plain(text))[0].replace("$", " ").split())
+    words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{4,}", FONT.sub("", formula))
+    is_prose = len(set(words) - CHANGES) > 1
+    return None if is_prose or re.search(r"\d \d", formula) else formula
 
 
 def _without_left_side(answer: str, truth: str) -> tuple[str, str] | None:
-    """Both without the `x =` that one or both have; None if they have two different ones."""
+    """Both without the left side that one or both have; None if they have two different ones."""
     found, other = _LEFT_SIDE.match(answer), _LEFT_SIDE.match(truth)
     if found is None and other is None:
         return None
@@ -98,16 +108,14 @@ def _are_words(text: str) -> bool:
     return is_text and _WORDS.fullmatch(words) is not None and words not in _NAMES
 
 
-def is_prose(text: str) -> bool:
-    """Whether there are two words outside of `\\text`, too many for a formula."""
-    words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{4,}", FONT.sub("", text))
-    return len(set(words) - CHANGES) > 1
-
-
 def _differ_in_letters(answer: str, truth: str) -> bool:
-    """Whether the answers are two letters, or one has a letter of the other in another case."""
+    """Whether the answers are two letters, one has a letter of the other in another case, or has
+    more primes: what math-verify does not look at.
+    """
     if len(answer) == len(truth) == 1:
         return answer.isalpha() and truth.isalpha()
+    if answer.count("'") != truth.count("'"):
+        return True
     letters = [set(re.findall(r"[A-Za-z]", _COMMAND.sub("", text))) for text in (answer, truth)]
     return any(
         letter not in letters[1] and letter.swapcase() in letters[1] - letters[0]

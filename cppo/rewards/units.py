@@ -42,6 +42,7 @@ _REWRITTEN = (
     (re.compile(r"\^\{(-?\d)\}"), r"^\1"),
     (re.compile(r"\b(?:square|sq)\b\.? ([A-Za-z]+)|\b([A-Za-z]+) squared\b"), r"\1\2^2"),
     (re.compile(r"\b(?:cubic|cu)\b\.? ([A-Za-z]+)|\b([A-Za-z]+) cubed\b"), r"\1\2^3"),
+    (re.compile(r"\b([ap])\. ?m\b\.?"), r"\1m"),
     (re.compile(r"\bper\b|/"), " / "),
 )
 _WORD = re.compile(r"([A-Za-z'$%\u00a2\u20ac\u00a3\u00a5-]+)\.?(\^-?\d)?")

@@ -256,6 +256,7 @@ LONG = {
     "nested tuples": r"\boxed{" + "(1," * 600 + "2" + ")" * 600 + "}",
     "equations": r"\boxed{" + "x=" * 900 + "1}",
     "powers": r"\boxed{" + "^" * 1900 + "}",
+    "percentages": r"\boxed{" + "=%" * 950 + "}",
     "white space in a tag": "<answer>" + " " * 1_000_000 + "</answer>",
     "an exponent": r"\boxed{1e999999999}",
 }

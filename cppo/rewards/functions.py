@@ -90,7 +90,7 @@ def numeric(
 
 
 def _number_of_truth(gold: str) -> Quantity | None:
-    return read_quantity(behind_hashes(gold) or "") or read_quantity(answer_part(gold))
+    return read_quantity(behind_hashes(gold) or "") or only_number(answer_part(gold))
 
 
 def _stated_number(text: str) -> Quantity | None:
@@ -228,10 +228,11 @@ def gsm8k(
 
 
 def _gsm8k_truth(gold: str) -> tuple[str, Quantity] | None:
-    number = _number_of_truth(gold)
+    spelled = behind_hashes(gold) or answer_part(gold)
+    number = read_quantity(spelled)
     if number is None or number.unit not in ("", PERCENT, "dollar"):
         return None
-    return (behind_hashes(gold) or answer_part(gold)).replace(",", ""), number
+    return spelled.replace(",", ""), number
 
 
 def _gsm8k_reward(text: str, truth: tuple[str, Quantity]) -> float:

@@ -11,23 +11,22 @@ import re
 
 LONGEST = 2000  # characters; what is longer is no answer that anybody reads
 
-_CHARACTERS = str.maketrans(
-    {
-        **dict.fromkeys("\u2212\u2013\u2011\ufe63\uff0d", "-"),
-        **dict.fromkeys("\u00a0\u202f\u2009\u2007\u200a\u3000", " "),
-        **dict.fromkeys("\u200b\u2060\ufeff", ""),
-        **dict.fromkeys("\u2044\u2215\u00f7", "/"),
-        **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
-        **{"\u00bd": r"\frac{1}{2}", "\u00bc": r"\frac{1}{4}", "\u00be": r"\frac{3}{4}"},
-        **{"\u2153": r"\frac{1}{3}", "\u2154": r"\frac{2}{3}", "\u2155": r"\frac{1}{5}"},
-        **{"\u00d7": r"\times ", "\u22c5": r"\cdot ", "\u00b7": r"\cdot ", "\u00b1": r"\pm "},
-        **{"\u03c0": r"\pi ", "\u221e": r"\infty ", "\u221a": r"\sqrt ", "\u00b0": r"^\circ "},
-        **{"\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u2208": r"\in "},
-        **{"\u222a": r"\cup ", "\u2229": r"\cap ", "\u2205": r"\emptyset ", "\u00b2": "^2"},
-        **{"\u00b3": "^3", "\u2019": "'", "\uff05": r"\%", "\uff0c": ",", "\uff08": "("},
-        **{"\uff09": ")", "\u3002": "."},
-    }
+_SAME = (  # characters of Unicode, and what says the same
+    ("\u2212\u2013\u2011\ufe63\uff0d", "-"),
+    ("\u00a0\u202f\u2009\u2007\u200a\u3000", " "),
+    ("\u200b\u2060\ufeff", ""),
+    ("\u2044\u2215\u00f7", "/"),
+    *((chr(0xFF10 + digit), str(digit)) for digit in range(10)),
+    *(("\u00bd", r"\frac{1}{2}"), ("\u00bc", r"\frac{1}{4}"), ("\u00be", r"\frac{3}{4}")),
+    *(("\u2153", r"\frac{1}{3}"), ("\u2154", r"\frac{2}{3}"), ("\u2155", r"\frac{1}{5}")),
+    *(("\u00d7", r"\times "), ("\u22c5\u00b7", r"\cdot "), ("\u00b1", r"\pm ")),
+    *(("\u2264", r"\le "), ("\u2265", r"\ge "), ("\u2260", r"\ne "), ("\u2248", r"\approx ")),
+    *(("\u222a", r"\cup "), ("\u2229", r"\cap "), ("\u2208", r"\in "), ("\u2205", r"\emptyset ")),
+    *(("\u03c0", r"\pi "), ("\u221e", r"\infty "), ("\u221a", r"\sqrt "), ("\u00b0", r"^\circ ")),
+    *(("\u00b2", "^2"), ("\u00b3", "^3"), ("\u2019", "'"), ("\uff05", r"\%"), ("\uff0c", ",")),
+    *(("\uff08", "("), ("\uff09", ")"), ("\u3002", ".")),
 )
+_CHARACTERS = {ord(character): text for characters, text in _SAME for character in characters}
 # A row's end, `\\`, comes first in each pattern, so that no command begins with its second half.
 _SPACE = re.compile(
     r"(\\\\)|\\[,;:> ]|~|\\(?:q?quad|enspace|thinspace|displaystyle|textstyle|nolimits|limits)"

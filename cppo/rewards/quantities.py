@@ -38,7 +38,11 @@ _CURRENCY = rf"(?P<currency>{'|'.join(map(re.escape, CURRENCIES))})"
 _QUANTITY = re.compile(
     rf"(?P<sign>[-+]?) ?(?:{_CURRENCY} ?(?P<inner>[-+]?))? ?{_NUMBER}(?P<unit>.*)", re.ASCII
 )
-_ASSIGNMENT = re.compile(r"\\?[A-Za-z]+(?:_\{\w+\})? ?= ?")
+# In front of a number "x =" says nothing, and neither do "**" and the power of a unit around it.
+_ASIDE = re.compile(
+    r"(?:\\?[A-Za-z]+(?:_\{\w+\})? ?)?(?:=|\\approx) ?|\*\*|(?<=[A-Za-z])\^\{-?\d\}"
+)
+_CALL = re.compile(r"[A-Za-z]\(")
 _BETWEEN_WORDS = re.compile(r"[\s.,;:?'\"()/-]+")
 _WINDOW = 300  # characters: no number in running text is longer
 # Inside of text a sign counts only where nothing to subtract from comes before it: "10 - 5" ends
@@ -105,9 +109,9 @@ def only_number(text: str) -> Quantity | None:
     quantity = read_quantity(text)
     if quantity is not None or len(text) > LONGEST:
         return quantity
-    text = _ASSIGNMENT.sub("", FONT.sub(r" \1 ", plain(text))).replace("**", "")
+    text = _ASIDE.sub("", FONT.sub(r" \1 ", plain(text)))
     found = list(_IN_TEXT.finditer(text))
-    if len(found) != 1:
+    if len(found) != 1 or _CALL.search(text):
         return None
     words = _BETWEEN_WORDS.split(f"{text[: found[0].start()]} {text[found[0].end() :]}")
     return _quantity_in_text(found[0]) if all(map(_is_word, words)) else None

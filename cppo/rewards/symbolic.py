@@ -127,7 +127,7 @@ class _Worker:
             self.forget()
 
     def forget(self) -> None:
-        """Close this process's ends of the pipes, as a forked child must: the worker is not its."""
+        """Close this process's ends of the pipes and begin again without a worker."""
         if self._process is not None:
             assert self._process.stdin is not None and self._process.stdout is not None
             self._process.stdin.close()

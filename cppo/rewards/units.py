@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+LONGEST_UNIT = 80  # characters
 PERCENT = "percent"
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+SCALES["trillion"] = 10**12
 
 # A unit's one name and its others. Plurals in -s are read as well.
 _NAMES = {
@@ -26,8 +28,8 @@ _KNOWN |= CURRENCIES
 # Words behind a number that make another number of it, or go on with one.
 CHANGES = frozenset(
     "and or not plus minus negative times over more less than squared cubed factorial half halves "
-    "third thirds quarter quarters hundred thousand million billion choose modulo base root where "
-    "when with such that sqrt sin cos tan sinh cosh tanh log ln exp infinity".split()
+    "third thirds quarter quarters hundred thousand million billion trillion choose modulo base "
+    "root where when with such that sqrt sin cos tan sinh cosh tanh log ln exp infinity".split()
 )
 _BASE = re.compile(r" ?_\{(\d+)\}")
 _GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
@@ -56,6 +58,8 @@ def read_unit(text: str) -> tuple[int, str] | None:
     Returns: (1, "") for no text; None for text that is no unit: letters that may be variables
         (`2x`, `5 m` outside of `\text`), operators, further numbers.
     """
+    if len(text) > LONGEST_UNIT:
+        return None
     base = _BASE.fullmatch(text)
     if base:
         return 1, "" if base[1] == "10" else f"base {base[1]}"
@@ -79,7 +83,7 @@ def split_unit(text: str) -> tuple[str, str]:
     """
     if text.startswith("$"):
         return text[1:].lstrip(), CURRENCIES["$"]
-    for start in _START.finditer(text, 1):
+    for start in _START.finditer(text, max(1, len(text) - LONGEST_UNIT)):
         formula = text[: start.start()].rstrip()
         unit = read_unit(text[start.start() :])
         is_sign = start[1] is None

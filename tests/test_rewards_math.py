@@ -272,6 +272,8 @@ def test_what_the_spelling_tells_is_not_asked(monkeypatch):
         (r"\pi", "3.14", 0),
         ("[1,2]", r"\{1, 2\}", 0),
         ("7", "3 4", 0),  # a sum, to math-verify
+        ("7", "7, 7", 0),  # a set of one
+        (r"3 \pm 2", "5, 1", 1),
         (r"x + 1", r"1 + x'", 0),  # it drops primes
         (r"f'(2)", "f(2)", 0),
         (r"f^{\prime}(x)", "f'(x)", 1),

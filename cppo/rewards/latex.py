@@ -33,7 +33,7 @@ _SPACE = re.compile(
     r"(?![A-Za-z])|\\hspace\*?\{[^{}]*\}"
 )
 _NOTHING = re.compile(
-    r"(\\\\)|\\!\s*|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])(?:\s*\.(?!\d))?"
+    r"(\\\\)|\s*\\!\s*|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])(?:\s*\.(?!\d))?"
     r"|\\(?:text)?color\{[^{}]*\}"
 )
 _DELIMITER = re.compile(r"(\\\\)|(\\\$)|\$|\\[()\[\]]")

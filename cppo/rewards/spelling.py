@@ -145,9 +145,11 @@ def _elements(text: str) -> tuple[str, str, list[str]]:
 
 
 def _compare_elements(answer: str, truth: str, depth: int) -> bool | None:
-    """Compare tuples, intervals, sets and lists; None for anything else."""
+    """Compare tuples, intervals, sets and lists, also with a number; None for anything else."""
     *brackets, elements = _elements(answer)
     *other_brackets, others = _elements(truth)
+    if len(elements) != len(others) and (read_quantity(answer) or read_quantity(truth)):
+        return False
     if min(len(elements), len(others)) < 2 or depth == _DEEPEST:
         return None
     if brackets != other_brackets:

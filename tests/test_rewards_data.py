@@ -1,4 +1,4 @@
-"""Every ground truth of GSM8K and MATH-500 against itself, in every wrapping, and against others."""
+"""Every ground truth of GSM8K and MATH-500 against itself in every wrapping, and its neighbour."""
 
 from __future__ import annotations
 

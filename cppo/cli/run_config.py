@@ -214,5 +214,5 @@ def _check_names(config: RunConfig) -> None:
         try:
             if names:
                 build(list(names))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"{key}: {error}", key) from None

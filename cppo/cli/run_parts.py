@@ -181,6 +181,7 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
 
     Raises: ConfigError for anything that is missing or does not fit together.
     """
+    from cppo.fingerprint import of_function
     from cppo.questions import check_dataset
     from cppo.trainer import CPPOTrainer
 
@@ -191,8 +192,19 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
         train = load_questions(data.train, data.system_prompt, "data.train")
         if data.eval is not None:
             held_out = load_questions(data.eval, data.system_prompt, "data.eval")
-        check_dataset(train, limit=CHECKED_ROWS)
+        # A reward of one's own may read any ground truth.
+        ours = any(of_function(function).startswith("cppo.rewards") for function in functions)
+        check_dataset(train, limit=CHECKED_ROWS, read_answer=ours)
         model, processor = load_policy(config.model)
+        if not options.skip_bad_questions:
+            kwargs = options.chat_template_kwargs or {}
+            check_dataset(
+                train,
+                limit=CHECKED_ROWS,
+                read_answer=ours,
+                processor=processor,
+                chat_template_kwargs=kwargs,
+            )
         return CPPOTrainer(
             model, functions, train, config=options, processor=processor, eval_dataset=held_out
         )

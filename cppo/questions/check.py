@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from cppo.questions.messages import parts_of
 from cppo.questions.question import Question
 from cppo.questions.rows import Dataset, question_at, require_dataset
+from cppo.rewards.ground_truth import accepted_answers
 
 SHOWN = 10  # bad rows that are described
 
@@ -46,6 +47,7 @@ def check_dataset(
     *,
     limit: int | None = None,
     require_answer: bool = False,
+    read_answer: bool = True,
     processor: Any = None,
     chat_template_kwargs: Mapping[str, Any] = {},
 ) -> DatasetSummary:
@@ -55,6 +57,8 @@ def check_dataset(
         dataset: anything with `__len__` and an integer `__getitem__`.
         limit: check only that many rows, spread evenly; None checks all.
         require_answer: whether a row without ground truth is an error.
+        read_answer: whether a ground truth must be one that `cppo.rewards` reads: text, a number
+            or a list of these. A reward of your own may read anything else.
         processor: the processor or tokenizer of a model. Each row checked is then encoded as the
             trainer encodes it: by the chat template, the tokenizer and the image processor.
         chat_template_kwargs: what the chat template is given besides the messages, such as
@@ -78,7 +82,8 @@ def check_dataset(
     for index in (i * total // count for i in range(count)):
         try:
             question = question_at(dataset, index)
-            _check_columns(question, good[0] if good else None, require_answer)
+            _check_columns(question, good[0] if good else None)
+            _check_answer(question.columns.get("answer"), require_answer, read_answer)
             tokens = len(encoder(question).input_ids) if encoder else 0
         except (TypeError, ValueError) as error:
             bad[index] = str(error)
@@ -110,27 +115,20 @@ def describe_bad_rows(bad: Mapping[int, str], count: int) -> str:
     return f"{len(bad)} of {count} rows read cannot be used:\n  " + "\n  ".join(lines)
 
 
-def check_ground_truth(value: Any) -> None:
-    """Raise ValueError for a value that no answer can equal: a dict, NaN, an empty list or text."""
-    try:
-        from cppo.rewards.ground_truth import accepted_answers
-    except ImportError:
-        return
-    accepted_answers(value)
-
-
-def _check_columns(question: Question, first: _Row | None, require_answer: bool) -> None:
+def _check_columns(question: Question, first: _Row | None) -> None:
     names = tuple(sorted(question.columns))
     if first is not None and names != first.columns:
         raise ValueError(
             f"has the columns {', '.join(names) or 'none'}, row {first.number} has "
             f"{', '.join(first.columns) or 'none'}; rewards take every column of every row"
         )
-    answer = question.columns.get("answer")
-    if answer is not None:
-        check_ground_truth(answer)
-    elif require_answer:
+
+
+def _check_answer(answer: Any, required: bool, read: bool) -> None:
+    if answer is None and required:
         raise ValueError("has no ground truth ('answer')")
+    if answer is not None and read:
+        accepted_answers(answer)
 
 
 def _row(index: int, question: Question, tokens: int) -> _Row:

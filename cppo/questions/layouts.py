@@ -12,11 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from cppo.questions.check import check_ground_truth, describe_bad_rows
+from cppo.questions.check import describe_bad_rows
 from cppo.questions.files import column, read_source, with_system
 from cppo.questions.images import load_images, numbered
 from cppo.questions.messages import IMAGE_MARKER, place_images, read_messages, sequence
 from cppo.questions.rows import Rows
+from cppo.rewards.ground_truth import accepted_answers
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,6 @@ def _answer(values: Mapping[str, Any], layout: Layout) -> Any:
             value = value.get("ground_truth")
         if value is not None:
             answer = read(value)
-            check_ground_truth(answer)
+            accepted_answers(answer)
             return answer
     raise ValueError(f"has no answer; looked in {', '.join(values)}")

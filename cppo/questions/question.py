@@ -20,6 +20,8 @@ _RESERVED = (
     "trainer_state",
     "log_metric",
     "log_extra",
+    "generation_prompts",
+    "group_size",
 )
 _UNREAD = ("videos", "audios")  # verl's columns
 

@@ -1,24 +1,28 @@
 r"""Rewards of completions: the answers' correctness, their format and their length.
 
-A reward function is called as TRL calls it, `fn(completions, *, prompts, **columns)`, every keyword
+A reward function is called as TRL calls it, `fn(completions, *, prompts, **columns)`, every column
 a list with one entry per completion, and returns one number per completion (None: does not apply).
 Those here accept strings or TRL's messages as completions, read the ground truth from the
 column `answer`, never raise on what a completion says, and raise ValueError naming the row for a
-ground truth that cannot be read: rewarding such a row would train on nothing.
+ground truth that cannot be read: rewarding such a row would train on nothing. What they share, and
+how an answer is found, says `cppo.rewards.functions`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cppo.places import load_object
+from cppo.rewards.checks import is_real, require
+from cppo.rewards.completions import completion_text
 from cppo.rewards.functions import (
     ACCURACIES,
     boxed,
-    completion_text,
     exact_match,
     gsm8k,
     math_verify,
@@ -28,14 +32,14 @@ from cppo.rewards.functions import (
     think_boxed_format,
     think_format,
 )
+from cppo.rewards.judging import Rewards
 from cppo.rewards.lengths import (
     CosineLength,
     Length,
     Overlong,
     RepetitionPenalty,
-    is_real,
-    require,
 )
+from cppo.rewards.symbolic import require_math_verify
 
 __all__ = [
     "ACCURACIES",
@@ -67,7 +71,7 @@ __all__ = [
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
-_FUNCTIONS: dict[str, Callable[..., list[float]]] = {
+_FUNCTIONS: dict[str, RewardFunction] = {
     **ACCURACIES,
     "think_format": think_format,
     "think_answer_format": think_answer_format,
@@ -76,6 +80,7 @@ _FUNCTIONS: dict[str, Callable[..., list[float]]] = {
     "accuracy": boxed,
     "format": think_boxed_format,
 }
+_PASSED = ("completions", "answer", "generation_prompts", "columns")  # by the trainer
 _CLASSES: dict[str, Any] = {
     kind.name: kind for kind in (Length, CosineLength, RepetitionPenalty, Overlong)
 }
@@ -83,17 +88,22 @@ _CLASSES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Combined:
-    """A weighted sum of reward functions under one name; a None of a part counts 0."""
+    """A weighted sum of reward functions under one name.
+
+    A part that does not apply to a row (None) is left out of its sum; where no part applies, the
+    sum does not either.
+    """
 
     name: str
     functions: tuple[RewardFunction, ...]
     weights: tuple[float, ...]
 
-    def __call__(self, completions: Any, **columns: Any) -> list[float]:
-        total = [0.0] * len(completions)
+    def __call__(self, completions: Any, **columns: Any) -> Rewards:
+        total: Rewards = [None] * len(completions)
         for function, weight in zip(self.functions, self.weights, strict=True):
             for row, reward in enumerate(function(completions, **columns)):
-                total[row] += weight * (reward or 0.0)
+                if reward is not None:
+                    total[row] = (total[row] or 0.0) + weight * reward
         return total
 
 
@@ -104,7 +114,8 @@ def combine(weights: Mapping[str, float], *, name: str | None = None) -> Combine
         weights: {name: weight}; "accuracy" stands for `boxed`, "format" for `think_boxed_format`.
         name: its metric name; the terms joined by "+" if left out.
     Returns: a reward function.
-    Raises: ValueError for no terms, an unknown name or a weight that is not a finite number.
+    Raises: ValueError for no terms, an unknown name or a weight that is not a finite number;
+        ImportError for "math_verify" without its package.
     """
     if not isinstance(weights, Mapping) or not weights:
         raise ValueError(f"cppo.rewards.combine: weights must be {{name: weight}}, got {weights!r}")
@@ -119,12 +130,13 @@ def from_names(entries: Sequence[Any]) -> tuple[list[RewardFunction], list[float
 
     Args:
         entries: each a name of `NAMES` ("boxed"); a mapping of a name to its parameters and,
-            optionally, a weight ({"cosine_length": {"max_length": 512}, "weight": 0.5}); the place
+            optionally, a weight ({"boxed": {"unfinished_thought": -1}, "weight": 0.5}); the place
             of a function of one's own ("my_reward.py:function", relative to the working
             directory, or "package.module:function", see `cppo.places`); or a function.
     Returns: (functions, weights), one each per entry, in order; a weight left out is 1.
     Raises: TypeError or ValueError naming the entry, for an unknown name or parameter (with a
-        suggestion), a function that cannot be imported and a weight that is not a finite number.
+        suggestion), a function that cannot be imported and a weight that is not a finite number;
+        ImportError for `math_verify`, and what is made of it, without its package.
     """
     if isinstance(entries, (str, Mapping)) or not isinstance(entries, Sequence):
         raise TypeError(f"cppo.rewards.from_names: entries must be a list, got {entries!r}")
@@ -171,9 +183,28 @@ def _build(name: Any, parameters: Any) -> RewardFunction:
         return _CLASSES[name](**values)
     if name not in _FUNCTIONS and not (isinstance(name, str) and ":" in name):
         raise ValueError(_unknown("reward", name, NAMES))
-    if parameters:
+    function = _FUNCTIONS[name] if name in _FUNCTIONS else _import(name)
+    if function is math_verify or math_verify in getattr(function, "functions", ()):
+        require_math_verify("math_verify")
+    return _with_parameters(name, function, parameters) if parameters else function
+
+
+def _with_parameters(
+    name: str, function: RewardFunction, parameters: Mapping[str, Any]
+) -> RewardFunction:
+    """The function with some of its options set, under its own name."""
+    if name not in _FUNCTIONS or isinstance(function, Combined):
+        allowed = []
+    else:
+        allowed = [key for key in inspect.signature(function).parameters if key not in _PASSED]
+    if not allowed:
         raise ValueError(f"cppo.rewards: {name!r} takes no parameters, got {dict(parameters)!r}")
-    return _FUNCTIONS[name] if name in _FUNCTIONS else _import(name)
+    for key in parameters:
+        if key not in allowed:
+            raise ValueError(_unknown(f"parameter of {name!r}", key, allowed))
+    bound = functools.update_wrapper(functools.partial(function, **parameters), function)
+    bound([], prompts=[], answer=[])  # which checks the values
+    return bound
 
 
 def _import(place: str) -> RewardFunction:
@@ -195,13 +226,18 @@ def _unknown(what: str, name: Any, allowed: Sequence[str]) -> str:
     return f"cppo.rewards: unknown {what} {name!r}{hint} (allowed: {', '.join(allowed)})"
 
 
-# Last, because they are built by the functions above.
+def _of_paper(name: str, weights: Mapping[str, float]) -> Combined:
+    """A combination that is there whether or not the packages of its parts are."""
+    functions = tuple(_FUNCTIONS[part] for part in weights)
+    return Combined(name, functions, tuple(weights.values()))
+
+
 VIRL39K = {"accuracy": 0.9, "format": 0.1}
 GSM8K = {"gsm8k": 1.0, "think_answer_format": 1.0}
 MATH = {"math_verify": 2.0, "think_answer_format": 1.0}
-perception_reward = combine(VIRL39K, name="perception_reward")
-gsm8k_reward = combine(GSM8K, name="gsm8k_reward")
-math_reward = combine(MATH, name="math_reward")
+perception_reward = _of_paper("perception_reward", VIRL39K)
+gsm8k_reward = _of_paper("gsm8k_reward", GSM8K)
+math_reward = _of_paper("math_reward", MATH)
 for _combination in (perception_reward, gsm8k_reward, math_reward):
     _FUNCTIONS[_combination.name] = _combination
 NAMES = (*_FUNCTIONS, *_CLASSES)

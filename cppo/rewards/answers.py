@@ -1,137 +1,142 @@
-r"""Answers inside text: find them, read them as numbers, compare them.
+r"""Where in a text its answer stands: in `<answer>`, in a box, in a formula, behind `####`.
 
-Every function takes any string and never raises; what cannot be found or read is None.
+Every function takes any string, reads it in linear time and never raises.
 """
 
 from __future__ import annotations
 
-import math
 import re
 
-TOLERANCE = 1e-6
-
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|\.\d+"
-_UNSIGNED = rf"(?:{_DIGITS})(?:[eE][-+]?\d{{1,4}})?"
-# A sign counts only where nothing to subtract from comes before it: "10 - 5" ends in 5,
-# "= -5" in -5.
-_NUMBER = re.compile(rf"(?:(?<![\w)\]}}.])[-+])?(?:{_UNSIGNED})", re.ASCII)
-_WHOLE_NUMBER = re.compile(rf"[-+]?(?:{_UNSIGNED})", re.ASCII)
-_FRACTION = re.compile(
-    rf"([-+]?)(?:\\frac\{{({_WHOLE_NUMBER.pattern})\}}\{{({_WHOLE_NUMBER.pattern})\}}"
-    rf"|({_UNSIGNED})/({_UNSIGNED}))",
-    re.ASCII,
-)
-_ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-
-_REMOVED = re.compile(
-    r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\^\{?\\circ\}?|\\degree|\\?[%$]|\u00b0|~|\s"
-)
-_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\{([^{}]*)\}")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox(?:\s*\[[^\[\]{}]{0,20}\]){0,2})(?![A-Za-z])\s*")
+# Of a number without braces TeX puts the first digit into the box, which nobody means.
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3}){1,9}(?!,?\d)|\d+)(?:\.\d+)?(?:/\d+)?")
+_COMMAND = re.compile(r"\\([A-Za-z]+)|[A-Za-z]")
+_ARGUMENT = re.compile(r"\s*(\{|\w)")
+_NUM_ARGUMENTS = {"frac": 2, "dfrac": 2, "tfrac": 2, "cfrac": 2, "sqrt": 1}
+# A percent sign is one behind a digit or at the end of a group, as people write it; elsewhere it
+# begins a comment, as in TeX.
+_BRACE = re.compile(r"\\.|[{}]|(%\n|(?<!\d)%(?!\s*[}$])[^\n]{0,200}\n)", re.DOTALL)
+_DELIMITER = re.compile(r"\\\\|\\\$|\$\$|\$|\\[()\[\]]")
+_CLOSING = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
+_TAIL = 20_000  # characters, in which formulas are looked for
+_BETWEEN = re.compile(r"\s*(?:[,;]|[,;]?\s*(?:and|or))\s*")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return what the last `\boxed{...}` holds, braces balanced; None if there is none.
+    r"""Return what the last box holds, braces balanced, without comments; None if there is none.
 
-    A last box that is never closed (a truncated completion) counts as none.
+    A box is `\boxed{...}`, `\fbox{...}` or `\framebox{...}`, or, as TeX has it, one of these before
+    a number, a letter or a command with its arguments: `\boxed 5`, `\boxed\frac12`. A last box that
+    is never closed (a truncated completion) counts as none.
     """
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    starts = [box.end() for box in _BOX.finditer(text)]
+    if not starts:
         return None
-    begin = start + len("\\boxed{")
-    depth, position = 1, begin
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1  # an escaped brace, as in \{ 1, 2 \}, is no group
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
+    if text.startswith("{", starts[-1]):
+        group = _group(text, starts[-1])
+        return None if group is None else group[0]
+    return _unbraced(text, starts[-1])
+
+
+def _group(text: str, start: int) -> tuple[str, int] | None:
+    """What the group that opens at `start` holds, and where it ends; None if it does not."""
+    pieces, depth, begin = [], 0, start + 1
+    for found in _BRACE.finditer(text, start):
+        if found[1]:
+            pieces.append(text[begin : found.start()])
+            begin = found.end()
+        elif found[0] in "{}":
+            depth += 1 if found[0] == "{" else -1
             if depth == 0:
-                return text[begin:position]
-        position += 1
+                pieces.append(text[begin : found.start()])
+                return "".join(pieces), found.end()
     return None
+
+
+def _unbraced(text: str, start: int) -> str | None:
+    number = _NUMBER.match(text, start)
+    if number is not None:
+        return number[0]
+    command = _COMMAND.match(text, start)
+    if command is None:
+        return None
+    stop, missing = command.end(), _NUM_ARGUMENTS.get(command[1], 0)
+    while (argument := _ARGUMENT.match(text, stop)) and (missing > 0 or text[stop] == "{"):
+        if argument[1] == "{":
+            group = _group(text, argument.start(1))
+            if group is None:
+                return None
+            stop = group[1]
+        else:
+            stop = argument.end()
+        missing -= 1
+    return text[start:stop]
 
 
 def last_tagged(text: str) -> str | None:
     """Return what the last closed `<answer>...</answer>` holds, stripped; None if there is none."""
-    found = _ANSWER_TAG.findall(text)
-    return found[-1].strip() if found else None
+    start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
+    if start < 0:
+        return None
+    return text[start + len("<answer>") : text.index("</answer>", start)].strip()
 
 
-def final_answer(text: str) -> str:
-    r"""Return the answer part of a completion.
+def marked_answer(text: str) -> str | None:
+    r"""Return what is marked as the answer, stripped; None if nothing is.
 
-    The last `<answer>` tag, else the last `\boxed{}`, else the text behind the last `####`, else
-    what follows the last `</think>` (everything where there is none); stripped.
+    That is the last `<answer>` or, without one, the last box; or the last box in that `<answer>`.
     """
     tagged = last_tagged(text)
-    if tagged is not None:
-        return tagged
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return boxed.strip()
-    return text.rsplit("</think>", 1)[-1].rsplit("####", 1)[-1].strip()
+    boxed = last_boxed(text if tagged is None else tagged)
+    return tagged if boxed is None else boxed.strip()
 
 
-def normalize_answer(text: str) -> str:
-    r"""Return an answer in one spelling: no spaces, units of angle, `$`, `%`, `\text` or `x =`."""
-    text = _TEXT.sub(r"\1", text.strip().replace("\u2212", "-").replace("{,}", ","))
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    text = _REMOVED.sub("", text).rstrip(".")
-    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text, flags=re.ASCII)
-    text = re.sub(r"\\sqrt(\d)", r"\\sqrt{\1}", text, flags=re.ASCII)
-    text = re.sub(r"^[A-Za-z]=(?=.)", "", text)
-    choice = re.fullmatch(r"\(([A-Za-z])\)", text)
-    if choice:
-        return choice.group(1)
-    return text.replace(",", "") if _WHOLE_NUMBER.fullmatch(text) else text
+def answer_part(text: str) -> str:
+    """Return the marked answer, or all of the text, without `$` or `**` around it; stripped."""
+    marked = marked_answer(text)
+    return _without_delimiters(text if marked is None else marked)
 
 
-def read_number(text: str) -> float | None:
-    r"""Return the value of a text that is one number or fraction (`-1,234.5`, `\frac{3}{4}`)."""
-    text = normalize_answer(text)
-    if _WHOLE_NUMBER.fullmatch(text):
-        return _finite(text)
-    fraction = _FRACTION.fullmatch(text)
-    if fraction is None:
-        return None
-    sign, *parts = fraction.groups()
-    over, under = (_finite(part) for part in parts if part is not None)
-    if over is None or not under:
-        return None
-    value = (-over if sign == "-" else over) / under
-    return value if math.isfinite(value) else None
+def _without_delimiters(text: str) -> str:
+    text = text.strip()
+    for opening, closing in (("**", "**"), *reversed(_CLOSING.items())):
+        if text.startswith(opening) and text.endswith(closing):
+            inner = text[len(opening) : -len(closing)]
+            if not any(mark in inner.replace("\\$", "") for mark in (opening, closing)):
+                text = inner.strip()
+    return text
 
 
-def last_number(text: str) -> float | None:
-    """Return the last number in a text; thousands separators, `$` and `%` are read over."""
-    text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\", "")
-    found = _NUMBER.findall(text.replace("$", "").replace("%", ""))
-    return _finite(found[-1]) if found else None
+def formulas(text: str) -> list[str]:
+    r"""Return what stands in `$...$`, `$$...$$`, `\(...\)` and `\[...\]`, in order.
+
+    Formulas that only commas, "and" and "or" separate are one list: "$x = 1$ or $x = 2$". A dollar
+    sign that opens a formula has a character behind it, one that closes it has one before it and no
+    digit behind it: "from $5 to $7" has no formula.
+    """
+    text, end = text[-_TAIL:], 0
+    found: list[list[str]] = []
+    opening: re.Match[str] | None = None
+    for mark in _DELIMITER.finditer(text):
+        if opening is not None and mark[0] == _CLOSING[opening[0]] and _may_close(text, mark):
+            formula = text[opening.end() : mark.start()].strip()
+            if found and _BETWEEN.fullmatch(text, end, opening.start()):
+                found[-1].append(formula)
+            else:
+                found.append([formula])
+            opening, end = None, mark.end()
+        elif mark[0] in _CLOSING and (opening is None or opening[0] == "$" == mark[0]):
+            opening = mark if mark[0] != "$" or text[mark.end() : mark.end() + 1].strip() else None
+    return [", ".join(parts) for parts in found]
 
 
-def _finite(text: str) -> float | None:
-    value = float(text.replace(",", "").replace(" ", ""))
-    return value if math.isfinite(value) else None
-
-
-def find_number(text: str) -> float | None:
-    """Return the number of a completion: its answer part read as one, else the last in it."""
-    answer = final_answer(text)
-    for value in (read_number(answer), last_number(answer)):
-        if value is not None:
-            return value
-    return last_number(text)
-
-
-def same_number(first: float | None, second: float | None) -> bool:
-    """Whether both are numbers at most 1e-6 apart."""
-    return first is not None and second is not None and abs(first - second) <= TOLERANCE
-
-
-def same_answer(first: str, second: str) -> bool:
-    """Whether two answers agree in their normalised spelling, or as numbers within 1e-6."""
-    if normalize_answer(first) == normalize_answer(second):
+def _may_close(text: str, mark: re.Match[str]) -> bool:
+    if mark[0] != "$":
         return True
-    return same_number(read_number(first), read_number(second))
+    return bool(text[mark.start() - 1].strip()) and not text[mark.end() : mark.end() + 1].isdigit()
+
+
+def behind_hashes(text: str) -> str | None:
+    """Return the rest of the line behind the last `####`; None if there is none."""
+    _, mark, rest = text.rpartition("####")
+    return rest.strip().split("\n", 1)[0].strip() if mark else None

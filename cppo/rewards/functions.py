@@ -1,229 +1,295 @@
-"""Rewards for what a completion says: correctness of its answer and format; see `cppo.rewards`."""
+r"""Rewards for what a completion says: correctness of its answer and format; see `cppo.rewards`.
+
+The arguments that they share:
+    completions: strings, or TRL's messages, of which the assistant's last is judged.
+    answer: one ground truth per completion: a string, a number, or a list of accepted answers.
+    generation_prompts: what the chat template wrote behind the last message, one string per
+        completion or one for all ("<think>" with `functools.partial`, in TRL); a completion is
+        judged on that text from its first `<think>` or `<answer>` on, and its own.
+    unfinished_thought: what a completion earns whose last `<think>` is not closed: a number; None,
+        which leaves the row out; or "judged", which looks for the answer in the thought. In any
+        other completion the answer stands behind the last `</think>`.
+"""
 
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from cppo.rewards.answers import (
-    final_answer,
-    find_number,
+    answer_part,
+    behind_hashes,
+    formulas,
     last_boxed,
     last_tagged,
-    read_number,
-    same_answer,
-    same_number,
+    marked_answer,
 )
+from cppo.rewards.checks import is_real, require
+from cppo.rewards.completions import judged_texts
+from cppo.rewards.judging import Judged, Rewards
+from cppo.rewards.latex import LONGEST
+from cppo.rewards.quantities import (
+    Quantity,
+    last_number,
+    only_number,
+    read_quantity,
+    same_quantity,
+)
+from cppo.rewards.spelling import compare, for_algebra, normalize_answer, same_answer
+from cppo.rewards.symbolic import equal_pairs, require_math_verify
+from cppo.rewards.units import PERCENT
 
 
-def completion_text(completion: Any) -> str:
-    """Return the text of a completion: a string, or the last of TRL's messages.
+def exact_match(
+    completions: Any,
+    *,
+    answer: Any = None,
+    generation_prompts: Any = None,
+    unfinished_thought: Any = 0.0,
+    **columns: Any,
+) -> Rewards:
+    r"""1 where the answer of the completion is the ground truth letter by letter.
 
-    Raises: TypeError for anything else.
-    """
-    if isinstance(completion, str):
-        return completion
-    if isinstance(completion, Sequence) and completion and isinstance(completion[-1], Mapping):
-        content = completion[-1].get("content")
-        if content is None or isinstance(content, str):
-            return content or ""
-        if isinstance(content, Sequence):
-            return "".join(str(part.get("text") or "") for part in content)
-    raise TypeError(
-        "cppo.rewards: a completion must be a string or a list of messages "
-        f"({{'role', 'content'}}), got {completion!r:.200}"
-    )
+    The answer is the last `<answer>`, else the last box, else all that follows the thought. White
+    space counts as one space, and `$`, `\(` or `\[` around all of an answer do not count.
 
-
-def texts_of(completions: Iterable[Any]) -> list[str]:
-    return [completion_text(completion) for completion in completions]
-
-
-def _pairs(name: str, completions: Any, answer: Any) -> list[tuple[str, str]]:
-    """Each completion's text with its ground truth as a string."""
-    texts = texts_of(completions)
-    if answer is None or isinstance(answer, str):
-        raise ValueError(
-            f"cppo.rewards.{name}: needs the column 'answer', one entry per completion, "
-            f"got {answer!r}"
-        )
-    if len(answer) != len(texts):
-        raise ValueError(
-            f"cppo.rewards.{name}: answer must have one entry per completion = {len(texts)}, "
-            f"got {len(answer)}"
-        )
-    golds = []
-    for row, gold in enumerate(answer):
-        if gold is None or not str(gold).strip():
-            raise ValueError(f"cppo.rewards.{name}: row {row} has no ground truth, got {gold!r}")
-        golds.append(str(gold).strip())
-    return list(zip(texts, golds, strict=True))
-
-
-def _unreadable(name: str, row: int, gold: str, expected: str) -> ValueError:
-    return ValueError(
-        f"cppo.rewards.{name}: row {row}: ground truth must be {expected}, got {gold!r}"
-    )
-
-
-def _gold_number(name: str, row: int, gold: str) -> float:
-    value = read_number(final_answer(gold))
-    if value is None:
-        raise _unreadable(name, row, gold, "a number")
-    return value
-
-
-def exact_match(completions: Any, *, answer: Any = None, **columns: Any) -> list[float]:
-    r"""1 where the answer part of the completion is the ground truth, up to white space.
-
-    Args:
-        completions: strings or messages; the answer part is the last `<answer>` tag, else the last
-            `\boxed{}`, else what follows `####` or `</think>`.
-        answer: ground truths.
+    Args: see `cppo.rewards.functions`.
     Returns: 0.0 or 1.0 per completion.
     Raises: ValueError naming a row without ground truth.
     """
-    pairs = _pairs("exact_match", completions, answer)
-    return [float(final_answer(text).split() == final_answer(gold).split()) for text, gold in pairs]
+    rows = Judged("exact_match", completions, answer, generation_prompts, unfinished_thought)
+    truths = rows.truths(lambda gold: answer_part(gold).split(), "an answer")
+    return rows.rewards(truths, lambda text, truth: float(answer_part(text).split() == truth))
 
 
-def numeric(completions: Any, *, answer: Any = None, **columns: Any) -> list[float]:
-    """1 where the completion's number equals the ground truth within 1e-6.
+def numeric(
+    completions: Any,
+    *,
+    answer: Any = None,
+    generation_prompts: Any = None,
+    unfinished_thought: Any = 0.0,
+    **columns: Any,
+) -> Rewards:
+    r"""1 where the number of the completion equals the ground truth, as `cppo.rewards.quantities`.
 
-    Args:
-        completions: strings or messages; their number is the answer part read as a number or
-            fraction, else the last number; thousands separators, `$` and `%` are read over.
-        answer: ground truths, one number each ("#### 42" counts as 42).
+    The number is what the last `<answer>`, or else the last box, holds: one number, alone, with a
+    unit or among words. Several numbers ("18 apples for 3 people") or a formula there earn 0. Where
+    there is neither, or no digit in it, it is the last number of what follows the thought.
+    Thousands may be set apart (1,234 and 12 000), fractions mixed (1 1/2); a unit must agree where
+    both have one; 50 % is 50 and 0.5.
+
+    Args: see `cppo.rewards.functions`; a ground truth is one number, with a unit or without, or
+        has one behind its last `####`.
     Returns: 0.0 or 1.0 per completion.
     Raises: ValueError naming a row whose ground truth is not a number.
     """
-    pairs = _pairs("numeric", completions, answer)
-    golds = [_gold_number("numeric", row, gold) for row, (_, gold) in enumerate(pairs)]
-    return [
-        float(same_number(find_number(text), gold))
-        for (text, _), gold in zip(pairs, golds, strict=True)
-    ]
+    rows = Judged("numeric", completions, answer, generation_prompts, unfinished_thought)
+    truths = rows.truths(_number_of_truth, "a number")
+    return rows.rewards(truths, lambda text, truth: float(_equal(_stated_number(text), truth)))
 
 
-def boxed(completions: Any, *, answer: Any = None, **columns: Any) -> list[float]:
-    r"""1 where the last `\boxed{}` holds the ground truth, in spelling or in value.
+def _number_of_truth(gold: str) -> Quantity | None:
+    return read_quantity(behind_hashes(gold) or "") or only_number(answer_part(gold))
 
-    Args:
-        completions: strings or messages.
-        answer: ground truths, bare or in a `\boxed{}` of their own.
-    Returns: 0.0 or 1.0 per completion; no closed box is 0.
+
+def _stated_number(text: str) -> Quantity | None:
+    marked = marked_answer(text)
+    if marked is not None and any(character.isdecimal() for character in marked):
+        return only_number(marked)
+    return read_quantity(text) or last_number(text)
+
+
+def _equal(number: Quantity | None, truth: Quantity) -> bool:
+    return number is not None and same_quantity(number, truth)
+
+
+def boxed(
+    completions: Any,
+    *,
+    answer: Any = None,
+    generation_prompts: Any = None,
+    unfinished_thought: Any = 0.0,
+    **columns: Any,
+) -> Rewards:
+    r"""1 where the last box holds the ground truth, in spelling or in value, element by element.
+
+    What a box is says `cppo.rewards.answers.last_boxed`, what equality is `cppo.rewards.spelling`.
+
+    Args: see `cppo.rewards.functions`; a ground truth is bare, or in `$`, a box or `<answer>`.
+    Returns: 0.0 or 1.0 per completion; no closed box behind the thought is 0.
     Raises: ValueError naming a row without ground truth.
     """
-    rewards = []
-    for row, (text, gold) in enumerate(_pairs("boxed", completions, answer)):
-        truth = last_boxed(gold) if "\\boxed" in gold else gold
-        if truth is None or not truth.strip():
-            raise _unreadable("boxed", row, gold, "an answer, bare or in a closed \\boxed{}")
-        found = last_boxed(text)
-        rewards.append(float(found is not None and same_answer(found, truth)))
-    return rewards
+    rows = Judged("boxed", completions, answer, generation_prompts, unfinished_thought)
+    truths = rows.truths(_truth, "an answer, bare or in a closed \\boxed{}")
+    return rows.rewards(
+        truths, lambda text, truth: float(same_answer(last_boxed(text) or "", truth))
+    )
 
 
-def math_verify(completions: Any, *, answer: Any = None, **columns: Any) -> list[float]:
-    r"""1 where math-verify finds the completion's answer equivalent to the ground truth.
+def _truth(gold: str) -> str:
+    """The answer part of a ground truth; "" if it says nothing or its box is not closed."""
+    truth = answer_part(gold)
+    says_something = len(truth) > LONGEST or normalize_answer(truth) != ""
+    return truth if says_something and "\\boxed" not in truth else ""
 
-    Args:
-        completions: strings or messages; a `\boxed{}` is looked at first.
-        answer: ground truths in LaTeX, bare, in `$...$` or in `\boxed{}`.
+
+def math_verify(
+    completions: Any,
+    *,
+    answer: Any = None,
+    generation_prompts: Any = None,
+    unfinished_thought: Any = 0.0,
+    timeout: float = 5.0,
+    **columns: Any,
+) -> Rewards:
+    r"""1 where the completion's answer equals the ground truth, by spelling, value or math-verify.
+
+    The answer is the last `<answer>`, else the last box, else all that follows the thought; of text
+    around formulas in `$`, `\(` or `\[` the last formula counts as well, and of text without LaTeX
+    its only number. math-verify is asked where `cppo.rewards.spelling` cannot tell, and runs in a
+    process of its own (`cppo.rewards.symbolic`), so that the time limit holds in any thread.
+
+    Args: see `cppo.rewards.functions`.
+        timeout: seconds for one comparison; what takes longer earns 0.
     Returns: 0.0 or 1.0 per completion.
     Raises: ImportError without the package math-verify (`pip install "cppo[math]"`); ValueError
-        naming a row whose ground truth cannot be parsed.
+        naming a row without ground truth.
     """
-    try:
-        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-    except ImportError as error:
-        raise ImportError(
-            "cppo.rewards.math_verify: needs the package math-verify: pip install 'cppo[math]'"
-        ) from error
-    # math-verify stops a parse with a signal, which only the main thread may set.
-    limit = 5 if threading.current_thread() is threading.main_thread() else 0
-    options = {
-        "extraction_config": [
-            LatexExtractionConfig(boxed_match_priority=0),
-            ExprExtractionConfig(),
-        ],
-        "parsing_timeout": limit,
+    require_math_verify("math_verify")
+    require("math_verify", timeout=(is_real(timeout) and timeout > 0, "a number > 0", timeout))
+    rows = Judged("math_verify", completions, answer, generation_prompts, unfinished_thought)
+    truths = rows.truths(_readings_of_truth, "an expression or a word")
+    verdicts = {
+        (text, truth): _verdict(text, truth)
+        for text, accepted in zip(rows.texts, truths, strict=True)
+        for truth in accepted
+        if text is not None
     }
-    truths: dict[str, list[Any]] = {}
-    rewards = []
-    for row, (text, gold) in enumerate(_pairs("math_verify", completions, answer)):
-        if gold not in truths:
-            marked = gold if "\\boxed" in gold or "$" in gold else f"${gold}$"
-            truths[gold] = parse(marked, **options)
-        if not truths[gold]:
-            raise _unreadable("math_verify", row, gold, "an expression math-verify can parse")
-        try:
-            tagged = last_tagged(text)
-            found = parse(text if tagged is None else tagged, **options)
-            rewards.append(float(verify(truths[gold], found, timeout_seconds=limit)))
-        except Exception:  # whatever sympy makes of a sampled text, it is not the answer
-            rewards.append(0.0)
-    return rewards
+    asked = [verdict for verdict in verdicts.values() if isinstance(verdict, tuple)]
+    right = {True, *equal_pairs(asked, timeout)}
+    return rows.rewards(truths, lambda text, truth: float(verdicts[text, truth] in right))
 
 
-def gsm8k(completions: Any, *, answer: Any = None, **columns: Any) -> list[float]:
+def _verdict(text: str, truth: tuple[str, ...]) -> bool | tuple[str, str]:
+    """Whether the answer of a text is the truth; what algebra has to compare, if only that can."""
+    readings = _readings(text)
+    found = [compare(reading, gold) for reading in readings for gold in truth]
+    if True in found or _says_number(answer_part(text), truth[-1]):
+        return True
+    if not readings or found[-1] is False:
+        return False
+    formula, true_formula = for_algebra(readings[-1]), for_algebra(truth[-1])
+    return False if formula is None or true_formula is None else (true_formula, formula)
+
+
+def _says_number(part: str, truth: str) -> bool:
+    """Whether the last line of an answer is a sentence with the number that the truth is."""
+    line, number = part.rpartition("\n")[2], read_quantity(truth)
+    has_words = re.search(r"[A-Za-z]{2}", line) is not None
+    return number is not None and has_words and _equal(only_number(line), number)
+
+
+def _readings(text: str) -> tuple[str, ...]:
+    """What the answer of a text may be: all of its answer part, and the last formula in that."""
+    part = answer_part(text)
+    return tuple(reading for reading in (part, *formulas(part)[-1:]) if reading)
+
+
+def _readings_of_truth(gold: str) -> tuple[str, ...]:
+    """What a ground truth may be: all of it, and the formula in it if there is only one."""
+    truth = _truth(gold)
+    found = formulas(truth)
+    return tuple(reading for reading in [truth, *found] if reading)[: 2 if len(found) == 1 else 1]
+
+
+def gsm8k(
+    completions: Any,
+    *,
+    answer: Any = None,
+    generation_prompts: Any = None,
+    unfinished_thought: Any = 0.0,
+    **columns: Any,
+) -> Rewards:
     """2.0 for the exact answer in `<answer>` tags, 1.5 for the right number, else 0.
 
     Specification: the reward of arXiv 2503.22342's GSM8K runs: commas removed, the tag's content
     equal to the ground truth is exact; numerically equal, or else the text's last number, is 1.5.
-    Args:
-        completions: strings or messages.
-        answer: ground truths, one number each ("#### 42" counts as 42).
+    Numbers are found and compared as in `numeric`; without a tag or a box, the one that a line
+    `#### 42` marks, as in GSM8K's own solutions, goes before the last.
+
+    Args: see `cppo.rewards.functions`; a ground truth is one number ("#### 42" counts as 42).
     Returns: 0.0, 1.5 or 2.0 per completion.
     Raises: ValueError naming a row whose ground truth is not a number.
     """
-    rewards = []
-    for row, (text, gold) in enumerate(_pairs("gsm8k", completions, answer)):
-        value = _gold_number("gsm8k", row, gold)
-        tagged = last_tagged(text)
-        exact = tagged is not None and tagged.replace(",", "") == final_answer(gold).replace(
-            ",", ""
-        )
-        close = same_number(find_number(text), value)
-        rewards.append(2.0 if exact else 1.5 if close else 0.0)
-    return rewards
+    rows = Judged("gsm8k", completions, answer, generation_prompts, unfinished_thought)
+    truths = rows.truths(_gsm8k_truth, "a number")
+    return rows.rewards(truths, _gsm8k_reward)
+
+
+def _gsm8k_truth(gold: str) -> tuple[str, Quantity] | None:
+    spelled = behind_hashes(gold) or answer_part(gold)
+    number = read_quantity(spelled)
+    if number is None or number.unit not in ("", PERCENT, "dollar"):
+        return None
+    return spelled.replace(",", ""), number
+
+
+def _gsm8k_reward(text: str, truth: tuple[str, Quantity]) -> float:
+    spelled, number = truth
+    if (last_tagged(text) or "").replace(",", "") == spelled:
+        return 2.0
+    stated = _stated_number(text)
+    if marked_answer(text) is None:
+        stated = read_quantity(behind_hashes(text) or "") or stated
+    return 1.5 if _equal(stated, number) else 0.0
 
 
 def _thinks_once(text: str) -> str | None:
     """What follows `<think>...</think>`, if the text starts with it and holds it only once."""
-    if text.count("<think>") != 1 or text.count("</think>") != 1:
+    text = text.lstrip()
+    if text.count("<think>") != 1 or text.count("</think>") != 1 or not text.startswith("<think>"):
         return None
-    match = re.fullmatch(r"\s*<think>.*?</think>(.*)", text, re.DOTALL)
-    return match.group(1) if match else None
+    return text.partition("</think>")[2].strip()
 
 
-def think_format(completions: Any, **columns: Any) -> list[float]:
+def think_format(
+    completions: Any, *, generation_prompts: Any = None, **columns: Any
+) -> list[float]:
     """1 where a completion is `<think>...</think>`, once, followed by an answer; else 0."""
-    return [float(bool((_thinks_once(text) or "").strip())) for text in texts_of(completions)]
+    texts = judged_texts("think_format", completions, generation_prompts)
+    return [float(bool(_thinks_once(text))) for text in texts]
 
 
-def think_answer_format(completions: Any, **columns: Any) -> list[float]:
+def think_answer_format(
+    completions: Any, *, generation_prompts: Any = None, **columns: Any
+) -> list[float]:
     """1 where a completion is `<think>...</think>` then `<answer>...</answer>` and nothing else."""
-    pattern = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
-    rests = [_thinks_once(text) for text in texts_of(completions)]
-    return [float(rest is not None and pattern.fullmatch(rest) is not None) for rest in rests]
+    texts = judged_texts("think_answer_format", completions, generation_prompts)
+    return [float(_is_one_tag(_thinks_once(text) or "")) for text in texts]
 
 
-def think_boxed_format(completions: Any, **columns: Any) -> list[float]:
+def _is_one_tag(text: str) -> bool:
+    is_whole = text.startswith("<answer>") and text.endswith("</answer>")
+    return is_whole and text.count("<answer>") == 1 and text.count("</answer>") == 1
+
+
+def think_boxed_format(
+    completions: Any, *, generation_prompts: Any = None, **columns: Any
+) -> list[float]:
     r"""1 where a completion is `<think>...</think>`, once, then text with a closed `\boxed{}`."""
-    rests = [_thinks_once(text) for text in texts_of(completions)]
-    return [float(rest is not None and last_boxed(rest) is not None) for rest in rests]
+    texts = judged_texts("think_boxed_format", completions, generation_prompts)
+    return [float(last_boxed(_thinks_once(text) or "") is not None) for text in texts]
 
 
-def tag_count(completions: Any, **columns: Any) -> list[float]:
+def tag_count(completions: Any, *, generation_prompts: Any = None, **columns: Any) -> list[float]:
     """A quarter for each of `<think>`, `</think>`, `<answer>`, `</answer>` that occurs once."""
     tags = ("<think>", "</think>", "<answer>", "</answer>")
-    return [sum(text.count(tag) == 1 for tag in tags) / 4 for text in texts_of(completions)]
+    texts = judged_texts("tag_count", completions, generation_prompts)
+    return [sum(text.count(tag) == 1 for tag in tags) / 4 for text in texts]
 
 
-ACCURACIES: dict[str, Callable[..., list[float]]] = {
+ACCURACIES: dict[str, Callable[..., Rewards]] = {
     "exact_match": exact_match,
     "numeric": numeric,
     "boxed": boxed,

@@ -7,43 +7,39 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from cppo.rewards.functions import ACCURACIES, texts_of
+from cppo.rewards.checks import is_count, is_real, require
+from cppo.rewards.completions import completion_text
+from cppo.rewards.functions import ACCURACIES, math_verify
+from cppo.rewards.symbolic import require_math_verify
+
+UNITS = ("characters", "tokens")
 
 
-def _lengths(name: str, unit: str, completions: Any, columns: Mapping[str, Any]) -> list[int]:
+def _pieces(name: str, unit: str, completions: Any, columns: Mapping[str, Any]) -> list[Any]:
+    """Each completion as the sequence of its characters or of its token ids."""
     if unit == "characters":
-        return [len(text) for text in texts_of(completions)]
+        return [completion_text(completion) for completion in completions]
     ids = columns.get("completion_ids")
     if ids is None:
         raise ValueError(
             f"cppo.rewards.{name}: unit 'tokens' needs `completion_ids` from the trainer; "
             "without them use unit 'characters'"
         )
-    return [len(row) for row in ids]
+    return list(ids)
 
 
-def require(name: str, **checks: tuple[bool, str, Any]) -> None:
-    for field, (holds, expected, value) in checks.items():
-        if not holds:
-            raise ValueError(f"cppo.rewards.{name}: {field} must be {expected}, got {value!r}")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def is_real(*values: Any) -> bool:
-    return all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    )
+def _lengths(name: str, unit: str, completions: Any, columns: Mapping[str, Any]) -> list[int]:
+    return [len(pieces) for pieces in _pieces(name, unit, completions, columns)]
 
 
 def _check_length_options(name: str, unit: Any, accuracy: Any = "boxed") -> None:
     require(
         name,
-        unit=(unit in ("characters", "tokens"), "'characters' or 'tokens'", unit),
+        unit=(unit in UNITS, "'characters' or 'tokens'", unit),
         accuracy=(accuracy in ACCURACIES, f"one of {', '.join(ACCURACIES)}", accuracy),
     )
+    if ACCURACIES[accuracy] is math_verify:
+        require_math_verify(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,43 +47,51 @@ class Length:
     """Short among the completions of its question: +-0.5 when right, at most 0 when wrong.
 
     Specification: Kimi k1.5 (arXiv 2501.12599): `s = 0.5 - (length - min) / (max - min)` over the
-    completions of a question (contiguous rows of equal prompt and answer); right: s, wrong:
-    min(0, s); 0 where all are equally long.
-    Fields: accuracy (the reward that says what is right, if above 0), unit (characters | tokens).
+    completions of a question; right: s, wrong: min(0, s); 0 where all are equally long. A
+    question's completions are `group_size` neighbouring rows, which the trainer says; in TRL, which
+    does not, set the field to its `num_generations`.
+    Fields: accuracy (the reward that says what is right, if above 0), unit (characters | tokens),
+        group_size (completions per question, where the trainer does not pass `group_size`).
     """
 
     name: ClassVar[str] = "length"
     accuracy: str = "boxed"
     unit: str = "characters"
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         _check_length_options(self.name, self.unit, self.accuracy)
+        good = self.group_size is None or is_count(self.group_size)
+        require(self.name, group_size=(good, "a whole number >= 1, or None", self.group_size))
 
-    def __call__(self, completions: Any, *, prompts: Any = None, **columns: Any) -> list[float]:
+    def __call__(
+        self, completions: Any, *, group_size: int | None = None, **columns: Any
+    ) -> list[float]:
         right = ACCURACIES[self.accuracy](completions, **columns)
         lengths = _lengths(self.name, self.unit, completions, columns)
+        size = self._group_size(group_size, len(lengths))
         rewards: list[float] = []
-        for start, stop in _questions(len(lengths), prompts, columns.get("answer")):
-            short, long = min(lengths[start:stop]), max(lengths[start:stop])
-            for row in range(start, stop):
-                if short == long:
-                    rewards.append(0.0)
-                    continue
-                score = 0.5 - (lengths[row] - short) / (long - short)
-                rewards.append(score if right[row] > 0 else min(0.0, score))
+        for start in range(0, len(lengths), size):
+            group = lengths[start : start + size]
+            short, long = min(group), max(group)
+            for length, is_right in zip(group, right[start:], strict=False):
+                score = 0.5 - (length - short) / (long - short) if short < long else 0.0
+                rewards.append(score if is_right > 0 else min(0.0, score))
         return rewards
 
-
-def _questions(count: int, prompts: Any, answer: Any) -> list[tuple[int, int]]:
-    """(start, stop) of each run of rows with one prompt and one ground truth."""
-    changes = [
-        row
-        for row in range(1, count)
-        if (prompts is not None and prompts[row] != prompts[row - 1])
-        or (answer is not None and answer[row] != answer[row - 1])
-    ]
-    edges = [0, *changes, count] if count else []
-    return list(zip(edges, edges[1:], strict=False))
+    def _group_size(self, given: int | None, rows: int) -> int:
+        size = self.group_size if given is None else given
+        if size is None:
+            raise ValueError(
+                "cppo.rewards.length: needs to know which rows are one question's: `group_size` "
+                "from the trainer, or the field Length(group_size=...), TRL's num_generations"
+            )
+        require(self.name, group_size=(is_count(size), "a whole number >= 1", size))
+        if rows % size:
+            raise ValueError(
+                f"cppo.rewards.length: rows must be a multiple of group_size = {size}, got {rows}"
+            )
+        return size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +120,7 @@ class CosineLength:
         }
         require(
             self.name,
-            max_length=(_is_count(self.max_length), "a whole number >= 1", self.max_length),
+            max_length=(is_count(self.max_length), "a whole number >= 1", self.max_length),
             correct=(good["correct"], "(at length 0, at max_length)", self.correct),
             wrong=(good["wrong"], "(at length 0, at max_length)", self.wrong),
         )
@@ -134,31 +138,34 @@ class CosineLength:
 
 @dataclasses.dataclass(frozen=True)
 class RepetitionPenalty:
-    """`max_penalty` times the share of word n-grams that occurred before in the completion.
+    """`max_penalty` times the share of n-grams that occurred before in the completion.
 
-    Specification: arXiv 2502.03373, appendix C.2: `max_penalty (1 - distinct / all)`.
-    Fields: ngram_size (words, >= 1), max_penalty (<= 0).
+    Specification: arXiv 2502.03373, appendix C.2: `max_penalty (1 - distinct / all)`. The n-grams
+    are of tokens, because white space is no bound of words in every language; they need
+    `completion_ids`, which cppo's trainer and TRL pass.
+    Fields: ngram_size (in `unit`, >= 1), max_penalty (<= 0), unit (tokens | characters).
     """
 
     name: ClassVar[str] = "repetition_penalty"
     ngram_size: int = 3
     max_penalty: float = -1.0
+    unit: str = "tokens"
 
     def __post_init__(self) -> None:
+        _check_length_options(self.name, self.unit)
         good = is_real(self.max_penalty) and self.max_penalty <= 0
         require(
             self.name,
-            ngram_size=(_is_count(self.ngram_size), "a whole number >= 1", self.ngram_size),
+            ngram_size=(is_count(self.ngram_size), "a whole number >= 1", self.ngram_size),
             max_penalty=(good, "a number <= 0", self.max_penalty),
         )
 
     def __call__(self, completions: Any, **columns: Any) -> list[float]:
         rewards = []
-        for text in texts_of(completions):
-            words = text.lower().split()
-            count = len(words) - self.ngram_size + 1
-            ngrams = {tuple(words[i : i + self.ngram_size]) for i in range(max(0, count))}
-            repeated = 1 - len(ngrams) / count if count > 0 else 0.0
+        for pieces in _pieces(self.name, self.unit, completions, columns):
+            pieces = pieces.tolist() if hasattr(pieces, "tolist") else pieces
+            ngrams = list(zip(*(pieces[i:] for i in range(self.ngram_size)), strict=False))
+            repeated = 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
             rewards.append(self.max_penalty * repeated if repeated else 0.0)
         return rewards
 
@@ -178,10 +185,10 @@ class Overlong:
 
     def __post_init__(self) -> None:
         _check_length_options(self.name, self.unit)
-        good = _is_count(self.buffer) and _is_count(self.max_length)
+        good = is_count(self.buffer) and is_count(self.max_length)
         require(
             self.name,
-            max_length=(_is_count(self.max_length), "a whole number >= 1", self.max_length),
+            max_length=(is_count(self.max_length), "a whole number >= 1", self.max_length),
             buffer=(good and self.buffer <= self.max_length, "in 1 ... max_length", self.buffer),
         )
 

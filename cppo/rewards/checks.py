@@ -1,0 +1,25 @@
+"""Options of the rewards, checked with one wording."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def require(name: str, **checks: tuple[bool, str, Any]) -> None:
+    """Raise ValueError for the first option of {name: (holds, expected, value)} that is wrong."""
+    for option, (holds, expected, value) in checks.items():
+        if not holds:
+            raise ValueError(f"cppo.rewards.{name}: {option} must be {expected}, got {value!r}")
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number >= 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_real(*values: Any) -> bool:
+    """Whether all values are finite numbers."""
+    return all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
+    )

@@ -1,0 +1,148 @@
+"""Equality by algebra: math-verify, in a process of its own.
+
+Sampled text can hold sympy for ever or fill the memory (`10^{10^{10}}`), and Python stops neither
+in a thread. So one worker process per process of the run is started when it is first needed, asked
+again and again, and replaced when it dies. It ends itself at the time limit, at its limit of memory
+and when its input ends, which it does however the parent ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+_SCRIPT = Path(__file__).with_name("symbolic_worker.py")
+
+
+def require_math_verify(what: str) -> None:
+    """Raise ImportError with the words to install it, if math-verify cannot be imported."""
+    try:
+        import math_verify  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"cppo.rewards.{what}: needs the package math-verify: pip install 'cppo[math]'"
+        ) from error
+
+
+def equal_pairs(pairs: Iterable[tuple[str, str]], seconds: float) -> set[tuple[str, str]]:
+    """Return those pairs of a truth and an answer that math-verify finds equal.
+
+    Args:
+        pairs: formulas without delimiters, in the spelling of `latex.plain`.
+        seconds: the time for one pair; what takes longer is not equal.
+    Raises: RuntimeError if the worker cannot be started.
+    """
+    answers: dict[str, list[str]] = {}
+    for truth, answer in dict.fromkeys(pairs):
+        answers.setdefault(truth, []).append(answer)
+    equal: set[tuple[str, str]] = set()
+    for truth, theirs in answers.items():
+        verdicts = _worker.ask(truth, theirs, seconds)
+        equal.update((truth, answer) for answer, same in zip(theirs, verdicts, strict=True) if same)
+    return equal
+
+
+class _Worker:
+    """The worker process of this process, which one thread asks at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, truth: str, answers: list[str], seconds: float) -> list[bool]:
+        """Whether each answer equals the truth; one at which the worker dies does not."""
+        verdicts: list[bool] = []
+        with self._lock:
+            try:
+                while len(verdicts) < len(answers):
+                    is_new = self._start()
+                    self._send([seconds, truth, answers[len(verdicts) :]])
+                    replies = self._replies(1 + len(answers) - len(verdicts))
+                    # A worker that dies at the truth may have died before it was asked.
+                    if replies[:1] == [False] or (not replies and is_new):
+                        break
+                    verdicts += replies[1:]
+                    if replies and len(verdicts) < len(answers):
+                        verdicts.append(False)
+            except BaseException:
+                self.stop()  # an interrupted worker would answer the next question with this one's
+                raise
+        return verdicts + [False] * (len(answers) - len(verdicts))
+
+    def _start(self) -> bool:
+        """Start the worker if it does not run; whether it did not."""
+        if self._process is not None and self._process.poll() is None:
+            return False
+        self.stop()
+        self._process = subprocess.Popen(
+            [sys.executable, str(_SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # the same verdict in every run
+        )
+        self._send([place for place in sys.path if isinstance(place, str)])
+        reply = self._read_line()
+        if reply != "ready":
+            reason = reply or "it gives no reason"
+            raise RuntimeError(f"cppo.rewards.math_verify: its process does not start: {reason}")
+        return True
+
+    def _send(self, message: object) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        data = memoryview(json.dumps(message).encode() + b"\n")
+        try:
+            while data:
+                data = data[self._process.stdin.write(data) :]
+        except BrokenPipeError:
+            pass  # it has died: no reply will come
+
+    def _replies(self, most: int) -> list[bool]:
+        """The verdict on the truth, then on the answers: fewer if it dies or the truth is bad."""
+        replies: list[bool] = []
+        while len(replies) < most and replies != [False]:
+            line = self._read_line()
+            if not line:
+                self.stop()
+                break
+            replies.append(line == "1")
+        return replies
+
+    def _read_line(self) -> str:
+        assert self._process is not None and self._process.stdout is not None
+        return self._process.stdout.readline().decode(errors="replace").strip()
+
+    def stop(self) -> None:
+        """End the worker, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self.forget()
+
+    def forget(self) -> None:
+        """Close this process's ends of the pipes and begin again without a worker."""
+        if self._process is not None:
+            assert self._process.stdin is not None and self._process.stdout is not None
+            self._process.stdin.close()
+            self._process.stdout.close()
+            self._process = None
+
+    def after_fork(self) -> None:
+        """Begin again in a forked child, in which no thread holds the lock."""
+        self._lock = threading.Lock()
+        if self._process is not None:
+            self._process.returncode = 0  # nothing to wait for: it is the parent's child
+        self.forget()
+
+
+_worker = _Worker()
+atexit.register(_worker.stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_worker.after_fork)

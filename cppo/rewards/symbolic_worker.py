@@ -1,0 +1,184 @@
+"""The process in which math-verify runs: questions in, one verdict per line out.
+
+`cppo.rewards.symbolic` runs this file as a script, so that it starts without torch and without the
+user's own script. The first line is the parent's module path. Each further one is [seconds, truth,
+answers]; the replies are "1" or "0" for whether the truth can be read and, if it can, for each
+answer whether it equals the truth. The end of the input ends the process.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import json
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+STARTING_SECONDS = 300.0
+MEMORY = 3 * 2**30  # bytes of addresses
+RENEWED_AT = 2**30  # bytes: a process that once held as much makes room for a new one
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    questions, replies = _take_standard_streams()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    logging.disable()
+    _limit_memory()
+    _exit_after(STARTING_SECONDS)
+    sys.path[:] = json.loads(questions.readline())
+    try:
+        _make_strict()
+        equals("x^2", "x^{2}")  # the first question is the slowest: sympy and the grammar load
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}".replace("\n", " "), file=replies)
+        return
+    print("ready", file=replies)
+    faulthandler.cancel_dump_traceback_later()
+    for question in questions:
+        seconds, truth, answers = json.loads(question)
+        _exit_after(seconds)
+        can_be_read = bool(_parsed(truth))
+        print(int(can_be_read), file=replies)
+        for answer in answers if can_be_read else ():
+            _exit_after(seconds)
+            print(int(equals(truth, answer)), file=replies)
+        faulthandler.cancel_dump_traceback_later()
+        if _peak_memory() > RENEWED_AT:
+            return
+
+
+def equals(truth: str, answer: str) -> bool:
+    """Whether math-verify finds an answer equal to a truth."""
+    from math_verify import verify
+
+    first, second = _parsed(truth), _parsed(answer)
+    try:
+        same = first and second and verify(first, second, timeout_seconds=None)
+        return bool(same or _is_symbol(first[0], second[0]))
+    except Exception:  # whatever sympy makes of sampled text, it is not the answer
+        return False
+
+
+def _is_symbol(first: Any, second: Any) -> bool:
+    """Whether one is a symbol and the other equals it, of which math-verify compares the names."""
+    from sympy import Expr, Symbol, simplify
+
+    is_one = isinstance(first, Symbol) or isinstance(second, Symbol)
+    both = isinstance(first, Expr) and isinstance(second, Expr)
+    return is_one and both and simplify(first - second) == 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(formula: str) -> list[Any]:
+    """What math-verify reads all of a formula as; empty if it cannot."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+
+    # Its own removal of units takes all from the first \text to the last.
+    normalization = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+    )
+    return parse(
+        f"${formula}$",
+        [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)],
+        fallback_mode="no_fallback",
+        extraction_mode="first_match",
+        parsing_timeout=None,
+    )
+
+
+def _make_strict() -> None:
+    """Have math-verify find numbers and equations equal only where the functions below do too."""
+    from math_verify import grader
+
+    def strict(compare: Any, check: Any) -> Any:
+        return lambda one, other, *options: compare(one, other, *options) and check(one, other)
+
+    for name, check in (
+        ("sympy_numeric_eq", _are_close),
+        ("sympy_compare_relational", _say_the_same),
+    ):
+        if hasattr(grader, name):
+            setattr(grader, name, strict(getattr(grader, name), check))
+
+
+def _are_close(first: Any, second: Any) -> bool:
+    """Whether two numbers agree to a relative 1e-5; True for what is no number.
+
+    math-verify rounds to six decimals, for which all small numbers are alike. Percentages, which
+    it keeps unevaluated, are equal to it in either reading.
+    """
+    from sympy import Expr, UnevaluatedExpr
+
+    if not all(isinstance(x, Expr) and x.is_number for x in (first, second)):
+        return True
+    if first.has(UnevaluatedExpr) or second.has(UnevaluatedExpr):
+        return True
+    try:
+        x, y = complex(first.evalf()), complex(second.evalf())
+    except (TypeError, ValueError, OverflowError):
+        return True
+    return abs(x - y) <= 1e-5 * max(abs(x), abs(y))
+
+
+def _say_the_same(first: Any, second: Any) -> bool:
+    """Whether two equations say the same; True for other relations.
+
+    To math-verify all equations without a solution are equal, and so are all that are always true.
+    """
+    from sympy import Eq, simplify, solve
+
+    if not (isinstance(first, Eq) and isinstance(second, Eq)):
+        return True
+    if not first.free_symbols or not second.free_symbols:
+        sides = (first.lhs - second.lhs, first.rhs - second.rhs)
+        return all(simplify(side) == 0 for side in sides)
+    ratio = simplify((first.lhs - first.rhs) / (second.lhs - second.rhs))
+    if ratio.is_number and ratio.is_finite and ratio != 0:
+        return True
+    return bool(solve(first, first.free_symbols) and solve(second, second.free_symbols))
+
+
+def _take_standard_streams() -> tuple[Any, Any]:
+    """The streams to the parent, of which nothing else in this process knows."""
+    questions = os.fdopen(os.dup(0), "rb")
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nowhere, stream)
+    return questions, replies
+
+
+def _exit_after(seconds: float) -> None:
+    """End the process by a thread that needs no GIL, unless the next call comes first."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    except (ImportError, OSError, ValueError):
+        pass  # this system has no such limit
+
+
+def _peak_memory() -> int:
+    """The most bytes that this process has held; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this file's folder
+    main()

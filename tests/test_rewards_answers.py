@@ -1,0 +1,337 @@
+r"""Answers against ground truths: every kind of answer, in every wrapping, by every reward.
+
+The values are worked out by hand: an answer equals its ground truth or it does not.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from cppo import rewards
+from cppo.rewards.answers import behind_hashes, formulas, last_boxed, last_tagged
+from cppo.rewards.spelling import normalize_answer
+
+NEEDS_MATH = "the extra 'math' is not installed"
+
+
+def one(function, text, gold, **columns):
+    (reward,) = function([text], prompts=["?"], answer=[gold], **columns)
+    return reward
+
+
+# ---- kinds of answers
+
+# (ground truth, answers that equal it in spelling or in value, answers that only algebra can tell
+# to be equal, answers that differ)
+KINDS = [
+    (
+        r"\sqrt{2}",
+        [r"\sqrt2", "\u221a2", r"\sqrt {2}"],
+        [r"\frac{2}{\sqrt{2}}"],
+        ["2", r"\sqrt{3}"],
+    ),
+    (
+        "1",
+        ["1.0", "x = 1", r"\frac{3}{3}"],
+        [r"\sin^2 x + \cos^2 x"],
+        [r"1 - \sqrt{2}", "1x", "-1"],
+    ),
+    (r"\frac{1}{2}", [r"\frac12", r"\dfrac{1}{2}", "1/2", "0.5", "\u00bd"], ["2^{-1}"], ["1", "2"]),
+    (r"\frac{\sqrt{3}}{2}", [r"\frac{\sqrt3}2"], [r"\sqrt{\frac{3}{4}}"], [r"\frac{3}{2}"]),
+    ("p - q", ["p-q", r"p\,-\,q"], ["-q + p"], ["q - p", "p", "P - Q"]),
+    ("x^2+2x+1", ["x^{2} + 2x + 1"], ["(x+1)^2"], ["x^2+2x", "x^2-2x+1"]),
+    (r"2\pi rh", [r"2 \pi r h", "2\u03c0rh"], [r"2 h r \pi"], [r"2\pi r"]),
+    ("y = 2x + 3", ["y=2x+3", "2x + 3"], ["y = 3 + 2x"], ["y = 2x - 3", "z = 2x + 3"]),
+    ("x = 5", ["5", "x=5", "x = 5.0"], [], ["y = 5", "x = 6", "x"]),
+    ("x > 5", ["x>5", r"x \gt 5"], ["5 < x"], ["x < 5", r"x \ge 5", "5"]),
+    (r"x \le 5", [r"x\leq 5", r"x \leqslant 5", "x \u2264 5"], [r"5 \ge x"], ["x < 5"]),
+    ("(1, 2)", ["(1,2)", r"\left( 1, 2 \right)", "(1.0, 4/2)"], [], ["(2,1)", "[1,2]", "(1,2]"]),
+    ("[0, 1)", ["[0,1)", r"\left[0, 1\right)"], [], ["(0,1)", "[0,1]", "[0,2)", r"\{0, 1\}"]),
+    (r"(-\infty, 2)", [r"(-\infty,2)", r"\left(-\infty, 2\right)"], [], [r"(-\infty, 2]"]),
+    (
+        r"(-\infty,2)\cup(3,\infty)",
+        ["(-\u221e, 2) \u222a (3, \u221e)"],
+        [r"(3,\infty)\cup(-\infty,2)"],
+        [r"(-\infty,2)\cup[3,\infty)", r"(-\infty,2)"],
+    ),
+    (r"\{1, 2\}", [r"\{1,2\}", r"\left\{ 1, 2 \right\}"], [r"\{2, 1\}"], [r"\{1,3\}", "(1,2)"]),
+    (r"\emptyset", [r"\varnothing", "\u2205"], [], ["0", r"\{0\}"]),
+    (
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+        [
+            r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+            r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}",
+            r"\left(\begin{array}{cc} 1 & 2 \\ 3 & 4 \\ \end{array}\right)",
+        ],
+        [r"\begin{pmatrix} 1 & 2 \\ 3 & 2^2 \end{pmatrix}"],
+        [
+            r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}",
+            r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}",
+        ],
+    ),
+    ("B", ["(B)", r"\text{B}", r"\textbf{(B)}", "B.", "B)"], [], ["A", "b", "(C)", "AB"]),
+    (r"\text{Evelyn}", ["Evelyn", r"\mathrm{Evelyn}", "evelyn"], [], ["Evenly", "Eve", "yes"]),
+    ("east", [r"\text{east}", "East"], [], ["seat", "west", "eats"]),
+    ("No", [r"\text{no}", "no."], [], ["yes", "on", "not"]),
+    ("two words", ["two  words", r"\text{two words}"], [], ["twowords", "two", "words two"]),
+    ("nowhere", [r"\text{nowhere}"], [], ["now here"]),
+    ("x", [r"\(x\)"], [r"\frac{2x}{2}", "x + 0"], ["y", "X", "2x"]),
+    ("1, 2", ["1,2", r"1,\, 2"], ["2, 1"], ["12", "1", "1, 3", "1, 2, 3"]),
+    ("1,234", ["1234", r"1{,}234", "1 234"], [], ["1", "234", "1, 2, 3, 4"]),
+    ("11", ["11.0"], [], ["1 1", "1, 1", "1/1"]),
+    ("3 + 2i", ["3+2i"], ["2i + 3"], ["3 - 2i", "3"]),
+    (r"90^\circ", ["90", r"90^{\circ}", "90\u00b0", "90 degrees"], [], ["9", r"90\%"]),
+    (r"45\%", ["45", "45%", "0.45", r"\frac{9}{20}"], [], ["4.5", "55\\%"]),
+    (
+        r"10\text{ cm}^2",
+        ["10", r"10 \mathrm{cm}^2", "10 square centimeters"],
+        [],
+        [r"10\text{ m}^2"],
+    ),
+    (r"\$1{,}000", ["1000", "$1,000$", r"\$1000", "1000 dollars"], [], ["100", "\u20ac1000"]),
+    (r"1\frac{1}{2}", ["1 1/2", r"\frac{3}{2}", "1.5"], [], [r"\frac{11}{2}", "1", "5.5"]),
+    ("#### Notes", ["#### Notes"], [], ["Notes"]),
+]
+
+# "@" is the answer; each reward has its places for it.
+ALONE = ["@", "<think>so @ or 7?</think>\n@", "$@$", r"\(@\)", r"\[ @ \]"]
+TAGGED = [
+    "<think>7</think>\n<answer>@</answer>",
+    "<answer> $@$ </answer> 7",
+    r"<answer>\(@\)</answer>",
+]
+BOXED = [
+    r"so 7, then $\boxed{@}$.",
+    "<think>\\boxed{7}</think>\n\\[ \\boxed{@} \\]",
+    r"\fbox { @ }",
+    r"Hence the answer is \boxed{@}, not 7.",
+    r"<answer>\boxed{@}</answer>",
+]
+SENTENCES = [r"Hence the answer is \(@\).", "7 is wrong.\n<answer>It is $@$.</answer>"]
+
+
+def wrapped(answer, *places):
+    """The answer in each of some places; one that has its own `$` is not put between others."""
+    has_dollars = "$" in answer.replace(r"\$", "")
+    return [
+        place.replace("@", answer)
+        for place in sum(places, [])
+        if not (has_dollars and "$@$" in place)
+    ]
+
+
+def cases(kinds):
+    return [
+        pytest.param(gold, answer, id=f"{gold}:{answer}")
+        for gold, answers in kinds
+        for answer in answers
+    ]
+
+
+EQUAL = cases((gold, [gold, *answers]) for gold, answers, _, _ in KINDS)
+BY_ALGEBRA = cases((gold, answers) for gold, _, answers, _ in KINDS)
+DIFFERENT = cases((gold, answers) for gold, _, _, answers in KINDS)
+
+
+def every_gold(gold):
+    """A ground truth as data sets spell it."""
+    marked = [] if "$" in gold.replace(r"\$", "") else [f"${gold}$", rf"\({gold}\)"]
+    return [gold, rf"so \boxed{{{gold}}}", f"<answer>{gold}</answer>", [gold], ["?", gold], *marked]
+
+
+@pytest.mark.parametrize(("gold", "answer"), EQUAL)
+def test_equal_answers(gold, answer):
+    for text in wrapped(answer, BOXED):
+        assert one(rewards.boxed, text, gold) == 1, text
+    for spelled in every_gold(gold):
+        assert one(rewards.boxed, rf"\boxed{{{answer}}}", spelled) == 1, spelled
+
+
+@pytest.mark.parametrize(("gold", "answer"), EQUAL)
+def test_equal_answers_for_math_verify(gold, answer):
+    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    for text in wrapped(answer, ALONE, TAGGED, BOXED, SENTENCES):
+        assert one(rewards.math_verify, text, gold) == 1, text
+    for spelled in every_gold(gold):
+        assert one(rewards.math_verify, f"<answer>{answer}</answer>", spelled) == 1, spelled
+
+
+@pytest.mark.parametrize(("gold", "answer"), BY_ALGEBRA)
+def test_answers_that_only_algebra_finds_equal(gold, answer):
+    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    for text in wrapped(answer, ALONE, TAGGED, BOXED, SENTENCES):
+        assert one(rewards.math_verify, text, gold) == 1, text
+    assert one(rewards.boxed, rf"\boxed{{{answer}}}", gold) == 0
+
+
+@pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
+def test_different_answers(gold, answer):
+    for text in wrapped(answer, BOXED):
+        assert one(rewards.boxed, text, gold) == 0, text
+    for text in wrapped(answer, ALONE, TAGGED, BOXED):
+        assert one(rewards.exact_match, text, gold) == 0, text
+
+
+@pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
+def test_different_answers_for_math_verify(gold, answer):
+    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    for text in wrapped(answer, ALONE, TAGGED, BOXED, SENTENCES):
+        assert one(rewards.math_verify, text, gold) == 0, text
+
+
+@pytest.mark.parametrize("gold", [gold for gold, *_ in KINDS])
+def test_exact_match(gold):
+    for text in wrapped(gold, ALONE, TAGGED, BOXED):
+        for spelled in every_gold(gold):
+            assert one(rewards.exact_match, text, spelled) == 1, (text, spelled)
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "reward"),
+    [
+        (" 42\n", "42", 1),
+        ("<answer>two\n words</answer>", "two words", 1),
+        ("42.0", "42", 0),
+        ("a", "A", 0),
+        ("the answer is 42", "42", 0),
+        ("# Title\n#### Part\ntext", "# Title\n#### Part\ntext", 1),
+        ("text", "#### text", 0),
+        ("<answer> **two words** </answer>", "two words", 1),
+        ("", "42", 0),
+        ("42", 42, 1),
+        ("42", 42.0, 1),
+        ("4", ["four", 4], 1),
+    ],
+)
+def test_exact_match_is_letter_by_letter(text, gold, reward):
+    assert one(rewards.exact_match, text, gold) == reward
+
+
+@pytest.mark.parametrize("name", ["boxed", "exact_match", "math_verify"])
+def test_any_of_several_accepted_answers(name):
+    if name == "math_verify":
+        pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    texts = [rf"\boxed{{{answer}}}" for answer in ("four", "4", "5")]
+    found = getattr(rewards, name)(texts, prompts=["?"] * 3, answer=[["4", "four"]] * 3)
+    assert found == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("name", "right"), [("numeric", 1.0), ("gsm8k", 1.5)])
+def test_a_number_among_the_accepted_answers_is_enough(name, right):
+    texts = [rf"\boxed{{{answer}}}" for answer in ("four", "4", "5")]
+    found = getattr(rewards, name)(texts, prompts=["?"] * 3, answer=[["four", "4"]] * 3)
+    assert found == [0.0, right, 0.0]
+
+
+# ---- places of answers
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"so \boxed{17}", "17"),
+        (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\left\{ 1, 2 \right\}}", r"\left\{ 1, 2 \right\}"),
+        (r"\boxed{\{1\}}", r"\{1\}"),
+        (r"\boxed{\text{yes}}", r"\text{yes}"),
+        (r"\boxed  {x}", "x"),
+        ("\\boxed\n{x}", "x"),
+        (r"\fbox{5}", "5"),
+        (r"\framebox[2cm][l]{5}", "5"),
+        (r"\boxed 5", "5"),
+        (r"$\boxed 57$", "57"),
+        (r"\boxed -1,000.5.", "-1,000.5"),
+        (r"\boxed\frac12", r"\frac12"),
+        (r"\boxed \frac{\sqrt{3}}{2}.", r"\frac{\sqrt{3}}{2}"),
+        (r"\boxed\sqrt2", r"\sqrt2"),
+        (r"\boxed\text{yes}.", r"\text{yes}"),
+        (r"\boxed x", "x"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{\text{so }\fbox{3}}", "3"),
+        (r"\boxed{50%}", "50%"),
+        (r"\boxed{50 %}", "50 %"),
+        (r"\boxed{50\%}", r"50\%"),
+        ("\\boxed{50% of them}\n}", "50% of them"),
+        ("\\boxed{5 % the sum }\n}", "5 "),
+        ("\\boxed{%\n5}", "5"),
+        (r"\boxed{1}}", "1"),
+        (r"\boxed{}", ""),
+        (r"\boxed{{{}}}", "{{}}"),
+        (r"\boxed{\}", None),
+        (r"\boxed{1} and \boxed{2", None),
+        (r"\boxed{\frac{1}{2}", None),
+        (r"\boxed", None),
+        (r"\boxedx{3}", None),
+        ("boxed{3}", None),
+        ("", None),
+        ("\\boxed{" + "{" * 50_000, None),
+    ],
+)
+def test_last_boxed(text, expected):
+    assert last_boxed(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<answer> 42 </answer>", "42"),
+        ("<answer>1</answer><answer>2</answer>", "2"),
+        ("<answer>1</answer> or </answer>", "1"),
+        ("<answer>1</answer><answer>2", "1"),
+        ("<answer>1<answer>2</answer>", "2"),
+        ("</answer>1<answer>", None),
+        ("<answer>1", None),
+        ("1", None),
+    ],
+)
+def test_last_tagged(text, expected):
+    assert last_tagged(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It is $x$.", ["x"]),
+        ("first $x$, then $y$", ["x", "y"]),
+        ("$x = 1$ or $x = 2$.", ["x = 1, x = 2"]),
+        (r"\(a\), \(b\), and \(c\), but \(d\)", ["a, b, c", "d"]),
+        (r"\[ x \] is it", ["x"]),
+        ("$$x^2$$", ["x^2"]),
+        ("from $5 to $7", []),
+        (r"\$5 and $x$", ["x"]),
+        ("costs $5, or $x$", ["x"]),
+        ("$x", []),
+        ("", []),
+    ],
+)
+def test_formulas(text, expected):
+    assert formulas(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a\n#### 42\nb", "42"), ("#### 1 #### 2", "2"), ("####", ""), ("### 1", None)],
+)
+def test_behind_hashes(text, expected):
+    assert behind_hashes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (r"\frac{\sqrt3}2", r"\dfrac{\sqrt{3}}{2}"),
+        ("x^10", "x^{10}"),
+        (r"a \leq b", r"a\le b"),
+        (r"\left( 3,\! 4 \right).", "(3,4)"),
+        (r"\text{Even}", "even"),
+        (r"\pi r", r"\pi  r"),
+    ],
+)
+def test_one_spelling(first, second):
+    assert normalize_answer(first) == normalize_answer(second)
+
+
+@pytest.mark.parametrize("text", ["3 4", "now here", r"\pi r", "AB", "ab"])
+def test_spaces_and_capitals_that_say_something(text):
+    other = {"AB": "ab", "ab": "AB"}.get(text, text.replace(" ", ""))
+    assert normalize_answer(text) != normalize_answer(other)

@@ -43,10 +43,11 @@ def of_function(function: Any) -> str:
         fixed = f"{function.args!r}{function.keywords!r}"
         function = function.func
     kind = function if inspect.isroutine(function) else type(function)
-    name = f"{kind.__module__}:{kind.__qualname__}"
+    module = kind.__module__ or ""  # of a function made by exec
+    name = f"{module}:{kind.__qualname__}"
     if dataclasses.is_dataclass(function):
         fixed += repr(function)
-    if kind.__module__.split(".")[0] == "cppo":
+    if module.split(".")[0] == "cppo":
         return name + fixed
     try:
         source = inspect.getsource(kind)

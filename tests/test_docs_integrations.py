@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from trainer_cases import trainer_for
 
 from cppo.demo.warmup import CHECKPOINTS
 
@@ -126,3 +127,22 @@ def test_the_trl_page(tmp_path: Path) -> None:
         return
     exec(kernel, names)
     names["undo"]()
+
+
+def test_the_rewards_of_the_pages_work_under_both_trainers(tmp_path: Path) -> None:
+    (of_trl, *_), (own, of_template) = blocks("trl.md"), blocks("rewards.md")
+    functions = []
+    for code in (of_trl, own):
+        names: dict[str, Any] = {}
+        (source,) = re.findall(r"(def reward\(.*?\n(?:    .*\n)+)", code)
+        exec(source, names)
+        functions.append(names["reward"])
+    functions[1].__name__ = "own"
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is {i} + {i}?"}], "answer": str(2 * i)}
+        for i in range(4)
+    ]
+    metrics = trainer_for(tmp_path, rewards=functions, rows=rows, max_steps=1).train()
+    assert {"reward/reward", "reward/own"} <= metrics.keys()
+    exec(of_template, names)
+    assert names["reward"](["a thought</think>4", "4"]) == [1.0, 0.0]

@@ -143,6 +143,6 @@ def test_the_rewards_of_the_pages_work_under_both_trainers(tmp_path: Path) -> No
         for i in range(4)
     ]
     metrics = trainer_for(tmp_path, rewards=functions, rows=rows, max_steps=1).train()
-    assert {"reward/reward", "reward/own"} <= metrics.keys()
+    assert {"reward/reward_reward", "reward/own"} <= metrics.keys()
     exec(of_template, names)
     assert names["reward"](["a thought</think>4", "4"]) == [1.0, 0.0]

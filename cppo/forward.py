@@ -113,6 +113,17 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether the model has adapters of peft, however they were added."""
+    peft = sys.modules.get("peft")
+    if peft is None:
+        return False
+    kind = peft.tuners.tuners_utils.BaseTunerLayer
+    return bool(getattr(model, "peft_config", None)) or any(
+        isinstance(module, kind) for module in model.modules()
+    )
+
+
 def has_vision(model: nn.Module) -> bool:
     """Whether the model takes images."""
     return getattr(unwrap(model).config, "vision_config", None) is not None

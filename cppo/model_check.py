@@ -26,7 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from cppo.double_precision import DoublePrecision
-from cppo.forward import LMHead, check_supported, has_vision, lm_head, run_packed, unwrap
+from cppo.forward import (
+    LMHead,
+    check_supported,
+    has_adapters,
+    has_vision,
+    lm_head,
+    run_packed,
+    unwrap,
+)
 from cppo.left_as_found import left_as_found, model_configs
 from cppo.ops.pack import pack_completions
 from cppo.records import PackedBatch
@@ -151,6 +159,11 @@ def _compare(model: nn.Module, shares: bool) -> None:
             ) from error
         break
     for way, (ours, own) in pairs.items():
+        if own.isnan().any() or own.isposinf().any():
+            raise ValueError(
+                f"cppo: model_type {unwrap(model).config.model_type!r} must have finite logits, "
+                "its own for a few ordinary tokens are not"
+            )
         scale = own[own.isfinite()].abs().max().item()
         off = torch.where(ours == own, 0.0, (ours - own).abs()).nan_to_num(torch.inf).max().item()
         tolerance = TOLERANCES[own.dtype]
@@ -280,8 +293,7 @@ def _settings(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _moved_adapters(model: Any) -> Iterator[None]:
     """What a peft model trains is a little different, so that what ignores it shows."""
-    is_adapted = bool(getattr(model, "peft_config", None))
-    trained = [p for p in model.parameters() if p.requires_grad and is_adapted]
+    trained = [p for p in model.parameters() if p.requires_grad] if has_adapters(model) else []
     before = [p.data for p in trained]
     try:
         for p in trained:

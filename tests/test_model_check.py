@@ -196,6 +196,14 @@ def test_a_head_that_does_more_than_its_weight_says_is_refused() -> None:
         model_check.check_model(model)
 
 
+def test_a_model_with_nan_in_its_weights_is_refused() -> None:
+    model = packed_family("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="'llama' must have finite logits, its own .* are not"):
+        model_check.check_model(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["qwen3", "mixtral", "gemma3_text", "deepseek_v3"])
 def test_a_right_model_passes_in_every_dtype(family: str, dtype: torch.dtype) -> None:

@@ -34,7 +34,7 @@ from cppo.checkpoint import (
 from cppo.config import CPPOConfig
 from cppo.evaluate import evaluate
 from cppo.metrics import over_processes, rollout_metrics, update_metrics
-from cppo.models import special_token_ids_to_suppress
+from cppo.models import check_saveable, special_token_ids_to_suppress
 from cppo.ops.advantages import advantages_and_prune, questions_needed
 from cppo.processes import Processes
 from cppo.progress import PhaseTimer, RunLog
@@ -103,6 +103,7 @@ class CPPOTrainer:
         self.processes = Processes(self.accelerator)
         forward.check_supported(model)
         check_processor(model, processor)
+        check_saveable(model, processor)
         self.questions = QuestionStream(train_dataset, config.seed)
         self.eval_questions = all_questions(eval_dataset)
         for question in [as_question(train_dataset[0], index=0), *self.eval_questions]:
@@ -452,9 +453,7 @@ class CPPOTrainer:
         return path
 
     def _save_model(self, directory: Path) -> None:
-        with policy.quiet():
-            self.model.save_pretrained(directory)
-            self.processor.save_pretrained(directory)
+        policy.save_model(self.model, self.processor, directory)
 
     def _start(self, resume_from: str | Path | None) -> None:
         if resume_from == "auto":

@@ -18,7 +18,7 @@ so that neither is right by accident. The model is left as it was found.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -45,9 +45,10 @@ LENGTHS, PROMPT = (8, 6), 4
 WINDOW = 3
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 # Of the largest logit. In fp64 rounding stays below 1e-12 of it: all above is another computation.
-# A model that cannot run in fp64 (quantised weights) is compared in its own arithmetic, where some
-# hundred roundings of half a unit in the last place add up to about ten units.
+# A model that cannot run in fp64 (its weights are quantised or sharded) is compared in its own
+# arithmetic, where some hundred roundings of half a unit in the last place add up to ten units.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+TF32 = 0.02  # of fp32 where its products have the digits of fp16
 
 
 class _Facts(NamedTuple):
@@ -97,8 +98,8 @@ def check_model(model: nn.Module, *, shares: bool = False, longest: int = 0) -> 
 
 def _active(model: Any) -> Any:
     """The names of the active adapters."""
-    active = getattr(model, "active_adapter", None)
-    return active if isinstance(active, str) or active is None else str(list(active))
+    active = getattr(model, "active_adapters", None)  # a method where peft wraps nothing
+    return None if active is None or callable(active) else tuple(active)
 
 
 def _check_adapters(model: Any) -> None:
@@ -145,13 +146,13 @@ def _rotary_limit(base: Any) -> int | None:
 
 def _compare(model: nn.Module, shares: bool) -> None:
     """Raises ValueError if the logits of any way of calling the model are not its own."""
-    is_quantized = getattr(unwrap(model), "hf_quantizer", None) is not None
-    for arithmetic in ([] if is_quantized else [DoublePrecision()]) + [ExitStack()]:
+    exact: list[Any] = [DoublePrecision()] if _is_plain(model) else []
+    for arithmetic in [*exact, nullcontext()]:
         try:
             with left_as_found(model), _settings(model), _moved_adapters(model), arithmetic:
                 pairs = dict(_logits(model, shares))
         except Exception as error:
-            if isinstance(arithmetic, DoublePrecision):
+            if arithmetic in exact:
                 continue  # an op that does not know fp64
             raise ValueError(
                 f"cppo: model_type {unwrap(model).config.model_type!r} cannot be run on packed "
@@ -166,18 +167,30 @@ def _compare(model: nn.Module, shares: bool) -> None:
             )
         scale = own[own.isfinite()].abs().max().item()
         off = torch.where(ours == own, 0.0, (ours - own).abs()).nan_to_num(torch.inf).max().item()
-        tolerance = TOLERANCES[own.dtype]
-        if off > tolerance * scale:
-            _refuse(model, way, off, scale, own.dtype)
+        if off > _tolerance(own) * scale:
+            _refuse(model, way, off, scale, own)
 
 
-def _refuse(model: nn.Module, way: str, off: float, scale: float, dtype: torch.dtype) -> None:
+def _is_plain(model: nn.Module) -> bool:
+    """Whether its parameters are its weights: neither quantised nor in parts elsewhere."""
+    return getattr(unwrap(model), "hf_quantizer", None) is None and not any(
+        type(p) is not nn.Parameter or hasattr(p, "ds_id") for p in model.parameters()
+    )
+
+
+def _tolerance(logits: Tensor) -> float:
+    products = torch.backends.cuda.matmul.fp32_precision
+    is_tf32 = logits.is_cuda and "tf32" in (products, getattr(torch.backends, "fp32_precision", ""))
+    return TF32 if is_tf32 and logits.dtype == torch.float32 else TOLERANCES[logits.dtype]
+
+
+def _refuse(model: nn.Module, way: str, off: float, scale: float, own: Tensor) -> None:
     config = unwrap(model).config
     layers = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()))
-    name = str(dtype).removeprefix("torch.")
+    name = str(own.dtype).removeprefix("torch.")
     reason = (
         f"compared in {name}, where rounding is below 1e-12"
-        if dtype == torch.float64
+        if own.dtype == torch.float64
         else f"what its roundings in {name} may add up to"
     )
     raise ValueError(
@@ -185,7 +198,7 @@ def _refuse(model: nn.Module, way: str, off: float, scale: float, dtype: torch.d
         + (f"with layers {layers} " if layers else "")
         + f"cannot be trained here: {way}, its logits are off by {off:.2g} of {scale:.2g} from "
         "those that it gives for each sequence alone by its eager attention; "
-        f"{TOLERANCES[dtype]:g} of the largest is allowed ({reason})"
+        f"{_tolerance(own):g} of the largest is allowed ({reason})"
     )
 
 
@@ -281,10 +294,14 @@ def _settings(model: nn.Module) -> Iterator[None]:
 
     What it changes, `left_as_found` puts back.
     """
+    config = vars(unwrap(model).config.get_text_config())
+    stated = {name: config[name] for name in _WINDOWS if isinstance(config.get(name), int)}
     for holder in [*model_configs(model), *model.modules()]:
         for name in _WINDOWS:
             if isinstance(size := vars(holder).get(name), int) and size > WINDOW:
-                vars(holder)[name] = WINDOW
+                # A layer whose window is not quite the config's keeps the difference.
+                more = size - stated.get(name, size)
+                vars(holder)[name] = WINDOW + (more if abs(more) <= 2 else 0)
         if "_experts_implementation_internal" in vars(holder):
             holder._experts_implementation_internal = "eager"
     yield
@@ -293,7 +310,8 @@ def _settings(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _moved_adapters(model: Any) -> Iterator[None]:
     """What a peft model trains is a little different, so that what ignores it shows."""
-    trained = [p for p in model.parameters() if p.requires_grad] if has_adapters(model) else []
+    is_moved = has_adapters(model) and _is_plain(model)
+    trained = [p for p in model.parameters() if p.requires_grad and is_moved]
     before = [p.data for p in trained]
     try:
         for p in trained:

@@ -103,14 +103,14 @@ def image_only(processor_class: _Processor) -> _Processor:
             processor._video_settings = _video_settings(path, kwargs.get("revision"))
             return processor
 
-        def to_dict(self) -> dict[str, Any]:
+        def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
             settings = self._video_settings
             if settings is None:
                 settings = dict(self.image_processor.to_dict())
                 settings.pop("image_processor_type", None)
                 kind = "Qwen3VL" if processor_class.__name__.startswith("Qwen3") else "Qwen2VL"
                 settings["video_processor_type"] = f"{kind}VideoProcessor"
-            return {**super().to_dict(), "video_processor": settings}
+            return {**super().to_dict(*args, **kwargs), "video_processor": settings}
 
     ImageOnly.__name__ = ImageOnly.__qualname__ = processor_class.__name__
     return ImageOnly  # type: ignore[return-value]

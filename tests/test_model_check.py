@@ -124,6 +124,18 @@ def test_an_attention_without_windows_is_seen(family: str, monkeypatch: pytest.M
         model_check.check_model(packed_family(family))
 
 
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_window_that_is_off_by_one_is_seen(more: int) -> None:
+    model = packed_family("gemma3_text")
+    model_check.check_model(model)
+    other = packed_family("gemma3_text")
+    for layer in other.model.layers:
+        if layer.self_attn.sliding_window is not None:
+            layer.self_attn.sliding_window += more
+    with pytest.raises(ValueError, match="on packed sequences, its logits are off by"):
+        model_check.check_model(other)
+
+
 def test_sequences_that_see_each_other_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a layer that drops `cu_seq_lens` came to: its mask of one element lets all through."""
 
@@ -221,6 +233,22 @@ def test_ties_of_a_router_are_no_difference() -> None:
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.mlp.gate.weight)
     model_check.check_model(model, shares=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantised_weights_are_compared_in_their_own_arithmetic(dtype: torch.dtype) -> None:
+    model = packed_family("qwen3").to(dtype)
+    model.hf_quantizer = object()
+    model_check.check_model(model, shares=True)
+    other = packed_family("nemotron").to(dtype)
+    other.hf_quantizer = object()
+    with pytest.raises(ValueError, match="'nemotron' .* never gets cu_seq_lens"):
+        model_check.check_model(other)
+    headed = packed_family("cohere").to(dtype)
+    headed.hf_quantizer, headed.logit_scale = object(), 0.5
+    words = f"roundings in {str(dtype).removeprefix('torch.')} may add up to"
+    with pytest.raises(ValueError, match=f"by its LM head, .*{words}"):
+        model_check.check_model(headed)
 
 
 def state_of(model: Any) -> dict[str, Any]:

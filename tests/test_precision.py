@@ -160,11 +160,17 @@ def test_under_autocast_adapters_get_the_same_gradients(kind: str) -> None:
         model = adapted(kind)
         if is_held:
             hold_weights(model, "bf16", may_round=True)
+        forward.set_attention(model, "sdpa")
+        mask = torch.ones_like(ids)
+        stream = cppo.pack_completions(ids, mask, mask * (torch.arange(12) >= 4))
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids).logits
-        logits.float().sin().sum().backward()
+            hidden = cppo.packed_hidden(model, stream)
+            head = forward.lm_head(model, dtype=hidden.dtype)._asdict()
+            stats = cppo.linear_token_stats(hidden, targets=stream.targets, **head)
+        (logits.float().sin().sum() + stats.logps.sum()).backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        results.append({**gradients, "logits": logits})
+        results.append({**gradients, "logits": logits, "logps": stats.logps})
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     wide = {n for n, m in layers_of(model, nn.Linear).items() if m.weight.dtype == torch.float32}

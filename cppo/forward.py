@@ -323,11 +323,12 @@ def _affine(head: Any, size: int) -> tuple[Tensor, Tensor | None]:
         head = head.base_layer
     if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
         return head.weight, head.bias
-    like = next(p for p in head.parameters() if p.is_floating_point())
+    like = next((p for p in head.parameters() if p.is_floating_point()), torch.empty(0))
     # A power of two that keeps a bias from eating digits of the weight.
+    size = getattr(head, "in_features", size)
     units = 256 * torch.eye(size, dtype=like.dtype, device=like.device)
     with torch.autocast(like.device.type, enabled=False):
-        output = head(torch.cat([units, units.new_zeros(1, size)]))
+        output = head(F.pad(units, (0, 0, 0, 1)))
     return (output[:-1] - output[-1]).T / 256, output[-1]
 
 

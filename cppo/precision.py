@@ -94,8 +94,12 @@ def _reads_weight_of_layer(module: nn.Module) -> bool:
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """For a while, every frozen weight that is held in bf16 is fp32, as in a checkpoint."""
+    """For a while, what is saved of a model is fp32, its frozen weights too.
+
+    Of a model with adapters the frozen weights are not saved, and stay as they are.
+    """
     held = [p for p in model.parameters() if p.dtype == torch.bfloat16 and not p.requires_grad]
+    held = [] if hasattr(model, "peft_config") else held
     for parameter in held:
         parameter.data = parameter.data.float()
     try:

@@ -139,6 +139,18 @@ def test_other_ways_of_adding_an_adapter(wrap: str) -> None:
     torch.testing.assert_close(ours, own, rtol=0, atol=1e-9)
 
 
+def test_a_head_that_is_narrower_than_the_model() -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = dict(vocab_size=64, hidden_size=32, ffn_dim=32, num_hidden_layers=1)
+    config = OPTConfig(**sizes, num_attention_heads=2, word_embed_proj_dim=16)
+    model = get_peft_model(OPTForCausalLM(config), LoraConfig(r=2, **HEAD)).double().eval()
+    forward.set_attention(model, "sdpa")
+    model_check.check_model(model)
+    ours, own = by_both_ways(moved(model))
+    torch.testing.assert_close(ours, own, rtol=0, atol=1e-9)
+
+
 def test_a_head_with_a_bias_keeps_its_digits_in_half_precision() -> None:
     model = tiny_family("phi").bfloat16()
     assert model.lm_head.bias is not None

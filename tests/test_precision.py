@@ -243,3 +243,7 @@ def test_whole_is_only_for_a_while() -> None:
     after = weights_of(model)
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert {v.dtype for v in after.values()} == {torch.float32, torch.bfloat16}
+    model = adapted("lora")
+    hold_weights(model, "bf16", may_round=True)
+    with whole(model):  # a base of 7 B is not cast to save its adapters
+        assert dtypes(model, False) == {torch.float32, torch.bfloat16}

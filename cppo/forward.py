@@ -11,6 +11,7 @@ the image grid. That the model then computes what it computes by itself is not t
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -190,6 +191,12 @@ def image_arguments(base: Any, images: ImageBatch | None, shown: Sequence[int]) 
             [layer[i] for i in order] for layer in features.deepstack_features
         ]
     return {"mm_encoder_outputs": {"image": type(features)(**fields)}}
+
+
+def cache_argument(base: Any, cache: Any) -> dict[str, Any]:
+    """A cache, under the name that the body of the model has for it (it changed within 5.x)."""
+    names = inspect.signature(base.model.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def packed_hidden(

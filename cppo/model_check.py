@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from cppo.double_precision import DoublePrecision
 from cppo.forward import (
     LMHead,
+    cache_argument,
     check_supported,
     has_adapters,
     has_vision,
@@ -278,8 +279,8 @@ def _decoded(base: Any, head: LMHead, ids: Tensor) -> Tensor:
             input_ids=ids[:, start:stop],
             attention_mask=mask[:, :stop],
             position_ids=positions[..., start:stop],
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(base, cache),
         )
         logits.append(head.logits(output.last_hidden_state[:, -1]))
     return torch.stack(logits, dim=1)

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
+from cppo.forward import packed_hidden, set_attention
 from cppo.ops.advantages import (
     advantages_and_prune,
     group_advantages,
@@ -44,10 +45,12 @@ __all__ = [
     "linear_cppo_loss",
     "linear_token_stats",
     "pack_completions",
+    "packed_hidden",
     "perception_mask",
     "plan_microbatches",
     "prune_completions",
     "questions_needed",
+    "set_attention",
     "token_stats",
 ]
 

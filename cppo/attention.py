@@ -9,9 +9,12 @@ Each is registered with transformers' `AttentionInterface` under a name of its o
 serves both.
 
 Queries and keys may be cut differently: sequence i of the queries sees all of sequence i of the
-keys up to its own place counted from the end (causal, aligned at the lower right). With
-`key_index`, the keys are first gathered from the stream; that is how a shared prompt is seen by
-several completions without being computed more than once.
+keys up to its own place counted from the end (causal, aligned at the lower right), or as many of
+them as the layer's sliding window holds, the token itself included. With `key_index`, the keys are
+first gathered from the stream; that is how a shared prompt is seen by several completions without
+being computed more than once.
+
+What a layer asks for beyond that (sinks, capped scores, biases) is refused rather than left out.
 """
 
 from __future__ import annotations
@@ -27,9 +30,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Names inside transformers. "flash" in a name would make it build masks for its own kernels.
-NAMES = {"sdpa": "cppo_sdpa", "varlen": "cppo_varlen", "flash_attention_2": "cppo_fa2"}
+# Names inside transformers. "flash" in a name would make it build masks for its own kernels, "sdpa"
+# would make it ask a flag of the model's class.
+NAMES = {"sdpa": "cppo_plain", "varlen": "cppo_varlen", "flash_attention_2": "cppo_fa2"}
 _HALF = (torch.float16, torch.bfloat16)
+# What layers tell their attention that changes nothing, or that is computed here.
+_KNOWN = {
+    *("dropout", "scaling", "is_causal", "sliding_window", "position_ids", "cache_position"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "key_index"),
+    *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits"),
+    *("return_dict", "num_items_in_batch", "token_type_ids", "mm_token_type_ids"),
+    *("position_embeddings", "cache", "past_key_values", "deterministic"),
+}
+_MEANINGS = {"s_aux": "attention sinks", "softcap": "attn_logit_softcapping"}
 
 
 def why_not(attention: str, device: torch.device | str) -> str:
@@ -71,6 +84,15 @@ def register(attention: str) -> str:
     return name
 
 
+def no_mask(device: torch.device) -> Tensor:
+    """The attention mask of a packed stream: nothing is read off it, `cu_seq_lens` says it all.
+
+    It has four dimensions, because transformers would build an S x S mask from anything else. A
+    layer that gets it without `cu_seq_lens`, or gets something else, is refused in `attend`.
+    """
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
 def attend(
     kernel: Callable[..., Tensor] | None,
     module: nn.Module,
@@ -80,11 +102,23 @@ def attend(
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """For transformers' `AttentionInterface`: (1, heads, S, d) each, or a padded batch."""
+    """For transformers' `AttentionInterface`: (1, heads, S, d) each, or a padded batch.
+
+    Raises: ValueError if the layer asks for what is not computed here, or if the bounds of the
+        sequences in a packed stream did not reach it.
+    """
     scale, is_causal = options.get("scaling"), options.get("is_causal")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     bounds = options.get("cu_seq_lens_q"), options.get("cu_seq_lens_k")
+    _refuse_more(module, options)
+    is_packed = attention_mask is not None and attention_mask.numel() == 1 and query.shape[2] > 1
     if bounds[0] is None or not causal:
+        if is_packed:
+            raise ValueError(
+                f"cppo: {type(module).__name__} must attend within each sequence of a packed "
+                "stream, but it "
+                + ("is not causal" if bounds[0] is not None else "never gets cu_seq_lens")
+            )
         dropout = options.get("dropout", 0.0) if module.training else 0.0
         out = F.scaled_dot_product_attention(
             query,
@@ -97,25 +131,34 @@ def attend(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return out.transpose(1, 2).contiguous(), None
-    _check_window(options)
+    if attention_mask is not None and attention_mask.numel() != 1:
+        raise ValueError(
+            f"cppo: {type(module).__name__} must attend to all of a sequence before a token, but "
+            f"it has a mask of its own of shape {tuple(attention_mask.shape)}"
+        )
     key_index = options.get("key_index")
     if key_index is not None:
         key, value = key.index_select(2, key_index), value.index_select(2, key_index)
+    window = options.get("sliding_window") or None
+    if window is not None and options["max_length_k"] <= window:
+        window = None
     if kernel is not None and query.dtype in _HALF:
         longest = options["max_length_q"], options["max_length_k"]
         streams = (x[0].transpose(0, 1) for x in (query, key, value))
-        return kernel(*streams, *bounds, *longest, scale)[None], None
+        return kernel(*streams, *bounds, *longest, scale, window)[None], None
     lengths = [cu.diff().tolist() for cu in bounds if cu is not None]
-    out = _sdpa(query, key, value, lengths[0], lengths[-1], scale)
+    out = _sdpa(query, key, value, lengths[0], lengths[-1], scale, window)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _check_window(options: dict[str, Any]) -> None:
-    window, longest = options.get("sliding_window"), options["max_length_k"]
-    if window is not None and longest > window:
+def _refuse_more(module: nn.Module, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if name in _KNOWN or value is None or value is False:
+            continue
+        meaning = f" ({_MEANINGS[name]})" if name in _MEANINGS else ""
         raise ValueError(
-            f"cppo: a sequence of {longest} tokens is longer than the model's sliding window of "
-            f"{window}, which the packed attention does not have"
+            f"cppo: {type(module).__name__} must do with plain attention, but it asks for {name!r}"
+            f"{meaning}, which the attention of cppo.set_attention does not compute"
         )
 
 
@@ -128,11 +171,12 @@ def _varlen(
     longest_query: int,
     longest_key: int,
     scale: float | None,
+    window: int | None,
 ) -> Tensor:
     """(S, heads, d) each, by `torch.nn.attention.varlen`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    options: dict[str, Any] = {"scale": scale, "window_size": _sides(window)}
     if query.shape[1] != key.shape[1]:
         # torch 2.11 does not know grouped heads here.
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -154,15 +198,20 @@ def _flash(
     longest_query: int,
     longest_key: int,
     scale: float | None,
+    window: int | None,
 ) -> Tensor:
     """(S, heads, d) each, by flash-attn."""
     from flash_attn import flash_attn_varlen_func
 
     longest = longest_query, longest_key
     bounds = cu_query, cu_key
-    return flash_attn_varlen_func(
-        query, key, value, *bounds, *longest, softmax_scale=scale, causal=True
-    )
+    options = {"softmax_scale": scale, "causal": True, "window_size": _sides(window)}
+    return flash_attn_varlen_func(query, key, value, *bounds, *longest, **options)
+
+
+def _sides(window: int | None) -> tuple[int, int]:
+    """Tokens that the kernels see to the left and to the right of a token; -1: all."""
+    return (-1 if window is None else window - 1, 0)
 
 
 _KERNELS: dict[str, Callable[..., Tensor] | None] = {
@@ -179,6 +228,7 @@ def _sdpa(
     lengths: Sequence[int],
     key_lengths: Sequence[int],
     scale: float | None,
+    window: int | None = None,
 ) -> Tensor:
     """(1, heads, S, d) each; neighbours with as much before them go side by side."""
     outputs, at, key_at = [], 0, 0
@@ -192,25 +242,48 @@ def _sdpa(
         if not is_empty:
             keys, values = key[:, :, key_at:key_stop], value[:, :, key_at:key_stop]
             own = [own for own, _ in sizes]
-            outputs.append(_alike(query[:, :, at:stop], keys, values, own, before, scale))
+            one = functools.partial(_one, before=before, scale=scale, window=window)
+            outputs.append(_alike(query[:, :, at:stop], keys, values, own, before, one))
         at, key_at = stop, key_stop
     return torch.cat(outputs, dim=2) if outputs else query
 
 
+def _one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    before: int,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Causal attention of one sequence, or of several of one length, `before` keys ahead."""
+    mask = None
+    if before or window is not None:
+        mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(before)
+        if window is not None:
+            mask = mask.triu(before - window + 1)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
 def _alike(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], before: int, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    before: int,
+    attend: Callable[..., Tensor],
 ) -> Tensor:
     """Causal attention per sequence, each with `before` keys ahead of its own."""
-    gqa, total, longest = query.shape[1] != key.shape[1], sum(lengths), max(lengths)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = None
-        if before:
-            mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(before)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=not before, scale=scale, enable_gqa=gqa
-        )
-
+    total, longest = sum(lengths), max(lengths)
     if len(lengths) == 1:
         return attend(query, key, value)
     # Padding costs time, and so does a call. Measured on a CPU they are even at about 12 tokens; on

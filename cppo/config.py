@@ -235,7 +235,9 @@ class CPPOConfig(_Checked):
 
     # The model
     precision: str = "fp32"
-    """"bf16": autocast with fp32 master weights."""
+    """"fp32": everything in fp32. "bf16": autocast; what is trained is held and stepped in fp32,
+    AdamW's state too, whatever dtype the model came in (twice the memory of bf16 weights). Frozen
+    linear and convolution layers are held in bf16, as autocast would cast them in every call."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None

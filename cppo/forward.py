@@ -3,21 +3,25 @@
 A packed stream holds many sequences in one row. What keeps them apart is `cu_seqlens`: the
 attention of cppo.attention attends within each sequence and needs no mask at all, so the same model
 also serves padded batches and `generate` (where it is plain sdpa).
-Rules that hold for every family, each one silently wrong when broken: `use_cache=False`,
-positions that restart in each sequence, and for the Qwen-VL families three rows of rotary positions
-computed from the image grid.
+Rules that hold for every family, each one wrong when broken: `use_cache=False`, positions that
+restart in each sequence, and for the Qwen-VL families three rows of rotary positions computed from
+the image grid. That the model then computes what it computes by itself is not taken for granted:
+`cppo.model_check` compares the two when a model is first met.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cppo.attention import choose_attention, register
+from cppo.attention import NAMES, choose_attention, no_mask, register
 from cppo.records import PackedBatch
 from cppo.shared_prompts import SharedStream
 
@@ -57,23 +61,68 @@ class ImageBatch:
         return range(first, first + self.per_question[question])
 
 
-def set_attention(model: nn.Module, attention: str) -> None:
-    """Gives `model` the packed attention, in place; `attention` as in `choose_attention`.
+def set_attention(model: nn.Module, name: str) -> None:
+    """Gives a model the attention of packed sequences, in place.
 
-    The vision tower keeps sdpa (it has its own cu_seqlens), or flash-attn's kernel by transformers.
+    Specification: every token attends to its own sequence of a packed stream, up to itself, within
+    the layer's sliding window if it has one. Padded batches and `generate` work as before, by
+    PyTorch's scaled dot-product attention. Attention weights of a packed stream are never dropped
+    out. A vision tower keeps sdpa (it has its own bounds), or flash-attn's kernel.
+    Args:
+        model: a transformers causal model, or a peft model around one.
+        name: "flash_attention_2" (CUDA, flash-attn installed), "varlen" (CUDA, PyTorch's own),
+            "sdpa" (anywhere), or "auto": the first of them that runs on the model's device.
+    Returns: None.
+    Raises: ValueError if the model does not let its attention be chosen, or for another name;
+        RuntimeError if that attention cannot run here.
     """
-    name = register(attention)
+    if name != "auto" and name not in NAMES:
+        raise ValueError(
+            f"cppo.set_attention: name must be one of {['auto', *NAMES]}, got {name!r}"
+        )
     base = unwrap(model)
+    if not hasattr(base, "set_attn_implementation"):
+        raise ValueError(
+            f"cppo.set_attention: model must be a model of transformers, got {type(base).__name__}"
+        )
+    attention = choose_attention(name, next(base.parameters()).device)
+    registered = register(attention)
     if has_vision(base):
         vision = attention if attention == "flash_attention_2" else "sdpa"
-        base.set_attn_implementation({"text_config": name, "vision_config": vision})
+        base.set_attn_implementation({"text_config": registered, "vision_config": vision})
     else:
-        base.set_attn_implementation(name)
+        base.set_attn_implementation(registered)
+    if not is_packed(base):
+        raise ValueError(
+            "cppo.set_attention: model must let its attention be chosen (transformers' "
+            f"AttentionInterface), got model_type {base.config.model_type!r}"
+        )
+
+
+def is_packed(base: Any) -> bool:
+    """Whether the model has one of the attentions of `set_attention`."""
+    config = getattr(base, "config", None)
+    return config is not None and config.get_text_config()._attn_implementation in NAMES.values()
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside a peft wrapper, or the model itself."""
+    """The transformers model inside a compiled or a peft wrapper, or the model itself."""
+    model = getattr(model, "_orig_mod", model)
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(model, peft.PeftMixedModel):
+        return model.base_model.model
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether the model has adapters of peft, however they were added."""
+    peft = sys.modules.get("peft")
+    if peft is None:
+        return False
+    kind = peft.tuners.tuners_utils.BaseTunerLayer
+    return bool(getattr(model, "peft_config", None)) or any(
+        isinstance(module, kind) for module in model.modules()
+    )
 
 
 def has_vision(model: nn.Module) -> bool:
@@ -82,32 +131,20 @@ def has_vision(model: nn.Module) -> bool:
 
 
 def check_supported(model: nn.Module) -> None:
-    """Raises ValueError for a model that the packed forward would run wrongly."""
+    """Raises ValueError for a model that there is no way of calling on a packed stream.
+
+    Whether the packed forward is right for it, `cppo.model_check` finds out.
+    """
     base = unwrap(model)
     if not (hasattr(base, "config") and hasattr(base, "model") and base.get_output_embeddings()):
         raise ValueError(
-            "cppo: model must be a causal language model with an LM head, "
-            f"got {type(base).__name__}"
+            "cppo: model must be a causal language model of transformers with its body in `model` "
+            f"and an LM head, got {type(base).__name__}"
         )
-    config = base.config
-    text_config = config.get_text_config()
-    if has_vision(base) and config.model_type not in VISION_FAMILIES:
+    if has_vision(base) and base.config.model_type not in VISION_FAMILIES:
         raise ValueError(
             "cppo: vision-language model must be of the Qwen2-VL, Qwen2.5-VL or Qwen3-VL family, "
-            f"got model_type {config.model_type!r}"
-        )
-    layers = set(getattr(text_config, "layer_types", None) or ())
-    # Recurrent layers carry their state from one packed sequence into the next.
-    if not base._supports_attention_backend or layers - {"full_attention", "sliding_attention"}:
-        raise ValueError(
-            "cppo: model must have nothing but attention that can be packed, "
-            f"got {config.model_type!r}" + (f" with layers {sorted(layers)}" if layers else "")
-        )
-    softcap = getattr(text_config, "attn_logit_softcapping", None)
-    if softcap is not None:
-        raise ValueError(
-            "cppo: model must have no attn_logit_softcapping, which packed attention does not "
-            f"compute, got {config.model_type!r} with {softcap}"
+            f"got model_type {base.config.model_type!r}"
         )
 
 
@@ -156,6 +193,12 @@ def image_arguments(base: Any, images: ImageBatch | None, shown: Sequence[int]) 
     return {"mm_encoder_outputs": {"image": type(features)(**fields)}}
 
 
+def cache_argument(base: Any, cache: Any) -> dict[str, Any]:
+    """A cache, under the name that the body of the model has for it (it changed within 5.x)."""
+    names = inspect.signature(base.model.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
+
+
 def packed_hidden(
     model: nn.Module,
     batch: PackedBatch,
@@ -164,17 +207,50 @@ def packed_hidden(
     image_of: Sequence[int] = (),
     shared: SharedStream | None = None,
 ) -> Tensor:
-    """Last hidden states at the rows that predict a response token: (T, D), gradients flow.
+    """Last hidden states at the rows of a packed stream that predict a response token.
 
+    Specification: row for row those of the model on each sequence by itself, in its mode
+    (`train`, `eval`), precision and with its adapters; gradients flow. The first call with a model
+    compares the two on a dozen tokens (`cppo.model_check`); later calls do not.
     Args:
-        model: a transformers model (or peft model) with the attention of `set_attention`.
-        batch: the packed stream.
+        model: a transformers causal model, or a peft model around one, with the attention of
+            `cppo.set_attention`.
+        batch: the packed stream of `cppo.pack_completions`, on the model's device.
         positions: (3, S) rotary positions of a vision-language model; None: batch.position_ids.
         images: the images of some questions; None: the stream has none.
         image_of: for each completion of the stream its question, as an index into `images`.
         shared: `cppo.shared_prompts.share_prompts` of the batch; None: every completion has its
             prompt to itself.
+    Returns: (T, D) in the dtype of the model's last norm.
+    Raises: ValueError if the model lacks the attention of `cppo.set_attention`, or computes
+        something else on packed sequences than on each of them alone; TypeError for another batch.
     """
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(
+            "cppo.packed_hidden: batch must be the PackedBatch of cppo.pack_completions, "
+            f"got {type(batch).__name__}"
+        )
+    if not is_packed(unwrap(model)):
+        raise ValueError(
+            "cppo.packed_hidden: model must have the attention of packed sequences: call "
+            'cppo.set_attention(model, "auto") once before the first packed forward'
+        )
+    if not torch.compiler.is_compiling():
+        from cppo.model_check import check_model
+
+        check_model(model, shares=shared is not None, longest=batch.max_seqlen)
+    return run_packed(model, batch, positions, images, image_of, shared)
+
+
+def run_packed(
+    model: nn.Module,
+    batch: PackedBatch,
+    positions: Tensor | None = None,
+    images: ImageBatch | None = None,
+    image_of: Sequence[int] = (),
+    shared: SharedStream | None = None,
+) -> Tensor:
+    """`packed_hidden` of a model that has been checked."""
     base = unwrap(model)
     position_ids = batch.position_ids[None] if positions is None else positions
     input_ids, rows, options = batch.input_ids, batch.rows, _bounds(batch)
@@ -184,8 +260,7 @@ def packed_hidden(
         image_of = [image_of[k] for k in shared.first] if len(image_of) else image_of
     output = base.model(
         input_ids=input_ids[None],
-        # Never read, and four-dimensional: otherwise transformers builds an S x S mask.
-        attention_mask=input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+        attention_mask=no_mask(input_ids.device),
         position_ids=position_ids if positions is None else position_ids[:, None],
         use_cache=False,
         **options,
@@ -214,6 +289,15 @@ class LMHead(NamedTuple):
     logit_scale: float
     softcap: float | None
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) logits of (..., D) hidden states, as the ops compute them."""
+        logits = F.linear(hidden, self.weight, self.bias) * self.logit_scale
+        if self.softcap is None:
+            return logits
+        capped = self.softcap * torch.tanh(logits / self.softcap)
+        # What a bias rules out stays ruled out.
+        return torch.where(logits.isneginf(), logits, capped)
+
 
 def lm_head(
     model: nn.Module, suppressed: Sequence[int] = (), dtype: torch.dtype | None = None
@@ -224,21 +308,48 @@ def lm_head(
     those of the distribution that was sampled from.
     """
     base = unwrap(model)
-    head = base.get_output_embeddings()
-    if hasattr(head, "get_delta_weight"):
-        weight, bias = head.base_layer.weight, head.base_layer.bias
-        if not head.disable_adapters:
-            for adapter in head.active_adapters:
-                weight = weight + head.get_delta_weight(adapter)
-    else:
-        weight, bias = head.weight, head.bias
+    config = base.config.get_text_config()
+    weight, bias = _affine(base.get_output_embeddings(), config.hidden_size)
     if len(suppressed):
         offset = weight.new_zeros(weight.shape[0])
         offset[list(suppressed)] = -torch.inf
         bias = offset if bias is None else bias + offset
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    config = base.config.get_text_config()
-    # Cohere multiplies its logits, Granite divides them.
-    scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
-    return LMHead(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+    return LMHead(weight, bias, _logit_scale(config), _softcap(config))
+
+
+def _affine(head: Any, size: int) -> tuple[Tensor, Tensor | None]:
+    """Weight (V, D) and bias (V,) of an LM head, whatever it is made of.
+
+    Adapters, copies of the head and retrained tokens are read off what the head computes, not off
+    their parts: it is applied to the D unit vectors. That costs as much as D tokens; a bare linear
+    layer costs nothing.
+    """
+    while hasattr(head, "base_layer") and head.disable_adapters and not head.merged:
+        head = head.base_layer
+    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
+        return head.weight, head.bias
+    like = next((p for p in head.parameters() if p.is_floating_point()), torch.empty(0))
+    # A power of two that keeps a bias from eating digits of the weight.
+    size = getattr(head, "in_features", size)
+    units = 256 * torch.eye(size, dtype=like.dtype, device=like.device)
+    with torch.autocast(like.device.type, enabled=False):
+        output = head(F.pad(units, (0, 0, 0, 1)))
+    return (output[:-1] - output[-1]).T / 256, output[-1]
+
+
+def _logit_scale(config: Any) -> float:
+    """What a family multiplies its logits by."""
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+        if getattr(config, name, None):
+            return getattr(config, name)
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    # Granite divides by it.
+    return scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
+
+
+def _softcap(config: Any) -> float | None:
+    """The c of c * tanh(logits / c), or None."""
+    names = ("final_logit_softcapping", "logits_soft_cap")
+    return next((cap for name in names if (cap := getattr(config, name, None))), None)

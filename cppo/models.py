@@ -1,13 +1,17 @@
-"""Loading models and processors, with or without torchvision, and the ids a policy must not sample.
+"""Loading and saving models and processors, and the ids that end a text or never stand in one.
 
 The stock processors of the Qwen-VL families build a video processor, which needs torchvision. The
-trainer uses images only, so `load_processor` leaves the video part out where it cannot be built.
+trainer uses images only, so `load_processor` leaves the video part out where it cannot be built;
+its settings stay with the processor and are saved with it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +31,22 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import is_torchvision_available
+from transformers.utils import cached_file, is_torchvision_available, logging
+
+from cppo.forward import unwrap
+from cppo.processor_files import save_processor
+
+__all__ = [
+    "check_saveable",
+    "closing_token_ids",
+    "image_only",
+    "is_vision_language",
+    "load_model",
+    "load_processor",
+    "quiet",
+    "save_processor",
+    "special_token_ids_to_suppress",
+]
 
 _VISION_ID_FIELDS = (
     "image_token_id",
@@ -55,7 +74,8 @@ def image_only(processor_class: _Processor) -> _Processor:
 
     Specification: transformers reads a processor's parts off the signature of `__init__`; the
     subclass names only the image processor and the tokenizer, and keeps the stock class's name, so
-    that what it saves is an ordinary checkpoint folder.
+    that what it saves is an ordinary checkpoint folder. The settings of the video processor are
+    those of the folder it was loaded from, or those of the image processor; they are saved.
     Args:
         processor_class: the stock class, e.g. `transformers.Qwen2_5_VLProcessor`.
     Returns: the class; call it or use `from_pretrained` as on the stock class.
@@ -74,10 +94,42 @@ def image_only(processor_class: _Processor) -> _Processor:
                 token = getattr(tokenizer, f"{name}_token", None) or stock
                 setattr(self, f"{name}_token", token)
                 setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+            self._video_settings: dict[str, Any] | None = None
             ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+        @classmethod
+        def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+            processor = super().from_pretrained(path, *args, **kwargs)
+            processor._video_settings = _video_settings(path, kwargs.get("revision"))
+            return processor
+
+        def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            settings = self._video_settings
+            if settings is None:
+                settings = dict(self.image_processor.to_dict())
+                settings.pop("image_processor_type", None)
+                kind = "Qwen3VL" if processor_class.__name__.startswith("Qwen3") else "Qwen2VL"
+                settings["video_processor_type"] = f"{kind}VideoProcessor"
+            return {**super().to_dict(*args, **kwargs), "video_processor": settings}
 
     ImageOnly.__name__ = ImageOnly.__qualname__ = processor_class.__name__
     return ImageOnly  # type: ignore[return-value]
+
+
+def _video_settings(path: Any, revision: str | None) -> dict[str, Any] | None:
+    """The settings of a checkpoint's video processor, where transformers looks for them."""
+    options = {"revision": revision} if revision else {}
+    for name in ("processor_config.json", "video_preprocessor_config.json"):
+        try:
+            file = cached_file(path, name, **options)
+        except OSError:
+            continue  # not there
+        settings = json.loads(Path(str(file)).read_text("utf-8"))
+        if name == "processor_config.json":
+            settings = settings.get("video_processor")
+        if settings is not None:
+            return settings
+    return None
 
 
 def load_processor(path: str | Path, **kwargs: Any) -> Any:
@@ -159,6 +211,47 @@ def is_vision_language(model: PreTrainedModel) -> bool:
     return getattr(model.config, "vision_config", None) is not None
 
 
+def closing_token_ids(model: Any, processor: Any) -> tuple[list[int], str]:
+    """Return the ids that end a completion, and what there is to say about them.
+
+    Specification: those of the model's generation config and the tokenizer's own; either ends a
+    completion. An id that the vocabulary does not have is none (-1 stands for none, too).
+    Args:
+        model: a transformers causal model, or a peft model around one.
+        processor: a processor or a tokenizer.
+    Returns: ascending ids, and a sentence where the two disagree, else "".
+    Raises: ValueError if neither names an end.
+    """
+    base = unwrap(model)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    source = getattr(base, "generation_config", None) or base.config.get_text_config()
+    vocab_size = base.config.get_text_config().vocab_size
+
+    def valid(ids: Any) -> list[int]:
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        listed = ids if isinstance(ids, Sequence) else [ids]
+        return [int(i) for i in listed if i is not None and 0 <= int(i) < vocab_size]
+
+    of_model, of_tokenizer = valid(source.eos_token_id), valid(tokenizer.eos_token_id)
+    ids = sorted({*of_model, *of_tokenizer})
+    if not ids:
+        raise ValueError(
+            "cppo: model or tokenizer must name the token that ends a text (eos_token_id) among "
+            f"the {vocab_size} of the vocabulary, got {source.eos_token_id!r} in the generation "
+            f"config and {tokenizer.eos_token_id!r} in the tokenizer"
+        )
+    if not of_model or set(of_tokenizer) <= set(of_model):
+        return ids, ""
+
+    def named(ids: list[int]) -> str:
+        return ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" for i in ids)
+
+    return ids, (
+        f"the model's generation config ends a text at token {named(of_model)}, the tokenizer at "
+        f"{named(of_tokenizer)}: either ends a completion"
+    )
+
+
 def special_token_ids_to_suppress(model: PreTrainedModel, processor: Any) -> list[int]:
     """Return the ids that stand for inputs and that a policy must therefore never sample.
 
@@ -168,20 +261,51 @@ def special_token_ids_to_suppress(model: PreTrainedModel, processor: Any) -> lis
         model: gives the vision ids of its config and the end-of-sequence ids.
         processor: a processor or a tokenizer.
     Returns: ascending ids: vision, image, video and audio markers, the chat's turn start, padding
-        and bos; never an end-of-sequence id, never a grounding or tool marker.
+        and bos; never an id that ends a text (`closing_token_ids`), never a grounding or tool
+        marker.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    vocab_size = model.get_output_embeddings().weight.shape[0]
-    ids = {getattr(model.config, field, None) for field in _VISION_ID_FIELDS}
+    config = unwrap(model).config
+    ids = {getattr(config, field, None) for field in _VISION_ID_FIELDS}
     ids |= {tokenizer.pad_token_id, tokenizer.bos_token_id}
     ids |= {
         token_id
         for token_id, token in tokenizer.added_tokens_decoder.items()
         if token.special and _INPUT_ONLY_TOKEN.search(token.content)
     }
-    for eos in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
-        ids -= set(eos) if isinstance(eos, (list, tuple)) else {eos}
+    ids -= {*closing_token_ids(model, processor)[0]}
+    vocab_size = config.get_text_config().vocab_size
     return sorted(i for i in ids if i is not None and 0 <= i < vocab_size)
+
+
+def check_saveable(model: Any, processor: Any) -> None:
+    """Raises ValueError for a model or processor that could not be saved after training.
+
+    Saves all but the weights into a temporary folder, and looks for weights that are shared in a
+    way that their file cannot say.
+    """
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        try:
+            if adapters := getattr(model, "peft_config", None):
+                for adapter in adapters.values():
+                    adapter.save_pretrained(folder)
+            else:
+                model.save_pretrained(folder, state_dict={})
+                _check_shared(model)
+            processor.save_pretrained(folder)
+        except Exception as error:
+            raise ValueError(
+                "cppo: model and processor must be such that they can be saved, but "
+                f"save_pretrained says: {str(error).strip()}"
+            ) from error
+
+
+def _check_shared(model: PreTrainedModel) -> None:
+    try:
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+    except ImportError:  # an earlier transformers finds out when it saves
+        return
+    remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
 
 
 def _load_config(path: str | Path, op: str) -> PretrainedConfig:
@@ -214,3 +338,15 @@ def _has_video_config(path: str | Path) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers over our own."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

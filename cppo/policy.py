@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,30 @@ from torch import nn
 
 from cppo import forward
 from cppo.config import CPPOConfig
+from cppo.extras import require_package
+from cppo.model_check import check_model
+from cppo.models import quiet, save_processor
+from cppo.precision import hold_weights, whole, widest
 
 
 def frozen_copy(model: nn.Module, config: CPPOConfig) -> nn.Module:
     """The reference policy: a copy that is never trained."""
-    device = next(model.parameters()).device
     reference = copy.deepcopy(model).eval().requires_grad_(False)
-    forward.set_attention(reference, forward.choose_attention(config.attention, device))
+    forward.set_attention(reference, config.attention)
+    hold_weights(reference, config.precision, may_round=True)
     return reference
 
 
 def prepare(model: Any, config: CPPOConfig, device: torch.device) -> Any:
-    """Attention, frozen parts, adapters and checkpointing, as the config asks."""
+    """Attention, frozen parts, adapters, checkpointing and precision, as the config asks.
+
+    Raises: ValueError or ImportError naming the option, before anything is trained: for adapters
+        that cannot be added, a model of which nothing would be trained, and one that the packed
+        forward would run wrongly.
+    """
+    _check_lora(model, config)
     model = model.to(device)
-    forward.set_attention(model, forward.choose_attention(config.attention, device))
+    forward.set_attention(model, config.attention)
     sees = forward.has_vision(model)
     if config.freeze_vision_tower and sees:
         forward.vision_tower(model).requires_grad_(False)
@@ -35,22 +43,54 @@ def prepare(model: Any, config: CPPOConfig, device: torch.device) -> Any:
         old = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     if config.lora is not None:
-        from peft import LoraConfig, get_peft_model
-
-        lora = config.lora
-        targets = lora.target_modules
-        options = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            exclude_modules=r".*visual.*" if config.freeze_vision_tower and sees else None,
-            task_type="CAUSAL_LM",
+        model = _with_adapters(model, config)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "cppo.CPPOTrainer: model must have parameters to train, but all are frozen "
+            "(requires_grad is False)" + _frozen_adapters(model)
         )
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            model = get_peft_model(model, options)
+    # Of a peft model, only the adapters are saved.
+    hold_weights(model, config.precision, may_round=hasattr(model, "peft_config"))
+    check_model(model, shares=config.share_prompts)
     return model
+
+
+def _check_lora(model: Any, config: CPPOConfig) -> None:
+    if config.lora is None:
+        return
+    require_package("CPPOConfig.lora", "peft", "peft")
+    if forward.has_adapters(model):
+        adapters = list(getattr(model, "peft_config", ()))
+        raise ValueError(
+            "CPPOConfig.lora must be None for a model that has adapters already, "
+            f"got {type(model).__name__}" + (f" with {adapters}" if adapters else "")
+        )
+
+
+def _frozen_adapters(model: Any) -> str:
+    if not getattr(model, "peft_config", None):
+        return ""
+    return ": load its adapters with PeftModel.from_pretrained(..., is_trainable=True)"
+
+
+def _with_adapters(model: Any, config: CPPOConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    lora = config.lora
+    assert lora is not None
+    targets = lora.target_modules
+    is_frozen = config.freeze_vision_tower and forward.has_vision(model)
+    options = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=r".*visual.*" if is_frozen else None,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return get_peft_model(model, options)
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: CPPOConfig) -> Any:
@@ -86,21 +126,13 @@ def load_weights(model: Any, path: Path) -> None:
 
         set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"))
         return
-    dtype = next(model.parameters()).dtype
     with quiet():
-        loaded = type(model).from_pretrained(path, dtype=dtype)
+        loaded = type(model).from_pretrained(path, dtype=widest(model))
     model.load_state_dict(loaded.state_dict())
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of transformers over our own."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
+def save_model(model: Any, processor: Any, directory: Path) -> None:
+    """Writes a policy (its adapters, if it has any) and its processor for plain transformers."""
+    with quiet(), whole(model):
+        model.save_pretrained(directory)
+        save_processor(processor, directory)

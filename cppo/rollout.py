@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cppo.forward import unwrap
+from cppo.models import closing_token_ids
 from cppo.prompts import Prompts, tokenizer_of
 from cppo.questions import Question
 from cppo.sampler import decode
@@ -69,13 +69,14 @@ def sample_completions(
         group_size: completions per question.
         max_new_tokens: tokens of a completion at most.
         temperature: of the softmax; None: the greedy completion.
-        suppressed: token ids that are never sampled.
+        suppressed: token ids that are never sampled. The ends of text are those of
+            `cppo.models.closing_token_ids`.
         batch_size: completions generated at once.
     Returns: Rollouts, padded to the longest completion.
     """
     tokenizer = tokenizer_of(processor)
-    own = unwrap(model).generation_config.eos_token_id
-    closing = own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
+    closing, _ = closing_token_ids(model, processor)
+    # Behind an end, where the mask hides it.
     pad = closing[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     chunk = max(1, batch_size // group_size)
     was_training = model.training

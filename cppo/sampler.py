@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cppo.forward import ImageBatch, LMHead, image_arguments, lm_head, unwrap
+from cppo.forward import (
+    ImageBatch,
+    LMHead,
+    cache_argument,
+    image_arguments,
+    lm_head,
+    unwrap,
+)
 
 # Finished rows leave the batch once they are this share of it: dropping copies the cache.
 _DROP_SHARE = 0.2
@@ -51,7 +58,6 @@ def decode(
     from transformers import DynamicCache
 
     base = unwrap(model)
-    head = lm_head(model, suppressed)
     device = input_ids.device
     text_positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=base.config.get_text_config())
@@ -61,14 +67,15 @@ def decode(
             input_ids=ids,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(base, cache),
             **extra,
         ).last_hidden_state[:, -1]
 
     prompt_positions = text_positions if positions is None else positions
     vision = image_arguments(base, images, range(len(input_ids)))
     hidden = last_hidden(input_ids, attention_mask.long(), prompt_positions, **vision)
+    head = lm_head(model, suppressed, hidden.dtype)
     cache.batch_repeat_interleave(group_size)
 
     def per_completion(x: Tensor) -> Tensor:
@@ -104,10 +111,7 @@ def decode(
 
 
 def _draw(hidden: Tensor, head: LMHead, temperature: float | None) -> Tensor:
-    logits = nn.functional.linear(hidden, head.weight.to(hidden.dtype)).float() * head.logit_scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    logits = logits if head.bias is None else logits + head.bias
+    logits = head.logits(hidden).float()
     if temperature is None:
         return logits.argmax(-1)
     return torch.multinomial(torch.softmax(logits / temperature, -1), 1)[:, 0]

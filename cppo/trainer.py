@@ -38,7 +38,7 @@ from cppo.checkpoint import (
 from cppo.config import CPPOConfig
 from cppo.evaluate import evaluate
 from cppo.metrics import Total, over_processes, rollout_metrics, update_metrics
-from cppo.models import special_token_ids_to_suppress
+from cppo.models import check_saveable, closing_token_ids, special_token_ids_to_suppress
 from cppo.ops.advantages import advantages_and_prune, questions_needed
 from cppo.processes import Processes
 from cppo.progress import PhaseTimer, RunLog
@@ -112,6 +112,7 @@ class CPPOTrainer:
         self.processes = Processes(self.accelerator)
         forward.check_supported(model)
         check_processor(model, processor)
+        check_saveable(model, processor)
         self.encode = PromptEncoder(processor, config.chat_template_kwargs or {})
         self.questions = QuestionStream(train_dataset, config.seed)
         check_evaluation(config, eval_dataset)
@@ -137,6 +138,8 @@ class CPPOTrainer:
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.log = RunLog(config.output_dir, config.max_steps, is_main=self.processes.is_main)
+        if two_ends := closing_token_ids(model, processor)[1]:
+            self.log.say(two_ends)
         questions = questions_needed(config.batch_size, config.group_size, config.prune_rate)
         # What is drawn too much is cut off again: every process draws as many.
         self._num_questions = (
@@ -515,9 +518,7 @@ class CPPOTrainer:
         return path
 
     def _save_model(self, directory: Path) -> None:
-        with policy.quiet():
-            self.model.save_pretrained(directory)
-            self.processor.save_pretrained(directory)
+        policy.save_model(self.model, self.processor, directory)
 
     @functools.cached_property
     def _options(self) -> dict[str, Any]:

@@ -10,12 +10,14 @@ import os
 
 import torch
 import torch.distributed as dist
+from families import tiny_family
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import cppo
 from cppo import LossConfig, Views
+from cppo.forward import lm_head
 from cppo.testing import make_inputs
 
 # Gradients computed in the forward, and in the backward.
@@ -106,6 +108,36 @@ def beside_fsdp(mesh) -> None:
         torch.testing.assert_close(parameter.grad.full_tensor(), gradient)
 
 
+def a_model_that_is_checked_in_its_shards(mesh) -> None:
+    """The check of a model runs within the forward of the module that FSDP wraps."""
+
+    class Policy(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            return lm_head(self.model).logits(cppo.packed_hidden(self.model, batch))
+
+    ids = torch.arange(27).view(3, 9) * 5 % 60 + 3
+    mask = torch.ones_like(ids)
+    batch = cppo.pack_completions(ids, mask, mask * (torch.arange(9) >= 3))
+    results = []
+    for is_sharded in (False, True):
+        policy = Policy(tiny_family("qwen3")).train()
+        cppo.set_attention(policy.model, "sdpa")
+        if is_sharded:
+            for layer in policy.model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(policy, mesh=mesh)
+        logits = policy(batch)
+        logits.sin().sum().backward()
+        gradients = [p.grad.full_tensor() if is_sharded else p.grad for p in policy.parameters()]
+        results.append([logits.detach(), *gradients])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
@@ -114,6 +146,7 @@ def main() -> None:
         a_batch_for_each(mesh, config)
     nothing_whole_is_held(mesh)
     beside_fsdp(mesh)
+    a_model_that_is_checked_in_its_shards(mesh)
     dist.destroy_process_group()
     print("sharded heads: all held", flush=True)
     # Seen once: torch aborted afterwards, with "terminate called without an active exception".

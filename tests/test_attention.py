@@ -31,8 +31,13 @@ def streams(kv_heads: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return query, key, value, index
 
 
-def by_hand(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """(1, S, heads, 8): every token over the prompt and its own sequence, one by one."""
+def by_hand(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+) -> Tensor:
+    """(1, S, heads, 8): every token over the prompt and its own sequence, one by one.
+
+    With a window, over the last `window` of them, itself included.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     starts = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
@@ -40,14 +45,22 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     for piece, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
         for token in range(start, end):
             seen = list(range(7)) if piece else []
-            seen += list(range(start, token + 1))
+            seen = (seen + list(range(start, token + 1)))[-window if window else None :]
             weights = (query[..., token, :, None].mT @ key[:, :, seen].mT * scale).softmax(-1)
             out[:, :, token] = (weights @ value[:, :, seen])[:, :, 0]
     return out.transpose(1, 2)
 
 
-def call(kernel: Any, query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> Tensor:
+def call(
+    kernel: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    window: int | None = None,
+) -> Tensor:
     options: dict[str, Any] = {
+        "sliding_window": window,
         "cu_seq_lens_q": cumulative(LENGTHS).to(query.device),
         "cu_seq_lens_k": cumulative(KEY_LENGTHS).to(query.device),
         "max_length_q": max(LENGTHS),
@@ -76,16 +89,43 @@ def stand_in(seen: list[dict[str, Any]]) -> Any:
         parts = (x.float().transpose(0, 1)[None] for x in (query, key, value))
         lengths = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
         scale = options.get("scale", options.get("softmax_scale"))
-        return attention._sdpa(*parts, *lengths, scale)[0].transpose(0, 1).to(query.dtype)
+        left, right = options["window_size"]
+        assert right == 0
+        window = None if left == -1 else left + 1
+        return attention._sdpa(*parts, *lengths, scale, window)[0].transpose(0, 1).to(query.dtype)
 
     return kernel
 
 
+WINDOWS = [None, 1, 2, 5, 7, 11, 12, 100]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_a_sequence_sees_what_is_gathered_for_it_up_to_its_own_place(kv_heads: int) -> None:
+def test_a_sequence_sees_what_is_gathered_for_it_up_to_its_own_place(
+    kv_heads: int, window: int | None
+) -> None:
     query, key, value, index = streams(kv_heads)
-    out = call(None, query, key, value, index)
-    torch.testing.assert_close(out, by_hand(query, key, value, 0.3))
+    out = call(None, query, key, value, index, window)
+    torch.testing.assert_close(out, by_hand(query, key, value, 0.3, window))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", [[9, 8, 9], [40, 1, 2, 1]], ids=["padded", "one by one"])
+def test_a_window_in_a_packed_stream(lengths: list[int], window: int | None) -> None:
+    total = sum(lengths)
+    query, key, value = torch.randn(3, 1, 2, total, 8, dtype=torch.float64)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    place = torch.arange(total)
+    behind = place[:, None] - place
+    seen = (owner[:, None] == owner) & (behind >= 0) & (behind < (window or total))
+    scores = (query @ key.mT * 0.3).masked_fill(~seen, -torch.inf)
+    expected = (scores.softmax(-1) @ value).transpose(1, 2)
+    bounds = {"cu_seq_lens_q": cumulative(lengths), "cu_seq_lens_k": cumulative(lengths)}
+    longest = {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    options: dict[str, Any] = {**bounds, **longest, "scaling": 0.3, "sliding_window": window}
+    out, _ = attention.attend(None, torch.nn.Identity(), query, key, value, **options)
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -110,12 +150,16 @@ def test_pytorch_varlen_is_called_for_the_same_result(
     else:
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
     query, key, value, index = streams(kv_heads)
-    halves = (x.bfloat16() for x in (query, key, value))
-    out = call(attention._KERNELS["varlen"], *halves, index)
-    torch.testing.assert_close(out.double(), by_hand(query, key, value, 0.3), atol=0.05, rtol=0.05)
-    (told,) = seen
-    assert told["window_size"] == (-1, 0) and (told["max_q"], told["max_k"]) == (7, 12)
-    assert told["kv_heads"] == (kv_heads if knows_gqa else 4)
+    halves = [x.bfloat16() for x in (query, key, value)]
+    for window, told_window in ((None, -1), (12, -1), (5, 4), (1, 0)):
+        seen.clear()
+        out = call(attention._KERNELS["varlen"], *halves, index, window)
+        exact = by_hand(query, key, value, 0.3, window)
+        torch.testing.assert_close(out.double(), exact, atol=0.05, rtol=0.05)
+        (told,) = seen
+        assert told["window_size"] == (told_window, 0)
+        assert (told["max_q"], told["max_k"]) == (7, 12)
+        assert told["kv_heads"] == (kv_heads if knows_gqa else 4)
     # In single precision there is no such kernel, and sdpa runs instead.
     full = call(attention._KERNELS["varlen"], query, key, value, index)
     torch.testing.assert_close(full, by_hand(query, key, value, 0.3))
@@ -127,10 +171,45 @@ def test_flash_attn_is_called_for_the_same_result(monkeypatch: pytest.MonkeyPatc
     package = types.SimpleNamespace(flash_attn_varlen_func=stand_in(seen))
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     query, key, value, index = streams(2)
-    halves = (x.half() for x in (query, key, value))
-    out = call(attention._KERNELS["flash_attention_2"], *halves, index)
-    torch.testing.assert_close(out.double(), by_hand(query, key, value, 0.3), atol=0.02, rtol=0.02)
-    assert seen[0]["causal"] is True and seen[0]["max_k"] == 12
+    halves = [x.half() for x in (query, key, value)]
+    for window, told_window in ((None, -1), (4, 3)):
+        seen.clear()
+        out = call(attention._KERNELS["flash_attention_2"], *halves, index, window)
+        exact = by_hand(query, key, value, 0.3, window)
+        torch.testing.assert_close(out.double(), exact, atol=0.02, rtol=0.02)
+        assert seen[0]["causal"] is True and seen[0]["max_k"] == 12
+        assert seen[0]["window_size"] == (told_window, 0)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "softcap", "position_bias", "block_indices", "news"])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_what_a_layer_asks_for_and_does_not_get_is_refused(name: str, is_packed: bool) -> None:
+    query, key, value, _ = streams()
+    bounds: dict[str, Any] = {}
+    if is_packed:
+        bounds = {"cu_seq_lens_q": cumulative(LENGTHS), "cu_seq_lens_k": cumulative(LENGTHS)}
+        bounds |= {"max_length_q": 7, "max_length_k": 7}
+    layer = torch.nn.Identity()
+    out, _ = attention.attend(None, layer, query, key, value, **{name: None}, **bounds)
+    assert out.isfinite().all()
+    with pytest.raises(ValueError, match=f"Identity must do with plain attention, .* {name!r}"):
+        attention.attend(None, layer, query, key, value, **{name: torch.ones(4)}, **bounds)
+
+
+def test_a_packed_stream_without_its_bounds_or_with_another_mask_is_refused() -> None:
+    query, key, value, _ = streams()
+    layer, mask = torch.nn.Identity(), attention.no_mask(torch.device("cpu"))
+    with pytest.raises(ValueError, match="Identity must .* but it never gets cu_seq_lens"):
+        attention.attend(None, layer, query, key, value, mask)
+    bounds: dict[str, Any] = dict(cu_seq_lens_q=cumulative(LENGTHS), max_length_k=7)
+    with pytest.raises(ValueError, match="Identity must .* but it is not causal"):
+        attention.attend(None, layer, query, key, value, mask, is_causal=False, **bounds)
+    own = torch.ones(1, 4, 15, 15)
+    with pytest.raises(ValueError, match=r"has a mask of its own of shape \(1, 4, 15, 15\)"):
+        attention.attend(None, layer, query, key, value, own, **bounds)
+    # One token of one sequence, as decoding has it, is no stream.
+    one = (x[:, :, :1] for x in (query, key, value))
+    assert attention.attend(None, layer, *one, mask)[0].shape == (1, 1, 4, 8)
 
 
 def test_one_place_chooses_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,20 +240,21 @@ def test_info_says_which_attention_runs() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 5, 1])
 @pytest.mark.parametrize("kind", ["varlen", "flash_attention_2"])
-def test_kernels_on_the_gpu_are_as_accurate_as_sdpa(kind: str) -> None:
+def test_kernels_on_the_gpu_are_as_accurate_as_sdpa(kind: str, window: int | None) -> None:
     reason = attention.why_not(kind, "cuda")
     if reason:
         pytest.skip(reason)
     query, key, value, index = (x.cuda() for x in streams(2))
-    exact = by_hand(query, key, value, 0.3)
+    exact = by_hand(query, key, value, 0.3, window)
     wide = [torch.nn.functional.pad(x, (0, 56)).bfloat16() for x in (query, key, value)]
     for x in wide:
         x.requires_grad_()
-    out = call(attention._KERNELS[kind], *wide, index)[..., :8]
+    out = call(attention._KERNELS[kind], *wide, index, window)[..., :8]
     torch.testing.assert_close(out.double(), exact, atol=0.05, rtol=0.05)
     gradients = torch.autograd.grad(out.float().square().sum(), wide)
-    again = call(None, *wide, index)[..., :8]
+    again = call(None, *wide, index, window)[..., :8]
     expected = torch.autograd.grad(again.float().square().sum(), wide)
     for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, atol=0.1, rtol=0.1)

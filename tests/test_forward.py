@@ -295,11 +295,15 @@ def test_scaled_and_capped_heads_give_the_logits_of_the_model(family: str, optio
     assert drawn[0] == without_best.argmax()
 
 
-def test_models_that_would_run_wrongly_are_refused() -> None:
-    with pytest.raises(ValueError, match="attn_logit_softcapping.* got 'gemma2' with 50"):
-        forward.check_supported(tiny_of("Gemma2"))
-
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+def test_models_that_there_is_no_way_of_calling_are_refused() -> None:
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        MambaConfig,
+        MambaForCausalLM,
+    )
 
     text = dict(model_type="llama", hidden_size=32, intermediate_size=32, num_hidden_layers=1)
     text |= dict(num_attention_heads=2, vocab_size=64)
@@ -308,40 +312,41 @@ def test_models_that_would_run_wrongly_are_refused() -> None:
     llava = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
     with pytest.raises(ValueError, match="must be of the Qwen2-VL, .* got model_type 'llava'"):
         forward.check_supported(llava)
-
-    from transformers import MambaConfig, MambaForCausalLM
-
     mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
-    with pytest.raises(ValueError, match="with an LM head, got MambaForCausalLM"):
-        forward.check_supported(mamba)
-    hybrid, _ = tiny("text")
-    hybrid.config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(ValueError, match="can be packed, got 'qwen3' with layers .*'linear_att"):
-        forward.check_supported(hybrid)
-    with pytest.raises(ValueError, match="causal language model with an LM head, got Linear"):
-        forward.check_supported(torch.nn.Linear(2, 2))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
+    for model in (mamba, gpt2, torch.nn.Linear(2, 2)):
+        words = f"with its body in `model` and an LM head, got {type(model).__name__}"
+        with pytest.raises(ValueError, match=words):
+            forward.check_supported(model)
 
 
-def test_a_sliding_window_shorter_than_a_sequence_is_refused() -> None:
+def stream_of(lengths: list[int]) -> PackedBatch:
+    """Sequences of different tokens, every token but the first a response."""
+    width = max(lengths)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    ids = (torch.arange(width) * 7 + torch.arange(len(lengths))[:, None] * 11) % 60
+    return pack_completions(ids, mask, mask & (torch.arange(width) >= 1))
+
+
+@pytest.mark.parametrize("window", [2, 3, 8, 9])
+def test_sequences_longer_than_a_sliding_window(window: int) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, use_sliding_window=True, sliding_window=8,
-        max_window_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, use_sliding_window=True,
+        sliding_window=window, max_window_layers=1, pad_token_id=0,
     )  # fmt: skip
-    model = packed(Qwen2ForCausalLM(config))
-    for length, fits in ((8, True), (9, False)):
-        mask = torch.ones(1, length, dtype=torch.bool)
-        ids = torch.arange(length)[None] % 60
-        response = mask.clone()
-        response[:, 0] = False
-        stream = pack_completions(ids, mask, response)
-        if fits:
-            assert forward.packed_hidden(model, stream).shape == (length - 1, 32)
-        else:
-            with pytest.raises(ValueError, match="sequence of 9 tokens .* sliding window of 8"):
-                forward.packed_hidden(model, stream)
+    model = Qwen2ForCausalLM(config).double().eval()
+    lengths = [9, 30, 8, 2]
+    batch = stream_of(lengths)
+    model.set_attn_implementation("eager")
+    alone = [
+        model.model(input_ids=ids[None]).last_hidden_state[0, :-1]
+        for ids in batch.input_ids.split(lengths)
+    ]
+    hidden = cppo.packed_hidden(packed(model), batch)
+    torch.testing.assert_close(hidden, torch.cat(alone), rtol=0, atol=FP64)
 
 
 def test_flash_attention_on_a_cpu_is_an_error() -> None:

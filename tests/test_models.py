@@ -1,6 +1,7 @@
 """Loading models and processors, the ids never to sample, and the errors."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from transformers import Qwen2_5_VLProcessor, ViTConfig
 
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm, build_tokenizer
 from cppo.models import (
+    check_saveable,
+    closing_token_ids,
     image_only,
     is_vision_language,
     load_model,
@@ -38,7 +41,11 @@ def test_vision_checkpoint_round_trip(family, tmp_path):
     image = Image.effect_noise((48, 24), 80).convert("RGB")
     first, second = _inputs(processor, image), _inputs(loaded_processor, image)
     assert first.keys() == second.keys()
+    # With torchvision the loaded one resizes by it, which rounds a pixel otherwise.
+    pixels = [inputs.pop("pixel_values") for inputs in (first, second)]
+    torch.testing.assert_close(*pixels, rtol=0, atol=0.05)
     assert all(torch.equal(first[k], second[k]) for k in first)
+    first["pixel_values"] = second["pixel_values"] = pixels[0]
     assert (first["input_ids"] == model.config.image_token_id).sum() == 2
     assert torch.equal(model(**first).logits, loaded(**second).logits)
     assert is_vision_language(loaded) and not loaded.training
@@ -154,6 +161,130 @@ def test_a_folder_without_video_configuration_loads_with_torchvision_too(tmp_pat
     model, processor = build_tiny_vlm(size="test")
     model.config.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    del settings["video_processor"]
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
     monkeypatch.setattr("cppo.models.is_torchvision_available", lambda: True)
     loaded = load_processor(tmp_path)
     assert type(loaded).get_attributes() == ["image_processor", "tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_tokenizer", "ids", "says"),
+    [
+        (2, "<|im_end|>", [2], ""),
+        ([2, 0], "<|im_end|>", [0, 2], ""),
+        (None, "<|im_end|>", [2], ""),
+        (-1, "<|im_end|>", [2], ""),
+        ([-1], "<|im_end|>", [2], ""),
+        ([], "<|im_end|>", [2], ""),
+        (10_000, "<|im_end|>", [2], ""),
+        ([10_000, 5], "<|im_end|>", [2, 5], "at token 5 .* tokenizer at 2 .*: either ends"),
+        (0, "<|im_end|>", [0, 2], "at token 0 .'<.endoftext.>'., the tokenizer at 2 .* either"),
+        (torch.tensor([0, 2]), "<|im_end|>", [0, 2], ""),
+        ((2, 2), "<|im_end|>", [2], ""),
+        (2, None, [2], ""),
+        ([4, 2], None, [2, 4], ""),
+    ],
+)
+def test_either_end_of_text_ends_a_completion(of_model, of_tokenizer, ids, says):
+    model, tokenizer = build_tiny_text_model(size="test")
+    model.generation_config.eos_token_id = of_model
+    tokenizer.eos_token = of_tokenizer
+    found, words = closing_token_ids(model, tokenizer)
+    assert found == ids
+    assert re.search(says, words) if says else words == ""
+    assert not set(ids) & set(special_token_ids_to_suppress(model, tokenizer))
+
+
+def test_the_end_of_text_through_wrappers_and_without_a_generation_config():
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = build_tiny_vlm(size="test")
+    expected = closing_token_ids(model, processor)
+    suppressed = special_token_ids_to_suppress(model, processor)
+    adapted = get_peft_model(
+        model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    assert closing_token_ids(adapted, processor) == expected == ([2], "")
+    assert special_token_ids_to_suppress(adapted, processor) == suppressed
+    model.generation_config = None
+    assert closing_token_ids(model, processor) == expected
+
+
+@pytest.mark.parametrize("of_model", [None, -1, 500_000, []])
+def test_no_end_of_text_is_refused(of_model):
+    model, tokenizer = build_tiny_text_model(size="test")
+    model.generation_config.eos_token_id = of_model
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="must name the token that ends a text .* got .* None"):
+        closing_token_ids(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0.3},
+        {"top_p": 0.9},
+        {"top_k": 7},
+        {"num_beams": 1, "length_penalty": 0.5},
+        {"max_new_tokens": -3},
+        {"do_sample": False, "num_return_sequences": 4},
+        {"cache_implementation": "none such"},
+    ],
+)
+def test_a_generation_config_that_cannot_be_saved_is_found_out_at_the_start(change, tmp_path):
+    model, tokenizer = build_tiny_text_model(size="test")
+    check_saveable(model, tokenizer)
+    for name, value in change.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError):
+        model.save_pretrained(tmp_path)  # as it would after training
+    words = (
+        "cppo: model and processor must be such that they can be saved, but save_pretrained says"
+    )
+    with pytest.raises(ValueError, match=words):
+        check_saveable(model, tokenizer)
+    from trainer_cases import trainer_for
+
+    with pytest.raises(ValueError, match=words):
+        trainer_for(tmp_path, model=model, processor=tokenizer)
+
+
+def test_an_odd_generation_config_that_came_with_the_model_can_be_saved(tmp_path):
+    model, tokenizer = build_tiny_text_model(size="test")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 0.6}))
+    loaded = load_model(tmp_path)
+    assert loaded.generation_config.temperature == 0.6
+    check_saveable(loaded, tokenizer)
+    loaded.save_pretrained(tmp_path / "again")
+
+
+def test_weights_that_are_shared_without_a_word_cannot_be_saved():
+    model, tokenizer = build_tiny_text_model(size="test")
+    first, second = model.model.layers[:2]
+    first.mlp.up_proj.weight = second.mlp.up_proj.weight
+    with pytest.raises(ValueError, match="can be saved, .* shared tensors .*up_proj"):
+        check_saveable(model, tokenizer)
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_found_out_at_the_start():
+    from tokenizers.pre_tokenizers import PreTokenizer
+
+    class Own:
+        def pre_tokenize(self, text):
+            return text
+
+    model, tokenizer = build_tiny_text_model(size="test")
+    tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizer.custom(Own())
+    with pytest.raises(ValueError, match="can be saved, but save_pretrained says: "):
+        check_saveable(model, tokenizer)
+
+
+def test_adapters_can_be_saved():
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = build_tiny_text_model(size="test")
+    check_saveable(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), tokenizer)

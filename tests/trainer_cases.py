@@ -179,9 +179,12 @@ def small_run(output_dir: Any, **options: Any) -> CPPOConfig:
 
 
 def trainer_for(output_dir: Any, family: str = "text", **options: Any) -> CPPOTrainer:
-    """A trainer of a fresh tiny model; `rewards`, `rows`, `eval_rows` and `model` may be given."""
+    """A trainer of a fresh tiny model.
+
+    `rewards`, `rows`, `eval_rows`, `model` and `processor` may be given.
+    """
     model, processor = tiny(family)
-    model = options.pop("model", model)
+    model, processor = options.pop("model", model), options.pop("processor", processor)
     rows = text_rows() if family == "text" else DigitSums("train", 6)
     rewards = options.pop("rewards", digit_share)
     rows, eval_rows = options.pop("rows", rows), options.pop("eval_rows", None)

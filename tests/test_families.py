@@ -1,0 +1,93 @@
+"""Every text family of transformers: run rightly, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, is_known, tiny_family
+from torch import Tensor
+from transformers import DynamicCache
+
+from cppo import forward, model_check
+from cppo.ops.pack import pack_completions
+
+CLOSE = 2e-5  # of the largest logit; what is wrong is off by far more, rounding in fp32 by far less
+
+
+def relative(ours: Tensor, expected: Tensor) -> float:
+    return ((ours - expected).abs().max() / expected.abs().max()).item()
+
+
+def packed_logits(model: Any, sequences: list[Tensor]) -> list[Tensor]:
+    """Logits of whole sequences but for their last token, by the packed forward in fp32."""
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    lengths = torch.tensor([len(s) for s in sequences])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    batch = pack_completions(ids, mask, mask & (torch.arange(ids.shape[1]) >= 1))
+    hidden = forward.run_packed(model, batch)
+    logits = forward.lm_head(model).logits(hidden)
+    return list(logits.split((lengths - 1).tolist()))
+
+
+def decoded_logits(model: Any, sequences: list[Tensor]) -> list[Tensor]:
+    """Logits of the last four tokens: two prompts padded on the left, then token by token."""
+    longest = max(len(s) for s in sequences)
+    ids = torch.stack([torch.cat([s.new_zeros(longest - len(s)), s]) for s in sequences])
+    mask = torch.stack(
+        [torch.arange(longest) >= longest - len(s) for s in sequences]
+    ).long()  # fmt: skip
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config.get_text_config())
+    rows = []
+    for stop in range(longest - 3, longest + 1):
+        start = 0 if stop == longest - 3 else stop - 1
+        output = model.model(
+            input_ids=ids[:, start:stop],
+            attention_mask=mask[:, :stop],
+            position_ids=positions[:, start:stop],
+            use_cache=True,
+            **forward.cache_argument(model, cache),
+        )
+        rows.append(forward.lm_head(model).logits(output.last_hidden_state[:, -1]))
+    return list(torch.stack(rows, 1))
+
+
+def runs_right(family: str) -> bool:
+    """Found out without the check: longer sequences, a real window, fp32, each truly alone."""
+    model = tiny_family(family, window=5)
+    draw = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(3, 60, (n,), generator=draw) for n in (13, 9, 11)]
+    with torch.no_grad():
+        alone = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
+        try:
+            forward.set_attention(model, "sdpa")
+            packed = packed_logits(model, sequences)
+            decoded = decoded_logits(model, sequences)
+        except Exception:
+            return False
+    errors = [relative(ours, own[:-1]) for ours, own in zip(packed, alone, strict=True)]
+    errors += [relative(ours, own[-4:]) for ours, own in zip(decoded, alone, strict=True)]
+    return max(errors) < CLOSE
+
+
+def verdict(family: str) -> str:
+    """What the check says; '' when it has nothing to say."""
+    model = tiny_family(family)
+    try:
+        forward.check_supported(model)
+        forward.set_attention(model, "sdpa")
+        model_check.check_model(model, shares=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_verdict_is_that_of_an_independent_comparison(family: str) -> None:
+    if not is_known(family):
+        pytest.skip(f"this transformers has no {family}")
+    words = verdict(family)
+    assert runs_right(family) == (not words), words
+    assert not words or repr(family) in words

@@ -79,8 +79,6 @@ class RunLog:
             disable=not is_main or not self._console.is_terminal,
         )
         self._task = self._progress.add_task("steps", total=max_steps)
-        if is_main:
-            self._dir.mkdir(parents=True, exist_ok=True)
 
     def restart(self, history: list[dict[str, Any]], step: int) -> None:
         """Makes the files agree with the step that a run starts from."""
@@ -158,11 +156,13 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     partial.replace(path)
 
 
 def _append_line(path: Path, row: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")

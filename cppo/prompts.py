@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cppo.forward import ImageBatch, has_vision, rotary_positions
-from cppo.questions import Question, QuestionError
+from cppo.questions.errors import QuestionError
 from cppo.questions.messages import (
     Messages,
     strings_in,
@@ -25,6 +25,7 @@ from cppo.questions.messages import (
     with_images,
     with_last_text,
 )
+from cppo.questions.question import Question
 
 # What apply_chat_template takes besides what the template reads.
 _PASSED_ON = ("chat_template", "tools", "documents")

@@ -27,28 +27,6 @@ from cppo.shared_prompts import share_prompts
 from cppo.views import perturb_pixel_values, views_from_names
 
 
-def cut_surplus(kept: Tensor, advantages: Tensor, group_size: int, batch_size: int) -> Tensor:
-    """Takes completions out until `batch_size` are left, evenly over the questions.
-
-    The question with the most completions left (of several the last) gives up the one with its
-    smallest |advantage| (of several the last): what dynamic allocation draws too much is cut the
-    same way every time.
-
-    Args:
-        kept: (K,) int64 ascending. advantages: (B,). batch_size: completions that may stay.
-    Returns: (min(K, batch_size),) int64 ascending.
-    """
-    groups: dict[int, list[int]] = {}
-    for index in kept.tolist():
-        groups.setdefault(index // group_size, []).append(index)
-    size = advantages.abs().tolist()
-    for _ in range(len(kept) - batch_size):
-        members = max(groups.items(), key=lambda item: (len(item[1]), item[0]))[1]
-        members.remove(min(members, key=lambda i: (size[i], -i)))
-    left = sorted(index for members in groups.values() for index in members)
-    return torch.tensor(left, dtype=torch.int64, device=kept.device)
-
-
 @dataclass(frozen=True)
 class Batch:
     """Scored rollouts on which an update runs; every per-row tensor is (B, ...) of the rollouts.

@@ -26,7 +26,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import TrainerState
 
-from cppo import fingerprint, forward, policy, reference
+from cppo import fingerprint, forward, policy
 from cppo.checkpoint import (
     check_options,
     claim_output_dir,
@@ -36,22 +36,23 @@ from cppo.checkpoint import (
     write_checkpoint,
 )
 from cppo.config import CPPOConfig
+from cppo.draws import QuestionDraws
 from cppo.evaluate import evaluate
 from cppo.metrics import Total, over_processes, rollout_metrics, update_metrics
 from cppo.models import check_saveable, closing_token_ids, special_token_ids_to_suppress
-from cppo.ops.advantages import advantages_and_prune, questions_needed
+from cppo.ops.advantages import questions_needed
 from cppo.processes import Processes
 from cppo.progress import PhaseTimer, RunLog
-from cppo.prompts import EncodedQuestion, PromptEncoder, collate
-from cppo.questions import QuestionError
-from cppo.questions.rows import Dataset, question_at
-from cppo.questions.stream import QuestionStream, all_questions
+from cppo.prompts import EncodedQuestion, collate
+from cppo.questions.rows import Dataset
+from cppo.questions.stream import all_questions
 from cppo.records import NumItems
 from cppo.regroup import balanced, merge, merge_scores
 from cppo.rollout import Rollouts, sample_completions
 from cppo.scoring import RewardFunction, Scores, metric_name, score
 from cppo.seeds import seed_from
-from cppo.step import Batch, cut_surplus, microbatch_loss, token_logps
+from cppo.selection import cut_surplus, select_completions
+from cppo.step import Batch, microbatch_loss, token_logps
 from cppo.trainer_arguments import (
     check_evaluation,
     check_images,
@@ -110,11 +111,13 @@ class CPPOTrainer:
             project_dir=config.output_dir,
         )
         self.processes = Processes(self.accelerator)
+        self.log = RunLog(config.output_dir, config.max_steps, is_main=self.processes.is_main)
         forward.check_supported(model)
         check_processor(model, processor)
         check_saveable(model, processor)
-        self.encode = PromptEncoder(processor, config.chat_template_kwargs or {})
-        self.questions = QuestionStream(train_dataset, config.seed)
+        self.questions = QuestionDraws(
+            train_dataset, processor, config, self.processes, self.log.say
+        )
         check_evaluation(config, eval_dataset)
         self.eval_questions, self._eval_dataset = all_questions(eval_dataset), eval_dataset
         check_images(model, [*first_question(train_dataset, config), *self.eval_questions])
@@ -137,7 +140,6 @@ class CPPOTrainer:
         self.scheduler = policy.schedule(self.optimizer, config)
         self.step = 0
         self.history: list[dict[str, Any]] = []
-        self.log = RunLog(config.output_dir, config.max_steps, is_main=self.processes.is_main)
         if two_ends := closing_token_ids(model, processor)[1]:
             self.log.say(two_ends)
         questions = questions_needed(config.batch_size, config.group_size, config.prune_rate)
@@ -147,7 +149,6 @@ class CPPOTrainer:
             if config.dynamic_allocation
             else self.processes.share("questions", config.batch_size // config.group_size)
         )
-        self._skipped = 0
         self._best: float | None = None
 
     # The loop
@@ -189,11 +190,12 @@ class CPPOTrainer:
         # Every random number of a step follows from (seed, step, process): nothing to checkpoint.
         set_seed(seed_from(self.config.seed, self.step, self.processes.rank) % 2**32)
         timer = PhaseTimer()
+        skipped = self.questions.skipped
         rollouts, scores = self._scored_rollouts(timer)
         batch = self.make_batch(rollouts, scores.total)
         metrics = rollout_metrics(batch, scores)
         if self.config.skip_bad_questions:
-            metrics["questions/skipped"] = Total(self._skipped)
+            metrics["questions/skipped"] = Total(self.questions.skipped - skipped)
         if _is_due(self.step + 1, self.config.log_every):
             self._write_completions(batch, scores)
         updates = self.update(batch, timer)
@@ -204,7 +206,7 @@ class CPPOTrainer:
         weights = reward_weights(self.reward_functions, self.config)
         rollouts: list[Rollouts] = []
         scores: list[Scores] = []
-        count, self._skipped = self._num_questions, 0
+        count = self._num_questions
         while count:
             with timer("rollout"):
                 rollouts.append(self.sample(self.draw_questions(count)))
@@ -231,7 +233,7 @@ class CPPOTrainer:
         if not (config.drop_zero_variance and config.dynamic_allocation and config.max_refills):
             return 0
         everywhere = torch.cat(self.processes.gather(rewards))
-        kept = len(self._prune(everywhere)[1])
+        kept = len(select_completions(everywhere, config, self.step)[1])
         missing = questions_needed(
             max(0, config.batch_size - kept), config.group_size, config.prune_rate
         )
@@ -244,63 +246,9 @@ class CPPOTrainer:
             return 0
         return math.ceil(missing / self.processes.size)
 
-    def _prune(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages and kept completions of a whole step, of all processes."""
-        config = self.config
-        generator = torch.Generator().manual_seed(seed_from(config.seed, "prune", self.step))
-        options: dict[str, Any] = {
-            "scale": config.scale_rewards,
-            "scope": config.prune_scope,
-            "prune": config.prune,
-            "drop_zero": config.drop_zero_variance,
-        }
-        scored = ~rewards.isnan()
-        sizes = config.group_size, config.prune_rate
-        if scored.all():
-            return advantages_and_prune(rewards, *sizes, **options, generator=generator)
-        noise = torch.rand(len(rewards), generator=generator)
-        return reference.advantages_and_prune(rewards, *sizes, **options, noise=noise, mask=scored)
-
     def draw_questions(self, count: int | None = None) -> list[EncodedQuestion]:
-        """This process's questions of the next step, encoded; a group never straddles processes.
-
-        All processes walk through one order of questions, and each encodes its own. Those that are
-        left out (`max_prompt_tokens`, `skip_bad_questions`) are replaced by the next ones.
-        """
-        needs = [self._num_questions if count is None else count] * self.processes.size
-        wanted = sum(needs)
-        drawn: list[EncodedQuestion] = []
-        start = self.questions.position
-        while any(needs):
-            rows = [[self.questions.next_row() for _ in range(need)] for need in needs]
-            encoded = [self._encoded(row) for row in rows[self.processes.rank]]
-            drawn += [question for question in encoded if question is not None]
-            needs = self.processes.gather(encoded.count(None))
-            seen = self.questions.position - start
-            if sum(needs) == wanted and seen > len(self.questions.dataset):
-                raise ValueError(
-                    "cppo.CPPOTrainer: no question of train_dataset can be asked, all are left out "
-                    f"by max_prompt_tokens = {self.config.max_prompt_tokens} or "
-                    f"skip_bad_questions = {self.config.skip_bad_questions}"
-                )
-        return drawn
-
-    def _encoded(self, row: int) -> EncodedQuestion | None:
-        """The question of a row as the model reads it; None if it is left out."""
-        limit = self.config.max_prompt_tokens
-        try:
-            encoded = self.encode(question_at(self.questions.dataset, row))
-        except QuestionError as error:
-            if not self.config.skip_bad_questions:
-                raise
-            self._skipped += 1
-            self.log.say(f"skipped a question: {error}")
-            return None
-        length = len(encoded.input_ids)
-        if limit is None or length <= limit:
-            return encoded
-        self.log.say(f"skipped a question: its prompt has {length} tokens, the limit is {limit}")
-        return None
+        """This process's questions of the next step; a group never straddles processes."""
+        return self.questions.draw(self._num_questions if count is None else count)
 
     def sample(self, questions: Sequence[EncodedQuestion]) -> Rollouts:
         """`group_size` completions of each question, sampled from the current policy."""
@@ -319,15 +267,12 @@ class CPPOTrainer:
     def make_batch(self, rollouts: Rollouts, rewards: Tensor) -> Batch:
         """Advantages and pruning: what of the rollouts the update will run on. Collective.
 
-        They are worked out on the rewards of all processes, by every process alike, so that
-        "batch" means the batch and the number of processes changes nothing.
-
         Args:
             rewards: (B,) of this process's completions, NaN where there is none.
         """
         config = self.config
         everywhere = self.processes.gather(rewards.cpu())
-        advantages, kept = self._prune(torch.cat(everywhere))
+        advantages, kept = select_completions(torch.cat(everywhere), config, self.step)
         if config.dynamic_allocation:
             kept = cut_surplus(kept, advantages, config.group_size, config.batch_size)
         start = sum(len(own) for own in everywhere[: self.processes.rank])

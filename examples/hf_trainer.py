@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 import cppo
 from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
 from cppo.demo.warmup import CHECKPOINTS
-from cppo.forward import packed_hidden, set_attention
 
 group_size, prune_rate = 16, 0.75
 
@@ -25,7 +24,7 @@ def loss_of(model, input_ids, attention_mask, completion_mask, rewards, old_logp
     masks = (attention_mask, completion_mask)
     batch = cppo.pack_completions(input_ids, *masks, kept, per_token=per_token)
     return cppo.linear_cppo_loss(
-        packed_hidden(model, batch),
+        cppo.packed_hidden(model, batch),
         model.lm_head.weight,
         batch.targets,
         advantages[kept],
@@ -58,7 +57,7 @@ def sampled(model, tokenizer, row):
     completion_mask[:, :start] = 0
     batch = cppo.pack_completions(input_ids, attention_mask, completion_mask)
     stats = cppo.linear_token_stats(
-        packed_hidden(model, batch), model.lm_head.weight, batch.targets
+        cppo.packed_hidden(model, batch), model.lm_head.weight, batch.targets
     )
     return {
         "input_ids": input_ids,
@@ -83,7 +82,7 @@ if __name__ == "__main__":
     path = CHECKPOINTS / "arithmetic"
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    set_attention(model, "sdpa")
+    cppo.set_attention(model, "sdpa")
     problems = ArithmeticProblems("train", num_questions)
     rows = [sampled(model, tokenizer, problems[i]) for i in range(num_questions)]
     trainer = GRPOTrainer(

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import cppo
 from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
 from cppo.demo.warmup import CHECKPOINTS
-from cppo.forward import packed_hidden, set_attention
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 num_questions, group_size, prune_rate = 8, 16, 0.75
@@ -30,7 +29,7 @@ sampling = GenerationConfig(
     pad_token_id=tokenizer.pad_token_id,
 )
 problems = ArithmeticProblems("train", 4096)
-set_attention(model, "sdpa")  # sequences in a packed stream do not see each other
+cppo.set_attention(model, "sdpa")  # sequences in a packed stream do not see each other
 
 for step in range(steps):
     # The rollout: group_size completions of each question.
@@ -55,7 +54,7 @@ for step in range(steps):
     # The update, on one stream without padding; no (T, V) logits on a fused backend.
     batch = cppo.pack_completions(input_ids, attention_mask, completion_mask, kept)
     output = cppo.linear_cppo_loss(
-        packed_hidden(model.train(), batch),
+        cppo.packed_hidden(model.train(), batch),
         model.lm_head.weight,
         batch.targets,
         advantages[kept],

@@ -25,7 +25,7 @@ def finder(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ROOT", tmp_path / "sources")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "build_env" / "bin" / "python3"))
     monkeypatch.setattr(sys, "base_prefix", str(tmp_path / "base"))
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", NO_MAIN)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", NO_MAIN, raising=False)
     for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "on_path" / "bin"))

@@ -189,7 +189,7 @@ from cppo.demo.digits import DigitSums
 from cppo.demo.tiny import build_tiny_vlm
 
 def reward(completions, **columns):
-    return [float(len(text) % 3) for text in completions]
+    return [float(len(text[0]["content"]) % 3) for text in completions]
 
 def load(path=None, split="train"):
     rows = DigitSums(split, 6)

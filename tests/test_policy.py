@@ -40,11 +40,8 @@ def test_adapters_are_not_added_to_adapters(kind: str, tmp_path: Path) -> None:
 def test_lora_without_peft_names_the_pip_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = policy.importlib.util.find_spec
-    monkeypatch.setattr(
-        policy.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name)
-    )
-    words = r"CPPOConfig.lora needs the package peft, .* pip install 'cppo\[peft\]'"
+    monkeypatch.setattr("cppo.extras.find_spec", lambda name: None)
+    words = r"CPPOConfig.lora needs the package peft: pip install 'cppo\[peft\]'"
     with pytest.raises(ImportError, match=words):
         trainer_for(tmp_path, **LORA)
     trainer_for(tmp_path)

@@ -20,7 +20,7 @@ from cppo import forward, policy
 from cppo.checkpoint import last_checkpoint
 from cppo.models import load_model
 from cppo.precision import hold_weights, whole
-from cppo.rollout import encode_questions
+from cppo.prompts import encode_questions
 
 CPU = torch.device("cpu")
 HALVES = (torch.bfloat16, torch.float16)
@@ -228,7 +228,7 @@ def test_a_run_with_a_frozen_tower_is_resumed_bit_for_bit(tmp_path: Path) -> Non
     interrupted = trainer("parts")
     interrupted.train()
     resumed = trainer("parts")
-    resumed.train(resume_from=tmp_path / "parts" / "checkpoint-000001")
+    resumed.train(resume_from=tmp_path / "parts" / "checkpoint-000001", overwrite=True)
     ours, expected = weights_of(resumed.model), weights_of(straight.model)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in expected.items()}

@@ -89,6 +89,25 @@ def test_it_is_started_once():
     assert symbolic._worker._process is process
 
 
+LARGE_PARENT = """
+import numpy
+from cppo import rewards
+from cppo.rewards import symbolic
+
+held = numpy.ones(3 << 26)  # 1.5 GiB, as of a process that trains
+processes = set()
+for n in range(3):
+    rewards.math_verify([rf"\\boxed{{{n}x + x}}"], prompts=["?"], answer=[f"{n + 1}x"])
+    processes.add(symbolic._worker._process.pid)
+print(len(processes))
+"""
+
+
+def test_the_memory_of_the_parent_is_not_the_worker_s():
+    done = subprocess.run([sys.executable, "-c", LARGE_PARENT], capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
 def test_threads_get_their_own_answers():
     found = {}
 
@@ -350,10 +369,10 @@ def test_it_is_refused_where_it_is_combined_or_called(without_math_verify):
     assert from_names(["boxed", "gsm8k_reward"])[1] == [1.0, 1.0]
 
 
-def test_a_configuration_is_refused_with_its_key(without_math_verify, tmp_path):
-    run_config = pytest.importorskip("cppo.cli.run_config")
-    path = tmp_path / "run.yaml"
-    text = Path(__file__).parents[1].joinpath("recipes/arithmetic.yaml").read_text()
-    path.write_text(text.replace("rewards: [boxed]", "rewards: [math_verify]"))
-    with pytest.raises(run_config.ConfigError, match="rewards: .*pip install 'cppo\\[math\\]'"):
-        run_config.load(path)
+def test_a_run_is_refused_before_anything_is_loaded(without_math_verify, capsys):
+    from cppo import cli  # which the other tests do not need
+
+    recipe = Path(__file__).parents[1] / "recipes/arithmetic.yaml"
+    assert cli.main(["train", str(recipe), "rewards=[math_verify]", "model={path: no/such}"]) == 2
+    words = "math_verify: needs the package math-verify: pip install 'cppo[math]'"
+    assert words in capsys.readouterr().err

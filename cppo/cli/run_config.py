@@ -214,5 +214,7 @@ def _check_names(config: RunConfig) -> None:
         try:
             if names:
                 build(list(names))
-        except (ValueError, TypeError, ImportError) as error:
+        except ImportError:
+            pass  # `check_packages` says so, where a run depends on it
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"{key}: {error}", key) from None

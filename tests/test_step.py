@@ -26,9 +26,9 @@ from cppo.ops.advantages import advantages_and_prune
 from cppo.ops.loss import linear_cppo_loss
 from cppo.prompts import encode_questions
 from cppo.records import LossOutput, NumItems
+from cppo.selection import cut_surplus
 from cppo.step import (
     Batch,
-    cut_surplus,
     forward_views,
     microbatch_loss,
     perturbed_images,

@@ -250,6 +250,9 @@ class CPPOConfig(_Checked):
     balance_processes: bool = True
     """With several processes: before the update, kept completions move between them, question by
     question, until all have about as many tokens."""
+    process_timeout: float = 600.0
+    """Seconds that a process waits for the others before the run ends: longer than the longest
+    difference between two processes' rollouts, rewards or a checkpoint's writing."""
     share_prompts: bool = False
     """Run a question's prompt once for all its kept completions. The numbers are the same; it is
     faster where prompts are long beside their completions (README: shared prompts)."""
@@ -306,6 +309,7 @@ class CPPOConfig(_Checked):
         kwargs = self.chat_template_kwargs
         if kwargs is not None and not isinstance(kwargs, dict):
             self._fail("chat_template_kwargs", "a dict or None")
+        self._number("process_timeout", above=0, below=math.inf)
         self._number("prune_rate", at_least=0, below=1)
         self._number("learning_rate", above=0, below=math.inf)
         self._number("weight_decay", "max_grad_norm", at_least=0, below=math.inf)

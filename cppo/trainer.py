@@ -17,22 +17,23 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import Tensor
 from transformers import TrainerState
 
 from cppo import fingerprint, forward, policy
 from cppo.checkpoint import (
-    check_options,
-    claim_output_dir,
+    CheckpointError,
+    check_files,
+    incomplete,
     last_checkpoint,
     read_state,
-    run_options,
     write_checkpoint,
 )
 from cppo.config import CPPOConfig
@@ -41,6 +42,7 @@ from cppo.evaluate import evaluate
 from cppo.metrics import Total, over_processes, rollout_metrics, update_metrics
 from cppo.models import check_saveable, closing_token_ids, special_token_ids_to_suppress
 from cppo.ops.advantages import questions_needed
+from cppo.output_dir import claim_output_dir, release, writing_to
 from cppo.processes import Processes
 from cppo.progress import PhaseTimer, RunLog
 from cppo.prompts import EncodedQuestion, collate
@@ -49,6 +51,7 @@ from cppo.questions.stream import all_questions
 from cppo.records import NumItems
 from cppo.regroup import balanced, merge, merge_scores
 from cppo.rollout import Rollouts, sample_completions
+from cppo.run_options import check_options, run_options
 from cppo.scoring import RewardFunction, Scores, metric_name, score
 from cppo.seeds import seed_from
 from cppo.selection import cut_surplus, select_completions
@@ -109,8 +112,11 @@ class CPPOTrainer:
             cpu=not torch.accelerator.is_available(),
             log_with=list(config.trackers) or None,
             project_dir=config.output_dir,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_timeout))
+            ],
         )
-        self.processes = Processes(self.accelerator)
+        self.processes = Processes(self.accelerator, config.process_timeout)
         self.log = RunLog(config.output_dir, config.max_steps, is_main=self.processes.is_main)
         forward.check_supported(model)
         check_processor(model, processor)
@@ -150,6 +156,7 @@ class CPPOTrainer:
             else self.processes.share("questions", config.batch_size // config.group_size)
         )
         self._best: float | None = None
+        self._save_failed = False
 
     # The loop
 
@@ -178,11 +185,17 @@ class CPPOTrainer:
                 if is_last or _is_due(self.step, self.config.eval_every):
                     metrics |= self._evaluation()
                 self._record(metrics)
-                if is_last or self._improved(metrics) or _is_due(self.step, self.config.save_every):
-                    self.save_checkpoint()
+                if (
+                    is_last
+                    or self._improved(metrics)
+                    or _is_due(self.step, self.config.save_every)
+                    or self._save_failed
+                ):
+                    self._save(is_last)
         # Not end_training: it takes the processes' group away, and with it evaluate().
         for tracker in self.accelerator.trackers:
             tracker.finish()
+        release(self.config.output_dir)
         return self.history[-1] if self.history else {}
 
     def train_step(self) -> dict[str, float]:
@@ -435,35 +448,47 @@ class CPPOTrainer:
         first = f"sampled/{metric_name(self.reward_functions[0])}"
         return metrics.get(f"eval/{self.config.best_metric or first}")
 
-    def save_checkpoint(self) -> Path | None:
-        """Writes everything that resuming needs, atomically; returns the folder (main process)."""
-        path = None
-        if self.processes.is_main:
-            state = {
-                "step": self.step,
-                "position": self.questions.position,
-                "best": self._best,
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "history": self.history,
-            }
-            summary = {
-                "metric": self._metric(self.history[-1]) if self.history else None,
-                "options": {**self._options, **self._trained_on},
-            }
-            path = write_checkpoint(
-                self.config.output_dir,
-                self.step,
-                self._save_model,
-                state,
-                summary,
-                self.config.keep_checkpoints,
-            )
-        self.accelerator.wait_for_everyone()
-        return path
+    def _save(self, is_last: bool) -> None:
+        """Writes a checkpoint; where that fails, of a full disk for example, the run goes on."""
+        try:
+            self.save_checkpoint()
+            self._save_failed = False
+        except CheckpointError as error:
+            if is_last:
+                raise
+            self.log.say(f"{error}; tried again after the next step", style="bold red")
+            self._save_failed = True
 
-    def _save_model(self, directory: Path) -> None:
-        policy.save_model(self.model, self.processor, directory)
+    def save_checkpoint(self) -> Path | None:
+        """Writes everything that resuming needs, atomically; returns the folder. Collective.
+
+        Raises: CheckpointError, on every process, if it could not be written.
+        """
+        return self.processes.of_first(self._write_checkpoint)
+
+    def _write_checkpoint(self) -> Path:
+        optimizer = self.optimizer.state_dict()
+        state = {
+            "step": self.step,
+            "position": self.questions.position,
+            "best": self._best,
+            "optimizer": optimizer,
+            "scheduler": self.scheduler.state_dict(),
+            "history": self.history,
+        }
+        summary = {
+            "metric": self._metric(self.history[-1]) if self.history else None,
+            "options": {**self._options, **self._trained_on},
+        }
+        return write_checkpoint(
+            self.config.output_dir,
+            self.step,
+            lambda folder: policy.save_model(self.model, self.processor, folder),
+            state,
+            summary,
+            self.config.keep_checkpoints,
+            expected_bytes=policy.saved_bytes(self.model, optimizer),
+        )
 
     @functools.cached_property
     def _options(self) -> dict[str, Any]:
@@ -483,10 +508,17 @@ class CPPOTrainer:
 
     def _start(self, resume_from: str | Path | None, overwrite: bool) -> None:
         self._trained_on  # noqa: B018  (before anybody edits a reward's file)
-        start = self._claim(resume_from, overwrite)
+        start = self.processes.of_first(lambda: self._claim(resume_from, overwrite))
+        seal = None
         if start is not None:
-            self._resume(start)
-        self.log.restart(self.history, self.step)
+            seal = self.processes.together(lambda: self._resume(start))
+        # The first process alone writes, so that only its folder counts; a reward may well know
+        # on which process it is.
+        shared = {**self._options, **self._trained_on}
+        for name in ("output_dir", "rewards"):
+            shared.pop(name)
+        self.processes.must_agree({"checkpoint's SHA-256": seal, **shared})
+        self.processes.of_first(self._restart_log)
         if self.config.trackers:
             plain = {
                 name: value if isinstance(value, (int, float)) else str(value)
@@ -495,28 +527,28 @@ class CPPOTrainer:
             self.accelerator.init_trackers("cppo", config=plain)
         self.processes.same_weights(self.model)
 
-    def _claim(self, resume_from: str | Path | None, overwrite: bool) -> Path | None:
-        """The checkpoint to go on from. The first process looks, the others hear what it found."""
-        found: tuple[Path | None, str] | None = None
-        if self.processes.is_main:
-            try:
-                claim = claim_output_dir(
-                    self.config.output_dir,
-                    resume_from,
-                    overwrite=overwrite,
-                    ways="train(resume_from='auto') goes on with it, train(overwrite=True) removes "
-                    "it, another output_dir keeps both",
-                )
-                claim.clear()
-                found = claim.start, ""
-            except ValueError as error:
-                found = None, str(error)
-        start, refusal = self.processes.gather(found)[0]
-        if refusal:
-            raise ValueError(refusal)
-        return start
+    def _restart_log(self) -> None:
+        with writing_to(Path(self.config.output_dir)):
+            self.log.restart(self.history, self.step)
 
-    def _resume(self, path: Path) -> None:
+    def _claim(self, resume_from: str | Path | None, overwrite: bool) -> Path | None:
+        """The checkpoint to go on from; the folder is ours then."""
+        claim = claim_output_dir(
+            self.config.output_dir,
+            resume_from,
+            overwrite=overwrite,
+            ways="train(resume_from='auto') goes on with it, train(overwrite=True) removes "
+            "it, another output_dir keeps both",
+        )
+        claim.take()
+        for path in incomplete(self.config.output_dir):
+            self.log.say(f"{path} is left alone: it is half copied (it has no trainer.json)")
+        return claim.start
+
+    def _resume(self, path: Path) -> str | None:
+        """Takes over the state of a checkpoint; returns the SHA-256 of all that it holds."""
+        # One process of a machine reads all files, the others compare what is quick to compare.
+        summary = check_files(path, contents=self.accelerator.is_local_main_process)
         state = read_state(path)
         for change in check_options(path, self._options, self._trained_on):
             self.log.say(f"resumed although it changed: {change}")
@@ -526,6 +558,7 @@ class CPPOTrainer:
         self.step, self.history = state["step"], state["history"]
         self.questions.position, self._best = state["position"], state["best"]
         self.log.say(f"resumed from {path} at step {self.step}")
+        return summary.get("sha256")
 
 
 def _is_due(step: int, every: int) -> bool:

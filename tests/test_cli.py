@@ -187,7 +187,7 @@ def test_a_failing_reward_is_an_error_with_the_last_checkpoint(
     for command in ("train", "eval"):
         assert main([command, DIGITS, *overrides]) == 2
         error = capsys.readouterr().err
-        assert f"cppo {command}: error: cppo: reward function 'broken' failed" in error
+        assert f"cppo {command}: error: reward function 'broken' failed" in error
         assert ("last checkpoint: none" in error) == (command == "train")
 
 

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         if os.environ.get("CPPO_DEBUG") == "1":
             raise
-        print(f"cppo {command}: error: {error}", file=sys.stderr)
+        print(f"cppo {command}: error: {str(error).removeprefix('cppo: ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ncppo {command}: interrupted", file=sys.stderr)
@@ -123,9 +123,11 @@ def _train(options: argparse.Namespace) -> int:
 
         print(dry_run.report(config))
         return 0
-    from cppo.checkpoint import claim_output_dir, last_checkpoint
+    from cppo.checkpoint import last_checkpoint
     from cppo.cli.info import ops_line
     from cppo.cli.run_parts import make_trainer
+    from cppo.output_dir import claim_output_dir, release, writing_to
+    from cppo.processes import ProcessError
     from cppo.scoring import RewardError
 
     output_dir = Path(config.trainer.output_dir)
@@ -139,26 +141,31 @@ def _train(options: argparse.Namespace) -> int:
             "trainer.output_dir",
         )
     except ValueError as error:
-        raise ConfigError(str(error).removeprefix("cppo: ")) from error
+        raise ConfigError(str(error)) from error
     trainer = make_trainer(config)
     line = ops_line(trainer.accelerator.device)
-    if trainer.processes.rank == 0:
-        claim.clear()
-        run_config.save(config, output_dir / _CONFIG_NAME)
+
+    def begin() -> None:
+        claim.take()
+        with writing_to(output_dir):
+            run_config.save(config, output_dir / _CONFIG_NAME)
         print(line)
-    trainer.accelerator.wait_for_everyone()  # until the earlier run's files are gone
+
     try:
+        trainer.processes.of_first(begin)
         trainer.train(resume_from=claim.start)
     except KeyboardInterrupt:
         newest = last_checkpoint(output_dir)
         again = f"resume from {newest} with --resume" if newest else "no checkpoint was written yet"
         print(f"\ncppo train: interrupted; {again}", file=sys.stderr)
         return 130
-    except (RewardError, ValueError, TypeError) as error:
+    except (ProcessError, RewardError, ValueError, TypeError) as error:
         if not str(error).startswith("cppo"):
             raise  # not one of our checks: a defect, whose traceback is wanted
         newest = last_checkpoint(output_dir)
         raise ConfigError(f"{error}\n  last checkpoint: {newest or 'none'}") from error
+    finally:
+        release(output_dir)
     if trainer.processes.rank == 0:
         print(f"written to {output_dir}; next: cppo eval {output_dir}")
     return 0

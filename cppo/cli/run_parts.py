@@ -48,6 +48,7 @@ def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tup
     """
     from transformers.utils import logging
 
+    from cppo.checkpoint import check_files
     from cppo.models import load_model, load_processor
 
     logging.disable_progress_bar()  # a bar of a moment, between our own lines
@@ -56,6 +57,7 @@ def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tup
             return _build(str(model.builder))
         path = model_path(model)
         return load_model(path), load_processor(path)
+    check_files(checkpoint)
     if (Path(checkpoint) / "adapter_config.json").is_file():
         require_package(f"the adapters of {checkpoint}", "peft", "peft")
         from peft import PeftModel

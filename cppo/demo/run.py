@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from cppo.checkpoint import claim_output_dir
 from cppo.cli.config_file import ConfigError
 from cppo.cli.info import ops_line
 from cppo.cli.run_config import DataConfig, DatasetConfig, ModelConfig, RunConfig, save
@@ -29,6 +28,7 @@ from cppo.demo.warmup import CHECKPOINTS, warm_up
 from cppo.models import load_model, load_processor
 from cppo.ops.perception_mask import perception_mask
 from cppo.ops.token_stats import linear_token_stats
+from cppo.output_dir import claim_output_dir
 from cppo.prompts import tokenizer_of
 from cppo.reference import kept_per_unit
 from cppo.scoring import metric_name
@@ -165,16 +165,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         trainer = _trainer_of(arguments)
     except (ValueError, ImportError) as error:
-        raise ConfigError(str(error).removeprefix("cppo: ")) from error
+        raise ConfigError(str(error)) from error
     config, task = trainer.config, TASKS[arguments.task]
     line = ops_line(trainer.accelerator.device)
-    if trainer.processes.rank == 0:
-        claim.clear()
+
+    def begin() -> None:
+        claim.take()
         if arguments.task in SHIPPED:
             save(_run_config(arguments, config), Path(config.output_dir) / "config.yaml")
         _introduce(trainer, task)
         print(line)
-    trainer.accelerator.wait_for_everyone()
+
+    trainer.processes.of_first(begin)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started

@@ -197,6 +197,9 @@ class CPPOConfig(_Checked):
     reward_timeout: float | None = None
     """Seconds that a reward function may take for the completions of a step, before the run ends
     with an error that names it. None: no limit."""
+    reward_retries: int = 0
+    """Times that a reward function which raises is called again, after 1, 2, 4, ... seconds, before
+    the run ends: for a judge on a network. Anything it logged before is forgotten."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Arguments of the chat template beside the messages, as {"enable_thinking": false}."""
     skip_bad_questions: bool = False
@@ -300,7 +303,7 @@ class CPPOConfig(_Checked):
         )
         self._integer("group_size", at_least=2)
         self._integer("seed", "warmup_steps", "eval_every", "save_every", at_least=0)
-        self._integer("max_refills", at_least=0)
+        self._integer("max_refills", "reward_retries", at_least=0)
         self._integer("log_completions", at_least=0)
         if self.max_prompt_tokens is not None:
             self._integer("max_prompt_tokens", at_least=1)

@@ -72,7 +72,12 @@ def evaluate(
                 batch_size=config.generation_batch_size,
             )
             scores = score(
-                reward_functions, weights, rollouts, state=state, timeout=config.reward_timeout
+                reward_functions,
+                weights,
+                rollouts,
+                state=state,
+                timeout=config.reward_timeout,
+                retries=config.reward_retries,
             )
             lengths = rollouts.completion_mask.sum(1).tolist()
             for row, text in enumerate(rollouts.texts):

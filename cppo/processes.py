@@ -101,7 +101,7 @@ class Processes:
     def of_first(self, call: Callable[[], _T]) -> _T:
         """What `call` returns on the first process; no other one calls it. It must pickle."""
         own = self.together(call if self.is_main else lambda: None)
-        return self.gather(own)[0]  # type: ignore[return-value]
+        return self.gather(own)[0]
 
     def must_agree(self, what: dict[str, Any]) -> None:
         """Raises ValueError on every process if one has something else than the first."""

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,20 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row).encode() + b"\n"
+    return json.dumps(_plain(row)).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it: an array as lists, and what JSON has no word for as a text."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "tolist"):  # numpy and torch
+        return _plain(value.tolist())
+    return str(value)
 
 
 def _append_bytes(path: Path, data: bytes) -> None:

@@ -25,6 +25,7 @@ _MAY_CHANGE = {
     "log_completions",
     "trackers",
     "process_timeout",
+    "reward_retries",
     "reward_timeout",
     "skip_bad_questions",
     "resume_with_changes",

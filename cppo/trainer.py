@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -52,7 +53,7 @@ from cppo.records import NumItems
 from cppo.regroup import balanced, merge, merge_scores
 from cppo.rollout import Rollouts, sample_completions
 from cppo.run_options import check_options, run_options
-from cppo.scoring import RewardFunction, Scores, metric_name, score
+from cppo.scoring import RewardFunction, Scores, check_signature, metric_name, score
 from cppo.seeds import seed_from
 from cppo.selection import cut_surplus, select_completions
 from cppo.step import Batch, microbatch_loss, token_logps
@@ -126,7 +127,10 @@ class CPPOTrainer:
         )
         check_evaluation(config, eval_dataset)
         self.eval_questions, self._eval_dataset = all_questions(eval_dataset), eval_dataset
-        check_images(model, [*first_question(train_dataset, config), *self.eval_questions])
+        questions = [*first_question(train_dataset, config), *self.eval_questions]
+        check_images(model, questions)
+        for question, function in itertools.product(questions[:1], self.reward_functions):
+            check_signature(function, question)
         if config.loss.cpl_coef > 0:
             views_from_names(config.positive_views), views_from_names(config.negative_views)
         self.suppressed = tuple(special_token_ids_to_suppress(model, processor))
@@ -148,10 +152,10 @@ class CPPOTrainer:
         self.history: list[dict[str, Any]] = []
         if two_ends := closing_token_ids(model, processor)[1]:
             self.log.say(two_ends)
-        questions = questions_needed(config.batch_size, config.group_size, config.prune_rate)
+        needed = questions_needed(config.batch_size, config.group_size, config.prune_rate)
         # What is drawn too much is cut off again: every process draws as many.
         self._num_questions = (
-            math.ceil(questions / self.processes.size)
+            math.ceil(needed / self.processes.size)
             if config.dynamic_allocation
             else self.processes.share("questions", config.batch_size // config.group_size)
         )
@@ -230,6 +234,8 @@ class CPPOTrainer:
                     rollouts[-1],
                     state=self._state,
                     timeout=self.config.reward_timeout,
+                    retries=self.config.reward_retries,
+                    say=self.log.say,
                 )
             scores.append(own)
             count = self._missing(torch.cat([own.total for own in scores]), len(scores) - 1)

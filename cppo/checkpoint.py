@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -31,8 +31,8 @@ _PREFIX = "checkpoint-"
 _STATE = "trainer.pt"
 _SUMMARY = "trainer.json"
 # Names that end so are of something half written or half removed.
-_PARTIAL = ".partial"
-_REPLACED = f".replaced{_PARTIAL}"
+PARTIAL = ".partial"
+_REPLACED = f".replaced{PARTIAL}"
 _CHUNK = 1 << 22  # bytes that are hashed at a time
 
 
@@ -148,7 +148,11 @@ def read_state(path: str | Path) -> dict[str, Any]:
     Raises: CheckpointError if `path` is no checkpoint, or if its `trainer.pt` cannot be read.
     """
     read_summary(path)
-    file = Path(path) / _STATE
+    return read_tensors(Path(path) / _STATE)
+
+
+def read_tensors(file: Path) -> Any:
+    """What `torch.save` wrote, and nothing that could run code. Raises CheckpointError."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive raises whatever its first wrong byte leads to
@@ -205,6 +209,7 @@ def write_checkpoint(
     keep: int,
     *,
     expected_bytes: int = 0,
+    files: Mapping[str, Path] | None = None,
 ) -> Path:
     """Writes one checkpoint atomically, then drops the old ones that nobody needs.
 
@@ -214,13 +219,14 @@ def write_checkpoint(
         summary: JSON for `read_summary`; "metric" is what best means.
         keep: the newest so many stay, and the best.
         expected_bytes: what the checkpoint will take; a disk with less room is not begun on.
+        files: more files of the same disk, which are moved into it, by their names there.
     Returns: the folder.
     Raises: CheckpointError if it could not be written. Earlier checkpoints are as they were, and
         nothing half written stays.
     """
     folder = Path(output_dir)
     final = folder / f"{_PREFIX}{step:06d}"
-    partial = final.with_name(f".{final.name}{_PARTIAL}")
+    partial = final.with_name(f".{final.name}{PARTIAL}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -232,6 +238,8 @@ def write_checkpoint(
         partial.mkdir()
         save_model(partial)
         torch.save(state, partial / _STATE)
+        for name, path in (files or {}).items():
+            path.rename(partial / name)
         _seal_folder(partial, {"step": step, **summary})
         _replace(final, partial)
     except Exception as error:  # safetensors and torch have errors of their own for a full disk
@@ -247,7 +255,7 @@ def write_checkpoint(
 def remove_leftovers(output_dir: str | Path) -> None:
     """Removes what an earlier process had half written or half removed. No other may be writing."""
     recover(output_dir)
-    for path in Path(output_dir).glob(f".{_PREFIX}*{_PARTIAL}"):
+    for path in Path(output_dir).glob(f".{_PREFIX}*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -294,11 +302,12 @@ def _replace(final: Path, partial: Path) -> None:
 
 
 def _drop_old(folder: Path, written: Path, keep: int) -> None:
-    readable = [path for path, _ in _readable(folder)]
-    for path in readable[:-keep]:
-        if path not in (written, best_checkpoint(folder)):
+    whole = [(path, bool(summary.get("unfinished"))) for path, summary in _readable(folder)]
+    newest = [path for path, is_unfinished in whole if not is_unfinished][-keep:]
+    for path, _ in whole:
+        if path not in (*newest, written, best_checkpoint(folder)):
             # Renamed first: a kill must not leave half of it under its name.
-            hidden = path.with_name(f".{path.name}{_PARTIAL}")
+            hidden = path.with_name(f".{path.name}{PARTIAL}")
             path.rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
 

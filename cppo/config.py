@@ -71,6 +71,10 @@ class _Checked:
                 self._fail(name, "true or false")
 
 
+# The first line of a config.yaml that a run has written into its folder.
+WRITTEN_BY_A_RUN = "# All options of this run, as `cppo train` took them."
+
+
 @dataclass(frozen=True)
 class LossConfig(_Checked):
     """Coefficients of `cppo_loss` and `linear_cppo_loss` (DESIGN of the losses: README)."""
@@ -268,8 +272,10 @@ class CPPOConfig(_Checked):
     eval_greedy: bool = True
     """Also evaluate the greedy completion."""
     save_every: int = 0
-    """Write a checkpoint every so many steps, besides at the end and when an evaluation is the best
-    so far. 0: only those."""
+    """Write a checkpoint every so many steps, besides at the end, when an evaluation is the best so
+    far, and by time. 0: only those."""
+    save_minutes: float = 30.0
+    """Write a checkpoint when the last one is so old, after the step that is running. 0: never."""
     keep_checkpoints: int = 2
     """The newest so many checkpoints stay, and the best."""
     best_metric: str | None = None
@@ -315,7 +321,7 @@ class CPPOConfig(_Checked):
         self._number("process_timeout", above=0, below=math.inf)
         self._number("prune_rate", at_least=0, below=1)
         self._number("learning_rate", above=0, below=math.inf)
-        self._number("weight_decay", "max_grad_norm", at_least=0, below=math.inf)
+        self._number("weight_decay", "max_grad_norm", "save_minutes", at_least=0, below=math.inf)
         self._one_of("prune_scope", SCOPES)
         self._one_of("prune", PRUNES)
         self._one_of("scale_rewards", SCALES)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 from cppo.config import CPPOConfig
@@ -38,13 +38,15 @@ def evaluate(
     suppressed: Sequence[int] = (),
     rank: int = 0,
     world_size: int = 1,
+    gather: Callable[[list[Any]], list[list[Any]]] = lambda rows: [rows],
     state: Any = None,
 ) -> Evaluation:
     """Rewards of a set of questions, each process taking its share.
 
     Metrics are `sampled/<reward>` and `greedy/<reward>` for each function and `reward` for their
     weighted sum, over the completions to which they apply; with N > 1 samples
-    `sampled/<reward>_std` is the std over the N passes. `state` is the `trainer_state` of rewards.
+    `sampled/<reward>_std` is the std over the N passes. `gather` returns what every process has;
+    `state` is the `trainer_state` of rewards.
     """
     own = range(rank, len(questions), world_size)
     weights = reward_weights(list(reward_functions), config)
@@ -93,8 +95,7 @@ def evaluate(
                         "rewards": {name: values[row].item() for name, values in rewards.items()},
                     }
                 )
-    if world_size > 1:
-        rows = gather_object(rows)
+    rows = [row for part in gather(rows) for row in part]
     return Evaluation(_summary(rows), rows)
 
 

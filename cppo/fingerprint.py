@@ -70,7 +70,8 @@ def of_function(function: Any) -> str:
         arguments += [f"{key}={words(value)}" for key, value in function.keywords.items()]
         fixed = f"({', '.join(arguments)})"
     elif dataclasses.is_dataclass(function):
-        fixed = repr(function)
+        fields = ((f.name, getattr(function, f.name)) for f in dataclasses.fields(function))
+        fixed = f"({', '.join(f'{name}={words(value)}' for name, value in fields)})"
     inner = function.func if isinstance(function, functools.partial) else function
     kind = inner if inspect.isroutine(inner) else type(inner)
     name = f"{kind.__module__ or ''}:{kind.__qualname__}"  # no module: made by exec

@@ -18,6 +18,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from cppo.checkpoint import (
+    PARTIAL,
     check_files,
     checkpoints,
     last_checkpoint,
@@ -25,6 +26,7 @@ from cppo.checkpoint import (
     remove_leftovers,
     step_of,
 )
+from cppo.config import WRITTEN_BY_A_RUN
 
 _LOCK = ".lock"
 # What a run, its evaluations and its report write beside the checkpoints; the tracker's files are
@@ -39,9 +41,9 @@ _WRITTEN = (
 
 @dataclass(frozen=True)
 class Claim:
-    """What `claim_output_dir` decided.
+    """What `claim_output_dir` decided; of several processes the first alone carries it out.
 
-    start: the checkpoint to go on from; None for a fresh start. old: what `take` removes, nothing
+    start: the checkpoint to go on from; None for a fresh start. old: what `clear` removes, nothing
     but what an earlier run wrote.
     """
 
@@ -49,17 +51,20 @@ class Claim:
     start: Path | None = None
     old: tuple[Path, ...] = ()
 
-    def take(self) -> None:
-        """Locks the folder and removes the earlier run's files. Of several processes the first
-        alone calls it; `release` unlocks.
+    def lock(self) -> None:
+        """Makes the folder this process's, until `release`.
 
         Raises: ValueError if another process writes there, or if the folder cannot be written.
         """
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             _lock(self.folder)
+
+    def clear(self) -> None:
+        """Removes the earlier run's files, and what was half written when it was killed."""
+        with writing_to(self.folder):
             remove_leftovers(self.folder)
-            for path in self.old:
+            for path in (*self.old, *self.folder.glob(f".journal-*{PARTIAL}")):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
@@ -84,6 +89,7 @@ def claim_output_dir(
     *,
     overwrite: bool = False,
     needed: Sequence[str | Path] = (),
+    writes_config: bool = False,
     ways: str = "resume it, overwrite it, or choose another folder",
 ) -> Claim:
     """Decides how a run may begin to write into a folder, so that no folder holds two runs.
@@ -94,9 +100,10 @@ def claim_output_dir(
         output_dir: the folder; it need not exist.
         resume_from: a checkpoint folder; "auto": the newest one in `output_dir`, a fresh start if
             there is none; None: a fresh start.
-        overwrite: what is in the way may go, by `Claim.take`: the whole earlier run, or where a
+        overwrite: what is in the way may go, by `Claim.clear`: the whole earlier run, or where a
             checkpoint of it is resumed, the later ones.
         needed: folders that the run will read, such as the weights that it starts from.
+        writes_config: whether the run will write a config.yaml; one of the user's own is kept.
         ways: what the user can do about a refusal, in the words of the caller.
     Returns: where to start, and what to remove before anything is written.
     Raises: ValueError if `output_dir` is a file or holds a run (a checkpoint, or rows in
@@ -124,6 +131,8 @@ def claim_output_dir(
         elif rows.is_file() and rows.stat().st_size:
             found = "a run without a checkpoint (its metrics.jsonl has rows)"
     if not found:
+        if writes_config and start is None:
+            _check_config(folder / "config.yaml")
         return Claim(folder, start)
     if overwrite:
         lost = {path.resolve() for path in old}
@@ -134,6 +143,15 @@ def claim_output_dir(
     if resume_from == "auto" and start is None:
         return Claim(folder)  # the run that ended before its first checkpoint begins again
     raise ValueError(f"cppo: output_dir {folder} already holds {found}: {ways}")
+
+
+def _check_config(path: Path) -> None:
+    """Raises ValueError for a config.yaml that no run has written."""
+    if path.exists() and not path.read_text(errors="replace").startswith(WRITTEN_BY_A_RUN):
+        raise ValueError(
+            f"cppo: {path} is a configuration of your own, in whose place the run would write its "
+            "own: choose another trainer.output_dir, or give the file another name"
+        )
 
 
 # The lock: a record lock belongs to its process, is not inherited by a fork, and ends with it.
@@ -167,7 +185,7 @@ def _lock(folder: Path) -> None:
 
 
 def release(folder: str | Path) -> None:
-    """Ends the lock that `Claim.take` took, if this process holds it."""
+    """Ends the lock that `Claim.lock` took, if this process holds it."""
     file = _HELD.pop(Path(folder).resolve(), None)
     if file is not None:
         file.truncate(0)

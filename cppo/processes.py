@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from cppo.stopping import Stopped, Stopping
+
 _T = TypeVar("_T")
 
 
@@ -36,6 +38,38 @@ class Processes:
         self.is_main = accelerator.is_main_process
         self._device = accelerator.device
         self._timeout = timeout
+        self._stopping: Stopping | None = None
+
+    @contextmanager
+    def stoppable(self, stopping: Stopping) -> Iterator[None]:
+        """In here, a process that was asked to stop stops all of them, at one point of the run.
+
+        Before every exchange the processes tell each other whether to stop. One that stops between
+        two exchanges tells it in place of the next one, to which the others come.
+
+        Raises: Stopped, on every process.
+        """
+        self._stopping = stopping if self.size > 1 else None
+        try:
+            yield
+        except Stopped:
+            if self._stopping is not None:
+                self._tell(True)
+            raise
+        finally:
+            self._stopping = None
+
+    def _ask_all(self) -> None:
+        """Raises Stopped on every process if one was asked to stop."""
+        if self._stopping is not None and self._tell(self._stopping.signal is not None):
+            self._stopping = None  # all know
+            raise Stopped
+
+    def _tell(self, stop: bool) -> bool:
+        told = torch.tensor([float(stop)], device=self._device)
+        with self._waiting():
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+        return bool(told.item())
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -67,6 +101,7 @@ class Processes:
         if self.size == 1:
             return list(values)
         totals = torch.tensor(values, dtype=torch.float64, device=self._device)
+        self._ask_all()
         with self._waiting():
             dist.all_reduce(totals)
         return totals.tolist()
@@ -75,6 +110,7 @@ class Processes:
         """What each process has, in their order; anything that can be pickled."""
         if self.size == 1:
             return [value]
+        self._ask_all()
         values: list[Any] = [None] * self.size
         with self._waiting():
             dist.all_gather_object(values, value)
@@ -118,6 +154,7 @@ class Processes:
         """Replaces every gradient by its sum over the processes; none counts as zero."""
         if self.size == 1:
             return
+        self._ask_all()
         gradients = []
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

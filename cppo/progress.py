@@ -39,11 +39,20 @@ _WIDTH = 8
 
 
 class PhaseTimer:
-    """Seconds spent in each phase of a step: `with timer("rollout"): ...`."""
+    """Seconds spent in each phase of a step: `with timer("rollout"): ...`.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._started = time.perf_counter()
+    Args:
+        before: what the phases had taken when the step was interrupted.
+    """
+
+    def __init__(self, before: Mapping[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = dict(before or {})
+        self._started = time.perf_counter() - self.seconds.pop("step", 0.0)
+
+    @property
+    def so_far(self) -> dict[str, float]:
+        """What another timer needs to go on from here."""
+        return {**self.seconds, "step": time.perf_counter() - self._started}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -182,19 +191,19 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(_plain(row)).encode() + b"\n"
+    return json.dumps(as_json(row)).encode() + b"\n"
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """A value as JSON can hold it: an array as lists, and what JSON has no word for as a text."""
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): as_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(entry) for entry in value]
+        return [as_json(entry) for entry in value]
     if hasattr(value, "tolist"):  # numpy and torch
-        return _plain(value.tolist())
+        return as_json(value.tolist())
     return str(value)
 
 

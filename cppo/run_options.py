@@ -19,6 +19,7 @@ _MAY_CHANGE = {
     "eval_samples",
     "eval_greedy",
     "save_every",
+    "save_minutes",
     "keep_checkpoints",
     "best_metric",
     "log_every",

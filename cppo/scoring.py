@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from cppo import fingerprint
+from cppo.progress import as_json
 from cppo.questions import Question
 from cppo.rollout import Rollouts
 
@@ -63,7 +64,7 @@ class Scores(NamedTuple):
     total: (B,) fp64, the weighted sum of the rewards that apply; NaN where none does.
     by_name: {function: (B,) fp64}; NaN where the function does not apply.
     logged: {name: the numbers that functions passed to `log_metric`}.
-    extra: {column: B values that functions passed to `log_extra`}.
+    extra: {column: B values that functions passed to `log_extra`}, as JSON has them.
     """
 
     total: Tensor
@@ -111,7 +112,7 @@ def score(
     for call in calls:
         for name, values in call.log.metrics.items():
             logged.setdefault(name, []).extend(values)
-        extra |= call.log.columns
+        extra |= {name: as_json(values) for name, values in call.log.columns.items()}
     return Scores(total, by_name, logged, extra)
 
 
@@ -132,7 +133,7 @@ def reward_name(function: RewardFunction) -> str:
 def metric_name(function: RewardFunction) -> str:
     """The last part of a reward function's metrics: its name, unless another metric has it."""
     name = reward_name(function)
-    return f"{name}_reward" if name in _METRICS else name
+    return f"{name}_reward" if name.removesuffix("_std") in _METRICS else name
 
 
 def check_signature(function: RewardFunction, question: Question) -> None:

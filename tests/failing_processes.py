@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from killed_runs import noise
-from trainer_cases import text_rows, trainer_for, weights_of
+from trainer_cases import noise, text_rows, trainer_for, weights_of
 
 from cppo.trainer import CPPOTrainer
 

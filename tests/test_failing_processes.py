@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killed_runs import noise
 from test_checkpoint_damage import flip
-from trainer_cases import trainer_for
+from trainer_cases import noise, trainer_for
 
 from cppo import fingerprint
 from cppo.checkpoint import _seal, last_checkpoint

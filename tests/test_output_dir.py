@@ -86,16 +86,16 @@ def test_overwriting_removes_what_a_run_writes_and_nothing_else(tmp_path):
     (tmp_path / "checkpoint-000006").symlink_to(elsewhere)
     claim = claim_output_dir(tmp_path, overwrite=True)
     assert claim.start is None and set(OF_A_RUN) <= files(tmp_path)  # nothing has happened yet
-    claim.take()
+    claim.clear()
     assert files(tmp_path) == set(NOT_OF_A_RUN)
     assert not checkpoints(tmp_path) and files(elsewhere) == {"model.safetensors", "trainer.json"}
     assert claim_output_dir(tmp_path) == Claim(tmp_path)
-    claim.take()  # a second time is no error
+    claim.clear()  # a second time is no error
 
 
 def test_a_run_without_a_checkpoint_is_overwritten_too(tmp_path):
     fill(tmp_path, ("metrics.jsonl", "cppo/events.out.tfevents.1", "mine.txt"))
-    claim_output_dir(tmp_path, "auto", overwrite=True).take()
+    claim_output_dir(tmp_path, "auto", overwrite=True).clear()
     assert files(tmp_path) == {"mine.txt"}
 
 

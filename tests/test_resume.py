@@ -21,7 +21,7 @@ from PIL import Image
 from trainer_cases import digit_share, image, same, text_rows, trainer_for, weights_of
 
 from cppo import fingerprint
-from cppo.rewards import CosineLength, boxed, completion_text
+from cppo.rewards import CosineLength, boxed, completion_text, gsm8k_reward, math_reward
 
 
 def letter_share(completions: list[Any], **columns: Any) -> list[float]:
@@ -192,6 +192,31 @@ def test_what_a_function_was_made_with_counts(monkeypatch: pytest.MonkeyPatch) -
     assert changed[0] != marks[0] and changed[1] != marks[1]
     monkeypatch.setitem(globals(), "helper", closed_over(1.0))
     assert fingerprint.of_function(scaled) != changed[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    function: Any
+    scale: float = 1.0
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float]:
+        return self.function(completions, **columns)
+
+
+def test_functions_in_fields_and_arguments() -> None:
+    functions = [
+        Named(scaled),
+        Named(helper),
+        Named(scaled, 2.0),
+        functools.partial(scaled, f=helper),
+        functools.partial(scaled, f=scaled),
+        gsm8k_reward,
+        math_reward,
+    ]
+    marks = [fingerprint.of_function(function) for function in functions]
+    assert len(set(marks)) == len(marks)
+    assert not any(" at 0x" in mark for mark in marks), marks
+    assert "Named(function=scaled, scale=2.0)" in marks[2]
 
 
 def test_a_function_is_the_same_in_the_next_process(tmp_path: Path) -> None:

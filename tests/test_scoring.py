@@ -341,6 +341,26 @@ def test_a_reward_is_called_again_when_asked(
         scores_of(rollouts, function, retries=1, say=said.append)
 
 
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [
+        ("accuracy", "accuracy"),
+        ("accuracy_std", "accuracy_std"),
+        ("mean", "mean_reward"),
+        ("reward", "reward_reward"),
+        ("reward_std", "reward_std_reward"),
+        ("tokens", "tokens_reward"),
+        ("tokens_std", "tokens_std_reward"),
+    ],
+)
+def test_no_reward_takes_the_name_of_another_metric(name: str, metric: str) -> None:
+    def function(completions: list[str], **columns: Any) -> list[float]:
+        return lengths(completions)
+
+    function.__name__ = name
+    assert metric_name(function) == metric
+
+
 def test_what_a_reward_gets_is_its_own(conversations: Rollouts) -> None:
     columns = {"nested": {"key": [1]}, "array": np.arange(3), "list": ["a"], "map": {"a": [1]}}
     asked = [

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from cppo.cli.config_file import ConfigError
 from cppo.cli.info import ops_line
-from cppo.cli.run_config import DataConfig, DatasetConfig, ModelConfig, RunConfig, save
+from cppo.cli.run_config import DataConfig, DatasetConfig, ModelConfig, RunConfig, dump
 from cppo.config import DIVERGENCES, CPPOConfig, LossConfig
 from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
 from cppo.demo.digits import DigitSums, digit_sum_accuracy
@@ -157,28 +157,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        claim = claim_output_dir(
+        claim_output_dir(
             arguments.output,
             overwrite=arguments.overwrite,
             needed=[arguments.start] if arguments.start else [],
+            writes_config=True,
             ways="start anew with --overwrite, or choose another --output",
         )
         trainer = _trainer_of(arguments)
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
     config, task = trainer.config, TASKS[arguments.task]
-    line = ops_line(trainer.accelerator.device)
-
-    def begin() -> None:
-        claim.take()
-        if arguments.task in SHIPPED:
-            save(_run_config(arguments, config), Path(config.output_dir) / "config.yaml")
+    if arguments.task in SHIPPED:
+        trainer.files["config.yaml"] = dump(_run_config(arguments, config))
+    if trainer.processes.is_main:
         _introduce(trainer, task)
-        print(line)
-
-    trainer.processes.of_first(begin)
+        print(ops_line(trainer.accelerator.device))
     started = time.perf_counter()
-    trainer.train()
+    trainer.train(overwrite=arguments.overwrite)
     seconds = time.perf_counter() - started
     summary = summarize(trainer, seconds)
     output = Path(config.output_dir)

@@ -237,7 +237,7 @@ def write_checkpoint(
             )
         partial.mkdir()
         save_model(partial)
-        torch.save(state, partial / _STATE)
+        write_tensors(state, partial / _STATE)
         for name, path in (files or {}).items():
             path.rename(partial / name)
         _seal_folder(partial, {"step": step, **summary})
@@ -246,10 +246,19 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"cppo: the checkpoint of step {step} could not be written to {folder} "
-            f"({_cause(error)}); the newest one there is {last_checkpoint(folder) or 'none'}"
+            f"({_cause(error, folder)}); the newest one there is {last_checkpoint(folder) or 'none'}"
         ) from error
     _drop_old(folder, final, keep)
     return final
+
+
+def write_tensors(value: Any, file: Path) -> None:
+    """Writes what `read_tensors` reads. Raises CheckpointError."""
+    try:
+        torch.save(value, file)
+    except Exception as error:  # torch has no one error for a full disk
+        cause = _cause(error, file.parent)
+        raise CheckpointError(f"cppo: {file} could not be written ({cause})") from error
 
 
 def remove_leftovers(output_dir: str | Path) -> None:
@@ -334,7 +343,11 @@ def _seal(summary: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: Exception, folder: Path | None = None) -> str:
+    """An error in a few words; with what is free in a folder, where it may be a full disk."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
-    return f"{error}".strip().split("\n")[0] or type(error).__name__
+    words = f"{error}".strip().split("\n")[0] or type(error).__name__
+    if folder is None or isinstance(error, CheckpointError) or not folder.is_dir():
+        return words
+    return f"{words}; {shutil.disk_usage(folder).free / 1e6:.3g} MB are free there"

@@ -78,6 +78,7 @@ class RunLog:
         self._console = Console(quiet=not is_main, highlight=False)
         self._rows_shown = 0
         self._unwritten: dict[str, bytes] = {}
+        self._history: list[dict[str, Any]] = []
         self._columns: list[tuple[str, str, str]] = []
         self._progress = Progress(
             TextColumn("[bold]cppo[/bold]"),
@@ -94,9 +95,14 @@ class RunLog:
         self._task = self._progress.add_task("steps", total=max_steps)
 
     def restart(self, history: list[dict[str, Any]], step: int) -> None:
-        """Makes the files agree with the step that a run starts from."""
+        """Makes the files agree with the step that a run starts from.
+
+        Args:
+            history: the rows so far; the caller appends to this list before `metrics`.
+        """
         if not self._is_main:
             return
+        self._history = history
         _write_lines(self._dir / "metrics.jsonl", history)
         path = self._dir / "completions.jsonl"
         _write_lines(path, [row for row in _read_lines(path) if row["step"] <= step])
@@ -150,7 +156,11 @@ class RunLog:
         """Appends rows to a file; those that a full disk refuses are kept for the next time."""
         lines = self._unwritten.pop(name, b"") + b"".join(map(_line, rows))
         try:
-            _append_bytes(self._dir / name, lines)
+            path = self._dir / name
+            if name == "metrics.jsonl" and not path.exists() and self._history:
+                _write_lines(path, self._history)  # somebody has removed it
+            else:
+                _append_bytes(path, lines)
         except OSError as error:
             self._unwritten[name] = lines
             self.say(

@@ -40,6 +40,7 @@ from cppo.checkpoint import (
     read_state,
     read_tensors,
     write_checkpoint,
+    write_tensors,
 )
 from cppo.config import CPPOConfig
 from cppo.draws import QuestionDraws
@@ -525,28 +526,31 @@ class CPPOTrainer:
         journal = self._journal
         self.step, self.questions.position = journal.step, journal.position
         heard = [one for one in self.processes.gather(self.stopping.signal) if one is not None]
-        if any(self.processes.gather(not journal.is_empty)):
-            path: Path | None = self._save_journal(journal)
-        elif self.step > 0 and self._saved != self.step:
-            path = self.save_checkpoint()
-        else:
-            path = self.processes.of_first(lambda: last_checkpoint(self.config.output_dir))
-        words = f"the newest checkpoint is {path or 'none: nothing was done yet'}"
+        failure = ""
+        try:
+            if any(self.processes.gather(not journal.is_empty)):
+                self._save_journal(journal)
+            elif self.step > 0 and self._saved != self.step:
+                self.save_checkpoint()
+        except ValueError as error:  # a full disk, for example
+            failure = f"{error}; "
+        path = self.processes.of_first(lambda: last_checkpoint(self.config.output_dir))
+        words = f"{failure}the newest checkpoint is {path or 'none: nothing was done yet'}"
         self.log.say(f"stopped by {heard[0].name}; {words}")
         if signal.SIGTERM in heard:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt(words)
 
-    def _save_journal(self, journal: Journal) -> Path:
+    def _save_journal(self, journal: Journal) -> None:
         """A checkpoint in the middle of a step: every process's pieces of it are in it, too."""
         rank, folder = self.processes.rank, Path(self.config.output_dir)
         own = folder / f".journal-{rank}{PARTIAL}"
         gradients = [p.grad for p in self.parameters]
         try:
-            self.processes.together(lambda: torch.save(journal.state(gradients), own))
+            self.processes.together(lambda: write_tensors(journal.state(gradients), own))
             names = range(self.processes.size)
             files = {f"journal-{i}.pt": folder / f".journal-{i}{PARTIAL}" for i in names}
-            return self.processes.of_first(lambda: self._write_checkpoint(files))
+            self.processes.of_first(lambda: self._write_checkpoint(files))
         finally:
             own.unlink(missing_ok=True)
 

@@ -244,9 +244,10 @@ def write_checkpoint(
         _replace(final, partial)
     except Exception as error:  # safetensors and torch have errors of their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
+        newest = last_checkpoint(folder) or "none"
         raise CheckpointError(
             f"cppo: the checkpoint of step {step} could not be written to {folder} "
-            f"({_cause(error, folder)}); the newest one there is {last_checkpoint(folder) or 'none'}"
+            f"({_cause(error, folder)}); the newest one there is {newest}"
         ) from error
     _drop_old(folder, final, keep)
     return final

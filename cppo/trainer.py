@@ -373,21 +373,21 @@ class CPPOTrainer:
         self.model.train()
         total: dict[str, float] = {}
         grad_norms: list[float] = []
-        learning_rate = 0.0
+        learning_rate, once = 0.0, self._journal.once
         for _ in range(config.num_iterations):
             for rows in batch.dealt(config.optimizer_steps):
                 num_items = NumItems(*map(int, self.processes.sum(batch.counts(rows))))
-                learning_rate = self.optimizer.param_groups[0]["lr"]
+                learning_rate = once(lambda: self.optimizer.param_groups[0]["lr"])
                 if num_items.completions == 0:
                     self.log.say(f"step {self.step + 1}: no completion is left, nothing to learn")
-                    self.scheduler.step()
+                    once(self.scheduler.step)
                     continue
                 for part in batch.microbatches(rows, config.max_tokens_per_microbatch):
                     run = functools.partial(self._run_microbatch, batch, part, num_items, timer)
-                    for name, value in self._journal.once(run).items():
+                    for name, value in once(run).items():
                         total[name] = total.get(name, 0.0) + value
                 with timer("optimizer"):
-                    grad_norms.append(self._journal.once(self._optimizer_step))
+                    grad_norms.append(once(self._optimizer_step))
         metrics = update_metrics(total, len(grad_norms), config, self.processes)
         metrics["grad_norm"] = sum(grad_norms) / max(len(grad_norms), 1)
         return metrics | {"learning_rate": learning_rate}

@@ -169,14 +169,18 @@ def result(folder: Path) -> dict[str, Any]:
     return {"weights": weights, "state": state, "rows": rows, "completions": completions}
 
 
-def same(one: Any, other: Any) -> bool:
+def difference(one: Any, other: Any, place: str = "") -> str | None:
+    """The first place in which two results differ."""
     if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
+        return None if torch.equal(one, other) else place
+    if isinstance(one, (list, tuple)) and len(one) == len(other):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+        if one.keys() != other.keys():
+            return f"{place}: {one.keys() ^ other.keys()}"
+        parts = (difference(one[key], other[key], f"{place}/{key}") for key in one)
+        return next((part for part in parts if part), None)
+    return None if one == other else f"{place}: {str(one)[:200]} and {str(other)[:200]}"
 
 
 def matrix(root: Path, case: str, processes: int, name: str, moments: int) -> dict[str, Any]:
@@ -207,8 +211,7 @@ def matrix(root: Path, case: str, processes: int, name: str, moments: int) -> di
             stops += 1
             continue
         found = result(folder)
-        for key in expected:
-            assert same(found[key], expected[key]), (case, processes, name, key)
+        assert (wrong := difference(found, expected)) is None, (case, processes, name, wrong)
         repeated = pieces_done(folder) - all_pieces
         seen["repeated"] = max(seen["repeated"], repeated / max(stops, 1) / processes)
         seen["runs"] += 1

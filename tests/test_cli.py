@@ -386,3 +386,12 @@ def test_memory_by_hand() -> None:
     assert dry_run.memory(frozen, sizes, step, 2)["gradients"] == 4 * 700
     many = step._replace(microbatch_rows=10**8)
     assert dry_run.memory(fp32, sizes, many, 2)["logits, a tile"] == 2**30  # of the fused head
+
+
+@pytest.mark.parametrize("module", ["cppo", "cppo.cli"])
+def test_as_a_module(tmp_path: Path, module: str) -> None:
+    """For launchers: torchrun -m cppo train run.yaml."""
+    command = [sys.executable, "-m", module, "train", "nowhere.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "cppo train: error: nowhere.yaml: no such file\n"

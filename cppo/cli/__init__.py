@@ -264,7 +264,3 @@ def _append_csv(path: Path, rows: list[dict[str, object]]) -> None:
         if is_new:
             writer.writeheader()
         writer.writerows(rows)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

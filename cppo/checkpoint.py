@@ -7,14 +7,14 @@ read off the folders, there is no pointer that could disagree with them.
     checkpoint-000040/
         model.safetensors, config.json, tokenizer.json, ...   for plain transformers
         trainer.pt      optimizer, schedule, position in the data, metrics
-        trainer.json    step, metric, options; size and SHA-256 of every other file, and its own
+        trainer.json    step, metric, options; size and checksum (XXH3, 128 bits) of every other
+                        file, and its own
 
 `trainer.json` is written last. A checkpoint is read only after its files were compared with it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 _PREFIX = "checkpoint-"
 _STATE = "trainer.pt"
@@ -112,8 +113,8 @@ def read_summary(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"cppo: {file} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"cppo: {file} is damaged: it is not what was written") from error
-    is_sealed = "sha256" in summary or "files" in summary
-    if not whole or (is_sealed and summary.get("sha256") != _seal(summary)):
+    is_sealed = "checksum" in summary or "files" in summary
+    if not whole or (is_sealed and summary.get("checksum") != _seal(summary)):
         raise CheckpointError(f"cppo: {file} is damaged: it is not what was written")
     return summary
 
@@ -125,7 +126,7 @@ def check_files(path: str | Path, *, contents: bool = True) -> dict[str, Any]:
     weights are loaded.
 
     Args:
-        contents: whether to read the files and compare their SHA-256; else their sizes alone.
+        contents: whether to read the files and compare their checksum; else their sizes alone.
     Raises: CheckpointError naming the first file that differs, and the newest checkpoint beside it
         that is whole.
     """
@@ -166,8 +167,8 @@ def _compare(path: Path, files: dict[str, dict[str, Any]], contents: bool) -> No
             size = file.stat().st_size
             if size != expected["bytes"]:
                 return f"{file} is damaged: {size} bytes, {expected['bytes']} in {_SUMMARY}"
-            if contents and _hash(file) != expected["sha256"]:
-                return f"{file} is damaged: its SHA-256 is not that in {_SUMMARY}"
+            if contents and _hash(file) != expected["checksum"]:
+                return f"{file} is damaged: its checksum is not that in {_SUMMARY}"
         except FileNotFoundError:
             return f"{file} is missing"
         except OSError as error:
@@ -286,11 +287,11 @@ def _seal_folder(folder: Path, summary: dict[str, Any]) -> None:
         hashes = list(pool.map(_hash, files))
         list(flushed)
     summary["files"] = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "checksum": digest}
         for path, digest in zip(files, hashes, strict=True)
     }
     summary = json.loads(json.dumps(summary))
-    sealed = json.dumps({**summary, "sha256": _seal(summary)}, indent=1)
+    sealed = json.dumps({**summary, "checksum": _seal(summary)}, indent=1)
     (folder / _SUMMARY).write_text(sealed + "\n")
     for path in (folder / _SUMMARY, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         _flush(path)
@@ -331,7 +332,7 @@ def _flush(path: Path) -> None:
 
 
 def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
@@ -339,9 +340,9 @@ def _hash(path: Path) -> str:
 
 
 def _seal(summary: dict[str, Any]) -> str:
-    """The SHA-256 of a summary's content but for itself, whatever its spaces and order."""
-    content = {name: value for name, value in summary.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """The checksum of a summary's content but for itself, whatever its spaces and order."""
+    content = {name: value for name, value in summary.items() if name != "checksum"}
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _cause(error: Exception, folder: Path | None = None) -> str:

@@ -627,7 +627,7 @@ class CPPOTrainer:
         shared = {**self._options, **self._trained_on}
         for name in ("output_dir", "rewards"):
             shared.pop(name)
-        self.processes.must_agree({"checkpoint's SHA-256": seal, **shared})
+        self.processes.must_agree({"checkpoint's checksum": seal, **shared})
         self.processes.of_first(lambda: self._begin(claim))
         if self.config.trackers:
             plain = {
@@ -661,7 +661,7 @@ class CPPOTrainer:
                 (claim.folder / name).write_text(text, encoding="utf-8")
 
     def _resume(self, path: Path) -> str | None:
-        """Takes over the state of a checkpoint; returns the SHA-256 of all that it holds."""
+        """Takes over the state of a checkpoint; returns the checksum of all that it holds."""
         # One process of a machine reads all files, the others compare what is quick to compare.
         summary = check_files(path, contents=self.accelerator.is_local_main_process)
         state = read_state(path)
@@ -678,7 +678,7 @@ class CPPOTrainer:
             self._take_up(read_tensors(path / f"journal-{self.processes.rank}.pt"))
             within = f", within step {self.step + 1}"
         self.log.say(f"resumed from {path} at step {self.step}{within}")
-        return summary.get("sha256")
+        return summary.get("checksum")
 
     def _take_up(self, state: dict[str, Any]) -> None:
         """Goes on with the step in which a run was stopped."""

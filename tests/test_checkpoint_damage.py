@@ -173,7 +173,7 @@ def test_a_checkpoint_of_before_is_loaded_strictly(copied: Path, case: str) -> N
 
     newest = last_checkpoint(copied)
     summary = read_summary(newest)
-    for name in ("files", "sha256"):
+    for name in ("files", "checksum"):
         del summary[name]
     (newest / "trainer.json").write_text(json.dumps(summary))
     trainer = trainer_for(copied, max_steps=3, **CASES[case])

@@ -66,7 +66,7 @@ def start(folder: Path, **options: Any) -> None:
         summary = json.loads(file.read_text())
         summary["options"]["processes"] = 2
         summary["options"]["rewards"] = fingerprints()
-        file.write_text(json.dumps({**summary, "sha256": _seal(summary)}))
+        file.write_text(json.dumps({**summary, "checksum": _seal(summary)}))
 
 
 def fingerprints() -> list[str]:
@@ -77,7 +77,7 @@ def fingerprints() -> list[str]:
     ("other", "words"),
     [
         ("none", "run/checkpoint-000002 is not a checkpoint of cppo (it has no trainer.json)"),
-        ("another run's", "checkpoint's SHA-256 must be the same on every process"),
+        ("another run's", "checkpoint's checksum must be the same on every process"),
         ("damaged", "run/checkpoint-000002/model.safetensors is damaged"),
         ("cut", "run/checkpoint-000002/trainer.pt is damaged"),
         ("same", None),

@@ -231,6 +231,8 @@ def main() -> None:
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=list(SIGNALS))
     options = parser.parse_args()
+    if options.folder.exists() and any(options.folder.iterdir()):
+        parser.error(f"{options.folder} must be empty: runs of other code are no comparison")
     DigitSums("train", 1)[0]  # loads the scans, for all attempts
     for case in options.cases:
         for processes in options.processes:

@@ -163,7 +163,8 @@ class LoraConfig(_Checked):
     alpha: int = 32
     """The update is scaled by alpha / r."""
     dropout: float = 0.0
-    """In [0, 1). Above 0 the update is not on-policy to the last bit."""
+    """In [0, 1). Above 0 the update is not on-policy to the last bit. The model's own dropout is
+    off in training whatever its config says, because its completions are sampled without it."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Names of the layers that get adapters, a layer's last names being enough ("q_proj"). One
     text: a regular expression for the whole name. "all-linear": every one but the LM head."""

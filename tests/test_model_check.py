@@ -385,3 +385,25 @@ def test_learned_positions_end_where_their_table_does() -> None:
         words = f"a sequence of {size + 1} tokens is longer than {size}: .*has learned positions"
         with pytest.raises(ValueError, match=words):
             cppo.packed_hidden(model, a_batch((size + 1, 5)))
+
+
+@pytest.mark.parametrize(
+    ("config", "model_class"),
+    [
+        (transformers.GPT2Config(n_layer=1), transformers.GPT2LMHeadModel),
+        (transformers.GPTJConfig(n_layer=1), transformers.GPTJForCausalLM),
+        (transformers.GPTNeoXConfig(num_hidden_layers=1), transformers.GPTNeoXForCausalLM),
+        (transformers.FalconConfig(num_hidden_layers=1), transformers.FalconForCausalLM),
+        (transformers.BloomConfig(n_layer=1), transformers.BloomForCausalLM),
+        (transformers.MptConfig(n_layers=1), transformers.MptForCausalLM),
+        (transformers.MambaConfig(num_hidden_layers=1), transformers.MambaForCausalLM),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_models_of_another_build_are_refused_in_words(config: Any, model_class: Any) -> None:
+    with torch.device("meta"):
+        model = model_class(config)
+    words = "must be a causal language model of transformers with its body|must let its attention"
+    with pytest.raises(ValueError, match=words):
+        forward.check_supported(model)
+        forward.set_attention(model, "sdpa")

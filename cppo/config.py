@@ -10,6 +10,7 @@ import math
 import operator
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -40,7 +41,7 @@ def _plain(value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_real and math.isfinite(value)
+    return is_real and abs(value) <= sys.float_info.max
 
 
 class _Checked:
@@ -72,8 +73,7 @@ class _Checked:
     ) -> None:
         for name in names:
             value = getattr(self, name)
-            is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if is_real and at_least <= value <= at_most and above < value < below:
+            if _is_number(value) and at_least <= value <= at_most and above < value < below:
                 continue
             bounds = ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
             words = [f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)]
@@ -85,6 +85,8 @@ class _Checked:
             is_one = hasattr(value, "__index__") and not isinstance(value, bool)
             if not is_one or operator.index(value) < at_least:
                 self._fail(name, f"an integer >= {at_least}")
+            if operator.index(value) >= 2**63:  # torch has 64 bits for them
+                self._fail(name, f"an integer >= {at_least} and < 2**63")
             self._set(name, operator.index(value))
 
     def _boolean(self, *names: str) -> None:

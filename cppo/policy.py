@@ -121,7 +121,7 @@ def _with_adapters(model: Any, config: CPPOConfig) -> Any:
     )
     _check_targets(model, targets)
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed % 2**64)
+        torch.manual_seed(config.seed)
         try:
             return get_peft_model(model, options)
         except ValueError as error:  # layers of a kind that has no adapters, or all left out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,10 @@ BAD_OPTIONS = [
     ({"group_size": 4.0}, "group_size must be an integer >= 2, got 4.0"),
     ({"group_size": np.bool_(True)}, "group_size must be an integer >= 2, got True"),
     ({"eval_samples": torch.tensor(True)}, "eval_samples must be an integer >= 1, got True"),
+    ({"seed": 2**63}, r"seed must be an integer >= 0 and < 2\*\*63, got 9223372036854775808"),
+    ({"learning_rate": 10**400}, "learning_rate must be a number > 0, got 1000"),
+    ({"betas": (0, 10**400)}, "betas must be two numbers in"),
+    ({"weight_decay": math.inf}, "weight_decay must be a number >= 0, got inf"),
     ({"batch_size": "8"}, "batch_size must be an integer >= 1, got '8'"),
     ({"prune": np.array(["smallest", "largest"])}, "prune must be one of 'smallest', "),
     ({"reward_weights": (0, 0.0)}, "reward_weights must be not all 0"),

@@ -163,8 +163,9 @@ def position_limit(model: nn.Module) -> PositionLimit | None:
     limits = [PositionLimit(end, follows) for end in ends]
     tower = set(vision_tower(model).modules()) if has_vision(base) else set()
     for name, part in base.named_modules():
-        is_table = isinstance(part, nn.Embedding) and part not in tower
-        if is_table and re.search(r"pos(ition|$|_)|wpe$", name.rpartition(".")[2]):
+        # Tables of relative positions hold distances, which are cut at their end.
+        is_named = re.match(r"(?!.*rel).*(pos(ition|$|_)|wpe$)", name.rpartition(".")[2])
+        if is_named and isinstance(part, nn.Embedding) and part not in tower:
             size = part.num_embeddings - getattr(part, "offset", 0)
             limits.append(PositionLimit(size, f"{family} has learned positions for no more"))
     return min(limits, default=None)

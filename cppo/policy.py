@@ -51,7 +51,12 @@ def prepare(model: Any, config: CPPOConfig, device: torch.device) -> Any:
     if config.gradient_checkpointing:
         # transformers renamed it within 5.x.
         old = model.gradient_checkpointing_enable
-        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        try:
+            getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        except ValueError as error:
+            raise ValueError(
+                f"CPPOConfig.gradient_checkpointing must be False for this model: {error}"
+            ) from error
     if config.lora is not None:
         model = _with_adapters(model, config)
     if not any(p.requires_grad for p in model.parameters()):

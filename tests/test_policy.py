@@ -159,3 +159,11 @@ def test_layers_that_there_are_get_adapters(targets: Any) -> None:
     lora = cppo.LoraConfig(r=2, target_modules=targets)
     prepared = policy.prepare(model, config(lora=lora, seed=2**63 - 1), CPU)
     assert any("lora_A" in name for name, p in prepared.named_parameters() if p.requires_grad)
+
+
+def test_checkpointing_that_a_model_does_not_know_is_refused_by_its_option() -> None:
+    model, _ = tiny("text")
+    model.supports_gradient_checkpointing = False
+    words = "CPPOConfig.gradient_checkpointing must be False for this model: .* does not support"
+    with pytest.raises(ValueError, match=words):
+        policy.prepare(model, config(gradient_checkpointing=True), CPU)

@@ -12,6 +12,8 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from cppo.config import CPPOConfig
+from cppo.draws import check_room
+from cppo.model_check import position_limit
 from cppo.prompts import encode_questions
 from cppo.questions import Question
 from cppo.rollout import sample_completions
@@ -47,9 +49,12 @@ def evaluate(
     weighted sum, over the completions to which they apply; with N > 1 samples
     `sampled/<reward>_std` is the std over the N passes. `gather` returns what every process has;
     `state` is the `trainer_state` of rewards.
+
+    Raises: QuestionError for a prompt that leaves no room for a completion.
     """
     own = range(rank, len(questions), world_size)
     weights = reward_weights(list(reward_functions), config)
+    limit = position_limit(model)
     rows: list[dict[str, Any]] = []
     modes: list[tuple[str, float | None, int]] = [
         ("sampled", config.loss.temperature, config.eval_samples)
@@ -63,6 +68,9 @@ def evaluate(
             set_seed(seed_from(config.seed, "eval", mode, ids[0]) % 2**32)
             kwargs = config.chat_template_kwargs or {}
             prompts = encode_questions(model, processor, [questions[i] for i in ids], kwargs)
+            tokens = prompts.attention_mask.sum(1).tolist()
+            for question, count in zip(prompts.questions, tokens, strict=True):
+                check_room(question, count, config, limit)
             rollouts = sample_completions(
                 model,
                 processor,

@@ -47,6 +47,7 @@ from cppo.draws import QuestionDraws
 from cppo.evaluate import evaluate
 from cppo.journal import Journal, Once, now
 from cppo.metrics import Total, over_processes, rollout_metrics, update_metrics
+from cppo.model_check import position_limit
 from cppo.models import check_saveable, closing_token_ids, special_token_ids_to_suppress
 from cppo.ops.advantages import questions_needed
 from cppo.output_dir import Claim, claim_output_dir, release, writing_to
@@ -67,6 +68,7 @@ from cppo.stopping import Stopped, Stopping
 from cppo.trainer_arguments import (
     check_evaluation,
     check_images,
+    check_optimizer_steps,
     check_processor,
     check_trackers,
     first_question,
@@ -127,24 +129,26 @@ class CPPOTrainer:
             ],
         )
         self.processes = Processes(self.accelerator, config.process_timeout)
+        check_optimizer_steps(config, self.processes.size)
         self.log = RunLog(config.output_dir, config.max_steps, is_main=self.processes.is_main)
         forward.check_supported(model)
         check_processor(model, processor)
         check_saveable(model, processor)
         self.questions = QuestionDraws(
-            train_dataset, processor, config, self.processes, self.log.say
+            train_dataset, processor, config, self.processes, self.log.say, position_limit(model)
         )
         check_evaluation(config, eval_dataset, self.reward_functions)
         self.eval_questions, self._eval_dataset = all_questions(eval_dataset), eval_dataset
         questions = [*first_question(train_dataset, config), *self.eval_questions]
         check_images(model, questions)
+        self.questions.check_held_out(self.eval_questions)
         for question, function in itertools.product(questions[:1], self.reward_functions):
             check_signature(function, question)
         if config.loss.cpl_coef > 0:
             views_from_names(config.positive_views), views_from_names(config.negative_views)
         self.suppressed = tuple(special_token_ids_to_suppress(model, processor))
         self.reference = (
-            policy.frozen_copy(model, config).to(self.accelerator.device)
+            policy.frozen_copy(model, config, self.accelerator.device)
             if (config.loss.kl_coef > 0 and config.lora is None)
             else None
         )

@@ -59,6 +59,16 @@ def check_evaluation(
         )
 
 
+def check_optimizer_steps(config: CPPOConfig, processes: int) -> None:
+    """Raises for more optimizer steps than a process has completions to deal to them."""
+    most = -(-config.completions_kept() // processes)
+    if config.optimizer_steps > max(1, most):
+        raise ValueError(
+            f"CPPOConfig.optimizer_steps must be <= {most}, the completions of one of {processes} "
+            f"processes, got {config.optimizer_steps}"
+        )
+
+
 def first_question(dataset: Dataset, config: CPPOConfig) -> list[Question]:
     """The first row as a question; none if it is bad and will be left out."""
     try:

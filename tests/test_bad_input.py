@@ -131,8 +131,8 @@ ARGUMENTS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     (
         "flash attention on a CPU",
         {"options": {"attention": "flash_attention_2"}},
-        RuntimeError,
-        "attention 'flash_attention_2' cannot run here",
+        ValueError,
+        "CPPOConfig.attention must be 'auto' or one that runs here .*, got 'flash_attention_2'",
     ),
 ]
 

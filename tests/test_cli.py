@@ -21,6 +21,7 @@ from cppo.progress import read_metrics
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.yaml"))
 DIGITS, GSM8K = (str(path) for path in RECIPES if path.stem in ("digits", "gsm8k_qwen2.5_1.5b"))
+ARITHMETIC = str(next(path for path in RECIPES if path.stem == "arithmetic"))
 # As published on the models' hub pages.
 PARAMETERS = {
     "gsm8k_qwen2.5_1.5b": "1,543,714,304",
@@ -107,6 +108,26 @@ def test_recipes_are_listed() -> None:
         (["train", DIGITS, "model={path: no/such/model}"], "no/such/model"),
         (["train", DIGITS, "data.train.split=tst"], "data.train: .*'train'.*, got 'tst'"),
         (["train", DIGITS, "--resume", "nowhere"], "nowhere is not a checkpoint of cppo"),
+        (
+            ["train", DIGITS, "trainer.attention=flash_attention_2"],
+            "trainer.attention must be 'auto' or one that runs here .*, got 'flash_attention_2'",
+        ),
+        (
+            ["train", DIGITS, "trainer.lora.target_modules=[nope]"],
+            r"trainer.lora.target_modules must be .*, got \('nope',\): there is no 'nope'",
+        ),
+        (
+            ["train", ARITHMETIC, "trainer.freeze_vision_tower=true"],
+            "trainer.freeze_vision_tower must be False for a model without a vision tower",
+        ),
+        (
+            ["train", DIGITS, "trainer.max_prompt_tokens=1", "data.train.limit=3"],
+            "no question of train_dataset can be asked, .* 3 by max_prompt_tokens = 1 ",
+        ),
+        (
+            ["train", DIGITS, "rewards=[{boxed: null, weight: 0}]"],
+            "trainer.reward_weights must be not all 0: nothing would be learned",
+        ),
         (["eval", "nowhere"], "nowhere: no such file or folder"),
         (["eval", "."], "neither a run of `cppo train` nor a checkpoint"),
         (["eval", DIGITS, "--samples", "0"], "--samples must be >= 1, got 0"),
@@ -174,7 +195,7 @@ def test_eval_of_adapters_puts_them_on_the_configured_model(
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     run = ["trainer.output_dir=run", "trainer.lora.r=2", "trainer.max_steps=1"]
-    assert main(["train", DIGITS, *TINY, *run]) == 0
+    assert main(["train", DIGITS, *TINY, *run, "trainer.warmup_steps=0"]) == 0
     assert main(["eval", "run"]) == 0
     assert "checkpoint-000001 on 2 questions" in capsys.readouterr().out
 

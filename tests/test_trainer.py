@@ -301,9 +301,8 @@ def test_too_long_prompts_are_skipped(tmp_path: Path) -> None:
     trainer.train()
     answers = {line["answer"] for line in lines(tmp_path / "completions.jsonl")}
     assert answers == {"1", "2"}
-    none = trainer_for(tmp_path / "none", rows=rows, max_prompt_tokens=3)
     with pytest.raises(ValueError, match="no question of train_dataset .* max_prompt_tokens = 3"):
-        none.train()
+        trainer_for(tmp_path / "none", rows=rows, max_prompt_tokens=3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -213,7 +214,14 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
     except ConfigError:
         raise
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_in_keys(str(error))) from error
+
+
+def _in_keys(message: str) -> str:
+    """A message with options as they are called in a configuration file."""
+    for name, key in (("CPPO", ""), ("Lora", "lora."), ("Loss", "loss.")):
+        message = re.sub(rf"\b{name}Config\.(?=[a-z])", f"trainer.{key}", message)
+    return message
 
 
 def evaluate_policy(

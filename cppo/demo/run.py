@@ -21,7 +21,7 @@ from cppo.cli.info import ops_line
 from cppo.cli.run_config import DataConfig, DatasetConfig, ModelConfig, RunConfig, dump
 from cppo.config import DIVERGENCES, CPPOConfig, LossConfig
 from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
-from cppo.demo.digits import DigitSums, digit_sum_accuracy
+from cppo.demo.digits import DigitSums, digit_sum_accuracy, handwriting
 from cppo.demo.report import write_report
 from cppo.demo.shortcut import HintedSums, warm_up_shortcut
 from cppo.demo.warmup import CHECKPOINTS, warm_up
@@ -105,7 +105,7 @@ def demo_config(
         max_completion_tokens=TASKS[task].max_completion_tokens,
         learning_rate=1e-4,
         betas=(0.9, 0.95),
-        warmup_steps=min(5, steps),
+        warmup_steps=min(5, steps - 1),  # the first step of a warm-up has a rate of 0
         eval_every=eval_every,
         log_every=5,
         # The papers' color jitter and rotation make 24-pixel digits hard to read: milder ones.
@@ -134,6 +134,8 @@ def build_trainer(
         from_scratch: make the warm-up anew all the same.
         held_out: questions of an evaluation.
     """
+    if TASKS[task].has_images:
+        handwriting("train")  # says at once if scikit-learn is missing
     if from_scratch or (start is None and task not in SHIPPED):
         print("warming up: supervised steps to a model that RL can start from", flush=True)
         model, processor = TASKS[task].warm_up(config.seed, report=print)

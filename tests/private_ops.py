@@ -32,8 +32,8 @@ MAY_BE_SHORTER = {
     ("place_transposed_", "tile"),
     ("place_transposed_", "product"),
 }
-# Of Triton's kernels, whose interpreter takes a second for ten calls: what makes them raise, and the
-# numbers that a kernel takes for an address.
+# Of Triton's kernels, whose interpreter takes a second for ten calls: what makes them raise, and
+# the numbers that a kernel takes for an address.
 OF_KERNELS = ("shorter", "longer", "empty", "one row less", "one column less", "without a column")
 OF_KERNELS += ("of no dimension", "without memory", "torch.complex64", "all -1", "falling")
 

@@ -69,8 +69,32 @@ def calls(namespace: str) -> dict[str, tuple[Any, ...]]:
         terms = (logps, entropy, logps - 0.1, logps - 0.2, margin, mask, advantages, logps, logps)
         found[f"loss_terms {divergence}"] = (*terms, bounds, 3.0, 2.0, *options)
     if namespace == "cppo":
-        found |= extension_calls(ops)
+        found |= extension_calls(ops) | head_calls(ops)
     return found
+
+
+def head_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
+    """The ops on hidden states: PyTorch around the others, for every backend the same."""
+    inputs = make_inputs("linear_cppo_loss", layout="packed", lengths=(3, 4))
+    views, weight, targets = inputs["hidden"], inputs["weight"], inputs["targets"]
+    advantages, bounds = inputs["advantages"], inputs["cu_seqlens"]
+    bias, mask = weight[:, 0].clone(), torch.ones(len(targets), dtype=torch.bool)
+    logps = torch.zeros(len(targets))
+    config = LossConfig(kl_coef=0.1, cpl_coef=0.5)
+    options = tuple(getattr(config, field) for field in CONFIG_FIELDS)
+    items = torch.full((4,), 5.0, dtype=torch.float64)
+    head, wants = (weight, bias), [True] * 5
+    loss = (*views, *head, targets, advantages, logps, logps, mask, bounds, items, *options, 30.0)
+    coefficients = ops.linear_cppo_loss(*loss, wants)[-1]
+    backward = (torch.ones(()), *views, *head, targets, advantages, mask, bounds, coefficients)
+    stats = (views.anchor, *head, targets, mask, 0.7, 30.0)
+    return {
+        "linear_token_stats": stats,
+        "linear_token_stats_backward": (logps, logps, *stats, [True] * 3),
+        "linear_cppo_loss": (*loss, wants),
+        "linear_cppo_loss_backward": (*backward, 1.0, "k3", True, False, 30.0, wants),
+        "linear_cppo_loss_gradients": (*loss, wants),
+    }
 
 
 def extension_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
@@ -145,9 +169,9 @@ def others(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Tensor):
         yield from other_tensors(value)
     elif isinstance(value, list):
-        yield "no tensors", []
-        yield "one tensor less", value[1:]
-        for how, other in other_tensors(value[-1]):
+        yield "nothing in it", []
+        yield "one less", value[1:]
+        for how, other in other_tensors(value[-1]) if isinstance(value[-1], Tensor) else ():
             if other is not None:
                 yield f"the last {how}", [*value[:-1], other]
     elif isinstance(value, bool) or value is None:
@@ -191,9 +215,8 @@ def main(namespace: str) -> None:
                 print(what, file=sys.stderr)
                 try:
                     op(*given)
-                except Exception as error:
+                except Exception:
                     counts["raised"] += 1
-                    assert str(error), what
                     continue
                 counts["returned"] += 1
                 must = how in ("shorter", "the last shorter") and isinstance(other, Tensor | list)

@@ -45,6 +45,7 @@ from cppo.ops.library import (
     refuse_second_derivative,
     register_autograd,
 )
+from cppo.ops.sizes import checked
 from cppo.records import LossOutput, NumItems, TokenStats, Views
 
 _HEAD = "Tensor weight, Tensor? bias"
@@ -250,7 +251,7 @@ class LinearBackend:
         for op, schema in SCHEMAS.items():
             name = f"{namespace}::{op}"
             torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-            plan = _without_autocast(partial(getattr(linear_plans, op), self._ops))
+            plan = checked(op, _without_autocast(partial(getattr(linear_plans, op), self._ops)))
             torch.library.impl(name, ("cpu", "cuda"), plan)
             torch.library.register_fake(name, _FAKES[op])
         _register_stats(namespace)

@@ -1,8 +1,9 @@
 """What a kernel that trusts its arguments asks of them, whoever calls it.
 
 The public ops check what they are given, in the words of their callers. Their kernels are ops too
-(`torch.ops.cppo_triton.*`) and can be called by anybody: with a size that does not fit, a kernel
-would read and write where nothing is. The compiled extension has the same checks in C++.
+(`torch.ops.cppo_triton.*`, and those on hidden states) and can be called by anybody: with a size
+that does not fit, a kernel would read and write where nothing is. The compiled extension has the
+same checks in C++.
 
 Values cost a wait for the device: those of cu_seqlens and of advantages are looked at where that is
 free (`may_read`). Targets need no look: a kernel ignores one outside the vocabulary.
@@ -153,8 +154,9 @@ def _cppo_loss(
     cu_seqlens: Tensor | None,
     num_items: Tensor | None,
     *options: Any,
+    op: str = "cppo_loss",
 ) -> None:
-    op, count = "cppo_loss", anchor.shape[:-1].numel()
+    count = anchor.shape[:-1].numel()
     _check_logits(op, "anchor", anchor)
     _check_each(
         op, anchor, count, targets=targets, old_logps=old_logps, ref_logps=ref_logps, mask=mask
@@ -221,6 +223,80 @@ def _loss_terms(
     _check_completions(op, logps, advantages, cu_seqlens)
 
 
+def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    fits = weight.ndim == 2 and weight.shape[0] > 0 and weight.shape[1] == hidden.shape[-1]
+    fits = fits and weight.dtype == hidden.dtype and weight.device == hidden.device
+    _require(fits, op, "weight", f"(V, {hidden.shape[-1]}) like hidden", weight)
+    if bias is not None:
+        fits = bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
+        _require(fits, op, "bias", f"({len(weight)},) like weight", bias)
+        _check_each(op, weight, len(weight), bias=bias)
+
+
+def _linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    mask: Tensor | None,
+    *_: Any,
+) -> None:
+    op = "linear_token_stats"
+    _check_logits(op, "hidden", hidden)
+    _check_head(op, hidden, weight, bias)
+    _check_each(op, hidden, hidden.shape[:-1].numel(), targets=targets, mask=mask)
+
+
+def _linear_token_stats_backward(
+    grad_logps: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, *rest: Any
+) -> None:
+    _linear_token_stats(hidden, *rest)
+    count = hidden.shape[:-1].numel()
+    given = {"grad_logps": grad_logps, "grad_entropy": grad_entropy}
+    _check_each("linear_token_stats", hidden, count, **given)
+
+
+def _linear_cppo_loss(
+    anchor: Tensor,
+    positive: Tensor | None,
+    negative: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+) -> None:
+    _check_logits("linear_cppo_loss", "anchor", anchor)
+    _check_head("linear_cppo_loss", anchor, weight, bias)
+    _cppo_loss(anchor, positive, negative, *rest, op="linear_cppo_loss")
+
+
+def _linear_cppo_loss_backward(
+    grad_loss: Tensor,
+    anchor: Tensor,
+    positive: Tensor | None,
+    negative: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    coefficients: Tensor,
+    temperature: float,
+    divergence: str,
+    gating: bool,
+    *_: Any,
+) -> None:
+    op, count = "linear_cppo_loss", anchor.shape[:-1].numel()
+    _check_logits(op, "anchor", anchor)
+    _check_head(op, anchor, weight, bias)
+    _check_each(op, anchor, 1, grad_loss=grad_loss)
+    _check_each(op, anchor, count, targets=targets, mask=mask)
+    _check_completions(op, targets, advantages, cu_seqlens)
+    _check_kept(op, anchor, (4, count), coefficients=coefficients)
+    views = {"positive": positive, "negative": negative}
+    _check_views(op, anchor, views, advantages, cu_seqlens, gating)
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "token_stats": _token_stats,
     "token_stats_backward": _token_stats_backward,
@@ -230,6 +306,11 @@ CHECKS: dict[str, Callable[..., None]] = {
     "cppo_loss_backward": _cppo_loss_backward,
     "cppo_loss_backward_": _cppo_loss_backward,
     "loss_terms": _loss_terms,
+    "linear_token_stats": _linear_token_stats,
+    "linear_token_stats_backward": _linear_token_stats_backward,
+    "linear_cppo_loss": _linear_cppo_loss,
+    "linear_cppo_loss_backward": _linear_cppo_loss_backward,
+    "linear_cppo_loss_gradients": _linear_cppo_loss,
 }
 
 

@@ -62,9 +62,10 @@ print('row kernels:', torch.ops.cppo.row_capability())"
 }
 
 mkdir -p build/builds
+commit="$(git describe --always --dirty)"  # before the file of results is another
 for name in "${builds[@]}"; do flags_of "$name" >/dev/null; done
 {
-    echo "$(date -u +%F), commit $(git describe --always --dirty), $("${CXX:-g++}" --version | head -1)"
+    echo "$(date -u +%F), commit $commit, $("${CXX:-g++}" --version | head -1)"
     for name in "${builds[@]}"; do
         echo
         echo "== $name: $(flags_of "$name")"

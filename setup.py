@@ -9,6 +9,8 @@ is in it and its name ends in py3-none-any. The last line of every build says wh
 
 Environment: CPPO_SKIP_BUILD=1 builds nothing, CPPO_FORCE_BUILD=1 makes a missing or failing build
 an error, CPPO_FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST asks for CUDA, MAX_JOBS limits the compilers.
+CPPO_CXXFLAGS goes to the C++ compiler after every flag of ours, and to its link (-O1, or a
+sanitizer; tests/run_builds.sh).
 No GPU is ever queried, and torch is located and read, never imported and never downloaded.
 """
 
@@ -104,6 +106,11 @@ def source_flags(source: str) -> list[str]:
     flags = SOURCE_FLAGS.get(source, [])
     is_gcc = "clang" not in first_line([cxx(), "--version"]).lower()
     return [*flags, *GCC_FLAGS] if is_gcc and "-mavx512f" in flags else flags
+
+
+def extra_flags() -> list[str]:
+    """What the environment adds to the flags of every C++ file."""
+    return shlex.split(os.environ.get("CPPO_CXXFLAGS", ""))
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -251,6 +258,7 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         objects = self.compile_objects(ext)
+        ext.extra_link_args = [*ext.extra_link_args, *extra_flags()]  # a sanitizer is a library too
         if ext.name == "cppo._cuda":
             self.link_with_nvcc(ext, objects)
         else:
@@ -276,7 +284,8 @@ class BuildExt(build_ext):
             output_dir=self.build_temp,
             macros=ext.define_macros,
             include_dirs=ext.include_dirs,
-            extra_postargs=[*ext.extra_compile_args, *source_flags(source)],
+            # Last, so that they win over ours.
+            extra_postargs=[*ext.extra_compile_args, *source_flags(source), *extra_flags()],
             depends=[str(path) for path in sorted(Path("csrc").rglob("*.h"))],
         )
         return str(built)

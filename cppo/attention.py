@@ -58,17 +58,23 @@ def why_not(attention: str, device: torch.device | str) -> str:
     return ""
 
 
-def choose_attention(attention: str, device: torch.device | str) -> str:
+def choose_attention(
+    attention: str, device: torch.device | str, option: str = "cppo: attention"
+) -> str:
     """The attention that the packed forward uses: "auto" takes the fastest that runs here.
 
-    Raises: RuntimeError if another one is asked for and cannot run here.
+    Raises: ValueError naming the option if another one is asked for and cannot run here.
     """
     if attention == "auto":
         order = ("flash_attention_2", "varlen", "sdpa")
         return next(name for name in order if not why_not(name, device))
     reason = why_not(attention, device)
     if reason:
-        raise RuntimeError(f"cppo: attention {attention!r} cannot run here: {reason}")
+        able = [name for name in NAMES if not why_not(name, device)]
+        raise ValueError(
+            f"{option} must be 'auto' or one that runs here ({', '.join(able)}), got "
+            f"{attention!r}: {reason}"
+        )
     return attention
 
 

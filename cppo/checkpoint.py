@@ -1,141 +1,69 @@
-"""Checkpoints: a folder is either whole or not there, and an output folder holds one run.
+"""Checkpoints: a folder is either whole or not there, and says of every file what it must hold.
 
 Everything is written to a hidden folder beside the final one, flushed to disk, and renamed; a run
 killed at any moment leaves the earlier checkpoints as they were. What is best and what is last is
 read off the folders, there is no pointer that could disagree with them.
+
+    checkpoint-000040/
+        model.safetensors, config.json, tokenizer.json, ...   for plain transformers
+        trainer.pt      optimizer, schedule, position in the data, metrics
+        trainer.json    step, metric, options; size and checksum (XXH3, 128 bits) of every other
+                        file, and its own
+
+`trainer.json` is written last. A checkpoint is read only after its files were compared with it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from cppo.config import CPPOConfig
+import xxhash
 
 _PREFIX = "checkpoint-"
 _STATE = "trainer.pt"
 _SUMMARY = "trainer.json"
-# What may change when a run is resumed: how long it goes on and what is written.
-_MAY_CHANGE = {
-    "max_steps",
-    "output_dir",
-    "eval_every",
-    "eval_samples",
-    "eval_greedy",
-    "save_every",
-    "keep_checkpoints",
-    "best_metric",
-    "log_every",
-    "log_completions",
-    "trackers",
-    "reward_timeout",
-    "skip_bad_questions",
-    "resume_with_changes",
-}
+# Names that end so are of something half written or half removed.
+PARTIAL = ".partial"
+_REPLACED = f".replaced{PARTIAL}"
+_CHUNK = 1 << 22  # bytes that are hashed at a time
 
 
-# What a run, its evaluations and its report write beside the checkpoints; the tracker's files are
-# those of TensorBoard, the one tracker that writes into the output folder.
-_WRITTEN = (
-    *("metrics.jsonl", "completions.jsonl", "metrics.partial", "completions.partial"),
-    *("config.yaml", "eval.csv", "summary.json", "report.html"),
-    *("cppo/**/events.out.tfevents.*", "cppo/**/hparams.yml"),
-    f".{_PREFIX}*.partial",
-)
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read. The message names the file and a way out."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What `claim_output_dir` decided.
-
-    start: the checkpoint to go on from; None for a fresh start. old: what `clear` removes, nothing
-    but what an earlier run wrote.
-    """
-
-    start: Path | None
-    old: tuple[Path, ...] = ()
-
-    def clear(self) -> None:
-        """Removes the earlier run's files. Of several processes the first alone calls it."""
-        for path in self.old:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def claim_output_dir(
-    output_dir: str | Path,
-    resume_from: str | Path | None = None,
-    *,
-    overwrite: bool = False,
-    needed: Sequence[str | Path] = (),
-    ways: str = "resume it, overwrite it, or choose another folder",
-) -> Claim:
-    """Decides how a run may begin to write into a folder, so that no folder holds two runs.
-
-    Nothing is written or removed here: every process may ask, as long as none has begun to write.
-
-    Args:
-        output_dir: the folder; it need not exist.
-        resume_from: a checkpoint folder; "auto": the newest one in `output_dir`, a fresh start if
-            there is none; None: a fresh start.
-        overwrite: what is in the way may go, by `Claim.clear`: the whole earlier run, or where a
-            checkpoint of it is resumed, the later ones.
-        needed: folders that the run will read, such as the weights that it starts from.
-        ways: what the user can do about a refusal, in the words of the caller.
-    Returns: where to start, and what to remove before anything is written.
-    Raises: ValueError if `output_dir` is a file or holds a run (a checkpoint, or rows in
-        metrics.jsonl) that would go on beside the new one, if `resume_from` is no checkpoint, or
-        if `overwrite` would remove something `needed`.
-    """
-    folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"cppo: output_dir must be a folder, got the file {folder}")
-    start = last_checkpoint(folder) if resume_from == "auto" else resume_from
-    start = None if start is None else Path(start)
-    if start is not None and not (start / _SUMMARY).is_file():
-        raise ValueError(f"cppo: {start} is not a checkpoint of cppo (it has no {_SUMMARY})")
-    there, found = checkpoints(folder), ""
-    if start is not None and start.resolve().parent == folder.resolve():
-        step = read_summary(start)["step"]
-        old = [path for path in there if read_summary(path)["step"] > step]
-        if old:
-            found = f"{old[-1].name}, which is later than {start.name}"
-    else:
-        old = [*there, *(path for pattern in _WRITTEN for path in folder.glob(pattern))]
-        rows = folder / "metrics.jsonl"
-        if there:
-            found = there[-1].name
-        elif rows.is_file() and rows.stat().st_size:
-            found = "a run without a checkpoint (its metrics.jsonl has rows)"
-    if not found:
-        return Claim(start)
-    if overwrite:
-        lost = {path.resolve() for path in old}
-        for name in needed:
-            if lost & {Path(name).resolve(), *Path(name).resolve().parents}:
-                raise ValueError(f"cppo: {name} is needed, overwriting {folder} would remove it")
-        return Claim(start, tuple(old))
-    if resume_from == "auto" and start is None:
-        return Claim(None)  # the run that ended before its first checkpoint begins again
-    raise ValueError(f"cppo: output_dir {folder} already holds {found}: {ways}")
+# Finding
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first; a folder half copied is none."""
+    return [path for path in _named(output_dir) if (path / _SUMMARY).is_file()]
+
+
+def incomplete(output_dir: str | Path) -> list[Path]:
+    """Folders with the name of a checkpoint that lack its last file."""
+    return [path for path in _named(output_dir) if not (path / _SUMMARY).is_file()]
+
+
+def _named(output_dir: str | Path) -> list[Path]:
     found = Path(output_dir).glob(f"{_PREFIX}*")
-    steps = {path: path.name.removeprefix(_PREFIX) for path in found}
-    whole = [p for p, step in steps.items() if step.isdigit() and (p / _SUMMARY).is_file()]
-    return sorted(whole, key=lambda path: int(steps[path]))
+    there = [path for path in found if step_of(path) is not None and path.is_dir()]
+    return sorted(there, key=lambda path: step_of(path) or 0)
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's name gives; None for the name of something else."""
+    digits = path.name.removeprefix(_PREFIX)
+    return int(digits) if path.name.startswith(_PREFIX) and digits.isdecimal() else None
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -144,28 +72,133 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def best_checkpoint(output_dir: str | Path) -> Path | None:
-    """The checkpoint with the highest evaluation metric (of several the newest)."""
+    """The checkpoint with the highest evaluation metric (of several the newest).
+
+    One whose `trainer.json` is damaged is left out, with a warning.
+    """
     measured = [
         (summary["metric"], path)
-        for path in checkpoints(output_dir)
-        if (summary := read_summary(path))["metric"] is not None
+        for path, summary in _readable(output_dir)
+        if summary["metric"] is not None
     ]
     return max(measured)[1] if measured else None
 
 
+def _readable(output_dir: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Checkpoints with their summaries, oldest first, less those that cannot be read."""
+    found = []
+    for path in checkpoints(output_dir):
+        try:
+            found.append((path, read_summary(path)))
+        except CheckpointError as error:
+            warnings.warn(f"{error}; it is left out", stacklevel=3)
+    return found
+
+
+# Reading
+
+
 def read_summary(path: str | Path) -> dict[str, Any]:
-    """step, metric and the options of a checkpoint, without loading tensors."""
-    return json.loads((Path(path) / _SUMMARY).read_text())
+    """step, metric, options and files of a checkpoint, without loading tensors.
+
+    Raises: CheckpointError if `path` is no checkpoint, or if its `trainer.json` is damaged.
+    """
+    file = Path(path) / _SUMMARY
+    if not file.is_file():
+        raise CheckpointError(f"cppo: {path} is not a checkpoint of cppo (it has no {_SUMMARY})")
+    try:
+        summary = json.loads(file.read_bytes())
+        whole = isinstance(summary["step"], int) and "metric" in summary
+    except OSError as error:
+        raise CheckpointError(f"cppo: {file} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"cppo: {file} is damaged: it is not what was written") from error
+    is_sealed = "checksum" in summary or "files" in summary
+    if not whole or (is_sealed and summary.get("checksum") != _seal(summary)):
+        raise CheckpointError(f"cppo: {file} is damaged: it is not what was written")
+    return summary
+
+
+def check_files(path: str | Path, *, contents: bool = True) -> dict[str, Any]:
+    """Compares every file of a checkpoint with what was written; returns its summary.
+
+    A checkpoint of a version that did not write the sizes passes; what it lacks is found when its
+    weights are loaded.
+
+    Args:
+        contents: whether to read the files and compare their checksum; else their sizes alone.
+    Raises: CheckpointError naming the first file that differs, and the newest checkpoint beside it
+        that is whole.
+    """
+    path = Path(path)
+    try:
+        summary = read_summary(path)
+        if step_of(path) not in (None, summary["step"]):
+            raise CheckpointError(f"cppo: {path / _SUMMARY} is of step {summary['step']}")
+        _compare(path, summary.get("files", {}), contents)
+    except CheckpointError as error:
+        if not path.is_dir() or not (path / _SUMMARY).is_file():
+            raise
+        raise CheckpointError(f"{error}; {_way_out(path)}") from error
+    return summary
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
     """Optimizer, schedule, data position and metrics of a checkpoint.
 
-    Raises: ValueError if `path` is no whole checkpoint.
+    Raises: CheckpointError if `path` is no checkpoint, or if its `trainer.pt` cannot be read.
     """
-    if not (Path(path) / _SUMMARY).is_file():
-        raise ValueError(f"cppo: {path} is not a checkpoint of cppo (it has no {_SUMMARY})")
-    return torch.load(Path(path) / _STATE, map_location="cpu", weights_only=True)
+    read_summary(path)
+    return read_tensors(Path(path) / _STATE)
+
+
+def read_tensors(file: Path) -> Any:
+    """What `torch.save` wrote, and nothing that could run code. Raises CheckpointError."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive raises whatever its first wrong byte leads to
+        raise CheckpointError(f"cppo: {file} cannot be read ({_cause(error)})") from error
+
+
+def _compare(path: Path, files: dict[str, dict[str, Any]], contents: bool) -> None:
+    def damage(name: str) -> str | None:
+        file, expected = path / name, files[name]
+        try:
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                return f"{file} is damaged: {size} bytes, {expected['bytes']} in {_SUMMARY}"
+            if contents and _hash(file) != expected["checksum"]:
+                return f"{file} is damaged: its checksum is not that in {_SUMMARY}"
+        except FileNotFoundError:
+            return f"{file} is missing"
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror})"
+        return None
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(damage, sorted(files)):
+            if found:
+                raise CheckpointError(f"cppo: {found}")
+
+
+def _way_out(damaged: Path) -> str:
+    """What can be done about a damaged checkpoint."""
+    for path in reversed(checkpoints(damaged.parent)):
+        if path.resolve() == damaged.resolve():
+            continue
+        try:
+            _compare(path, read_summary(path).get("files", {}), contents=True)
+        except CheckpointError:
+            continue
+        later = step_of(path), step_of(damaged)
+        extra = ""
+        if None not in later and later[0] < later[1]:  # type: ignore[operator]
+            extra = ", with overwrite (it removes the damaged one)"
+        return f"the newest whole checkpoint beside it is {path}: resume from that one{extra}"
+    return "no other checkpoint beside it is whole: restore the file, or start anew with overwrite"
+
+
+# Writing
 
 
 def write_checkpoint(
@@ -175,6 +208,9 @@ def write_checkpoint(
     state: dict[str, Any],
     summary: dict[str, Any],
     keep: int,
+    *,
+    expected_bytes: int = 0,
+    files: Mapping[str, Path] | None = None,
 ) -> Path:
     """Writes one checkpoint atomically, then drops the old ones that nobody needs.
 
@@ -183,29 +219,108 @@ def write_checkpoint(
         state: tensors and numbers for `read_state`.
         summary: JSON for `read_summary`; "metric" is what best means.
         keep: the newest so many stay, and the best.
+        expected_bytes: what the checkpoint will take; a disk with less room is not begun on.
+        files: more files of the same disk, which are moved into it, by their names there.
     Returns: the folder.
+    Raises: CheckpointError if it could not be written. Earlier checkpoints are as they were, and
+        nothing half written stays.
     """
-    final = Path(output_dir) / f"{_PREFIX}{step:06d}"
-    partial = final.with_name(f".{final.name}.partial")
-    for stale in Path(output_dir).glob(f".{_PREFIX}*.partial"):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_model(partial)
-    torch.save(state, partial / _STATE)
-    (partial / _SUMMARY).write_text(json.dumps({"step": step, **summary}, indent=1) + "\n")
-    for path in [*partial.rglob("*"), partial]:
+    folder = Path(output_dir)
+    final = folder / f"{_PREFIX}{step:06d}"
+    partial = final.with_name(f".{final.name}{PARTIAL}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        free = shutil.disk_usage(folder).free
+        if free < expected_bytes:
+            raise OSError(
+                f"it takes about {expected_bytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+            )
+        partial.mkdir()
+        save_model(partial)
+        write_tensors(state, partial / _STATE)
+        for name, path in (files or {}).items():
+            path.rename(partial / name)
+        _seal_folder(partial, {"step": step, **summary})
+        _replace(final, partial)
+    except Exception as error:  # safetensors and torch have errors of their own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        newest = last_checkpoint(folder) or "none"
+        raise CheckpointError(
+            f"cppo: the checkpoint of step {step} could not be written to {folder} "
+            f"({_cause(error, folder)}); the newest one there is {newest}"
+        ) from error
+    _drop_old(folder, final, keep)
+    return final
+
+
+def write_tensors(value: Any, file: Path) -> None:
+    """Writes what `read_tensors` reads. Raises CheckpointError."""
+    try:
+        torch.save(value, file)
+    except Exception as error:  # torch has no one error for a full disk
+        cause = _cause(error, file.parent)
+        raise CheckpointError(f"cppo: {file} could not be written ({cause})") from error
+
+
+def remove_leftovers(output_dir: str | Path) -> None:
+    """Removes what an earlier process had half written or half removed. No other may be writing."""
+    recover(output_dir)
+    for path in Path(output_dir).glob(f".{_PREFIX}*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def recover(output_dir: str | Path) -> None:
+    """Gives a checkpoint its name back, if a run was killed while it put another in its place."""
+    for path in Path(output_dir).glob(f".{_PREFIX}*{_REPLACED}"):
+        whole = path.with_name(path.name[1:].removesuffix(_REPLACED))
+        if not whole.exists():
+            with suppress(OSError):  # another process of the same run was faster
+                path.rename(whole)
+
+
+def _seal_folder(folder: Path, summary: dict[str, Any]) -> None:
+    """Flushes all files to disk, and writes what they hold into the summary."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(4) as pool:  # a disk and a processor can work at the same time
+        flushed = pool.map(_flush, files)
+        hashes = list(pool.map(_hash, files))
+        list(flushed)
+    summary["files"] = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "checksum": digest}
+        for path, digest in zip(files, hashes, strict=True)
+    }
+    summary = json.loads(json.dumps(summary))
+    sealed = json.dumps({**summary, "checksum": _seal(summary)}, indent=1)
+    (folder / _SUMMARY).write_text(sealed + "\n")
+    for path in (folder / _SUMMARY, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         _flush(path)
-    replaced = final.with_name(f".{final.name}.replaced.partial")
+
+
+def _replace(final: Path, partial: Path) -> None:
+    """Gives a whole checkpoint its name, in place of one that has it."""
+    replaced = final.with_name(f".{final.name}{_REPLACED}")
     if final.exists():
         final.rename(replaced)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
     _flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    newest, best = checkpoints(output_dir)[-keep:], best_checkpoint(output_dir)
-    for path in checkpoints(output_dir):
-        if path not in newest and path not in (best, final):
-            shutil.rmtree(path)
-    return final
+
+
+def _drop_old(folder: Path, written: Path, keep: int) -> None:
+    whole = [(path, bool(summary.get("unfinished"))) for path, summary in _readable(folder)]
+    newest = [path for path, is_unfinished in whole if not is_unfinished][-keep:]
+    for path, _ in whole:
+        if path not in (*newest, written, best_checkpoint(folder)):
+            # Renamed first: a kill must not leave half of it under its name.
+            hidden = path.with_name(f".{path.name}{PARTIAL}")
+            path.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
@@ -216,50 +331,25 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def run_options(config: CPPOConfig, num_processes: int) -> dict[str, Any]:
-    """What decides the course of a run, under dotted names, as JSON gives it back."""
-    options = {"processes": num_processes, **_flat(dataclasses.asdict(config))}
-    # A perturbation may be a function: its name, repr has the address in memory.
-    named = json.dumps(options, default=lambda value: getattr(value, "__qualname__", repr(value)))
-    return json.loads(named)
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def check_options(path: str | Path, now: dict[str, Any], data: dict[str, Any]) -> list[str]:
-    """Resuming with other options would be another run under the name of the old one.
-
-    Args:
-        now: the options of this run, as of `run_options`.
-        data: what it is trained on, in words; `resume_with_changes` allows differences here.
-    Returns: the differences of `data` that are allowed, in words.
-    Raises: ValueError naming everything that changed, its old and its new value.
-    """
-    # An option that an older version did not have had its default's effect.
-    was = {**run_options(CPPOConfig(), 1), **read_summary(path)["options"]}
-
-    def changes(names: Iterable[str], now: dict[str, Any]) -> list[str]:
-        return [
-            f"{name} (was {was.get(name)!r}, is {now.get(name)!r})"
-            for name in sorted(names)
-            if was.get(name) != now.get(name)
-        ]
-
-    options = changes((was.keys() | now.keys()) - data.keys() - _MAY_CHANGE, now)
-    others = changes(was.keys() & data.keys(), data)
-    if options or (others and not now["resume_with_changes"]):
-        hint = "" if options else "; resume_with_changes=True goes on all the same"
-        raise ValueError(
-            f"cppo.CPPOTrainer: the run of {path} must be resumed with the options it was "
-            f"started with, data and rewards included, changed: {', '.join(options + others)}{hint}"
-        )
-    return others
+def _seal(summary: dict[str, Any]) -> str:
+    """The checksum of a summary's content but for itself, whatever its spaces and order."""
+    content = {name: value for name, value in summary.items() if name != "checksum"}
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options under dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
+def _cause(error: Exception, folder: Path | None = None) -> str:
+    """An error in a few words; with what is free in a folder, where it may be a full disk."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    words = f"{error}".strip().split("\n")[0] or type(error).__name__
+    if folder is None or isinstance(error, CheckpointError) or not folder.is_dir():
+        return words
+    return f"{words}; {shutil.disk_usage(folder).free / 1e6:.3g} MB are free there"

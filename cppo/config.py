@@ -7,8 +7,12 @@ sense raises ValueError naming the field, the value and what is allowed.
 from __future__ import annotations
 
 import math
+import operator
+import os
+import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 IMPORTANCE = ("token", "sequence")
@@ -24,22 +28,39 @@ SCHEDULES = (
     *("polynomial", "inverse_sqrt"),
 )
 ATTENTIONS = ("auto", "sdpa", "varlen", "flash_attention_2")
+MODES = ("sampled", "greedy")  # of an evaluation; its metrics are "<mode>/<reward>"
+LONGEST_WAIT = 1e9  # seconds, 31 years: what timers of Python and torch can still count
+
+
+def _plain(value: Any) -> Any:
+    """A list as a tuple, and a scalar of NumPy or torch as Python's own number."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _is_number(value: Any) -> bool:
     is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_real and math.isfinite(value)
+    return is_real and abs(value) <= sys.float_info.max
 
 
 class _Checked:
     """Field checks that name the config, the field, what is allowed and what came."""
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _take_plain(self) -> None:
+        for one in fields(self):  # type: ignore[arg-type]
+            self._set(one.name, _plain(getattr(self, one.name)))
 
     def _fail(self, name: str, expected: str) -> None:
         value = getattr(self, name)
         raise ValueError(f"{type(self).__name__}.{name} must be {expected}, got {value!r}")
 
     def _one_of(self, name: str, choices: Sequence[str]) -> None:
-        if getattr(self, name) not in choices:
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in choices:
             self._fail(name, "one of " + ", ".join(repr(choice) for choice in choices))
 
     def _number(
@@ -52,8 +73,7 @@ class _Checked:
     ) -> None:
         for name in names:
             value = getattr(self, name)
-            is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if is_real and at_least <= value <= at_most and above < value < below:
+            if _is_number(value) and at_least <= value <= at_most and above < value < below:
                 continue
             bounds = ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
             words = [f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)]
@@ -62,13 +82,21 @@ class _Checked:
     def _integer(self, *names: str, at_least: int) -> None:
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+            is_one = hasattr(value, "__index__") and not isinstance(value, bool)
+            if not is_one or operator.index(value) < at_least:
                 self._fail(name, f"an integer >= {at_least}")
+            if operator.index(value) >= 2**63:  # torch has 64 bits for them
+                self._fail(name, f"an integer >= {at_least} and < 2**63")
+            self._set(name, operator.index(value))
 
     def _boolean(self, *names: str) -> None:
         for name in names:
             if not isinstance(getattr(self, name), bool):
                 self._fail(name, "true or false")
+
+
+# The first line of a config.yaml that a run has written into its folder.
+WRITTEN_BY_A_RUN = "# All options of this run, as `cppo train` took them."
 
 
 @dataclass(frozen=True)
@@ -115,6 +143,7 @@ class LossConfig(_Checked):
     completions of their token mean, independent of how a batch is cut into micro-batches."""
 
     def __post_init__(self) -> None:
+        self._take_plain()
         self._number("temperature", "tau", above=0, below=math.inf)
         self._number("clip_low", "fraction", at_least=0, at_most=1)
         self._number("clip_high", "kl_coef", "entropy_coef", "cpl_coef", at_least=0, below=math.inf)
@@ -140,15 +169,26 @@ class LoraConfig(_Checked):
     alpha: int = 32
     """The update is scaled by alpha / r."""
     dropout: float = 0.0
-    """In [0, 1). Above 0 the update is not on-policy to the last bit."""
+    """In [0, 1). Above 0 the update is not on-policy to the last bit. The model's own dropout is
+    off in training whatever its config says, because its completions are sampled without it."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Names of the layers that get adapters; "all-linear": every one but the LM head."""
+    """Names of the layers that get adapters, a layer's last names being enough ("q_proj"). One
+    text: a regular expression for the whole name. "all-linear": every one but the LM head."""
 
     def __post_init__(self) -> None:
+        self._take_plain()
         self._integer("r", "alpha", at_least=1)
         self._number("dropout", at_least=0, below=1)
-        if isinstance(self.target_modules, list):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        targets = self.target_modules
+        names = (targets,) if isinstance(targets, str) else targets
+        is_named = isinstance(names, tuple) and len(names) > 0
+        if not is_named or not all(isinstance(name, str) and name for name in names):
+            self._fail("target_modules", "'all-linear', a regular expression or names of layers")
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                self._fail("target_modules", f"a regular expression that can be read ({error})")
 
 
 @dataclass(frozen=True)
@@ -156,9 +196,10 @@ class CPPOConfig(_Checked):
     """Options of `CPPOTrainer`. One step = one rollout and the update on it."""
 
     output_dir: str = "runs/cppo"
-    """Checkpoints, metrics.jsonl, sample completions and the report go here."""
+    """Checkpoints, metrics.jsonl, sample completions and the report go here. A path, kept as
+    text."""
     seed: int = 0
-    """Of the question order, the sampling, the perturbations and the optimizer."""
+    """Of the question order, the sampling, the perturbations and the adapters' start."""
 
     # The rollout
     max_steps: int = 100
@@ -193,10 +234,13 @@ class CPPOConfig(_Checked):
     mask_overlong: bool = False
     """Completions cut at `max_completion_tokens` take part in advantages but not in the loss."""
     reward_weights: tuple[float, ...] | None = None
-    """One weight per reward function. None: all 1."""
+    """One weight per reward function, not all 0; one of weight 0 is logged only. None: all 1."""
     reward_timeout: float | None = None
     """Seconds that a reward function may take for the completions of a step, before the run ends
     with an error that names it. None: no limit."""
+    reward_retries: int = 0
+    """Times that a reward function which raises is called again, after 1, 2, 4, ... seconds, before
+    the run ends: for a judge on a network. Anything it logged before is forgotten."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Arguments of the chat template beside the messages, as {"enable_thinking": false}."""
     skip_bad_questions: bool = False
@@ -210,7 +254,8 @@ class CPPOConfig(_Checked):
     num_iterations: int = 1
     """Passes over each rollout."""
     optimizer_steps: int = 1
-    """Optimizer steps per pass; the kept completions are dealt evenly to them."""
+    """Optimizer steps per pass; the kept completions are dealt evenly to them, so that there are no
+    more steps than completions."""
     max_tokens_per_microbatch: int = 16384
     """Prompt and response tokens of one forward and backward pass; gradients accumulate."""
     positive_views: tuple[Any, ...] = ("color_jitter", "perspective", "rotation")
@@ -243,13 +288,16 @@ class CPPOConfig(_Checked):
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the model."""
     freeze_vision_tower: bool = False
-    """Do not train the vision encoder."""
+    """Do not train the vision encoder; of a vision-language model only."""
     attention: str = "auto"
     """Attention of the packed forward: "flash_attention_2" (CUDA, flash-attn installed), "varlen"
     (CUDA, PyTorch's own) or "sdpa". "auto": the first of them that runs."""
     balance_processes: bool = True
     """With several processes: before the update, kept completions move between them, question by
     question, until all have about as many tokens."""
+    process_timeout: float = 600.0
+    """Seconds that a process waits for the others before the run ends: longer than the longest
+    difference between two processes' rollouts, rewards or a checkpoint's writing."""
     share_prompts: bool = False
     """Run a question's prompt once for all its kept completions. The numbers are the same; it is
     faster where prompts are long beside their completions (README: shared prompts)."""
@@ -262,12 +310,15 @@ class CPPOConfig(_Checked):
     eval_greedy: bool = True
     """Also evaluate the greedy completion."""
     save_every: int = 0
-    """Write a checkpoint every so many steps, besides at the end and when an evaluation is the best
-    so far. 0: only those."""
+    """Write a checkpoint every so many steps, besides at the end, when an evaluation is the best so
+    far, and by time. 0: only those."""
+    save_minutes: float = 30.0
+    """Write a checkpoint when the last one is so old, after the step that is running. 0: never."""
     keep_checkpoints: int = 2
     """The newest so many checkpoints stay, and the best."""
     best_metric: str | None = None
-    """Evaluation metric that "best" maximises. None: the first sampled one."""
+    """Evaluation metric that "best" maximises, "sampled/<reward>" or "greedy/<reward>". None: the
+    first sampled one."""
     log_every: int = 1
     """Steps between rows of the console table and the trackers."""
     log_completions: int = 4
@@ -279,9 +330,8 @@ class CPPOConfig(_Checked):
     """Trackers of accelerate: "tensorboard", "trackio", "wandb", ..."""
 
     def __post_init__(self) -> None:
-        for name in ("reward_weights", "positive_views", "negative_views", "betas", "trackers"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._take_plain()
+        self._path("output_dir")
         self._integer(
             "max_steps",
             "batch_size",
@@ -297,18 +347,20 @@ class CPPOConfig(_Checked):
         )
         self._integer("group_size", at_least=2)
         self._integer("seed", "warmup_steps", "eval_every", "save_every", at_least=0)
-        self._integer("max_refills", at_least=0)
+        self._integer("max_refills", "reward_retries", at_least=0)
         self._integer("log_completions", at_least=0)
         if self.max_prompt_tokens is not None:
             self._integer("max_prompt_tokens", at_least=1)
         if self.reward_timeout is not None:
-            self._number("reward_timeout", above=0, below=math.inf)
+            self._number("reward_timeout", above=0, at_most=LONGEST_WAIT)
         kwargs = self.chat_template_kwargs
-        if kwargs is not None and not isinstance(kwargs, dict):
-            self._fail("chat_template_kwargs", "a dict or None")
+        if kwargs is not None:
+            if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
+                self._fail("chat_template_kwargs", "a dict with text as its keys, or None")
+        self._number("process_timeout", above=0, at_most=LONGEST_WAIT)
         self._number("prune_rate", at_least=0, below=1)
         self._number("learning_rate", above=0, below=math.inf)
-        self._number("weight_decay", "max_grad_norm", at_least=0, below=math.inf)
+        self._number("weight_decay", "max_grad_norm", "save_minutes", at_least=0, below=math.inf)
         self._one_of("prune_scope", SCOPES)
         self._one_of("prune", PRUNES)
         self._one_of("scale_rewards", SCALES)
@@ -317,6 +369,10 @@ class CPPOConfig(_Checked):
         steps = self.max_steps * self.num_iterations * self.optimizer_steps
         if self.warmup_steps > steps:
             self._fail("warmup_steps", f"<= {steps}, the optimizer steps of the run")
+        if self.warmup_steps and self.lr_scheduler == "constant":
+            self._fail("warmup_steps", "0 with lr_scheduler = 'constant', which has no warm-up")
+        if self.warmup_steps and steps == 1:
+            self._fail("warmup_steps", "0 for one optimizer step, which would have a rate of 0")
         self._one_of("attention", ATTENTIONS)
         self._boolean(
             "dynamic_allocation",
@@ -342,6 +398,8 @@ class CPPOConfig(_Checked):
             isinstance(weights, tuple) and all(_is_number(weight) for weight in weights)
         ):
             self._fail("reward_weights", "finite numbers, one per reward function")
+        if weights is not None and not any(weights):
+            self._fail("reward_weights", "not all 0: nothing would be learned")
         for name in ("positive_views", "negative_views", "trackers"):
             if not isinstance(getattr(self, name), tuple):
                 self._fail(name, "a tuple or list")
@@ -351,3 +409,38 @@ class CPPOConfig(_Checked):
             object.__setattr__(self, "loss", whole)
         if not self.dynamic_allocation and self.batch_size % self.group_size:
             self._fail("batch_size", f"a multiple of group_size = {self.group_size}")
+        if self.optimizer_steps > 1 and self.optimizer_steps > self.completions_kept():
+            self._fail("optimizer_steps", f"<= {self.completions_kept()}, the completions kept")
+        self._check_best_metric()
+
+    def completions_kept(self) -> int:
+        """Completions of a step that the update runs on, at most, over all processes."""
+        from cppo.reference import kept_per_unit  # torch, which reading a file does not need
+
+        each = kept_per_unit(self.group_size, self.prune_rate)
+        questions = self.batch_size // self.group_size
+        if self.dynamic_allocation:
+            questions = -(-self.batch_size // each)
+        kept = questions * each
+        if self.prune_scope == "batch":
+            kept = kept_per_unit(questions * self.group_size, self.prune_rate)
+        return min(kept, self.batch_size)
+
+    def _path(self, name: str) -> None:
+        """A path, as text. An empty one would be the working directory."""
+        value = getattr(self, name)
+        text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+        if not isinstance(text, str) or not text.strip() or "\0" in text:
+            self._fail(name, "the path of a folder")
+        self._set(name, text)
+
+    def _check_best_metric(self) -> None:
+        if self.best_metric is None:
+            return
+        modes = MODES if self.eval_greedy else MODES[:1]
+        metric = self.best_metric
+        parts = metric.split("/", 1) if isinstance(metric, str) else []
+        if len(parts) != 2 or parts[0] not in modes or not parts[1]:
+            forms = " or ".join(f"'{mode}/<reward>'" for mode in modes)
+            hint = "" if self.eval_greedy else " with eval_greedy = False"
+            self._fail("best_metric", f"{forms}{hint}, or None")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from cppo.config import CPPOConfig
+from cppo.model_check import PositionLimit
 from cppo.processes import Processes
 from cppo.prompts import EncodedQuestion, PromptEncoder
+from cppo.questions import Question
 from cppo.questions.errors import QuestionError
 from cppo.questions.rows import Dataset, question_at
 from cppo.questions.stream import QuestionStream
@@ -21,6 +24,10 @@ class QuestionDraws:
 
     Args:
         say: prints a line.
+        limit: of the model's positions; a prompt that leaves no room for a completion of
+            `max_completion_tokens` is a bad question.
+    Raises: ValueError if options leave out every question, or completions may be so long that no
+        prompt fits before them.
     """
 
     def __init__(
@@ -30,6 +37,7 @@ class QuestionDraws:
         config: CPPOConfig,
         processes: Processes,
         say: Callable[[str], None],
+        limit: PositionLimit | None = None,
     ) -> None:
         self.dataset = dataset
         self.encode = PromptEncoder(processor, config.chat_template_kwargs or {})
@@ -37,6 +45,14 @@ class QuestionDraws:
         """Bad questions of this process that were left out so far."""
         self._stream = QuestionStream(dataset, config.seed)
         self._config, self._processes, self._say = config, processes, say
+        self._limit = limit
+        if limit is not None and config.max_completion_tokens >= limit.tokens:
+            raise ValueError(
+                f"CPPOConfig.max_completion_tokens must be below the {limit.tokens} tokens that a "
+                f"prompt and its completion may have, got {config.max_completion_tokens}: "
+                f"{limit.reason}"
+            )
+        self._check_some()
 
     @property
     def position(self) -> int:
@@ -56,32 +72,98 @@ class QuestionDraws:
         rank, needs = self._processes.rank, [count] * self._processes.size
         drawn: list[EncodedQuestion] = []
         start = self.position
+        reasons: list[_LeftOut] = []
         while any(needs):
             rows = [[self._stream.next_row() for _ in range(need)] for need in needs]
             encoded = [self._encoded(row) for row in rows[rank]]
-            drawn += [question for question in encoded if question is not None]
-            needs = self._processes.gather(encoded.count(None))
+            drawn += [own for own in encoded if not isinstance(own, _LeftOut)]
+            left_out = [own for own in encoded if isinstance(own, _LeftOut)]
+            for own in left_out:
+                self.skipped += own.is_bad
+                self._say(f"skipped a question: {own.reason}")
+            reasons += left_out
+            needs = self._processes.gather(len(left_out))
             has_none = sum(needs) == count * self._processes.size
             if has_none and self.position - start > len(self.dataset):
-                raise ValueError(
-                    "cppo.CPPOTrainer: no question of train_dataset can be asked, all are left out "
-                    f"by max_prompt_tokens = {self._config.max_prompt_tokens} or "
-                    f"skip_bad_questions = {self._config.skip_bad_questions}"
-                )
+                raise self._nothing_left(reasons)
         return drawn
 
-    def _encoded(self, row: int) -> EncodedQuestion | None:
-        """The question of a row as the model reads it; None if it is left out."""
+    def check_held_out(self, questions: Sequence[Question]) -> None:
+        """Raises QuestionError for one that leaves no room for a completion."""
+        for question in questions if self._limit else ():
+            check_room(question, len(self.encode(question).input_ids), self._config, self._limit)
+
+    def _check_some(self) -> None:
+        """Raises if all questions are left out. It reads them up to the first that is not."""
+        config = self._config
+        if config.max_prompt_tokens is None and not config.skip_bad_questions:
+            return
+        stream = QuestionStream(self.dataset, config.seed)
+        reasons: list[_LeftOut] = []
+        for _ in range(len(self.dataset)):
+            try:
+                encoded = self._encoded(stream.next_row())
+            except QuestionError:
+                return  # said when it is its turn
+            if not isinstance(encoded, _LeftOut):
+                return
+            reasons.append(encoded)
+        raise self._nothing_left(reasons)
+
+    def _nothing_left(self, reasons: list[_LeftOut]) -> ValueError:
+        """What to say when no question can be asked: the options that left some out, no others."""
+        counts = Counter(own.option for own in reasons)
+        shortest = min((own.tokens for own in reasons if not own.is_bad), default=0)
+        words = []
+        if n := counts["max_prompt_tokens"]:
+            limit = self._config.max_prompt_tokens
+            words.append(
+                f"{n} by max_prompt_tokens = {limit} (the shortest prompt has {shortest} tokens)"
+            )
+        if n := counts["skip_bad_questions"]:
+            first = next(own.reason for own in reasons if own.is_bad)
+            words.append(f"{n} by skip_bad_questions = True (the first: {first})")
+        return ValueError(
+            "cppo.CPPOTrainer: no question of train_dataset can be asked, all that were read are "
+            f"left out: {', '.join(words)}"
+        )
+
+    def _encoded(self, row: int) -> EncodedQuestion | _LeftOut:
+        """The question of a row as the model reads it, or why it is left out."""
+        longest = self._config.max_prompt_tokens
         try:
             encoded = self.encode(question_at(self.dataset, row))
+            length = len(encoded.input_ids)
+            if longest is None or length <= longest:
+                check_room(encoded.question, length, self._config, self._limit)
+                return encoded
         except QuestionError as error:
             if not self._config.skip_bad_questions:
                 raise
-            self.skipped += 1
-            self._say(f"skipped a question: {error}")
-            return None
-        length, limit = len(encoded.input_ids), self._config.max_prompt_tokens
-        if limit is None or length <= limit:
-            return encoded
-        self._say(f"skipped a question: its prompt has {length} tokens, the limit is {limit}")
-        return None
+            return _LeftOut("skip_bad_questions", str(error))
+        words = f"its prompt has {length} tokens, the limit is {longest}"
+        return _LeftOut("max_prompt_tokens", words, length)
+
+
+class _LeftOut(NamedTuple):
+    """A question that is not asked: the option that says so, the reason, tokens of its prompt."""
+
+    option: str
+    reason: str
+    tokens: int = 0
+
+    @property
+    def is_bad(self) -> bool:
+        return self.option == "skip_bad_questions"
+
+
+def check_room(
+    question: Question, tokens: int, config: CPPOConfig, limit: PositionLimit | None
+) -> None:
+    """Raises QuestionError for a prompt that leaves no room for a completion."""
+    if limit is not None and tokens + config.max_completion_tokens > limit.tokens:
+        name = "a question" if question.row is None else f"row {question.row}"
+        raise QuestionError(
+            f"cppo: {name}: its prompt of {tokens} tokens and max_completion_tokens = "
+            f"{config.max_completion_tokens} are more than {limit.tokens}: {limit.reason}"
+        )

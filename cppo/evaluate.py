@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 from cppo.config import CPPOConfig
+from cppo.draws import check_room
+from cppo.model_check import position_limit
 from cppo.prompts import encode_questions
 from cppo.questions import Question
 from cppo.rollout import sample_completions
@@ -38,16 +40,21 @@ def evaluate(
     suppressed: Sequence[int] = (),
     rank: int = 0,
     world_size: int = 1,
+    gather: Callable[[list[Any]], list[list[Any]]] = lambda rows: [rows],
     state: Any = None,
 ) -> Evaluation:
     """Rewards of a set of questions, each process taking its share.
 
     Metrics are `sampled/<reward>` and `greedy/<reward>` for each function and `reward` for their
     weighted sum, over the completions to which they apply; with N > 1 samples
-    `sampled/<reward>_std` is the std over the N passes. `state` is the `trainer_state` of rewards.
+    `sampled/<reward>_std` is the std over the N passes. `gather` returns what every process has;
+    `state` is the `trainer_state` of rewards.
+
+    Raises: QuestionError for a prompt that leaves no room for a completion.
     """
     own = range(rank, len(questions), world_size)
     weights = reward_weights(list(reward_functions), config)
+    limit = position_limit(model)
     rows: list[dict[str, Any]] = []
     modes: list[tuple[str, float | None, int]] = [
         ("sampled", config.loss.temperature, config.eval_samples)
@@ -61,6 +68,9 @@ def evaluate(
             set_seed(seed_from(config.seed, "eval", mode, ids[0]) % 2**32)
             kwargs = config.chat_template_kwargs or {}
             prompts = encode_questions(model, processor, [questions[i] for i in ids], kwargs)
+            tokens = prompts.attention_mask.sum(1).tolist()
+            for question, count in zip(prompts.questions, tokens, strict=True):
+                check_room(question, count, config, limit)
             rollouts = sample_completions(
                 model,
                 processor,
@@ -72,7 +82,12 @@ def evaluate(
                 batch_size=config.generation_batch_size,
             )
             scores = score(
-                reward_functions, weights, rollouts, state=state, timeout=config.reward_timeout
+                reward_functions,
+                weights,
+                rollouts,
+                state=state,
+                timeout=config.reward_timeout,
+                retries=config.reward_retries,
             )
             lengths = rollouts.completion_mask.sum(1).tolist()
             for row, text in enumerate(rollouts.texts):
@@ -88,8 +103,7 @@ def evaluate(
                         "rewards": {name: values[row].item() for name, values in rewards.items()},
                     }
                 )
-    if world_size > 1:
-        rows = gather_object(rows)
+    rows = [row for part in gather(rows) for row in part]
     return Evaluation(_summary(rows), rows)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,8 +73,8 @@ def set_attention(model: nn.Module, name: str) -> None:
         name: "flash_attention_2" (CUDA, flash-attn installed), "varlen" (CUDA, PyTorch's own),
             "sdpa" (anywhere), or "auto": the first of them that runs on the model's device.
     Returns: None.
-    Raises: ValueError if the model does not let its attention be chosen, or for another name;
-        RuntimeError if that attention cannot run here.
+    Raises: ValueError if the model does not let its attention be chosen, for another name, and for
+        an attention that cannot run here.
     """
     if name != "auto" and name not in NAMES:
         raise ValueError(
@@ -85,7 +85,8 @@ def set_attention(model: nn.Module, name: str) -> None:
         raise ValueError(
             f"cppo.set_attention: model must be a model of transformers, got {type(base).__name__}"
         )
-    attention = choose_attention(name, next(base.parameters()).device)
+    device = next(base.parameters()).device
+    attention = choose_attention(name, device, "cppo.set_attention: name")
     registered = register(attention)
     if has_vision(base):
         vision = attention if attention == "flash_attention_2" else "sdpa"
@@ -125,6 +126,16 @@ def has_adapters(model: nn.Module) -> bool:
     )
 
 
+def own_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model without those that adapters brought."""
+    if isinstance(getattr(model, "base_layer", None), nn.Module):
+        yield from own_modules(model.base_layer)  # type: ignore[arg-type]
+        return
+    yield model
+    for child in model.children():
+        yield from own_modules(child)
+
+
 def has_vision(model: nn.Module) -> bool:
     """Whether the model takes images."""
     return getattr(unwrap(model).config, "vision_config", None) is not None
@@ -136,6 +147,11 @@ def check_supported(model: nn.Module) -> None:
     Whether the packed forward is right for it, `cppo.model_check` finds out.
     """
     base = unwrap(model)
+    if _is_encoder_decoder(getattr(base, "config", None)):
+        raise ValueError(
+            "cppo: model must be a causal language model, got the encoder-decoder family of "
+            f"{type(base).__name__} (model_type {base.config.model_type!r})"
+        )
     if not (hasattr(base, "config") and hasattr(base, "model") and base.get_output_embeddings()):
         raise ValueError(
             "cppo: model must be a causal language model of transformers with its body in `model` "
@@ -146,6 +162,16 @@ def check_supported(model: nn.Module) -> None:
             "cppo: vision-language model must be of the Qwen2-VL, Qwen2.5-VL or Qwen3-VL family, "
             f"got model_type {base.config.model_type!r}"
         )
+
+
+def _is_encoder_decoder(config: Any) -> bool:
+    """Whether a model's family is one of encoders with decoders; its decoder alone has the layers
+    of both."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+    return getattr(config, "is_encoder_decoder", False) or (
+        type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    )
 
 
 def vision_tower(model: nn.Module) -> nn.Module:

@@ -73,7 +73,10 @@ def rollout_metrics(batch: Batch, scores: Scores) -> dict[str, Metric]:
     groups = [own[~own.isnan()] for own in rewards.split(rollouts.group_size)]
     groups = [own for own in groups if len(own)]
     stds = [own.std(correction=0).item() for own in groups]
-    equal = [bool((own == own[0]).all()) for own in groups]
+    # By the advantages: rewards that differ by their rounding are equal.
+    still = [bool((own == 0).all()) for own in batch.advantages.split(rollouts.group_size)]
+    scored = [not bool(own.isnan().all()) for own in rewards.split(rollouts.group_size)]
+    equal = [a for a, has_rewards in zip(still, scored, strict=True) if has_rewards]
     metrics: dict[str, Metric] = {
         "reward/mean": _mean(rewards),
         "reward/std": Mean(sum(stds), len(groups)),

@@ -17,9 +17,10 @@ so that neither is right by accident. The model is left as it was found.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,13 +34,17 @@ from cppo.forward import (
     has_adapters,
     has_vision,
     lm_head,
+    own_modules,
     run_packed,
     unwrap,
+    vision_tower,
 )
 from cppo.left_as_found import left_as_found, model_configs
 from cppo.ops.pack import pack_completions
 from cppo.records import PackedBatch
 from cppo.shared_prompts import share_prompts
+
+_T = TypeVar("_T")
 
 # Tokens of the two sequences, which begin alike, and tokens of that beginning.
 LENGTHS, PROMPT = (8, 6), 4
@@ -52,15 +57,22 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 0.02, tor
 TF32 = 0.02  # of fp32 where its products have the digits of fp16
 
 
+class PositionLimit(NamedTuple):
+    """How many tokens a sequence may have, and why no more."""
+
+    tokens: int
+    reason: str
+
+
 class _Facts(NamedTuple):
     """What is known of a model that passed.
 
     shares: whether prompts were shared as well.
-    longest: tokens that a sequence may have; None: any number.
+    limit: of its positions; None: there is none.
     """
 
     shares: bool
-    longest: int | None
+    limit: PositionLimit | None
 
 
 # By model, and by what it is: its wrapper, its head, its active adapters.
@@ -88,12 +100,11 @@ def check_model(model: nn.Module, *, shares: bool = False, longest: int = 0) -> 
         _check_adapters(model)
         if not any(p.is_meta for p in base.parameters()):
             _compare(model, shares)
-        facts = passed[key] = _Facts(shares, _rotary_limit(base))
-    if facts.longest is not None and longest > facts.longest:
+        facts = passed[key] = _Facts(shares, position_limit(model))
+    limit = facts.limit
+    if limit is not None and longest > limit.tokens:
         raise ValueError(
-            f"cppo: a sequence of {longest} tokens is longer than {facts.longest}: beyond that the "
-            f"rotary positions of model_type {base.config.model_type!r} depend on the longest "
-            "sequence of a batch, so that packed sequences would change each other"
+            f"cppo: a sequence of {longest} tokens is longer than {limit.tokens}: {limit.reason}"
         )
 
 
@@ -128,38 +139,72 @@ def _check_adapters(model: Any) -> None:
             )
 
 
-def _rotary_limit(base: Any) -> int | None:
-    """Tokens up to which rotary positions are the same for every batch; None: always."""
+def position_limit(model: nn.Module) -> PositionLimit | None:
+    """The sequences for which a model has positions that do not depend on their neighbours.
+
+    That ends where a table of learned positions ends, and where rotary positions begin to follow
+    the longest sequence of the batch. None: it never ends.
+    """
+    base = unwrap(model)
     config = base.config.get_text_config()
+    family = f"model_type {base.config.model_type!r}"
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters] if "rope_type" in parameters else parameters.values()
-    limits = []
+    ends = []
     for kind in kinds:
         if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
-            limits.append(kind["original_max_position_embeddings"])
+            ends.append(kind["original_max_position_embeddings"])
         elif isinstance(kind, dict) and "dynamic" in str(kind.get("rope_type")):
-            limits.append(config.max_position_embeddings)
+            ends.append(config.max_position_embeddings)
+    follows = (
+        f"beyond that the rotary positions of {family} depend on the longest sequence of a batch, "
+        "so that packed sequences would change each other"
+    )
+    limits = [PositionLimit(end, follows) for end in ends]
+    tower = set(vision_tower(model).modules()) if has_vision(base) else set()
+    for name, part in base.named_modules():
+        # Tables of relative positions hold distances, which are cut at their end.
+        is_named = re.match(r"(?!.*rel).*(pos(ition|$|_)|wpe$)", name.rpartition(".")[2])
+        if is_named and isinstance(part, nn.Embedding) and part not in tower:
+            size = part.num_embeddings - getattr(part, "offset", 0)
+            limits.append(PositionLimit(size, f"{family} has learned positions for no more"))
     return min(limits, default=None)
 
 
 # The comparison
 
 
+def check_training_mode(model: nn.Module) -> None:
+    """Raises ValueError if a model, its adapters aside, computes something else in training mode.
+
+    Completions are sampled in eval mode: the update would take dropout and other noise for a change
+    of the policy.
+    """
+    base = unwrap(model)
+    if any(p.is_meta for p in base.parameters()):
+        return
+
+    def both_modes() -> tuple[Tensor, Tensor]:
+        batch = _stream(_tokens(base), 1)
+        sampled = run_packed(model, batch, _positions(base, batch))
+        for module in own_modules(model):
+            module.training = True
+        return run_packed(model, batch, _positions(base, batch)), sampled
+
+    trained, sampled = _computed(model, both_modes)
+    scale = sampled.abs().max().item()
+    off = (trained - sampled).abs().nan_to_num(torch.inf).max().item()
+    if off > _tolerance(sampled) * scale:
+        raise ValueError(
+            f"cppo: model_type {base.config.model_type!r} cannot be trained here: in training mode "
+            f"its hidden states are off by {off:.2g} of {scale:.2g} from those that it samples "
+            "with (dropout or other noise that is not an attribute of its layers)"
+        )
+
+
 def _compare(model: nn.Module, shares: bool) -> None:
     """Raises ValueError if the logits of any way of calling the model are not its own."""
-    exact: list[Any] = [DoublePrecision()] if _is_plain(model) else []
-    for arithmetic in [*exact, nullcontext()]:
-        try:
-            with left_as_found(model), _settings(model), _moved_adapters(model), arithmetic:
-                pairs = dict(_logits(model, shares))
-        except Exception as error:
-            if arithmetic in exact:
-                continue  # an op that does not know fp64
-            raise ValueError(
-                f"cppo: model_type {unwrap(model).config.model_type!r} cannot be run on packed "
-                f"sequences: {str(error).removeprefix('cppo: ')}"
-            ) from error
-        break
+    pairs = _computed(model, lambda: dict(_logits(model, shares)))
     for way, (ours, own) in pairs.items():
         if own.isnan().any() or own.isposinf().any():
             raise ValueError(
@@ -170,6 +215,25 @@ def _compare(model: nn.Module, shares: bool) -> None:
         off = torch.where(ours == own, 0.0, (ours - own).abs()).nan_to_num(torch.inf).max().item()
         if off > _tolerance(own) * scale:
             _refuse(model, way, off, scale, own)
+
+
+def _computed(model: nn.Module, compute: Callable[[], _T]) -> _T:
+    """What is computed with a model, in fp64 where it can; the model is left as it was found."""
+    exact: list[Any] = [DoublePrecision()] if _is_plain(model) else []
+    for arithmetic in [*exact, nullcontext()]:
+        try:
+            with left_as_found(model), _settings(model), _moved_adapters(model), arithmetic:
+                return compute()
+        except Exception as error:
+            if arithmetic in exact:
+                continue  # an op that does not know fp64
+            # What is not said in words, such as an index out of range, needs its kind beside it.
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(
+                f"cppo: model_type {unwrap(model).config.model_type!r} cannot be run on packed "
+                f"sequences: {kind}{str(error).removeprefix('cppo: ')}"
+            ) from error
+    raise AssertionError("the last arithmetic returns or raises")
 
 
 def _is_plain(model: nn.Module) -> bool:
@@ -214,7 +278,7 @@ def _logits(model: Any, shares: bool) -> Iterator[tuple[str, tuple[Tensor, Tenso
 
     def packed(prompt: int, is_shared: bool) -> tuple[Tensor, Tensor]:
         batch = _stream(ids, prompt)
-        positions = batch.position_ids.expand(3, -1) if has_vision(base) else None
+        positions = _positions(base, batch)
         shared = share_prompts(batch, [0, 0]) if is_shared else None
         rows = [row[prompt - 1 : end - 1] for row, end in zip(own, LENGTHS, strict=True)]
         return head.logits(run_packed(model, batch, positions, shared=shared)), torch.cat(rows)
@@ -261,6 +325,10 @@ def _stream(ids: Tensor, prompt: int) -> PackedBatch:
     place = torch.arange(ids.shape[1], device=ids.device)
     mask = place < torch.tensor(LENGTHS, device=ids.device)[:, None]
     return pack_completions(ids, mask, mask & (place >= prompt))
+
+
+def _positions(base: Any, batch: PackedBatch) -> Tensor | None:
+    return batch.position_ids.expand(3, -1) if has_vision(base) else None
 
 
 def _decoded(base: Any, head: LMHead, ids: Tensor) -> Tensor:

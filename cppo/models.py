@@ -8,9 +8,10 @@ its settings stay with the processor and are saved with it.
 from __future__ import annotations
 
 import json
+import operator
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -214,42 +216,68 @@ def is_vision_language(model: PreTrainedModel) -> bool:
 def closing_token_ids(model: Any, processor: Any) -> tuple[list[int], str]:
     """Return the ids that end a completion, and what there is to say about them.
 
-    Specification: those of the model's generation config and the tokenizer's own; either ends a
-    completion. An id that the vocabulary does not have is none (-1 stands for none, too).
+    Specification: those of the model's generation config (where it names none, of its config) and
+    the tokenizer's own; either ends a completion. An id that the vocabulary does not have is none
+    (-1 stands for none, too).
     Args:
         model: a transformers causal model, or a peft model around one.
         processor: a processor or a tokenizer.
     Returns: ascending ids, and a sentence where the two disagree, else "".
-    Raises: ValueError if neither names an end.
+    Raises: ValueError if none names an end, or one names something else than token ids.
     """
     base = unwrap(model)
     tokenizer = getattr(processor, "tokenizer", processor)
-    source = getattr(base, "generation_config", None) or base.config.get_text_config()
-    vocab_size = base.config.get_text_config().vocab_size
+    text_config = base.config.get_text_config()
+    vocab_size = text_config.vocab_size
 
-    def valid(ids: Any) -> list[int]:
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        listed = ids if isinstance(ids, Sequence) else [ids]
-        return [int(i) for i in listed if i is not None and 0 <= int(i) < vocab_size]
+    def named_by(source: Any, place: str) -> list[int]:
+        ids = _token_ids(getattr(source, "eos_token_id", None), place)
+        return [i for i in ids if 0 <= i < vocab_size]
 
-    of_model, of_tokenizer = valid(source.eos_token_id), valid(tokenizer.eos_token_id)
+    of_tokenizer = named_by(tokenizer, "tokenizer")
+    sources = {
+        "generation config": [getattr(base, "generation_config", None)],
+        "config": [text_config, base.config],
+    }
+    for place, listed in sources.items():
+        of_model = [token for source in listed for token in named_by(source, place)]
+        if of_model:
+            break
     ids = sorted({*of_model, *of_tokenizer})
     if not ids:
+        seen = {**sources, "tokenizer": [tokenizer]}
+        got = [
+            f"{getattr(listed[0], 'eos_token_id', None)!r} in the {place}"
+            for place, listed in seen.items()
+        ]
         raise ValueError(
             "cppo: model or tokenizer must name the token that ends a text (eos_token_id) among "
-            f"the {vocab_size} of the vocabulary, got {source.eos_token_id!r} in the generation "
-            f"config and {tokenizer.eos_token_id!r} in the tokenizer"
+            f"the {vocab_size} of the vocabulary, got {', '.join(got)}"
         )
     if not of_model or set(of_tokenizer) <= set(of_model):
         return ids, ""
+
+    of_model = sorted({*of_model})
 
     def named(ids: list[int]) -> str:
         return ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" for i in ids)
 
     return ids, (
-        f"the model's generation config ends a text at token {named(of_model)}, the tokenizer at "
+        f"the model's {place} ends a text at token {named(of_model)}, the tokenizer at "
         f"{named(of_tokenizer)}: either ends a completion"
     )
+
+
+def _token_ids(value: Any, place: str) -> list[int]:
+    """Token ids as they stand in a config: one, several, or none."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    listed = [token for token in listed if token is not None]
+    if not all(hasattr(token, "__index__") and not isinstance(token, bool) for token in listed):
+        raise ValueError(
+            f"cppo: eos_token_id of the {place} must be a token id or a list of them, got {value!r}"
+        )
+    return [operator.index(token) for token in listed]
 
 
 def special_token_ids_to_suppress(model: PreTrainedModel, processor: Any) -> list[int]:
@@ -284,6 +312,8 @@ def check_saveable(model: Any, processor: Any) -> None:
     Saves all but the weights into a temporary folder, and looks for weights that are shared in a
     way that their file cannot say.
     """
+    if not getattr(model, "peft_config", None):
+        _check_generation_config(model)
     with tempfile.TemporaryDirectory() as folder, quiet():
         try:
             if adapters := getattr(model, "peft_config", None):
@@ -298,6 +328,15 @@ def check_saveable(model: Any, processor: Any) -> None:
                 "cppo: model and processor must be such that they can be saved, but "
                 f"save_pretrained says: {str(error).strip()}"
             ) from error
+
+
+def _check_generation_config(model: PreTrainedModel) -> None:
+    own = getattr(model, "generation_config", None)
+    if model.can_generate() and not isinstance(own, GenerationConfig):
+        raise ValueError(
+            "cppo: model.generation_config must be a GenerationConfig, or the model cannot be "
+            f"saved, got {own!r}"
+        )
 
 
 def _check_shared(model: PreTrainedModel) -> None:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers.utils import logging
 
 from cppo import forward
+from cppo.checkpoint import CheckpointError
 from cppo.config import CPPOConfig
 from cppo.extras import require_package
-from cppo.model_check import check_model
+from cppo.model_check import check_model, check_training_mode
 from cppo.models import quiet, save_processor
 from cppo.precision import hold_weights, whole, widest
 
 
-def frozen_copy(model: nn.Module, config: CPPOConfig) -> nn.Module:
-    """The reference policy: a copy that is never trained."""
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
-    forward.set_attention(reference, config.attention)
+def frozen_copy(model: nn.Module, config: CPPOConfig, device: torch.device) -> nn.Module:
+    """The reference policy: a copy on the device that is never trained."""
+    reference = copy.deepcopy(model).eval().requires_grad_(False).to(device)
+    _set_attention(reference, config)
     hold_weights(reference, config.precision, may_round=True)
     return reference
 
@@ -34,14 +39,24 @@ def prepare(model: Any, config: CPPOConfig, device: torch.device) -> Any:
     """
     _check_lora(model, config)
     model = model.to(device)
-    forward.set_attention(model, config.attention)
-    sees = forward.has_vision(model)
-    if config.freeze_vision_tower and sees:
+    _set_attention(model, config)
+    if config.freeze_vision_tower:
+        if not forward.has_vision(model):
+            raise ValueError(
+                "CPPOConfig.freeze_vision_tower must be False for a model without a vision tower, "
+                f"got True for {type(forward.unwrap(model)).__name__}"
+            )
         forward.vision_tower(model).requires_grad_(False)
+    without_noise(model)
     if config.gradient_checkpointing:
         # transformers renamed it within 5.x.
         old = model.gradient_checkpointing_enable
-        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        try:
+            getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        except ValueError as error:
+            raise ValueError(
+                f"CPPOConfig.gradient_checkpointing must be False for this model: {error}"
+            ) from error
     if config.lora is not None:
         model = _with_adapters(model, config)
     if not any(p.requires_grad for p in model.parameters()):
@@ -52,7 +67,28 @@ def prepare(model: Any, config: CPPOConfig, device: torch.device) -> Any:
     # Of a peft model, only the adapters are saved.
     hold_weights(model, config.precision, may_round=hasattr(model, "peft_config"))
     check_model(model, shares=config.share_prompts)
+    check_training_mode(model)
     return model
+
+
+def _set_attention(model: nn.Module, config: CPPOConfig) -> None:
+    device = next(model.parameters()).device
+    name = forward.choose_attention(config.attention, device, "CPPOConfig.attention")
+    forward.set_attention(model, name)
+
+
+def without_noise(model: nn.Module) -> None:
+    """Turns off, in place, what a model itself draws in training mode: dropout, jitter of routers.
+
+    The completions were sampled without it, so with it their importance ratios would be noise. The
+    dropout of adapters stays (`LoraConfig.dropout`), and so does what is saved as config.json.
+    """
+    for module in forward.own_modules(model):
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if re.search("drop|jitter", name) and isinstance(value, float):
+                vars(module)[name] = 0.0
 
 
 def _check_lora(model: Any, config: CPPOConfig) -> None:
@@ -88,9 +124,35 @@ def _with_adapters(model: Any, config: CPPOConfig) -> Any:
         exclude_modules=r".*visual.*" if is_frozen else None,
         task_type="CAUSAL_LM",
     )
+    _check_targets(model, targets)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return get_peft_model(model, options)
+        try:
+            return get_peft_model(model, options)
+        except ValueError as error:  # layers of a kind that has no adapters, or all left out
+            reason = " ".join(str(error).split())
+            raise _target_error(model, targets, reason) from error
+
+
+def _check_targets(model: nn.Module, targets: str | tuple[str, ...]) -> None:
+    """Raises for a name that no layer has; peft is content with one of several that some has."""
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(targets, str):
+        if targets != "all-linear" and not any(re.fullmatch(targets, name) for name in names):
+            raise _target_error(model, targets, "it matches no layer")
+        return
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise _target_error(model, targets, f"there is no {target!r}")
+
+
+def _target_error(model: nn.Module, targets: str | tuple[str, ...], reason: str) -> ValueError:
+    linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    return ValueError(
+        "LoraConfig.target_modules must be 'all-linear' or name layers of the model (linear ones: "
+        f"{known}), got {targets!r}: {reason}"
+    )
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: CPPOConfig) -> Any:
@@ -120,15 +182,74 @@ def restore_schedule(scheduler: Any, state: dict[str, Any]) -> None:
 
 
 def load_weights(model: Any, path: Path) -> None:
-    """Loads a checkpoint's weights, or its adapters, into a prepared model."""
-    if hasattr(model, "get_base_model"):
-        from peft import load_peft_weights, set_peft_model_state_dict
+    """Loads a checkpoint's weights, or its adapters, into a prepared model.
 
-        set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"))
-        return
+    Raises: CheckpointError if the checkpoint lacks a weight, has one too many or of another shape.
+    """
+    try:
+        wrong = _load_adapters(model, path) if _is_adapted(model) else _load_whole(model, path)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"cppo: the weights of {path} cannot be loaded ({reason})") from error
+    if wrong:
+        raise CheckpointError(
+            f"cppo: the weights of {path} are not those of this {type(model).__name__}: "
+            + "; ".join(wrong)
+        )
+
+
+def _is_adapted(model: Any) -> bool:
+    return hasattr(model, "get_base_model")
+
+
+def _load_whole(model: Any, path: Path) -> list[str]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is wrong is told below
+    try:
+        with quiet():
+            loaded, info = type(model).from_pretrained(
+                path,
+                config=copy.deepcopy(model.config),
+                dtype=widest(model),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    wrong = [
+        f"{words} {', '.join(sorted(map(str, info[kind]))[:3])}"
+        for kind, words in (
+            ("missing_keys", "lacks"),
+            ("unexpected_keys", "has besides"),
+            ("mismatched_keys", "has another shape of"),
+        )
+        if info[kind]
+    ]
+    if not wrong:
+        model.load_state_dict(loaded.state_dict())
+    return wrong
+
+
+def _load_adapters(model: Any, path: Path) -> list[str]:
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    weights = load_peft_weights(str(path), device="cpu")
     with quiet():
-        loaded = type(model).from_pretrained(path, dtype=widest(model))
-    model.load_state_dict(loaded.state_dict())
+        own = get_peft_model_state_dict(model)
+    lacks, besides = own.keys() - weights.keys(), weights.keys() - own.keys()
+    shapes = {n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape}
+    found = (("lacks", lacks), ("has besides", besides), ("has another shape of", shapes))
+    wrong = [f"{words} {', '.join(sorted(names)[:3])}" for words, names in found if names]
+    if not wrong:
+        set_peft_model_state_dict(model, weights)
+    return wrong
+
+
+def saved_bytes(model: Any, optimizer: dict[str, Any]) -> int:
+    """What a checkpoint of a model and its optimizer's state will take on disk, about."""
+    weights = [p for p in model.parameters() if p.requires_grad or not _is_adapted(model)]
+    state = [v for one in optimizer["state"].values() for v in one.values()]
+    return sum(value.nbytes for value in (*weights, *state) if isinstance(value, Tensor))
 
 
 def save_model(model: Any, processor: Any, directory: Path) -> None:

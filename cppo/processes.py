@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,17 +13,76 @@ from accelerate import Accelerator
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from cppo.stopping import Stopped, Stopping
+
+_T = TypeVar("_T")
+
+
+class ProcessError(RuntimeError):
+    """Another process of the run has ended, or did not come within the time limit."""
+
 
 class Processes:
     """The processes that share a run: `rank` of `size`.
 
     Every method but `share` is collective: all processes must call it.
+
+    Args:
+        timeout: seconds after which a process that waits for the others gives up; for messages,
+            the process group has the limit.
+    Raises: ProcessError from every collective method, when the others do not come.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, timeout: float) -> None:
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
         self._device = accelerator.device
+        self._timeout = timeout
+        self._stopping: Stopping | None = None
+
+    @contextmanager
+    def stoppable(self, stopping: Stopping) -> Iterator[None]:
+        """In here, a process that was asked to stop stops all of them, at one point of the run.
+
+        Before every exchange the processes tell each other whether to stop. One that stops between
+        two exchanges tells it in place of the next one, to which the others come.
+
+        Raises: Stopped, on every process.
+        """
+        self._stopping = stopping if self.size > 1 else None
+        try:
+            yield
+        except Stopped:
+            if self._stopping is not None:
+                self._tell(True)
+            raise
+        finally:
+            self._stopping = None
+
+    def _ask_all(self) -> None:
+        """Raises Stopped on every process if one was asked to stop."""
+        if self._stopping is not None and self._tell(self._stopping.signal is not None):
+            self._stopping = None  # all know
+            raise Stopped
+
+    def _tell(self, stop: bool) -> bool:
+        told = torch.tensor([float(stop)], device=self._device)
+        with self._waiting():
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+        return bool(told.item())
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:  # what all errors of torch.distributed are
+            seconds = time.monotonic() - started
+            raise ProcessError(
+                f"cppo: process {self.rank} of {self.size} waited {seconds:.0f} s for the others: "
+                f"one has ended, is stuck, or is slower than process_timeout = {self._timeout:g} s "
+                f"allows ({str(error).splitlines()[0]})"
+            ) from error
 
     def share(self, name: str, total: int) -> int:
         """The equal part of `total` that each process has.
@@ -40,32 +101,73 @@ class Processes:
         if self.size == 1:
             return list(values)
         totals = torch.tensor(values, dtype=torch.float64, device=self._device)
-        dist.all_reduce(totals)
+        self._ask_all()
+        with self._waiting():
+            dist.all_reduce(totals)
         return totals.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """What each process has, in their order; anything that can be pickled."""
         if self.size == 1:
             return [value]
+        self._ask_all()
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self._waiting():
+            dist.all_gather_object(values, value)
         return values
+
+    def together(self, call: Callable[[], _T]) -> _T:
+        """What `call` returns here. If it raises on one process, it raises on every one.
+
+        So none goes on, or waits for another that has gone.
+        """
+        result, error = None, None
+        try:
+            result = call()
+        except Exception as caught:
+            error = caught
+        words = self.gather(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, text in enumerate(words):
+            if text is not None:
+                raise ValueError(f"{text} (on process {rank})")
+        return result  # type: ignore[return-value]
+
+    def of_first(self, call: Callable[[], _T]) -> _T:
+        """What `call` returns on the first process; no other one calls it. It must pickle."""
+        own = self.together(call if self.is_main else lambda: None)
+        return self.gather(own)[0]
+
+    def must_agree(self, what: dict[str, Any]) -> None:
+        """Raises ValueError on every process if one has something else than the first."""
+        first, *others = self.gather(what)
+        for rank, other in enumerate(others, start=1):
+            for name, value in first.items():
+                if other[name] != value:
+                    raise ValueError(
+                        f"cppo.CPPOTrainer: {name} must be the same on every process, is {value!r} "
+                        f"on process 0 and {other[name]!r} on process {rank}"
+                    )
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replaces every gradient by its sum over the processes; none counts as zero."""
         if self.size == 1:
             return
+        self._ask_all()
         gradients = []
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             gradients.append(p.grad)
         flat = _flatten_dense_tensors(gradients)
-        dist.all_reduce(flat)
+        with self._waiting():
+            dist.all_reduce(flat)
         for own, total in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
             own.copy_(total)
 
     def same_weights(self, model: nn.Module) -> None:
         """Gives every process the weights of the first."""
         if self.size > 1:
-            for p in model.parameters():
-                dist.broadcast(p.data, 0)
+            with self._waiting():
+                for p in model.parameters():
+                    dist.broadcast(p.data, 0)

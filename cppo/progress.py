@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 _COLUMNS = (
     ("step", "step", "{:.0f}"),
@@ -36,11 +39,20 @@ _WIDTH = 8
 
 
 class PhaseTimer:
-    """Seconds spent in each phase of a step: `with timer("rollout"): ...`."""
+    """Seconds spent in each phase of a step: `with timer("rollout"): ...`.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._started = time.perf_counter()
+    Args:
+        before: what the phases had taken when the step was interrupted.
+    """
+
+    def __init__(self, before: Mapping[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = dict(before or {})
+        self._started = time.perf_counter() - self.seconds.pop("step", 0.0)
+
+    @property
+    def so_far(self) -> dict[str, float]:
+        """What another timer needs to go on from here."""
+        return {**self.seconds, "step": time.perf_counter() - self._started}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -65,6 +77,8 @@ class RunLog:
         self._dir = Path(output_dir)
         self._console = Console(quiet=not is_main, highlight=False)
         self._rows_shown = 0
+        self._unwritten: dict[str, bytes] = {}
+        self._history: list[dict[str, Any]] = []
         self._columns: list[tuple[str, str, str]] = []
         self._progress = Progress(
             TextColumn("[bold]cppo[/bold]"),
@@ -81,9 +95,14 @@ class RunLog:
         self._task = self._progress.add_task("steps", total=max_steps)
 
     def restart(self, history: list[dict[str, Any]], step: int) -> None:
-        """Makes the files agree with the step that a run starts from."""
+        """Makes the files agree with the step that a run starts from.
+
+        Args:
+            history: the rows so far; the caller appends to this list before `metrics`.
+        """
         if not self._is_main:
             return
+        self._history = history
         _write_lines(self._dir / "metrics.jsonl", history)
         path = self._dir / "completions.jsonl"
         _write_lines(path, [row for row in _read_lines(path) if row["step"] <= step])
@@ -99,7 +118,7 @@ class RunLog:
         """Appends a row to metrics.jsonl and shows it in the console table."""
         if not self._is_main:
             return
-        _append_line(self._dir / "metrics.jsonl", row)
+        self._append("metrics.jsonl", [row])
         self._progress.update(self._task, completed=row["step"])
         if not show:
             return
@@ -116,13 +135,14 @@ class RunLog:
             evaluated = {n: value for n, value in evaluated.items() if n not in weighted}
         if evaluated:
             values = "  ".join(f"{name} {value:.3f}" for name, value in evaluated.items())
-            self.say(f"[bold]held-out after {row['step']} steps[/bold]  {values}")
+            head = (f"held-out after {row['step']} steps", "bold")
+            self._console.print(Text.assemble(head, f"  {values}"), soft_wrap=True)
 
     def _show_row(self, row: dict[str, Any]) -> None:
         if not self._columns:
             self._columns = [column for column in _COLUMNS if column[1] in row]
         if self._rows_shown % 20 == 0:
-            self.say("[dim]" + "".join(f"{c[0]:>{_WIDTH}}" for c in self._columns) + "[/dim]")
+            self.say("".join(f"{c[0]:>{_WIDTH}}" for c in self._columns), style="dim")
         self._rows_shown += 1
         cells = (form.format(row.get(key, 0.0)) for _, key, form in self._columns)
         self.say("".join(f"{cell:>{_WIDTH}}" for cell in cells))
@@ -130,16 +150,32 @@ class RunLog:
     def completions(self, rows: list[dict[str, Any]]) -> None:
         """Appends sample completions to completions.jsonl."""
         if self._is_main:
-            for row in rows:
-                _append_line(self._dir / "completions.jsonl", row)
+            self._append("completions.jsonl", rows)
 
-    def say(self, text: str) -> None:
-        """One line on the console."""
-        self._console.print(text, soft_wrap=True)
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Appends rows to a file; those that a full disk refuses are kept for the next time."""
+        lines = self._unwritten.pop(name, b"") + b"".join(map(_line, rows))
+        try:
+            path = self._dir / name
+            if name == "metrics.jsonl" and not path.exists() and self._history:
+                _write_lines(path, self._history)  # somebody has removed it
+            else:
+                _append_bytes(path, lines)
+        except OSError as error:
+            self._unwritten[name] = lines
+            self.say(
+                f"{self._dir / name} cannot be written ({error.strerror}): its rows are kept, and "
+                "written with the next ones",
+                style="bold red",
+            )
+
+    def say(self, text: str, style: str = "") -> None:
+        """One line on the console, as it is."""
+        self._console.print(Text(text, style), soft_wrap=True)
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a last line torn by a kill is left out."""
+    """The rows of a run's metrics.jsonl, without lines that a kill or a copy has torn."""
     return _read_lines(Path(output_dir) / "metrics.jsonl")
 
 
@@ -147,22 +183,45 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.write_bytes(b"".join(map(_line, rows)))
     partial.replace(path)
 
 
-def _append_line(path: Path, row: dict[str, Any]) -> None:
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(as_json(row)).encode() + b"\n"
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON can hold it: an array as lists, and what JSON has no word for as a text."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): as_json(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [as_json(entry) for entry in value]
+    if hasattr(value, "tolist"):  # numpy and torch
+        return as_json(value.tolist())
+    return str(value)
+
+
+def _append_bytes(path: Path, data: bytes) -> None:
+    """Appends all of it or nothing. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if file.write(data) != len(data):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

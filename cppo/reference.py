@@ -300,7 +300,8 @@ def linear_token_stats(
 
 # The rounding error of an entropy H of the fused ops in fp32 is below this, times 1 + H. (Eager
 # PyTorch on a CPU is off by up to 6e-5 at V = 151,936.) fp64 is held to the same number, so that
-# every dtype selects the same tokens.
+# no dtype selects by its rounding alone. What is within rounding of a threshold, this one or the
+# k-th score, may still be selected in one dtype or by one backend and not in another.
 ENTROPY_ERROR = 2.0**-17
 
 

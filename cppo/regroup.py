@@ -197,13 +197,15 @@ def _piece(batch: Batch, questions: Sequence[int]) -> Batch:
     """Some questions of a batch as a batch of their own."""
     group = batch.rollouts.group_size
     rows = [q * group + i for q in questions for i in range(group)]
-    kept = set(batch.kept.tolist())
-    places = [place for place, row in enumerate(rows) if row in kept]
+    order = {row: i for i, row in enumerate(batch.kept.tolist())}
+    kept = [i for i, row in enumerate(rows) if row in order]
+    chosen = torch.tensor([order[rows[i]] for i in kept], dtype=torch.int64)
     return dataclasses.replace(
         batch,
         rollouts=take_questions(batch.rollouts, questions),
         advantages=batch.advantages[rows],
-        kept=torch.tensor(places, dtype=torch.int64, device=batch.kept.device),
+        kept=torch.tensor(kept, dtype=torch.int64, device=batch.kept.device),
+        places=None if batch.places is None else batch.places[chosen],
         per_token={name: value[rows] for name, value in batch.per_token.items()},
     )
 
@@ -213,11 +215,13 @@ def _joined(batch: Batch, pieces: Sequence[Batch]) -> Batch:
     for piece in pieces:
         starts.append(starts[-1] + len(piece.advantages))
     kept = [piece.kept + start for piece, start in zip(pieces, starts, strict=False)]
+    places = [piece.places for piece in pieces if piece.places is not None]
     return dataclasses.replace(
         batch,
         rollouts=merge([piece.rollouts for piece in pieces]),
         advantages=torch.cat([piece.advantages for piece in pieces]),
         kept=torch.cat(kept),
+        places=torch.cat(places) if places else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cppo.journal import Once, now
 from cppo.models import closing_token_ids
 from cppo.prompts import Prompts, tokenizer_of
 from cppo.questions import Question
@@ -60,6 +62,7 @@ def sample_completions(
     temperature: float | None,
     suppressed: Sequence[int] = (),
     batch_size: int = 256,
+    once: Once = now,
 ) -> Rollouts:
     """Samples `group_size` completions of every question from the plain softmax of the model.
 
@@ -72,6 +75,7 @@ def sample_completions(
         suppressed: token ids that are never sampled. The ends of text are those of
             `cppo.models.closing_token_ids`.
         batch_size: completions generated at once.
+        once: runs the generation of such a batch, or knows what it came to (`cppo.journal`).
     Returns: Rollouts, padded to the longest completion.
     """
     tokenizer = tokenizer_of(processor)
@@ -85,21 +89,21 @@ def sample_completions(
     for first in range(0, len(prompts.questions), chunk):
         questions = range(first, min(first + chunk, len(prompts.questions)))
         part = slice(questions.start, questions.stop)
-        parts.append(
-            decode(
-                model,
-                prompts.input_ids[part],
-                prompts.attention_mask[part],
-                None if prompts.positions is None else prompts.positions[:, part],
-                None if prompts.images is None else prompts.images.of(questions),
-                group_size=group_size,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                suppressed=suppressed,
-                closing=closing,
-                pad=pad,
-            )
+        generate = functools.partial(
+            decode,
+            model,
+            prompts.input_ids[part],
+            prompts.attention_mask[part],
+            None if prompts.positions is None else prompts.positions[:, part],
+            None if prompts.images is None else prompts.images.of(questions),
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            suppressed=suppressed,
+            closing=closing,
+            pad=pad,
         )
+        parts.append(once(generate).to(prompts.input_ids.device))
     model.train(was_training)
     width = max(part.shape[1] for part in parts)
     completions = torch.cat(

@@ -17,30 +17,40 @@ and, if it names them or takes `**kwargs`, with
     generation_prompts   what the chat template put behind the last message, `<think>` for example
     group_size           completions per question; those of a question are neighbours
 
-It returns a number per completion, or None where it does not apply. It may be `async`.
+It returns a number per completion, or None where it does not apply. It may be `async`. What it gets
+is its own: lists, messages and arrays may be changed (pictures are the same for all completions of
+a question).
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import math
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from cppo import fingerprint
+from cppo.progress import as_json
 from cppo.questions import Question
 from cppo.rollout import Rollouts
 
 RewardFunction = Callable[..., Any]
 # Names beside those of the reward functions in `reward/...` and `eval/sampled/...`.
 _METRICS = ("mean", "std", "zero_variance_share", "scored_share", "reward", "tokens")
+# Arguments that only a function gets which names them, or takes `**kwargs`.
+_OPTIONAL = ("trainer_state", "log_metric", "log_extra", "generation_prompts", "group_size")
+# For the completion to blame, the function is called again and again.
+_SEARCH_SECONDS = 30.0
 _T = TypeVar("_T")
 
 
@@ -54,7 +64,7 @@ class Scores(NamedTuple):
     total: (B,) fp64, the weighted sum of the rewards that apply; NaN where none does.
     by_name: {function: (B,) fp64}; NaN where the function does not apply.
     logged: {name: the numbers that functions passed to `log_metric`}.
-    extra: {column: B values that functions passed to `log_extra`}.
+    extra: {column: B values that functions passed to `log_extra`}, as JSON has them.
     """
 
     total: Tensor
@@ -70,6 +80,8 @@ def score(
     *,
     state: Any = None,
     timeout: float | None = None,
+    retries: int = 0,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Scores:
     """Rewards of every completion.
 
@@ -80,10 +92,13 @@ def score(
         functions, weights: as many of both.
         state: the `trainer_state` that functions get.
         timeout: seconds that a function may take for all completions. None: no limit.
+        retries: times that a function which raises is called again, a second later, then two, four
+            and so on. One that takes too long or returns something wrong is not.
+        say: is told of every retry.
     Raises: RewardError naming the function, and the question and completion if one is to blame.
     """
-    log = _Log(len(rollouts.texts))
-    calls = [_Call(function, rollouts, state, log, timeout) for function in functions]
+    retry = _Retry(retries, say)
+    calls = [_Call(function, rollouts, state, timeout, retry) for function in functions]
     started = [call.start() for call in calls]  # async functions run while the others are called
     by_name = {
         metric_name(call.function): torch.tensor(call.finish(begun), dtype=torch.float64)
@@ -92,18 +107,25 @@ def score(
     rewards = torch.stack(list(by_name.values()))
     total = (rewards.nan_to_num(0.0) * torch.tensor(list(weights))[:, None].double()).sum(0)
     total = total.masked_fill(rewards.isnan().all(0), math.nan)
-    return Scores(total, by_name, log.metrics, log.columns)
+    logged: dict[str, list[float]] = {}
+    extra: dict[str, list[Any]] = {}
+    for call in calls:
+        for name, values in call.log.metrics.items():
+            logged.setdefault(name, []).extend(values)
+        extra |= {name: as_json(values) for name, values in call.log.columns.items()}
+    return Scores(total, by_name, logged, extra)
 
 
 def reward_name(function: RewardFunction) -> str:
     """The name under which a reward function appears in errors, and mostly in metrics.
 
-    A `functools.partial` goes by its function's name and the arguments that it fixes.
+    A `functools.partial` goes by its function's name and the arguments that it fixes; an argument
+    that is an object, by its type (its `repr` often has its address, another one in each process).
     """
     name = getattr(function, "name", None) or getattr(function, "__name__", None)
     if name is None and isinstance(function, functools.partial):
-        fixed = [repr(value) for value in function.args]
-        fixed += [f"{key}={value!r}" for key, value in function.keywords.items()]
+        fixed = [fingerprint.words(value) for value in function.args]
+        fixed += [f"{key}={fingerprint.words(value)}" for key, value in function.keywords.items()]
         return f"{reward_name(function.func)}({', '.join(fixed)})"
     return str(name or type(function).__name__)
 
@@ -111,19 +133,42 @@ def reward_name(function: RewardFunction) -> str:
 def metric_name(function: RewardFunction) -> str:
     """The last part of a reward function's metrics: its name, unless another metric has it."""
     name = reward_name(function)
-    return f"{name}_reward" if name in _METRICS else name
+    return f"{name}_reward" if name.removesuffix("_std") in _METRICS else name
+
+
+def check_signature(function: RewardFunction, question: Question) -> None:
+    """Raises TypeError for a reward function that cannot be called with a question's columns."""
+    names = ["completions", "completion_ids", "prompts", *question.columns]
+    names += [name for name in _OPTIONAL if name not in names and _accepted(function, {name: None})]
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(names))
+    except ValueError:  # some builtins have no signature
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"cppo.CPPOTrainer: reward function {reward_name(function)!r} is called with the "
+            f"keyword arguments {', '.join(names)}, but it has another signature ({error}); it "
+            "should end with **kwargs, and name only columns of the data set"
+        ) from error
 
 
 class _Log:
-    """What reward functions log while they run."""
+    """What a reward function logs while it runs."""
 
     def __init__(self, count: int) -> None:
         self._count = count
         self.metrics: dict[str, list[float]] = {}
         self.columns: dict[str, list[Any]] = {}
 
+    def clear(self) -> None:
+        self.metrics.clear()
+        self.columns.clear()
+
     def log_metric(self, name: str, value: float) -> None:
-        self.metrics.setdefault(str(name), []).append(float(value))
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError(f"log_metric({name!r}, ...) needs a finite number, got {value!r}")
+        self.metrics.setdefault(str(name), []).append(number)
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         values = list(values)
@@ -135,6 +180,11 @@ class _Log:
         self.columns[str(column)] = values
 
 
+class _Retry(NamedTuple):
+    times: int
+    say: Callable[[str], None]
+
+
 class _Call:
     """One reward function on all completions of some rollouts."""
 
@@ -143,10 +193,12 @@ class _Call:
         function: RewardFunction,
         rollouts: Rollouts,
         state: Any,
-        log: _Log,
         timeout: float | None,
+        retry: _Retry,
     ) -> None:
         self.name = reward_name(function)
+        self._retry = retry
+        self.log = log = _Log(len(rollouts.texts))
         self.function, self._rollouts, self._timeout = function, rollouts, timeout
         self._rows = range(len(rollouts.texts))
         self._extras = _accepted(
@@ -172,31 +224,53 @@ class _Call:
 
     def finish(self, begun: Future[Any] | None) -> list[float]:
         """A number per completion, NaN for None."""
+        for attempt in range(self._retry.times + 1):
+            if attempt:
+                self.log.clear()
+                begun = self.start()
+            try:
+                return self._numbers(self._result(begun))
+            except _TooLong as error:
+                raise RewardError(
+                    f"cppo: reward function {self.name!r} did not return within reward_timeout = "
+                    f"{self._timeout:g} seconds for {len(self._rows)} completions"
+                ) from error
+            except RewardError:
+                raise
+            except Exception as error:
+                if attempt == self._retry.times:
+                    raise RewardError(self._describe(self._culprit(), error)) from error
+                self._retry.say(
+                    f"reward function {self.name!r} raised {type(error).__name__}: {error}; it is "
+                    f"called again ({attempt + 1} of {self._retry.times})"
+                )
+                time.sleep(2.0**attempt)
+        raise AssertionError
+
+    def _result(self, begun: Future[Any] | None) -> Any:
+        wait = begun.result if begun is not None else lambda: self._evaluate_now(self._rows)
         try:
-            wait = begun.result if begun is not None else lambda: self._evaluate_now(self._rows)
-            returned = _within(self._timeout, wait)
-        except _TooLong as error:
+            return _within(self._timeout, wait)
+        except _TooLong:
             if begun is not None:
                 begun.cancel()
-            raise RewardError(
-                f"cppo: reward function {self.name!r} did not return within reward_timeout = "
-                f"{self._timeout:g} seconds for {len(self._rows)} completions"
-            ) from error
-        except Exception as error:
-            raise RewardError(self._describe(self._culprit(), error)) from error
-        return self._numbers(returned)
+            raise
 
     def _evaluate(self, rows: Sequence[int]) -> Any:
         rollouts = self._rollouts
         questions = [rollouts.question_of(row) for row in rows]
         names = sorted({name for question in questions for name in question.columns})
-        columns = {name: [question.columns.get(name) for question in questions] for name in names}
+        pictures: dict[int, Any] = {}
+        columns = {
+            name: [_own(question.columns.get(name), pictures) for question in questions]
+            for name in names
+        }
         if self._wants_prefix:
             columns["generation_prompts"] = [rollouts.generation_prompt_of(row) for row in rows]
         return self.function(
             completions=[_completion(rollouts, row) for row in rows],
-            completion_ids=[rollouts.completion_ids[row] for row in rows],
-            prompts=[_prompt(question) for question in questions],
+            completion_ids=[list(rollouts.completion_ids[row]) for row in rows],
+            prompts=[_own(_prompt(question), pictures) for question in questions],
             **{**columns, **self._extras},
         )
 
@@ -207,7 +281,9 @@ class _Call:
         return asyncio.run_coroutine_threadsafe(_awaited(returned), _event_loop()).result()
 
     def _numbers(self, returned: Any) -> list[float]:
-        if isinstance(returned, (str, bytes)) or not isinstance(returned, Iterable):
+        is_list = isinstance(returned, Iterable)
+        # The keys of a dict are no rewards, a set has no order.
+        if not is_list or isinstance(returned, (str, bytes, Mapping, Set)):
             raise RewardError(
                 f"cppo: reward function {self.name!r} must return a list of one number "
                 f"per completion, got {type(returned).__name__}"
@@ -222,7 +298,7 @@ class _Call:
         for row, value in zip(self._rows, values, strict=True):
             try:
                 number = math.nan if value is None else float(value)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (TypeError, ValueError, OverflowError, RuntimeError) as error:
                 raise RewardError(self._describe(row, error)) from error
             if value is not None and not math.isfinite(number):
                 raise RewardError(self._describe(row, f"returned {number}"))
@@ -230,19 +306,35 @@ class _Call:
         return numbers
 
     def _culprit(self) -> int | None:
-        """The first row on which the function raises by itself, if there is one."""
-        for row in self._rows:
-            try:
-                _within(self._timeout, functools.partial(self._evaluate_now, [row]))
-            except Exception:
-                return row
-        return None
+        """A row on which the function raises by itself, if halving finds one in time."""
+        started, rows, is_found = time.monotonic(), list(self._rows), False
+        while len(rows) > 1:
+            half = len(rows) // 2
+            for part in (rows[:half], rows[half:]):
+                if time.monotonic() - started > _SEARCH_SECONDS:
+                    return None
+                if self._fails(part):
+                    rows, is_found = part, True
+                    break
+            else:
+                return None
+        return rows[0] if rows and (is_found or self._fails(rows)) else None
+
+    def _fails(self, rows: Sequence[int]) -> bool:
+        try:
+            _within(
+                min(self._timeout or _SEARCH_SECONDS, _SEARCH_SECONDS),
+                functools.partial(self._evaluate_now, rows),
+            )
+        except (Exception, _TooLong):
+            return True
+        return False
 
     def _describe(self, row: int | None, what: object) -> str:
         cause = f"{type(what).__name__}: {what}" if isinstance(what, Exception) else str(what)
         head = f"cppo: reward function {self.name!r} failed ({cause})"
         if row is None:
-            return head + " on the whole batch, on no completion by itself"
+            return head + " on the whole batch; no completion was found that fails by itself"
         question = self._rollouts.question_of(row)
         return (
             f"{head}\n  question: {question.messages!r}\n  answer: "
@@ -255,6 +347,28 @@ def _completion(rollouts: Rollouts, row: int) -> Any:
     if rollouts.question_of(row).is_conversational:
         return [{"role": "assistant", "content": text}]
     return text
+
+
+def _own(value: Any, pictures: dict[int, Any]) -> Any:
+    """A copy for a reward function, which may change it.
+
+    Args:
+        pictures: copies that were made before, by the original's id: one for all completions.
+    """
+    if value is None or isinstance(value, (str, int, float, bool, bytes)):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)([_own(entry, pictures) for entry in value])
+    if type(value) is dict:
+        return {key: _own(entry, pictures) for key, entry in value.items()}
+    if hasattr(value, "getpixel"):
+        if id(value) not in pictures:
+            pictures[id(value)] = value.copy()
+        return pictures[id(value)]
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # what cannot be copied, an open file for example
+        return value
 
 
 def _prompt(question: Question) -> Any:

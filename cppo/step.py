@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cppo.config import CPPOConfig, LossConfig
 from cppo.forward import ImageBatch, lm_head, packed_hidden
+from cppo.journal import Once, now
 from cppo.ops.loss import linear_cppo_loss
 from cppo.ops.pack import pack_completions, plan_microbatches
 from cppo.ops.token_stats import linear_token_stats
@@ -35,6 +36,7 @@ class Batch:
         rollouts: all completions, kept or not.
         advantages: (B,) fp32.
         kept: (K,) int64, the completions that the update runs on.
+        places: (K,) int64, where they stand among the kept completions of all processes.
         suppressed: token ids that are never sampled.
         seed: of the perturbations of this batch.
         per_token: old and reference log-probabilities (B, L), where they are needed.
@@ -48,6 +50,16 @@ class Batch:
     seed: int = 0
     per_token: dict[str, Tensor] = field(default_factory=dict)
     share_prompts: bool = False
+    places: Tensor | None = None
+
+    def dealt(self, parts: int) -> list[Tensor]:
+        """The kept completions dealt like cards, so that every part sees every question.
+
+        By their places, so that a part is the same completions on any number of processes.
+        """
+        places = torch.arange(len(self.kept)) if self.places is None else self.places
+        places = places.to(self.kept.device)
+        return [self.kept[places % parts == part] for part in range(parts)]
 
     def pack(self, rows: Tensor) -> PackedBatch:
         """Some completions as one padding-free stream."""
@@ -235,19 +247,25 @@ def microbatch_loss(
 
 
 @torch.no_grad()
-def token_logps(model: nn.Module, batch: Batch, config: CPPOConfig) -> Tensor:
-    """Log-probabilities of the kept completions' response tokens: (B, L) fp32, zero elsewhere."""
+def token_logps(model: nn.Module, batch: Batch, config: CPPOConfig, once: Once = now) -> Tensor:
+    """Log-probabilities of the kept completions' response tokens: (B, L) fp32, zero elsewhere.
+
+    Args:
+        once: runs a micro-batch, or knows what it came to (`cppo.journal`).
+    """
     logps = torch.zeros(batch.rollouts.input_ids.shape, device=batch.kept.device)
     for rows in batch.microbatches(batch.kept, config.max_tokens_per_microbatch):
         packed = batch.pack(rows)
-        images, questions = _images_of(batch, rows)
-        hidden = _hidden(model, batch, packed, images, questions)
-        head = lm_head(model, batch.suppressed, hidden.dtype)
-        stats = linear_token_stats(
-            hidden,
-            targets=packed.targets,
-            **head._asdict(),
-            temperature=config.loss.temperature,
-        )
-        logps += packed.unpack(stats.logps.float())
+
+        def compute(rows: Tensor = rows, packed: PackedBatch = packed) -> Tensor:
+            images, questions = _images_of(batch, rows)
+            hidden = _hidden(model, batch, packed, images, questions)
+            return linear_token_stats(
+                hidden,
+                targets=packed.targets,
+                **lm_head(model, batch.suppressed, hidden.dtype)._asdict(),
+                temperature=config.loss.temperature,
+            ).logps.float()
+
+        logps += packed.unpack(once(compute).to(logps.device))
     return logps

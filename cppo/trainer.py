@@ -14,33 +14,43 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import Tensor
 from transformers import TrainerState
 
 from cppo import fingerprint, forward, policy
 from cppo.checkpoint import (
-    check_options,
-    claim_output_dir,
+    PARTIAL,
+    CheckpointError,
+    check_files,
+    incomplete,
     last_checkpoint,
     read_state,
-    run_options,
+    read_tensors,
     write_checkpoint,
+    write_tensors,
 )
 from cppo.config import CPPOConfig
 from cppo.draws import QuestionDraws
 from cppo.evaluate import evaluate
+from cppo.journal import Journal, Once, now
 from cppo.metrics import Total, over_processes, rollout_metrics, update_metrics
+from cppo.model_check import position_limit
 from cppo.models import check_saveable, closing_token_ids, special_token_ids_to_suppress
 from cppo.ops.advantages import questions_needed
+from cppo.output_dir import Claim, claim_output_dir, release, writing_to
 from cppo.processes import Processes
 from cppo.progress import PhaseTimer, RunLog
 from cppo.prompts import EncodedQuestion, collate
@@ -49,13 +59,16 @@ from cppo.questions.stream import all_questions
 from cppo.records import NumItems
 from cppo.regroup import balanced, merge, merge_scores
 from cppo.rollout import Rollouts, sample_completions
-from cppo.scoring import RewardFunction, Scores, metric_name, score
+from cppo.run_options import check_options, run_options
+from cppo.scoring import RewardFunction, Scores, check_signature, metric_name, score
 from cppo.seeds import seed_from
 from cppo.selection import cut_surplus, select_completions
 from cppo.step import Batch, microbatch_loss, token_logps
+from cppo.stopping import Stopped, Stopping
 from cppo.trainer_arguments import (
     check_evaluation,
     check_images,
+    check_optimizer_steps,
     check_processor,
     check_trackers,
     first_question,
@@ -63,6 +76,8 @@ from cppo.trainer_arguments import (
     reward_weights,
 )
 from cppo.views import views_from_names
+
+_T = TypeVar("_T")
 
 
 class CPPOTrainer:
@@ -109,23 +124,31 @@ class CPPOTrainer:
             cpu=not torch.accelerator.is_available(),
             log_with=list(config.trackers) or None,
             project_dir=config.output_dir,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_timeout))
+            ],
         )
-        self.processes = Processes(self.accelerator)
+        self.processes = Processes(self.accelerator, config.process_timeout)
+        check_optimizer_steps(config, self.processes.size)
         self.log = RunLog(config.output_dir, config.max_steps, is_main=self.processes.is_main)
         forward.check_supported(model)
         check_processor(model, processor)
         check_saveable(model, processor)
         self.questions = QuestionDraws(
-            train_dataset, processor, config, self.processes, self.log.say
+            train_dataset, processor, config, self.processes, self.log.say, position_limit(model)
         )
-        check_evaluation(config, eval_dataset)
+        check_evaluation(config, eval_dataset, self.reward_functions)
         self.eval_questions, self._eval_dataset = all_questions(eval_dataset), eval_dataset
-        check_images(model, [*first_question(train_dataset, config), *self.eval_questions])
+        questions = [*first_question(train_dataset, config), *self.eval_questions]
+        check_images(model, questions)
+        self.questions.check_held_out(self.eval_questions)
+        for question, function in itertools.product(questions[:1], self.reward_functions):
+            check_signature(function, question)
         if config.loss.cpl_coef > 0:
             views_from_names(config.positive_views), views_from_names(config.negative_views)
         self.suppressed = tuple(special_token_ids_to_suppress(model, processor))
         self.reference = (
-            policy.frozen_copy(model, config).to(self.accelerator.device)
+            policy.frozen_copy(model, config, self.accelerator.device)
             if (config.loss.kl_coef > 0 and config.lora is None)
             else None
         )
@@ -142,14 +165,21 @@ class CPPOTrainer:
         self.history: list[dict[str, Any]] = []
         if two_ends := closing_token_ids(model, processor)[1]:
             self.log.say(two_ends)
-        questions = questions_needed(config.batch_size, config.group_size, config.prune_rate)
+        needed = questions_needed(config.batch_size, config.group_size, config.prune_rate)
         # What is drawn too much is cut off again: every process draws as many.
         self._num_questions = (
-            math.ceil(questions / self.processes.size)
+            math.ceil(needed / self.processes.size)
             if config.dynamic_allocation
             else self.processes.share("questions", config.batch_size // config.group_size)
         )
+        self.files: dict[str, str] = {}
+        """Texts that a run writes into its folder when it begins."""
+        self.stopping = Stopping(is_main=self.processes.is_main)
+        self._journal = Journal()
+        self._interrupted: Journal | None = None
         self._best: float | None = None
+        self._saved: int | None = None  # the step of the last checkpoint
+        self._saved_at, self._save_failed = time.monotonic(), False
 
     # The loop
 
@@ -167,29 +197,60 @@ class CPPOTrainer:
         Raises: ValueError if the folder holds another run; RewardError for a reward function that
             fails.
         """
-        self._start(resume_from, overwrite)
-        with self.log.running():
-            if self.step == 0:
-                self._record(self._evaluation())
-            while self.step < self.config.max_steps:
-                metrics = self.train_step()
-                self.step += 1
-                is_last = self.step == self.config.max_steps
-                if is_last or _is_due(self.step, self.config.eval_every):
-                    metrics |= self._evaluation()
-                self._record(metrics)
-                if is_last or self._improved(metrics) or _is_due(self.step, self.config.save_every):
-                    self.save_checkpoint()
-        # Not end_training: it takes the processes' group away, and with it evaluate().
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        try:
+            self._start(resume_from, overwrite)
+            with self.log.running(), self.stopping.listening():
+                self._run()
+        finally:
+            # Not end_training: it takes the processes' group away, and with it evaluate().
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            release(self.config.output_dir)
         return self.history[-1] if self.history else {}
+
+    def _run(self) -> None:
+        while self.step < self.config.max_steps:
+            try:
+                with self.processes.stoppable(self.stopping):
+                    if self.step == 0 and not self.history:
+                        self._record(self._evaluation())
+                    metrics = self._evaluated_step()
+            except Stopped:
+                self._end_early()
+            self._journal = Journal(self.step, self.questions.position)
+            self._record(metrics)
+            is_last = self.step == self.config.max_steps
+            age, signals = zip(
+                *self.processes.gather((time.monotonic() - self._saved_at, self.stopping.signal)),
+                strict=True,
+            )
+            is_old = 0 < 60 * self.config.save_minutes <= age[0]
+            is_due = _is_due(self.step, self.config.save_every)
+            if self._improved(metrics) or is_last or is_due or is_old or self._save_failed:
+                self._save(is_last)
+            if any(signals) and not is_last:
+                self._end_early()
+
+    def _evaluated_step(self) -> dict[str, Any]:
+        metrics: dict[str, Any] = self.train_step()
+        self.step += 1
+        if self.step == self.config.max_steps or _is_due(self.step, self.config.eval_every):
+            metrics |= self._evaluation()
+        return metrics
 
     def train_step(self) -> dict[str, float]:
         """One rollout and the update on it; returns its metrics, summed over the processes."""
+        begun = Journal(self.step, self.questions.position, self.stopping.check)
+        self._journal, self._interrupted = self._interrupted or begun, None
         # Every random number of a step follows from (seed, step, process): nothing to checkpoint.
         set_seed(seed_from(self.config.seed, self.step, self.processes.rank) % 2**32)
-        timer = PhaseTimer()
+        timer = PhaseTimer(self._journal.seconds)
+        try:
+            return self._timed_step(timer)
+        finally:
+            self._journal.seconds = timer.so_far
+
+    def _timed_step(self, timer: PhaseTimer) -> dict[str, float]:
         skipped = self.questions.skipped
         rollouts, scores = self._scored_rollouts(timer)
         batch = self.make_batch(rollouts, scores.total)
@@ -203,24 +264,38 @@ class CPPOTrainer:
 
     def _scored_rollouts(self, timer: PhaseTimer) -> tuple[Rollouts, Scores]:
         """Rollouts with their rewards; more questions for the groups that `_missing` counts."""
-        weights = reward_weights(self.reward_functions, self.config)
         rollouts: list[Rollouts] = []
         scores: list[Scores] = []
         count = self._num_questions
         while count:
             with timer("rollout"):
-                rollouts.append(self.sample(self.draw_questions(count)))
+                rollouts.append(self.sample(self.draw_questions(count), self._breakable))
             with timer("reward"):
-                own = score(
-                    self.reward_functions,
-                    weights,
-                    rollouts[-1],
-                    state=self._state,
-                    timeout=self.config.reward_timeout,
-                )
-            scores.append(own)
+                call = functools.partial(self._scored, rollouts[-1])
+                scores.append(Scores(**self._breakable(call)))
             count = self._missing(torch.cat([own.total for own in scores]), len(scores) - 1)
         return merge(rollouts), merge_scores(scores)
+
+    def _scored(self, rollouts: Rollouts) -> dict[str, Any]:
+        """The fields of `Scores`: a checkpoint holds no class of ours."""
+        return score(
+            self.reward_functions,
+            reward_weights(self.reward_functions, self.config),
+            rollouts,
+            state=self._state,
+            timeout=self.config.reward_timeout,
+            retries=self.config.reward_retries,
+            say=self.log.say,
+        )._asdict()
+
+    def _breakable(self, call: Callable[[], _T]) -> _T:
+        """A piece of the step that a signal breaks off at once."""
+
+        def piece() -> _T:
+            with self.stopping.breaking():
+                return call()
+
+        return self._journal.once(piece)
 
     @property
     def _state(self) -> TrainerState:
@@ -250,7 +325,7 @@ class CPPOTrainer:
         """This process's questions of the next step; a group never straddles processes."""
         return self.questions.draw(self._num_questions if count is None else count)
 
-    def sample(self, questions: Sequence[EncodedQuestion]) -> Rollouts:
+    def sample(self, questions: Sequence[EncodedQuestion], once: Once = now) -> Rollouts:
         """`group_size` completions of each question, sampled from the current policy."""
         with self._autocast():
             return sample_completions(
@@ -262,6 +337,7 @@ class CPPOTrainer:
                 temperature=self.config.loss.temperature,
                 suppressed=self.suppressed,
                 batch_size=self.config.generation_batch_size,
+                once=once,
             )
 
     def make_batch(self, rollouts: Rollouts, rewards: Tensor) -> Batch:
@@ -271,24 +347,24 @@ class CPPOTrainer:
             rewards: (B,) of this process's completions, NaN where there is none.
         """
         config = self.config
-        everywhere = self.processes.gather(rewards.cpu())
-        advantages, kept = select_completions(torch.cat(everywhere), config, self.step)
+        everywhere = self.processes.gather((rewards.cpu(), rollouts.truncated.cpu()))
+        all_rewards, truncated = (torch.cat(parts) for parts in zip(*everywhere, strict=True))
+        advantages, kept = select_completions(all_rewards, config, self.step)
         if config.dynamic_allocation:
             kept = cut_surplus(kept, advantages, config.group_size, config.batch_size)
-        start = sum(len(own) for own in everywhere[: self.processes.rank])
-        own = (start <= kept) & (kept < start + len(rewards))
-        device = rollouts.input_ids.device
-        advantages = advantages[start : start + len(rewards)].to(device)
-        kept = (kept[own] - start).to(device)
         if config.mask_overlong:
-            kept = kept[~rollouts.truncated[kept]]
+            kept = kept[~truncated[kept]]
+        start = sum(len(own) for own, _ in everywhere[: self.processes.rank])
+        places = ((start <= kept) & (kept < start + len(rewards))).nonzero()[:, 0]
+        device = rollouts.input_ids.device
         return Batch(
             rollouts,
-            advantages,
-            kept,
+            advantages[start : start + len(rewards)].to(device),
+            (kept[places] - start).to(device),
             suppressed=self.suppressed,
             seed=seed_from(config.seed, "views", self.step, self.processes.rank),
             share_prompts=config.share_prompts,
+            places=places,
         )
 
     def update(self, batch: Batch, timer: PhaseTimer) -> dict[str, float]:
@@ -301,33 +377,41 @@ class CPPOTrainer:
         self.model.train()
         total: dict[str, float] = {}
         grad_norms: list[float] = []
-        learning_rate = 0.0
+        learning_rate, once = 0.0, self._journal.once
         for _ in range(config.num_iterations):
-            for rows in _deal(batch.kept, config.optimizer_steps):
+            for rows in batch.dealt(config.optimizer_steps):
                 num_items = NumItems(*map(int, self.processes.sum(batch.counts(rows))))
-                learning_rate = self.optimizer.param_groups[0]["lr"]
+                learning_rate = once(lambda: self.optimizer.param_groups[0]["lr"])
                 if num_items.completions == 0:
                     self.log.say(f"step {self.step + 1}: no completion is left, nothing to learn")
-                    self.scheduler.step()
+                    once(self.scheduler.step)
                     continue
                 for part in batch.microbatches(rows, config.max_tokens_per_microbatch):
-                    with timer("forward"), self._autocast():
-                        output = microbatch_loss(
-                            self.model, batch, part, num_items, config, self.processor
-                        )
-                    with timer("backward"):
-                        output.loss.backward()
-                    values = {name: value.item() for name, value in output.metrics.items()}
-                    values |= {"loss": output.loss.item(), "microbatches": 1.0}
-                    values["computed_tokens"] = batch.computed_tokens(part)
-                    values["looking_tokens"] = batch.counts(batch.looking(part, config.loss))[1]
-                    for name, value in values.items():
+                    run = functools.partial(self._run_microbatch, batch, part, num_items, timer)
+                    for name, value in once(run).items():
                         total[name] = total.get(name, 0.0) + value
                 with timer("optimizer"):
-                    grad_norms.append(self._optimizer_step())
+                    grad_norms.append(once(self._optimizer_step))
         metrics = update_metrics(total, len(grad_norms), config, self.processes)
         metrics["grad_norm"] = sum(grad_norms) / max(len(grad_norms), 1)
         return metrics | {"learning_rate": learning_rate}
+
+    def _run_microbatch(
+        self, batch: Batch, part: Tensor, num_items: NumItems, timer: PhaseTimer
+    ) -> dict[str, float]:
+        """Adds a micro-batch's gradient; returns its part of the metrics."""
+        config = self.config
+        with timer("forward"), self._autocast():
+            output = microbatch_loss(self.model, batch, part, num_items, config, self.processor)
+        with timer("backward"):
+            output.loss.backward()
+        values = {name: value.item() for name, value in output.metrics.items()}
+        return values | {
+            "loss": output.loss.item(),
+            "microbatches": 1.0,
+            "computed_tokens": batch.computed_tokens(part),
+            "looking_tokens": batch.counts(batch.looking(part, config.loss))[1],
+        }
 
     def _with_old_and_reference(self, batch: Batch, timer: PhaseTimer) -> Batch:
         """Old log-probabilities if the policy will move within the step, reference ones for KL."""
@@ -336,11 +420,11 @@ class CPPOTrainer:
         self.model.eval()
         if config.num_iterations * config.optimizer_steps > 1:
             with timer("old_logps"), self._autocast():
-                per_token["old_logps"] = token_logps(self.model, batch, config)
+                per_token["old_logps"] = token_logps(self.model, batch, config, self._breakable)
         if config.loss.kl_coef > 0:
             with timer("ref_logps"), self._autocast(), self._without_adapters():
                 model = self.model if self.reference is None else self.reference
-                per_token["ref_logps"] = token_logps(model, batch, config)
+                per_token["ref_logps"] = token_logps(model, batch, config, self._breakable)
         return dataclasses.replace(batch, per_token=per_token)
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -379,18 +463,21 @@ class CPPOTrainer:
                 suppressed=self.suppressed,
                 rank=self.processes.rank,
                 world_size=self.processes.size,
+                gather=self._gather_whole,
                 state=self._state,
             )
         return {f"eval/{name}": value for name, value in result.metrics.items()}
 
+    def _gather_whole(self, rows: list[Any]) -> list[list[Any]]:
+        """An exchange between processes, which a signal must not break off on one of them."""
+        with self.stopping.pausing():
+            return self.processes.gather(rows)
+
     def _evaluation(self) -> dict[str, float]:
-        metrics = self.evaluate() if self.eval_questions else {}
-        if metrics and self._metric(metrics) is None:
-            names = sorted(name.removeprefix("eval/") for name in metrics)
-            raise ValueError(
-                f"CPPOConfig.best_metric must be one of {names}, got {self.config.best_metric!r}"
-            )
-        return metrics
+        if not self.eval_questions:
+            return {}
+        with self.stopping.breaking():
+            return self.evaluate()
 
     def _record(self, metrics: dict[str, Any]) -> None:
         if not metrics:
@@ -435,35 +522,88 @@ class CPPOTrainer:
         first = f"sampled/{metric_name(self.reward_functions[0])}"
         return metrics.get(f"eval/{self.config.best_metric or first}")
 
+    def _end_early(self) -> NoReturn:
+        """Saves what there is, the step that is running included, and ends the run.
+
+        Raises: KeyboardInterrupt for SIGINT, SystemExit(143) for SIGTERM.
+        """
+        journal = self._journal
+        self.step, self.questions.position = journal.step, journal.position
+        heard = [one for one in self.processes.gather(self.stopping.signal) if one is not None]
+        failure = ""
+        try:
+            if any(self.processes.gather(not journal.is_empty)):
+                self._save_journal(journal)
+            elif self.step > 0 and self._saved != self.step:
+                self.save_checkpoint()
+        except ValueError as error:  # a full disk, for example
+            failure = f"{error}; "
+        path = self.processes.of_first(lambda: last_checkpoint(self.config.output_dir))
+        words = f"{failure}the newest checkpoint is {path or 'none: nothing was done yet'}"
+        self.log.say(f"stopped by {heard[0].name}; {words}")
+        if signal.SIGTERM in heard:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt(words)
+
+    def _save_journal(self, journal: Journal) -> None:
+        """A checkpoint in the middle of a step: every process's pieces of it are in it, too."""
+        rank, folder = self.processes.rank, Path(self.config.output_dir)
+        own = folder / f".journal-{rank}{PARTIAL}"
+        gradients = [p.grad for p in self.parameters]
+        try:
+            self.processes.together(lambda: write_tensors(journal.state(gradients), own))
+            names = range(self.processes.size)
+            files = {f"journal-{i}.pt": folder / f".journal-{i}{PARTIAL}" for i in names}
+            self.processes.of_first(lambda: self._write_checkpoint(files))
+        finally:
+            own.unlink(missing_ok=True)
+
+    def _save(self, is_last: bool) -> None:
+        """Writes a checkpoint; where that fails, of a full disk for example, the run goes on."""
+        try:
+            self.save_checkpoint()
+            self._save_failed = False
+        except CheckpointError as error:
+            if is_last:
+                raise
+            self.log.say(f"{error}; tried again after the next step", style="bold red")
+            self._save_failed = True
+
     def save_checkpoint(self) -> Path | None:
-        """Writes everything that resuming needs, atomically; returns the folder (main process)."""
-        path = None
-        if self.processes.is_main:
-            state = {
-                "step": self.step,
-                "position": self.questions.position,
-                "best": self._best,
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "history": self.history,
-            }
-            summary = {
-                "metric": self._metric(self.history[-1]) if self.history else None,
-                "options": {**self._options, **self._trained_on},
-            }
-            path = write_checkpoint(
-                self.config.output_dir,
-                self.step,
-                self._save_model,
-                state,
-                summary,
-                self.config.keep_checkpoints,
-            )
-        self.accelerator.wait_for_everyone()
+        """Writes everything that resuming needs, atomically; returns the folder. Collective.
+
+        Raises: CheckpointError, on every process, if it could not be written.
+        """
+        path = self.processes.of_first(self._write_checkpoint)
+        self._saved, self._saved_at = self.step, time.monotonic()
         return path
 
-    def _save_model(self, directory: Path) -> None:
-        policy.save_model(self.model, self.processor, directory)
+    def _write_checkpoint(self, journals: Mapping[str, Path] | None = None) -> Path:
+        optimizer = self.optimizer.state_dict()
+        state = {
+            "step": self.step,
+            "position": self.questions.position,
+            "best": self._best,
+            "optimizer": optimizer,
+            "scheduler": self.scheduler.state_dict(),
+            "history": self.history,
+        }
+        measured = self.history and journals is None
+        summary = {
+            "metric": self._metric(self.history[-1]) if measured else None,
+            "options": {**self._options, **self._trained_on},
+            "unfinished": journals is not None,
+        }
+        return write_checkpoint(
+            self.config.output_dir,
+            self.step + (journals is not None),
+            lambda folder: policy.save_model(self.model, self.processor, folder),
+            state,
+            summary,
+            self.config.keep_checkpoints,
+            expected_bytes=policy.saved_bytes(self.model, optimizer),
+            files=journals or {},
+        )
 
     @functools.cached_property
     def _options(self) -> dict[str, Any]:
@@ -483,10 +623,16 @@ class CPPOTrainer:
 
     def _start(self, resume_from: str | Path | None, overwrite: bool) -> None:
         self._trained_on  # noqa: B018  (before anybody edits a reward's file)
-        start = self._claim(resume_from, overwrite)
-        if start is not None:
-            self._resume(start)
-        self.log.restart(self.history, self.step)
+        claim = self.processes.of_first(lambda: self._claim(resume_from, overwrite))
+        start = claim.start
+        seal = self.processes.together(lambda: self._resume(start)) if start else None
+        # The first process alone writes, so that only its folder counts; a reward may well know
+        # on which process it is.
+        shared = {**self._options, **self._trained_on}
+        for name in ("output_dir", "rewards"):
+            shared.pop(name)
+        self.processes.must_agree({"checkpoint's checksum": seal, **shared})
+        self.processes.of_first(lambda: self._begin(claim))
         if self.config.trackers:
             plain = {
                 name: value if isinstance(value, (int, float)) else str(value)
@@ -494,29 +640,34 @@ class CPPOTrainer:
             }
             self.accelerator.init_trackers("cppo", config=plain)
         self.processes.same_weights(self.model)
+        self._saved_at = time.monotonic()
 
-    def _claim(self, resume_from: str | Path | None, overwrite: bool) -> Path | None:
-        """The checkpoint to go on from. The first process looks, the others hear what it found."""
-        found: tuple[Path | None, str] | None = None
-        if self.processes.is_main:
-            try:
-                claim = claim_output_dir(
-                    self.config.output_dir,
-                    resume_from,
-                    overwrite=overwrite,
-                    ways="train(resume_from='auto') goes on with it, train(overwrite=True) removes "
-                    "it, another output_dir keeps both",
-                )
-                claim.clear()
-                found = claim.start, ""
-            except ValueError as error:
-                found = None, str(error)
-        start, refusal = self.processes.gather(found)[0]
-        if refusal:
-            raise ValueError(refusal)
-        return start
+    def _claim(self, resume_from: str | Path | None, overwrite: bool) -> Claim:
+        claim = claim_output_dir(
+            self.config.output_dir,
+            resume_from,
+            overwrite=overwrite,
+            writes_config="config.yaml" in self.files,
+            ways="train(resume_from='auto') goes on with it, train(overwrite=True) removes "
+            "it, another output_dir keeps both",
+        )
+        claim.lock()
+        for path in incomplete(claim.folder):
+            self.log.say(f"{path} is left alone: it is half copied (it has no trainer.json)")
+        return claim
 
-    def _resume(self, path: Path) -> None:
+    def _begin(self, claim: Claim) -> None:
+        """The first that is written, after all is checked."""
+        claim.clear()
+        with writing_to(claim.folder):
+            self.log.restart(self.history, self.step)
+            for name, text in self.files.items():
+                (claim.folder / name).write_text(text, encoding="utf-8")
+
+    def _resume(self, path: Path) -> str | None:
+        """Takes over the state of a checkpoint; returns the checksum of all that it holds."""
+        # One process of a machine reads all files, the others compare what is quick to compare.
+        summary = check_files(path, contents=self.accelerator.is_local_main_process)
         state = read_state(path)
         for change in check_options(path, self._options, self._trained_on):
             self.log.say(f"resumed although it changed: {change}")
@@ -525,7 +676,19 @@ class CPPOTrainer:
         policy.restore_schedule(self.scheduler, state["scheduler"])
         self.step, self.history = state["step"], state["history"]
         self.questions.position, self._best = state["position"], state["best"]
-        self.log.say(f"resumed from {path} at step {self.step}")
+        self._saved = self.step
+        within = ""
+        if summary.get("unfinished"):
+            self._take_up(read_tensors(path / f"journal-{self.processes.rank}.pt"))
+            within = f", within step {self.step + 1}"
+        self.log.say(f"resumed from {path} at step {self.step}{within}")
+        return summary.get("checksum")
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        """Goes on with the step in which a run was stopped."""
+        self._interrupted = Journal.restored(state, self.stopping.check)
+        for p, gradient in zip(self.parameters, state["gradients"], strict=True):
+            p.grad = None if gradient is None else gradient.to(p.device)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -536,9 +699,3 @@ def _number(value: Tensor) -> float | None:
     """A number that JSON can write; None for NaN."""
     number = value.item()
     return None if math.isnan(number) else number
-
-
-def _deal(rows: Tensor, parts: int) -> Iterator[Tensor]:
-    """Rows dealt like cards, so that every part sees every question."""
-    for part in range(parts):
-        yield rows[part::parts]

@@ -37,16 +37,36 @@ def check_processor(model: nn.Module, processor: Any) -> None:
         )
 
 
-def check_evaluation(config: CPPOConfig, eval_dataset: Dataset | None) -> None:
-    """Raises for options of evaluations that will never be."""
-    if eval_dataset is not None:
+def check_evaluation(
+    config: CPPOConfig, eval_dataset: Dataset | None, functions: Sequence[RewardFunction]
+) -> None:
+    """Raises for options of evaluations that will never be, and for a metric of none."""
+    if eval_dataset is None:
+        for name in ("eval_every", "best_metric"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"cppo.CPPOTrainer: eval_dataset must be given with CPPOConfig.{name} = "
+                    f"{getattr(config, name)!r}, got None"
+                )
         return
-    for name in ("eval_every", "best_metric"):
-        if getattr(config, name):
-            raise ValueError(
-                f"cppo.CPPOTrainer: eval_dataset must be given with CPPOConfig.{name} = "
-                f"{getattr(config, name)!r}, got None"
-            )
+    names = ["reward", "tokens", *map(metric_name, functions)]
+    known = [f"sampled/{name}" for name in names]
+    known += [f"greedy/{name}" for name in names] if config.eval_greedy else []
+    if config.best_metric is not None and config.best_metric not in known:
+        raise ValueError(
+            f"cppo.CPPOTrainer: CPPOConfig.best_metric must be one of {', '.join(known)}, got "
+            f"{config.best_metric!r}"
+        )
+
+
+def check_optimizer_steps(config: CPPOConfig, processes: int) -> None:
+    """Raises for more optimizer steps than a process has completions to deal to them."""
+    most = -(-config.completions_kept() // processes)
+    if config.optimizer_steps > max(1, most):
+        raise ValueError(
+            f"CPPOConfig.optimizer_steps must be <= {most}, the completions of one of {processes} "
+            f"processes, got {config.optimizer_steps}"
+        )
 
 
 def first_question(dataset: Dataset, config: CPPOConfig) -> list[Question]:

@@ -44,6 +44,12 @@ inline void check_same_shape(const char* op, const char* argument, const Tensor&
              shape_of(tensor));
 }
 
+inline void check_numel(const char* op, const char* argument, const Tensor& tensor,
+                        int64_t numel) {
+  CPPO_CHECK(static_cast<int64_t>(tensor.numel()) == numel, op, argument, " must have ", numel,
+             " entries, got shape ", shape_of(tensor));
+}
+
 inline void check_cpu(const char* op, const char* argument, const Tensor& tensor) {
   CPPO_CHECK(tensor.is_cpu(), op, argument, " must be on the CPU like the other arguments");
 }

@@ -222,13 +222,12 @@ def test_one_place_chooses_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> 
     assert attention.choose_attention("sdpa", "cuda") == "sdpa"
     installed.update(dict.fromkeys(installed, False))
     assert attention.choose_attention("auto", "cuda") == "sdpa"
-    with pytest.raises(
-        RuntimeError, match="'varlen' cannot run here: torch .* has no torch.nn.att"
-    ):
+    words = r"cppo: attention must be 'auto' or one that runs here \(sdpa\), got "
+    with pytest.raises(ValueError, match=words + "'varlen': torch .* has no torch.nn.att"):
         attention.choose_attention("varlen", "cuda")
-    with pytest.raises(RuntimeError, match="'varlen' cannot run here: the model is on cpu"):
+    with pytest.raises(ValueError, match=words + "'varlen': the model is on cpu"):
         attention.choose_attention("varlen", "cpu")
-    with pytest.raises(RuntimeError, match="'flash_attention_2' cannot .* flash-attn is not inst"):
+    with pytest.raises(ValueError, match="'flash_attention_2': flash-attn is not inst"):
         attention.choose_attention("flash_attention_2", "cuda")
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,64 +11,15 @@ import torch
 from torch import Tensor
 from trainer_cases import same, text_rows, trainer_for, weights_of
 
-from cppo.checkpoint import checkpoints, last_checkpoint, read_state, write_checkpoint
+from cppo.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    last_checkpoint,
+    read_state,
+    write_checkpoint,
+)
 from cppo.config import LoraConfig
 from cppo.progress import read_metrics
-
-CASES = ("text", "vision", "lora")
-
-
-@pytest.fixture(scope="module")
-def killed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    script = Path(__file__).with_name("killed_runs.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries and lists by their path."""
-    if isinstance(value, (dict, list, tuple)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, part in items for k, v in flat(part, f"{name}/{key}").items()}
-    return {name: value}
-
-
-def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(
-    killed_runs: Path, case: str
-) -> None:
-    kills = json.loads((killed_runs / "kills.json").read_text())[case]
-    assert kills.count("killed") >= 4, kills
-    whole, killed = killed_runs / case / "whole", killed_runs / case / "killed"
-    first, second = last_checkpoint(whole), last_checkpoint(killed)
-    assert first.name == second.name == "checkpoint-000006"
-    weights = "adapter_model.safetensors" if case == "lora" else "model.safetensors"
-    assert (first / weights).read_bytes() == (second / weights).read_bytes()
-
-    expected, ours = (flat(read_state(path)) for path in (first, second))
-    assert expected.keys() == ours.keys()
-    assert any("exp_avg_sq" in name for name in expected)
-    for name, value in expected.items():
-        if isinstance(value, Tensor):
-            assert torch.equal(ours[name], value), name
-        elif "time/" not in name:
-            assert ours[name] == value, name
-
-    rows = read_metrics(whole)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert without_times(read_metrics(killed)) == without_times(rows)
-    completions = [(folder / "completions.jsonl").read_text() for folder in (whole, killed)]
-    assert completions[0] == completions[1] and len(completions[0].splitlines()) == 12
-    assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +102,9 @@ def test_a_failure_while_writing_leaves_the_older_ones(copied: Path) -> None:
         raise OSError(28, "No space left on device")
 
     before = checkpoints(copied)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match="step 3 could .*No space left.*checkpoint-000002$"):
         write_checkpoint(copied, 3, fail, {}, {"metric": None}, 1)
-    assert checkpoints(copied) == before
+    assert checkpoints(copied) == before and not list(copied.glob(".checkpoint*"))
 
 
 @pytest.mark.parametrize("where", ["", "nowhere", "checkpoint-000001/model.safetensors"])

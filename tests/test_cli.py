@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +17,11 @@ from cppo.cli import dry_run, main, run_config
 from cppo.cli.run_parts import load_questions
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
 from cppo.demo.run import demo_config
+from cppo.progress import read_metrics
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.yaml"))
 DIGITS, GSM8K = (str(path) for path in RECIPES if path.stem in ("digits", "gsm8k_qwen2.5_1.5b"))
+ARITHMETIC = str(next(path for path in RECIPES if path.stem == "arithmetic"))
 # As published on the models' hub pages.
 PARAMETERS = {
     "gsm8k_qwen2.5_1.5b": "1,543,714,304",
@@ -104,6 +108,26 @@ def test_recipes_are_listed() -> None:
         (["train", DIGITS, "model={path: no/such/model}"], "no/such/model"),
         (["train", DIGITS, "data.train.split=tst"], "data.train: .*'train'.*, got 'tst'"),
         (["train", DIGITS, "--resume", "nowhere"], "nowhere is not a checkpoint of cppo"),
+        (
+            ["train", DIGITS, "trainer.attention=flash_attention_2"],
+            "trainer.attention must be 'auto' or one that runs here .*, got 'flash_attention_2'",
+        ),
+        (
+            ["train", DIGITS, "trainer.lora.target_modules=[nope]"],
+            r"trainer.lora.target_modules must be .*, got \('nope',\): there is no 'nope'",
+        ),
+        (
+            ["train", ARITHMETIC, "trainer.freeze_vision_tower=true"],
+            "trainer.freeze_vision_tower must be False for a model without a vision tower",
+        ),
+        (
+            ["train", DIGITS, "trainer.max_prompt_tokens=1", "data.train.limit=3"],
+            "no question of train_dataset can be asked, .* 3 by max_prompt_tokens = 1 ",
+        ),
+        (
+            ["train", DIGITS, "rewards=[{boxed: null, weight: 0}]"],
+            "trainer.reward_weights must be not all 0: nothing would be learned",
+        ),
         (["eval", "nowhere"], "nowhere: no such file or folder"),
         (["eval", "."], "neither a run of `cppo train` nor a checkpoint"),
         (["eval", DIGITS, "--samples", "0"], "--samples must be >= 1, got 0"),
@@ -171,7 +195,7 @@ def test_eval_of_adapters_puts_them_on_the_configured_model(
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     run = ["trainer.output_dir=run", "trainer.lora.r=2", "trainer.max_steps=1"]
-    assert main(["train", DIGITS, *TINY, *run]) == 0
+    assert main(["train", DIGITS, *TINY, *run, "trainer.warmup_steps=0"]) == 0
     assert main(["eval", "run"]) == 0
     assert "checkpoint-000001 on 2 questions" in capsys.readouterr().out
 
@@ -187,7 +211,7 @@ def test_a_failing_reward_is_an_error_with_the_last_checkpoint(
     for command in ("train", "eval"):
         assert main([command, DIGITS, *overrides]) == 2
         error = capsys.readouterr().err
-        assert f"cppo {command}: error: cppo: reward function 'broken' failed" in error
+        assert f"cppo {command}: error: reward function 'broken' failed" in error
         assert ("last checkpoint: none" in error) == (command == "train")
 
 
@@ -230,8 +254,9 @@ def test_malformed_rows_stop_a_run_and_a_dry_run(
         assert "row 0: " in capsys.readouterr().err
 
 
-def test_ctrl_c_says_where_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_says_where_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     from cppo.trainer import CPPOTrainer
 
@@ -239,17 +264,86 @@ def test_ctrl_c_says_where_to_go_on(
     step = CPPOTrainer.train_step
 
     def interrupted(trainer: CPPOTrainer) -> dict[str, float]:
+        metrics = step(trainer)
         if trainer.step == 1:
-            raise KeyboardInterrupt
-        return step(trainer)
+            os.kill(os.getpid(), signal.Signals[name])
+        return metrics
 
-    monkeypatch.setattr(CPPOTrainer, "train_step", interrupted)
-    run = ["train", DIGITS, *TINY, "trainer.output_dir=run", "data.eval=null"]
+    run = [
+        "train",
+        DIGITS,
+        *TINY,
+        "trainer.output_dir=run",
+        "data.eval=null",
+        "trainer.max_steps=3",
+    ]
     run.remove("data.eval.limit=2")
-    assert main([*run, "trainer.save_every=1"]) == 130
-    assert "resume from run/checkpoint-000001 with --resume" in capsys.readouterr().err
-    assert main([*run, "trainer.output_dir=other", "trainer.max_steps=5"]) == 130
-    assert "no checkpoint was written yet" in capsys.readouterr().err
+    monkeypatch.setattr(CPPOTrainer, "train_step", interrupted)
+    if name == "SIGINT":
+        assert main(run) == 130
+        words = "interrupted; the newest checkpoint is run/checkpoint-000002; go on with --resume"
+        assert words in capsys.readouterr().err
+    else:
+        with pytest.raises(SystemExit) as ended:
+            main(run)
+        assert ended.value.code == 143
+        words = "stopped by SIGTERM; the newest checkpoint is run/checkpoint-000002"
+        assert words in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(CPPOTrainer, "train_step", step)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert main([*run, "--resume"]) == 0
+    assert [row["step"] for row in read_metrics("run")] == [1, 2, 3]
+
+
+def test_a_refused_command_leaves_the_run_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = ["train", DIGITS, *TINY, "trainer.output_dir=run", "trainer.max_steps=2"]
+    assert main([*run, "trainer.save_every=1"]) == 0
+
+    def files() -> dict[str, bytes]:
+        found = (path for path in Path("run").rglob("*") if path.is_file())
+        return {str(path): path.read_bytes() for path in found if path.name != ".lock"}
+
+    before = files()
+    config = Path("run/config.yaml").read_text()
+    assert config.startswith("# All options of this run")
+    for more in (
+        ["--resume", "trainer.loss.temperature=3"],
+        ["--resume", "run/checkpoint-000001", "--overwrite", "trainer.learning_rate=0.5"],
+        ["--resume", "data.train.limit=7"],
+        [],
+    ):
+        assert main([*run, *more]) == 2
+        assert files() == before, more
+    assert main(["train", "run/config.yaml", "--resume", "trainer.max_steps=3"]) == 0
+    assert "trainer.loss.temperature=3" not in capsys.readouterr().out
+    elsewhere = [*run, "trainer.output_dir=new", "--resume", "run/checkpoint-000002"]
+    assert main([*elsewhere, "trainer.seed=9"]) == 2
+    assert not Path("new/config.yaml").exists()
+
+
+def test_a_configuration_of_ones_own_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own").mkdir()
+    mine = "# mine\nextends: " + DIGITS + "\n"
+    Path("own/config.yaml").write_text(mine)
+    assert main(["train", "own/config.yaml", *TINY, "trainer.output_dir=own"]) == 2
+    assert "own/config.yaml is a configuration of your own" in capsys.readouterr().err
+    assert Path("own/config.yaml").read_text() == mine
+
+
+def test_the_csv_file_is_looked_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for path in ("file/x.csv", "."):
+        assert main(["eval", DIGITS, *TINY, "--csv", path]) == 2
+        assert f"--csv: {path} cannot be written" in capsys.readouterr().err
 
 
 # The arithmetic of a dry run
@@ -313,3 +407,12 @@ def test_memory_by_hand() -> None:
     assert dry_run.memory(frozen, sizes, step, 2)["gradients"] == 4 * 700
     many = step._replace(microbatch_rows=10**8)
     assert dry_run.memory(fp32, sizes, many, 2)["logits, a tile"] == 2**30  # of the fused head
+
+
+@pytest.mark.parametrize("module", ["cppo", "cppo.cli"])
+def test_as_a_module(tmp_path: Path, module: str) -> None:
+    """For launchers: torchrun -m cppo train run.yaml."""
+    command = [sys.executable, "-m", module, "train", "nowhere.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "cppo train: error: nowhere.yaml: no such file\n"

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from cppo.cli.config_file import ConfigError
 from cppo.cli.run_config import dump, load
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
+from cppo.trainer_arguments import check_optimizer_steps
 
 GOOD = """
 model: {path: some/model}
@@ -68,6 +73,22 @@ BAD_OVERRIDES = [
     ("trainer.lora.r=0", "trainer.lora.r must be an integer >= 1, got 0"),
     ("trainer.betas=[0.9, 1.0]", "trainer.betas must be two numbers in"),
     ("data.train.limit=0", "data.train.limit must be an integer >= 1, got 0"),
+    ("trainer.output_dir=''", "trainer.output_dir must be the path of a folder, got ''"),
+    ("trainer.output_dir='  '", "trainer.output_dir must be the path of a folder, got '  '"),
+    ("trainer.seed=1e400", "trainer.seed must be a whole number"),
+    ("trainer.process_timeout=1e300", "process_timeout must be a number > 0 and <= 1e.09, got"),
+    ("trainer.reward_timeout=1e300", "reward_timeout must be a number > 0 and <= 1e.09, got"),
+    ("trainer.chat_template_kwargs={1: 2}", "chat_template_kwargs must have text as its keys"),
+    ("trainer.lora.target_modules=[]", "trainer.lora.target_modules must be 'all-linear', a regul"),
+    ("trainer.lora.target_modules=''", "trainer.lora.target_modules must be 'all-linear', a regul"),
+    ("trainer.lora.target_modules='('", "target_modules must be a regular expression that can .*"),
+    ("trainer.best_metric=foo", "trainer.best_metric must be 'sampled/<reward>' or 'greedy/<rew"),
+    ("trainer.best_metric=eval/sampled/boxed", "trainer.best_metric must be 'sampled/<reward>' or"),
+    ("trainer.best_metric=''", "trainer.best_metric must be 'sampled/<reward>' or 'greedy/<rewar"),
+    # nothing would be learned
+    ("trainer.reward_weights=[0]", "trainer.reward_weights must be not all 0: nothing would be le"),
+    ("trainer.reward_weights=[-0.0]", "trainer.reward_weights must be not all 0: nothing would b"),
+    ("trainer.optimizer_steps=9", "trainer.optimizer_steps must be <= 8, the completions kept, go"),
     # names
     ("trainer.loss.divergence=kl", "trainer.loss.divergence must be one of 'k3', .*, got 'kl'"),
     ("trainer.precision=fp8", "trainer.precision must be one of 'fp32', 'bf16', got 'fp8'"),
@@ -200,6 +221,106 @@ def test_values_take_the_type_of_their_field(good: Path) -> None:
     assert trainer.betas == (0.9, 0.95) and trainer.lora == LoraConfig(r=4)
     assert trainer.positive_views == ({"rotation": {"degrees": 5}},)
     assert config.data.eval is None and config.model.path == "a=b"
+
+
+# (options of a config, what the error must say)
+BAD_OPTIONS = [
+    ({"output_dir": 5}, "output_dir must be the path of a folder, got 5"),
+    ({"output_dir": None}, "output_dir must be the path of a folder, got None"),
+    ({"output_dir": b"runs"}, "output_dir must be the path of a folder, got b'runs'"),
+    ({"output_dir": "a\0b"}, "output_dir must be the path of a folder, got "),
+    (
+        {"best_metric": 5},
+        "best_metric must be 'sampled/<reward>' or 'greedy/<reward>', or None, got",
+    ),
+    ({"best_metric": "sampled/"}, "best_metric must be 'sampled/<reward>' or "),
+    (
+        {"best_metric": "greedy/boxed", "eval_greedy": False},
+        "best_metric must be 'sampled/<reward>' with eval_greedy = False, or None, got 'greedy/bo",
+    ),
+    ({"chat_template_kwargs": {1: 2}}, "chat_template_kwargs must be a dict with text as its keys"),
+    ({"chat_template_kwargs": [1]}, "chat_template_kwargs must be a dict with text as its keys"),
+    ({"group_size": 4.0}, "group_size must be an integer >= 2, got 4.0"),
+    ({"group_size": np.bool_(True)}, "group_size must be an integer >= 2, got True"),
+    ({"eval_samples": torch.tensor(True)}, "eval_samples must be an integer >= 1, got True"),
+    ({"seed": 2**63}, r"seed must be an integer >= 0 and < 2\*\*63, got 9223372036854775808"),
+    ({"learning_rate": 10**400}, "learning_rate must be a number > 0, got 1000"),
+    ({"betas": (0, 10**400)}, "betas must be two numbers in"),
+    ({"weight_decay": math.inf}, "weight_decay must be a number >= 0, got inf"),
+    ({"batch_size": "8"}, "batch_size must be an integer >= 1, got '8'"),
+    ({"prune": np.array(["smallest", "largest"])}, "prune must be one of 'smallest', "),
+    ({"reward_weights": (0, 0.0)}, "reward_weights must be not all 0"),
+    ({"reward_weights": np.zeros(2)}, "reward_weights must be finite numbers, one per reward"),
+    ({"reward_weights": ()}, "reward_weights must be not all 0"),
+    ({"optimizer_steps": 65}, "optimizer_steps must be <= 64, the completions kept, got 65"),
+    (
+        {"optimizer_steps": 17, "prune_rate": 0.75, "dynamic_allocation": False},
+        "optimizer_steps must be <= 16, the completions kept, got 17",
+    ),
+    (
+        # 4 questions are drawn for 2 completions of each, of which a batch keeps 6 of 12.
+        {
+            **dict(batch_size=8, group_size=3, prune_rate=0.5, prune_scope="batch"),
+            "optimizer_steps": 7,
+        },
+        "optimizer_steps must be <= 6, the completions kept, got 7",
+    ),
+    (
+        {"warmup_steps": 3, "lr_scheduler": "constant"},
+        "warmup_steps must be 0 with lr_scheduler = 'constant'",
+    ),
+    ({"warmup_steps": 1, "max_steps": 1}, "warmup_steps must be 0 for one optimizer step"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), BAD_OPTIONS, ids=[str(o) for o, _ in BAD_OPTIONS])
+def test_a_bad_option_is_answered(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^CPPOConfig.{words}"):
+        CPPOConfig(**options)
+
+
+@pytest.mark.parametrize("targets", [5, (1,), (), "", ("",), None, ["q_proj", 2], {"q_proj": 1}])
+def test_layers_that_are_no_names_are_answered(targets: Any) -> None:
+    with pytest.raises(ValueError, match="LoraConfig.target_modules must be 'all-linear', a regu"):
+        LoraConfig(target_modules=targets)
+
+
+def test_numbers_of_other_libraries_are_taken_as_plain_ones() -> None:
+    config = CPPOConfig(
+        group_size=np.int64(4),
+        batch_size=torch.tensor(16),
+        prune_rate=np.float32(0.5),
+        eval_greedy=np.bool_(False),
+        betas=[np.float64(0.9), torch.tensor(0.5)],
+        reward_weights=(np.int32(2), 0),
+        output_dir=Path("runs") / "here",
+        loss=LossConfig(temperature=np.float16(0.5), max_length=np.uint8(7)),
+        lora=LoraConfig(r=np.int64(4), target_modules=["q_proj"]),
+    )
+    assert config == CPPOConfig(
+        group_size=4,
+        batch_size=16,
+        prune_rate=0.5,
+        eval_greedy=False,
+        betas=(0.9, 0.5),
+        reward_weights=(2, 0),
+        output_dir="runs/here",
+        loss=LossConfig(temperature=0.5, max_length=7),
+        lora=LoraConfig(r=4, target_modules=("q_proj",)),
+    )
+    for value in dataclasses.asdict(config).values():
+        assert type(value) in (int, float, bool, str, tuple, dict, type(None))
+
+
+def test_steps_that_the_completions_just_fill_are_taken() -> None:
+    assert CPPOConfig(batch_size=8, group_size=4, optimizer_steps=8).completions_kept() == 8
+    few = dict(batch_size=8, group_size=4, prune_rate=0.75, dynamic_allocation=False)
+    assert CPPOConfig(**few, optimizer_steps=2).completions_kept() == 2
+    check_optimizer_steps(CPPOConfig(batch_size=8, optimizer_steps=2), 4)
+    words = "CPPOConfig.optimizer_steps must be <= 2, the completions of one of 4 processes, got 3"
+    with pytest.raises(ValueError, match=words):
+        check_optimizer_steps(CPPOConfig(batch_size=8, optimizer_steps=3), 4)
+    check_optimizer_steps(CPPOConfig(batch_size=2, group_size=2), 4)
 
 
 def test_a_partial_loss_keeps_the_defaults_of_the_trainer(good: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cppo.cli.config_file import ConfigError, apply_overrides, build
+from cppo.cli.config_file import ConfigError, apply_overrides, build, read
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,23 @@ def test_other_values_are_refused_by_their_key(override, words):
     apply_overrides(tree, [override])
     with pytest.raises(ConfigError, match=words):
         build(Toy, tree)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a [x]\n" + "".join(f"{c}: &{c} [{', '.join([f'*{b}'] * 9)}]\n"
+         for b, c in zip("abcdefghij", "bcdefghijk", strict=True)), "more than 100,000 values"),
+        ("a: &a {x: 1}\n" + "".join(f"{c}: &{c} {{<<: [{', '.join([f'*{b}'] * 9)}]}}\n"
+         for b, c in zip("abcdefghij", "bcdefghijk", strict=True)), "more than 100,000 values"),
+        ("a: &a [*a]\n", "more than 100,000 values"),
+        ("[" * 50_000, "nested too deeply|not YAML|expected"),
+        ("a: 2026-13-45\n", "month must be in 1..12"),
+    ],
+    ids=["lists", "merges", "itself", "deep", "date"],
+)  # fmt: skip
+def test_what_a_file_must_not_hold(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "bomb.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"bomb.yaml: .*({words})"):
+        read(path)

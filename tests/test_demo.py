@@ -1,6 +1,7 @@
 """The demo tasks, the warm-up, the shipped checkpoints and the tiny models."""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from cppo.demo.digits import (
     handwriting,
     worked_answer,
 )
+from cppo.demo.run import demo_config
 from cppo.demo.shortcut import HintedSums
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
 from cppo.demo.warmup import (
@@ -243,6 +245,24 @@ def test_a_demo_run_can_be_evaluated_and_continued(
     resumed = ["train", f"{folder}/config.yaml", "trainer.max_steps=3", "--resume"]
     assert cli.main(resumed) == 0
     assert "resumed from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["digits", "shortcut"])
+def test_a_demo_without_scikit_learn_is_one_line(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    handwriting.cache_clear()
+    assert cli.main(["demo", f"--task={task}", f"--output={tmp_path}/run"]) == 2
+    assert capsys.readouterr().err.strip() == (
+        "cppo demo: error: cppo.demo: the handwritten digits come with scikit-learn: "
+        "pip install 'cppo[demo]'"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_demo_of_few_steps_learns_in_the_last(steps: int) -> None:
+    assert demo_config(steps=steps).warmup_steps == steps - 1
 
 
 @pytest.mark.parametrize(

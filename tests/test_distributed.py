@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from trainer_cases import relative_difference, weights_of
-from two_processes import FAMILIES, updated
+from two_processes import FAMILIES, dealt, updated
 
 from cppo.checkpoint import checkpoints
 from cppo.progress import read_metrics
@@ -48,7 +48,7 @@ def launch(launcher: str, folder: Path, *parts: str, processes: int = 2) -> None
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    launch("accelerate", folder, "update", "train", "uneven")
+    launch("accelerate", folder, "update", "deal", "train", "uneven")
     return folder
 
 
@@ -67,6 +67,13 @@ def test_two_processes_update_like_one(launched: Path, tmp_path: Path, family: s
         assert metrics["cpl_loss"] > 0
         for name in ("cpl_loss", "perception_share"):
             assert two["metrics"][name] == pytest.approx(metrics[name], rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_optimizer_steps_are_dealt_the_same_completions(launched: Path, tmp_path: Path) -> None:
+    expected = weights_of(dealt(tmp_path, range(4)).model)
+    two = torch.load(launched / "deal" / "weights.pt", weights_only=True)
+    assert relative_difference(two, expected) < 1e-9
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from metric_cases import (
     recorded_run,
 )
 from test_distributed import launch
-from trainer_cases import image, text_rows
+from trainer_cases import image, text_rows, trainer_for
 
 from cppo.metrics import Largest, Mean, Total, over_processes
 
@@ -81,3 +82,12 @@ def test_the_rate_of_a_step_is_the_one_it_was_made_with(tmp_path: Path) -> None:
     told = recorded_run(tmp_path, **options)
     rates = [row["learning_rate"] for row in told["history"]]
     assert rates == pytest.approx([1e-3, 0.5e-3])
+
+
+def test_rewards_that_differ_by_their_rounding_are_equal(tmp_path: Path) -> None:
+    def almost(completions: list[Any], **columns: Any) -> list[float]:
+        return [0.1 + 0.2 if i % 2 else 0.3 for i in range(len(completions))]
+
+    trainer = trainer_for(tmp_path, rewards=almost, max_steps=1)
+    row = trainer.train()
+    assert row["reward/zero_variance_share"] == 1.0 and row["grad_norm"] == 0.0

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from families import tiny_family
 from torch import Tensor
 from trainer_cases import VISION_FAMILIES, tiny
@@ -338,3 +339,71 @@ def test_vision_language_models_pass(family: str) -> None:
     model, _ = tiny(family)
     forward.set_attention(model, "sdpa")
     model_check.check_model(model, shares=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "model_class"),
+    [
+        (transformers.BartConfig, transformers.BartForCausalLM),
+        (transformers.BartConfig, transformers.BartForConditionalGeneration),
+        (transformers.MarianConfig, transformers.MarianForCausalLM),
+        (transformers.PegasusConfig, transformers.PegasusForCausalLM),
+        (transformers.BlenderbotConfig, transformers.BlenderbotForCausalLM),
+        (transformers.MBartConfig, transformers.MBartForCausalLM),
+        (transformers.T5Config, transformers.T5ForConditionalGeneration),
+        (transformers.WhisperConfig, transformers.WhisperForConditionalGeneration),
+    ],
+)
+def test_encoders_with_decoders_are_refused_in_words(config: Any, model_class: Any) -> None:
+    with torch.device("meta"):
+        model = model_class(config())
+    words = (
+        "cppo: model must be a causal language model, got the encoder-decoder family of "
+        rf"{model_class.__name__} \(model_type '{config.model_type}'\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        forward.check_supported(model)
+
+
+def test_what_fails_without_words_is_said_with_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*call: Any, **options: Any) -> Any:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(model_check, "run_packed", broken)
+    words = "'llama' cannot be run on packed sequences: IndexError: list index out of range"
+    with pytest.raises(ValueError, match=words):
+        model_check.check_model(packed_family("llama"))
+
+
+def test_learned_positions_end_where_their_table_does() -> None:
+    model = packed_family("opt")
+    size = model.config.max_position_embeddings
+    limit = model_check.position_limit(model)
+    assert limit is not None and limit.tokens == size
+    with torch.no_grad():
+        cppo.packed_hidden(model, a_batch((size, 5)))
+        words = f"a sequence of {size + 1} tokens is longer than {size}: .*has learned positions"
+        with pytest.raises(ValueError, match=words):
+            cppo.packed_hidden(model, a_batch((size + 1, 5)))
+
+
+@pytest.mark.parametrize(
+    ("config", "model_class"),
+    [
+        (transformers.GPT2Config(n_layer=1), transformers.GPT2LMHeadModel),
+        (transformers.GPTJConfig(n_layer=1), transformers.GPTJForCausalLM),
+        (transformers.GPTNeoXConfig(num_hidden_layers=1), transformers.GPTNeoXForCausalLM),
+        (transformers.FalconConfig(num_hidden_layers=1), transformers.FalconForCausalLM),
+        (transformers.BloomConfig(n_layer=1), transformers.BloomForCausalLM),
+        (transformers.MptConfig(n_layers=1), transformers.MptForCausalLM),
+        (transformers.MambaConfig(num_hidden_layers=1), transformers.MambaForCausalLM),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_models_of_another_build_are_refused_in_words(config: Any, model_class: Any) -> None:
+    with torch.device("meta"):
+        model = model_class(config)
+    words = "must be a causal language model of transformers with its body|must let its attention"
+    with pytest.raises(ValueError, match=words):
+        forward.check_supported(model)
+        forward.set_attention(model, "sdpa")

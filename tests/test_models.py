@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,9 +217,56 @@ def test_the_end_of_text_through_wrappers_and_without_a_generation_config():
 def test_no_end_of_text_is_refused(of_model):
     model, tokenizer = build_tiny_text_model(size="test")
     model.generation_config.eos_token_id = of_model
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="must name the token that ends a text .* got .* None"):
+    tokenizer.eos_token = model.config.eos_token_id = None
+    words = (
+        "must name the token that ends a text .* got .* in the generation config, None in the "
+        "config, None in the tokenizer"
+    )
+    with pytest.raises(ValueError, match=words):
         closing_token_ids(model, tokenizer)
+    # The config is asked where the generation config names none.
+    model.config.eos_token_id = [5, 7]
+    assert closing_token_ids(model, tokenizer) == ([5, 7], "")
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(2)
+    ids, words = closing_token_ids(model, tokenizer)
+    assert ids == [2, 5, 7] and "the model's config ends a text at token 5 (" in words
+
+
+def test_the_generation_config_comes_before_the_config():
+    model, tokenizer = build_tiny_text_model(size="test")
+    model.generation_config.eos_token_id, model.config.eos_token_id = 5, 6
+    tokenizer.eos_token = None
+    assert closing_token_ids(model, tokenizer) == ([5], "")
+    model.config.__dict__["eos_token_id"] = "unread"
+    assert closing_token_ids(model, tokenizer) == ([5], "")
+
+
+@pytest.mark.parametrize("wrong", ["</s>", [2, "</s>"], 2.5, True, {"id": 2}, [[2]]])
+@pytest.mark.parametrize("place", ["generation config", "config", "tokenizer"])
+def test_an_end_of_text_that_is_no_token_id_is_refused(place, wrong):
+    model, tokenizer = build_tiny_text_model(size="test")
+    holder = {"generation config": model.generation_config, "config": model.config}.get(place)
+    if holder is None:
+        tokenizer = SimpleNamespace(eos_token_id=wrong)
+    else:
+        model.generation_config.eos_token_id = None
+        holder.__dict__["eos_token_id"] = wrong
+    words = f"cppo: eos_token_id of the {place} must be a token id or a list of them, got "
+    with pytest.raises(ValueError, match=words + re.escape(repr(wrong))):
+        closing_token_ids(model, tokenizer)
+
+
+@pytest.mark.parametrize("wrong", [None, {}, "greedy"])
+def test_a_generation_config_that_is_none_is_refused_in_words(wrong, tmp_path):
+    from trainer_cases import trainer_for
+
+    model, tokenizer = build_tiny_text_model(size="test")
+    model.generation_config = wrong
+    words = "model.generation_config must be a GenerationConfig, or .* got " + repr(wrong)
+    with pytest.raises(ValueError, match=words):
+        check_saveable(model, tokenizer)
+    with pytest.raises(ValueError, match=words):
+        trainer_for(tmp_path, model=model, processor=tokenizer)
 
 
 @pytest.mark.parametrize(

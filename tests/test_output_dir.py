@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cppo import cli
-from cppo.checkpoint import Claim, checkpoints, claim_output_dir
+from cppo.checkpoint import checkpoints
+from cppo.output_dir import Claim, claim_output_dir
 from cppo.progress import read_metrics
 
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
@@ -44,7 +45,8 @@ def fill(run, names):
 
 
 def files(run):
-    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    return found - {".lock"}
 
 
 def test_an_empty_or_absent_folder_is_free(tmp_path):
@@ -52,7 +54,7 @@ def test_an_empty_or_absent_folder_is_free(tmp_path):
         for resume_from in (None, "auto"):
             for overwrite in (False, True):
                 claim = claim_output_dir(folder, resume_from, overwrite=overwrite)
-                assert claim == Claim(None)
+                assert claim == Claim(Path(folder))
     assert not files(tmp_path) and not (tmp_path / "new").exists()
 
 
@@ -61,14 +63,14 @@ def test_a_folder_without_a_run_is_free_and_keeps_its_files(tmp_path):
     fill(tmp_path, ("eval.csv", "config.yaml", *NOT_OF_A_RUN))
     (tmp_path / "metrics.jsonl").touch()
     for overwrite in (False, True):
-        assert claim_output_dir(tmp_path, overwrite=overwrite) == Claim(None)
+        assert claim_output_dir(tmp_path, overwrite=overwrite) == Claim(tmp_path)
 
 
 def test_a_run_is_refused_by_its_checkpoints_or_its_rows(tmp_path):
     fill(tmp_path, ("metrics.jsonl",))
     with pytest.raises(ValueError, match="already holds a run without a checkpoint .*: resume it"):
         claim_output_dir(tmp_path)
-    assert claim_output_dir(tmp_path, "auto") == Claim(None)  # it begins again
+    assert claim_output_dir(tmp_path, "auto") == Claim(tmp_path)  # it begins again
     checkpoint(tmp_path, 20), checkpoint(tmp_path, 100)
     with pytest.raises(ValueError, match=f"output_dir {tmp_path} already holds checkpoint-000100"):
         claim_output_dir(tmp_path)
@@ -87,7 +89,7 @@ def test_overwriting_removes_what_a_run_writes_and_nothing_else(tmp_path):
     claim.clear()
     assert files(tmp_path) == set(NOT_OF_A_RUN)
     assert not checkpoints(tmp_path) and files(elsewhere) == {"model.safetensors", "trainer.json"}
-    assert claim_output_dir(tmp_path) == Claim(None)
+    assert claim_output_dir(tmp_path) == Claim(tmp_path)
     claim.clear()  # a second time is no error
 
 
@@ -104,18 +106,18 @@ def test_an_earlier_checkpoint_does_not_go_on_beside_the_later_ones(tmp_path):
     with pytest.raises(ValueError, match=words):
         claim_output_dir(tmp_path, early)
     claim = claim_output_dir(tmp_path, str(early), overwrite=True)
-    assert claim == Claim(early, (late,))
-    assert claim_output_dir(tmp_path, late) == Claim(late)
-    assert claim_output_dir(tmp_path, late, overwrite=True) == Claim(late)
+    assert claim == Claim(tmp_path, early, (late,))
+    assert claim_output_dir(tmp_path, late) == Claim(tmp_path, late)
+    assert claim_output_dir(tmp_path, late, overwrite=True) == Claim(tmp_path, late)
 
 
 def test_a_checkpoint_of_another_run_needs_a_free_folder(tmp_path):
     other, here = checkpoint(tmp_path / "other", 10), tmp_path / "here"
-    assert claim_output_dir(here, other) == Claim(other)
+    assert claim_output_dir(here, other) == Claim(here, other)
     own = checkpoint(here, 30)
     with pytest.raises(ValueError, match="already holds checkpoint-000030"):
         claim_output_dir(here, other)
-    assert claim_output_dir(here, other, overwrite=True) == Claim(other, (own,))
+    assert claim_output_dir(here, other, overwrite=True) == Claim(here, other, (own,))
 
 
 def test_what_is_no_folder_or_no_checkpoint_is_refused(tmp_path):

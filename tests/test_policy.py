@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,79 @@ def test_shared_prompts_are_checked_where_they_are_asked_for(
     for shares in (False, True):
         policy.prepare(tiny("text")[0], config(share_prompts=shares), CPU)
     assert asked == [False, True]
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize("attention", ["varlen", "flash_attention_2"])
+def test_an_attention_that_cannot_run_is_refused_by_its_option(
+    attention: str, kl_coef: float, tmp_path: Path
+) -> None:
+    words = r"CPPOConfig.attention must be 'auto' or one that runs here \(sdpa\), got "
+    with pytest.raises(ValueError, match=words + f"'{attention}': "):
+        trainer_for(tmp_path, attention=attention, kl_coef=kl_coef)
+
+
+def test_the_reference_has_the_attention_of_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        policy.forward,
+        "choose_attention",
+        lambda name, device, option: asked.append(torch.device(device).type) or "sdpa",
+    )
+    monkeypatch.setattr(policy.forward, "set_attention", lambda model, name: None)
+    policy.frozen_copy(tiny("text")[0], config(), torch.device("meta"))
+    assert asked == ["meta"]
+
+
+def test_a_tower_that_there_is_not_cannot_be_frozen(tmp_path: Path) -> None:
+    words = "CPPOConfig.freeze_vision_tower must be False for a model without a vision tower, got T"
+    with pytest.raises(ValueError, match=words):
+        trainer_for(tmp_path, freeze_vision_tower=True)
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        (("nope",), "there is no 'nope'"),
+        (("q_proj", "v_prj"), "there is no 'v_prj'"),
+        (("proj",), "there is no 'proj'"),
+        ("nope", "it matches no layer"),
+        ("q_proj", "it matches no layer"),  # one text is a regular expression for a whole name
+        (("norm",), "Target module .* is not supported"),
+        (("model",), "Target module .* is not supported"),
+    ],
+)
+def test_layers_that_there_are_not_are_refused(targets: Any, reason: str, tmp_path: Path) -> None:
+    lora = cppo.LoraConfig(r=2, target_modules=targets)
+    words = (
+        r"LoraConfig.target_modules must be 'all-linear' or name layers of the model \(linear "
+        rf"ones: down_proj, .*, up_proj, v_proj\), got {re.escape(repr(targets))}: {reason}"
+    )
+    with pytest.raises(ValueError, match=words):
+        trainer_for(tmp_path, lora=lora)
+
+
+def test_layers_that_are_all_frozen_are_refused() -> None:
+    model, _ = tiny("qwen2_5_vl")
+    lora = cppo.LoraConfig(r=2, target_modules=("qkv",))
+    policy.prepare(tiny("qwen2_5_vl")[0], config(lora=lora), CPU)
+    with pytest.raises(ValueError, match=r"LoraConfig.target_modules must be .* got \('qkv',\): "):
+        policy.prepare(model, config(lora=lora, freeze_vision_tower=True), CPU)
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", r".*\.q_proj", ("q_proj", "mlp.up_proj"), ("lm_head",)]
+)
+def test_layers_that_there_are_get_adapters(targets: Any) -> None:
+    model, _ = tiny("text")
+    lora = cppo.LoraConfig(r=2, target_modules=targets)
+    prepared = policy.prepare(model, config(lora=lora, seed=2**63 - 1), CPU)
+    assert any("lora_A" in name for name, p in prepared.named_parameters() if p.requires_grad)
+
+
+def test_checkpointing_that_a_model_does_not_know_is_refused_by_its_option() -> None:
+    model, _ = tiny("text")
+    model.supports_gradient_checkpointing = False
+    words = "CPPOConfig.gradient_checkpointing must be False for this model: .* does not support"
+    with pytest.raises(ValueError, match=words):
+        policy.prepare(model, config(gradient_checkpointing=True), CPU)

@@ -61,7 +61,7 @@ def layers_of(model: nn.Module, kind: type) -> dict[str, nn.Module]:
 def test_what_is_frozen_is_cast_once_and_the_rest_is_not() -> None:
     model, _ = tiny("qwen2_5_vl", dtype=torch.bfloat16)
     options = config(precision="bf16", kl_coef=0.1)
-    reference = policy.frozen_copy(model, options)
+    reference = policy.frozen_copy(model, options, torch.device("cpu"))
     linear, convolutions = layers_of(reference, nn.Linear), layers_of(reference, nn.Conv3d)
     assert linear.pop("lm_head").weight.dtype == torch.float32
     assert convolutions and linear

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import datetime
 import functools
+import os
+import subprocess
+import sys
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +21,7 @@ from PIL import Image
 from trainer_cases import digit_share, image, same, text_rows, trainer_for, weights_of
 
 from cppo import fingerprint
-from cppo.rewards import CosineLength, boxed, completion_text
+from cppo.rewards import CosineLength, boxed, completion_text, gsm8k_reward, math_reward
 
 
 def letter_share(completions: list[Any], **columns: Any) -> list[float]:
@@ -131,30 +138,146 @@ def test_fingerprints_of_functions() -> None:
     assert again == [marks[3], marks[6]]
 
 
-def test_fingerprints_of_rows() -> None:
-    rows: list[Any] = [
-        {"prompt": "a", "answer": "1"},
-        {"prompt": "a", "answer": 1},
-        {"prompt": [{"role": "user", "content": "a"}], "answer": "1"},
-        {"prompt": "a", "images": [image(24, 24, 1)]},
-        {"prompt": "a", "images": [image(24, 24, 2)]},
-        {"prompt": "a", "images": [Image.new("RGB", (2, 8))]},
-        {"prompt": "a", "images": [Image.new("RGB", (8, 2))]},
-        {"prompt": "a", "images": [{"bytes": b"1"}]},
-        {"prompt": "a", "answer": ["1", "2"]},
-        {"prompt": "a", "answer": ["12"]},
-        {"prompt": "a", "answer": np.array([1, 2])},
-        {"prompt": "a", "answer": np.array([1.0, 2.0])},
+SCALE = 1.0
+
+
+def scaled(completions: list[Any], **columns: Any) -> list[float]:
+    return [SCALE * helper(text) for text in completions]
+
+
+def helper(text: Any) -> float:
+    return float(len(completion_text(text)))
+
+
+class Judge:
+    def __init__(self, scale: float, inner: Any = None) -> None:
+        self.scale, self.inner = scale, inner
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float]:
+        return [self.scale] * len(completions)
+
+    def judge(self, completions: list[Any], **columns: Any) -> list[float]:
+        return [self.scale] * len(completions)
+
+
+def closed_over(scale: float) -> Any:
+    def reward(completions: list[Any], **columns: Any) -> list[float]:
+        return [scale] * len(completions)
+
+    return reward
+
+
+def test_what_a_function_was_made_with_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_default(completions: list[Any], scale: float = 1.0) -> list[float]:
+        return [scale] * len(completions)
+
+    # One line, so that their source is the same.
+    first, second = (lambda completions: len(completions), lambda completions: str(completions))
+    functions = {
+        "closures": [closed_over(1.0), closed_over(-1.0)],
+        "objects": [Judge(1.0), Judge(-1.0), Judge(1.0, Judge(2.0)), Judge(1.0, Judge(3.0))],
+        "methods": [Judge(1.0).judge, Judge(-1.0).judge],
+        "lambdas": [first, second],
+        "partials": [functools.partial(scaled, judge=Judge(x)) for x in (1.0, 2.0)],
+        "nested": [functools.partial(closed_over(x), a=1) for x in (1.0, 2.0)],
+    }
+    for kind, group in functions.items():
+        marks = [fingerprint.of_function(function) for function in group]
+        assert len(set(marks)) == len(group), kind
+        assert marks == [fingerprint.of_function(function) for function in group], kind
+    marks = [fingerprint.of_function(function) for function in (scaled, with_default)]
+    with_default.__defaults__ = (2.0,)
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    changed = [fingerprint.of_function(function) for function in (scaled, with_default)]
+    assert changed[0] != marks[0] and changed[1] != marks[1]
+    monkeypatch.setitem(globals(), "helper", closed_over(1.0))
+    assert fingerprint.of_function(scaled) != changed[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    function: Any
+    scale: float = 1.0
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float]:
+        return self.function(completions, **columns)
+
+
+def test_functions_in_fields_and_arguments() -> None:
+    functions = [
+        Named(scaled),
+        Named(helper),
+        Named(scaled, 2.0),
+        functools.partial(scaled, f=helper),
+        functools.partial(scaled, f=scaled),
+        gsm8k_reward,
+        math_reward,
     ]
+    marks = [fingerprint.of_function(function) for function in functions]
+    assert len(set(marks)) == len(marks)
+    assert not any(" at 0x" in mark for mark in marks), marks
+    assert "Named(function=scaled, scale=2.0)" in marks[2]
+
+
+def test_a_function_is_the_same_in_the_next_process(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "import functools, threading\n"
+        "class Judge:\n"
+        "    def __init__(self):\n"
+        "        self.lock, self.names = threading.Lock(), {'b', 'a', 'c'}\n"
+        "def reward(completions, judge, **kwargs):\n    return [0.0] * len(completions)\n"
+        "made = functools.partial(reward, judge=Judge())\n"
+    )
+    script = (
+        "import theirs; from cppo import fingerprint, scoring;"
+        "print(fingerprint.of_function(theirs.made), scoring.metric_name(theirs.made),"
+        "fingerprint.of_dataset([{'prompt': 'a', 'odd': theirs.Judge()}]))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(said) == 1
+    (words,) = said
+    assert "reward(judge=Judge)" in words and " object at " not in words
+
+
+def test_fingerprints_of_rows() -> None:
+    values: list[Any] = [
+        *("1", 1, 1.0, True, None, b"1", ["1"], ["1", "2"], ["12"], [["1"], "2"], {"a": "1"}),
+        *(np.array([1, 2]), np.array([1.0, 2.0]), [1, 2], np.array([[1, 2]]), torch.ones(2)),
+        *(torch.zeros(2), torch.ones(2).half(), torch.ones(2).bfloat16(), np.ones(2, "float32")),
+        *(Decimal(4), Decimal(5), Decimal("4.0"), Fraction(4), datetime.date(2026, 1, 4)),
+        *(datetime.date(2026, 1, 5), {4}, {5}, {4, 5}, np.float64(4), np.float32(4), np.int64(4)),
+        *(image(24, 24, 1), image(24, 24, 2), Image.new("RGB", (2, 8)), Image.new("RGB", (8, 2))),
+    ]
+    rows: list[Any] = [{"prompt": "a", "answer": value} for value in values]
+    rows += [{"prompt": "b", "answer": "1"}, {"prompt": [{"role": "user", "content": "a"}]}]
     marks = [fingerprint.of_dataset([row]) for row in rows]
     assert len(set(marks)) == len(marks)
-    assert [fingerprint.of_dataset([row]) for row in rows] == marks
-    # Of many rows some are looked at, the first and the last among them.
-    many = [{"prompt": str(i)} for i in range(5000)]
-    for place in (0, -1):
+    assert [fingerprint.of_dataset([copy.deepcopy(row)]) for row in rows] == marks
+
+
+def test_every_row_counts() -> None:
+    many = [{"prompt": str(i)} for i in range(3000)]
+    whole = fingerprint.of_dataset(many)
+    for place in range(0, len(many), 97):
         changed = list(many)
         changed[place] = {"prompt": "other"}
-        assert fingerprint.of_dataset(changed) != fingerprint.of_dataset(many)
+        assert fingerprint.of_dataset(changed) != whole
+    # Of very many, or of those with pictures, some: the first and the last among them.
+    pictures = [{"prompt": str(i), "images": []} for i in range(1000)]
+    for place in (0, -1):
+        changed = list(pictures)
+        changed[place] = {"prompt": "other", "images": []}
+        assert fingerprint.of_dataset(changed) != fingerprint.of_dataset(pictures)
 
 
 def test_fingerprints_do_not_depend_on_addresses() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import cppo
 from cppo import _ext, backends
-from cppo.testing import evaluate, make_inputs
+from cppo.testing import assert_as_accurate, evaluate, make_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILER = shutil.which("g++") or shutil.which("c++")
 
 pytestmark = pytest.mark.skipif(
     "cpp" not in backends.available("token_stats"),
@@ -152,6 +158,50 @@ def test_every_instruction_set_of_this_machine(capability):
     assert run("import torch, cppo; print(torch.ops.cppo.row_capability())", capability).stdout == (
         f"{capability}\n"
     )
+
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+SETS = {
+    "default": [],
+    "avx2": AVX2,
+    "avx512": [*AVX2, *(f"-mavx512{x}" for x in "f bw vl dq".split())],
+}
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("flags", ["-O1", "-O0 -ffp-contract=off"])
+def test_accuracy_hangs_on_no_flag_of_the_compiler(flags, tmp_path):
+    """Multiply-adds that accuracy needs are there where the compiler contracts none by itself."""
+    library = tmp_path / "rows.so"
+    objects = [str(tmp_path / f"{name}.o") for name in SETS]
+    general = [str(COMPILER), "-std=c++20", "-fPIC", f"-I{ROOT / 'csrc'}", *flags.split()]
+    for (name, own), built in zip(SETS.items(), objects, strict=True):
+        source = ROOT / "csrc" / "cpu" / f"row_kernels_{name}.cpp"
+        # Where the machine is of another kind, the file is empty and takes no flags of x86.
+        own = own if torch.ops.cppo.row_capability() != "default" else []
+        subprocess.run([*general, *own, "-c", str(source), "-o", built], check=True)
+    shim = str(ROOT / "tests" / "row_kernels_alone.cpp")
+    subprocess.run([*general, "-shared", shim, *objects, "-o", str(library)], check=True)
+    # Far from zero few digits are left for differences, and what the product of such a logit loses
+    # all logits of a row lose alike: rounded to bf16 they are a few numbers.
+    rows = torch.randn(4, 3 * 2048 + 5) + torch.tensor([[3000.0], [-777.7], [130.0], [0.0]])
+    rows = rows.bfloat16().float()
+    target = torch.zeros(len(rows), dtype=torch.int64)
+    eager = cppo.token_stats(rows, target, backend="reference")
+    exact = cppo.token_stats(rows.double(), target, backend="reference")
+    pointer = ctypes.c_void_p
+    row_stats = ctypes.CDLL(str(library)).row_stats
+    row_stats.argtypes = [ctypes.c_char_p, pointer, ctypes.c_int64, ctypes.c_double, pointer]
+    best = CAPABILITIES.index(torch.ops.cppo.row_capability())
+    for capability in CAPABILITIES[: best + 1]:
+        out = torch.empty(len(rows), 3, dtype=torch.float64)
+        for row, at in zip(rows, out, strict=True):
+            row_stats(capability.encode(), row.data_ptr(), len(row), 1.0, at.data_ptr())
+        logps = rows[:, 0] - out[:, 0] - out[:, 1].log()
+        entropy = out[:, 1].log() - out[:, 2]
+        name = f"{capability} {flags}"
+        assert_as_accurate(f"{name} logps", logps.float(), eager.logps, exact.logps)
+        assert_as_accurate(f"{name} entropy", entropy.float(), eager.entropy, exact.entropy)
 
 
 def floats(low, high):

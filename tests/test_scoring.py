@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import functools
 import math
@@ -11,13 +12,15 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from trainer_cases import fixed_rollouts, question, questions_for, tiny
 
+from cppo import scoring
 from cppo.rewards import completion_text
 from cppo.rollout import Rollouts
-from cppo.scoring import RewardError, Scores, metric_name, reward_name, score
+from cppo.scoring import RewardError, Scores, check_signature, metric_name, reward_name, score
 
 
 def strings(rollouts: Rollouts) -> Rollouts:
@@ -262,7 +265,8 @@ def test_a_reward_that_raises_on_the_whole_batch_only_says_so(rollouts: Rollouts
             raise RuntimeError("one at a time")
         return [1.0]
 
-    with pytest.raises(RewardError, match="one at a time.* on no completion by itself"):
+    words = "one at a time.* no completion was found that fails by itself"
+    with pytest.raises(RewardError, match=words):
         scores_of(rollouts, no_batches)
 
 
@@ -274,6 +278,173 @@ def test_a_wrong_number_of_rewards(rollouts: Rollouts, value: list[float]) -> No
     words = f"'short' must return one number per completion = 4, got {len(value)}"
     with pytest.raises(RewardError, match=words):
         scores_of(rollouts, short)
+
+
+def test_the_culprit_is_found_by_halving(rollouts: Rollouts) -> None:
+    sizes = []
+
+    def broken(completions: list[str], **columns: Any) -> list[float]:
+        sizes.append(len(completions))
+        return raises(completions)
+
+    with pytest.raises(RewardError, match="'broken' failed .ZeroDivisionError: ") as error:
+        scores_of(rollouts, broken)
+    assert f"completion: {rollouts.texts[2]!r}" in str(error.value)
+    assert sizes == [4, 2, 2, 1]
+
+
+def test_the_search_for_the_culprit_ends(
+    rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "_SEARCH_SECONDS", 0.2)
+    calls = []
+
+    def slow(completions: list[str], **columns: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) > 1:
+            time.sleep(5)
+        raise RuntimeError("no answer")
+
+    began = time.monotonic()
+    with pytest.raises(RewardError, match="'slow' failed .RuntimeError: no answer. on the whole"):
+        scores_of(rollouts, slow)
+    assert len(calls) == 2 and time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_reward_is_called_again_when_asked(
+    rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch, is_async: bool
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(scoring.time, "sleep", waits.append)
+    said: list[str] = []
+    calls = []
+
+    def flaky(completions: list[str], log_metric: Any, **columns: Any) -> list[float]:
+        calls.append(1)
+        log_metric("judged", len(calls))
+        if len(calls) < 3:
+            raise ConnectionError("busy")
+        return lengths(completions)
+
+    async def flaky_later(completions: list[str], log_metric: Any, **columns: Any) -> list[float]:
+        return flaky(completions, log_metric, **columns)
+
+    function = flaky_later if is_async else flaky
+    scores = scores_of(rollouts, function, retries=2, say=said.append)
+    assert scores.total.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert scores.logged == {"judged": [3.0]}  # of the call that counts
+    assert waits == [1.0, 2.0] and len(said) == 2
+    assert "raised ConnectionError: busy; it is called again (1 of 2)" in said[0]
+    calls.clear()
+    with pytest.raises(RewardError, match="failed .ConnectionError: busy"):
+        scores_of(rollouts, function, retries=1, say=said.append)
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [
+        ("accuracy", "accuracy"),
+        ("accuracy_std", "accuracy_std"),
+        ("mean", "mean_reward"),
+        ("reward", "reward_reward"),
+        ("reward_std", "reward_std_reward"),
+        ("tokens", "tokens_reward"),
+        ("tokens_std", "tokens_std_reward"),
+    ],
+)
+def test_no_reward_takes_the_name_of_another_metric(name: str, metric: str) -> None:
+    def function(completions: list[str], **columns: Any) -> list[float]:
+        return lengths(completions)
+
+    function.__name__ = name
+    assert metric_name(function) == metric
+
+
+def test_what_a_reward_gets_is_its_own(conversations: Rollouts) -> None:
+    columns = {"nested": {"key": [1]}, "array": np.arange(3), "list": ["a"], "map": {"a": [1]}}
+    asked = [
+        q._replace(columns=copy.deepcopy(columns), messages=copy.deepcopy(q.messages))
+        for q in conversations.prompts.questions
+    ]
+    prompts = dataclasses.replace(conversations.prompts, questions=asked)
+    rollouts = dataclasses.replace(conversations, prompts=prompts)
+    before = repr(asked), copy.deepcopy(rollouts.completion_ids)
+    seen = []
+
+    def edits(completions: Any, **given: Any) -> list[float]:
+        given = {name: value for name, value in given.items() if isinstance(value, list)}
+        seen.append(repr(given))
+        for prompt, ids in zip(given["prompts"], given["completion_ids"], strict=True):
+            prompt[0]["content"] = "?"
+            prompt.append("more")
+            ids.append(-1)
+        for i in range(len(completions)):
+            given["nested"][i]["key"].append(2)
+            given["map"][i]["new"] = 1
+            given["array"][i][:] = 0
+            given["list"][i].append("b")
+        for values in given.values():
+            values.clear()
+        return [0.0] * len(completions)
+
+    scores_of(rollouts, edits, functools.partial(edits))
+    assert seen[0] == seen[1] and "more" not in seen[0]
+    # Two completions of a question do not share what they get either.
+    assert seen[0].count("'key': [1]") == 4
+    assert (repr(asked), rollouts.completion_ids) == before
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [({0.0: 5.0, 1.0: 2.0, 2.0: 1.0, 3.0: 0.0}, "got dict"), ({1.0, 2.0, 3.0, 4.0}, "got set")],
+)
+def test_keys_are_no_rewards(rollouts: Rollouts, value: Any, words: str) -> None:
+    with pytest.raises(RewardError, match=f"must return a list of one number .*{words}"):
+        scores_of(rollouts, lambda completions, **columns: value)
+
+
+def test_a_number_that_no_float_holds(rollouts: Rollouts) -> None:
+    def huge(completions: list[str], **columns: Any) -> list[int]:
+        return _third(completions, 10**400)
+
+    with pytest.raises(RewardError, match="'huge' failed .OverflowError: ") as error:
+        scores_of(rollouts, huge)
+    assert f"completion: {rollouts.texts[2]!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "x"])
+def test_a_logged_metric_is_a_number(rollouts: Rollouts, value: Any) -> None:
+    def logs(completions: list[str], log_metric: Any, **columns: Any) -> list[float]:
+        log_metric("x", value)
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"'logs' failed .ValueError: (log_metric|could not)"):
+        scores_of(rollouts, logs)
+
+
+def test_a_signature_that_cannot_be_called(rollouts: Rollouts) -> None:
+    question = rollouts.prompts.questions[0]
+
+    def only(completions: list[str]) -> list[float]:
+        return lengths(completions)
+
+    def misses(completions: list[str], solution: list[str], **kwargs: Any) -> list[float]:
+        return lengths(completions)
+
+    class Judge:
+        def __call__(self, prompts: Any, completions: Any) -> list[float]:
+            return lengths(completions)
+
+    for function, words in (
+        (only, "'only' is called with .*an unexpected keyword argument 'completion_ids'"),
+        (misses, "'misses' is called with .*missing a required argument: 'solution'"),
+        (Judge(), "'Judge' is called with .* should end with .*kwargs"),
+    ):
+        with pytest.raises(TypeError, match=f"cppo.CPPOTrainer: reward function {words}"):
+            check_signature(function, question)
+    for fits in (lengths, raises, functools.partial(misses, solution=[]), max):
+        check_signature(fits, question)
 
 
 @pytest.mark.parametrize("value", [1.0, None, "1234"])

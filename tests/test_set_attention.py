@@ -58,7 +58,9 @@ def test_set_attention_through_wrappers_and_its_errors() -> None:
     model, _ = tiny("text")
     with pytest.raises(ValueError, match="name must be one of .*'auto', 'sdpa'.* got 'eager'"):
         cppo.set_attention(model, "eager")
-    with pytest.raises(RuntimeError, match="attention 'varlen' cannot run here"):
+    with pytest.raises(
+        ValueError, match="name must be .auto. or one that runs here .sdpa., got .varlen."
+    ):
         cppo.set_attention(model, "varlen")
     with pytest.raises(ValueError, match="must be a model of transformers, got Linear"):
         cppo.set_attention(torch.nn.Linear(2, 2), "sdpa")

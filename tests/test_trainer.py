@@ -301,9 +301,8 @@ def test_too_long_prompts_are_skipped(tmp_path: Path) -> None:
     trainer.train()
     answers = {line["answer"] for line in lines(tmp_path / "completions.jsonl")}
     assert answers == {"1", "2"}
-    none = trainer_for(tmp_path / "none", rows=rows, max_prompt_tokens=3)
     with pytest.raises(ValueError, match="no question of train_dataset .* max_prompt_tokens = 3"):
-        none.train()
+        trainer_for(tmp_path / "none", rows=rows, max_prompt_tokens=3)
 
 
 @pytest.mark.parametrize(
@@ -603,3 +602,10 @@ def test_dr_grpo_divides_by_the_longest_completion_there_may_be(tmp_path: Path) 
     assert small_run(tmp_path, reduction="dr_grpo", max_length=9).loss.max_length == 9
     assert small_run(tmp_path).loss.max_length is None
     trainer_for(tmp_path, reduction="dr_grpo", rewards=random_reward).train()
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(1e-9, [1, 2, 3]), (30.0, [3]), (0.0, [3])])
+def test_checkpoints_by_time(tmp_path: Path, minutes: float, saved: list[int]) -> None:
+    options = dict(max_steps=3, keep_checkpoints=9)
+    trainer_for(tmp_path, save_minutes=minutes, **options).train()
+    assert [int(path.name[-6:]) for path in checkpoints(tmp_path)] == saved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -169,6 +170,11 @@ def digit_share(completions: list[Any], **columns: Any) -> list[float]:
     """Share of digits among the characters: easily learned."""
     texts = map(completion_text, completions)
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in texts]
+
+
+def noise(completions: list[Any], **columns: Any) -> list[float]:
+    """A reward that depends on the completion alone and differs within groups."""
+    return [random.Random(completion_text(text)).random() for text in completions]
 
 
 def small_run(output_dir: Any, **options: Any) -> CPPOConfig:

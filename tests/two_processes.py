@@ -9,8 +9,8 @@ metrics are worked out anew.
 from __future__ import annotations
 
 import json
+import math
 import os
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +22,7 @@ from metric_cases import recorded_run
 from trainer_cases import (
     fixed_batch,
     fixed_rollouts,
+    noise,
     questions_for,
     small_run,
     text_rows,
@@ -32,7 +33,6 @@ from trainer_cases import (
 
 from cppo.progress import PhaseTimer
 from cppo.regroup import balanced, take_questions
-from cppo.rewards import completion_text
 from cppo.step import Batch
 from cppo.trainer import CPPOTrainer
 
@@ -41,11 +41,6 @@ UPDATE = dict(
     batch_size=16, kl_coef=0.2, cpl_coef=0.5, optimizer_steps=2, num_iterations=2,
     max_tokens_per_microbatch=250, max_grad_norm=0.5, learning_rate=1e-2,
 )  # fmt: skip
-
-
-def noise(completions: list[Any], **columns: Any) -> list[float]:
-    """A reward that depends on the completion alone and differs within groups."""
-    return [random.Random(completion_text(text)).random() for text in completions]
 
 
 def dimmed(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -73,6 +68,37 @@ def updated(folder: Path, family: str, own: Sequence[int]) -> tuple[Any, Any, Ba
     advantages = fixed_batch(whole, dtype=torch.float64).advantages[rows]
     batch = Batch(take_questions(whole, own), advantages, torch.arange(len(rows)))
     return trainer, trainer.update(batch, PhaseTimer()), batch
+
+
+def dealt(folder: Path, own: Sequence[int]) -> Any:
+    """A trainer after the update on the questions `own` of four, chosen and dealt as in a step.
+
+    How many completions of a process stay differs, and so would the optimizer steps they are dealt
+    to, if each process dealt its own.
+    """
+    model, processor = tiny("text", dtype=torch.float64)
+    options = dict(prune_rate=0.5, prune_scope="batch", optimizer_steps=2, mask_overlong=True)
+    trainer = CPPOTrainer(
+        model,
+        noise,
+        text_rows(),
+        config=small_run(folder, learning_rate=1e-2, dynamic_allocation=False, **options),
+        processor=processor,
+    )
+    whole = fixed_rollouts(trainer.model, processor, questions_for("text"), group_size=4)
+    rewards = torch.arange(16, dtype=torch.float64).mul(0.7).sin()
+    rewards[torch.tensor([1, 6, 8, 9, 10, 11])] = math.nan
+    whole.truncated[4] = True
+    rows = torch.tensor([4 * q + i for q in own for i in range(4)], dtype=torch.int64)
+    batch = trainer.make_batch(take_questions(whole, own), rewards[rows])
+    trainer.update(batch, PhaseTimer())
+    return trainer
+
+
+def deal(folder: Path) -> None:
+    trainer = dealt(folder, SHARES[2][own_rank()])
+    if trainer.processes.rank == 0:
+        torch.save(weights_of(trainer.model), folder / "weights.pt")
 
 
 # Which of the four questions each process has sampled.
@@ -162,7 +188,7 @@ def metrics(folder: Path) -> None:
     torch.save(told, folder / f"{own_rank()}.pt")
 
 
-PARTS = {"update": update, "train": train, "uneven": uneven, "metrics": metrics}
+PARTS = {"update": update, "deal": deal, "train": train, "uneven": uneven, "metrics": metrics}
 
 if __name__ == "__main__":
     for part in sys.argv[2:]:

@@ -20,6 +20,7 @@ import torch
 
 from cppo.ops import library
 from cppo.ops.linear_library import LinearBackend
+from cppo.ops.sizes import checked
 from cppo.triton_kernels import cppo_loss as _loss
 from cppo.triton_kernels import loss_terms as _terms
 from cppo.triton_kernels import perception_mask as _selection
@@ -55,10 +56,11 @@ ops = {
     "cppo_loss_backward": _loss.cppo_loss_backward,
     "cppo_loss_backward_": _loss.cppo_loss_backward_,
 }
-ops = {name: _on_its_device(launch) for name, launch in ops.items()}
+ops = {name: _on_its_device(checked(name, launch)) for name, launch in ops.items()}
 _on_logits = library.Backend("cppo_triton", ops)
 torch.library.define("cppo_triton::loss_terms", library.LOSS_TERMS)
-torch.library.impl("cppo_triton::loss_terms", ("cpu", "cuda"), _on_its_device(_terms.loss_terms))
+_loss_terms = _on_its_device(checked("loss_terms", _terms.loss_terms))
+torch.library.impl("cppo_triton::loss_terms", ("cpu", "cuda"), _loss_terms)
 # Tiles of logits by vendor GEMMs, with the ops on logits as epilogue.
 _on_hidden = LinearBackend("cppo_triton")
 # They take the place of the modules of the same names, which import as cppo.triton_kernels.<op>.

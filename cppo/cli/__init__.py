@@ -45,10 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         if os.environ.get("CPPO_DEBUG") == "1":
             raise
-        print(f"cppo {command}: error: {error}", file=sys.stderr)
+        print(f"cppo {command}: error: {str(error).removeprefix('cppo: ')}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\ncppo {command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        words = f"; {error}" if str(error) else ""
+        print(f"\ncppo {command}: interrupted{words}", file=sys.stderr)
         return 130
 
 
@@ -123,9 +124,11 @@ def _train(options: argparse.Namespace) -> int:
 
         print(dry_run.report(config))
         return 0
-    from cppo.checkpoint import claim_output_dir, last_checkpoint
+    from cppo.checkpoint import last_checkpoint
     from cppo.cli.info import ops_line
     from cppo.cli.run_parts import make_trainer
+    from cppo.output_dir import claim_output_dir
+    from cppo.processes import ProcessError
     from cppo.scoring import RewardError
 
     output_dir = Path(config.trainer.output_dir)
@@ -135,26 +138,22 @@ def _train(options: argparse.Namespace) -> int:
             resume,
             overwrite=options.overwrite,
             needed=[config.model.path] if config.model.path else [],
+            writes_config=True,
             ways="go on with --resume, start anew with --overwrite, or choose another "
             "trainer.output_dir",
         )
     except ValueError as error:
-        raise ConfigError(str(error).removeprefix("cppo: ")) from error
+        raise ConfigError(str(error)) from error
     trainer = make_trainer(config)
-    line = ops_line(trainer.accelerator.device)
+    trainer.files[_CONFIG_NAME] = run_config.dump(config)
     if trainer.processes.rank == 0:
-        claim.clear()
-        run_config.save(config, output_dir / _CONFIG_NAME)
-        print(line)
-    trainer.accelerator.wait_for_everyone()  # until the earlier run's files are gone
+        print(ops_line(trainer.accelerator.device))
     try:
-        trainer.train(resume_from=claim.start)
-    except KeyboardInterrupt:
-        newest = last_checkpoint(output_dir)
-        again = f"resume from {newest} with --resume" if newest else "no checkpoint was written yet"
-        print(f"\ncppo train: interrupted; {again}", file=sys.stderr)
-        return 130
-    except (RewardError, ValueError, TypeError) as error:
+        trainer.train(resume_from=claim.start, overwrite=options.overwrite)
+    except KeyboardInterrupt as stopped:
+        words = str(stopped) or f"the newest checkpoint is {last_checkpoint(output_dir) or 'none'}"
+        raise KeyboardInterrupt(f"{words}; go on with --resume") from None
+    except (ProcessError, RewardError, ValueError, TypeError) as error:
         if not str(error).startswith("cppo"):
             raise  # not one of our checks: a defect, whose traceback is wanted
         newest = last_checkpoint(output_dir)
@@ -245,6 +244,12 @@ def _target(options: argparse.Namespace) -> tuple[RunConfig, Path | None, Path]:
 
 def _check_csv(path: Path) -> None:
     """Rows are appended: to a file of other columns they would be nonsense."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--csv: {path} cannot be written ({error.strerror})") from None
     if path.is_file() and path.stat().st_size:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             columns = next(csv.reader(file), [])
@@ -253,14 +258,9 @@ def _check_csv(path: Path) -> None:
 
 
 def _append_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists() or path.stat().st_size == 0
+    is_new = path.stat().st_size == 0
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _EVAL_COLUMNS)
         if is_new:
             writer.writeheader()
         writer.writerows(rows)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import yaml
 
 _T = TypeVar("_T")
+_MOST_VALUES = 100_000
 
 
 class ConfigError(ValueError):
@@ -43,7 +44,7 @@ def read(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends leads back to the file itself")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = _load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -74,7 +75,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise ConfigError(f"an override must be key.sub=value, got {override!r}")
         try:
-            value = yaml.load(text, _Loader)
+            value = _load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: {_problem(error)}, got {text!r}") from None
         *parents, last = key.split(".")
@@ -162,6 +163,35 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+
+
+def _load(text: str) -> Any:
+    """The value of a YAML text. Raises YAMLError, also for one that aliases make huge."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        _count(node)
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise yaml.MarkedYAMLError(problem="it is nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # a date that there is not, for example
+        raise yaml.MarkedYAMLError(problem=str(error)) from None
+    finally:
+        loader.dispose()
+
+
+def _count(root: yaml.Node | None) -> None:
+    """Counts every value as often as it will be read: an alias counts as what it stands for."""
+    left, waiting = _MOST_VALUES, [root]
+    while waiting:
+        node = waiting.pop()
+        left -= 1
+        if left < 0:
+            raise yaml.MarkedYAMLError(problem=f"it has more than {_MOST_VALUES:,} values")
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            waiting += [part for pair in node.value for part in pair]
 
 
 def _problem(error: yaml.YAMLError) -> str:

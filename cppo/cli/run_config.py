@@ -23,7 +23,7 @@ import yaml
 
 from cppo.cli import config_file
 from cppo.cli.config_file import ConfigError
-from cppo.config import CPPOConfig, _Checked
+from cppo.config import WRITTEN_BY_A_RUN, CPPOConfig, _Checked
 from cppo.places import is_place, load_object
 
 BUILDERS = ("tiny_digits", "tiny_arithmetic")
@@ -182,13 +182,8 @@ def _is_good(path: str | Path, given: Sequence[str]) -> bool:
 def dump(config: RunConfig) -> str:
     """Return the YAML text of a configuration, every default written out; `load` reads it back."""
     tree = config_file.plain(config)
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
-
-
-def save(config: RunConfig, path: str | Path) -> None:
-    """Write `dump(config)` to a file, making its folder."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(dump(config), encoding="utf-8")
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+    return f"{WRITTEN_BY_A_RUN}\n{text}"
 
 
 def _check_names(config: RunConfig) -> None:

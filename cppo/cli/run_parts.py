@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,7 @@ def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tup
     """
     from transformers.utils import logging
 
+    from cppo.checkpoint import check_files
     from cppo.models import load_model, load_processor
 
     logging.disable_progress_bar()  # a bar of a moment, between our own lines
@@ -56,6 +58,7 @@ def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tup
             return _build(str(model.builder))
         path = model_path(model)
         return load_model(path), load_processor(path)
+    check_files(checkpoint)
     if (Path(checkpoint) / "adapter_config.json").is_file():
         require_package(f"the adapters of {checkpoint}", "peft", "peft")
         from peft import PeftModel
@@ -211,7 +214,14 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
     except ConfigError:
         raise
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_in_keys(str(error))) from error
+
+
+def _in_keys(message: str) -> str:
+    """A message with options as they are called in a configuration file."""
+    for name, key in (("CPPO", ""), ("Lora", "lora."), ("Loss", "loss.")):
+        message = re.sub(rf"\b{name}Config\.(?=[a-z])", f"trainer.{key}", message)
+    return message
 
 
 def evaluate_policy(

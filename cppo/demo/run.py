@@ -16,19 +16,19 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from cppo.checkpoint import claim_output_dir
 from cppo.cli.config_file import ConfigError
 from cppo.cli.info import ops_line
-from cppo.cli.run_config import DataConfig, DatasetConfig, ModelConfig, RunConfig, save
+from cppo.cli.run_config import DataConfig, DatasetConfig, ModelConfig, RunConfig, dump
 from cppo.config import DIVERGENCES, CPPOConfig, LossConfig
 from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
-from cppo.demo.digits import DigitSums, digit_sum_accuracy
+from cppo.demo.digits import DigitSums, digit_sum_accuracy, handwriting
 from cppo.demo.report import write_report
 from cppo.demo.shortcut import HintedSums, warm_up_shortcut
 from cppo.demo.warmup import CHECKPOINTS, warm_up
 from cppo.models import load_model, load_processor
 from cppo.ops.perception_mask import perception_mask
 from cppo.ops.token_stats import linear_token_stats
+from cppo.output_dir import claim_output_dir
 from cppo.prompts import tokenizer_of
 from cppo.reference import kept_per_unit
 from cppo.scoring import metric_name
@@ -105,7 +105,7 @@ def demo_config(
         max_completion_tokens=TASKS[task].max_completion_tokens,
         learning_rate=1e-4,
         betas=(0.9, 0.95),
-        warmup_steps=min(5, steps),
+        warmup_steps=min(5, steps - 1),  # the first step of a warm-up has a rate of 0
         eval_every=eval_every,
         log_every=5,
         # The papers' color jitter and rotation make 24-pixel digits hard to read: milder ones.
@@ -134,6 +134,8 @@ def build_trainer(
         from_scratch: make the warm-up anew all the same.
         held_out: questions of an evaluation.
     """
+    if TASKS[task].has_images:
+        handwriting("train")  # says at once if scikit-learn is missing
     if from_scratch or (start is None and task not in SHIPPED):
         print("warming up: supervised steps to a model that RL can start from", flush=True)
         model, processor = TASKS[task].warm_up(config.seed, report=print)
@@ -157,26 +159,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        claim = claim_output_dir(
+        claim_output_dir(
             arguments.output,
             overwrite=arguments.overwrite,
             needed=[arguments.start] if arguments.start else [],
+            writes_config=True,
             ways="start anew with --overwrite, or choose another --output",
         )
         trainer = _trainer_of(arguments)
     except (ValueError, ImportError) as error:
-        raise ConfigError(str(error).removeprefix("cppo: ")) from error
+        raise ConfigError(str(error)) from error
     config, task = trainer.config, TASKS[arguments.task]
-    line = ops_line(trainer.accelerator.device)
-    if trainer.processes.rank == 0:
-        claim.clear()
-        if arguments.task in SHIPPED:
-            save(_run_config(arguments, config), Path(config.output_dir) / "config.yaml")
+    if arguments.task in SHIPPED:
+        trainer.files["config.yaml"] = dump(_run_config(arguments, config))
+    if trainer.processes.is_main:
         _introduce(trainer, task)
-        print(line)
-    trainer.accelerator.wait_for_everyone()
+        print(ops_line(trainer.accelerator.device))
     started = time.perf_counter()
-    trainer.train()
+    trainer.train(overwrite=arguments.overwrite)
     seconds = time.perf_counter() - started
     summary = summarize(trainer, seconds)
     output = Path(config.output_dir)

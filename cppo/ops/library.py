@@ -17,15 +17,17 @@ pi = e^x / s and mean = sum pi x, is (1[v = y] - pi) for logp and -pi (x - mean)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cppo import reference
 from cppo.config import LossConfig
+from cppo.ops.checks import under_transform
 from cppo.records import LossOutput, NumItems, TokenStats, Views
 
 # The scalars of the schema of cppo_loss are the fields of LossConfig, in order.
@@ -161,6 +163,28 @@ def refuse_second_derivative(name: str) -> None:
         )
 
 
+def _is_dual(value: Any) -> bool:
+    level = forward_ad._current_level
+    return level >= 0 and forward_ad.unpack_dual(value, level=level).tangent is not None
+
+
+def refuse_transforms(name: str, inputs: Iterable[Any]) -> None:
+    """RuntimeError where forward mode or torch.func asks for a derivative, which no kernel has.
+
+    An op that knows nothing of tangents passes none on: its results would look constant.
+    """
+    forward, transform = forward_ad._current_level >= 0, under_transform()
+    if not forward and not transform:
+        return
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    op = name.replace("::", ".").removesuffix("_gradients")
+    if forward and any(map(_is_dual, tensors)):
+        raise RuntimeError(f"{op}: has no forward-mode derivative; backend='reference' has one")
+    wanted = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
+    if transform and wanted:
+        raise RuntimeError(f"{op}: has no derivative under torch.func; backend='reference' has one")
+
+
 # As long as somebody holds them, what they registered stays.
 _registrations: list[torch.library.Library] = []
 
@@ -178,6 +202,7 @@ def register_autograd(
     defaults here.
     """
     op = getattr(getattr(torch.ops, namespace), op_name).default
+    name = f"{namespace}.{op_name}"
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -185,10 +210,15 @@ def register_autograd(
         setup_context(ctx, inputs, output)
         return output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def reverse(ctx: Any, *gradients: Any) -> Any:
+        refuse_transforms(name, gradients)
+        return backward(ctx, *gradients)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(reverse)}
     function: Any = type(f"{namespace}_{op_name}", (torch.autograd.Function,), members)
 
     def differentiable(*inputs: Any) -> Any:
+        refuse_transforms(name, inputs)
         if torch.is_grad_enabled() and any(
             isinstance(value, Tensor) and value.requires_grad for value in inputs
         ):

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from cppo.config import LossConfig
 from cppo.ops import linear_plans
+from cppo.ops.checks import under_transform
 from cppo.ops.library import (
     COEFFICIENTS,
     CONFIG,
@@ -44,6 +45,7 @@ from cppo.ops.library import (
     refuse_second_derivative,
     register_autograd,
 )
+from cppo.ops.sizes import checked
 from cppo.records import LossOutput, NumItems, TokenStats, Views
 
 _HEAD = "Tensor weight, Tensor? bias"
@@ -249,7 +251,7 @@ class LinearBackend:
         for op, schema in SCHEMAS.items():
             name = f"{namespace}::{op}"
             torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-            plan = _without_autocast(partial(getattr(linear_plans, op), self._ops))
+            plan = checked(op, _without_autocast(partial(getattr(linear_plans, op), self._ops)))
             torch.library.impl(name, ("cpu", "cuda"), plan)
             torch.library.register_fake(name, _FAKES[op])
         _register_stats(namespace)
@@ -287,12 +289,14 @@ class LinearBackend:
         softcap: float | None = None,
     ) -> LossOutput:
         inputs = (*views, weight, bias)
+        # The tensors of torch.func do not say what those in them require: the backward knows.
+        known = not under_transform()
         wants = [
-            torch.is_grad_enabled() and value is not None and value.requires_grad
+            torch.is_grad_enabled() and value is not None and (value.requires_grad or not known)
             for value in inputs
         ]
         # Three views at once are too many for tiles that are kept.
-        resident = any(wants) and config.divergence != "full"
+        resident = known and any(wants) and config.divergence != "full"
         op = self._ops.linear_cppo_loss_gradients if resident else self._ops.linear_cppo_loss
         loss, logps, entropy, selected, values, num_selected, *_ = op(
             *inputs,

@@ -225,9 +225,10 @@ def cppo_loss(
     Raises:
         ValueError: shapes or devices that disagree; a positive without a negative (or the other
             way round with cpl_coef > 0); no ref_logps with kl_coef > 0; cu_seqlens missing,
-            superfluous or not from 0 to T; num_items <= 0; expanded or shared logits with
-            inplace=True; an unmasked target out of range or non-finite advantages (values on a
-            GPU are checked only with CPPO_DEBUG=1).
+            superfluous or not from 0 to T; num_items <= 0; expanded logits with inplace=True, or
+            views that share memory with each other or with targets, advantages or masks; an
+            unmasked target out of range or non-finite advantages (values on a GPU are checked
+            only with CPPO_DEBUG=1).
         TypeError: dtypes that disagree or do not fit.
         RuntimeError: `backend` cannot run here.
     """
@@ -240,7 +241,11 @@ def cppo_loss(
     check_targets(op, targets, rows.mask, views.anchor.shape[-1])
     _check_num_items(op, num_items, rows, config)
     implementation = backends.pick(op, views.anchor, backend)
-    options = backends.with_inplace(implementation, checked_inplace(op, inplace, **views._asdict()))
+    named = {name: views.anchor}
+    named |= {f"logits.{field}": getattr(views, field) for field in views._fields[1:]}
+    read = {field: getattr(rows, field) for field in ("targets", "advantages", "mask")}
+    in_place = checked_inplace(op, inplace, named, **read, cu_seqlens=rows.cu_seqlens)
+    options = backends.with_inplace(implementation, in_place)
     return implementation.cppo_loss(views, *rows, num_items, config, **options)
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cppo.ops.library import refuse_transforms
+
 Lengths = tuple[Sequence[int], Sequence[int]]
 
 
@@ -31,6 +33,7 @@ def pack_completions(
     lengths: Lengths | None = None,
 ) -> tuple[Any, ...]:
     """As `cppo.reference.pack_completions`; waits for the device once, and not with `lengths`."""
+    refuse_transforms("cppo.pack_completions", per_token)
 
     def as_mask(mask: Tensor) -> Tensor:
         return mask.bool() if mask.is_floating_point() else mask
@@ -54,6 +57,7 @@ def unpack(
     values: Sequence[Tensor], target_index: Tensor, num_completions: int, length: int
 ) -> list[Tensor]:
     """As `cppo.reference.unpack`."""
+    refuse_transforms("cppo.unpack", values)
     return torch.ops.cppo.unpack(list(values), target_index, num_completions, length)
 
 

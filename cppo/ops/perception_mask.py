@@ -32,7 +32,8 @@ def perception_mask(
     dH = H_negative - H_anchor and score = relu(dH) / (H_negative + 1e-6), of the c tokens with
     dH > 0 the max(1, floor(fraction * c)) with the highest score, and those equal to the lowest
     of them; none where c = 0. A dH of at most 2^-17 (1 + H_negative) is within the rounding
-    error of an entropy in fp32 and counts as 0.
+    error of an entropy in fp32 and counts as 0. Any such rule has inputs within rounding of a
+    threshold, this one or the lowest score that stays: there dtypes and backends may differ.
 
     Args:
         anchor_entropy: (B, L), or packed (T,) with cu_seqlens; floating, in nats. No gradients

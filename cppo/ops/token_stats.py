@@ -52,8 +52,8 @@ def token_stats(
         masked rows, to which no gradient flows.
     Raises:
         ValueError: shapes or devices that disagree, temperature <= 0, an unmasked target out of
-            range (with position and value; on a GPU only with CPPO_DEBUG=1), expanded logits
-            with inplace=True.
+            range (with position and value; on a GPU only with CPPO_DEBUG=1), expanded logits or
+            ones that share memory with targets or mask with inplace=True.
         TypeError: logits that are not floating, targets that are not integers.
         RuntimeError: `backend` cannot run here.
     """
@@ -64,7 +64,8 @@ def token_stats(
     check_same_device(op, logits=logits, targets=targets, mask=mask)
     check_targets(op, targets, mask, logits.shape[-1])
     implementation = backends.pick(op, logits, backend)
-    options = backends.with_inplace(implementation, checked_inplace(op, inplace, logits=logits))
+    in_place = checked_inplace(op, inplace, {"logits": logits}, targets=targets, mask=mask)
+    options = backends.with_inplace(implementation, in_place)
     return implementation.token_stats(logits, targets, temperature, mask, **options)
 
 

@@ -96,7 +96,8 @@ template <class T>
 Tensor prune(const Tensor& like, const T* advantages, int64_t total, const PruneArgs& args) {
   check_prune(args.op, total, args.unit_size, args.keep);
   const std::vector<double> score = scores(advantages, total, args);
-  std::vector<int64_t> kept, unit(args.unit_size);
+  // Of nothing, a unit may have any size.
+  std::vector<int64_t> kept, unit(std::min(total, args.unit_size));
   kept.reserve(total / args.unit_size * args.keep);
   for (int64_t first = 0; first < total; first += args.unit_size) {
     std::iota(unit.begin(), unit.end(), first);

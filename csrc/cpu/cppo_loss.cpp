@@ -81,15 +81,21 @@ std::vector<bool> looking(const Values& advantages, int64_t count, bool gating) 
   return looks;
 }
 
-std::optional<LogitRows> optional_rows(const char* argument, const std::optional<Tensor>& view) {
+std::optional<LogitRows> optional_rows(const char* argument, const std::optional<Tensor>& view,
+                                       const LogitRows& anchor) {
   if (!view.has_value()) return std::nullopt;
-  return LogitRows(kOp, argument, *view);
+  LogitRows rows(kOp, argument, *view);
+  rows.check_like(kOp, argument, anchor);
+  return rows;
 }
 
-std::vector<double> to_doubles(const std::optional<Tensor>& values, ScalarType type) {
+// One number per row, or none.
+std::vector<double> to_doubles(const char* op, const char* argument,
+                               const std::optional<Tensor>& values, ScalarType type,
+                               int64_t rows) {
   if (!values.has_value()) return {};
-  const Values source = read(*values, type);
-  std::vector<double> out(values->numel());
+  const Values source = read(op, argument, *values, type, rows);
+  std::vector<double> out(rows);
   for (size_t i = 0; i < out.size(); ++i) out[i] = source[static_cast<int64_t>(i)];
   return out;
 }
@@ -170,8 +176,7 @@ class Statistics {
 
 std::optional<std::array<double, 4>> read_num_items(const std::optional<Tensor>& num_items) {
   if (!num_items.has_value()) return std::nullopt;
-  CPPO_CHECK(num_items->numel() == 4, kOp, "num_items must be (4,), got ", shape_of(*num_items));
-  const Values values = read(*num_items, ScalarType::Double);
+  const Values values = read(kOp, "num_items", *num_items, ScalarType::Double, 4);
   return std::array<double, 4>{values[0], values[1], values[2], values[3]};
 }
 
@@ -223,19 +228,17 @@ LossOutputs cppo_loss(Tensor anchor, std::optional<Tensor> positive, std::option
   };
   const ScalarType type = accumulator(anchor);
   const LogitRows logits(kOp, "anchor", anchor);
-  const std::optional<LogitRows> positive_rows = optional_rows("positive", positive);
-  const std::optional<LogitRows> negative_rows = optional_rows("negative", negative);
+  const std::optional<LogitRows> positive_rows = optional_rows("positive", positive, logits);
+  const std::optional<LogitRows> negative_rows = optional_rows("negative", negative, logits);
   const int64_t count = logits.count();
-  CPPO_CHECK(targets.numel() == count, kOp, "targets must be one per row of the anchor, got ",
-             shape_of(targets), " for ", shape_of(anchor));
+  const Targets target(kOp, targets, count);
   const Completions completions(kOp, targets, cu_seqlens);
-  CPPO_CHECK(advantages.numel() == completions.count(), kOp, "advantages must be (B,) = (",
-             completions.count(), ",), got ", shape_of(advantages));
-  const Targets target(targets, ScalarType::Long);
-  const Mask valid(mask);
+  const Mask valid(kOp, "mask", mask, count);
   check_targets(kOp, target, valid, count, logits.size());
+  check_fraction(kOp, fraction);
 
-  const Values advantage = read(advantages, ScalarType::Double);
+  const Values advantage =
+      read(kOp, "advantages", advantages, ScalarType::Double, completions.count());
   LossRows rows;
   rows.looks = looking(advantage, completions.count(), gating);
   rows.longest = completions.longest();
@@ -258,8 +261,8 @@ LossOutputs cppo_loss(Tensor anchor, std::optional<Tensor> positive, std::option
 
   RowTerms terms(count);
   terms.has_positive = positive_rows.has_value();
-  terms.old_logps = to_doubles(old_logps, type);
-  terms.ref_logps = to_doubles(ref_logps, type);
+  terms.old_logps = to_doubles(kOp, "old_logps", old_logps, type, count);
+  terms.ref_logps = to_doubles(kOp, "ref_logps", ref_logps, type, count);
   const Saved saved = {new_zeros(anchor, {kSaved, count}, type), count};
   const Statistics statistics(logits, target, config, terms, saved);
   const ViewRows views(completions, rows.looks, count);
@@ -345,8 +348,9 @@ std::tuple<Tensor, Tensor, Tensor> loss_terms(
   const ScalarType type = accumulator(logps);
   const int64_t count = logps.numel();
   const Completions completions(op, logps, cu_seqlens);
-  const Values advantage = read(advantages, ScalarType::Double);
-  const Mask chosen(selected);
+  const Values advantage =
+      read(op, "advantages", advantages, ScalarType::Double, completions.count());
+  const Mask chosen(op, "selected", selected, count);
   LossRows rows;
   rows.selected.assign(count, 0);
   for (int64_t i = 0; i < count; ++i) rows.selected[i] = chosen[i];
@@ -356,16 +360,17 @@ std::tuple<Tensor, Tensor, Tensor> loss_terms(
     for (int64_t i = completions.begin(c); i < completions.end(c); ++i) own.push_back(i);
   }
   RowTerms terms(count);
-  const auto assign = [&](std::vector<double>& to, const std::optional<Tensor>& from) {
-    if (from.has_value()) to = to_doubles(from, type);
+  const auto assign = [&](std::vector<double>& to, const char* argument,
+                          const std::optional<Tensor>& from) {
+    if (from.has_value()) to = to_doubles(op, argument, from, type, count);
   };
-  assign(terms.logps, logps);
-  assign(terms.entropy, entropy);
-  assign(terms.positive_logps, positive_logps);
-  assign(terms.negative_logps, negative_logps);
-  assign(terms.margin, margin);
-  assign(terms.old_logps, old_logps);
-  assign(terms.ref_logps, ref_logps);
+  assign(terms.logps, "logps", logps);
+  assign(terms.entropy, "entropy", entropy);
+  assign(terms.positive_logps, "positive_logps", positive_logps);
+  assign(terms.negative_logps, "negative_logps", negative_logps);
+  assign(terms.margin, "margin", margin);
+  assign(terms.old_logps, "old_logps", old_logps);
+  assign(terms.ref_logps, "ref_logps", ref_logps);
   terms.has_positive = positive_logps.has_value() || margin.has_value();
   const Values coefficients = new_zeros(logps, {kCoefficients, count}, type);
   const auto [loss, metrics] = tensors_of(
@@ -382,7 +387,7 @@ class Gradients {
  public:
   Gradients(const Tensor& grad_loss, const LogitRows& anchor, const Targets& targets,
             const Saved& saved, const Values& coefficients, double temperature)
-      : upstream_(read(grad_loss, ScalarType::Double)[0]),
+      : upstream_(read(kOp, "grad_loss", grad_loss, ScalarType::Double, 1)[0]),
         anchor_(anchor),
         targets_(targets),
         saved_(saved),
@@ -397,6 +402,7 @@ class Gradients {
     for (int64_t i = 0; i < saved_.rows; ++i) {
       const bool counts = by(which, i) != 0.0 || (which == 0 && by(1, i) != 0.0);
       if (!counts || row_of[i] < 0) continue;
+      check_target(kOp, targets_, i, view.size());
       active.push_back(i);
       written[row_of[i]] = true;
     }
@@ -424,7 +430,10 @@ class Gradients {
     std::vector<bool> negative_written(negative.out.count());
     for (int64_t i = 0; i < saved_.rows; ++i) {
       const bool own = by(0, i) != 0.0 || by(1, i) != 0.0, together = by(2, i) != 0.0;
+      if (own || together) check_target(kOp, targets_, i, anchor_.size());
       if (together) {
+        CPPO_CHECK(positive.row_of[i] >= 0 && negative.row_of[i] >= 0, kOp,
+                   "coefficients must be 0 where a completion has no views, got row ", i);
         contrasted.push_back(i);
         positive_written[positive.row_of[i]] = negative_written[negative.row_of[i]] = true;
       }
@@ -502,17 +511,27 @@ struct ViewsOf {
   std::optional<LogitRows> positive, negative;
 };
 
+ViewsOf views_of(const Tensor& anchor, const std::optional<Tensor>& positive,
+                 const std::optional<Tensor>& negative) {
+  const LogitRows rows(kOp, "anchor", anchor);
+  return {rows, optional_rows("positive", positive, rows),
+          optional_rows("negative", negative, rows)};
+}
+
 void backward(const Tensor& grad_loss, const ViewsOf& logits, const ViewsOf& out,
               const Tensor& targets, const Tensor& advantages,
               const std::optional<Tensor>& cu_seqlens, const Tensor& saved_values,
               const Tensor& coefficient_values, double temperature, Divergence divergence,
               bool gating, bool detach_anchor) {
-  const Completions completions(kOp, targets, cu_seqlens);
-  const Values advantage = read(advantages, ScalarType::Double);
-  const Targets target(targets, ScalarType::Long);
   const int64_t count = logits.anchor.count();
-  const Saved saved = {Values(torch::stable::contiguous(saved_values)), count};
-  const Values coefficients(torch::stable::contiguous(coefficient_values));
+  const ScalarType type = accumulator(logits.anchor.tensor());
+  const Targets target(kOp, targets, count);
+  const Completions completions(kOp, targets, cu_seqlens);
+  const Values advantage =
+      read(kOp, "advantages", advantages, ScalarType::Double, completions.count());
+  const Saved saved = {kept(kOp, "saved", saved_values, type, kSaved, count), count};
+  const Values coefficients =
+      kept(kOp, "coefficients", coefficient_values, type, kCoefficients, count);
   const ViewRows views(completions, looking(advantage, completions.count(), gating), count);
   const Gradients gradients(grad_loss, logits.anchor, target, saved, coefficients, temperature);
   if (divergence == Divergence::kFull && logits.positive && logits.negative) {
@@ -551,8 +570,7 @@ std::tuple<Tensor, Tensor, Tensor> cppo_loss_backward(
     Tensor targets, Tensor advantages, std::optional<Tensor> cu_seqlens, Tensor saved,
     Tensor coefficients, double temperature, std::string divergence, bool gating,
     bool detach_anchor) {
-  const ViewsOf logits = {LogitRows(kOp, "anchor", anchor), optional_rows("positive", positive),
-                          optional_rows("negative", negative)};
+  const ViewsOf logits = views_of(anchor, positive, negative);
   const ViewsOf out = {LogitRows::new_like(kOp, logits.anchor), new_like(logits.positive),
                        new_like(logits.negative)};
   backward(grad_loss, logits, out, targets, advantages, cu_seqlens, saved, coefficients,
@@ -569,11 +587,13 @@ void cppo_loss_backward_(Tensor grad_loss, Tensor anchor, std::optional<Tensor> 
                          std::optional<Tensor> cu_seqlens, Tensor saved, Tensor coefficients,
                          double temperature, std::string divergence, bool gating,
                          bool detach_anchor) {
-  anchor.mutable_data_ptr();  // a lazy copy becomes a real one
-  if (positive) positive->mutable_data_ptr();
-  if (negative) negative->mutable_data_ptr();
-  const ViewsOf logits = {LogitRows(kOp, "anchor", anchor), optional_rows("positive", positive),
-                          optional_rows("negative", negative)};
+  // A lazy copy becomes a real one.
+  for (const std::optional<Tensor>& view : {std::optional(anchor), positive, negative}) {
+    if (!view) continue;
+    check_cpu(kOp, "views", *view);
+    view->mutable_data_ptr();
+  }
+  const ViewsOf logits = views_of(anchor, positive, negative);
   backward(grad_loss, logits, logits, targets, advantages, cu_seqlens, saved, coefficients,
            temperature, parse_divergence(kOp, divergence), gating, detach_anchor);
   write_back(logits.anchor, anchor);

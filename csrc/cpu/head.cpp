@@ -52,6 +52,8 @@ void place(const Tensor& tile, const Tensor& product, int64_t first) {
 }  // namespace
 
 void place_transposed_(Tensor tile, Tensor product, int64_t first) {
+  check_cpu(kOp, "tile", tile);
+  check_cpu(kOp, "product", product);
   check_dim(kOp, "tile", tile, 2);
   check_dim(kOp, "product", product, 2);
   const ScalarType type = tile.scalar_type();
@@ -60,7 +62,7 @@ void place_transposed_(Tensor tile, Tensor product, int64_t first) {
              "tile and product must both be fp32 or both fp64");
   CPPO_CHECK(tile.stride(1) == 1 && product.stride(1) == 1, kOp,
              "tile and product must be dense in their last dimension");
-  const bool fits = first >= 0 && first + product.size(0) <= tile.size(1);
+  const bool fits = first >= 0 && first <= tile.size(1) - product.size(0);
   CPPO_CHECK(fits && tile.size(0) <= product.size(1), kOp, "product ", shape_of(product),
              ", turned around, must fit tile ", shape_of(tile), " from column ", first);
   wide ? place<double>(tile, product, first) : place<float>(tile, product, first);

@@ -26,6 +26,10 @@ using torch::headeronly::ScalarType;
 
 namespace {
 const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
+
+void check_bytes(int64_t bytes) {
+  CPPO_CHECK(bytes >= 0, "kept_memory", "bytes must not be negative, got ", bytes);
+}
 }
 
 #if defined(__linux__) && defined(MADV_FREE) && defined(MADV_HUGEPAGE)
@@ -160,6 +164,7 @@ Tensor new_gradient(const Tensor& like) {
 }
 
 Tensor kept_memory(int64_t bytes) {
+  check_bytes(bytes);
   const auto kept = of_kept_memory({bytes}, ScalarType::Byte, static_cast<size_t>(bytes));
   return kept ? *kept : torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, kCpu);
 }
@@ -173,6 +178,7 @@ Tensor new_gradient(const Tensor& like) {
 }
 
 Tensor kept_memory(int64_t bytes) {
+  check_bytes(bytes);
   return torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, kCpu);
 }
 

@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace cppo::cpu::CPPO_ISA {
@@ -54,6 +56,29 @@ inline Lanes<A> at_most(Lanes<A> x, A high) {
   }
 #endif
   return bound < x ? bound : x;
+}
+
+// from - x * y, rounded once. By its instruction: the flags of a compiler only let it contract two
+// operations into one (GCC does not below -O2), and what is computed with it would lose its digits
+// where it does not. kFused: whether this machine has the instruction.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+inline Lanes<float> minus_product(Lanes<float> from, Lanes<float> x, Lanes<float> y) {
+#if CPPO_LANE_BYTES == 64
+  return _mm512_fnmadd_ps(x, y, from);
+#elif CPPO_LANE_BYTES == 32
+  return _mm256_fnmadd_ps(x, y, from);
+#elif defined(__x86_64__) && defined(__FMA__)
+  return _mm_fnmadd_ps(x, y, from);
+#elif defined(__aarch64__)
+  return (Lanes<float>)vfmsq_f32((float32x4_t)from, (float32x4_t)x, (float32x4_t)y);
+#else
+  for (int i = 0; i < Vector<float>::kSize; ++i) from[i] = __builtin_fmaf(-x[i], y[i], from[i]);
+  return from;
+#endif
 }
 
 template <class A>

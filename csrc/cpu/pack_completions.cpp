@@ -293,17 +293,18 @@ struct Places {
     const Tensor contiguous = torch::stable::contiguous(target_index);
     const int64_t* index = static_cast<const int64_t*>(contiguous.const_data_ptr());
     num_rows = target_index.size(0);
-    bool fits = true;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      CPPO_CHECK(index[i] >= 0 && index[i] < num_places, op, "target_index must be in [0, ",
+                 num_places, "), got ", index[i], " at ", i);
+    }
     for (int64_t first = 0; first < num_rows;) {
       int64_t last = first + 1;
       while (last < num_rows && index[last] == index[last - 1] + 1) ++last;
       const Run run = {first, index[first], last - first};
-      fits &= run.place >= 0 && run.place <= num_places - run.count;
       rises &= runs.empty() || run.place >= runs.back().place + runs.back().count;
       runs.push_back(run);
       first = last;
     }
-    CPPO_CHECK(fits, op, "target_index must be in [0, ", num_places, ")");
   }
 };
 
@@ -358,6 +359,9 @@ Column column_of(const char* op, const Tensor& value, const Tensor& out) {
 std::vector<Tensor> unpack(std::vector<Tensor> values, Tensor target_index,
                            int64_t num_completions, int64_t length) {
   const char* op = "unpack";
+  const int64_t most = std::numeric_limits<int64_t>::max() / std::max<int64_t>(length, 1);
+  CPPO_CHECK(num_completions >= 0 && length >= 0 && num_completions <= most, op,
+             "num_completions and length must be sizes, got ", num_completions, " and ", length);
   const Places places(op, target_index, num_completions * length);
   std::vector<Tensor> outputs;
   std::vector<Column> columns;

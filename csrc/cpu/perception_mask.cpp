@@ -19,7 +19,7 @@ Completions::Completions(const char* op, const Tensor& rows,
     return;
   }
   check_dim(op, "cu_seqlens", *cu_seqlens, 1);
-  const Integers<int64_t> bounds(*cu_seqlens, ScalarType::Long);
+  const Integers<int64_t> bounds(op, "cu_seqlens", *cu_seqlens, ScalarType::Long);
   bounds_.assign(bounds.data, bounds.data + cu_seqlens->size(0));
   CPPO_CHECK(!bounds_.empty() && bounds_.front() == 0 && bounds_.back() == total &&
                  std::is_sorted(bounds_.begin(), bounds_.end()),
@@ -69,6 +69,10 @@ template void select<float>(const std::vector<int64_t>&, const Values&, const Va
 template void select<double>(const std::vector<int64_t>&, const Values&, const Values&, double,
                              bool*);
 
+void check_fraction(const char* op, double fraction) {
+  CPPO_CHECK(fraction >= 0.0 && fraction <= 1.0, op, "fraction must be in [0, 1], got ", fraction);
+}
+
 Tensor perception_mask(Tensor anchor_entropy, Tensor negative_entropy, double fraction,
                        std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens) {
   const char* op = "perception_mask";
@@ -76,9 +80,12 @@ Tensor perception_mask(Tensor anchor_entropy, Tensor negative_entropy, double fr
   const bool wide = anchor_entropy.scalar_type() == ScalarType::Double ||
                     negative_entropy.scalar_type() == ScalarType::Double;
   const Completions completions(op, anchor_entropy, cu_seqlens);
-  const Values anchor = read(anchor_entropy, wide ? ScalarType::Double : ScalarType::Float);
-  const Values negative = read(negative_entropy, wide ? ScalarType::Double : ScalarType::Float);
-  const Mask valid(mask);
+  check_fraction(op, fraction);
+  const ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
+  const int64_t count = anchor_entropy.numel();
+  const Values anchor = read(op, "anchor_entropy", anchor_entropy, type, count);
+  const Values negative = read(op, "negative_entropy", negative_entropy, type, count);
+  const Mask valid(op, "mask", mask, count);
   Tensor out = torch::stable::new_empty(anchor_entropy, anchor_entropy.sizes(), ScalarType::Bool);
   bool* selected = static_cast<bool*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, completions.count(), 1, [&](int64_t begin, int64_t end) {

@@ -20,13 +20,6 @@ constexpr int64_t kBlock = 2048;  // elements: three rows of fp32 are 24 KiB
 constexpr int64_t kAhead = 1024;  // elements from what is read to what is asked for
 constexpr double kSlack = 4.0;    // terms up to kBase^4: as exact in A as terms up to 1
 
-// Whether x * y - z is rounded once. Rounded twice, logits far from zero would lose their digits.
-#if defined(__FMA__) || defined(__aarch64__)
-constexpr bool kFused = true;
-#else
-constexpr bool kFused = false;
-#endif
-
 // From logits to the depths d of the terms kBase^-d, and from d to nats.
 template <class A>
 struct Scale {
@@ -223,7 +216,8 @@ BlockSums<kViews> sum_block(const Row<E> (&views)[kViews], int64_t begin, int64_
 // and no maximum is looked for. False, and nothing written, where a logit is too far from its
 // reference.
 //
-// Depths are measured from about kSlack above it, which makes one test of the two.
+// Depths are measured from about kSlack above it, which makes one test of the two. They are rounded
+// once: rounded twice, logits far from zero would lose their digits.
 template <class E, int kViews>
 bool sum_block_in_range(const Row<E> (&views)[kViews], int64_t begin,
                         const Online<float> (&online)[kViews], float per_logit,
@@ -231,6 +225,7 @@ bool sum_block_in_range(const Row<E> (&views)[kViews], int64_t begin,
   using Vectors = Lanes<float>;
   Vectors offset[kViews], total[kViews] = {}, deep[kViews] = {}, gaps{};
   for (int v = 0; v < kViews; ++v) offset[v] = fill(online[v].in_range.offset);
+  const Vectors factor = fill(per_logit);
   Range range;
   constexpr int kSteps = 4;  // at a time
   for (int64_t i = begin; i < begin + kBlock; i += kSteps * Row<E>::kStep) {
@@ -240,8 +235,8 @@ bool sum_block_in_range(const Row<E> (&views)[kViews], int64_t begin,
       Vectors first[kViews], second[kViews];
       for (int v = 0; v < kViews; ++v) {
         const Pair<float> logits = views[v].inside(i + step * Row<E>::kStep);
-        first[v] = offset[v] - logits.first * per_logit;
-        second[v] = offset[v] - logits.second * per_logit;
+        first[v] = minus_product(offset[v], logits.first, factor);
+        second[v] = minus_product(offset[v], logits.second, factor);
         range.add(first[v]);
         range.add(second[v]);
       }

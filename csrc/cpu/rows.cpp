@@ -26,7 +26,10 @@ Element element_of(const char* op, const char* argument, const Tensor& logits) {
   }
 }
 
-Tensor with_dense_rows(const Tensor& logits) {
+Tensor with_dense_rows(const char* op, const char* argument, const Tensor& logits) {
+  check_cpu(op, argument, logits);
+  CPPO_CHECK(logits.dim() == 2 || logits.dim() == 3, op, argument,
+             " must be (T, V) or (B, L, V), got ", shape_of(logits));
   const int64_t last = logits.dim() - 1;
   const bool dense = logits.size(last) == 1 || logits.stride(last) == 1;
   return dense ? logits : torch::stable::contiguous(logits);
@@ -35,11 +38,8 @@ Tensor with_dense_rows(const Tensor& logits) {
 }  // namespace
 
 LogitRows::LogitRows(const char* op, const char* argument, const Tensor& logits)
-    : tensor_(with_dense_rows(logits)) {
-  check_cpu(op, argument, logits);
+    : tensor_(with_dense_rows(op, argument, logits)) {
   const int64_t dim = logits.dim();
-  CPPO_CHECK(dim == 2 || dim == 3, op, argument, " must be (T, V) or (B, L, V), got ",
-             shape_of(logits));
   const Element element = element_of(op, argument, logits);
   // Only the rows of a new tensor, or of one that is to be overwritten, are written.
   data_ = static_cast<char*>(const_cast<void*>(tensor_.const_data_ptr()));
@@ -55,6 +55,12 @@ LogitRows::LogitRows(const char* op, const char* argument, const Tensor& logits)
 
 LogitRows LogitRows::new_like(const char* op, const LogitRows& logits) {
   return LogitRows(op, "gradient", new_gradient(logits.tensor_));
+}
+
+void LogitRows::check_like(const char* op, const char* argument, const LogitRows& anchor) const {
+  CPPO_CHECK(size_ == anchor.size_ && tensor_.scalar_type() == anchor.tensor_.scalar_type(), op,
+             argument, " must have the V and dtype of the anchor ", shape_of(anchor.tensor_),
+             ", got ", shape_of(tensor_));
 }
 
 void LogitRows::clear(int64_t i) const {
@@ -91,17 +97,21 @@ void write_gradient(const LogitRows& logits, int64_t row, const LogitRows& out, 
 void check_targets(const char* op, const Targets& targets, const Mask& mask, int64_t count,
                    int64_t vocabulary) {
   for (int64_t i = 0; i < count; ++i) {
-    CPPO_CHECK(!mask[i] || (targets[i] >= 0 && targets[i] < vocabulary), op,
-               "targets must be in [0, V) = [0, ", vocabulary, ") where not masked, got ",
-               targets[i], " at row ", i);
+    if (mask[i]) check_target(op, targets, i, vocabulary);
   }
+}
+
+void check_target(const char* op, const Targets& targets, int64_t row, int64_t vocabulary) {
+  CPPO_CHECK(targets[row] >= 0 && targets[row] < vocabulary, op, "targets must be in [0, V) = [0, ",
+             vocabulary, ") where not masked, got ", targets[row], " at row ", row);
 }
 
 std::string row_capability() { return cpu_capability(); }
 
 Tensor row_power(Tensor t) {
   const bool wide = t.scalar_type() == ScalarType::Double;
-  const Values from = read(t, wide ? ScalarType::Double : ScalarType::Float);
+  const Values from =
+      read("row_power", "t", t, wide ? ScalarType::Double : ScalarType::Float, t.numel());
   Tensor out = torch::stable::new_empty(t, t.sizes(), from.tensor().scalar_type());
   row_kernels(wide ? Element::kDouble : Element::kFloat)
       .power(from.tensor().const_data_ptr(), out.mutable_data_ptr(), out.numel());

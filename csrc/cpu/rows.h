@@ -20,7 +20,7 @@ inline ScalarType accumulator(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// A dense fp32 or fp64 tensor, read and written as double.
+// A dense fp32 or fp64 tensor on the CPU, read and written as double.
 class Values {
  public:
   explicit Values(const Tensor& dense)
@@ -53,9 +53,22 @@ inline Values new_zeros(const Tensor& like, torch::headeronly::IntHeaderOnlyArra
   return Values(out);
 }
 
-// Any floating tensor as Values of `type`; copied where dtype or strides ask for it.
-inline Values read(const Tensor& tensor, ScalarType type) {
+// Any tensor of `numel` numbers as Values of `type`; copied where dtype or strides ask for it.
+inline Values read(const char* op, const char* argument, const Tensor& tensor, ScalarType type,
+                   int64_t numel) {
+  check_cpu(op, argument, tensor);
+  check_numel(op, argument, tensor, numel);
   return Values(torch::stable::contiguous(torch::stable::to(tensor, type)));
+}
+
+// What a forward left to its backward: (count, rows) of the accumulator's dtype.
+inline Values kept(const char* op, const char* argument, const Tensor& tensor, ScalarType type,
+                   int64_t count, int64_t rows) {
+  CPPO_CHECK(tensor.dim() == 2 && tensor.size(0) == count && tensor.size(1) == rows &&
+                 tensor.scalar_type() == type,
+             op, argument, " must be that of the forward, (", count, ", ", rows, "), got shape ",
+             shape_of(tensor), tensor.scalar_type() == type ? "" : " of another dtype");
+  return read(op, argument, tensor, type, count * rows);
 }
 
 // A dense tensor of integers or booleans, copied where dtype or strides ask for it.
@@ -63,17 +76,29 @@ template <class T>
 struct Integers {
   Tensor tensor;
   const T* data;
-  Integers(const Tensor& source, ScalarType type)
+  Integers(const char* op, const char* argument, const Tensor& source, ScalarType type)
       : tensor(torch::stable::contiguous(torch::stable::to(source, type))),
-        data(static_cast<const T*>(tensor.const_data_ptr())) {}
+        data(static_cast<const T*>(tensor.const_data_ptr())) {
+    check_cpu(op, argument, source);
+  }
   T operator[](int64_t i) const { return data[i]; }
 };
-using Targets = Integers<int64_t>;
 
+// One per row of logits.
+struct Targets : Integers<int64_t> {
+  Targets(const char* op, const Tensor& targets, int64_t rows)
+      : Integers(op, "targets", targets, ScalarType::Long) {
+    check_numel(op, "targets", targets, rows);
+  }
+};
+
+// One per row of logits, or all.
 struct Mask {
   std::optional<Integers<bool>> values;
-  explicit Mask(const std::optional<Tensor>& mask) {
-    if (mask.has_value()) values.emplace(*mask, ScalarType::Bool);
+  Mask(const char* op, const char* argument, const std::optional<Tensor>& mask, int64_t rows) {
+    if (!mask.has_value()) return;
+    check_numel(op, argument, *mask, rows);
+    values.emplace(op, argument, *mask, ScalarType::Bool);
   }
   bool operator[](int64_t i) const { return !values || (*values)[i]; }
 };
@@ -84,6 +109,8 @@ class LogitRows {
   LogitRows(const char* op, const char* argument, const Tensor& logits);
   // A new tensor like `logits`, to be written.
   static LogitRows new_like(const char* op, const LogitRows& logits);
+  // A view is read together with the anchor: both have the same V and dtype.
+  void check_like(const char* op, const char* argument, const LogitRows& anchor) const;
 
   void* row(int64_t i) const {
     return data_ + (i / inner_ * outer_stride_ + i % inner_ * inner_stride_) * element_bytes_;
@@ -117,9 +144,10 @@ void write_gradient(const LogitRows& logits, int64_t row, const LogitRows& out, 
                     int64_t target, const RowStats& stats, double d_logp, double d_entropy,
                     double inv_temperature);
 
-// The target of every unmasked row must name a token.
+// A target must name a token: that of every unmasked row, or of one.
 void check_targets(const char* op, const Targets& targets, const Mask& mask, int64_t count,
                    int64_t vocabulary);
+void check_target(const char* op, const Targets& targets, int64_t row, int64_t vocabulary);
 
 // Calls f(item) for each of the items, in parallel. A thread takes the next item when it has done
 // one: cores are not equally fast when other programs use them too.

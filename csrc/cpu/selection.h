@@ -25,6 +25,9 @@ class Completions {
   int64_t longest_ = 0;
 };
 
+// Of it a share of the rows is counted: of NaN, or past 1, there is none.
+void check_fraction(const char* op, double fraction);
+
 // Marks, of the `rows` of one completion, those whose score reaches the k-th largest. A is the
 // dtype of the entropies: the arithmetic is the reference's, bit for bit.
 template <class A>

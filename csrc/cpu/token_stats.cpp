@@ -13,19 +13,20 @@ constexpr const char* kOp = "token_stats";
 struct StatsGradient {
   std::optional<Values> logps, entropy;
   StatsGradient(const std::optional<Tensor>& grad_logps, const std::optional<Tensor>& grad_entropy,
-                ScalarType type) {
-    if (grad_logps.has_value()) logps = read(*grad_logps, type);
-    if (grad_entropy.has_value()) entropy = read(*grad_entropy, type);
+                ScalarType type, int64_t rows) {
+    if (grad_logps.has_value()) logps = read(kOp, "grad_logps", *grad_logps, type, rows);
+    if (grad_entropy.has_value()) entropy = read(kOp, "grad_entropy", *grad_entropy, type, rows);
   }
 };
 
 void backward(const StatsGradient& gradient, const LogitRows& logits, const LogitRows& out,
               const Tensor& targets, const std::optional<Tensor>& mask, const Tensor& saved,
               double temperature) {
-  const Targets target(targets, ScalarType::Long);
-  const Mask valid(mask);
-  const Values stats(torch::stable::contiguous(saved));
   const int64_t rows = logits.count();
+  const Targets target(kOp, targets, rows);
+  const Mask valid(kOp, "mask", mask, rows);
+  check_targets(kOp, target, valid, rows, logits.size());
+  const Values stats = kept(kOp, "saved", saved, accumulator(logits.tensor()), 3, rows);
   const auto d_logp = [&](int64_t i) { return gradient.logps ? (*gradient.logps)[i] : 0.0; };
   const auto d_entropy = [&](int64_t i) { return gradient.entropy ? (*gradient.entropy)[i] : 0.0; };
   std::vector<int64_t> active, zero;
@@ -46,11 +47,9 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor targets,
                                                std::optional<Tensor> mask, double temperature,
                                                bool /*inplace: for the backward*/) {
   const LogitRows source(kOp, "logits", logits);
-  CPPO_CHECK(targets.numel() == source.count(), kOp, "targets must be one per row of logits, got ",
-             shape_of(targets), " for ", shape_of(logits));
-  const Targets target(targets, ScalarType::Long);
-  const Mask valid(mask);
   const int64_t rows = source.count();
+  const Targets target(kOp, targets, rows);
+  const Mask valid(kOp, "mask", mask, rows);
   check_targets(kOp, target, valid, rows, source.size());
   const ScalarType type = accumulator(logits);
   const Values logps = new_zeros(logits, targets.sizes(), type);
@@ -77,19 +76,20 @@ Tensor token_stats_backward(std::optional<Tensor> grad_logps, std::optional<Tens
                             Tensor saved, double temperature) {
   const LogitRows source(kOp, "logits", logits);
   const LogitRows out = LogitRows::new_like(kOp, source);
-  backward({grad_logps, grad_entropy, accumulator(logits)}, source, out, targets, mask, saved,
-           temperature);
+  backward({grad_logps, grad_entropy, accumulator(logits), source.count()}, source, out, targets,
+           mask, saved, temperature);
   return out.tensor();
 }
 
 void token_stats_backward_(std::optional<Tensor> grad_logps, std::optional<Tensor> grad_entropy,
                            Tensor logits, Tensor targets, std::optional<Tensor> mask, Tensor saved,
                            double temperature) {
+  check_cpu(kOp, "logits", logits);
   logits.mutable_data_ptr();  // a lazy copy becomes a real one
   // Where the last dimension is not dense, these rows are those of a copy.
   const LogitRows rows(kOp, "logits", logits);
-  backward({grad_logps, grad_entropy, accumulator(logits)}, rows, rows, targets, mask, saved,
-           temperature);
+  backward({grad_logps, grad_entropy, accumulator(logits), rows.count()}, rows, rows, targets, mask,
+           saved, temperature);
   if (rows.tensor().data_ptr() != logits.data_ptr()) torch::stable::copy_(logits, rows.tensor());
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -25,11 +26,17 @@ Lengths longest_first(const Lengths& lengths) {
 }
 
 void check_lengths(const std::string& op, const Lengths& lengths) {
+  int64_t room = std::numeric_limits<int64_t>::max();
   for (size_t i = 0; i < lengths.size(); ++i) {
     if (lengths[i] < 0) {
       throw std::invalid_argument("cppo." + op + ": lengths must not be negative, got " +
                                   std::to_string(lengths[i]) + " at index " + std::to_string(i));
     }
+    if (lengths[i] > room) {
+      throw std::invalid_argument("cppo." + op + ": lengths must add up to less than 2^63, got more " +
+                                  "at index " + std::to_string(i));
+    }
+    room -= lengths[i];
   }
 }
 

@@ -1,0 +1,82 @@
+"""What decides the course of a run, and what of it may change when the run is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cppo.checkpoint import read_summary
+from cppo.config import CPPOConfig
+
+# What may change when a run is resumed: how long it goes on and what is written.
+_MAY_CHANGE = {
+    "max_steps",
+    "output_dir",
+    "eval_every",
+    "eval_samples",
+    "eval_greedy",
+    "save_every",
+    "save_minutes",
+    "keep_checkpoints",
+    "best_metric",
+    "log_every",
+    "log_completions",
+    "trackers",
+    "process_timeout",
+    "reward_retries",
+    "reward_timeout",
+    "skip_bad_questions",
+    "resume_with_changes",
+}
+
+
+def run_options(config: CPPOConfig, num_processes: int) -> dict[str, Any]:
+    """What decides the course of a run, under dotted names, as JSON gives it back."""
+    options = {"processes": num_processes, **_flat(dataclasses.asdict(config))}
+    # A perturbation may be a function: its name, repr has the address in memory.
+    named = json.dumps(options, default=lambda value: getattr(value, "__qualname__", repr(value)))
+    return json.loads(named)
+
+
+def check_options(path: str | Path, now: dict[str, Any], data: dict[str, Any]) -> list[str]:
+    """Resuming with other options would be another run under the name of the old one.
+
+    Args:
+        now: the options of this run, as of `run_options`.
+        data: what it is trained on, in words; `resume_with_changes` allows differences here.
+    Returns: the differences of `data` that are allowed, in words.
+    Raises: ValueError naming everything that changed, its old and its new value.
+    """
+    # An option that an older version did not have had its default's effect.
+    was = {**run_options(CPPOConfig(), 1), **read_summary(path)["options"]}
+
+    def changes(names: Iterable[str], now: dict[str, Any]) -> list[str]:
+        return [
+            f"{name} (was {was.get(name)!r}, is {now.get(name)!r})"
+            for name in sorted(names)
+            if was.get(name) != now.get(name)
+        ]
+
+    options = changes((was.keys() | now.keys()) - data.keys() - _MAY_CHANGE, now)
+    others = changes(was.keys() & data.keys(), data)
+    if options or (others and not now["resume_with_changes"]):
+        hint = "" if options else "; resume_with_changes=True goes on all the same"
+        raise ValueError(
+            f"cppo.CPPOTrainer: the run of {path} must be resumed with the options it was "
+            f"started with, data and rewards included, changed: {', '.join(options + others)}{hint}"
+        )
+    return others
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options under dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found

@@ -1,0 +1,251 @@
+"""Every file of a checkpoint, damaged in every way: refused with its name, and a way out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainer_cases import same, trainer_for, weights_of
+
+from cppo import cli
+from cppo.checkpoint import (
+    CheckpointError,
+    best_checkpoint,
+    check_files,
+    checkpoints,
+    last_checkpoint,
+    read_summary,
+    recover,
+)
+from cppo.config import LoraConfig
+from cppo.progress import read_metrics
+
+CASES: dict[str, dict[str, Any]] = {
+    "text": {},
+    "vision": {"family": "qwen2_5_vl", "prune_rate": 0.5},
+    "lora": {"lora": LoraConfig(r=2, alpha=4)},
+}
+DAMAGES = ("gone", "empty", "cut", "first bit", "last bit", "another step", "another run")
+
+
+def run_of(folder: Path, case: str, **options: Any) -> None:
+    trainer_for(folder, save_every=1, max_steps=2, **{**CASES[case], **options}).train()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For every case a run with two checkpoints, and another one that began with other weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    for case in CASES:
+        run_of(folder / case / "run", case)
+        run_of(folder / case / "other", case, seed=1)
+    return folder
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def copied(runs: Path, case: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(runs / case, tmp_path / "runs")) / "run"
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file())
+
+
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+def damage(file: Path, how: str) -> bool:
+    """Damages a file of the newest checkpoint; False if that leaves it as it was."""
+    before = file.read_bytes()
+    other = {"another step": file.parents[1] / "checkpoint-000001" / file.name}
+    other["another run"] = file.parents[2] / "other" / file.parent.name / file.name
+    if how == "gone":
+        file.unlink()
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "cut":
+        file.write_bytes(before[: len(before) // 2])
+    elif how.endswith("bit"):
+        flip(file, 0 if how == "first bit" else len(before) - 1)
+    else:
+        shutil.copy(other[how], file)
+    return not file.is_file() or file.read_bytes() != before
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_every_damage_is_refused_with_the_file_and_a_way_out(
+    copied: Path, case: str, how: str
+) -> None:
+    newest, older = last_checkpoint(copied), checkpoints(copied)[0]
+    backup = copied.parent / "backup"
+    shutil.copytree(newest, backup)
+    names = [path.relative_to(newest) for path in files_of(newest)]
+    assert {"trainer.json", "trainer.pt"} < set(map(str, names))
+    tried = 0
+    for name in names:
+        shutil.rmtree(newest)
+        shutil.copytree(backup, newest)
+        if not damage(newest / name, how):
+            continue
+        if how == "last bit" and name.suffix == ".json" and _reads_the_same(newest / name, backup):
+            continue  # the line's end: another space is the same content of trainer.json
+        tried += 1
+        if how == "gone" and name.name == "trainer.json":
+            continue  # a folder half copied: test_what_stops_nothing
+        with pytest.raises(CheckpointError) as refused:
+            check_files(newest)
+        words = str(refused.value)
+        # A whole trainer.json of another run disagrees with everything beside it.
+        assert str(newest / name) in words or f"in {name}" in words, (name, words)
+        assert f"newest whole checkpoint beside it is {older}" in words, (name, words)
+    assert tried >= 2
+
+
+def _reads_the_same(file: Path, backup: Path) -> bool:
+    if file.name != "trainer.json":
+        return False
+    try:
+        return json.loads(file.read_bytes()) == json.loads((backup / file.name).read_bytes())
+    except ValueError:
+        return False
+
+
+def test_every_bit_of_the_summary_counts(copied: Path) -> None:
+    summary = last_checkpoint(copied) / "trainer.json"
+    whole = summary.read_bytes()
+    content = json.loads(whole)
+    for place in range(0, len(whole), 7):
+        flip(summary, place)
+        try:
+            assert read_summary(summary.parent) == content, place
+        except CheckpointError as error:
+            assert str(summary) in str(error)
+        summary.write_bytes(whole)
+
+
+def test_a_run_and_an_evaluation_say_it(
+    copied: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest, older = last_checkpoint(copied), checkpoints(copied)[0]
+    weights = next(newest.glob("*model.safetensors"))
+    flip(weights, weights.stat().st_size // 2)
+    trainer = trainer_for(copied, max_steps=3, save_every=1, **CASES[case])
+    with pytest.raises(CheckpointError, match=f"{weights} is damaged.*is {older}: resume from"):
+        trainer.train(resume_from="auto")
+    again = trainer_for(copied, max_steps=3, save_every=1, **CASES[case])
+    again.train(resume_from=older, overwrite=True)
+    assert [row["step"] for row in read_metrics(copied)] == [1, 2, 3]
+
+
+def test_what_stops_nothing(copied: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    newest, older = last_checkpoint(copied), checkpoints(copied)[0]
+    half = copied / "checkpoint-000007"
+    shutil.copytree(newest, half)
+    (half / "trainer.json").unlink()
+    (older / "trainer.json").write_text("")
+    with (copied / "completions.jsonl").open("ab") as file:
+        file.write(b'{"step": 1, "comp\n5\n\xff\xfe\n{"step": "x"}\n')
+    trainer = trainer_for(copied, max_steps=3, save_every=1, **CASES[case])
+    with pytest.warns(UserWarning, match="checkpoint-000001/trainer.json is damaged"):
+        trainer.train(resume_from="auto")
+    assert trainer.step == 3
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{half} is left alone: it is half copied (it has no trainer.json)" in said
+    assert last_checkpoint(copied).name == "checkpoint-000003"
+    assert older.is_dir() and half.is_dir()  # what cannot be read is not removed either
+
+
+def test_a_checkpoint_of_before_is_loaded_strictly(copied: Path, case: str) -> None:
+    """Without the sizes a missing tensor, a missing config and a torn archive are still found."""
+    from safetensors.torch import load_file, save_file
+
+    newest = last_checkpoint(copied)
+    summary = read_summary(newest)
+    for name in ("files", "checksum"):
+        del summary[name]
+    (newest / "trainer.json").write_text(json.dumps(summary))
+    trainer = trainer_for(copied, max_steps=3, **CASES[case])
+    trainer.train(resume_from="auto")
+    assert trainer.step == 3
+    shutil.rmtree(copied / "checkpoint-000003")
+
+    weights = next(newest.glob("*model.safetensors"))
+    tensors = load_file(weights)
+    whole = dict(tensors)
+    name = sorted(tensors)[len(tensors) // 2]
+    for change, words in (
+        (lambda: tensors.pop(name), "lacks"),
+        (lambda: tensors.update(surplus=torch.zeros(1)), "has besides"),
+        (lambda: tensors.update({name: torch.zeros(3, 5)}), "has another shape of"),
+    ):
+        tensors.clear()
+        tensors.update(whole)
+        change()
+        save_file(tensors, weights, {"format": "pt"})
+        trainer = trainer_for(copied, max_steps=3, **CASES[case])
+        before = {n: v.clone() for n, v in weights_of(trainer.model).items()}
+        with pytest.raises(CheckpointError, match=f"{newest} are not those of this .*: {words} "):
+            trainer.train(resume_from="auto")
+        assert same(weights_of(trainer.model), before)
+    weights.write_bytes(weights.read_bytes()[:-10])
+    trainer = trainer_for(copied, max_steps=3, **CASES[case])
+    with pytest.raises(CheckpointError, match=f"the weights of {newest} cannot be loaded"):
+        trainer.train(resume_from="auto")
+    state = newest / "trainer.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"{state} cannot be read"):
+        trainer.train(resume_from="auto")
+
+
+def test_the_best_is_of_those_that_can_be_read(tmp_path: Path) -> None:
+    for step, metric in ((1, 0.5), (2, 0.9), (3, 0.7)):
+        folder = tmp_path / f"checkpoint-{step:06d}"
+        folder.mkdir()
+        (folder / "trainer.json").write_text(json.dumps({"step": step, "metric": metric}))
+    assert best_checkpoint(tmp_path).name == "checkpoint-000002"
+    (tmp_path / "checkpoint-000002" / "trainer.json").write_text("{")
+    with pytest.warns(UserWarning, match="checkpoint-000002/trainer.json is damaged"):
+        assert best_checkpoint(tmp_path).name == "checkpoint-000003"
+
+
+def test_killed_between_two_names(copied: Path) -> None:
+    newest = last_checkpoint(copied)
+    newest.rename(newest.with_name(f".{newest.name}.replaced.partial"))
+    assert last_checkpoint(copied) != newest
+    recover(copied)
+    assert last_checkpoint(copied) == newest
+    check_files(newest)
+
+
+def test_an_evaluation_of_a_damaged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Path(__file__).parents[1] / "recipes" / "digits.yaml"
+    options = (
+        "data.train.limit=8 data.eval.limit=2 trainer.batch_size=2 trainer.group_size=4 "
+        "trainer.max_completion_tokens=4 trainer.warmup_steps=0 trainer.eval_every=0 "
+        "trainer.max_steps=1 trainer.prune_rate=0.5 trainer.output_dir=run"
+    )
+    assert cli.main(["train", str(recipe), *options.split()]) == 0
+    weights = Path("run/checkpoint-000001/model.safetensors")
+    flip(weights, weights.stat().st_size // 2)
+    capsys.readouterr()
+    for command in (["eval", "run"], ["eval", str(weights.parent)]):
+        assert cli.main(command) == 2
+        assert f"error: {weights} is damaged" in capsys.readouterr().err
+    train = ["train", str(recipe), *options.split(), "--resume", "trainer.max_steps=2"]
+    assert cli.main(train) == 2
+    assert f"{weights} is damaged" in capsys.readouterr().err

@@ -1,0 +1,268 @@
+"""A full disk, a folder that vanishes or may not be written: words, and a run that goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trainer_cases import noise, same, trainer_for, weights_of
+
+from cppo import checkpoint, policy
+from cppo.checkpoint import CheckpointError, check_files, last_checkpoint
+from cppo.progress import read_metrics
+from cppo.trainer import CPPOTrainer
+
+STEPS = 4
+OPTIONS: dict[str, Any] = {"max_steps": STEPS, "save_every": 1, "num_iterations": 2}
+
+
+class Disk:
+    """A small disk of its own, and a file that fills it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ballast = folder, folder / "ballast"
+
+    def fill(self) -> None:
+        """Leaves nothing, though the disk may still say that it has room for a checkpoint."""
+        with self.ballast.open("wb", buffering=0) as file:
+            for size in (1 << 16, 1 << 10, 1):
+                try:
+                    while file.write(b"x" * size) == size:
+                        pass
+                except OSError:
+                    pass
+
+    def free(self) -> None:
+        self.ballast.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        yield Disk(folder)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    trainer = trainer_for(tmp_path_factory.mktemp("whole"), rewards=noise, **OPTIONS)
+    trainer.train()
+    return weights_of(trainer.model)
+
+
+def at_step_two(disk: Disk) -> Callable[..., list[float]]:
+    """A reward in whose second call the disk gets full, and in whose third it has room again."""
+    calls = []
+
+    def reward(completions: list[Any], **columns: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) == 2:
+            disk.fill()
+        if len(calls) == 3:
+            disk.free()
+        return noise(completions)
+
+    return reward
+
+
+def check(run: Path, trainer: CPPOTrainer, undisturbed: dict[str, Any]) -> None:
+    assert trainer.step == STEPS and same(weights_of(trainer.model), undisturbed)
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4]
+    assert last_checkpoint(run).name == f"checkpoint-{STEPS:06d}"
+    check_files(last_checkpoint(run))
+    assert not list(run.glob(".*.partial"))
+
+
+def test_a_disk_that_is_full_during_a_step(
+    disk: Disk, undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = disk.folder / "run"
+    options = {**OPTIONS, "resume_with_changes": True}
+    trainer = trainer_for(run, rewards=at_step_two(disk), **options)
+    trainer.train()
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"the checkpoint of step 2 could not be written to {run}" in said
+    assert f"the newest one there is {run}/checkpoint-000001; tried again" in said
+    check(run, trainer, undisturbed)
+
+
+@pytest.mark.parametrize("moment", ["model", "state", "summary"])
+def test_a_disk_that_is_full_while_a_checkpoint_is_written(
+    disk: Disk,
+    undisturbed: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
+) -> None:
+    run = disk.folder / "run"
+    owner, name = {
+        "model": (policy, "save_model"),
+        "state": (checkpoint, "write_tensors"),
+        "summary": (checkpoint, "_seal_folder"),
+    }[moment]
+    stock, calls = getattr(owner, name), []
+
+    def full(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) != 2:
+            return stock(*args)
+        disk.fill()
+        try:
+            return stock(*args)
+        finally:
+            disk.free()
+
+    monkeypatch.setattr(owner, name, full)
+    trainer = trainer_for(run, rewards=noise, **OPTIONS)
+    trainer.train()
+    assert len(calls) >= 4
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"the checkpoint of step 2 could not be written to {run}" in said
+    check(run, trainer, undisturbed)
+
+
+def test_a_disk_that_is_full_at_the_start(disk: Disk, undisturbed: dict[str, Any]) -> None:
+    run = disk.folder / "run"
+    disk.fill()
+    trainer = trainer_for(run, rewards=noise, **OPTIONS)
+    trainer.files["config.yaml"] = "x" * 10_000
+    with pytest.raises(ValueError, match=f"output_dir {run} cannot be written to .No space left"):
+        trainer.train()
+    disk.free()
+    trainer = trainer_for(run, rewards=noise, **OPTIONS)
+    trainer.train(resume_from="auto")
+    check(run, trainer, undisturbed)
+
+
+def test_a_disk_that_is_full_at_the_end_and_a_run_that_is_resumed(
+    disk: Disk, undisturbed: dict[str, Any]
+) -> None:
+    run = disk.folder / "run"
+    calls = []
+
+    def reward(completions: list[Any], **columns: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) == 3:
+            disk.fill()
+        return noise(completions)
+
+    trainer = trainer_for(run, rewards=reward, **OPTIONS)
+    with pytest.raises(CheckpointError, match="step 4 could not .*there is .*checkpoint-000002$"):
+        trainer.train()
+    check_files(last_checkpoint(run))
+    disk.free()
+    again = trainer_for(run, rewards=noise, resume_with_changes=True, **OPTIONS)
+    again.train(resume_from="auto")
+    check(run, again, undisturbed)
+
+
+def test_a_signal_on_a_full_disk(disk: Disk, capsys: pytest.CaptureFixture[str]) -> None:
+    run = disk.folder / "run"
+    calls = []
+
+    def reward(completions: list[Any], **columns: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) == 2:
+            disk.fill()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return noise(completions)
+
+    with pytest.raises(SystemExit) as ended:
+        trainer_for(run, rewards=reward, **OPTIONS).train()
+    assert ended.value.code == 143
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stopped by SIGTERM; " in said and "0 MB are free there" in said
+    assert f"the newest checkpoint is {run}/checkpoint-000001" in said
+
+
+def test_the_room_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_for(tmp_path, rewards=noise, max_steps=1)
+    weights = sum(p.nbytes for p in trainer.parameters)
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 * weights - 1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    begun = []
+    monkeypatch.setattr(policy, "save_model", lambda *args: begun.append(args))
+    words = "it takes about 0.0[0-9]+ GB, and 0.0[0-9]+ GB are free"
+    with pytest.raises(CheckpointError, match=words):
+        trainer.train()
+    assert not begun
+
+
+def test_a_folder_that_vanishes(
+    tmp_path: Path, undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    calls = []
+
+    def reward(completions: list[Any], **columns: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) == 3:
+            shutil.rmtree(run)
+        return noise(completions)
+
+    trainer = trainer_for(run, rewards=reward, **OPTIONS)
+    trainer.train()
+    check(run, trainer, undisturbed)
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    """As another user, to whom a folder of root's is closed."""
+    if os.getuid() != 0:
+        pytest.skip("needs the right to become another user")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o755)
+    for folder in tmp_path.parents:
+        if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o011)
+    tmp_path.chmod(0o755)
+    script = (
+        "import os, sys; from pathlib import Path; from cppo.output_dir import claim_output_dir\n"
+        "from cppo.checkpoint import write_checkpoint\n"
+        f"closed = Path({str(closed)!r}); os.setgid(65534); os.setuid(65534)\n"
+        "for call in (claim_output_dir(closed / 'run').lock, claim_output_dir(closed).lock,\n"
+        "             lambda: write_checkpoint(closed, 1, print, {}, {'metric': None}, 1)):\n"
+        "    try:\n        call()\n"
+        "    except ValueError as error:\n        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    first, second, third = done.stdout.splitlines()
+    assert f"output_dir {closed / 'run'} cannot be written to (Permission denied" in first
+    assert f"output_dir {closed} cannot be written to (Permission denied" in second
+    assert f"step 1 could not be written to {closed} (Permission denied" in third
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    """The lock names its holder, and ends with it however it ends."""
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from pathlib import Path; from cppo.output_dir import Claim\n"
+            "Claim(Path(sys.argv[1])).lock(); print('held', flush=True); time.sleep(100)",
+            str(tmp_path),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    trainer = trainer_for(tmp_path, rewards=noise, max_steps=1)
+    with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on .* since "):
+        trainer.train()
+    holder.kill()
+    holder.wait()
+    trainer.train()
+    trainer.train(resume_from="auto")  # this process has let go of it, too
+    assert trainer.step == 1

@@ -1,0 +1,89 @@
+"""What a run writes while it goes: rows of anything, on a disk that may be full."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trainer_cases import text_rows, trainer_for
+
+from cppo import progress
+from cppo.progress import RunLog, read_metrics
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_of_anything_are_written(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 1, is_main=True)
+    odd = {
+        "decimal": Decimal("1.50"),
+        "date": datetime.date(2026, 1, 2),
+        "array": np.arange(2),
+        "number": np.float32(0.5),
+        "tensor": torch.ones(2),
+        "set": {1},
+        "pairs": {(1, 2): b"x"},
+        "picture": Image.new("L", (1, 1)),
+        "object": object,
+    }
+    log.completions([{"step": 1, **odd}])
+    (row,) = lines(tmp_path / "completions.jsonl")
+    assert row["decimal"] == "1.50" and row["date"] == "2026-01-02" and row["array"] == [0, 1]
+    assert row["number"] == 0.5 and row["tensor"] == [1.0, 1.0] and row["set"] == [1]
+    assert row["pairs"] == {"(1, 2)": "b'x'"} and "Image" in row["picture"]
+
+
+def test_a_run_on_odd_answers(tmp_path: Path) -> None:
+    rows = [{**row, "answer": Decimal(i)} for i, row in enumerate(text_rows())]
+
+    def logs(completions: Any, log_extra: Any, **columns: Any) -> list[float]:
+        log_extra("object", [object] * len(completions))
+        return [float(i) for i in range(len(completions))]
+
+    trainer_for(tmp_path, rows=rows, rewards=logs, max_steps=1).train()
+    (first, *_) = lines(tmp_path / "completions.jsonl")
+    assert first["answer"].isdecimal() and "object" in first
+
+
+def test_what_a_full_disk_refuses_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path, 5, is_main=True)
+    log.metrics({"step": 1}, show=False)
+    stock = progress._append_bytes
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(progress, "_append_bytes", full)
+    log.metrics({"step": 2}, show=False)
+    log.metrics({"step": 3}, show=False)
+    words = "metrics.jsonl cannot be written (No space left on device): its rows are kept"
+    assert " ".join(capsys.readouterr().out.split()).count(words) == 2
+    monkeypatch.setattr(progress, "_append_bytes", stock)
+    log.metrics({"step": 4}, show=False)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_row_is_written_whole_or_not_at_all() -> None:
+    with pytest.raises(OSError, match="No space left"):
+        progress._append_bytes(Path("/dev/full"), b"row\n")
+
+
+def test_texts_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, 1, is_main=True)
+    log.say("a [/b] [red]c")
+    log.metrics({"step": 0, "eval/sampled/acc[/x]": 0.5, "eval/sampled/reward": 0.5}, show=True)
+    shown = capsys.readouterr().out
+    assert "a [/b] [red]c" in shown
+    assert "held-out after 0 steps  sampled/acc[/x] 0.500" in shown

@@ -640,6 +640,7 @@ class CPPOTrainer:
             }
             self.accelerator.init_trackers("cppo", config=plain)
         self.processes.same_weights(self.model)
+        self._journal = self._interrupted or Journal(self.step, self.questions.position)
         self._saved_at = time.monotonic()
 
     def _claim(self, resume_from: str | Path | None, overwrite: bool) -> Claim:

@@ -153,7 +153,7 @@ def _train(options: argparse.Namespace) -> int:
     except KeyboardInterrupt as stopped:
         words = str(stopped) or f"the newest checkpoint is {last_checkpoint(output_dir) or 'none'}"
         raise KeyboardInterrupt(f"{words}; go on with --resume") from None
-    except (ProcessError, RewardError, ValueError, TypeError) as error:
+    except (FloatingPointError, ProcessError, RewardError, ValueError, TypeError) as error:
         if not str(error).startswith("cppo"):
             raise  # not one of our checks: a defect, whose traceback is wanted
         newest = last_checkpoint(output_dir)

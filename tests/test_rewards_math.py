@@ -327,7 +327,9 @@ def test_answers_in_running_text(text, gold, reward):
 
 @pytest.mark.parametrize("gold", ["$$", r"\boxed{}", r"\boxed{2", "<answer> </answer>"])
 def test_a_ground_truth_without_an_answer(gold):
-    with pytest.raises(ValueError, match="math_verify: row 1: ground truth must be an expression"):
+    with pytest.raises(
+        ValueError, match="math_verify: completion 1: ground truth must be an expression"
+    ):
         rewards.math_verify(["1", "2"], prompts=["?"] * 2, answer=["1", gold])
 
 

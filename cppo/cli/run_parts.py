@@ -14,7 +14,8 @@ from cppo.places import is_place, load_object
 from cppo.questions import loaders
 from cppo.questions.loaders import Rows
 
-CHECKED_ROWS = 32  # of the training data, spread evenly, are read before anything starts
+CHECKED_ROWS = 32  # of each data set, spread evenly, are read before anything starts
+READ_ROWS = 10_000  # of text alone are all read: in a second or two
 DEMO_ROWS = 100_000  # of a demo task without a limit; rows are made when they are taken
 
 if TYPE_CHECKING:
@@ -176,12 +177,22 @@ def trainer_options(config: RunConfig) -> tuple[list[Any], CPPOConfig]:
     return functions, replace(config.trainer, reward_weights=tuple(weights))
 
 
+def _checked(rows: Dataset, spec: DatasetConfig) -> int:
+    """How many rows are read before a run: all where that decodes no images, up to a limit."""
+    from cppo.questions.rows import question_at
+
+    try:
+        is_text = spec.loader not in GENERATED and not question_at(rows, 0).images
+    except (TypeError, ValueError):  # `check_dataset` says what is wrong with it
+        is_text = False
+    return READ_ROWS if is_text else CHECKED_ROWS
+
+
 def make_trainer(config: RunConfig) -> CPPOTrainer:
     """Build the trainer of a configuration, its data and weights loaded.
 
     Raises: ConfigError for anything that is missing or does not fit together.
     """
-    from cppo.fingerprint import of_function
     from cppo.questions import check_dataset
     from cppo.trainer import CPPOTrainer
 
@@ -193,15 +204,17 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
         if data.eval is not None:
             held_out = load_questions(data.eval, data.system_prompt, "data.eval")
         # A reward of one's own may read any ground truth.
-        ours = any(of_function(function).startswith("cppo.rewards") for function in functions)
-        check_dataset(train, limit=CHECKED_ROWS, read_answer=ours)
+        checks: dict[str, Any] = {"read_answer": False, "rewards": functions}
+        for rows, spec in ((train, data.train), (held_out, data.eval)):
+            if rows is not None and spec is not None:
+                check_dataset(rows, limit=_checked(rows, spec), **checks)
         model, processor = load_policy(config.model)
         if not options.skip_bad_questions:
             kwargs = options.chat_template_kwargs or {}
             check_dataset(
                 train,
                 limit=CHECKED_ROWS,
-                read_answer=ours,
+                **checks,
                 processor=processor,
                 chat_template_kwargs=kwargs,
             )

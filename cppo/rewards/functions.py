@@ -29,6 +29,7 @@ from cppo.rewards.answers import (
 )
 from cppo.rewards.checks import is_real, require
 from cppo.rewards.completions import judged_texts
+from cppo.rewards.ground_truth import accepted_answers
 from cppo.rewards.judging import Judged, Rewards
 from cppo.rewards.latex import LONGEST
 from cppo.rewards.quantities import (
@@ -63,7 +64,7 @@ def exact_match(
 
     Args: see `cppo.rewards.functions`.
     Returns: 0.0 or 1.0 per completion.
-    Raises: ValueError naming a row without ground truth.
+    Raises: ValueError naming a completion without ground truth.
     """
     rows = Judged("exact_match", completions, answer, generation_prompts, unfinished_thought)
     truths = rows.truths(lambda gold: answer_part(gold).split(), "an answer")
@@ -89,7 +90,7 @@ def numeric(
     Args: see `cppo.rewards.functions`; a ground truth is one number, with a unit or without, or
         has one behind its last `####`.
     Returns: 0.0 or 1.0 per completion.
-    Raises: ValueError naming a row whose ground truth is not a number.
+    Raises: ValueError naming a completion whose ground truth is not a number.
     """
     rows = Judged("numeric", completions, answer, generation_prompts, unfinished_thought)
     truths = rows.truths(_number_of_truth, "a number")
@@ -132,7 +133,7 @@ def boxed(
 
     Args: see `cppo.rewards.functions`; a ground truth is bare, or in `$`, a box or `<answer>`.
     Returns: 0.0 or 1.0 per completion; no closed box behind the thought is 0.
-    Raises: ValueError naming a row without ground truth.
+    Raises: ValueError naming a completion without ground truth.
     """
     rows = Judged("boxed", completions, answer, generation_prompts, unfinished_thought)
     truths = rows.truths(_truth, "an answer, bare or in a closed \\boxed{}")
@@ -140,6 +141,15 @@ def boxed(
         truths,
         lambda text, truth: float(same_answer(without_delimiters(last_boxed(text) or ""), truth)),
     )
+
+
+def check_ground_truth(value: Any) -> None:
+    """Raise ValueError for a ground truth of a row that no answer can equal."""
+    if not any(map(_truth, accepted_answers(value))):
+        raise ValueError(
+            "has a ground truth that is no answer, bare or in a closed \\boxed{}, "
+            f"got {value!r:.200}"
+        )
 
 
 def _truth(gold: str) -> str:
@@ -169,7 +179,7 @@ def math_verify(
         timeout: seconds for one comparison; what takes longer earns 0.
     Returns: 0.0 or 1.0 per completion.
     Raises: ImportError without the package math-verify (`pip install "cppo[math]"`); ValueError
-        naming a row without ground truth.
+        naming a completion without ground truth.
     """
     require_math_verify("math_verify")
     require("math_verify", timeout=(is_real(timeout) and timeout > 0, "a number > 0", timeout))
@@ -244,7 +254,7 @@ def gsm8k(
 
     Args: see `cppo.rewards.functions`; a ground truth is one number ("#### 42" counts as 42).
     Returns: 0.0, 1.5 or 2.0 per completion.
-    Raises: ValueError naming a row whose ground truth is not a number.
+    Raises: ValueError naming a completion whose ground truth is not a number.
     """
     rows = Judged("gsm8k", completions, answer, generation_prompts, unfinished_thought)
     truths = rows.truths(_gsm8k_truth, "a number")

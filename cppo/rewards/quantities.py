@@ -73,11 +73,12 @@ _SIGN = re.compile(r"(?:(?<![\w)\]}!%.])[-+]|(?:(?<=[=:(])|\b(?:is|are|equals|be
 # What makes a number part of another one, or of something else: in front of it, and behind it.
 _BOUND_BEFORE = re.compile(
     r"(?:[A-Za-z_^{\\/*+!<>|\u221a]|[A-Za-z]\(|\d[.:]|\\[A-Za-z]+[_^]\{[^{}]*\}"
-    r"|(?:\d[A-Za-z]|\b[a-z]{2}|[A-Za-z]\^\{[^{}]*\}) ?=|(?:[\d)\]}!%]|(?<![A-Za-z])[A-Za-z]) ?-) ?$"
+    r"|(?:\d[A-Za-z]|\b[a-z]{2}|[A-Za-z]\^\{[^{}]*\}) ?="
+    r"|(?:[\d)\]}!%]|(?<![A-Za-z])[A-Za-z]) ?-) ?$"
 )
 _SEPARATE_BEFORE = re.compile(
-    r"(?:(?:[-=]>|(?<![A-Za-z\\])[A-Za-z][A-Za-z'-]* |\\(?:approx|to|implies|Rightarrow|therefore) ?)$"
-    r"|^$)"
+    r"(?:[-=]>|(?<![A-Za-z\\])[A-Za-z][A-Za-z'-]* "
+    r"|\\(?:approx|to|implies|Rightarrow|therefore) ?)$"
 )
 _BOUND_BEHIND = re.compile(r" ?(?:[*^!<>/+|]|-(?=[\w(\\])|- [\d\\(]|\\(?!%|circ)|\}|[(_])")
 _DENIED_BEFORE = re.compile(

@@ -206,10 +206,22 @@ class PromptEncoder:
 
     def _check_rendered(self, question: Question, rendered: str) -> None:
         """Raises if a message or an image is not in the text that the template made."""
+        ends = [f"{_END_OF_TEXT[:-1]}, {place})" for place in range(len(question.messages))]
+        marked = self._render(
+            question._replace(
+                messages=[
+                    with_last_text(message, lambda text, end=end: text + end)
+                    for message, end in zip(question.messages, ends, strict=True)
+                ]
+            )
+        )
         for position, message in enumerate(question.messages):
             texts = [text.strip() for text in texts_of(message["content"])]
-            # Templates may drop what an assistant thought in earlier turns.
-            if message["role"] == "assistant" or all(text in rendered for text in texts):
+            # Templates may drop what an assistant thought in earlier turns. A short text may well
+            # stand in the rendered one by chance, a mark does not.
+            if message["role"] == "assistant" or not any(texts):
+                continue
+            if ends[position] in marked and all(text in rendered for text in texts):
                 continue
             # Not there word for word: does anything depend on it?
             changed = list(question.messages)

@@ -271,6 +271,14 @@ def test_image_markers_are_ours() -> None:
             {"prompt": [{"role": "system", "content": "Be brief."}, *DIALOGUE]},
             r"the chat template leaves out prompt\[0\] \(role 'system'\)",
         ),
+        *(  # which stand in the rendered text by chance
+            (
+                PHI,
+                {"prompt": [{"role": "system", "content": short}, *DIALOGUE]},
+                r"the chat template leaves out prompt\[0\] \(role 'system'\)",
+            )
+            for short in ("s", "user", DIALOGUE[0]["content"])
+        ),
         (
             PHI,
             {"prompt": [*DIALOGUE, {"role": "developer", "content": "Be brief."}]},

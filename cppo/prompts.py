@@ -7,6 +7,7 @@ on its neighbours. Padding is done here: no tokenizer needs a pad token, and non
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -210,7 +211,7 @@ class PromptEncoder:
         marked = self._render(
             question._replace(
                 messages=[
-                    with_last_text(message, lambda text, end=end: text + end)
+                    with_last_text(message, functools.partial(_before, end))
                     for message, end in zip(question.messages, ends, strict=True)
                 ]
             )
@@ -299,6 +300,10 @@ class PromptEncoder:
         # "<|assistant|>" and "<|endoftext|>" have "<|" in common: a tag is not cut.
         inside = [tag.start() for tag in _TAG.finditer(opened) if tag.start() < common < tag.end()]
         return opened[min([common, *inside]) :]
+
+
+def _before(end: str, text: str) -> str:
+    return text + end
 
 
 def _padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:

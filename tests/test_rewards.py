@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -266,8 +268,10 @@ def test_no_text_raises_in_math_verify(text, gold):
 
 REPEATED = [
     *("<think>", "<answer>", "</answer>", "\\boxed{", "####", "$a$,", "$", "{", "\\", "%\n"),
-    *("1,", "1,234", "1 234", "1/", "9", "-", " ", "\0", "\ud800"),
+    *("1,", "1,234", "1 234", "1/", "9", "-", " ", "\0", "\ud800", ",000", "(", "\\frac", "1/2"),
+    *("^", "=", "a ", "\u00bd", "\\boxed{1},", "the answer is 5. ", "not ", "\\sqrt{", "\n- "),
 ]
+SECONDS = 3.0  # for a reward of a million characters
 LONG = {
     **{piece: piece * (1_000_000 // len(piece)) for piece in REPEATED},
     "parentheses": "(" * 100_000 + ")" * 100_000,
@@ -285,11 +289,26 @@ LONG = {
 }
 
 
+def in_a_thread(function, text, **columns):
+    """The reward of a single completion, asked in a thread, and the seconds that it takes."""
+    found = []
+
+    def ask():
+        began = time.perf_counter()
+        found.extend([one(function, text, **columns), time.perf_counter() - began])
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return found
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", LONG, ids=ascii)
 def test_no_text_takes_long(name):
     for function in from_names(PLAIN)[0]:
-        reward = one(function, LONG[name], completion_ids=[[0]])
+        reward, seconds = in_a_thread(function, LONG[name], completion_ids=[[0]])
+        assert seconds < SECONDS
         if function in rewards.ACCURACIES.values():
             assert reward == 0.0
 
@@ -299,4 +318,5 @@ def test_no_text_takes_long(name):
 def test_no_text_takes_long_in_math_verify(name):
     pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
     for gold in ("42", r"\sqrt{2}"):
-        assert one(rewards.math_verify, LONG[name], gold, timeout=1.0) == 0.0
+        reward, seconds = in_a_thread(rewards.math_verify, LONG[name], gold=gold, timeout=1.0)
+        assert reward == 0.0 and seconds < SECONDS + 3  # for a new process

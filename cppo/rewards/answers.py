@@ -18,6 +18,7 @@ _NUM_ARGUMENTS = {"\\frac": 2, "\\dfrac": 2, "\\tfrac": 2, "\\cfrac": 2, "\\sqrt
 _BRACE = re.compile(r"\\.|[{}]|(%\n|(?<!\d)%(?!\s*[}$])[^\n]{0,200}\n)", re.DOTALL)
 _DELIMITER = re.compile(r"\\\\|\\\$|\$\$|\$|\\[()\[\]]")
 _CLOSING = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
+_MOST_BOXES = 50  # of a list
 _TAIL = 20_000  # characters, in which formulas are looked for
 _BETWEEN = re.compile(r"\s*(?:[,;]|[,;]?\s*(?:and|or))\s*")
 _BETWEEN_BOXES = re.compile(r"\s{0,9}\$?\s{0,9}(?:[,;]|[,;]?\s{0,9}(?:and|or))\s{0,9}\$?\s{0,9}")
@@ -38,20 +39,17 @@ def last_boxed(text: str) -> str | None:
     is never closed (a truncated completion) counts as none. Boxes that only commas, "and" and "or"
     separate are one list.
     """
-    starts = list(_BOX.finditer(text))
-    last, stop = None, -1
-    for start in reversed(starts):
-        held = _held(text, start.end())
-        if last is None:
-            last = held
-        elif held is None or not _BETWEEN_BOXES.fullmatch(text, held[1], stop):
+    held: list[str] = []
+    begin = -1
+    for box in reversed(list(_BOX.finditer(text))):
+        found = _held(text, box.end())
+        if found is None or (held and not _BETWEEN_BOXES.fullmatch(text, found[1], begin)):
             break
-        else:
-            last = (f"{held[0]}, {last[0]}", last[1])
-        if last is None:
-            return None
-        stop = start.start()
-    return last and last[0]
+        held.insert(0, found[0])
+        begin = box.start()
+        if len(held) == _MOST_BOXES:
+            break
+    return ", ".join(held) if held else None
 
 
 def _held(text: str, start: int) -> tuple[str, int] | None:

@@ -36,7 +36,7 @@ _OWN_NAME = (
     r"|(?:m ?)?\\(?:angle|triangle) ?[A-Z]{1,4}"
     r"|\\(?:text|mathrm|mathbf|operatorname|overline|vec|hat|bar|overrightarrow|widehat)\{[^{}]*\}"
     rf"|\\(?:ell|{'|'.join(name for name in GREEK if name != 'pi')}|[A-Z][a-z]+))"
-    r"(?:_\{[^{}]*\}|'|\((?:[\w ,]|\\(?:cap|cup|mid|pi) ?)*\))*"
+    r"(?:_\{[^{}]*\}|'|\((?:[\w ,]|\\(?:cap|cup|mid|pi)(?![A-Za-z]))*\))*"
 )
 _LEFT_SIDE = re.compile(rf"(?:{_OWN_NAME})? ?(?:=|\\(?:in|approx)(?![A-Za-z])) ?(?=.)")
 _CLAIM = re.compile(r"\\(?:approx|ne|equiv|sim|cong|to)(?![A-Za-z])")

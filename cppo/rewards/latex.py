@@ -56,7 +56,7 @@ _NOTHING = re.compile(
     r"|\\(?:text)?color\{[^{}]*\}"
 )
 _DELIMITER = re.compile(r"(\\\\)|(\\\$)|\$|\\[()\[\]]")
-_END = re.compile(r"(?: |[.,;]|\\\\)+$")
+_END = re.compile(r"(?: |[.,;]|\\)+$")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 _ROOT = re.compile(r"(\\sqrt ?\[[^\[\]]*\]) ?([^\s{\\])")
 _ARGUMENTS = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1, "^": 1, "_": 1, "\\mathbb": 1}

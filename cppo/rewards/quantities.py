@@ -57,7 +57,7 @@ _ASIDE = re.compile(
 _MINUS = re.compile(r"\b(?:negative|minus) (?=[\d.$])")
 _BULLET = re.compile(r"^[ \t]*[-*+\u2022] +(?=.*\n|.*[A-Za-z])", re.MULTILINE)
 _TAGS = re.compile(r"</?[a-z]{1,20}>")
-_MARKS = " \n\t.,;:'\"()*"
+_MARKS = ' \n\t.,;:"()*'
 # The words that may stand around the one number of an answer. Any other may change the number
 # ("twice 5", "at least 5", "5 is wrong"), and there is no end of those.
 _SAYS_NOTHING = frozenset(
@@ -65,7 +65,9 @@ _SAYS_NOTHING = frozenset(
     "hence therefore then now finally final correct right answer answers result value solution "
     "sum total totals amount number count set is are was were will be equal equals to of about "
     "approximately approx around roughly exactly only just precisely in all altogether overall "
-    "left remaining each every per have has had get gets got find need needs for as".split()
+    "left remaining each every per have has had get gets got find need needs for as old it's "
+    "that's there's ratio probability fraction percentage area perimeter volume length width "
+    "height distance speed age price cost mean median average".split()
 )
 _WINDOW = 300  # characters: no number in running text is longer
 _IN_TEXT = re.compile(rf"(?P<sign>){_CURRENCY}?{_NUMBER}(?P<unit> ?\\?%)?", re.ASCII)
@@ -73,11 +75,11 @@ _SIGN = re.compile(r"(?:(?<![\w)\]}!%.])[-+]|(?:(?<=[=:(])|\b(?:is|are|equals|be
 # What makes a number part of another one, or of something else: in front of it, and behind it.
 _BOUND_BEFORE = re.compile(
     r"(?:[A-Za-z_^{\\/*+!<>|\u221a]|[A-Za-z]\(|\d[.:]|\\[A-Za-z]+[_^]\{[^{}]*\}"
-    r"|(?:\d[A-Za-z]|\b[a-z]{2}|[A-Za-z]\^\{[^{}]*\}) ?="
+    r"|(?:\d[A-Za-z]|\b(?!is|be|so|to)[a-z]{2}|[A-Za-z]\^\{[^{}]*\}) ?="
     r"|(?:[\d)\]}!%]|(?<![A-Za-z])[A-Za-z]) ?-) ?$"
 )
 _SEPARATE_BEFORE = re.compile(
-    r"(?:[-=]>|(?<![A-Za-z\\])[A-Za-z][A-Za-z'-]* "
+    r"(?:[-=]> ?|(?<![A-Za-z\\])[A-Za-z][A-Za-z'-]* "
     r"|\\(?:approx|to|implies|Rightarrow|therefore) ?)$"
 )
 _BOUND_BEHIND = re.compile(r" ?(?:[*^!<>/+|]|-(?=[\w(\\])|- [\d\\(]|\\(?!%|circ)|\}|[(_])")
@@ -92,7 +94,7 @@ _DENIED_BEHIND = re.compile(
 _LAST_WORD = re.compile(r"([A-Za-z-]+)(?: (?:of|to|the|an?|by))*[ $]*$")
 _POWER = re.compile(r"(?<![\\A-Za-z])([A-Za-z]+)\^\{([23])\}")
 _JOINS = frozenset("and or with where when".split())
-_CHANGES_BEFORE = (CHANGES - _JOINS) | frozenset(
+_CHANGES_BEFORE = (CHANGES - _JOINS - {"equals"}) | frozenset(
     "least most twice thrice double triple quadruple quintuple under above below exceed exceeds "
     "half except but by beyond almost nearly up out square cube root one two three four five six "
     "seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty "
@@ -172,13 +174,14 @@ def only_number(text: str) -> Quantity | None:
     None for several numbers, and for other words than those that are known to change nothing.
     """
     quantity = read_quantity(text, letters=True)
-    if quantity is not None or len(text) > LONGEST:
+    if (quantity is not None and quantity.is_known) or len(text) > LONGEST:
         return quantity
     text = _ASIDE.sub(" ", FONT.sub(r" \1 ", plain(text)))
     text = _MINUS.sub("-", " ".join(text.split()))
-    quantity = read_quantity(text, letters=True)
+    text = re.sub(r" more([.]?)$", r"\1", text)
+    quantity = quantity or read_quantity(text, letters=True)
     found = list(_IN_TEXT.finditer(text))
-    if quantity is not None or len(found) != 1:
+    if len(found) != 1 or (quantity is not None and quantity.is_known):
         return quantity
     before, behind = text[: found[0].start()], text[found[0].end() :]
     sign = _SIGN.search(before)
@@ -186,15 +189,26 @@ def only_number(text: str) -> Quantity | None:
     number = _number(found[0], negative=sign is not None and "-" in sign[0])
     words = behind.split(" ")
     if number is None or not _say_nothing((before[: sign.start()] if sign else before).split(" ")):
-        return None
+        return quantity
     if found[0]["unit"]:
         return _with_unit(number, Unit(Fraction(1), PERCENT), None) if _say_nothing(words) else None
-    for is_known in (True, False):
-        for stop in range(min(len(words), 8), -1, -1):
-            unit = read_unit(" ".join(words[:stop]).rstrip(_MARKS), letters=True)
-            if unit and unit.is_known >= is_known and _say_nothing(words[stop:]):
-                return _with_unit(number, unit, found[0]["currency"])
-    return None
+    unit = _unit_in_sentence(words)
+    return quantity if unit is None else _with_unit(number, unit, found[0]["currency"])
+
+
+def _unit_in_sentence(words: list[str]) -> Unit | None:
+    """The longest unit at the start of words that say no more, one that is known if there is one."""
+    best = None
+    for stop in range(min(len(words), 8), -1, -1):
+        unit, rest = read_unit(" ".join(words[:stop]).rstrip(_MARKS), letters=True), words[stop:]
+        if unit is None:
+            continue
+        is_measure = unit.scale == 1 and unit.name not in ("", PERCENT)
+        if rest[:1] == ["of"] and is_measure and not _CHANGES_BEFORE.intersection(rest[1:2]):
+            rest = rest[2:]  # cups of flour
+        if _say_nothing(rest) and (best is None or (unit.is_known and not best.is_known)):
+            best = unit
+    return best
 
 
 def _say_nothing(words: list[str]) -> bool:
@@ -270,7 +284,9 @@ def _in_its_place(found: re.Match[str], before: str, behind: str) -> Quantity | 
         unit = read_unit(behind.split(" ")[0].rstrip(_MARKS), letters=True)
         return _with_unit(number, unit, found["currency"]) if unit and unit.is_known else None
     words = re.split(r"[.,;:?!)]", behind)[0].split(" ")[1:5]
-    if _BOUND_BEHIND.match(behind) or (words and words[0].lower() in CHANGES - _JOINS):
+    if _BOUND_BEHIND.match(behind) or (
+        words and words[0].lower() in CHANGES - _JOINS and words != ["more"]
+    ):
         return None
     for stop in range(len(words), 0, -1):
         unit = read_unit(f" {' '.join(words[:stop])}", letters=True)

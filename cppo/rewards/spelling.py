@@ -127,7 +127,7 @@ def for_algebra(answer: str, truth: str) -> tuple[str, str] | None:
     for text, other in ((truth, answer), (answer, truth)):
         formula = " ".join(split_unit(plain(text))[0].replace("$", " ").split())
         words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{4,}", FONT.sub("", formula))
-        if len(set(words) - CHANGES) > 1 or re.search(r"\d \d", formula):
+        if len(set(words) - CHANGES) > 1 or re.search(r"\d \d|\d ?_", formula):
             return None
         if "=" in formula and "=" not in other:
             *_, elements = _elements(formula)
@@ -156,7 +156,7 @@ def _names(text: str) -> list[str]:
     """The words and names of points in a formula, which algebra would take for products."""
     texts = [own for own in FONT.findall(text) if len(own) > 1]
     text = normalize_answer(text)
-    items = (item.strip("()[] ") for item in _ITEM.split(_COMMAND.sub(r" \\ ", text)))
+    items = (item.strip("()[] '\"!?") for item in _ITEM.split(_COMMAND.sub(r" \\ ", text)))
     words = [item for item in items if _WORDS.fullmatch(item) and not set(item) <= _PRODUCTS]
     return sorted([*texts, *words, *_NAME.findall(_COMMAND.sub(" ", text))])
 

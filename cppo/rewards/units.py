@@ -19,10 +19,9 @@ SCALES: dict[str, Fraction] = {
     **{"fifth": Fraction(1, 5), "sixth": Fraction(1, 6), "seventh": Fraction(1, 7)},
     **{"eighth": Fraction(1, 8), "ninth": Fraction(1, 9), "tenth": Fraction(1, 10)},
     **{"eleventh": Fraction(1, 11), "twelfth": Fraction(1, 12), "sixteenth": Fraction(1, 16)},
-    **{"twentieth": Fraction(1, 20), "hundredth": Fraction(1, 100)},
-    **{"thousandth": Fraction(1, 1000), "millionth": Fraction(1, 10**6)},
-    "billionth": Fraction(1, 10**9),
+    "twentieth": Fraction(1, 20),
 }
+SCALES |= {f"{name}th": 1 / SCALES[name] for name in ("hundred", "thousand", "million", "billion")}
 
 # A unit's one name and its others. Plurals in -s are read as well.
 _NAMES = {
@@ -38,7 +37,7 @@ _NAMES = {
     **{"kHz": "", "MHz": "", "GHz": "", "rpm": "", "N": "newton", "J": "joule", "kJ": ""},
     **{"cal": "calorie", "kcal": "", "Pa": "pascal", "kPa": "", "atm": "", "W": "watt"},
     **{"kW": "kilowatt", "V": "volt", "A": "ampere amp", "mA": "", "ohm": "", "mol": "mole"},
-    **{"K": "kelvin", "celsius": "", "fahrenheit": "", "rad": "radian", "degree": "deg"},
+    **{"kelvin": "", "celsius": "", "fahrenheit": "", "rad": "radian", "degree": "deg"},
     **{"bit": "", "byte": "", "KB": "", "MB": "", "GB": "", "unit": "", PERCENT: "% pct"},
     **{"dollar": "USD buck", "cent": "\u00a2 penny pennies", "euro": "EUR", "sterling": "GBP"},
     **{"yen": "JPY", "yuan": "RMB CNY", "rupee": "INR", "peso": "", "person": "people"},
@@ -116,7 +115,7 @@ def read_unit(text: str, *, letters: bool = False) -> Unit | None:
             return None
         names.append(own[0])
         is_known = is_known and own[1]
-    return Unit(scale, " ".join(names), is_known)
+    return Unit(scale, " ".join(names), is_known and names.count(PERCENT) < 2)
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -159,9 +158,8 @@ def _name(word: str, is_text: bool, is_apart: bool, is_ratio: bool) -> tuple[str
     if known is not None:
         may_be_variable = len(letters) == 1 and letters.isalpha()
         is_unit = is_text or not may_be_variable or (is_apart and is_ratio)
-        is_unit = is_unit and (is_apart or letters != "K")  # 5K is 5000
         return (known + power, True) if is_unit else None
     if lower in CHANGES or len(letters) < (2 if is_text else 4) or not (is_text or is_apart):
         return None
     is_plural = len(lower) > 3 and lower.isalpha() and lower.endswith("s")
-    return singular + power, is_plural and not lower.endswith(("ss", "us", "is"))
+    return singular + power, is_plural and not lower.endswith(("ss", "us", "is", "ths"))

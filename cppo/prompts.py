@@ -42,6 +42,7 @@ _OWN = (
 _FORMAT_TAGS = {"<think>", "</think>", "<answer>", "</answer>"}
 _TAG = re.compile(r"<[^<>\n]*>|\[[^\[\]\n]*\]")
 _END_OF_TEXT = "(cppo: the last message ends here)"
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which no tokenizer takes
 _PAD = 0  # any id will do: the mask hides it
 
 
@@ -184,6 +185,10 @@ class PromptEncoder:
     def _check_text(self, messages: Messages) -> None:
         for position, message in enumerate(messages):
             for text in strings_in(message):
+                if _SURROGATE.search(text):
+                    raise QuestionError(
+                        f"prompt[{position}] has a lone surrogate, which is half a character"
+                    )
                 found = self._control.search(text)
                 if found:
                     raise QuestionError(
@@ -322,7 +327,10 @@ def _check_template_arguments(processor: Any, arguments: Mapping[str, Any]) -> N
         raise TypeError(f"cppo: chat_template_kwargs must be a mapping, got {arguments!r}")
     template = arguments.get("chat_template") or getattr(processor, "chat_template", None)
     if template is None:
-        raise ValueError(f"cppo: processor {type(processor).__name__} has no chat template")
+        raise ValueError(
+            f"cppo: processor {type(processor).__name__} has no chat template; take that of an "
+            "instruction-tuned model, or set processor.chat_template"
+        )
     for name in arguments:
         if name in _OWN:
             raise ValueError(f"cppo: chat_template_kwargs must not have {name!r}, which cppo sets")

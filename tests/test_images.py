@@ -207,6 +207,7 @@ def test_the_last_of_two_or_four_channels_is_alpha(pixel, dtype, expected):
         ("x" * 5000, "cannot read the image|there is no file"),
         ("", "there is no file"),
         (b"", "cannot read the image"),
+        (b"no image", r"cannot read the image \(.*\): its bytes are no image of a known format$"),
         (pathlib.Path("/"), "cannot read the image"),
     ],
 )

@@ -284,6 +284,7 @@ def test_image_markers_are_ours() -> None:
             {"prompt": [*DIALOGUE, {"role": "developer", "content": "Be brief."}]},
             r"the chat template leaves out prompt\[3\] \(role 'developer'\)",
         ),
+        (LLAMA, {"prompt": "a \ud800 b"}, r"prompt\[0\] has a lone surrogate"),
         (LLAMA, {"prompt": "?", "image": image(24, 24)}, "has images, which a tokenizer does not"),
         (
             MISTRAL,

@@ -119,6 +119,7 @@ def test_from_names():
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
+        (["my_reward.py"], "must be FILE.py:NAME"),
         (["boxd"], "unknown reward 'boxd'; did you mean 'boxed'"),
         (["cosine"], "unknown reward 'cosine'"),
         (

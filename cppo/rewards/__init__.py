@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cppo.places import load_object
+from cppo.places import is_place, load_object
 from cppo.rewards.checks import is_real, require
 from cppo.rewards.completions import completion_text
 from cppo.rewards.functions import (
@@ -199,7 +199,7 @@ def _build(name: Any, parameters: Any) -> RewardFunction:
                 raise ValueError(_unknown(f"parameter of {name!r}", key, allowed))
             values[key] = tuple(value) if isinstance(value, list) else value
         return _CLASSES[name](**values)
-    if name not in _FUNCTIONS and not (isinstance(name, str) and ":" in name):
+    if name not in _FUNCTIONS and not is_place(name):
         raise ValueError(_unknown("reward", name, NAMES))
     function = _FUNCTIONS[name] if name in _FUNCTIONS else _import(name)
     if function is math_verify or math_verify in getattr(function, "functions", ()):

@@ -49,14 +49,15 @@ _QUANTITY = re.compile(
 )
 # 0.\overline{3}, as the fraction that it is.
 _REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot) ?\{?(\d{1,20})\}?(?!\d)")
-# In front of a number "x =" and "x is" say nothing, and neither does "**" around it.
+# In front of a number "x =" and "x is" say nothing.
 _ASIDE = re.compile(
     r"(?<![\w)\]}^\\.])(?:(?:[A-Za-z]|[A-Z]?[a-z]{3,}|[A-Z]{2,3})(?:_\{\w+\})? ?)?(?:=|\\approx) ?"
-    r"|\*\*|\b[a-zA-Z](?= is\b)"
+    r"|\b[a-zA-Z](?= is\b)"
 )
 _MINUS = re.compile(r"\b(?:negative|minus) (?=[\d.$])")
 _BULLET = re.compile(r"^[ \t]*[-*+\u2022] +(?=.*\n|.*[A-Za-z])", re.MULTILINE)
 _TAGS = re.compile(r"</?[a-z]{1,20}>")
+_POWER = re.compile(r"(?<![\\A-Za-z])([A-Za-z]+)\^\{([23])\}")
 _MARKS = ' \n\t.,;:"()*'
 # The words that may stand around the one number of an answer. Any other may change the number
 # ("twice 5", "at least 5", "5 is wrong"), and there is no end of those.
@@ -65,40 +66,39 @@ _SAYS_NOTHING = frozenset(
     "hence therefore then now finally final correct right answer answers result value solution "
     "sum total totals amount number count set is are was were will be equal equals to of about "
     "approximately approx around roughly exactly only just precisely in all altogether overall "
-    "left remaining each every per have has had get gets got find need needs for as old it's "
+    "left remaining more each every per have has had get gets got find need needs for as old it's "
     "that's there's ratio probability fraction percentage area perimeter volume length width "
     "height distance speed age price cost mean median average".split()
 )
 _WINDOW = 300  # characters: no number in running text is longer
 _IN_TEXT = re.compile(rf"(?P<sign>){_CURRENCY}?{_NUMBER}(?P<unit> ?\\?%)?", re.ASCII)
+# A minus is a sign where nothing to subtract from comes before it: "= -5", "is - 5".
 _SIGN = re.compile(r"(?:(?<![\w)\]}!%.])[-+]|(?:(?<=[=:(])|\b(?:is|are|equals|be|approx)\b) ?- )$")
 # What makes a number part of another one, or of something else: in front of it, and behind it.
 _BOUND_BEFORE = re.compile(
-    r"(?:[A-Za-z_^{\\/*+!<>|\u221a]|[A-Za-z]\(|\d[.:]|\\[A-Za-z]+[_^]\{[^{}]*\}"
-    r"|(?:\d[A-Za-z]|\b(?!is|be|so|to)[a-z]{2}|[A-Za-z]\^\{[^{}]*\}) ?="
-    r"|(?:[\d)\]}!%]|(?<![A-Za-z])[A-Za-z]) ?-) ?$"
+    r"(?:[_^{\\/*+!<|\u221a] ?|(?<![-=])> ?|[A-Za-z]\(?|\d[.:]"
+    r"|\\(?!approx|to|implies|Rightarrow|therefore)[A-Za-z]+(?:[_^]\{[^{}]*\})? ?"
+    r"|(?:\d[A-Za-z]|\b(?!is|be|so|to)[a-z]{2}|[A-Za-z]\^\{[^{}]*\}) ?= ?"
+    r"|(?:[\d)\]}!%]|(?<![A-Za-z])[A-Za-z]) ?- ?)$"
 )
-_SEPARATE_BEFORE = re.compile(
-    r"(?:[-=]> ?|(?<![A-Za-z\\])[A-Za-z][A-Za-z'-]* "
-    r"|\\(?:approx|to|implies|Rightarrow|therefore) ?)$"
+_BOUND_BEHIND = re.compile(
+    r" ?(?:[*^!<>/+|]|-(?=[\w(\\])|- [\d\\(]|\\(?!%|circ)|\}|[(_])"
+    rf"| (?:{'|'.join(CHANGES - set('and or with where when more'.split()))}|more than)\b"
 )
-_BOUND_BEHIND = re.compile(r" ?(?:[*^!<>/+|]|-(?=[\w(\\])|- [\d\\(]|\\(?!%|circ)|\}|[(_])")
 _DENIED_BEFORE = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|no)\b|n['\u2019]t\b)[^.,;:\d]*$", re.I
+)
+_LAST_WORD = re.compile(r"([A-Za-z-]+)(?: (?:of|to|the|an?|by))*[ $]*$")
+_CHANGES_BEFORE = frozenset(
+    "plus minus negative times over more less than least most twice thrice double triple quadruple "
+    "quintuple under above below exceed exceeds half except but by beyond almost nearly up out "
+    "square cube root one two three four five six seven eight nine ten eleven twelve twenty thirty "
+    "forty fifty sixty seventy eighty ninety sin cos tan log ln exp sqrt modulo choose".split()
 )
 _DENIED_BEHIND = re.compile(
     r"[^.,;:]*?(?:\bnot|n['\u2019]t|\bwrong|\bincorrect|\bfalse)\b"
     r"| (?:or|and) (?:more|less|fewer|higher|lower|above|below|an?)\b",
     re.I,
-)
-_LAST_WORD = re.compile(r"([A-Za-z-]+)(?: (?:of|to|the|an?|by))*[ $]*$")
-_POWER = re.compile(r"(?<![\\A-Za-z])([A-Za-z]+)\^\{([23])\}")
-_JOINS = frozenset("and or with where when".split())
-_CHANGES_BEFORE = (CHANGES - _JOINS - {"equals"}) | frozenset(
-    "least most twice thrice double triple quadruple quintuple under above below exceed exceeds "
-    "half except but by beyond almost nearly up out square cube root one two three four five six "
-    "seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty "
-    "ninety".split()
 )
 
 
@@ -176,43 +176,14 @@ def only_number(text: str) -> Quantity | None:
     quantity = read_quantity(text, letters=True)
     if (quantity is not None and quantity.is_known) or len(text) > LONGEST:
         return quantity
-    text = _ASIDE.sub(" ", FONT.sub(r" \1 ", plain(text)))
-    text = _MINUS.sub("-", " ".join(text.split()))
-    text = re.sub(r" more([.]?)$", r"\1", text)
-    quantity = quantity or read_quantity(text, letters=True)
+    text = _ASIDE.sub(" ", _running(text))
     found = list(_IN_TEXT.finditer(text))
-    if len(found) != 1 or (quantity is not None and quantity.is_known):
-        return quantity
-    before, behind = text[: found[0].start()], text[found[0].end() :]
-    sign = _SIGN.search(before)
-    before = before[: sign.end() - 1] if sign and sign[0].endswith(" ") else before
-    number = _number(found[0], negative=sign is not None and "-" in sign[0])
-    words = behind.split(" ")
-    if number is None or not _say_nothing((before[: sign.start()] if sign else before).split(" ")):
-        return quantity
-    if found[0]["unit"]:
-        return _with_unit(number, Unit(Fraction(1), PERCENT), None) if _say_nothing(words) else None
-    unit = _unit_in_sentence(words)
-    return quantity if unit is None else _with_unit(number, unit, found[0]["currency"])
+    place = _in_its_place(found[0], text) if len(found) == 1 else None
+    return place[0] if place is not None and _say_nothing(place[1]) else quantity
 
 
-def _unit_in_sentence(words: list[str]) -> Unit | None:
-    """The longest unit at the start of words that say no more, one that is known if there is one."""
-    best = None
-    for stop in range(min(len(words), 8), -1, -1):
-        unit, rest = read_unit(" ".join(words[:stop]).rstrip(_MARKS), letters=True), words[stop:]
-        if unit is None:
-            continue
-        is_measure = unit.scale == 1 and unit.name not in ("", PERCENT)
-        if rest[:1] == ["of"] and is_measure and not _CHANGES_BEFORE.intersection(rest[1:2]):
-            rest = rest[2:]  # cups of flour
-        if _say_nothing(rest) and (best is None or (unit.is_known and not best.is_known)):
-            best = unit
-    return best
-
-
-def _say_nothing(words: list[str]) -> bool:
-    stripped = (word.strip(_MARKS).lower() for word in words)
+def _say_nothing(words: str) -> bool:
+    stripped = (word.strip(_MARKS).lower() for word in words.split())
     return all(word in _SAYS_NOTHING or not word for word in stripped)
 
 
@@ -222,7 +193,7 @@ def said(text: str) -> str:
     "" if it does not begin with such words.
     """
     words = text[:LONGEST].split(" ")
-    start = next((i for i, word in enumerate(words) if not _say_nothing([word])), len(words))
+    start = next((i for i, word in enumerate(words) if not _say_nothing(word)), len(words))
     return " ".join(words[start:]) if start and words[start - 1] in ("is", "are", "=") else ""
 
 
@@ -234,19 +205,20 @@ def last_number(text: str) -> Quantity | None:
     """
     end = max(text.rfind(digit) for digit in "0123456789") + 1
     start = max(0, end - _WINDOW)
-    text = _BULLET.sub(" ", text[start : end + LONGEST_UNIT])
-    text = _running(text)
+    text = _running(_BULLET.sub(" ", text[start : end + LONGEST_UNIT]))
     found = list(_IN_TEXT.finditer(text))
     if not found or (start > 0 and found[-1].start() == 0):
         return None  # there is none, or it is longer than anything that is read
-    return _in_its_place(found[-1], text[: found[-1].start()], text[found[-1].end() :])
+    place = _in_its_place(found[-1], text)
+    return place and place[0]
 
 
 def first_number(text: str) -> Quantity | None:
     """Return the first number in a text, as `last_number` does the last."""
     text = _running(text[:_WINDOW])
     found = _IN_TEXT.search(text)
-    return _in_its_place(found, text[: found.start()], text[found.end() :]) if found else None
+    place = found and _in_its_place(found, text)
+    return place and place[0]
 
 
 def _running(text: str) -> str:
@@ -264,35 +236,40 @@ def _in_words(found: re.Match[str]) -> str:
 
 def is_denied(before: str, behind: str) -> bool:
     """Whether the words beside an answer say that it is none, or another one."""
-    word = _LAST_WORD.search(before[-_WINDOW:])
+    before, behind = before[-_WINDOW:], behind[:_WINDOW]
+    word = _LAST_WORD.search(before)
     is_changed = word is not None and word[1].lower() in _CHANGES_BEFORE
-    denied = _DENIED_BEFORE.search(before[-_WINDOW:]) or _DENIED_BEHIND.match(behind[:_WINDOW])
-    return is_changed or denied is not None
+    return is_changed or bool(_DENIED_BEFORE.search(before) or _DENIED_BEHIND.match(behind))
 
 
-def _in_its_place(found: re.Match[str], before: str, behind: str) -> Quantity | None:
+def _in_its_place(found: re.Match[str], text: str) -> tuple[Quantity, str] | None:
+    """A number in a sentence, with its unit, and all other words; None if it is bound or denied."""
+    before, behind = text[: found.start()][-_WINDOW:], text[found.end() :][:_WINDOW]
     sign = _SIGN.search(before)
     number = _number(found, negative=sign is not None and "-" in sign[0])
-    before = before[: sign.start()] if sign and "-" in sign[0] else before
-    is_bound = _BOUND_BEFORE.search(before) and not _SEPARATE_BEFORE.search(before)
-    if number is None or is_bound or is_denied(before, behind):
+    if sign is not None:
+        before = before.rstrip()[:-1]
+    glued = re.match(r"[A-Za-z]*", behind)
+    is_bound = _BOUND_BEFORE.search(before) or _BOUND_BEHIND.match(behind)
+    is_circle = behind.startswith("^{\\circ")
+    if number is None or (is_bound and not is_circle) or is_denied(before, behind):
         return None
-    if found["unit"]:
-        return _with_unit(number, Unit(Fraction(1), PERCENT), found["currency"])
-    glued = re.match(r"[A-Za-z]+", behind)
-    if glued or behind.startswith("^{\\circ"):
-        unit = read_unit(behind.split(" ")[0].rstrip(_MARKS), letters=True)
-        return _with_unit(number, unit, found["currency"]) if unit and unit.is_known else None
-    words = re.split(r"[.,;:?!)]", behind)[0].split(" ")[1:5]
-    if _BOUND_BEHIND.match(behind) or (
-        words and words[0].lower() in CHANGES - _JOINS and words != ["more"]
-    ):
-        return None
+    unit = Unit(Fraction(1), PERCENT if found["unit"] else "")
+    words = [] if unit.name else re.split(r"[.,;:?!)]", behind)[0].split(" ")[:5]
+    rest = behind
     for stop in range(len(words), 0, -1):
-        unit = read_unit(f" {' '.join(words[:stop])}", letters=True)
-        if unit and unit.is_known and not (words[:stop] == ["in"] and words[1:]):
-            return _with_unit(number, unit, found["currency"])
-    return _with_unit(number, Unit(Fraction(1), ""), found["currency"])
+        own = read_unit(" ".join(words[:stop]), letters=True)
+        says = own and own.is_known and (own.name or own.scale != 1)
+        if own and says and not (words[1:stop] == ["in"] and words[2:]):
+            unit, rest = own, behind[len(" ".join(words[:stop])) :]
+            break
+    else:
+        if glued and glued[0] or is_circle:
+            return None
+    of = re.match(r" of ([a-z]+)(?![a-z])", rest)  # cups of flour
+    if of and unit.scale == 1 and unit.name not in ("", PERCENT) and not is_denied(of[1], ""):
+        rest = rest[of.end() :]
+    return _with_unit(number, unit, found["currency"]), f"{before} {rest}"
 
 
 def _number(found: re.Match[str], negative: bool) -> Quantity | None:

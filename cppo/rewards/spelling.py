@@ -27,7 +27,8 @@ _CHOICE = re.compile(r"\(?([A-Za-z])\)")
 # "(C) 21", "C. 21", and not "(C) or (D)" or "(C) is wrong".
 _LABELLED = re.compile(
     r"\(?([A-J])(?:\)|[.:](?= )) *(?!.*(?:\([A-J]\)|\b(?:and|or)\b)|[A-J]\b"
-    r"|(?:is|are|was|has|can|cannot|does|would|could|must|not|wrong|incorrect|false)\b)([\w\\$(-].*)"
+    r"|(?:is|are|was|has|can|cannot|does|would|could|must|not|wrong|incorrect)\b|\w+n['\u2019]t\b)"
+    r"((?:[\w\\$(]|-[\d\\.]).*)"
 )
 # "x =", "f'(2) =", "AB =", "m\\angle ABC =", "Total area =", "=": what a value is the value of. Any
 # other left side is a formula, and the equation no answer: 2x = 5, 1 + 1 = 5.

@@ -9,19 +9,13 @@ from typing import NamedTuple
 LONGEST_UNIT = 80  # characters
 PERCENT = "percent"
 # Words behind a number that multiply it. Plurals in -s are read as well.
-SCALES: dict[str, Fraction] = {
-    **{"ten": Fraction(10), "dozen": Fraction(12), "gross": Fraction(144)},
-    **{"hundred": Fraction(100), "thousand": Fraction(1000), "lakh": Fraction(10**5)},
-    **{"million": Fraction(10**6), "mn": Fraction(10**6), "crore": Fraction(10**7)},
-    **{"billion": Fraction(10**9), "bn": Fraction(10**9), "trillion": Fraction(10**12)},
-    **{"tn": Fraction(10**12), "half": Fraction(1, 2), "halve": Fraction(1, 2)},
-    **{"third": Fraction(1, 3), "fourth": Fraction(1, 4), "quarter": Fraction(1, 4)},
-    **{"fifth": Fraction(1, 5), "sixth": Fraction(1, 6), "seventh": Fraction(1, 7)},
-    **{"eighth": Fraction(1, 8), "ninth": Fraction(1, 9), "tenth": Fraction(1, 10)},
-    **{"eleventh": Fraction(1, 11), "twelfth": Fraction(1, 12), "sixteenth": Fraction(1, 16)},
-    "twentieth": Fraction(1, 20),
-}
-SCALES |= {f"{name}th": 1 / SCALES[name] for name in ("hundred", "thousand", "million", "billion")}
+_WORTH = (
+    "ten:10 dozen:12 gross:144 hundred:1e2 thousand:1e3 lakh:1e5 million:1e6 mn:1e6 crore:1e7 "
+    "billion:1e9 bn:1e9 trillion:1e12 tn:1e12 half:1/2 halve:1/2 third:1/3 fourth:1/4 quarter:1/4 "
+    "fifth:1/5 sixth:1/6 seventh:1/7 eighth:1/8 ninth:1/9 tenth:1/10 eleventh:1/11 twelfth:1/12 "
+    "sixteenth:1/16 twentieth:1/20 hundredth:1/100 thousandth:1/1000 millionth:1/1000000"
+)
+SCALES = {word: Fraction(worth) for word, _, worth in (x.partition(":") for x in _WORTH.split())}
 
 # A unit's one name and its others. Plurals in -s are read as well.
 _NAMES = {

@@ -290,6 +290,13 @@ def virl_folder(tmp_path):
     return tmp_path
 
 
+def test_boxes_side_by_side_are_one_answer(tmp_path):
+    (row,) = load_math(
+        write_json(tmp_path, [{"problem": "?", "solution": r"\boxed{A} or \boxed{B}"}])
+    )
+    assert row["answer"] == "A, B"
+
+
 def test_virl39k_layout(tmp_path):
     folder = virl_folder(tmp_path)
     rows = load_virl39k(folder)

@@ -421,6 +421,14 @@ def test_words_behind_a_number(name, words, value):
         ("The area is 5 cm^2.", "5", 1),
         ("It is 5m", "5", 1),
         ("There are 5 in total.", "5", 1),
+        ("it rang 4 + 1 = 5 times.", "5", 1),
+        ("it costs $14 - $9 = $5 more than mine", "5", 1),
+        ("that is $60/12 = $5/month", "5", 1),
+        ("700 kg - 695 kg = 5 kg", "5", 1),
+        ("so 9 - 4 = 5 people did not come", "5", 1),
+        ("She paid $5 that he will not pay", "5", 1),
+        ("so 60/12 = 5 dozen eggs", "60", 1),  # and not 5, as nobody knows which is meant
+        ("It is 5!", "5", 0),  # a factorial, or joy
         ("The answer is 5. I checked 3 times.", "5", 1),
         ("The answer is 5. I checked 3 times.", "3", 0),
         ("the answer is 5 because 2 + 3 = 5", "5", 1),

@@ -82,10 +82,11 @@ def numeric(
     r"""1 where the number of the completion equals the ground truth, as `cppo.rewards.quantities`.
 
     The number is what the last `<answer>`, or else the last box, holds: one number, alone, with a
-    unit or among words. Several numbers ("18 apples for 3 people") or a formula there earn 0. Where
-    there is neither, or no digit in it, it is the last number of what follows the thought.
-    Thousands may be set apart (1,234 and 12 000), fractions mixed (1 1/2); a unit must agree where
-    both have one; 50 % is 50 and 0.5.
+    unit or among words that say no more. Several numbers ("18 apples for 3 people"), other words or
+    a formula there earn 0. Where there is neither, or no digit in it, it is the number of "the
+    answer is", or else the last number of what follows the thought, if nothing beside it makes it
+    another. Thousands may be set apart (1,234 and 12 000), fractions mixed (1 1/2); a unit must
+    agree where both have one; 50 % is 50 and 0.5.
 
     Args: see `cppo.rewards.functions`; a ground truth is one number, with a unit or without, or
         has one behind its last `####`.
@@ -170,10 +171,12 @@ def math_verify(
 ) -> Rewards:
     r"""1 where the completion's answer equals the ground truth, by spelling, value or math-verify.
 
-    The answer is the last `<answer>`, else the last box, else all that follows the thought; of text
-    around formulas in `$`, `\(` or `\[` the last formula counts as well, and of text without LaTeX
-    its only number. math-verify is asked where `cppo.rewards.spelling` cannot tell, and runs in a
-    process of its own (`cppo.rewards.symbolic`), so that the time limit holds in any thread.
+    The answer is the last `<answer>`, else the last box, else what follows "the answer is", else
+    all that follows the thought; of text around formulas in `$`, `\(` or `\[` the last formula
+    counts as well (behind "the answer is" the first), and of text without LaTeX its only number
+    among words that say no more. math-verify is asked where `cppo.rewards.spelling` cannot tell,
+    and runs in a process of its own (`cppo.rewards.symbolic`), so that the time limit holds in any
+    thread.
 
     Args: see `cppo.rewards.functions`.
         timeout: seconds for one comparison; what takes longer earns 0.

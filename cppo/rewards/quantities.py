@@ -78,12 +78,13 @@ _SIGN = re.compile(r"(?:(?<![\w)\]}!%.])[-+]|(?:(?<=[=:(])|\b(?:is|are|equals|be
 _BOUND_BEFORE = re.compile(
     r"(?:[_^{\\/*+!<|\u221a] ?|(?<![-=])> ?|[A-Za-z]\(?|\d[.:]"
     r"|\\(?!approx|to|implies|Rightarrow|therefore)[A-Za-z]+(?:[_^]\{[^{}]*\})? ?"
-    r"|(?:\d[A-Za-z]|\b(?!is|be|so|to)[a-z]{2}|[A-Za-z]\^\{[^{}]*\}) ?= ?"
+    r"|(?:\d[A-Za-z]|(?<!\d )\b(?!is|be|so|to)[a-z]{2}|[A-Za-z]\^\{[^{}]*\}) ?= ?"
     r"|(?:[\d)\]}!%]|(?<![A-Za-z])[A-Za-z]) ?- ?)$"
 )
+_JOINS = frozenset("and or with where when such that more".split())
 _BOUND_BEHIND = re.compile(
-    r" ?(?:[*^!<>/+|]|-(?=[\w(\\])|- [\d\\(]|\\(?!%|circ)|\}|[(_])"
-    rf"| (?:{'|'.join(CHANGES - set('and or with where when more'.split()))}|more than)\b"
+    r" ?(?:[*^!<>+|]|/(?![a-z]{2})|-(?=[\w(\\])|- [\d\\(]|\\(?!%|circ)|\}|[(_])"
+    rf"| (?:{'|'.join(CHANGES - _JOINS)})\b| times (?!to\b)\w| more than \S*\d"
 )
 _DENIED_BEFORE = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|no)\b|n['\u2019]t\b)[^.,;:\d]*$", re.I
@@ -96,7 +97,7 @@ _CHANGES_BEFORE = frozenset(
     "forty fifty sixty seventy eighty ninety sin cos tan log ln exp sqrt modulo choose".split()
 )
 _DENIED_BEHIND = re.compile(
-    r"[^.,;:]*?(?:\bnot|n['\u2019]t|\bwrong|\bincorrect|\bfalse)\b"
+    r"\W*(?:(?:is|are|was|were) (?:not|wrong|incorrect|false)|(?:is|are|was)n['\u2019]t|wrong)\b"
     r"| (?:or|and) (?:more|less|fewer|higher|lower|above|below|an?)\b",
     re.I,
 )

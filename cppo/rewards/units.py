@@ -18,32 +18,27 @@ _WORTH = (
 SCALES = {word: Fraction(worth) for word, _, worth in (x.partition(":") for x in _WORTH.split())}
 
 # A unit's one name and its others. Plurals in -s are read as well.
-_NAMES = {
-    **{"m": "meter metre", "cm": "centimeter centimetre", "mm": "millimeter millimetre"},
-    **{"km": "kilometer kilometre", "in": "inch inches", "ft": "foot feet", "yd": "yard"},
-    **{"nm": "nanometer nanometre", "mi": "mile", "g": "gram", "kg": "kilogram kilo"},
-    **{"mg": "milligram", "lb": "lbs pound", "oz": "ounce", "ton": "", "tonne": "", "acre": ""},
-    **{"hectare": "ha", "s": "sec second", "ms": "millisecond", "min": "minute"},
-    **{"h": "hr hour", "day": "", "week": "", "month": "", "year": "yr", "decade": ""},
-    **{"century": "centuries", "am": "", "pm": "", "o'clock": "", "knot": ""},
-    **{"L": "l liter litre", "mL": "ml milliliter millilitre", "gallon": "gal", "quart": "qt"},
-    **{"pint": "pt", "cup": "", "tablespoon": "tbsp", "teaspoon": "tsp", "Hz": "hertz"},
-    **{"kHz": "", "MHz": "", "GHz": "", "rpm": "", "N": "newton", "J": "joule", "kJ": ""},
-    **{"cal": "calorie", "kcal": "", "Pa": "pascal", "kPa": "", "atm": "", "W": "watt"},
-    **{"kW": "kilowatt", "V": "volt", "A": "ampere amp", "mA": "", "ohm": "", "mol": "mole"},
-    **{"kelvin": "", "celsius": "", "fahrenheit": "", "rad": "radian", "degree": "deg"},
-    **{"bit": "", "byte": "", "KB": "", "MB": "", "GB": "", "unit": "", PERCENT: "% pct"},
-    **{"dollar": "USD buck", "cent": "\u00a2 penny pennies", "euro": "EUR", "sterling": "GBP"},
-    **{"yen": "JPY", "yuan": "RMB CNY", "rupee": "INR", "peso": "", "person": "people"},
-    **{"child": "children", "man": "men", "woman": "women", "way": ""},
-}
+_NAMES = (
+    "m:meter,metre cm:centimeter,centimetre mm:millimeter,millimetre km:kilometer,kilometre "
+    "in:inch,inches ft:foot,feet yd:yard nm:nanometer,nanometre mi:mile g:gram kg:kilogram,kilo "
+    "mg:milligram lb:lbs,pound oz:ounce ton tonne acre hectare:ha s:sec,second ms:millisecond "
+    "min:minute h:hr,hour day week month year:yr decade century:centuries am pm o'clock knot "
+    "L:l,liter,litre mL:ml,milliliter,millilitre gallon:gal quart:qt pint:pt cup tablespoon:tbsp "
+    "teaspoon:tsp Hz:hertz kHz MHz GHz rpm N:newton J:joule kJ cal:calorie kcal Pa:pascal kPa "
+    "atm W:watt kW:kilowatt V:volt A:ampere,amp mA ohm mol:mole kelvin celsius fahrenheit "
+    "rad:radian degree:deg bit byte KB MB GB unit percent:%,pct dollar:USD,buck "
+    "cent:\xa2,penny,pennies euro:EUR sterling:GBP yen:JPY yuan:RMB,CNY rupee:INR peso "
+    "person:people child:children man:men woman:women way time"
+)
 CURRENCIES = {"US$": "dollar", "$": "dollar", "\u20ac": "euro", "\u00a3": "sterling"}
 CURRENCIES["\u00a5"] = "yen"
-_KNOWN = {name: unit for unit, names in _NAMES.items() for name in (unit, *names.split())}
+_KNOWN = {
+    name: names.partition(":")[0] for names in _NAMES.split() for name in re.split("[:,]", names)
+}
 _KNOWN |= CURRENCIES
 # Words behind a number that make another number of it, or go on with one.
 CHANGES = frozenset(
-    "and or not plus minus negative times over more less than squared cubed factorial choose "
+    "and or not plus minus negative over more less than squared cubed factorial choose "
     "modulo base root where when with such that sqrt sin cos tan sinh cosh tanh log ln exp "
     "infinity always equals exceeds does".split()
 )

@@ -62,7 +62,7 @@ _MARKS = ' \n\t.,;:"()*'
 # The words that may stand around the one number of an answer. Any other may change the number
 # ("twice 5", "at least 5", "5 is wrong"), and there is no end of those.
 _SAYS_NOTHING = frozenset(
-    "the a an my our your his her its their this that it he she they we you i there here so thus "
+    "the a an my our your his her its their this that it he she they we you there here so thus "
     "hence therefore then now finally final correct right answer answers result value solution "
     "sum total totals amount number count set is are was were will be equal equals to of about "
     "approximately approx around roughly exactly only just precisely in all altogether overall "
@@ -184,8 +184,8 @@ def only_number(text: str) -> Quantity | None:
 
 
 def _say_nothing(words: str) -> bool:
-    stripped = (word.strip(_MARKS).lower() for word in words.split())
-    return all(word in _SAYS_NOTHING or not word for word in stripped)
+    stripped = (word.strip(_MARKS) for word in words.split())
+    return all(word.lower() in _SAYS_NOTHING or word in ("", "I") for word in stripped)
 
 
 def said(text: str) -> str:

@@ -34,7 +34,7 @@ _LABELLED = re.compile(
 # other left side is a formula, and the equation no answer: 2x = 5, 1 + 1 = 5.
 _OWN_NAME = (
     r"(?:(?:[A-Za-z]{3,} ){0,4}(?:[A-Z]?[a-z]{3,}|[A-Z]{2,3}|[A-Za-z])|\|[A-Z]{2}\|"
-    r"|(?:m ?)?\\(?:angle|triangle) ?[A-Z]{1,4}"
+    r"|\((?:[A-Za-z], ?)+[A-Za-z]\)|(?:m ?)?\\(?:angle|triangle) ?[A-Z]{1,4}"
     r"|\\(?:text|mathrm|mathbf|operatorname|overline|vec|hat|bar|overrightarrow|widehat)\{[^{}]*\}"
     rf"|\\(?:ell|{'|'.join(name for name in GREEK if name != 'pi')}|[A-Z][a-z]+))"
     r"(?:_\{[^{}]*\}|'|\((?:[\w ,]|\\(?:cap|cup|mid|pi)(?![A-Za-z]))*\))*"
@@ -48,6 +48,10 @@ _WORDS = re.compile(r"[A-Za-z]{2,}(?:(?:[ ']|-(?=[A-Za-z]{3}))[A-Za-z]+)*")
 _NAME = re.compile(r"[A-Z]{2,}|[A-Za-z]{4,}")
 _ITEM = re.compile(r"[,;=:&]|\\[{}\\]")
 _PRODUCTS = frozenset("xyz")  # whose products are no words
+_JOIN = re.compile(r",? ?(?:\\text[a-z]*\{ ?(?:and|or) ?\}|\b(?:and|or)\b) ?")  # of a list
+_LETTER = re.compile(r"\\(?:text[a-z]*|mathrm)\{ ?([A-Za-z]) ?\}")
+# What math-verify would read over: numbers side by side, operators without a second operand.
+_UNREAD = re.compile(r"\d \d|\d ?_|[-+*/^=]$")
 _WHOLE_FONT = re.compile(rf"^ *{FONT.pattern} *$")
 _BRACKETS = re.compile(r"\\.|[()\[\]{},;]")
 _OPENING, _CLOSING = ("\\{", "(", "[", "{"), ("\\}", ")", "]", "}")
@@ -94,9 +98,10 @@ def compare(answer: str, truth: str, depth: int = 0, *, any_order: bool = False)
     spelled = normalize_answer(formula), normalize_answer(true_formula)
     if "" in spelled or spelled[0] == spelled[1]:
         return "" not in spelled
+    formula, true_formula = (_JOIN.sub(", ", text) for text in (formula, true_formula))
     if depth == 0 and (choices := _labelled(answer, truth)):
         return any(compare(*pair, 1, any_order=any_order) is True for pair in choices)
-    bare = _without_left_side(plain(answer), plain(truth))
+    bare = _without_left_side(*(_JOIN.sub(", ", plain(text)) for text in (answer, truth)))
     if bare is not None and depth < _DEEPEST:
         return compare(*bare, depth + 1, any_order=any_order)
     if _names(formula) != _names(true_formula) or _differ_in_letters(*spelled):
@@ -126,9 +131,10 @@ def for_algebra(answer: str, truth: str) -> tuple[str, str] | None:
     """
     formulas = []
     for text, other in ((truth, answer), (answer, truth)):
-        formula = " ".join(split_unit(plain(text))[0].replace("$", " ").split())
+        formula = _LETTER.sub(r"\1", _JOIN.sub(", ", split_unit(plain(text))[0]))
+        formula = " ".join(formula.replace("$", " ").split())
         words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{4,}", FONT.sub("", formula))
-        if len(set(words) - CHANGES) > 1 or re.search(r"\d \d|\d ?_", formula):
+        if len(set(words) - CHANGES) > 1 or _UNREAD.search(formula):
             return None
         if "=" in formula and "=" not in other:
             *_, elements = _elements(formula)

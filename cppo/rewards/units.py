@@ -97,6 +97,8 @@ def read_unit(text: str, *, letters: bool = False) -> Unit | None:
     words, scale = unit.split(), Fraction(1)
     while words and _singular(words[0]) in SCALES:
         scale *= SCALES[_singular(words.pop(0))]
+    if words[-1:] == ["/"]:
+        return None
     is_known, names = True, []
     for word in words:
         own = (word, True) if word == "/" else _name(word, is_text, is_apart, "/" in words)

@@ -7,6 +7,7 @@ on its neighbours. Padding is done here: no tokenizer needs a pad token, and non
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ _OWN = (
 _FORMAT_TAGS = {"<think>", "</think>", "<answer>", "</answer>"}
 _TAG = re.compile(r"<[^<>\n]*>|\[[^\[\]\n]*\]")
 _END_OF_TEXT = "(cppo: the last message ends here)"
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which no tokenizer takes
 _PAD = 0  # any id will do: the mask hides it
 
 
@@ -183,6 +185,10 @@ class PromptEncoder:
     def _check_text(self, messages: Messages) -> None:
         for position, message in enumerate(messages):
             for text in strings_in(message):
+                if _SURROGATE.search(text):
+                    raise QuestionError(
+                        f"prompt[{position}] has a lone surrogate, which is half a character"
+                    )
                 found = self._control.search(text)
                 if found:
                     raise QuestionError(
@@ -206,10 +212,22 @@ class PromptEncoder:
 
     def _check_rendered(self, question: Question, rendered: str) -> None:
         """Raises if a message or an image is not in the text that the template made."""
+        ends = [f"{_END_OF_TEXT[:-1]}, {place})" for place in range(len(question.messages))]
+        marked = self._render(
+            question._replace(
+                messages=[
+                    with_last_text(message, functools.partial(_before, end))
+                    for message, end in zip(question.messages, ends, strict=True)
+                ]
+            )
+        )
         for position, message in enumerate(question.messages):
             texts = [text.strip() for text in texts_of(message["content"])]
-            # Templates may drop what an assistant thought in earlier turns.
-            if message["role"] == "assistant" or all(text in rendered for text in texts):
+            # Templates may drop what an assistant thought in earlier turns. A short text may well
+            # stand in the rendered one by chance, a mark does not.
+            if message["role"] == "assistant" or not any(texts):
+                continue
+            if ends[position] in marked and all(text in rendered for text in texts):
                 continue
             # Not there word for word: does anything depend on it?
             changed = list(question.messages)
@@ -289,6 +307,10 @@ class PromptEncoder:
         return opened[min([common, *inside]) :]
 
 
+def _before(end: str, text: str) -> str:
+    return text + end
+
+
 def _padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     """Ids padded on the left, and the mask of what is no padding."""
     width = max(map(len, rows), default=0)
@@ -305,7 +327,10 @@ def _check_template_arguments(processor: Any, arguments: Mapping[str, Any]) -> N
         raise TypeError(f"cppo: chat_template_kwargs must be a mapping, got {arguments!r}")
     template = arguments.get("chat_template") or getattr(processor, "chat_template", None)
     if template is None:
-        raise ValueError(f"cppo: processor {type(processor).__name__} has no chat template")
+        raise ValueError(
+            f"cppo: processor {type(processor).__name__} has no chat template; take that of an "
+            "instruction-tuned model, or set processor.chat_template"
+        )
     for name in arguments:
         if name in _OWN:
             raise ValueError(f"cppo: chat_template_kwargs must not have {name!r}, which cppo sets")

@@ -336,8 +336,9 @@ class _Call:
         if row is None:
             return head + " on the whole batch; no completion was found that fails by itself"
         question = self._rollouts.question_of(row)
+        place = "" if question.row is None else f" of row {question.row}"
         return (
-            f"{head}\n  question: {question.messages!r}\n  answer: "
+            f"{head}\n  question{place}: {question.messages!r}\n  answer: "
             f"{question.columns.get('answer')!r}\n  completion: {self._rollouts.texts[row]!r}"
         )
 

@@ -13,6 +13,7 @@ from trainer_cases import VISION_FAMILIES, tiny
 
 from cppo.questions import QuestionError, Rows, check_dataset, split_rows
 from cppo.questions.stream import QuestionStream, all_questions
+from cppo.rewards import from_names
 
 
 def test_check_dataset():
@@ -33,12 +34,57 @@ def test_check_dataset():
         ([ROWS[0], {"prompt": "x"}], "row 1: has the columns none, row 0 has answer"),
         ([ROWS[0], {"prompt": "x", "answer": None}], "row 1: has no ground truth"),
         ([ROWS[0], {"answer": "x"}], "1 of 2 rows .*\n  row 1: has no 'prompt'"),
+        (
+            [ROWS[0], {"prompt": "x", "answer": r"\\boxed{5"}],
+            "row 1: has a ground truth that",
+        ),
+        (
+            [ROWS[0], {"prompt": "x", "answer": "..."}],
+            "that is no answer",
+        ),
         ([ROWS[0], 3], "row 1: expected a mapping, got int"),
     ],
 )
 def test_bad_datasets(dataset, message):
     with pytest.raises((TypeError, ValueError), match=f"(?s)^cppo.check_dataset: .*{message}"):
         check_dataset(dataset, require_answer=True)
+
+
+def test_a_row_without_answer_among_others():
+    rows = [ROWS[0], {"prompt": "x", "answer": None}]
+    with pytest.raises(ValueError, match="row 1: has no ground truth"):
+        check_dataset(rows)
+    assert check_dataset(rows, read_answer=False).with_answers == 1  # as a reward of one's own
+    assert check_dataset([rows[1]]).with_answers == 0
+
+
+@pytest.mark.parametrize(
+    ("reward", "answer", "message"),
+    [
+        ("numeric", "five", "numeric: ground truth must be a number, got 'five'"),
+        ("gsm8k_reward", "five", "gsm8k: ground truth must be a number"),
+        ({"exact_match": {"unfinished_thought": 0}}, " ", "has no ground truth"),
+        ({"length": {"accuracy": "numeric"}}, "five", "numeric: ground truth must be a number"),
+        ("boxed", "...", "boxed: ground truth must be an answer"),
+        ("boxed", None, "has no ground truth"),
+    ],
+)
+def test_rewards_that_cannot_read_a_ground_truth(reward, answer, message):
+    ((function,), _) = from_names([reward])
+    rows = [{"prompt": "x", "answer": "5"}, {"prompt": "x", "answer": answer}]
+    with pytest.raises(ValueError, match=f"\n  row 1: .*{message}"):
+        check_dataset(rows, rewards=[function], read_answer=False)
+    with pytest.raises(ValueError, match="\n  row 0: "):
+        check_dataset([{"prompt": "x", "answer": answer}], rewards=[function], read_answer=False)
+
+
+def test_rewards_of_ones_own_and_of_the_form_read_what_they_like():
+    def own(completions, **columns):
+        raise AssertionError
+
+    rows = [{"prompt": "x", "answer": {"a": 1}}, {"prompt": "x", "answer": None}]
+    functions = [own, *from_names(["think_format", "tag_count"])[0]]
+    assert check_dataset(rows, rewards=functions, read_answer=False).rows == 2
 
 
 def test_a_data_frame_is_no_sequence_of_rows():

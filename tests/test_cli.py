@@ -254,6 +254,42 @@ def test_malformed_rows_stop_a_run_and_a_dry_run(
         assert "row 0: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("reward", "answer", "words"),
+    [
+        ("boxed", None, "row 40: has no ground truth"),
+        ("boxed", r"\boxed{5", "row 40: cppo.rewards.boxed: ground truth must be an answer"),
+        (
+            "{numeric: {unfinished_thought: -1}}",
+            "five",
+            "row 40: cppo.rewards.numeric: ground truth",
+        ),
+        ("gsm8k_reward", "five", "row 40: cppo.rewards.gsm8k: ground truth must be a number"),
+    ],
+)
+@pytest.mark.parametrize("place", ["train", "eval"])
+def test_a_ground_truth_that_no_reward_reads_stops_a_run_before_its_model_is_loaded(
+    reward: str,
+    answer: str | None,
+    words: str,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = [{"prompt": f"{n}?", "answer": "5"} for n in range(50)]
+    bad = [*good[:40], {"prompt": "?", "answer": answer}, *good[41:]]
+    for name in ("train", "eval"):
+        rows = bad if name == place else good
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = [f"data.{name}={{loader: rows, path: {name}.jsonl}}" for name in ("train", "eval")]
+    for more in ([], ["--dry-run", "model.architecture={model_type: qwen2}"]):
+        model = "model={path: no/such}"
+        assert main(["train", DIGITS, *data, f"rewards=[{reward}]", model, *more]) == 2
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_saves_and_says_where_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str

@@ -129,6 +129,7 @@ def test_a_sixteen_bit_png_of_older_pillows():
         ([0.0, 0.5, 1.0], "float32", [0, 128, 255]),
         ([0.0, 0.2, 1.0005], "float32", [0, 51, 255]),
         ([0.0, 99.6, 255.0], "float32", [0, 100, 255]),
+        ([0.0, 2.0, 3.0], "float32", [0, 2, 3]),
     ],
 )
 def test_integers_and_floats(values, dtype, expected):
@@ -151,7 +152,7 @@ def test_integers_and_floats(values, dtype, expected):
         ("uint64", DEEP, SHALLOW),
         ("float16", [0, 1], [0, 255]),
         ("float64", [0.0, 0.6], [0, 153]),
-        ("float64", [0.0, 2.4], [0, 2]),
+        ("float64", [0.0, 24.4], [0, 24]),
     ],
 )
 @pytest.mark.parametrize("channels", [0, 1, 3])
@@ -185,6 +186,10 @@ def test_the_last_of_two_or_four_channels_is_alpha(pixel, dtype, expected):
         (grey([-1, 5], "int32"), r"int32 must lie in \[0, 255\] or \[0, 65535\], got -1 to 5"),
         (grey([0, 70000], "int32"), "got 0 to 70000; scale them"),
         (grey([0, 300], "float32"), r"float32 must lie in \[0, 1\] or \[0, 255\], got 0 to 300"),
+        (np.linspace(0, 1.01, 64).reshape(8, 8), "got 0 to 1.01; scale them"),
+        (np.array([[0, 1.05]]), "got 0 to 1.05; scale them"),
+        (np.array([[0, 1.5]], np.float32), "got 0 to 1.5; scale them"),
+        (grey([0.5, 9.5], "float32"), "got 0.5 to 9.5; scale them"),
         (np.array([[-0.5, 0.5]]), "got -0.5 to 0.5"),
         (np.array([[np.nan, 0.5]]), "got nan to nan"),
         (np.array([[np.inf, 0.5]]), "got 0.5 to inf"),
@@ -202,6 +207,7 @@ def test_the_last_of_two_or_four_channels_is_alpha(pixel, dtype, expected):
         ("x" * 5000, "cannot read the image|there is no file"),
         ("", "there is no file"),
         (b"", "cannot read the image"),
+        (b"no image", r"cannot read the image \(.*\): its bytes are no image of a known format$"),
         (pathlib.Path("/"), "cannot read the image"),
     ],
 )

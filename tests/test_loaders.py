@@ -61,7 +61,8 @@ def test_gsm8k_original_columns(tmp_path):
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
-    [("#### 1,234", "1234"), ("42", "42"), (72, "72"), (["#### 4", "5"], ["4", "5"])],
+    [("#### 1,234", "1234"), ("42", "42"), (72, "72"), (["#### 4", "5"], ["4", "5"])]
+    + [("#### 5\nnote", "5"), ("so #### -5.", "-5."), ("#### $1,000", "$1000")],
 )
 def test_gsm8k_answers(answer, expected, tmp_path):
     (row,) = load_gsm8k(write_json(tmp_path, [verl(answer)]))
@@ -131,6 +132,13 @@ def test_seven_thousand_rows_of_math_load_at_once(tmp_path):
             {"question": "?", "answer": "#### 4"},
             {
                 "nothing follows the '####' of the answer 'so ####'": {"answer": "so ####"},
+                "has no number behind '####', and is none itself: 'five'": {"answer": "five"},
+                "has no number behind '####', and is none itself: '3 apples, so 7'": {
+                    "answer": "3 apples, so 7"
+                },
+                "has no number behind '####', and is none itself: '#### seven'": {
+                    "answer": "#### seven"
+                },
                 "has no answer; looked in answer": {"answer": None},
                 "prompt must be a string or messages, got NoneType": {"question": None},
                 "prompt asks nothing": {"question": " "},
@@ -280,6 +288,13 @@ def virl_folder(tmp_path):
     ]
     write_parquet(rows, tmp_path / "39Krelease.parquet")
     return tmp_path
+
+
+def test_boxes_side_by_side_are_one_answer(tmp_path):
+    (row,) = load_math(
+        write_json(tmp_path, [{"problem": "?", "solution": r"\boxed{A} or \boxed{B}"}])
+    )
+    assert row["answer"] == "A, B"
 
 
 def test_virl39k_layout(tmp_path):

@@ -271,11 +271,20 @@ def test_image_markers_are_ours() -> None:
             {"prompt": [{"role": "system", "content": "Be brief."}, *DIALOGUE]},
             r"the chat template leaves out prompt\[0\] \(role 'system'\)",
         ),
+        *(  # which stand in the rendered text by chance
+            (
+                PHI,
+                {"prompt": [{"role": "system", "content": short}, *DIALOGUE]},
+                r"the chat template leaves out prompt\[0\] \(role 'system'\)",
+            )
+            for short in ("s", "user", DIALOGUE[0]["content"])
+        ),
         (
             PHI,
             {"prompt": [*DIALOGUE, {"role": "developer", "content": "Be brief."}]},
             r"the chat template leaves out prompt\[3\] \(role 'developer'\)",
         ),
+        (LLAMA, {"prompt": "a \ud800 b"}, r"prompt\[0\] has a lone surrogate"),
         (LLAMA, {"prompt": "?", "image": image(24, 24)}, "has images, which a tokenizer does not"),
         (
             MISTRAL,

@@ -6,10 +6,12 @@ import codecs
 import json
 import sys
 
+import numpy as np
 import pytest
 from question_cases import ROWS, picture, write_parquet
 
 from cppo.questions import Rows, as_question, load_rows
+from cppo.rewards import boxed
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
@@ -40,6 +42,14 @@ def test_load_rows_saved_datasets(tmp_path):
     with pytest.raises(ValueError, match="has no split 'dev', only train, test"):
         load_rows(tmp_path / "two", "dev")
     assert as_question(rows[1], 1).columns["answer"] == "1"  # a Dataset is a dataset as it is
+
+
+def test_floats_of_few_bits_in_saved_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs the extra 'data'")
+    features = datasets.Features(prompt=datasets.Value("string"), answer=datasets.Value("float32"))
+    rows = [{"prompt": "?", "answer": answer} for answer in (0.1, 1 / 3, None)]
+    datasets.Dataset.from_list(rows, features).save_to_disk(tmp_path / "one")
+    assert [row["answer"] for row in load_rows(tmp_path / "one")] == [0.1, 1 / 3, None]
 
 
 def test_load_rows_system_prompt(tmp_path):
@@ -234,3 +244,17 @@ def test_rows_are_lazy_sequences():
     with pytest.raises(IndexError):
         rows[4]
     assert ROWS[0] == {"prompt": "0?", "answer": "0"}
+
+
+@pytest.mark.parametrize("kind", ["float32", "halffloat", "float64"])
+def test_floats_of_few_bits_are_what_they_stand_for(kind, tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="needs the extra 'data'")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra 'data'")
+    numbers = [0.1, 1 / 3, 2 / 3, 0.25, 5.0]
+    stored = np.array(numbers, {"halffloat": "float16"}.get(kind, kind))
+    column = pa.array([*stored, None], getattr(pa, {"halffloat": "float16"}.get(kind, kind))())
+    parquet.write_table(pa.table({"prompt": ["?"] * 6, "answer": column}), tmp_path / "a.parquet")
+    rows = load_rows(tmp_path / "a.parquet")
+    assert [row["answer"] for row in rows] == [*numbers, None]
+    texts = [rf"\boxed{{{answer}}}" for answer in ("0.1", "1/3", r"\frac23", "1/4", "5")]
+    assert boxed(texts, answer=[row["answer"] for row in rows][:5]) == [1.0] * 5

@@ -70,7 +70,8 @@ def test_images_without_parts_go_before_the_first_user_text(column):
     question = as_question({"prompt": prompt, column: value})
     count = 1 if column == "image" else 2
     assert question.messages[1]["content"] == [IMAGE] * count + [text("What?")]
-    assert len(question.images) == count and column not in question.columns
+    assert len(question.images) == count and question.columns == {column: value}
+    # as they stand: TRL passes every column but the prompt
 
 
 def test_image_parts():
@@ -238,8 +239,10 @@ def asks(*content):
         ({"prompt": "x", "images": [None]}, "image 0: must be a PIL image, .* got NoneType"),
         ({"prompt": "x", "image": "https://a.b/c.png"}, "image 0: nothing is downloaded"),
         ({"prompt": "x", "image": Image.new("RGB", (0, 3))}, r"image 0: has size \(0, 3\)"),
-        ({"prompt": "x", "completions": 1}, "the column 'completions' is what rewards are given"),
-        ({"prompt": "x", "log_metric": 1}, "the column 'log_metric' is what rewards are given"),
+        ({"prompt": "x", "completions": 1}, "the column 'completions' is an argument of rewards"),
+        ({"prompt": "x", "log_metric": 1}, "the column 'log_metric' is an argument of rewards"),
+        ({"prompt": "x", "timeout": 10}, "the column 'timeout' is an argument of rewards"),
+        ({"prompt": "x", "unfinished_thought": 0}, "the column 'unfinished_thought' is an arg"),
     ],
 )
 def test_bad_rows(row, message):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -30,10 +32,13 @@ THINK = "<think>a</think>\n"
     ("text", "think", "think_answer", "think_boxed", "tags"),
     [
         (THINK + "<answer>4</answer>", 1, 1, 0, 1.0),
+        ("<think></think><answer> </answer>", 1, 0, 0, 1.0),
+        ("<think></think><answer>4</answer>", 1, 1, 0, 1.0),
+        ("<think>a <answer>4</answer></think><answer>5</answer>", 1, 0, 0, 0.5),
         (THINK + r"so \boxed{4}.", 1, 0, 1, 0.5),
         ("\n" + THINK + "4", 1, 0, 0, 0.5),
         (THINK, 0, 0, 0, 0.5),
-        ("<think>a</think><answer></answer>", 1, 1, 0, 1.0),
+        ("<think>a</think><answer></answer>", 1, 0, 0, 1.0),
         ("Well. " + THINK + "4", 0, 0, 0, 0.5),
         ("<think>a<think>b</think>4", 0, 0, 0, 0.25),
         (THINK + "<answer>4</answer> bye", 1, 0, 0, 1.0),
@@ -114,6 +119,7 @@ def test_from_names():
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
+        (["my_reward.py"], "must be FILE.py:NAME"),
         (["boxd"], "unknown reward 'boxd'; did you mean 'boxed'"),
         (["cosine"], "unknown reward 'cosine'"),
         (
@@ -164,24 +170,44 @@ def test_bad_combinations(weights):
 @pytest.mark.parametrize(
     ("function", "golds", "message"),
     [
-        (rewards.boxed, ["1", None], "boxed: row 1 has no ground truth, got None"),
-        (rewards.boxed, ["1", "  "], "boxed: row 1 has no ground truth"),
-        (rewards.boxed, ["1", r"\boxed{2"], "boxed: row 1: ground truth must be an answer"),
-        (rewards.exact_match, ["", "1"], "exact_match: row 0 has no ground truth"),
-        (rewards.numeric, ["1", "abc"], "numeric: row 1: ground truth must be a number, got 'abc'"),
-        (rewards.numeric, ["1/0", "1"], "numeric: row 0: ground truth must be a number"),
-        (rewards.gsm8k, ["1", "12 apples"], "gsm8k: row 1: ground truth must be a number"),
-        (rewards.boxed, ["1", []], "boxed: row 1 has no ground truth"),
-        (rewards.boxed, [["1", ""], "1"], "boxed: row 0 has no ground truth"),
-        (rewards.boxed, ["1", {"a": 1}], "boxed: row 1 has a ground truth that is not a string"),
-        (rewards.exact_match, [float("nan"), "1"], "exact_match: row 0 has a ground truth that"),
-        (rewards.numeric, ["1", True], "numeric: row 1 has a ground truth that is not a string"),
+        (rewards.boxed, ["1", None], "boxed: completion 1 has no ground truth, got None"),
+        (rewards.boxed, ["1", "  "], "boxed: completion 1 has no ground truth"),
+        (rewards.boxed, ["1", r"\boxed{2"], "boxed: completion 1: ground truth must be an answer"),
+        (rewards.exact_match, ["", "1"], "exact_match: completion 0 has no ground truth"),
+        (
+            rewards.numeric,
+            ["1", "abc"],
+            "numeric: completion 1: ground truth must be a number, got 'abc'",
+        ),
+        (rewards.numeric, ["1/0", "1"], "numeric: completion 0: ground truth must be a number"),
+        (rewards.gsm8k, ["1", "12 apples"], "gsm8k: completion 1: ground truth must be a number"),
+        (rewards.boxed, ["1", []], "boxed: completion 1 has no ground truth"),
+        (rewards.boxed, [["1", ""], "1"], "boxed: completion 0 has no ground truth"),
+        (
+            rewards.boxed,
+            ["1", {"a": 1}],
+            "boxed: completion 1 has a ground truth that is not a string",
+        ),
+        (
+            rewards.exact_match,
+            [float("nan"), "1"],
+            "exact_match: completion 0 has a ground truth that",
+        ),
+        (
+            rewards.numeric,
+            ["1", True],
+            "numeric: completion 1 has a ground truth that is not a string",
+        ),
         (
             rewards.numeric,
             ["1", ["a", "b"]],
-            r"numeric: row 1: .* must be a number, got \['a', 'b'\]",
+            r"numeric: completion 1: .* must be a number, got \['a', 'b'\]",
         ),
-        (rewards.gsm8k, ["1", [["2"]]], "gsm8k: row 1 has a ground truth that is not a string"),
+        (
+            rewards.gsm8k,
+            ["1", [["2"]]],
+            "gsm8k: completion 1 has a ground truth that is not a string",
+        ),
         (rewards.boxed, ["1"], "answer must have one entry per completion = 2, got 1"),
         (rewards.boxed, None, "boxed: needs the column 'answer'"),
         (rewards.boxed, "12", "boxed: needs the column 'answer', .* got '12'"),
@@ -243,8 +269,10 @@ def test_no_text_raises_in_math_verify(text, gold):
 
 REPEATED = [
     *("<think>", "<answer>", "</answer>", "\\boxed{", "####", "$a$,", "$", "{", "\\", "%\n"),
-    *("1,", "1,234", "1 234", "1/", "9", "-", " ", "\0", "\ud800"),
+    *("1,", "1,234", "1 234", "1/", "9", "-", " ", "\0", "\ud800", ",000", "(", "\\frac", "1/2"),
+    *("^", "=", "a ", "\u00bd", "\\boxed{1},", "the answer is 5. ", "not ", "\\sqrt{", "\n- "),
 ]
+SECONDS = 3.0  # for a reward of a million characters
 LONG = {
     **{piece: piece * (1_000_000 // len(piece)) for piece in REPEATED},
     "parentheses": "(" * 100_000 + ")" * 100_000,
@@ -262,11 +290,26 @@ LONG = {
 }
 
 
+def in_a_thread(function, text, **columns):
+    """The reward of a single completion, asked in a thread, and the seconds that it takes."""
+    found = []
+
+    def ask():
+        began = time.perf_counter()
+        found.extend([one(function, text, **columns), time.perf_counter() - began])
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return found
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", LONG, ids=ascii)
 def test_no_text_takes_long(name):
     for function in from_names(PLAIN)[0]:
-        reward = one(function, LONG[name], completion_ids=[[0]])
+        reward, seconds = in_a_thread(function, LONG[name], completion_ids=[[0]])
+        assert seconds < SECONDS
         if function in rewards.ACCURACIES.values():
             assert reward == 0.0
 
@@ -276,4 +319,5 @@ def test_no_text_takes_long(name):
 def test_no_text_takes_long_in_math_verify(name):
     pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
     for gold in ("42", r"\sqrt{2}"):
-        assert one(rewards.math_verify, LONG[name], gold, timeout=1.0) == 0.0
+        reward, seconds = in_a_thread(rewards.math_verify, LONG[name], gold=gold, timeout=1.0)
+        assert reward == 0.0 and seconds < SECONDS + 3  # for a new process

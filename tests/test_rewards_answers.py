@@ -335,3 +335,139 @@ def test_one_spelling(first, second):
 def test_spaces_and_capitals_that_say_something(text):
     other = {"AB": "ab", "ab": "AB"}.get(text, text.replace(" ", ""))
     assert normalize_answer(text) != normalize_answer(other)
+
+
+# ---- words, equations, choices, symbols
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        *(("cat", "act"), ("tea", "eat"), ("Tom", "Mot"), ("Sue", "Use"), ("Ann", "nan")),
+        *(("saw", "was"), ("RED", "DER"), ("BAC", "ABC"), ("2BA", "2AB"), ("ab", "ba")),
+        *((r"\angle ABC", r"\angle ACB"), (r"\triangle ABC", r"\triangle BCA")),
+        *(("cat, dog", "act, god"), ("x = cat", "x = act"), ("(cat, dog)", "(act, dog)")),
+        *((r"\{cat, dog\}", r"\{act, dog\}"), (r"\text{cat}", r"\text{act}")),
+        *((r"\overrightarrow{AB}", r"\overrightarrow{BA}"), ("big cat", "big act")),
+        *((r"5\text{i}", "5"), ("5/", "5"), ("5 or 6", "5"), (r"x=5\text{ is wrong}", "5")),
+        *((r"5 \text{ (wrong)}", "5"), (r"\text{at least } 5", "5"), ("Yes, 5", "5")),
+        *((r"\sqrt{25}\text{ wrong}", "5"), (r"\sqrt{25}\text{ or more}", "5")),
+    ],
+)
+def test_words_are_no_products(answer, gold):
+    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    for text in wrapped(answer, TAGGED, BOXED):
+        assert one(rewards.boxed, text, gold) == one(rewards.math_verify, text, gold) == 0, text
+    assert one(rewards.math_verify, rf"\boxed{{{gold}}}", gold) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [("yx", "xy"), ("2hr", "2rh"), ("AB + CD", "CD + AB"), (r"b \cdot a", r"a \cdot b")],
+)
+def test_products_in_any_order(answer, gold):
+    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    assert one(rewards.math_verify, rf"\boxed{{{answer}}}", gold) == 1
+
+
+EQUATIONS = [
+    *(("3=5", 0), ("7=5", 0), ("x=7=5", 0), ("1+1=5", 0), ("2x=5", 0), ("x^2=5", 0), ("5=7", 0)),
+    *((r"\frac12=5", 0), (r"\sqrt{x}=5", 0), ("|x|=5", 0), (r"\sin(x)=5", 0), ("x(x+1)=5", 0)),
+    *((r"x \ne 5", 0), (r"\pi \approx 5", 0), ("xy=5", 0), ("-x=5", 0), ("5=x=7", 0)),
+    *(("3<5", 0), ("x<5", 0), ("x=5", 1), ("f(x)=5", 1), ("f(2)=5", 1), (r"\angle A = 5", 1)),
+    *(("AB=5", 1), ("x_1=5", 1), ("Area = 5", 1), (r"\text{Area} = 5", 1), (r"\alpha=5", 1)),
+    *((r"\overline{AB} = 5", 1), ("P(A)=5", 1), ("x=y=5", 1), ("=5", 1), ("Total cost = 5", 1)),
+]
+
+
+@pytest.mark.parametrize(("answer", "reward"), EQUATIONS)
+def test_an_equation_is_its_value_where_its_left_side_is_a_name(answer, reward):
+    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    assert one(rewards.boxed, rf"\boxed{{{answer}}}", "5") == reward
+    for text in (rf"\boxed{{{answer}}}", f"<answer>{answer}</answer>"):
+        assert one(rewards.math_verify, text, "5") == reward
+        assert one(rewards.math_verify, text, answer) == 1
+
+
+def test_an_equation_that_holds():
+    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    assert one(rewards.math_verify, r"\boxed{x = 2+3 = 5}", "5") == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        *(("x\u2074", "x^4"), ("10\u207b\u00b3", "0.001"), ("a\u2081", "a_1"), ("\u215b", "1/8")),
+        *(("\u2220ABC", r"\angle ABC"), ("\u25b3ABC", r"\triangle ABC"), ("2*pi", r"2\pi")),
+        *(("2**10", "1024"), ("pi/4", r"\frac{\pi}{4}"), ("sqrt(2)", r"\sqrt{2}")),
+        *(("x\u2081\u2082", "x_{12}"), ("\U0001d465", "x"), ("1.41421", r"\sqrt2")),
+        *((r"0.\overline{3}", r"\frac13"), (r"\text{B, A}", r"\text{A, B}"), ("2, 1", "1, 2")),
+        *((r"x=2 \text{ or } x=3", "2, 3"), (r"3 \text{ and } 2", "2,3"), ("3 or 2", "2, 3")),
+        *(("(x, y) = (1, 2)", "(1,2)"), ("x=1, y=2", "(1,2)"), (r"2\text{i} + 3", "3 + 2i")),
+        *(("x = 3, x = 2", "2, 3"), ("infinity", r"\infty"), ("alpha", r"\alpha")),
+        *(("60 mph", r"60\text{ miles per hour}"), ("The set is {1,2,3}", r"\{1,2,3\}")),
+        *((r"The value is $\sqrt{2}$", r"\sqrt2"), ("dog, cat", "cat, dog")),
+    ],
+)
+def test_other_spellings(answer, gold):
+    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    assert one(rewards.math_verify, f"<answer>{answer}</answer>", gold) == 1
+    assert one(rewards.math_verify, f"<answer>{answer}</answer>", "7") == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "reward"),
+    [
+        (r"\textbf{(A)}\ 5", "A", 1),
+        (r"\text{(A) 5}", "A", 1),
+        ("(C) 5", "C", 1),
+        ("(C) 5", "A", 0),
+        ("C. 5", "(C)", 1),
+        ("(C) and (D)", "C", 0),
+        ("(C) or D", "C", 0),
+        ("(C) is wrong", "C", 0),
+        ("21", r"\textbf{(C)}\ 21", 1),
+        ("C", r"\textbf{(C)}\ 21", 1),
+        ("(C) 21", r"\textbf{(C)}\ 21", 1),
+        ("(C) 22", r"\textbf{(C)}\ 21", 0),
+        ("(B) 21", r"\textbf{(C)}\ 21", 0),
+        ("B", r"\textbf{(C)}\ 21", 0),
+    ],
+)
+def test_labelled_choices(answer, gold, reward):
+    assert one(rewards.boxed, rf"\boxed{{{answer}}}", gold) == reward
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "reward"),
+    [
+        (r"\boxed\sqrt[3]{2}", r"\sqrt[3]{2}", 1),
+        (r"\boxed{5},\boxed{6}", "5,6", 1),
+        (r"$\boxed{5}$ and $\boxed{6}$", "5,6", 1),
+        (r"\boxed{5} or \boxed{6}", "6", 0),
+        (r"\boxed{5}, so \boxed{6}", "6", 1),
+        (r"\boxed{\$}", r"\$", 1),
+        (r"\boxed{**bold**}", "**bold**", 1),
+    ],
+)
+def test_boxes(text, gold, reward):
+    assert one(rewards.boxed, text, gold) == reward
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "reward"),
+    [
+        ("So $x=4$, hence the answer is 5.", "5", 1),
+        ("So $x=4$, hence the answer is 5.", "4", 0),
+        ("The answer is $5$, since $y=3$.", "5", 1),
+        ("The answer is $5$, since $y=3$.", "3", 0),
+        ("It is not $5$.", "5", 0),
+        ("It is at least $5$.", "5", 0),
+        ("The answer is not $5$.", "5", 0),
+        ("The answer is twice $5$.", "5", 0),
+        ("$5$ is wrong.", "5", 0),
+    ],
+)
+def test_what_is_said_of_a_formula(text, gold, reward):
+    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    assert one(rewards.math_verify, text, gold) == reward

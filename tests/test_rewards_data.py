@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,28 @@ def test_different_neighbours_of_math(name, equal):
     texts, answers = [rf"\boxed{{{b}}}" for _, b in pairs], [a for a, _ in pairs]
     found = function(texts, prompts=["?"] * len(texts), answer=answers)
     assert [pair for pair, reward in zip(pairs, found, strict=True) if reward] == equal
+
+
+def mutated(gold):
+    """Other answers that look like a ground truth: another digit, another sign, other letters."""
+    digits = [place for place, character in enumerate(gold) if character.isdigit()]
+    for place in {*digits[:1], *digits[-1:]}:
+        yield gold[:place] + str((int(gold[place]) + 1) % 10) + gold[place + 1 :]
+    if digits and gold != "0" and not gold.startswith("-"):
+        yield f"-{gold}"
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{4,}", gold)
+    for word in words[:1]:
+        yield gold.replace(word, word[::-1])
+    yield from (f"{gold} = 987654", f"987654 = {gold}", f"{gold} + 987654", rf"\text{{not }}{gold}")
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [*(("math", name) for name in ("boxed", "math_verify")), ("gsm8k", "numeric")],
+)
+def test_no_changed_ground_truth_equals_it(data, name):
+    golds, function = list(dict.fromkeys(golds_of(data)))[:1000], reward_of(name)
+    pairs = [(gold, other) for gold in golds for other in mutated(gold)]
+    texts = [rf"\boxed{{{other}}}" for _, other in pairs]
+    found = function(texts, prompts=["?"] * len(texts), answer=[gold for gold, _ in pairs])
+    assert [pair for pair, reward in zip(pairs, found, strict=True) if reward] == []

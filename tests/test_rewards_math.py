@@ -60,6 +60,17 @@ def test_only_the_comparison_that_never_ends_is_lost():
     assert found == [1.0, 0.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("golds", [["4"] * 12, list("0123456789ab")])
+def test_a_batch_has_a_limit_too(golds):
+    """Five comparisons may reach their limit, and those that are likely to do so come last."""
+    texts = [rf"\boxed{{10^{{10^{{{n}}}}}}}" for n in range(11, 22)] + [r"\boxed{2x}"]
+    began = time.monotonic()
+    golds = [*golds[:-1], "x + x"]
+    found = rewards.math_verify(texts, prompts=["?"] * 12, answer=golds, timeout=0.5)
+    assert found == [0.0] * 11 + [1.0]
+    assert time.monotonic() - began < 5 * (0.5 + 3)  # a new process takes a second or two
+
+
 @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="the limit is read from Linux")
 def test_memory_is_limited():
     one(r"\boxed{2x}", "x + x")
@@ -256,7 +267,7 @@ def fake_math_verify(monkeypatch, tmp_path):
 
 def test_what_libraries_print_and_raise(fake_math_verify):
     answers = ["x", "y", "raise", "x", "exit", "x"]
-    assert fake_math_verify.ask("x", answers, 30.0) == [True, False, False, True, False, True]
+    assert fake_math_verify.ask("x", answers, 30.0) == [True, False, False, True, None, True]
 
 
 # ---- what is asked
@@ -327,7 +338,9 @@ def test_answers_in_running_text(text, gold, reward):
 
 @pytest.mark.parametrize("gold", ["$$", r"\boxed{}", r"\boxed{2", "<answer> </answer>"])
 def test_a_ground_truth_without_an_answer(gold):
-    with pytest.raises(ValueError, match="math_verify: row 1: ground truth must be an expression"):
+    with pytest.raises(
+        ValueError, match="math_verify: completion 1: ground truth must be an expression"
+    ):
         rewards.math_verify(["1", "2"], prompts=["?"] * 2, answer=["1", gold])
 
 

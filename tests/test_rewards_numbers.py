@@ -143,7 +143,7 @@ def test_units_have_one_name(text, unit):
         ("np.arcsin(10/13)", None),
         ("2x", None),
         ("H2O", None),
-        ("minus 5", None),
+        ("minus 5", -5),
         ("half of 5", None),
         ("no digits", None),
     ],
@@ -163,12 +163,14 @@ def test_only_number(text, value):
         ("12,345,678 in all", 12345678),
         ("45%", 45),
         (r"\$5 or 50\%", 50),
-        ("10 - 5", 5),
+        ("10 - 5 = 5", 5),
+        ("10 - 5", None),
         ("x = -5", -5),
         ("-$7", -7),
-        ("5-3", 3),
-        ("(2)-3", 3),
-        ("minus \u22124", -4),
+        ("5-3", None),
+        ("(2)-3", None),
+        ("minus 4", -4),
+        ("minus \u22124", None),
         ("3.14.", Fraction(157, 50)),
         ("it is .5", Fraction(1, 2)),
         ("it is 1e3", 1000),
@@ -316,3 +318,151 @@ def test_numeric(text, gold, reward):
 )
 def test_gsm8k(text, gold, reward):
     assert one(rewards.gsm8k, text, gold) == reward
+
+
+# ---- words and signs beside a number
+
+WRONG_BESIDE_5 = [
+    *("twice 5", "double 5", "twenty 5", "at least 5", "exceeds 5", "5 is incorrect", "never 5"),
+    *("5 crore", "5 bn", "not 5", "more than 5", "5 is wrong", "half of 5", "under 5", "up to 5"),
+    *("5 or more", "\u00b15", "<5", "~5 million", "5^2", "5!", "2x=5", "xy=5", "5x", "minus 5"),
+    *("negative 5", "one 5", "0x5", "5k", "5M", "5K", "5\u2074", "3 times 5", "5 squared", "2/5/1"),
+    *("square root of 5", "5 and a half", "5 more than 2"),
+]
+# What only a reader of English can tell of running text; in a tag or a box it earns nothing.
+WRONG_IN_A_TAG = [
+    *("anything but 5", "cannot be 5", "quintuple 5", "hardly 5", "5 is a lie", "nobody has 5"),
+    *("5+", "5?", "fifty-5", "5 below zero", "5 at most", "the square of the answer is 5"),
+]
+
+
+@pytest.mark.parametrize("text", WRONG_BESIDE_5 + WRONG_IN_A_TAG)
+def test_words_that_may_change_a_number(text):
+    texts = [f"<answer>{text}</answer>", rf"\boxed{{{text}}}", rf"\boxed{{\text{{{text}}}}}"]
+    if text in WRONG_BESIDE_5:
+        texts += [text, f"So it is {text}.", f"The answer is {text}."]
+    for wrapped in texts:
+        assert one(rewards.numeric, wrapped, "5") == 0, wrapped
+        assert one(rewards.gsm8k, wrapped, "5") == 0, wrapped
+
+
+@pytest.mark.parametrize("text", WRONG_BESIDE_5 + WRONG_IN_A_TAG)
+def test_words_that_may_change_a_number_in_math_verify(text):
+    pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
+    for wrapped in (f"<answer>{text}</answer>", rf"\boxed{{{text}}}", text):
+        assert one(rewards.math_verify, wrapped, "5") == 0, wrapped
+        assert one(rewards.math_verify, f"The answer is {wrapped}.", "5") == 0, wrapped
+
+
+BEHIND = [  # words behind 5, what 5 is with them; None where only a truth with the words is equal
+    *(("dozen", 60), ("dozen eggs", 60), ("lakh", 500_000), ("crore", 50_000_000)),
+    *(("tenths", Fraction(1, 2)), ("hundredths", Fraction(1, 20)), ("eighths", Fraction(5, 8))),
+    *(("fourths", Fraction(5, 4)), ("halves", Fraction(5, 2)), ("hundred thousand", 500_000)),
+    *(("apples", 5), ("people", 5), ("children", 5), ("square units", 5), ("miles per hour", 5)),
+    *(("cm^2", 5), ("a.m.", 5), ("cups", 5), ("degrees", 5), ("dollars per day", 5)),
+    *(("sheep", None), ("below zero", None), ("wrong", None), ("is wrong", None), ("xyz", None)),
+]
+
+
+@pytest.mark.parametrize(("words", "value"), BEHIND)
+@pytest.mark.parametrize("name", ["numeric", "boxed", "math_verify"])
+def test_words_behind_a_number(name, words, value):
+    if name == "math_verify":
+        pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
+    for text in (rf"\boxed{{5\text{{ {words}}}}}", rf"\boxed{{5 {words}}}"):
+        assert one(getattr(rewards, name), text, "5") == (value == 5), text
+        assert value in (5, None) or one(getattr(rewards, name), text, str(value)) == 1, text
+        if name != "numeric":
+            assert one(getattr(rewards, name), text, text) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "reward"),
+    [
+        # in a tag
+        ("<answer>5 m</answer>", "5 cm", 0),
+        ("<answer>5 g</answer>", "5 kg", 0),
+        ("<answer>5 s</answer>", "5 hours", 0),
+        ("<answer>5 kg</answer>", "5 g", 0),
+        ("<answer>about 5 kg</answer>", "5 g", 0),
+        ("<answer>5 sheep</answer>", "5 sheep", 1),
+        ("<answer>5 goats</answer>", "5 sheep", 0),
+        ("<answer>5</answer>", "5 sheep", 1),
+        ("<answer>5 meters</answer>", "5 m", 1),
+        ("<answer>5m</answer>", "5 m", 1),
+        ("<answer>60 mph</answer>", "60 miles per hour", 1),
+        ("<answer>10\u2076</answer>", "1000000", 1),
+        ("<answer>10\u2076</answer>", "10", 0),
+        (r"<answer>0.\overline{3}</answer>", "1/3", 1),
+        (r"<answer>0.1\overline{6}</answer>", "1/6", 1),
+        # in running text
+        ("The population is 1.5 million.", "1500000", 1),
+        ("The population is 1.5 million.", "1.5", 0),
+        ("$2 million", "2000000", 1),
+        ("$2 million", "2", 0),
+        ("3 thousand", "3", 0),
+        ("The answer is negative 7", "-7", 1),
+        ("The answer is negative 7", "7", 0),
+        ("= - 5", "-5", 1),
+        ("it is - 5", "-5", 1),
+        ("= - 5", "5", 0),
+        ("- 3 apples\n- 5 apples", "5", 1),
+        ("20 squared", "20", 0),
+        ("2^{10}", "10", 0),
+        ("2^{10}", "2", 0),
+        (r"\sqrt{4}", "4", 0),
+        ("$x^2$", "2", 0),
+        ("0x10", "10", 0),
+        ("1/2/3", "3", 0),
+        ("5\u2074", "5", 0),
+        ("It is 10\u2076.", "1000000", 1),
+        ("The mass is 5 kg.", "5 g", 0),
+        ("The mass is 5 kg.", "5 kg", 1),
+        ("The area is 5 cm^2.", "5", 1),
+        ("It is 5m", "5", 1),
+        ("There are 5 in total.", "5", 1),
+        ("it rang 4 + 1 = 5 times.", "5", 1),
+        ("it costs $14 - $9 = $5 more than mine", "5", 1),
+        ("that is $60/12 = $5/month", "5", 1),
+        ("700 kg - 695 kg = 5 kg", "5", 1),
+        ("so 9 - 4 = 5 people did not come", "5", 1),
+        ("She paid $5 that he will not pay", "5", 1),
+        ("so 60/12 = 5 dozen eggs", "60", 1),  # and not 5, as nobody knows which is meant
+        ("It is 5!", "5", 0),  # a factorial, or joy
+        ("The answer is 5. I checked 3 times.", "5", 1),
+        ("The answer is 5. I checked 3 times.", "3", 0),
+        ("the answer is 5 because 2 + 3 = 5", "5", 1),
+        ("the answer is 2 + 3 = 5", "5", 1),
+        (r"$\frac{x}{5}$", "5", 0),
+        (r"so $5\pi$", "5", 0),
+        (r"$\log_2 5$", "5", 0),
+        ("it is 10:30", "30", 0),
+        ("It is 3-5", "5", 0),
+        ("x > 5", "5", 0),
+        ("<answer>five</answer> 5", "5", 1),
+        # powers that no float holds
+        ("10^400", "10**400", 1),
+        ("10**400", 10**400, 1),
+        (r"\boxed{10^{400}}", "10^400", 1),
+        ("10^400", "400", 0),
+        ("10^400", "10", 0),
+    ],
+)
+def test_what_stands_beside_a_number(text, gold, reward):
+    assert one(rewards.numeric, text, gold) == reward
+
+
+@pytest.mark.parametrize("name", ["boxed", "exact_match", "math_verify", "numeric"])
+@pytest.mark.parametrize("gold", ["10**400", "10^400", 10**400, "10^{400}"])
+def test_powers_that_no_float_holds(name, gold):
+    if name == "math_verify":
+        pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
+    right = rf"\boxed{{{gold}}}"
+    assert one(getattr(rewards, name), right, gold) == 1
+    assert one(getattr(rewards, name), right, "5") == one(getattr(rewards, name), "5", gold) == 0
+
+
+@pytest.mark.parametrize("answer", ["4,2", ",42,", "42,", "0,42"])
+def test_commas_that_set_no_thousands_apart(answer):
+    assert one(rewards.gsm8k, f"<answer>{answer}</answer>", "42") < 2
+    assert one(rewards.gsm8k, "<answer>4,2</answer>", "42") == 0

@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 from cppo.cli import run_config
 from cppo.cli.config_file import ConfigError
 from cppo.cli.run_config import ModelConfig, RunConfig
-from cppo.cli.run_parts import CHECKED_ROWS, check_packages, load_questions, model_path
+from cppo.cli.run_parts import (
+    CHECKED_ROWS,
+    check_packages,
+    check_rows,
+    load_questions,
+    model_path,
+    trainer_options,
+)
 from cppo.config import CPPOConfig
 from cppo.places import is_place
 
@@ -254,8 +261,6 @@ def _model_rows(sizes: ModelSizes, source: str) -> list[tuple[str, str]]:
 
 def _data(config: RunConfig) -> tuple[list[str], int | None]:
     """Lines about the datasets, and the longest measured prompt in tokens."""
-    from cppo.questions import check_dataset
-
     lines, longest = [], None
     for name in ("train", "eval"):
         spec = getattr(config.data, name)
@@ -268,13 +273,13 @@ def _data(config: RunConfig) -> tuple[list[str], int | None]:
             lines.append(f"{name}: not here, a real run would stop: {error}")
             continue
         lines.append(f"{name}: {len(rows):,} questions ({spec.loader}, {spec.path or 'generated'})")
-        if name == "train":
-            try:
-                check_dataset(rows, limit=CHECKED_ROWS)
+        try:
+            check_rows(rows, spec, trainer_options(config)[0])
+            if name == "train":
                 shown, longest = _first_question(config, rows)
-            except (ValueError, TypeError) as error:
-                raise ConfigError(f"data.{name}: {error}", f"data.{name}") from error
-            lines += ["first question:", *(f"  {line}" for line in shown.splitlines())]
+                lines += ["first question:", *(f"  {line}" for line in shown.splitlines())]
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"data.{name}: {error}", f"data.{name}") from error
     return lines, longest
 
 

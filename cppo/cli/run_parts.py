@@ -15,7 +15,8 @@ from cppo.places import is_place, load_object
 from cppo.questions import loaders
 from cppo.questions.loaders import Rows
 
-CHECKED_ROWS = 32  # of the training data, spread evenly, are read before anything starts
+CHECKED_ROWS = 32  # of each data set, spread evenly, are read before anything starts
+READ_ROWS = 10_000  # of text alone are all read: in a second or two
 DEMO_ROWS = 100_000  # of a demo task without a limit; rows are made when they are taken
 
 if TYPE_CHECKING:
@@ -179,12 +180,29 @@ def trainer_options(config: RunConfig) -> tuple[list[Any], CPPOConfig]:
     return functions, replace(config.trainer, reward_weights=tuple(weights))
 
 
+def check_rows(rows: Dataset, spec: DatasetConfig, functions: list[Any]) -> None:
+    """Read the rows of a dataset, all where that decodes no images, up to a limit.
+
+    Raises: ValueError or TypeError naming a row that is no question, or whose ground truth one of
+        the reward functions cannot read.
+    """
+    from cppo.questions import check_dataset
+    from cppo.questions.rows import question_at
+
+    try:
+        is_text = spec.loader not in GENERATED and not question_at(rows, 0).images
+    except (TypeError, ValueError):  # `check_dataset` says what is wrong with it
+        is_text = False
+    limit = READ_ROWS if is_text else CHECKED_ROWS
+    # A reward of one's own may read any ground truth.
+    check_dataset(rows, limit=limit, read_answer=False, rewards=functions)
+
+
 def make_trainer(config: RunConfig) -> CPPOTrainer:
     """Build the trainer of a configuration, its data and weights loaded.
 
     Raises: ConfigError for anything that is missing or does not fit together.
     """
-    from cppo.fingerprint import of_function
     from cppo.questions import check_dataset
     from cppo.trainer import CPPOTrainer
 
@@ -195,16 +213,16 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
         train = load_questions(data.train, data.system_prompt, "data.train")
         if data.eval is not None:
             held_out = load_questions(data.eval, data.system_prompt, "data.eval")
-        # A reward of one's own may read any ground truth.
-        ours = any(of_function(function).startswith("cppo.rewards") for function in functions)
-        check_dataset(train, limit=CHECKED_ROWS, read_answer=ours)
+        for rows, spec in ((train, data.train), (held_out, data.eval)):
+            if rows is not None and spec is not None:
+                check_rows(rows, spec, functions)
         model, processor = load_policy(config.model)
         if not options.skip_bad_questions:
             kwargs = options.chat_template_kwargs or {}
             check_dataset(
                 train,
                 limit=CHECKED_ROWS,
-                read_answer=ours,
+                read_answer=False,
                 processor=processor,
                 chat_template_kwargs=kwargs,
             )

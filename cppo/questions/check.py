@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cppo.questions.messages import parts_of
 from cppo.questions.question import Question
 from cppo.questions.rows import Dataset, question_at, require_dataset
-from cppo.rewards.ground_truth import accepted_answers
+from cppo.rewards import answer_rewards, check_ground_truth
 
 SHOWN = 10  # bad rows that are described
 
@@ -48,6 +49,7 @@ def check_dataset(
     limit: int | None = None,
     require_answer: bool = False,
     read_answer: bool = True,
+    rewards: Sequence[Any] = (),
     processor: Any = None,
     chat_template_kwargs: Mapping[str, Any] = {},
 ) -> DatasetSummary:
@@ -59,6 +61,8 @@ def check_dataset(
         require_answer: whether a row without ground truth is an error.
         read_answer: whether a ground truth must be one that `cppo.rewards` reads: text, a number
             or a list of these. A reward of your own may read anything else.
+        rewards: the reward functions of a run. Those that ship here and compare answers are asked
+            whether they can read every ground truth; your own are not called.
         processor: the processor or tokenizer of a model. Each row checked is then encoded as the
             trainer encodes it: by the chat template, the tokenizer and the image processor.
         chat_template_kwargs: what the chat template is given besides the messages, such as
@@ -67,10 +71,11 @@ def check_dataset(
     Raises: TypeError or ValueError for an empty dataset or something else than a dataset, and for
         chat_template_kwargs that the template does not read. ValueError that says how many rows
         cannot be used, and why the first ten cannot: a row that is no question or cannot be
-        encoded, a ground truth that no answer can equal, columns other than the first row's.
+        encoded, a ground truth that no answer can equal or a reward refuses, none where the first
+        row has one, columns other than the first row's.
     """
     require_dataset("cppo.check_dataset: dataset", dataset)
-    encoder = None
+    encoder, readers = None, answer_rewards(rewards)
     if processor is not None:
         from cppo.prompts import PromptEncoder  # torch and transformers, which rows do not need
 
@@ -82,8 +87,10 @@ def check_dataset(
     for index in (i * total // count for i in range(count)):
         try:
             question = question_at(dataset, index)
-            _check_columns(question, good[0] if good else None)
-            _check_answer(question.columns.get("answer"), require_answer, read_answer)
+            first = good[0] if good else None
+            _check_columns(question, first)
+            needs_answer = require_answer or bool(readers) or bool(first and first.has_answer)
+            _check_answer(question.columns.get("answer"), needs_answer, read_answer, readers)
             tokens = len(encoder(question).input_ids) if encoder else 0
         except (TypeError, ValueError) as error:
             bad[index] = str(error)
@@ -116,7 +123,7 @@ def describe_bad_rows(bad: Mapping[int, str], count: int) -> str:
 
 
 def _check_columns(question: Question, first: _Row | None) -> None:
-    names = tuple(sorted(question.columns))
+    names = _columns(question)
     if first is not None and names != first.columns:
         raise ValueError(
             f"has the columns {', '.join(names) or 'none'}, row {first.number} has "
@@ -124,11 +131,21 @@ def _check_columns(question: Question, first: _Row | None) -> None:
         )
 
 
-def _check_answer(answer: Any, required: bool, read: bool) -> None:
-    if answer is None and required:
+def _columns(question: Question) -> tuple[str, ...]:
+    """The columns that every row must have: images may be those of some rows only."""
+    return tuple(sorted(name for name in question.columns if name not in ("image", "images")))
+
+
+def _check_answer(answer: Any, required: bool, read: bool, readers: Sequence[Any]) -> None:
+    if answer is None and required and (read or readers):
         raise ValueError("has no ground truth ('answer')")
     if answer is not None and read:
-        accepted_answers(answer)
+        check_ground_truth(answer)
+    for reader in readers:
+        try:
+            reader([""], answer=[answer])
+        except ValueError as error:
+            raise ValueError(re.sub(r"completion 0:? ", "", str(error))) from error
 
 
 def _row(index: int, question: Question, tokens: int) -> _Row:
@@ -139,5 +156,5 @@ def _row(index: int, question: Question, tokens: int) -> _Row:
         question.columns.get("answer") is not None,
         sum(map(len, texts)),
         tokens,
-        tuple(sorted(question.columns)),
+        _columns(question),
     )

@@ -13,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cppo.questions.rows import Rows
+from cppo.rewards.ground_truth import widened
 
 _SUFFIXES = (".parquet", ".jsonl", ".json")
 
@@ -28,7 +31,8 @@ def load_rows(
             or a folder (or its subfolder `data`) of such files, all of one suffix, in name order.
             JSON is UTF-8, or UTF-16 or UTF-32 as JSON's standard tells them apart, with or without
             a byte-order mark. Parquet files may store a column as different types of one kind
-            (int32 and int64, or nothing but nulls); each row keeps the value of its file.
+            (int32 and int64, or nothing but nulls); each row keeps the value of its file. Floats
+            of 16 and 32 bits are read as `cppo.rewards.ground_truth.widened` reads them.
         split: of a folder: take the files whose name starts with it, or the saved split.
         system_prompt: a system message put before each prompt, or in place of its own.
     Raises: ValueError for a path that is not there, an unknown suffix, a split that is not there
@@ -36,9 +40,21 @@ def load_rows(
         files whose columns do not go together (with file and column).
     """
     source = read_source(Path(path).expanduser(), split)
-    if system_prompt is None:
+    kinds = {name: getattr(kind, "dtype", "") for name, kind in _features(source).items()}
+    narrow = {name: kind for name, kind in kinds.items() if kind in ("float16", "float32")}
+    if system_prompt is None and not narrow:
         return Rows(source)
-    return Rows(source, lambda row, index: with_system(row, system_prompt))
+
+    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        stored = {name: _widened(row[name], kind) for name, kind in narrow.items()}
+        return with_system({**row, **stored}, system_prompt)
+
+    return Rows(source, convert)
+
+
+def _features(source: Any) -> Mapping[str, Any]:
+    """The types of the columns of a dataset that was saved by `datasets`."""
+    return getattr(source, "features", None) or {}
 
 
 def with_system(row: dict[str, Any], system_prompt: str | None) -> dict[str, Any]:
@@ -87,7 +103,18 @@ def column(source: Any, name: str) -> list[Any]:
     tables = source.tables if isinstance(source, _Shards) else [source.with_format("arrow")[:]]
     if name not in tables[0].column_names:
         return [None] * len(source)
-    return [value for table in tables for value in table.column(name).to_pylist()]
+    return [value for table in tables for value in _values(table.column(name))]
+
+
+def _values(stored: Any) -> list[Any]:
+    """The values of a column, floats of less than 64 bits as what they stand for, not as stored."""
+    values = stored.to_pylist()
+    kind = {"float": "float32", "halffloat": "float16"}.get(str(stored.type))
+    return [_widened(value, kind) for value in values] if kind else values
+
+
+def _widened(value: Any, kind: str) -> Any:
+    return value if value is None or not np.isfinite(value) else widened(np.dtype(kind).type(value))
 
 
 class _Shards:
@@ -105,7 +132,8 @@ class _Shards:
             raise IndexError(f"row {index} of {len(self)}")
         shard = bisect.bisect_right(self._ends, index)
         table = self.tables[shard]
-        return table.slice(index - self._ends[shard] + table.num_rows, 1).to_pylist()[0]
+        row = table.slice(index - self._ends[shard] + table.num_rows, 1)
+        return {name: _values(row.column(name))[0] for name in row.column_names}
 
 
 def _files(folder: Path, split: str | None) -> list[Path]:

@@ -13,7 +13,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cppo.questions.errors import QuestionError
 from cppo.questions.pixels import eight_bit, image_from_array, over_white
@@ -106,6 +106,8 @@ def _plain(image: Image.Image, name: str, where: str) -> Image.Image:
 
 def _unreadable(name: str, error: Exception, where: str) -> ValueError:
     reason = getattr(error, "strerror", None) or error  # without the path, which is in the name
+    if isinstance(error, UnidentifiedImageError):
+        reason = "its bytes are no image of a known format"
     return ValueError(f"{where}cannot read the image ({name}): {reason!s:.300}")
 
 

@@ -17,7 +17,7 @@ from cppo.questions.files import column, read_source, with_system
 from cppo.questions.images import load_images, numbered
 from cppo.questions.messages import IMAGE_MARKER, place_images, read_messages, sequence
 from cppo.questions.rows import Rows
-from cppo.rewards.ground_truth import accepted_answers
+from cppo.rewards import check_ground_truth
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,6 @@ def _answer(values: Mapping[str, Any], layout: Layout) -> Any:
             value = value.get("ground_truth")
         if value is not None:
             answer = read(value)
-            accepted_answers(answer)
+            check_ground_truth(answer)
             return answer
     raise ValueError(f"has no answer; looked in {', '.join(values)}")

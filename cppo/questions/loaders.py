@@ -15,7 +15,8 @@ from cppo.questions.files import load_rows
 from cppo.questions.layouts import Layout, Loader
 from cppo.questions.messages import each
 from cppo.questions.rows import Rows
-from cppo.rewards.answers import last_boxed
+from cppo.rewards.answers import behind_hashes, last_boxed
+from cppo.rewards.quantities import read_quantity
 
 __all__ = ["Rows", "load_geometry3k", "load_gsm8k", "load_math", "load_rows", "load_virl39k"]
 
@@ -168,9 +169,12 @@ def _as_it_is(value: Any) -> Any:
 
 def _final_number(value: Any) -> Any:
     def final(answer: Any) -> str:
-        number = str(answer).rsplit("####", 1)[-1].strip().replace(",", "")
+        marked = behind_hashes(str(answer))
+        number = (str(answer).strip() if marked is None else marked).replace(",", "")
         if not number:
             raise ValueError(f"nothing follows the '####' of the answer {answer!r:.200}")
+        if read_quantity(number) is None:
+            raise ValueError(f"has no number behind '####', and is none itself: {answer!r:.200}")
         return number
 
     return each(final, value)

@@ -7,7 +7,7 @@ The rules:
 * Other integers (mode I, int64) are 8-bit values where all lie in [0, 255], 16-bit values where
   all lie in [0, 65535]. Mode I from a PNG or PPM file holds 16-bit values.
 * Floats (mode F, float32) are shares of white where all lie in [0, 1], 8-bit values where all lie
-  in [0, 255].
+  in [0, 255] and one is 16 or more, or all are whole. Less is as likely an overexposed share.
 * Everything outside these ranges is refused: only its owner knows what is black and what is white.
 * Colour spaces become RGB. The orientation that EXIF states is applied.
 """
@@ -28,6 +28,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_DARKEST = 16  # of 8-bit values in floats
 _SLACK = 1e-3  # resizing and colour conversion leave floats a little outside [0, 1]
 
 
@@ -114,7 +115,8 @@ def _bytes(values: np.ndarray, where: str) -> np.ndarray:
     if kind == "f" and -_SLACK <= low and high <= 1 + _SLACK:
         return np.rint(values.clip(0, 1).astype(np.float64) * 255).astype(np.uint8)
     is_deep = values.dtype.itemsize == 2 and kind == "u"
-    if 0 <= low and high <= 255 and not is_deep:
+    is_8_bit = kind != "f" or high >= _DARKEST or bool((values == np.rint(values)).all())
+    if 0 <= low and high <= 255 and is_8_bit and not is_deep:
         return np.rint(values).astype(np.uint8)
     if kind != "f" and 0 <= low and high <= 65535:
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

@@ -11,8 +11,8 @@ from cppo.questions.errors import QuestionError
 from cppo.questions.images import load_images, numbered
 from cppo.questions.messages import Messages, place_images, read_messages, sequence
 
-_NOT_COLUMNS = ("prompt", "image", "images")
-# Keyword arguments that rewards are given besides the columns, here or by TRL.
+# Keyword arguments that rewards are given besides the columns, here or by TRL, and the options of
+# those that ship here, which a column would set anew in every step.
 _RESERVED = (
     "prompts",
     "completions",
@@ -22,6 +22,8 @@ _RESERVED = (
     "log_extra",
     "generation_prompts",
     "group_size",
+    "timeout",
+    "unfinished_thought",
 )
 _UNREAD = ("videos", "audios")  # verl's columns
 
@@ -33,7 +35,8 @@ class Question(NamedTuple):
         messages: chat messages; a content is a string, or a list of {"type": "image"} and
             {"type": "text", "text": ...} parts where there are images.
         images: upright RGB or L images, in the order of the image parts.
-        columns: every other column of the row; the ground truth is columns["answer"].
+        columns: every column of the row but the prompt, `image` and `images` as they stand; the
+            ground truth is columns["answer"].
         is_conversational: whether the row's prompt was messages; False for a string, which stands
             in one user message here. Rewards are called accordingly, as TRL calls them.
         row: its number in the dataset, named in errors; None where it is not known.
@@ -101,10 +104,10 @@ def _image_column(row: Mapping[str, Any], where: str) -> list[Any]:
 
 
 def _columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    columns = {name: value for name, value in row.items() if name not in _NOT_COLUMNS}
+    columns = {name: value for name, value in row.items() if name != "prompt"}
     for name in _RESERVED:
         if name in columns:
-            raise QuestionError(f"{where}the column {name!r} is what rewards are given; rename it")
+            raise QuestionError(f"{where}the column {name!r} is an argument of rewards; rename it")
     for name in _UNREAD:
         if sequence(columns.get(name)):
             raise QuestionError(f"{where}has {name}, which no model here is given")

@@ -3,9 +3,9 @@ r"""Rewards of completions: the answers' correctness, their format and their len
 A reward function is called as TRL calls it, `fn(completions, *, prompts, **columns)`, every column
 a list with one entry per completion, and returns one number per completion (None: does not apply).
 Those here accept strings or TRL's messages as completions, read the ground truth from the
-column `answer`, never raise on what a completion says, and raise ValueError naming the row for a
-ground truth that cannot be read: rewarding such a row would train on nothing. What they share, and
-how an answer is found, says `cppo.rewards.functions`.
+column `answer`, never raise on what a completion says, and raise ValueError naming the completion,
+by its place in the call, for a ground truth that cannot be read: rewarding such a row would train
+on nothing. What they share, and how an answer is found, says `cppo.rewards.functions`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cppo.places import load_object
+from cppo.places import is_place, load_object
 from cppo.rewards.checks import is_real, require
 from cppo.rewards.completions import completion_text
 from cppo.rewards.functions import (
     ACCURACIES,
     boxed,
+    check_ground_truth,
     exact_match,
     gsm8k,
     math_verify,
@@ -52,7 +53,9 @@ __all__ = [
     "Overlong",
     "RepetitionPenalty",
     "VIRL39K",
+    "answer_rewards",
     "boxed",
+    "check_ground_truth",
     "combine",
     "completion_text",
     "exact_match",
@@ -150,6 +153,21 @@ def from_names(entries: Sequence[Any]) -> tuple[list[RewardFunction], list[float
     return functions, weights
 
 
+def answer_rewards(functions: Sequence[Any]) -> list[RewardFunction]:
+    """Return those of reward functions, and of their parts, that ship here and compare answers."""
+    found: list[RewardFunction] = []
+    for function in functions:
+        accuracy = getattr(function, "accuracy", None)
+        function = getattr(function, "func", function)  # of a functools.partial
+        if isinstance(function, Combined):
+            found += answer_rewards(function.functions)
+        elif isinstance(function, tuple(_CLASSES.values())) and accuracy is not None:
+            found.append(ACCURACIES[accuracy])
+        elif function in ACCURACIES.values():
+            found.append(function)
+    return list(dict.fromkeys(found))
+
+
 def _from_entry(entry: Any) -> tuple[RewardFunction, float]:
     if isinstance(entry, str):
         return _build(entry, None), 1.0
@@ -181,7 +199,7 @@ def _build(name: Any, parameters: Any) -> RewardFunction:
                 raise ValueError(_unknown(f"parameter of {name!r}", key, allowed))
             values[key] = tuple(value) if isinstance(value, list) else value
         return _CLASSES[name](**values)
-    if name not in _FUNCTIONS and not (isinstance(name, str) and ":" in name):
+    if name not in _FUNCTIONS and not is_place(name):
         raise ValueError(_unknown("reward", name, NAMES))
     function = _FUNCTIONS[name] if name in _FUNCTIONS else _import(name)
     if function is math_verify or math_verify in getattr(function, "functions", ()):

@@ -10,16 +10,25 @@ import re
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox(?:\s*\[[^\[\]{}]{0,20}\]){0,2})(?![A-Za-z])\s*")
 # Of a number without braces TeX puts the first digit into the box, which nobody means.
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3}){1,9}(?!,?\d)|\d+)(?:\.\d+)?(?:/\d+)?")
-_COMMAND = re.compile(r"\\([A-Za-z]+)|[A-Za-z]")
-_ARGUMENT = re.compile(r"\s*(\{|\w)")
-_NUM_ARGUMENTS = {"frac": 2, "dfrac": 2, "tfrac": 2, "cfrac": 2, "sqrt": 1}
+_COMMAND = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
+_ARGUMENT = re.compile(r"\s*([\[{]|\w)")
+_NUM_ARGUMENTS = {"\\frac": 2, "\\dfrac": 2, "\\tfrac": 2, "\\cfrac": 2, "\\sqrt": 1}
 # A percent sign is one behind a digit or at the end of a group, as people write it; elsewhere it
 # begins a comment, as in TeX.
 _BRACE = re.compile(r"\\.|[{}]|(%\n|(?<!\d)%(?!\s*[}$])[^\n]{0,200}\n)", re.DOTALL)
 _DELIMITER = re.compile(r"\\\\|\\\$|\$\$|\$|\\[()\[\]]")
 _CLOSING = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
+_MOST_BOXES = 50  # of a list
 _TAIL = 20_000  # characters, in which formulas are looked for
 _BETWEEN = re.compile(r"\s*(?:[,;]|[,;]?\s*(?:and|or))\s*")
+_BETWEEN_BOXES = re.compile(r"\s{0,9}\$?\s{0,9}(?:[,;]|[,;]?\s{0,9}(?:and|or))\s{0,9}\$?\s{0,9}")
+# "Hence the final answer is", "Answer:", and not "the square of the answer is".
+_STATEMENT = re.compile(
+    r"(?:^|[.,;:!?*>]|\b(?:so|hence|thus|therefore|then|and|that))\s{0,9}"
+    r"(?:(?:the|my|our|final|correct)\s{1,9}){0,3}answer(?:\s{1,9}is\b|\s{0,9}[:=])[\s:*]{0,9}",
+    re.IGNORECASE | re.MULTILINE,
+)
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n\s*\n")
 
 
 def last_boxed(text: str) -> str | None:
@@ -27,15 +36,25 @@ def last_boxed(text: str) -> str | None:
 
     A box is `\boxed{...}`, `\fbox{...}` or `\framebox{...}`, or, as TeX has it, one of these before
     a number, a letter or a command with its arguments: `\boxed 5`, `\boxed\frac12`. A last box that
-    is never closed (a truncated completion) counts as none.
+    is never closed (a truncated completion) counts as none. Boxes that only commas, "and" and "or"
+    separate are one list.
     """
-    starts = [box.end() for box in _BOX.finditer(text)]
-    if not starts:
-        return None
-    if text.startswith("{", starts[-1]):
-        group = _group(text, starts[-1])
-        return None if group is None else group[0]
-    return _unbraced(text, starts[-1])
+    held: list[str] = []
+    begin = -1
+    for box in reversed(list(_BOX.finditer(text))):
+        found = _held(text, box.end())
+        if found is None or (held and not _BETWEEN_BOXES.fullmatch(text, found[1], begin)):
+            break
+        held.insert(0, found[0])
+        begin = box.start()
+        if len(held) == _MOST_BOXES:
+            break
+    return ", ".join(held) if held else None
+
+
+def _held(text: str, start: int) -> tuple[str, int] | None:
+    """What the box holds whose command ends at `start`, and where that ends."""
+    return (_group if text.startswith("{", start) else _unbraced)(text, start)
 
 
 def _group(text: str, start: int) -> tuple[str, int] | None:
@@ -53,24 +72,22 @@ def _group(text: str, start: int) -> tuple[str, int] | None:
     return None
 
 
-def _unbraced(text: str, start: int) -> str | None:
-    number = _NUMBER.match(text, start)
-    if number is not None:
-        return number[0]
-    command = _COMMAND.match(text, start)
-    if command is None:
+def _unbraced(text: str, start: int) -> tuple[str, int] | None:
+    found = _NUMBER.match(text, start) or _COMMAND.match(text, start)
+    if found is None:
         return None
-    stop, missing = command.end(), _NUM_ARGUMENTS.get(command[1], 0)
-    while (argument := _ARGUMENT.match(text, stop)) and (missing > 0 or text[stop] == "{"):
-        if argument[1] == "{":
-            group = _group(text, argument.start(1))
-            if group is None:
-                return None
-            stop = group[1]
-        else:
-            stop = argument.end()
-        missing -= 1
-    return text[start:stop]
+    stop, missing = found.end(), _NUM_ARGUMENTS.get(found[0], 0)
+    while found.re is _COMMAND and (argument := _ARGUMENT.match(text, stop)):
+        if argument[1] == "[" and found[0] == "\\sqrt" and "]" in text[stop : stop + 20]:
+            stop = text.index("]", stop) + 1
+            continue
+        if argument[1] == "[" or (missing <= 0 and text[stop] != "{"):
+            break
+        group = _group(text, argument.start(1)) if argument[1] == "{" else ("", argument.end())
+        if group is None:
+            return None
+        stop, missing = group[1], missing - 1
+    return text[start:stop], stop
 
 
 def last_tagged(text: str) -> str | None:
@@ -94,10 +111,21 @@ def marked_answer(text: str) -> str | None:
 def answer_part(text: str) -> str:
     """Return the marked answer, or all of the text, without `$` or `**` around it; stripped."""
     marked = marked_answer(text)
-    return _without_delimiters(text if marked is None else marked)
+    return without_delimiters(text if marked is None else marked)
 
 
-def _without_delimiters(text: str) -> str:
+def stated_answer(text: str) -> str | None:
+    """Return the rest of the last sentence with "answer is" or "answer:"; None without one."""
+    text = text[-_TAIL:]
+    starts = [found.end() for found in _STATEMENT.finditer(text)]
+    if not starts or starts[-1] == len(text):
+        return None
+    end = _SENTENCE_END.search(text, starts[-1])
+    return without_delimiters(text[starts[-1] : end.start() if end else len(text)])
+
+
+def without_delimiters(text: str) -> str:
+    """Return a text without the `$` or `**` around all of it; stripped."""
     text = text.strip()
     for opening, closing in (("**", "**"), *reversed(_CLOSING.items())):
         if text.startswith(opening) and text.endswith(closing):

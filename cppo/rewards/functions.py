@@ -24,21 +24,29 @@ from cppo.rewards.answers import (
     last_boxed,
     last_tagged,
     marked_answer,
+    stated_answer,
+    without_delimiters,
 )
 from cppo.rewards.checks import is_real, require
 from cppo.rewards.completions import judged_texts
+from cppo.rewards.ground_truth import accepted_answers
 from cppo.rewards.judging import Judged, Rewards
 from cppo.rewards.latex import LONGEST
 from cppo.rewards.quantities import (
     Quantity,
+    first_number,
+    is_denied,
     last_number,
     only_number,
     read_quantity,
+    said,
     same_quantity,
 )
 from cppo.rewards.spelling import compare, for_algebra, normalize_answer, same_answer
 from cppo.rewards.symbolic import equal_pairs, require_math_verify
 from cppo.rewards.units import PERCENT
+
+_THOUSANDS = re.compile(r"[-+]?\D?\d{1,3}(?:,\d{3})+(?!\d)[^,]*")
 
 
 def exact_match(
@@ -56,7 +64,7 @@ def exact_match(
 
     Args: see `cppo.rewards.functions`.
     Returns: 0.0 or 1.0 per completion.
-    Raises: ValueError naming a row without ground truth.
+    Raises: ValueError naming a completion without ground truth.
     """
     rows = Judged("exact_match", completions, answer, generation_prompts, unfinished_thought)
     truths = rows.truths(lambda gold: answer_part(gold).split(), "an answer")
@@ -74,15 +82,16 @@ def numeric(
     r"""1 where the number of the completion equals the ground truth, as `cppo.rewards.quantities`.
 
     The number is what the last `<answer>`, or else the last box, holds: one number, alone, with a
-    unit or among words. Several numbers ("18 apples for 3 people") or a formula there earn 0. Where
-    there is neither, or no digit in it, it is the last number of what follows the thought.
-    Thousands may be set apart (1,234 and 12 000), fractions mixed (1 1/2); a unit must agree where
-    both have one; 50 % is 50 and 0.5.
+    unit or among words that say no more. Several numbers ("18 apples for 3 people"), other words or
+    a formula there earn 0. Where there is neither, or no digit in it, it is the number of "the
+    answer is", or else the last number of what follows the thought, if nothing beside it makes it
+    another. Thousands may be set apart (1,234 and 12 000), fractions mixed (1 1/2); a unit must
+    agree where both have one; 50 % is 50 and 0.5.
 
     Args: see `cppo.rewards.functions`; a ground truth is one number, with a unit or without, or
         has one behind its last `####`.
     Returns: 0.0 or 1.0 per completion.
-    Raises: ValueError naming a row whose ground truth is not a number.
+    Raises: ValueError naming a completion whose ground truth is not a number.
     """
     rows = Judged("numeric", completions, answer, generation_prompts, unfinished_thought)
     truths = rows.truths(_number_of_truth, "a number")
@@ -90,14 +99,21 @@ def numeric(
 
 
 def _number_of_truth(gold: str) -> Quantity | None:
-    return read_quantity(behind_hashes(gold) or "") or only_number(answer_part(gold))
+    marked = read_quantity(behind_hashes(gold) or "", letters=True)
+    return marked or only_number(answer_part(gold))
 
 
 def _stated_number(text: str) -> Quantity | None:
-    marked = marked_answer(text)
-    if marked is not None and any(character.isdecimal() for character in marked):
+    marked, stated = marked_answer(text), stated_answer(text)
+    if marked is not None and _has_digit(marked):
         return only_number(marked)
-    return read_quantity(text) or last_number(text)
+    if stated is not None and _has_digit(stated):
+        return only_number(stated) or first_number(stated) or last_number(stated)
+    return read_quantity(text, letters=True) or last_number(text)
+
+
+def _has_digit(text: str) -> bool:
+    return any(character.isdigit() for character in text)
 
 
 def _equal(number: Quantity | None, truth: Quantity) -> bool:
@@ -118,13 +134,23 @@ def boxed(
 
     Args: see `cppo.rewards.functions`; a ground truth is bare, or in `$`, a box or `<answer>`.
     Returns: 0.0 or 1.0 per completion; no closed box behind the thought is 0.
-    Raises: ValueError naming a row without ground truth.
+    Raises: ValueError naming a completion without ground truth.
     """
     rows = Judged("boxed", completions, answer, generation_prompts, unfinished_thought)
     truths = rows.truths(_truth, "an answer, bare or in a closed \\boxed{}")
     return rows.rewards(
-        truths, lambda text, truth: float(same_answer(last_boxed(text) or "", truth))
+        truths,
+        lambda text, truth: float(same_answer(without_delimiters(last_boxed(text) or ""), truth)),
     )
+
+
+def check_ground_truth(value: Any) -> None:
+    """Raise ValueError for a ground truth of a row that no answer can equal."""
+    if not any(map(_truth, accepted_answers(value))):
+        raise ValueError(
+            "has a ground truth that is no answer, bare or in a closed \\boxed{}, "
+            f"got {value!r:.200}"
+        )
 
 
 def _truth(gold: str) -> str:
@@ -145,16 +171,18 @@ def math_verify(
 ) -> Rewards:
     r"""1 where the completion's answer equals the ground truth, by spelling, value or math-verify.
 
-    The answer is the last `<answer>`, else the last box, else all that follows the thought; of text
-    around formulas in `$`, `\(` or `\[` the last formula counts as well, and of text without LaTeX
-    its only number. math-verify is asked where `cppo.rewards.spelling` cannot tell, and runs in a
-    process of its own (`cppo.rewards.symbolic`), so that the time limit holds in any thread.
+    The answer is the last `<answer>`, else the last box, else what follows "the answer is", else
+    all that follows the thought; of text around formulas in `$`, `\(` or `\[` the last formula
+    counts as well (behind "the answer is" the first), and of text without LaTeX its only number
+    among words that say no more. math-verify is asked where `cppo.rewards.spelling` cannot tell,
+    and runs in a process of its own (`cppo.rewards.symbolic`), so that the time limit holds in any
+    thread.
 
     Args: see `cppo.rewards.functions`.
         timeout: seconds for one comparison; what takes longer earns 0.
     Returns: 0.0 or 1.0 per completion.
     Raises: ImportError without the package math-verify (`pip install "cppo[math]"`); ValueError
-        naming a row without ground truth.
+        naming a completion without ground truth.
     """
     require_math_verify("math_verify")
     require("math_verify", timeout=(is_real(timeout) and timeout > 0, "a number > 0", timeout))
@@ -174,13 +202,12 @@ def math_verify(
 def _verdict(text: str, truth: tuple[str, ...]) -> bool | tuple[str, str]:
     """Whether the answer of a text is the truth; what algebra has to compare, if only that can."""
     readings = _readings(text)
-    found = [compare(reading, gold) for reading in readings for gold in truth]
+    found = [compare(reading, gold, any_order=True) for reading in readings for gold in truth]
     if True in found or _says_number(answer_part(text), truth[-1]):
         return True
     if not readings or found[-1] is False:
         return False
-    formula, true_formula = for_algebra(readings[-1]), for_algebra(truth[-1])
-    return False if formula is None or true_formula is None else (true_formula, formula)
+    return for_algebra(readings[-1], truth[-1]) or False
 
 
 def _says_number(part: str, truth: str) -> bool:
@@ -191,9 +218,19 @@ def _says_number(part: str, truth: str) -> bool:
 
 
 def _readings(text: str) -> tuple[str, ...]:
-    """What the answer of a text may be: all of its answer part, and the last formula in that."""
+    """What the answer of a text may be: all of its answer part, and the formula in that: the last,
+    or the first behind "the answer is", if no words say that it is not the answer.
+    """
     part = answer_part(text)
-    return tuple(reading for reading in (part, *formulas(part)[-1:]) if reading)
+    stated = stated_answer(part)
+    part = part if stated is None else stated
+    found = [formula for formula in formulas(part) if formula]
+    found = found[-1:] if stated is None else found[:1]
+    for formula in found:
+        before, _, behind = part.rpartition(formula) if stated is None else part.partition(formula)
+        if is_denied(before.rstrip("$\\([ "), behind.lstrip("$\\)]")):
+            found = []
+    return tuple(reading for reading in (part, *found, said(part)) if reading)
 
 
 def _readings_of_truth(gold: str) -> tuple[str, ...]:
@@ -220,7 +257,7 @@ def gsm8k(
 
     Args: see `cppo.rewards.functions`; a ground truth is one number ("#### 42" counts as 42).
     Returns: 0.0, 1.5 or 2.0 per completion.
-    Raises: ValueError naming a row whose ground truth is not a number.
+    Raises: ValueError naming a completion whose ground truth is not a number.
     """
     rows = Judged("gsm8k", completions, answer, generation_prompts, unfinished_thought)
     truths = rows.truths(_gsm8k_truth, "a number")
@@ -232,12 +269,17 @@ def _gsm8k_truth(gold: str) -> tuple[str, Quantity] | None:
     number = read_quantity(spelled)
     if number is None or number.unit not in ("", PERCENT, "dollar"):
         return None
-    return spelled.replace(",", ""), number
+    return _without_commas(spelled), number
+
+
+def _without_commas(number: str) -> str:
+    """A number without the commas that set thousands apart; any other text as it is."""
+    return number.replace(",", "") if _THOUSANDS.fullmatch(number) else number
 
 
 def _gsm8k_reward(text: str, truth: tuple[str, Quantity]) -> float:
     spelled, number = truth
-    if (last_tagged(text) or "").replace(",", "") == spelled:
+    if _without_commas(last_tagged(text) or "") == spelled:
         return 2.0
     stated = _stated_number(text)
     if marked_answer(text) is None:
@@ -264,14 +306,18 @@ def think_format(
 def think_answer_format(
     completions: Any, *, generation_prompts: Any = None, **columns: Any
 ) -> list[float]:
-    """1 where a completion is `<think>...</think>` then `<answer>...</answer>` and nothing else."""
+    """1 where a completion is `<think>...</think>` then `<answer>...</answer>` and nothing else.
+
+    Each tag stands there once, and the answer is not empty; the thought may be.
+    """
     texts = judged_texts("think_answer_format", completions, generation_prompts)
-    return [float(_is_one_tag(_thinks_once(text) or "")) for text in texts]
+    return [float(_is_one_tag(text, _thinks_once(text) or "")) for text in texts]
 
 
-def _is_one_tag(text: str) -> bool:
-    is_whole = text.startswith("<answer>") and text.endswith("</answer>")
-    return is_whole and text.count("<answer>") == 1 and text.count("</answer>") == 1
+def _is_one_tag(text: str, answer: str) -> bool:
+    is_whole = answer.startswith("<answer>") and answer.endswith("</answer>")
+    is_only = text.count("<answer>") == 1 and text.count("</answer>") == 1
+    return is_whole and is_only and bool(answer[len("<answer>") : -len("</answer>")].strip())
 
 
 def think_boxed_format(

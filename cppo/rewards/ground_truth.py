@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Set
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ def accepted_answers(value: Any) -> list[str]:
     Args:
         value: a string; an int, float, Decimal, Fraction or a number of NumPy; or several of these
             in a list, tuple, set or one-dimensional array, of which any one is right. A whole float
-            is accepted as "3" and as "3.0", another float with the 15 digits that it is good for
-            (those of its own type, if it is a shorter NumPy float).
+            is accepted as "3" and as "3.0", another float with the 15 digits that it is good for;
+            a shorter float of NumPy is read as `widened` reads it.
     Returns: at least one string, none of them blank.
     Raises: ValueError for everything else: None, blank text, NaN and infinities, dictionaries,
         nested or empty lists, bytes. A bool is refused because nothing says whether a completion
@@ -32,6 +33,24 @@ def accepted_answers(value: Any) -> list[str]:
         raise ValueError(f"has no ground truth, got {value!r}")
     found = [spelling for entry in entries for spelling in _spellings(entry, value)]
     return list(dict.fromkeys(found))
+
+
+def widened(number: Any) -> float:
+    """Return the double that a float of 16 or 32 bits stands for: 0.1, 1/3.
+
+    That is its own shortest decimal; or, if that is as long as the type allows, the simplest
+    fraction that is stored as the same float.
+    """
+    kind = type(number)
+    digits = str(number).partition("e")[0].replace(".", "").strip("-0")
+    if float(number).is_integer():
+        return float(number)
+    if len(digits) > np.finfo(kind).precision:
+        for most in (10, int(float(np.finfo(kind).eps) ** -0.4)):
+            simple = Fraction(float(number)).limit_denominator(most)
+            if kind(float(simple)) == number:
+                return float(simple)
+    return float(str(number))
 
 
 def _is_collection(value: Any) -> bool:
@@ -52,6 +71,8 @@ def _spellings(entry: Any, value: Any) -> list[str]:
         raise ValueError(f"has no ground truth, got {value!r}")
     if isinstance(entry, Decimal) and entry.is_finite():
         return [str(entry)]
+    if isinstance(entry, np.floating) and np.isfinite(entry) and entry.dtype.itemsize < 8:
+        entry = widened(entry)
     if isinstance(entry, numbers.Rational) and not isinstance(entry, bool):
         return [str(entry)]
     if isinstance(entry, numbers.Real) and not isinstance(entry, bool):

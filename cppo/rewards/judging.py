@@ -23,8 +23,8 @@ class Judged:
         texts: what each completion says after its thought; None where the thought is unfinished,
             unless that is judged too.
         answers: the accepted answers of each row.
-    Raises: ValueError naming the row whose ground truth is none; TypeError or ValueError for other
-        arguments that cannot be read.
+    Raises: ValueError naming the completion whose ground truth is none, by its place in the call;
+        TypeError or ValueError for other arguments that cannot be read.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Judged:
         """What `read` makes of the accepted answers of each row; those of which it makes nothing
         are left out ("four" beside "4", for a reward of numbers).
 
-        Raises: ValueError naming a row that has none left.
+        Raises: ValueError naming a completion that has none left.
         """
         truths = []
         for row, accepted in enumerate(self.answers):
@@ -55,7 +55,7 @@ class Judged:
             if not truths[-1]:
                 got = accepted[0] if len(accepted) == 1 else accepted
                 raise ValueError(
-                    f"cppo.rewards.{self.name}: row {row}: ground truth must be {expected}, "
+                    f"cppo.rewards.{self.name}: completion {row}: ground truth must be {expected}, "
                     f"got {got!r}"
                 )
         return truths
@@ -92,5 +92,5 @@ def _accepted(name: str, answer: Any, count: int) -> list[list[str]]:
         try:
             accepted.append(accepted_answers(value))
         except ValueError as error:
-            raise ValueError(f"cppo.rewards.{name}: row {row} {error}") from None
+            raise ValueError(f"cppo.rewards.{name}: completion {row} {error}") from None
     return accepted

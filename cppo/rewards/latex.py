@@ -8,25 +8,44 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 
 LONGEST = 2000  # characters; what is longer is no answer that anybody reads
 
-_SAME = (  # characters of Unicode, and what says the same
-    ("\u2212\u2013\u2011\ufe63\uff0d", "-"),
-    ("\u00a0\u202f\u2009\u2007\u200a\u3000", " "),
+_SAME = (  # characters of Unicode that have no decomposition, and what says the same
+    ("\u2212\u2013\u2010", "-"),
     ("\u200b\u2060\ufeff", ""),
-    ("\u2044\u2215\u00f7", "/"),
-    *((chr(0xFF10 + digit), str(digit)) for digit in range(10)),
-    *(("\u00bd", r"\frac{1}{2}"), ("\u00bc", r"\frac{1}{4}"), ("\u00be", r"\frac{3}{4}")),
-    *(("\u2153", r"\frac{1}{3}"), ("\u2154", r"\frac{2}{3}"), ("\u2155", r"\frac{1}{5}")),
+    ("\u2215\u00f7", "/"),
     *(("\u00d7", r"\times "), ("\u22c5\u00b7", r"\cdot "), ("\u00b1", r"\pm ")),
     *(("\u2264", r"\le "), ("\u2265", r"\ge "), ("\u2260", r"\ne "), ("\u2248", r"\approx ")),
     *(("\u222a", r"\cup "), ("\u2229", r"\cap "), ("\u2208", r"\in "), ("\u2205", r"\emptyset ")),
-    *(("\u03c0", r"\pi "), ("\u221e", r"\infty "), ("\u221a", r"\sqrt "), ("\u00b0", r"^\circ ")),
-    *(("\u00b2", "^2"), ("\u00b3", "^3"), ("\u2019", "'"), ("\uff05", r"\%"), ("\uff0c", ",")),
-    *(("\uff08", "("), ("\uff09", ")"), ("\u3002", ".")),
+    *(("\u2220", r"\angle "), ("\u25b3", r"\triangle "), ("\u22a5", r"\perp ")),
+    *(("\u2225", r"\parallel "), ("\u2261", r"\equiv "), ("\u2192", r"\to ")),
+    *(
+        ("\u221e", r"\infty "),
+        ("\u221a", r"\sqrt "),
+        ("\u221b", r"\sqrt[3]"),
+        ("\u00b0", r"^\circ "),
+    ),
+    *(("\u2019\u2032", "'"), ("\u3002", ".")),
 )
 _CHARACTERS = {ord(character): text for characters, text in _SAME for character in characters}
+GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "
+    "varsigma sigma tau upsilon phi chi psi omega"
+).split()
+_CHARACTERS |= {0x3B1 + place: rf"\{name} " for place, name in enumerate(GREEK)}
+_CHARACTERS |= {
+    0x391 + place: rf"\{GREEK[place].title()} " for place in (2, 3, 7, 10, 13, 15, 18, 21, 22, 23)
+}
+# As calculators have it: "2*pi", "sqrt(2)", "2**10". Between words "**" is bold print.
+_CALCULATOR = (
+    (re.compile(r"(?<=[\w)}\]])(\*\*|\s\*\*\s)(?=[-\w({\\])"), "^"),
+    (re.compile(r"\^\{(\d+)\}/_\{(\d+)\}"), r"\\frac{\1}{\2}"),
+    (re.compile(rf"(?<![A-Za-z\\])({'|'.join(GREEK)})(?![A-Za-z])"), r"\\\1 "),
+    (re.compile(r"(?<![A-Za-z\\])infinity(?![A-Za-z])"), r"\\infty "),
+    (re.compile(r"(?<![A-Za-z\\])sqrt ?\(([^()]{1,100})\)"), r"\\sqrt{\1}"),
+)
 # A row's end, `\\`, comes first in each pattern, so that no command begins with its second half.
 _SPACE = re.compile(
     r"(\\\\)|\\[,;:> ]|~|\\(?:q?quad|enspace|thinspace|displaystyle|textstyle|nolimits|limits)"
@@ -37,7 +56,7 @@ _NOTHING = re.compile(
     r"|\\(?:text)?color\{[^{}]*\}"
 )
 _DELIMITER = re.compile(r"(\\\\)|(\\\$)|\$|\\[()\[\]]")
-_END = re.compile(r"(?: |[.,;]|\\\\)+$")
+_END = re.compile(r"(?: |[.,;]|\\)+$")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 _ROOT = re.compile(r"(\\sqrt ?\[[^\[\]]*\]) ?([^\s{\\])")
 _ARGUMENTS = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1, "^": 1, "_": 1, "\\mathbb": 1}
@@ -61,11 +80,34 @@ def plain(text: str) -> str:
     braces (`\frac12`, `x^2`); one name is kept of several for a command, and ASCII for what ASCII
     can say.
     """
-    text = _SPACE.sub(lambda found: found[1] or " ", text.translate(_CHARACTERS))
+    text = _ascii(text)
+    for pattern, latex in _CALCULATOR:
+        text = pattern.sub(latex, text)
+    text = _SPACE.sub(lambda found: found[1] or " ", text)
     text = _NOTHING.sub(lambda found: found[1] or "", text).replace("{,}", ",")
     text = " ".join(_without_delimiters(text).split())
     text = _ROOT.sub(r"\1{\2}", text.replace("{ ", "{").replace(" }", "}"))
     return _outside_braces(_END.sub("", _with_braces(text).strip()))
+
+
+def _ascii(text: str) -> str:
+    """The text with what Unicode has one character for (powers, fractions, symbols) in LaTeX."""
+    pieces, script = [], ""
+    for character in text if not text.isascii() else ():
+        kind, _, codes = unicodedata.decomposition(character).partition("> ")
+        # Of decompositions without a kind, those of accented letters, none is wanted.
+        same = "".join(chr(int(code, 16)) for code in codes.split()) or character
+        sign = {"<super": "^", "<sub": "_"}.get(kind, "")
+        if sign != script:
+            pieces.append(("}" if script else "") + (sign and sign + "{"))
+            script = sign
+        if kind == "<fraction":
+            top, _, bottom = same.partition("\u2044")
+            same = rf"\frac{{{top}}}{{{bottom or 1}}}"
+        pieces.append(same)
+    if not pieces:
+        return text
+    return "".join([*pieces, "}" if script else ""]).replace("\u2044", "/").translate(_CHARACTERS)
 
 
 def _without_delimiters(text: str) -> str:

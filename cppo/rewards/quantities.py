@@ -12,17 +12,26 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from cppo.rewards.latex import LONGEST, plain
-from cppo.rewards.units import CHANGES, CURRENCIES, FONT, PERCENT, read_unit
+from cppo.rewards.units import (
+    CHANGES,
+    CURRENCIES,
+    FONT,
+    LONGEST_UNIT,
+    PERCENT,
+    Unit,
+    read_unit,
+)
 
 TOLERANCE = Fraction(1, 10**8)
 ROUNDED_DIGITS = 6
 LARGEST = 1000  # digits of a number, and the largest exponent of ten
 
 # Thousands are set apart by commas or by spaces, in groups of three: 12,000 and 12 000 are one
-# number; 3 4 and 1,2 are two.
+# number; 3 4 and 1,2 are two. No number has more groups than LARGEST digits, so that a search does
+# not read a text of nothing but groups again from every one of them.
 _SIMPLE = (
-    r"(?:(?:\d{1,3}(?:,\d{3})+(?!,?\d)|[1-9]\d{0,2}(?: \d{3})+(?! ?\d)|\d+)(?:\.\d*)?|\.\d+)"
-    r"(?:[eE][-+]?\d+)?"
+    r"(?:(?:\d{1,3}(?:,\d{3}){1,334}(?!,?\d)|[1-9]\d{0,2}(?: \d{3}){1,334}(?! ?\d)|\d+)(?:\.\d*)?"
+    r"|\.\d+)(?:[eE][-+]?\d+)?"
 )
 _TEN = r"10 ?(?:\^|\*\*) ?\{?"
 _NUMBER = (
@@ -38,17 +47,59 @@ _CURRENCY = rf"(?P<currency>{'|'.join(map(re.escape, CURRENCIES))})"
 _QUANTITY = re.compile(
     rf"(?P<sign>[-+]?) ?(?:{_CURRENCY} ?(?P<inner>[-+]?))? ?{_NUMBER}(?P<unit>.*)", re.ASCII
 )
-# In front of a number "x =" says nothing, and neither do "**" and the power of a unit around it.
+# 0.\overline{3}, as the fraction that it is.
+_REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot) ?\{?(\d{1,20})\}?(?!\d)")
+# In front of a number "x =" and "x is" say nothing.
 _ASIDE = re.compile(
-    r"(?:\\?[A-Za-z]+(?:_\{\w+\})? ?)?(?:=|\\approx) ?|\*\*|(?<=[A-Za-z])\^\{-?\d\}"
+    r"(?<![\w)\]}^\\.])(?:(?:[A-Za-z]|[A-Z]?[a-z]{3,}|[A-Z]{2,3})(?:_\{\w+\})? ?)?(?:=|\\approx) ?"
+    r"|\b[a-zA-Z](?= is\b)"
 )
-_CALL = re.compile(r"[A-Za-z]\(")
-_BETWEEN_WORDS = re.compile(r"[\s.,;:?'\"()/-]+")
+_MINUS = re.compile(r"\b(?:negative|minus) (?=[\d.$])")
+_BULLET = re.compile(r"^[ \t]*[-*+\u2022] +(?=.*\n|.*[A-Za-z])", re.MULTILINE)
+_TAGS = re.compile(r"</?[a-z]{1,20}>")
+_POWER = re.compile(r"(?<![\\A-Za-z])([A-Za-z]+)\^\{([23])\}")
+_MARKS = ' \n\t.,;:"()*'
+# The words that may stand around the one number of an answer. Any other may change the number
+# ("twice 5", "at least 5", "5 is wrong"), and there is no end of those.
+_SAYS_NOTHING = frozenset(
+    "the a an my our your his her its their this that it he she they we you there here so thus "
+    "hence therefore then now finally final correct right answer answers result value solution "
+    "sum total totals amount number count set is are was were will be equal equals to of about "
+    "approximately approx around roughly exactly only just precisely in all altogether overall "
+    "left remaining more each every per have has had get gets got find need needs for as old it's "
+    "that's there's ratio probability fraction percentage area perimeter volume length width "
+    "height distance speed age price cost mean median average".split()
+)
 _WINDOW = 300  # characters: no number in running text is longer
-# Inside of text a sign counts only where nothing to subtract from comes before it: "10 - 5" ends
-# in 5, "= -5" in -5.
-_IN_TEXT = re.compile(
-    rf"(?:(?<![\w)\]}}.])(?P<sign>[-+]))?{_CURRENCY}?{_NUMBER}(?P<unit> ?\\?%)?", re.ASCII
+_IN_TEXT = re.compile(rf"(?P<sign>){_CURRENCY}?{_NUMBER}(?P<unit> ?\\?%)?", re.ASCII)
+# A minus is a sign where nothing to subtract from comes before it: "= -5", "is - 5".
+_SIGN = re.compile(r"(?:(?<![\w)\]}!%.])[-+]|(?:(?<=[=:(])|\b(?:is|are|equals|be|approx)\b) ?- )$")
+# What makes a number part of another one, or of something else: in front of it, and behind it.
+_BOUND_BEFORE = re.compile(
+    r"(?:[_^{\\/*+!<|\u221a] ?|(?<![-=])> ?|[A-Za-z]\(?|\d[.:]"
+    r"|\\(?!approx|to|implies|Rightarrow|therefore)[A-Za-z]+(?:[_^]\{[^{}]*\})? ?"
+    r"|(?:\d[A-Za-z]|(?<!\d )\b(?!is|be|so|to)[a-z]{2}|[A-Za-z]\^\{[^{}]*\}) ?= ?"
+    r"|(?:[\d)\]}!%]|(?<![A-Za-z])[A-Za-z]) ?- ?)$"
+)
+_JOINS = frozenset("and or with where when such that more".split())
+_BOUND_BEHIND = re.compile(
+    r" ?(?:[*^!<>+|]|/(?![a-z]{2})|-(?=[\w(\\])|- [\d\\(]|\\(?!%|circ)|\}|[(_])"
+    rf"| (?:{'|'.join(CHANGES - _JOINS)})\b| times (?!to\b)\w| more than \S*\d"
+)
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:not|never|cannot|neither|nor|no)\b|n['\u2019]t\b)[^.,;:\d]*$", re.I
+)
+_LAST_WORD = re.compile(r"([A-Za-z-]+)(?: (?:of|to|the|an?|by))*[ $]*$")
+_CHANGES_BEFORE = frozenset(
+    "plus minus negative times over more less than least most twice thrice double triple quadruple "
+    "quintuple under above below exceed exceeds half except but by beyond almost nearly up out "
+    "square cube root one two three four five six seven eight nine ten eleven twelve twenty thirty "
+    "forty fifty sixty seventy eighty ninety sin cos tan log ln exp sqrt modulo choose".split()
+)
+_DENIED_BEHIND = re.compile(
+    r"\W*(?:(?:is|are|was|were) (?:not|wrong|incorrect|false)|(?:is|are|was)n['\u2019]t|wrong)\b"
+    r"| (?:or|and) (?:more|less|fewer|higher|lower|above|below|an?)\b",
+    re.I,
 )
 
 
@@ -60,11 +111,14 @@ class Quantity:
         value: the number as it is written.
         slack: how far from it the number may be that it stands for; 0 if it is exact.
         unit: one name per unit ("cm", "percent"); "" for none.
+        is_known: whether the unit is one, or the plural of what is counted. Any other words count
+            only where the ground truth has the same.
     """
 
     value: Fraction
     slack: Fraction
     unit: str = ""
+    is_known: bool = True
 
 
 def same_quantity(answer: Quantity, truth: Quantity) -> bool:
@@ -74,7 +128,8 @@ def same_quantity(answer: Quantity, truth: Quantity) -> bool:
     answer in another base than ten needs a truth in that base.
     """
     units = {answer.unit, truth.unit} - {""}
-    if len(units) > 1 or (answer.unit.startswith("base") and not truth.unit):
+    is_base = answer.unit.startswith("base")
+    if len(units) > 1 or (not truth.unit and (is_base or not answer.is_known)):
         return False
     readings = [answer.value - truth.value]
     if units == {PERCENT} and not (answer.unit and truth.unit):
@@ -83,62 +138,139 @@ def same_quantity(answer: Quantity, truth: Quantity) -> bool:
     return min(map(abs, readings)) <= max(answer.slack, truth.slack)
 
 
-def read_quantity(text: str) -> Quantity | None:
-    r"""Return the number that a text is, with its unit: `-1,234.5`, `1\frac{1}{2} \text{ cm}`."""
+def read_quantity(text: str, *, letters: bool = False) -> Quantity | None:
+    r"""Return the number that a text is, with its unit: `-1,234.5`, `1\frac{1}{2} \text{ cm}`.
+
+    Args: letters: as in `units.read_unit`.
+    """
     if len(text) > LONGEST:
         return None
-    found = _QUANTITY.fullmatch(plain(text))
+    found = _QUANTITY.fullmatch(_REPEATING.sub(_fraction, plain(text)))
     if found is None:
         return None
-    unit = read_unit(found["unit"])
+    unit = read_unit(found["unit"], letters=letters)
     number = _number(found, negative=(found["sign"] == "-") != (found["inner"] == "-"))
     if unit is None or number is None:
         return None
-    scale, name = unit
-    if found["currency"]:
-        name = f"{CURRENCIES[found['currency']]} {name}".strip()
-    return Quantity(number.value * scale, number.slack * scale, name)
+    return _with_unit(number, unit, found["currency"])
+
+
+def _fraction(found: re.Match[str]) -> str:
+    whole, start, period = found[1] or "0", found[2], found[3]
+    nines = 10 ** len(period) - 1
+    over = int(whole + start) * nines + int(period)
+    return rf"\frac{{{over}}}{{{nines * 10 ** len(start)}}}"
+
+
+def _with_unit(number: Quantity, unit: Unit, currency: str | None) -> Quantity:
+    name = f"{CURRENCIES[currency]} {unit.name}".strip() if currency else unit.name
+    value, slack = number.value * unit.scale, number.slack * unit.scale
+    return Quantity(value, slack, name, unit.is_known)
 
 
 def only_number(text: str) -> Quantity | None:
-    """Return the one number among the words of a text ("about 18 apples").
+    """Return the one number of a text: alone, with its unit, or in a sentence that says no more
+    ("The answer is 18 apples").
 
-    None for several numbers, and for what may be a formula or change the number: operators,
-    commands, single letters, words like "squared".
+    None for several numbers, and for other words than those that are known to change nothing.
     """
-    quantity = read_quantity(text)
-    if quantity is not None or len(text) > LONGEST:
+    quantity = read_quantity(text, letters=True)
+    if (quantity is not None and quantity.is_known) or len(text) > LONGEST:
         return quantity
-    text = _ASIDE.sub("", FONT.sub(r" \1 ", plain(text)))
+    text = _ASIDE.sub(" ", _running(text))
     found = list(_IN_TEXT.finditer(text))
-    if len(found) != 1 or _CALL.search(text):
-        return None
-    words = _BETWEEN_WORDS.split(f"{text[: found[0].start()]} {text[found[0].end() :]}")
-    return _quantity_in_text(found[0]) if all(map(_is_word, words)) else None
+    place = _in_its_place(found[0], text) if len(found) == 1 else None
+    return place[0] if place is not None and _say_nothing(place[1]) else quantity
 
 
-def _is_word(word: str) -> bool:
-    if len(word) < 2 and word.isascii():
-        return word in ("", *"aAI", *"mgshlLNJWVKCF")
-    return word.isalpha() and word.lower() not in CHANGES
+def _say_nothing(words: str) -> bool:
+    stripped = (word.strip(_MARKS) for word in words.split())
+    return all(word.lower() in _SAYS_NOTHING or word in ("", "I") for word in stripped)
+
+
+def said(text: str) -> str:
+    """Return what follows the first words of a text that say nothing ("The set is {1, 2}").
+
+    "" if it does not begin with such words.
+    """
+    words = text[:LONGEST].split(" ")
+    start = next((i for i, word in enumerate(words) if not _say_nothing(word)), len(words))
+    return " ".join(words[start:]) if start and words[start - 1] in ("is", "are", "=") else ""
 
 
 def last_number(text: str) -> Quantity | None:
-    """Return the last number in a text, with its signs of percent and currency, if it has them."""
+    """Return the last number in a text, with the unit behind it.
+
+    None if it is part of something else (a power, a sum, a product), or if the words beside it say
+    that it is not the answer or another number.
+    """
     end = max(text.rfind(digit) for digit in "0123456789") + 1
     start = max(0, end - _WINDOW)
-    found = list(_IN_TEXT.finditer(plain(text[start : end + 8])))
+    text = _running(_BULLET.sub(" ", text[start : end + LONGEST_UNIT]))
+    found = list(_IN_TEXT.finditer(text))
     if not found or (start > 0 and found[-1].start() == 0):
         return None  # there is none, or it is longer than anything that is read
-    return _quantity_in_text(found[-1])
+    place = _in_its_place(found[-1], text)
+    return place and place[0]
 
 
-def _quantity_in_text(found: re.Match[str]) -> Quantity | None:
-    number = _number(found, negative=found["sign"] == "-")
-    if number is None:
+def first_number(text: str) -> Quantity | None:
+    """Return the first number in a text, as `last_number` does the last."""
+    text = _running(text[:_WINDOW])
+    found = _IN_TEXT.search(text)
+    place = found and _in_its_place(found, text)
+    return place and place[0]
+
+
+def _running(text: str) -> str:
+    """Running text in one spelling, without tags, fonts and bold print."""
+    text = FONT.sub(r" \1 ", plain(_TAGS.sub(". ", text))).replace("**", " ")
+    return _MINUS.sub("-", " ".join(_POWER.sub(_in_words, text).split()))
+
+
+def _in_words(found: re.Match[str]) -> str:
+    """The power of a unit without a digit: "square cm"."""
+    unit = read_unit(f" {found[1]}", letters=True)
+    is_unit = unit is not None and unit.is_known
+    return f"{'square' if found[2] == '2' else 'cubic'} {found[1]}" if is_unit else found[0]
+
+
+def is_denied(before: str, behind: str) -> bool:
+    """Whether the words beside an answer say that it is none, or another one."""
+    before, behind = before[-_WINDOW:], behind[:_WINDOW]
+    word = _LAST_WORD.search(before)
+    is_changed = word is not None and word[1].lower() in _CHANGES_BEFORE
+    return is_changed or bool(_DENIED_BEFORE.search(before) or _DENIED_BEHIND.match(behind))
+
+
+def _in_its_place(found: re.Match[str], text: str) -> tuple[Quantity, str] | None:
+    """A number in a sentence, with its unit, and all other words; None if it is bound or denied."""
+    before, behind = text[: found.start()][-_WINDOW:], text[found.end() :][:_WINDOW]
+    sign = _SIGN.search(before)
+    number = _number(found, negative=sign is not None and "-" in sign[0])
+    if sign is not None:
+        before = before.rstrip()[:-1]
+    glued = re.match(r"[A-Za-z]*", behind)
+    is_bound = _BOUND_BEFORE.search(before) or _BOUND_BEHIND.match(behind)
+    is_circle = behind.startswith("^{\\circ")
+    if number is None or (is_bound and not is_circle) or is_denied(before, behind):
         return None
-    unit = PERCENT if found["unit"] else CURRENCIES.get(found["currency"], "")
-    return Quantity(number.value, number.slack, unit)
+    unit = Unit(Fraction(1), PERCENT if found["unit"] else "")
+    words = [] if unit.name else re.split(r"[.,;:?!)]", behind)[0].split(" ")[:5]
+    rest = behind
+    for stop in range(len(words), 0, -1):
+        own = read_unit(" ".join(words[:stop]), letters=True)
+        says = own and own.is_known and (own.name or own.scale != 1)
+        if own and says and not (words[1:stop] == ["in"] and words[2:]):
+            unit, rest = own, behind[len(" ".join(words[:stop])) :]
+            break
+    else:
+        if glued and glued[0] or is_circle:
+            return None
+    of = re.match(r" of ([a-z]+)(?![a-z])", rest)  # cups of flour
+    if of and unit.scale == 1 and unit.name not in ("", PERCENT) and not is_denied(of[1], ""):
+        rest = rest[of.end() :]
+    return _with_unit(number, unit, found["currency"]), f"{before} {rest}"
 
 
 def _number(found: re.Match[str], negative: bool) -> Quantity | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import re
 
-from cppo.rewards.latex import LONGEST, plain
+from cppo.rewards.latex import GREEK, LONGEST, plain
 from cppo.rewards.quantities import read_quantity, same_quantity
 from cppo.rewards.units import CHANGES, FONT, split_unit
 
 _DEEPEST = 4  # tuples within tuples, and equations in a chain
+_MOST_IN_ANY_ORDER = 20  # elements
 
 _MATRIX = re.compile(
     r"[\[(] ?\\begin\{(?:matrix\}|array\} ?\{[clr| ]*\})(.*?)(?:\\\\ ?)?"
@@ -23,15 +24,35 @@ _PRIMES = re.compile(r"\^\{((?:\\prime ?)+)\}")
 _SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|\d (?=\d)|[A-Za-z]{2} (?=[A-Za-z]{2}))| ", re.ASCII)
 _CAPITAL = re.compile(r"(?<![A-Za-z\\])(?:[A-Z](?=[a-z]{2,}(?![A-Za-z]))|N(?=o(?![A-Za-z])))")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)")
-# "x =", "f'(x) =", "AB =", "m\\angle ABC =", "=".
-_LEFT_SIDE = re.compile(
-    r"(?:(?:[A-Za-z]|[A-Z]{2,3}|m? ?\\angle ?[A-Z]{1,3}|\\[A-Za-z]+)"
-    r"(?:_\{[^{}]*\}|'|\([A-Za-z]\))*)? ?(?:=|\\(?:in|approx)(?![A-Za-z])) ?(?=.)"
+# "(C) 21", "C. 21", and not "(C) or (D)" or "(C) is wrong".
+_LABELLED = re.compile(
+    r"\(?([A-J])(?:\)|[.:](?= )) *(?!.*(?:\([A-J]\)|\b(?:and|or)\b)|[A-J]\b"
+    r"|(?:is|are|was|has|can|cannot|does|would|could|must|not|wrong|incorrect)\b|\w+n['\u2019]t\b)"
+    r"((?:[\w\\$(]|-[\d\\.]).*)"
 )
-_COMMAND = re.compile(r"\\[A-Za-z]+")
-_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*[A-Za-z]")
-_NAMES = frozenset("infinity alpha beta gamma delta theta lambda sigma omega".split())
-_SHORT_WORDS = frozenset("no yes odd all one two six ten".split())
+# "x =", "f'(2) =", "AB =", "m\\angle ABC =", "Total area =", "=": what a value is the value of. Any
+# other left side is a formula, and the equation no answer: 2x = 5, 1 + 1 = 5.
+_OWN_NAME = (
+    r"(?:(?:[A-Za-z]{3,} ){0,4}(?:[A-Z]?[a-z]{3,}|[A-Z]{2,3}|[A-Za-z])|\|[A-Z]{2}\|"
+    r"|\((?:[A-Za-z], ?)+[A-Za-z]\)|(?:m ?)?\\(?:angle|triangle) ?[A-Z]{1,4}"
+    r"|\\(?:text|mathrm|mathbf|operatorname|overline|vec|hat|bar|overrightarrow|widehat)\{[^{}]*\}"
+    rf"|\\(?:ell|{'|'.join(name for name in GREEK if name != 'pi')}|[A-Z][a-z]+))"
+    r"(?:_\{[^{}]*\}|'|\((?:[\w ,]|\\(?:cap|cup|mid|pi)(?![A-Za-z]))*\))*"
+)
+_LEFT_SIDE = re.compile(rf"(?:{_OWN_NAME})? ?(?:=|\\(?:in|approx)(?![A-Za-z])) ?(?=.)")
+_CLAIM = re.compile(r"\\(?:approx|ne|equiv|sim|cong|to)(?![A-Za-z])")
+_COMMAND = re.compile(r"\\(?:begin|end)\{[a-z]*\}|\\[A-Za-z]+")
+# Letters alone are words or the names of points, not products: "act" is not "cat". So are two
+# capitals in a row and words of four letters anywhere.
+_WORDS = re.compile(r"[A-Za-z]{2,}(?:(?:[ ']|-(?=[A-Za-z]{3}))[A-Za-z]+)*")
+_NAME = re.compile(r"[A-Z]{2,}|[A-Za-z]{4,}")
+_ITEM = re.compile(r"[,;=:&]|\\[{}\\]")
+_PRODUCTS = frozenset("xyz")  # whose products are no words
+_JOIN = re.compile(r",? ?(?:\\text[a-z]*\{ ?(?:and|or) ?\}|\b(?:and|or)\b) ?")  # of a list
+_LETTER = re.compile(r"\\(?:text[a-z]*|mathrm)\{ ?([A-Za-z]) ?\}")
+# What math-verify would read over: numbers side by side, operators without a second operand.
+_UNREAD = re.compile(r"\d \d|\d ?_|[-+*/^=]$")
+_WHOLE_FONT = re.compile(rf"^ *{FONT.pattern} *$")
 _BRACKETS = re.compile(r"\\.|[()\[\]{},;]")
 _OPENING, _CLOSING = ("\\{", "(", "[", "{"), ("\\}", ")", "]", "}")
 
@@ -59,10 +80,15 @@ def same_answer(answer: str, truth: str) -> bool:
     return compare(answer, truth) is True
 
 
-def compare(answer: str, truth: str, depth: int = 0) -> bool | None:
-    """Whether two answers agree; None where only algebra can tell."""
+def compare(answer: str, truth: str, depth: int = 0, *, any_order: bool = False) -> bool | None:
+    """Whether two answers agree; None where only algebra can tell.
+
+    Args: any_order: whether lists and sets agree in any order of their elements.
+    """
+    if answer.split() == truth.split():
+        return bool(answer.strip())
     if max(len(answer), len(truth)) > LONGEST:
-        return answer.split() == truth.split()
+        return False
     number, truth_number = read_quantity(answer), read_quantity(truth)
     if number is not None and truth_number is not None:
         return same_quantity(number, truth_number)
@@ -72,23 +98,55 @@ def compare(answer: str, truth: str, depth: int = 0) -> bool | None:
     spelled = normalize_answer(formula), normalize_answer(true_formula)
     if "" in spelled or spelled[0] == spelled[1]:
         return "" not in spelled
-    bare = _without_left_side(plain(answer), plain(truth))
+    formula, true_formula = (_JOIN.sub(", ", text) for text in (formula, true_formula))
+    if depth == 0 and (choices := _labelled(answer, truth)):
+        return any(compare(*pair, 1, any_order=any_order) is True for pair in choices)
+    bare = _without_left_side(*(_JOIN.sub(", ", plain(text)) for text in (answer, truth)))
     if bare is not None and depth < _DEEPEST:
-        return compare(*bare, depth + 1)
-    if _are_words(answer) or _are_words(truth) or _differ_in_letters(*spelled):
-        return False
-    return _compare_elements(formula, true_formula, depth)
+        return compare(*bare, depth + 1, any_order=any_order)
+    if _names(formula) != _names(true_formula) or _differ_in_letters(*spelled):
+        in_order = _compare_elements(formula, true_formula, depth, any_order)
+        return in_order or False
+    return _compare_elements(formula, true_formula, depth, any_order)
 
 
-def for_algebra(text: str) -> str | None:
-    """The formula that algebra compares where `compare` cannot tell, without its unit.
-
-    None for text that is no formula: two words outside of `\\text`, or numbers side by side.
+def _labelled(answer: str, truth: str) -> list[tuple[str, str]]:
+    """What to compare where one or both are the label of a choice with its content: the labels, the
+    contents, or both at once as a list.
     """
-    formula = " ".join(split_unit(plain(text))[0].replace("$", " ").split())
-    words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{4,}", FONT.sub("", formula))
-    is_prose = len(set(words) - CHANGES) > 1
-    return None if is_prose or re.search(r"\d \d", formula) else formula
+    answer, truth = (" ".join(FONT.sub(r" \1 ", plain(text)).split()) for text in (answer, truth))
+    own, true = _LABELLED.fullmatch(answer), _LABELLED.fullmatch(truth)
+    if own and true:
+        return [(own[2], true[2])] if own[1] == true[1] else [("A", "B")]
+    if true:
+        return [(answer, true[1]), (answer, true[2])]
+    return [(own[1], truth)] if own and len(normalize_answer(truth)) == 1 else []
+
+
+def for_algebra(answer: str, truth: str) -> tuple[str, str] | None:
+    """The formulas that algebra compares where `compare` cannot tell, the truth's first.
+
+    They have no units. None for text that is no formula: two words outside of `\\text`, or numbers
+    side by side.
+    """
+    formulas = []
+    for text, other in ((truth, answer), (answer, truth)):
+        formula = _LETTER.sub(r"\1", _JOIN.sub(", ", split_unit(plain(text))[0]))
+        formula = " ".join(formula.replace("$", " ").split())
+        words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{4,}", FONT.sub("", formula))
+        if len(set(words) - CHANGES) > 1 or _UNREAD.search(formula):
+            return None
+        if "=" in formula and "=" not in other:
+            *_, elements = _elements(formula)
+            left = [_LEFT_SIDE.match(element) for element in elements]
+            if all(left):
+                formula = ", ".join(
+                    element[own.end() :] for element, own in zip(elements, left, strict=True) if own
+                )
+        formulas.append(formula)
+    if len({bool(_CLAIM.search(formula)) for formula in formulas}) > 1:
+        return None
+    return formulas[0], formulas[1]
 
 
 def _without_left_side(answer: str, truth: str) -> tuple[str, str] | None:
@@ -101,11 +159,13 @@ def _without_left_side(answer: str, truth: str) -> tuple[str, str] | None:
     return answer[found.end() if found else 0 :], truth[other.end() if other else 0 :]
 
 
-def _are_words(text: str) -> bool:
-    """Whether an answer is words, which algebra would take for a product of letters."""
-    words = normalize_answer(text)
-    is_text = " " in words or len(words) > 3 or words in _SHORT_WORDS or bool(FONT.search(text))
-    return is_text and _WORDS.fullmatch(words) is not None and words not in _NAMES
+def _names(text: str) -> list[str]:
+    """The words and names of points in a formula, which algebra would take for products."""
+    texts = [own for own in FONT.findall(text) if len(own) > 1]
+    text = normalize_answer(text)
+    items = (item.strip("()[] '\"!?") for item in _ITEM.split(_COMMAND.sub(r" \\ ", text)))
+    words = [item for item in items if _WORDS.fullmatch(item) and not set(item) <= _PRODUCTS]
+    return sorted([*texts, *words, *_NAME.findall(_COMMAND.sub(" ", text))])
 
 
 def _differ_in_letters(answer: str, truth: str) -> bool:
@@ -144,8 +204,9 @@ def _elements(text: str) -> tuple[str, str, list[str]]:
     return opening, closing, [text[a:b].strip() for a, b in zip(starts, stops, strict=True)]
 
 
-def _compare_elements(answer: str, truth: str, depth: int) -> bool | None:
+def _compare_elements(answer: str, truth: str, depth: int, any_order: bool) -> bool | None:
     """Compare tuples, intervals, sets and lists, also with a number; None for anything else."""
+    answer, truth = (_WHOLE_FONT.sub(r"\1", text) for text in (answer, truth))
     *brackets, elements = _elements(answer)
     *other_brackets, others = _elements(truth)
     if len(elements) != len(others) and (read_quantity(answer) or read_quantity(truth)):
@@ -160,4 +221,12 @@ def _compare_elements(answer: str, truth: str, depth: int) -> bool | None:
     if all(found):
         return True
     has_order = brackets[0] in ("(", "[")
+    if any_order and not has_order and len(elements) <= _MOST_IN_ANY_ORDER:
+        for element in elements:
+            same = [i for i, other in enumerate(others) if compare(element, other, depth + 1)]
+            if not same:
+                break
+            others.pop(same[0])
+        if not others:
+            return True
     return False if has_order and False in found else None

@@ -11,12 +11,18 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+# Comparisons of one call that may reach their limit. What is still to be compared then is not
+# equal: a batch of hostile answers alone would take its size times the limit. So those that may be
+# hostile (towers of powers, factorials) come last.
+MOST_TIMEOUTS = 5
+_RISK = re.compile(r"\^.{0,20}\^|!|\\binom")
 _SCRIPT = Path(__file__).with_name("symbolic_worker.py")
 
 
@@ -35,16 +41,21 @@ def equal_pairs(pairs: Iterable[tuple[str, str]], seconds: float) -> set[tuple[s
 
     Args:
         pairs: formulas without delimiters, in the spelling of `latex.plain`.
-        seconds: the time for one pair; what takes longer is not equal.
+        seconds: the time for one pair; what takes longer is not equal. After MOST_TIMEOUTS of
+            these the pairs that are left are not equal either.
     Raises: RuntimeError if the worker cannot be started.
     """
-    answers: dict[str, list[str]] = {}
+    answers: dict[tuple[bool, str], list[str]] = {}
     for truth, answer in dict.fromkeys(pairs):
-        answers.setdefault(truth, []).append(answer)
+        is_risky = _RISK.search(truth) or _RISK.search(answer)
+        answers.setdefault((bool(is_risky), truth), []).append(answer)
     equal: set[tuple[str, str]] = set()
-    for truth, theirs in answers.items():
-        verdicts = _worker.ask(truth, theirs, seconds)
+    timeouts = 0
+    for _, truth in sorted(answers, key=lambda key: key[0]):
+        theirs = answers[_, truth]
+        verdicts = _worker.ask(truth, theirs, seconds, MOST_TIMEOUTS - timeouts)
         equal.update((truth, answer) for answer, same in zip(theirs, verdicts, strict=True) if same)
+        timeouts += sum(verdict is None for verdict in verdicts)
     return equal
 
 
@@ -55,21 +66,28 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
-    def ask(self, truth: str, answers: list[str], seconds: float) -> list[bool]:
-        """Whether each answer equals the truth; one at which the worker dies does not."""
-        verdicts: list[bool] = []
+    def ask(
+        self, truth: str, answers: list[str], seconds: float, most: int = MOST_TIMEOUTS
+    ) -> list[bool | None]:
+        """Whether each answer equals the truth: None for one at which the worker dies. After `most`
+        of these, no more is asked.
+        """
+        verdicts: list[bool | None] = []
         with self._lock:
             try:
-                while len(verdicts) < len(answers):
+                while len(verdicts) < len(answers) and verdicts.count(None) < most:
                     is_new = self._start()
                     self._send([seconds, truth, answers[len(verdicts) :]])
                     replies = self._replies(1 + len(answers) - len(verdicts))
                     # A worker that dies at the truth may have died before it was asked.
-                    if replies[:1] == [False] or (not replies and is_new):
+                    if replies[:1] == [False]:
+                        break
+                    if not replies and is_new:
+                        verdicts.append(None)
                         break
                     verdicts += replies[1:]
                     if replies and len(verdicts) < len(answers):
-                        verdicts.append(False)
+                        verdicts.append(None)
             except BaseException:
                 self.stop()  # an interrupted worker would answer the next question with this one's
                 raise

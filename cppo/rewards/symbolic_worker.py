@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 STARTING_SECONDS = 300.0
 MEMORY = 3 * 2**30  # bytes of addresses
 RENEWED_AT = 2**30  # bytes: a process that once held as much makes room for a new one
+_EQUALS = re.compile(r"(?<![<>!:\\])=")
+_DECIMAL = re.compile(r"-?(\d*)\.(\d+)")
 
 
 def main() -> None:
@@ -52,15 +55,33 @@ def main() -> None:
 
 
 def equals(truth: str, answer: str) -> bool:
-    """Whether math-verify finds an answer equal to a truth."""
+    """Whether math-verify finds an answer equal to a truth.
+
+    Of an equation beside a formula it looks at the right side alone (3 = 5 for 5): all must equal.
+    """
+    sides, own = (_EQUALS.split(text) for text in (truth, answer))
+    if (len(sides) > 1) != (len(own) > 1):
+        return all(_are_equal(side, other) for side in sides for other in own)
+    return _are_equal(truth, answer)
+
+
+def _are_equal(truth: str, answer: str) -> bool:
     from math_verify import verify
 
     first, second = _parsed(truth), _parsed(answer)
     try:
         same = first and second and verify(first, second, timeout_seconds=None)
-        return bool(same or _is_symbol(first[0], second[0]))
+        return bool(same or _rounds(first[0], answer) or _is_symbol(first[0], second[0]))
     except Exception:  # whatever sympy makes of sampled text, it is not the answer
         return False
+
+
+def _rounds(truth: Any, answer: str) -> bool:
+    """Whether an answer is a decimal of six significant digits or more that the truth rounds to."""
+    decimal = _DECIMAL.fullmatch(answer)
+    if decimal is None or len((decimal[1] + decimal[2]).lstrip("0")) < 6 or not truth.is_number:
+        return False
+    return abs(complex(truth.evalf()) - float(answer)) <= 0.5 * 10.0 ** -len(decimal[2])
 
 
 def _is_symbol(first: Any, second: Any) -> bool:

@@ -3,33 +3,44 @@ r"""The unit behind a number: `\text{ cm}^2`, `^\circ`, `\%`, ` apples`, `_{2}` 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
+from typing import NamedTuple
 
 LONGEST_UNIT = 80  # characters
 PERCENT = "percent"
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-SCALES["trillion"] = 10**12
+# Words behind a number that multiply it. Plurals in -s are read as well.
+_WORTH = (
+    "ten:10 dozen:12 gross:144 hundred:1e2 thousand:1e3 lakh:1e5 million:1e6 mn:1e6 crore:1e7 "
+    "billion:1e9 bn:1e9 trillion:1e12 tn:1e12 half:1/2 halve:1/2 third:1/3 fourth:1/4 quarter:1/4 "
+    "fifth:1/5 sixth:1/6 seventh:1/7 eighth:1/8 ninth:1/9 tenth:1/10 eleventh:1/11 twelfth:1/12 "
+    "sixteenth:1/16 twentieth:1/20 hundredth:1/100 thousandth:1/1000 millionth:1/1000000"
+)
+SCALES = {word: Fraction(worth) for word, _, worth in (x.partition(":") for x in _WORTH.split())}
 
 # A unit's one name and its others. Plurals in -s are read as well.
-_NAMES = {
-    **{"m": "meter metre", "cm": "centimeter centimetre", "mm": "millimeter millimetre"},
-    **{"km": "kilometer kilometre", "in": "inch inches", "ft": "foot feet", "yd": "yard"},
-    **{"mi": "mile", "g": "gram", "kg": "kilogram", "mg": "milligram", "lb": "lbs pound"},
-    **{"oz": "ounce", "s": "sec second", "min": "minute", "h": "hr hour"},
-    **{"L": "l liter litre", "mL": "ml milliliter millilitre", "mph": "", "Hz": "hertz"},
-    **{"N": "newton", "J": "joule", "W": "watt", "kW": "kilowatt", "V": "volt", "A": "ampere amp"},
-    **{"K": "kelvin", "celsius": "", "fahrenheit": "", "rad": "radian", "degree": "deg"},
-    **{PERCENT: "% pct", "dollar": "USD", "cent": "\u00a2", "euro": "EUR", "sterling": "GBP"},
-    **{"yen": "JPY", "day": "", "week": "", "year": "yr"},
-}
+_NAMES = (
+    "m:meter,metre cm:centimeter,centimetre mm:millimeter,millimetre km:kilometer,kilometre "
+    "in:inch,inches ft:foot,feet yd:yard nm:nanometer,nanometre mi:mile g:gram kg:kilogram,kilo "
+    "mg:milligram lb:lbs,pound oz:ounce ton tonne acre hectare:ha s:sec,second ms:millisecond "
+    "min:minute h:hr,hour day week month year:yr decade century:centuries am pm o'clock knot "
+    "L:l,liter,litre mL:ml,milliliter,millilitre gallon:gal quart:qt pint:pt cup tablespoon:tbsp "
+    "teaspoon:tsp Hz:hertz kHz MHz GHz rpm N:newton J:joule kJ cal:calorie kcal Pa:pascal kPa "
+    "atm W:watt kW:kilowatt V:volt A:ampere,amp mA ohm mol:mole kelvin celsius fahrenheit "
+    "rad:radian degree:deg bit byte KB MB GB unit percent:%,pct dollar:USD,buck "
+    "cent:\xa2,penny,pennies euro:EUR sterling:GBP yen:JPY yuan:RMB,CNY rupee:INR peso "
+    "person:people child:children man:men woman:women way time"
+)
 CURRENCIES = {"US$": "dollar", "$": "dollar", "\u20ac": "euro", "\u00a3": "sterling"}
 CURRENCIES["\u00a5"] = "yen"
-_KNOWN = {name: unit for unit, names in _NAMES.items() for name in (unit, *names.split())}
+_KNOWN = {
+    name: names.partition(":")[0] for names in _NAMES.split() for name in re.split("[:,]", names)
+}
 _KNOWN |= CURRENCIES
 # Words behind a number that make another number of it, or go on with one.
 CHANGES = frozenset(
-    "and or not plus minus negative times over more less than squared cubed factorial half halves "
-    "third thirds quarter quarters hundred thousand million billion trillion choose modulo base "
-    "root where when with such that sqrt sin cos tan sinh cosh tanh log ln exp infinity".split()
+    "and or not plus minus negative over more less than squared cubed factorial choose "
+    "modulo base root where when with such that sqrt sin cos tan sinh cosh tanh log ln exp "
+    "infinity always equals exceeds does".split()
 )
 _BASE = re.compile(r" ?_\{(\d+)\}")
 _GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
@@ -45,35 +56,57 @@ _REWRITTEN = (
     (re.compile(r"\b(?:square|sq)\b\.? ([A-Za-z]+)|\b([A-Za-z]+) squared\b"), r"\1\2^2"),
     (re.compile(r"\b(?:cubic|cu)\b\.? ([A-Za-z]+)|\b([A-Za-z]+) cubed\b"), r"\1\2^3"),
     (re.compile(r"\b([ap])\. ?m\b\.?"), r"\1m"),
+    (re.compile(r"\bmph\b"), "mi / h"),
+    (re.compile(r"\bkph\b"), "km / h"),
     (re.compile(r"\bper\b|/"), " / "),
 )
 _WORD = re.compile(r"([A-Za-z'$%\u00a2\u20ac\u00a3\u00a5-]+)\.?(\^-?\d)?")
 
 
-def read_unit(text: str) -> tuple[int, str] | None:
-    r"""Return what a number is multiplied by and its unit's one name, from the text behind it.
+class Unit(NamedTuple):
+    """What stands behind a number.
+
+    Fields: scale (what its number words multiply the number by: 12 for "dozen"), name (one for each
+        unit, "" for none), is_known (whether every word is a unit of those here, or the plural of
+        what is counted; other words are a unit only where the ground truth has the same).
+    """
+
+    scale: Fraction
+    name: str
+    is_known: bool = True
+
+
+def read_unit(text: str, *, letters: bool = False) -> Unit | None:
+    r"""Return the unit that the text behind a number is.
 
     Args:
         text: in the spelling of `latex.plain`: `^{\circ}`, ` \text{cm}^{2}`, ` million dollars`.
-    Returns: (1, "") for no text; None for text that is no unit: letters that may be variables
-        (`2x`, `5 m` outside of `\text`), operators, further numbers.
+        letters: whether letters outside of `\text` can be no variables (`5 m` is a length).
+    Returns: the unit, of no name for no text; None for text that is no unit: letters that may be
+        variables (`2x`), operators, further numbers.
     """
     if len(text) > LONGEST_UNIT:
         return None
     base = _BASE.fullmatch(text)
     if base:
-        return 1, "" if base[1] == "10" else f"base {base[1]}"
+        return Unit(Fraction(1), "" if base[1] == "10" else f"base {base[1]}")
     unit = _TEXT.sub(r" \1", text)
-    is_text, is_apart = unit != text, unit[:1] == " "
+    is_text, is_apart = letters or unit != text, unit[:1] == " "
     for pattern, name in _REWRITTEN:
         unit = pattern.sub(name, unit)
-    words = unit.split()
-    scale = SCALES.get(words[0].lower(), 1) if words else 1
-    names = [
-        word if word == "/" else _name(word, is_text, is_apart, "/" in words)
-        for word in words[scale != 1 :]
-    ]
-    return None if None in names else (scale, " ".join(map(str, names)))
+    words, scale = unit.split(), Fraction(1)
+    while words and _singular(words[0]) in SCALES:
+        scale *= SCALES[_singular(words.pop(0))]
+    if words[-1:] == ["/"]:
+        return None
+    is_known, names = True, []
+    for word in words:
+        own = (word, True) if word == "/" else _name(word, is_text, is_apart, "/" in words)
+        if own is None:
+            return None
+        names.append(own[0])
+        is_known = is_known and own[1]
+    return Unit(scale, " ".join(names), is_known and names.count(PERCENT) < 2)
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -87,23 +120,37 @@ def split_unit(text: str) -> tuple[str, str]:
         formula = text[: start.start()].rstrip()
         unit = read_unit(text[start.start() :])
         is_sign = start[1] is None
-        if unit is not None and unit[0] == 1 and (is_sign or re.search(r"\d", formula)):
-            return formula, unit[1]
+        if (
+            unit is not None
+            and unit.scale == 1
+            and unit.is_known
+            and (is_sign or re.search(r"\d", formula))
+        ):
+            return formula, unit.name
     return text, ""
 
 
-def _name(word: str, is_text: bool, is_apart: bool, is_ratio: bool) -> str | None:
-    """The one name of a word of a unit; None where it may be something else."""
+def _singular(word: str) -> str:
+    lower = word.lower().rstrip(".")
+    return lower[:-1] if len(lower) > 3 and lower.endswith("s") and lower != "gross" else lower
+
+
+def _name(word: str, is_text: bool, is_apart: bool, is_ratio: bool) -> tuple[str, bool] | None:
+    """The one name of a word of a unit, and whether it is one that is known or a plural; None
+    where it may be something else.
+    """
     found = _WORD.fullmatch(word)
     if found is None:
         return None
     letters, power = found[1], found[2] or ""
-    lower = letters.lower()
-    singular = lower[:-1] if len(lower) > 3 and lower.endswith("s") else lower
-    known = next((_KNOWN[name] for name in (letters, lower, singular) if name in _KNOWN), None)
+    lower, singular = letters.lower(), _singular(letters)
+    names = (letters, lower, singular) if len(letters) > 1 else (letters,)  # no M, no G
+    known = next((_KNOWN[name] for name in names if name in _KNOWN), None)
     if known is not None:
         may_be_variable = len(letters) == 1 and letters.isalpha()
-        return known + power if is_text or not may_be_variable or (is_apart and is_ratio) else None
+        is_unit = is_text or not may_be_variable or (is_apart and is_ratio)
+        return (known + power, True) if is_unit else None
     if lower in CHANGES or len(letters) < (2 if is_text else 4) or not (is_text or is_apart):
         return None
-    return singular + power
+    is_plural = len(lower) > 3 and lower.isalpha() and lower.endswith("s")
+    return singular + power, is_plural and not lower.endswith(("ss", "us", "is", "ths"))

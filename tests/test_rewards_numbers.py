@@ -466,3 +466,38 @@ def test_powers_that_no_float_holds(name, gold):
 def test_commas_that_set_no_thousands_apart(answer):
     assert one(rewards.gsm8k, f"<answer>{answer}</answer>", "42") < 2
     assert one(rewards.gsm8k, "<answer>4,2</answer>", "42") == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ("John has 18 apples.", 18),
+        ("She makes $18 every day", 18),
+        ("Janet makes 18 dollars per day.", 18),
+        ("It takes 3 bolts", 3),
+        ("Tom's sister bought 1,250 stickers at the fair.", 1250),
+        ("He will have -3 points left", -3),
+        ("They walked 2.5 km.", 2.5),
+        # Sentences that say something else of the number, or of another one.
+        ("John has twice 18 apples.", None),
+        ("John has at least 18 apples.", None),
+        ("John has 18 more apples than Mary.", None),
+        ("John has not 18 apples.", None),
+        ("John has twice as many as 18.", None),
+        ("John thinks that 18 is wrong.", None),
+        ("John has 18 apples for 3 people.", None),
+        ("John has 18 dozen apples.", 216),
+        ("John squared 18", None),
+    ],
+)
+def test_a_sentence_in_the_answer_tag(answer, value):
+    text = f"<answer>{answer}</answer>"
+    for gold in (value, 18, 3):
+        if gold is not None:
+            assert rewards.numeric([text], answer=[str(gold)]) == [float(gold == value)], gold
+
+
+def test_a_line_that_marks_the_answer():
+    text = "So she makes 9 * 2 = $18 every day.\n#### 18"
+    for reward in (rewards.numeric, rewards.math_verify):
+        assert reward([text, text], answer=["18", "9"]) == [1.0, 0.0]

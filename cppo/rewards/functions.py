@@ -106,7 +106,7 @@ def _number_of_truth(gold: str) -> Quantity | None:
 def _stated_number(text: str) -> Quantity | None:
     marked, stated = marked_answer(text), stated_answer(text)
     if marked is not None and _has_digit(marked):
-        return only_number(marked)
+        return only_number(marked, in_sentences=True)
     if stated is not None and _has_digit(stated):
         return only_number(stated) or first_number(stated) or last_number(stated)
     return read_quantity(text, letters=True) or last_number(text)
@@ -211,10 +211,11 @@ def _verdict(text: str, truth: tuple[str, ...]) -> bool | tuple[str, str]:
 
 
 def _says_number(part: str, truth: str) -> bool:
-    """Whether the last line of an answer is a sentence with the number that the truth is."""
+    """Whether the last line of an answer is a sentence or a heading with the truth's number."""
     line, number = part.rpartition("\n")[2], read_quantity(truth)
-    has_words = re.search(r"[A-Za-z]{2}", line) is not None
-    return number is not None and has_words and _equal(only_number(line), number)
+    heading = line.lstrip("# ")
+    says = heading != line or re.search(r"[A-Za-z]{2}", line) is not None
+    return number is not None and says and _equal(only_number(heading), number)
 
 
 def _readings(text: str) -> tuple[str, ...]:

@@ -87,20 +87,32 @@ _BOUND_BEHIND = re.compile(
     rf"| (?:{'|'.join(CHANGES - _JOINS)})\b| times (?!to\b)\w| more than \S*\d"
 )
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|cannot|neither|nor|no)\b|n['\u2019]t\b)[^.,;:\d]*$", re.I
+    r"(?:\b(?:not|never|cannot|neither|nor|no|as [a-z]+ as)\b|n['\u2019]t\b)[^.,;:\d]*$", re.I
 )
 _LAST_WORD = re.compile(r"([A-Za-z-]+)(?: (?:of|to|the|an?|by))*[ $]*$")
 _CHANGES_BEFORE = frozenset(
     "plus minus negative times over more less than least most twice thrice double triple quadruple "
     "quintuple under above below exceed exceeds half except but by beyond almost nearly up out "
-    "square cube root one two three four five six seven eight nine ten eleven twelve twenty thirty "
-    "forty fifty sixty seventy eighty ninety sin cos tan log ln exp sqrt modulo choose".split()
+    "between square cube root one two three four five six seven eight nine ten eleven twelve "
+    "twenty thirty forty fifty sixty seventy eighty ninety sin cos tan log ln exp sqrt modulo "
+    "choose".split()
 )
 _DENIED_BEHIND = re.compile(
     r"\W*(?:(?:is|are|was|were) (?:not|wrong|incorrect|false)|(?:is|are|was)n['\u2019]t|wrong)\b"
     r"| (?:or|and) (?:more|less|fewer|higher|lower|above|below|an?)\b",
     re.I,
 )
+
+
+_BEGINS = re.compile(r"[A-Z][a-z'\u2019]* [a-z]+\b[^\d]")  # "Janet makes ", "It takes "
+_CHANGING = (
+    CHANGES
+    | _CHANGES_BEFORE
+    | frozenset(
+        "not never cannot neither nor no n't wrong incorrect false or between than as many much "
+        "percent fraction ratio".split()
+    )
+) - _JOINS
 
 
 @dataclass(frozen=True)
@@ -168,11 +180,15 @@ def _with_unit(number: Quantity, unit: Unit, currency: str | None) -> Quantity:
     return Quantity(value, slack, name, unit.is_known)
 
 
-def only_number(text: str) -> Quantity | None:
+def only_number(text: str, *, in_sentences: bool = False) -> Quantity | None:
     """Return the one number of a text: alone, with its unit, or in a sentence that says no more
     ("The answer is 18 apples").
 
     None for several numbers, and for other words than those that are known to change nothing.
+
+    Args:
+        in_sentences: whether a sentence of any words will do ("Janet makes $18 every day"), as long
+            as none of them is known to change or to deny a number.
     """
     quantity = read_quantity(text, letters=True)
     if (quantity is not None and quantity.is_known) or len(text) > LONGEST:
@@ -180,7 +196,16 @@ def only_number(text: str) -> Quantity | None:
     text = _ASIDE.sub(" ", _running(text))
     found = list(_IN_TEXT.finditer(text))
     place = _in_its_place(found[0], text) if len(found) == 1 else None
-    return place[0] if place is not None and _say_nothing(place[1]) else quantity
+    if place is None:
+        return quantity
+    says_no_more = _say_nothing(place[1]) or (in_sentences and _is_sentence(text, place[1]))
+    return place[0] if says_no_more else quantity
+
+
+def _is_sentence(text: str, others: str) -> bool:
+    """Whether a text begins as a sentence does, and none of its other words changes a number."""
+    words = {word.strip(_MARKS).lower() for word in others.split()}
+    return bool(_BEGINS.match(text)) and not words & _CHANGING
 
 
 def _say_nothing(words: str) -> bool:

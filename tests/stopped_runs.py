@@ -2,8 +2,8 @@
 
     python tests/stopped_runs.py FOLDER [--moments 20] [--cases text vision ...] [--processes 1 2]
 
-An attempt is forked off after the imports, gets a signal at a random moment (half of the SIGKILLs
-while a checkpoint is written), and the next one goes on. When a run has come to its end, its
+An attempt is forked off after the imports, gets a signal at a random moment, every other time while
+a checkpoint is written, and the next one goes on. When a run has come to its end, its
 weights, optimizer, metrics and completions must be those of the undisturbed one, bit for bit, and
 no piece of work may have been done twice but those that a signal broke off (SIGKILL: what came
 after the last checkpoint). Then the run begins anew, until there were as many moments.
@@ -55,7 +55,7 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGKILL")
 
 
 def train(folder: Path, case: str, resume: bool) -> None:
-    options = {"rewards": noise, "max_steps": STEPS, "keep_checkpoints": 9, **CASES[case]}
+    options = {"rewards": noise, "max_steps": STEPS, "save_every": 1, **CASES[case]}
     if "eval_every" in options:
         options["eval_rows"] = text_rows(2)
     pieces = open(folder / f"pieces{os.environ.get('RANK', 0)}", "a", buffering=1)
@@ -127,11 +127,11 @@ def is_over(started: list[int]) -> bool:
 
 
 def stop_at(folder: Path, case: str, processes: int, name: str, rng: random.Random) -> list[int]:
-    """One attempt that gets a signal a random moment after a random piece of work."""
+    """One attempt that gets a signal while it writes, or after a random piece of work."""
     before = pieces_done(folder)
-    if name == "SIGKILL" and rng.random() < 0.5:
-        flushes = rng.randrange(24)
-        return ends(attempt(folder, case, processes, lambda rank: arm_flush(flushes)))
+    if rng.random() < 0.5:
+        flushes = rng.randrange(1, 25)
+        return ends(attempt(folder, case, processes, lambda rank: arm_flush(flushes, name)))
     started = attempt(folder, case, processes)
     after = before + rng.randrange(40) * processes
     while pieces_done(folder) < after and not is_over(started):
@@ -142,13 +142,13 @@ def stop_at(folder: Path, case: str, processes: int, name: str, rng: random.Rand
     return ends(started)
 
 
-def arm_flush(flushes: int) -> None:
-    """Kills this process at its n-th flush to disk."""
+def arm_flush(flushes: int, name: str) -> None:
+    """Signals this process at its n-th flush to disk."""
     left, stock = iter(range(flushes)), cppo.checkpoint._flush
 
     def flush(path: Path) -> None:
-        if next(left, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if next(left, None) == flushes - 1:
+            os.kill(os.getpid(), signal.Signals[name])
         stock(path)
 
     cppo.checkpoint._flush = flush

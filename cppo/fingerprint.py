@@ -11,11 +11,14 @@ import datetime
 import functools
 import hashlib
 import inspect
+import re
+import sys
+import sysconfig
 import uuid
 from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -61,8 +64,10 @@ def of_function(function: Any) -> str:
     """Where a reward function comes from, what it was made with, and a digest of both.
 
     What it was made with are the arguments of a partial, the attributes of an object, closed-over
-    variables and defaults, and of its own file the constants and functions that it names. The
-    source of cppo's own functions is not looked at: they may get better between two versions.
+    variables, defaults, and the globals, functions and classes that it names, followed through all
+    files of one's own. Of installed packages only names count, and of cppo's own functions, which
+    may get better between two versions. State that a function changes while it runs counts as it
+    is when the run begins.
     """
     fixed = ""
     if isinstance(function, functools.partial):
@@ -75,11 +80,18 @@ def of_function(function: Any) -> str:
     inner = function.func if isinstance(function, functools.partial) else function
     kind = inner if inspect.isroutine(inner) else type(inner)
     name = f"{kind.__module__ or ''}:{kind.__qualname__}"  # no module: made by exec
-    if _is_ours(kind):
-        return name + fixed
-    digest = _Digest()
+    if function is kind and is_ours(kind):
+        return name
+    digest = _Digest(of_code=True)
     digest.add(function)
     return f"{name}{fixed}, digest {digest.text}"
+
+
+def is_ours(function: Any) -> bool:
+    """Whether a function, or the one inside a partial, or an object's class, ships here."""
+    inner = function.func if isinstance(function, functools.partial) else function
+    kind = inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner)
+    return (getattr(kind, "__module__", "") or "").split(".")[0] == "cppo"
 
 
 def of_text(text: Any) -> str:
@@ -89,7 +101,13 @@ def of_text(text: Any) -> str:
 
 def words(value: Any) -> str:
     """A value for people: its `repr`, or where that may hold an address, its type's name."""
-    return repr(value) if _is_plain(value) else getattr(value, "__name__", type(value).__name__)
+    if not _is_plain(value):
+        return getattr(value, "__name__", type(value).__name__)
+    if isinstance(value, (set, frozenset)):
+        return "{" + ", ".join(sorted(map(words, value))) + "}"
+    if isinstance(value, float) and value.is_integer():
+        return repr(int(value))  # 1.0 and 1 are one argument
+    return repr(value)
 
 
 def _is_plain(value: Any) -> bool:
@@ -107,11 +125,17 @@ _PLAIN = (
 
 
 class _Digest:
-    """A digest of values that is the same in every process."""
+    """A digest of values that is the same in every process.
 
-    def __init__(self) -> None:
+    Args:
+        of_code: whether the values are those of a function, for which 1 and 1.0 are the same.
+    """
+
+    def __init__(self, *, of_code: bool = False) -> None:
         self._hash = hashlib.sha256()
+        self._of_code = of_code
         self._seen: set[int] = set()
+        self._alive: list[Any] = []  # so that no id is given twice
 
     @property
     def text(self) -> str:
@@ -120,10 +144,14 @@ class _Digest:
     def add(self, value: Any, depth: int = 0) -> None:
         """Adds a value and what it holds; of an object its type and its attributes."""
         if isinstance(value, _PLAIN):
-            self._mark(f"{type(value).__qualname__} {value!r}")
+            is_number = self._of_code and isinstance(value, float)
+            is_number = is_number or (self._of_code and type(value) is int)
+            self._mark(words(value) if is_number else f"{type(value).__qualname__} {value!r}")
+        elif isinstance(value, re.Pattern):
+            self._mark(f"pattern {value.pattern!r} {value.flags}")
         elif isinstance(value, Mapping):
             self._mark(f"mapping {len(value)}")
-            for key in sorted(value, key=repr):
+            for key in sorted(value, key=words):
                 self.add(key, depth)
                 self.add(value[key], depth)
         elif isinstance(value, (list, tuple)):
@@ -131,7 +159,7 @@ class _Digest:
             for entry in value:
                 self.add(entry, depth)
         elif isinstance(value, (set, frozenset)):
-            self._mark(f"set {sorted(map(repr, value))}")
+            self._mark(f"set {sorted(map(words, value))}")
         elif isinstance(value, torch.Tensor):
             self._mark(f"{value.dtype} {tuple(value.shape)}")
             flat = value.detach().reshape(-1)
@@ -142,6 +170,7 @@ class _Digest:
             self._hash.update(value.tobytes())
         elif id(value) not in self._seen:
             self._seen.add(id(value))
+            self._alive.append(value)
             self._add_object(value, depth)
 
     def _mark(self, text: str) -> None:
@@ -156,33 +185,53 @@ class _Digest:
             self.add(value.__self__, depth)
         elif inspect.isfunction(value):
             self._add_function(value, depth)
-        elif inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value):
+        elif inspect.isclass(value):
+            self._add_class(value, depth)
+        elif inspect.isroutine(value) or inspect.ismodule(value):
             self._mark(getattr(value, "__qualname__", value.__name__))
-            if inspect.isclass(value) and not _is_ours(value):
-                self._mark(_source(value))
+        elif inspect.isfunction(inner := getattr(value, "__wrapped__", None)):  # of lru_cache
+            self.add(inner, depth)
         else:
-            self._mark(type(value).__qualname__)
-            if not _is_ours(type(value)):
-                self._mark(_source(type(value)))
+            self.add(type(value), depth)
             if depth < _DEPTH:
-                self.add(getattr(value, "__dict__", {}), depth + 1)
+                self.add(_attributes(value), depth + 1)
+
+    def _add_class(self, kind: type, depth: int) -> None:
+        self._mark(kind.__qualname__)
+        if _is_installed(kind):
+            return
+        self._mark(_source(kind))
+        for base in kind.__bases__:
+            self.add(base, depth)
+        for part in vars(kind).values():
+            part = getattr(part, "__func__", getattr(part, "fget", part))
+            if inspect.isfunction(part):
+                self.add(part, depth)
 
     def _add_function(self, function: Any, depth: int) -> None:
         self._mark(function.__qualname__)
-        code = function.__code__
-        cells = [value for cell in function.__closure__ or () for value in _content(cell)]
-        for part in (cells, function.__defaults__, function.__kwdefaults__):
-            self.add(part, depth)
-        if _is_ours(function):
+        for cell in function.__closure__ or ():
+            for value in _content(cell):
+                self.add(value, depth)
+        if _is_installed(function):
             return
+        code = function.__code__
+        for part in (function.__defaults__, function.__kwdefaults__, vars(function)):
+            self.add(part, depth)
         self._mark(_source(function))
         if function.__name__ == "<lambda>":  # its line may hold another one
             self._hash.update(code.co_code)
             self._mark(f"{code.co_names} {[c for c in code.co_consts if _is_plain(c)]}")
         for name in _names(code):
-            value = function.__globals__.get(name)
-            if _is_plain(value) or getattr(value, "__module__", None) == function.__module__:
-                self.add(value, depth)
+            if name in function.__globals__:
+                self.add(function.__globals__[name], depth)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """What an object holds, in its dictionary and in its slots."""
+    slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())]
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return found | dict(getattr(value, "__dict__", {}))
 
 
 def _names(code: Any) -> list[str]:
@@ -198,8 +247,16 @@ def _content(cell: Any) -> list[Any]:
         return []
 
 
-def _is_ours(value: Any) -> bool:
-    return (value.__module__ or "").split(".")[0] == "cppo"
+def _is_installed(value: Any) -> bool:
+    """Whether a function or a class is of cppo, of Python or of an installed package."""
+    module = value.__module__ or ""
+    if module.split(".")[0] in ("cppo", "builtins"):
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:  # of an interpreter, or made by exec
+        return module in sys.builtin_module_names
+    folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return any(Path(file).is_relative_to(folder) for folder in folders if folder)
 
 
 def _source(value: Any) -> str:

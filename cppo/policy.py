@@ -159,11 +159,16 @@ def schedule(optimizer: torch.optim.Optimizer, config: CPPOConfig) -> Any:
     """The learning rate's course over all optimizer steps of the run."""
     from transformers import get_scheduler
 
-    steps = config.max_steps * config.num_iterations * config.optimizer_steps
+    steps = optimizer_steps(config)
     try:
         return get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, steps)
     except ValueError as error:  # "polynomial" with a rate below its last one
         raise ValueError(f"CPPOConfig.lr_scheduler: {error}") from error
+
+
+def optimizer_steps(config: CPPOConfig) -> int:
+    """Of the whole run."""
+    return config.max_steps * config.num_iterations * config.optimizer_steps
 
 
 def restore_schedule(scheduler: Any, state: dict[str, Any]) -> None:

@@ -49,6 +49,8 @@ RewardFunction = Callable[..., Any]
 _METRICS = ("mean", "std", "zero_variance_share", "scored_share", "reward", "tokens")
 # Arguments that only a function gets which names them, or takes `**kwargs`.
 _OPTIONAL = ("trainer_state", "log_metric", "log_extra", "generation_prompts", "group_size")
+# Options of the rewards that ship here, which no column of the same name sets.
+_OUR_OPTIONS = ("timeout", "unfinished_thought")
 # For the completion to blame, the function is called again and again.
 _SEARCH_SECONDS = 30.0
 _T = TypeVar("_T")
@@ -138,6 +140,8 @@ def metric_name(function: RewardFunction) -> str:
 
 def check_signature(function: RewardFunction, question: Question) -> None:
     """Raises TypeError for a reward function that cannot be called with a question's columns."""
+    if fingerprint.is_ours(function):
+        return
     names = ["completions", "completion_ids", "prompts", *question.columns]
     names += [name for name in _OPTIONAL if name not in names and _accepted(function, {name: None})]
     try:
@@ -260,6 +264,8 @@ class _Call:
         rollouts = self._rollouts
         questions = [rollouts.question_of(row) for row in rows]
         names = sorted({name for question in questions for name in question.columns})
+        if fingerprint.is_ours(self.function):
+            names = [name for name in names if name not in _OUR_OPTIONS]
         pictures: dict[int, Any] = {}
         columns = {
             name: [_own(question.columns.get(name), pictures) for question in questions]

@@ -165,6 +165,11 @@ class CPPOTrainer:
         self.history: list[dict[str, Any]] = []
         if two_ends := closing_token_ids(model, processor)[1]:
             self.log.say(two_ends)
+        if config.warmup_steps >= (steps := policy.optimizer_steps(config)):
+            self.log.say(
+                f"warmup_steps = {config.warmup_steps} is no less than the {steps} optimizer steps "
+                "of the run: the learning rate does not reach its peak"
+            )
         needed = questions_needed(config.batch_size, config.group_size, config.prune_rate)
         # What is drawn too much is cut off again: every process draws as many.
         self._num_questions = (

@@ -241,8 +241,6 @@ def asks(*content):
         ({"prompt": "x", "image": Image.new("RGB", (0, 3))}, r"image 0: has size \(0, 3\)"),
         ({"prompt": "x", "completions": 1}, "the column 'completions' is an argument of rewards"),
         ({"prompt": "x", "log_metric": 1}, "the column 'log_metric' is an argument of rewards"),
-        ({"prompt": "x", "timeout": 10}, "the column 'timeout' is an argument of rewards"),
-        ({"prompt": "x", "unfinished_thought": 0}, "the column 'unfinished_thought' is an arg"),
     ],
 )
 def test_bad_rows(row, message):

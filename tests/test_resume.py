@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import functools
 import os
+import re
 import subprocess
 import sys
 from decimal import Decimal
@@ -21,7 +22,15 @@ from PIL import Image
 from trainer_cases import digit_share, image, same, text_rows, trainer_for, weights_of
 
 from cppo import fingerprint
-from cppo.rewards import CosineLength, boxed, completion_text, gsm8k_reward, math_reward
+from cppo.rewards import (
+    Combined,
+    CosineLength,
+    boxed,
+    combine,
+    completion_text,
+    gsm8k_reward,
+    math_reward,
+)
 
 
 def letter_share(completions: list[Any], **columns: Any) -> list[float]:
@@ -203,6 +212,100 @@ class Named:
         return self.function(completions, **columns)
 
 
+def marked(reward: Any, **names: Any) -> Any:
+    """The fingerprint of a function, its globals changed for the moment."""
+    before = dict(globals())
+    globals().update(names)
+    try:
+        return fingerprint.of_function(reward)
+    finally:
+        globals().update(before)
+
+
+PATTERN, TABLE, ARRAY = re.compile("1"), {"a": len}, np.array([1.0])
+PARTIAL, CACHED = functools.partial(helper, 1), functools.lru_cache(helper)
+
+
+def names_globals(completions: list[Any], **columns: Any) -> list[Any]:
+    return [PATTERN, TABLE, ARRAY, PARTIAL, CACHED, completions]
+
+
+class Base:
+    def shared(self) -> float:
+        return SCALE
+
+
+class Slotted(Base):
+    __slots__ = ("scale",)
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float]:
+        return [self.scale * self.shared() * helper(text) for text in completions]
+
+
+def test_what_a_function_names_counts() -> None:
+    changes: list[dict[str, Any]] = [
+        {"PATTERN": re.compile("2")},
+        {"PATTERN": re.compile("1", re.I)},
+        {"TABLE": {"a": max}},
+        {"TABLE": {"b": len}},
+        {"ARRAY": np.array([2.0])},
+        {"PARTIAL": functools.partial(helper, 2)},
+        {"PARTIAL": functools.partial(scaled, 1)},
+        {"CACHED": functools.lru_cache(scaled)},
+    ]
+    marks = [marked(names_globals), *(marked(names_globals, **change) for change in changes)]
+    assert len(set(marks)) == len(marks)
+    names_globals.weight = 1.0  # type: ignore[attr-defined]
+    assert marked(names_globals) not in marks
+    del names_globals.weight  # type: ignore[attr-defined]
+    # Objects: their slots, and what their methods name, in a base class too.
+    slotted = Slotted(1.0)
+    marks = [
+        marked(slotted),
+        marked(Slotted(2.0)),
+        marked(slotted, SCALE=-1.0),
+        marked(slotted, helper=scaled),
+    ]
+    assert len(set(marks)) == len(marks)
+    combined = [combine({name: 1}, name="r") for name in ("boxed", "numeric")]
+    combined += [
+        Combined("r", (functools.partial(boxed, unfinished_thought=x),), (1.0,)) for x in (1, 0)
+    ]
+    assert len(set(map(fingerprint.of_function, combined))) == 4
+
+
+def test_a_helper_in_a_file_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "reward_of_mine.py").write_text(
+        "from helper_of_mine import share\n"
+        "def reward(completions, **kwargs):\n    return [share(c) for c in completions]\n"
+    )
+    script = "import reward_of_mine as m; from cppo import fingerprint as f;"
+    script += "print(f.of_function(m.reward))"
+    said = []
+    for body in ("return 1.0", "return 2.0", "return 1.0"):
+        (tmp_path / "helper_of_mine.py").write_text(f"def share(text):\n    {body}\n")
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        said.append(done.stdout)
+    assert said[0] == said[2] != said[1]
+
+
+def test_equal_arguments_are_the_same() -> None:
+    pairs = [
+        [functools.partial(boxed, unfinished_thought=x) for x in (-1, -1.0)],
+        [functools.partial(scaled, units=set(x)) for x in (("a", "b", "c"), ("c", "a", "b"))],
+        [Judge(1), Judge(1.0)],
+    ]
+    for first, second in pairs:
+        assert fingerprint.of_function(first) == fingerprint.of_function(second)
+
+
 def test_functions_in_fields_and_arguments() -> None:
     functions = [
         Named(scaled),
@@ -216,7 +319,7 @@ def test_functions_in_fields_and_arguments() -> None:
     marks = [fingerprint.of_function(function) for function in functions]
     assert len(set(marks)) == len(marks)
     assert not any(" at 0x" in mark for mark in marks), marks
-    assert "Named(function=scaled, scale=2.0)" in marks[2]
+    assert "Named(function=scaled, scale=2)" in marks[2]
 
 
 def test_a_function_is_the_same_in_the_next_process(tmp_path: Path) -> None:

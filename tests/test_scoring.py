@@ -18,7 +18,7 @@ import torch
 from trainer_cases import fixed_rollouts, question, questions_for, tiny
 
 from cppo import scoring
-from cppo.rewards import completion_text
+from cppo.rewards import completion_text, exact_match
 from cppo.rollout import Rollouts
 from cppo.scoring import RewardError, Scores, check_signature, metric_name, reward_name, score
 
@@ -339,6 +339,22 @@ def test_a_reward_is_called_again_when_asked(
     calls.clear()
     with pytest.raises(RewardError, match="failed .ConnectionError: busy"):
         scores_of(rollouts, function, retries=1, say=said.append)
+
+
+def test_columns_with_the_names_of_our_options(rollouts: Rollouts) -> None:
+    asked = [q._replace(columns={"answer": "d", "timeout": 10}) for q in rollouts.prompts.questions]
+    prompts = dataclasses.replace(rollouts.prompts, questions=asked)
+    rollouts = dataclasses.replace(rollouts, prompts=prompts)
+    seen = []
+
+    def own(completions: list[str], timeout: list[int], **columns: Any) -> list[float]:
+        seen.append(timeout)
+        return [0.0] * len(completions)
+
+    for function in (exact_match, functools.partial(exact_match, unfinished_thought=1), own):
+        check_signature(function, asked[0])
+        scores_of(rollouts, function)
+    assert seen == [[10] * 4]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from cppo.questions.errors import QuestionError
 from cppo.questions.images import load_images, numbered
 from cppo.questions.messages import Messages, place_images, read_messages, sequence
 
-# Keyword arguments that rewards are given besides the columns, here or by TRL, and the options of
-# those that ship here, which a column would set anew in every step.
+# Keyword arguments that rewards are given besides the columns, here or by TRL.
 _RESERVED = (
     "prompts",
     "completions",
@@ -22,8 +21,6 @@ _RESERVED = (
     "log_extra",
     "generation_prompts",
     "group_size",
-    "timeout",
-    "unfinished_thought",
 )
 _UNREAD = ("videos", "audios")  # verl's columns
 

@@ -36,6 +36,8 @@ def _plain(value: Any) -> Any:
     """A list as a tuple, and a scalar of NumPy or torch as Python's own number."""
     if isinstance(value, (list, tuple)):
         return tuple(map(_plain, value))
+    if isinstance(value, (int, float, str, type(None))):  # first: torch.compile asks no further
+        return value
     return value.item() if getattr(value, "shape", None) == () else value
 
 

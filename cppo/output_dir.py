@@ -190,3 +190,8 @@ def release(folder: str | Path) -> None:
     if file is not None:
         file.truncate(0)
         file.close()
+
+
+def has_lock(folder: Path) -> bool:
+    """Whether the lock's file is there; it goes with a folder that somebody removes."""
+    return (folder / _LOCK).exists()

@@ -52,6 +52,7 @@ class Processes:
         self._stopping = stopping if self.size > 1 else None
         try:
             yield
+            self._ask_all()  # what comes behind exchanges more than we could say
         except Stopped:
             if self._stopping is not None:
                 self._tell(True)
@@ -143,11 +144,12 @@ class Processes:
         """Raises ValueError on every process if one has something else than the first."""
         first, *others = self.gather(what)
         for rank, other in enumerate(others, start=1):
-            for name, value in first.items():
-                if other[name] != value:
+            for name in {**first, **other}:
+                one, another = first.get(name), other.get(name)
+                if one != another:
                     raise ValueError(
-                        f"cppo.CPPOTrainer: {name} must be the same on every process, is {value!r} "
-                        f"on process 0 and {other[name]!r} on process {rank}"
+                        f"cppo.CPPOTrainer: {name} must be the same on every process, is {one!r} "
+                        f"on process 0 and {another!r} on process {rank}"
                     )
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -69,13 +70,20 @@ class PhaseTimer:
         return {**phases, "time/step": time.perf_counter() - self._started}
 
 
+class _Console(Console):
+    """A console that nobody has to read to the end: the run goes on all the same."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class RunLog:
     """The files and the console of one run; silent on every process but the first."""
 
     def __init__(self, output_dir: str | Path, max_steps: int, *, is_main: bool) -> None:
         self._is_main = is_main
         self._dir = Path(output_dir)
-        self._console = Console(quiet=not is_main, highlight=False)
+        self._console = _Console(quiet=not is_main, highlight=False)
         self._rows_shown = 0
         self._unwritten: dict[str, bytes] = {}
         self._history: list[dict[str, Any]] = []
@@ -136,7 +144,7 @@ class RunLog:
         if evaluated:
             values = "  ".join(f"{name} {value:.3f}" for name, value in evaluated.items())
             head = (f"held-out after {row['step']} steps", "bold")
-            self._console.print(Text.assemble(head, f"  {values}"), soft_wrap=True)
+            self._print(Text.assemble(head, f"  {values}"))
 
     def _show_row(self, row: dict[str, Any]) -> None:
         if not self._columns:
@@ -171,7 +179,18 @@ class RunLog:
 
     def say(self, text: str, style: str = "") -> None:
         """One line on the console, as it is."""
-        self._console.print(Text(text, style), soft_wrap=True)
+        self._print(Text(text, style))
+
+    def _print(self, text: Text) -> None:
+        try:
+            self._console.print(text, soft_wrap=True)
+        except OSError:  # the log is on a full disk
+            pass
+
+    def flush(self) -> None:
+        """Writes the rows that a full disk has refused, if it takes them now."""
+        for name in list(self._unwritten):
+            self._append(name, [])
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
@@ -206,6 +225,8 @@ def _line(row: dict[str, Any]) -> bytes:
 
 def as_json(value: Any) -> Any:
     """A value as JSON can hold it: an array as lists, and what JSON has no word for as a text."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return hex(value)  # as a decimal, Python writes 4,300 digits and no more
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, Mapping):

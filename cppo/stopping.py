@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -42,7 +42,9 @@ class Stopping:
             yield
             return
         self.signal = None
-        before = {one: signal.signal(one, self._hear) for one in _SIGNALS}
+        # A signal that the starter of this process has had ignored stays so.
+        heard = [one for one in _SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
+        before = {one: signal.signal(one, self._hear) for one in heard}
         try:
             yield
         finally:
@@ -51,13 +53,17 @@ class Stopping:
 
     @contextmanager
     def breaking(self) -> Iterator[None]:
-        """What runs here may be broken off at any place, and is done again from its beginning."""
+        """What runs here may be broken off at any place, and is done again from its beginning.
+
+        Raises: Stopped, also at the end: what ran may have caught it, as an `except:` does.
+        """
         self.check()
         self._may_break = True
         try:
             yield
         finally:
             self._may_break = False
+        self.check()
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
@@ -84,6 +90,7 @@ class Stopping:
         self.signal, self._at = signal.Signals(number), time.monotonic()
         if self._is_main:
             words = f"\n{self.signal.name}: a checkpoint is written; the same again ends at once\n"
-            os.write(2, words.encode())  # print may be what was interrupted
+            with suppress(OSError):  # nobody may be reading any more
+                os.write(2, words.encode())  # print may be what was interrupted
         if self._may_break:
             raise Stopped

@@ -19,7 +19,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -50,7 +50,7 @@ from cppo.metrics import Total, over_processes, rollout_metrics, update_metrics
 from cppo.model_check import position_limit
 from cppo.models import check_saveable, closing_token_ids, special_token_ids_to_suppress
 from cppo.ops.advantages import questions_needed
-from cppo.output_dir import Claim, claim_output_dir, release, writing_to
+from cppo.output_dir import Claim, claim_output_dir, has_lock, release, writing_to
 from cppo.processes import Processes
 from cppo.progress import PhaseTimer, RunLog
 from cppo.prompts import EncodedQuestion, collate
@@ -179,6 +179,7 @@ class CPPOTrainer:
         )
         self.files: dict[str, str] = {}
         """Texts that a run writes into its folder when it begins."""
+        self._folder, self._is_running = Path(config.output_dir), False
         self.stopping = Stopping(is_main=self.processes.is_main)
         self._journal = Journal()
         self._interrupted: Journal | None = None
@@ -210,6 +211,8 @@ class CPPOTrainer:
             # Not end_training: it takes the processes' group away, and with it evaluate().
             for tracker in self.accelerator.trackers:
                 tracker.finish()
+            self.log.flush()
+            self._is_running = False
             release(self.config.output_dir)
         return self.history[-1] if self.history else {}
 
@@ -488,6 +491,9 @@ class CPPOTrainer:
         if not metrics:
             return
         row = {"step": self.step, **metrics}
+        if self.processes.is_main:
+            with suppress(ValueError):  # said when a checkpoint is due
+                self._keep_folder()
         self.history.append(row)
         is_due = _is_due(self.step, self.config.log_every) or "loss" not in row
         has_eval = any(name.startswith("eval/") for name in row)
@@ -552,10 +558,11 @@ class CPPOTrainer:
 
     def _save_journal(self, journal: Journal) -> None:
         """A checkpoint in the middle of a step: every process's pieces of it are in it, too."""
-        rank, folder = self.processes.rank, Path(self.config.output_dir)
+        rank, folder = self.processes.rank, self._folder
         own = folder / f".journal-{rank}{PARTIAL}"
         gradients = [p.grad for p in self.parameters]
         try:
+            self.processes.of_first(self._keep_folder)
             self.processes.together(lambda: write_tensors(journal.state(gradients), own))
             names = range(self.processes.size)
             files = {f"journal-{i}.pt": folder / f".journal-{i}{PARTIAL}" for i in names}
@@ -583,7 +590,18 @@ class CPPOTrainer:
         self._saved, self._saved_at = self.step, time.monotonic()
         return path
 
+    def _keep_folder(self) -> None:
+        """Makes the run's folder again, if somebody has removed it."""
+        if self._is_running and not has_lock(self._folder):
+            self.log.say(f"{self._folder} was removed during the run: it is made again")
+            release(self._folder)
+            claim = Claim(self._folder)
+            claim.lock()
+            self._begin(claim)
+
     def _write_checkpoint(self, journals: Mapping[str, Path] | None = None) -> Path:
+        self._keep_folder()
+        self.log.flush()
         optimizer = self.optimizer.state_dict()
         state = {
             "step": self.step,
@@ -636,7 +654,11 @@ class CPPOTrainer:
         shared = {**self._options, **self._trained_on}
         for name in ("output_dir", "rewards"):
             shared.pop(name)
+        weights = [(n, tuple(p.shape), p.requires_grad) for n, p in self.model.named_parameters()]
+        shared["model's parameters"] = fingerprint.of_text(weights)
+        shared.setdefault("eval_dataset", None)
         self.processes.must_agree({"checkpoint's checksum": seal, **shared})
+        self._folder, self._is_running = claim.folder, True
         self.processes.of_first(lambda: self._begin(claim))
         if self.config.trackers:
             plain = {
@@ -675,9 +697,18 @@ class CPPOTrainer:
         # One process of a machine reads all files, the others compare what is quick to compare.
         summary = check_files(path, contents=self.accelerator.is_local_main_process)
         state = read_state(path)
-        for change in check_options(path, self._options, self._trained_on):
+        changes = check_options(path, self._options, self._trained_on)
+        if changes and summary.get("unfinished"):
+            raise ValueError(
+                f"cppo.CPPOTrainer: the run was stopped within a step, so that {path} must be "
+                f"resumed with its data and rewards, changed: {', '.join(changes)}; an earlier "
+                "checkpoint can be resumed with changes"
+            )
+        for change in changes:
             self.log.say(f"resumed although it changed: {change}")
         policy.load_weights(self.model, path)
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that was broken off
+        self._interrupted = None
         self.optimizer.load_state_dict(state["optimizer"])
         policy.restore_schedule(self.scheduler, state["scheduler"])
         self.step, self.history = state["step"], state["history"]

@@ -32,6 +32,23 @@ def other_rows(folder: Path) -> CPPOTrainer:
     return trainer_for(folder / "run", rewards=noise, rows=text_rows(6 + RANK), max_steps=1)
 
 
+def other_held_out(folder: Path) -> CPPOTrainer:
+    eval_rows = text_rows(2) if RANK == 0 else None
+    return trainer_for(folder / "run", rewards=noise, eval_rows=eval_rows, max_steps=1)
+
+
+def no_held_out(folder: Path) -> CPPOTrainer:
+    eval_rows = text_rows(2) if RANK == 1 else None
+    return trainer_for(folder / "run", rewards=noise, eval_rows=eval_rows, max_steps=1)
+
+
+def other_model(folder: Path) -> CPPOTrainer:
+    trainer = trainer_for(folder / "run", rewards=noise, max_steps=1)
+    if RANK == 1:
+        trainer.parameters[0].requires_grad_(False)
+    return trainer
+
+
 def other_weights(folder: Path) -> CPPOTrainer:
     trainer = trainer_for(folder / "run", rewards=noise, max_steps=1)
     with torch.no_grad():

@@ -119,6 +119,19 @@ def test_rows_that_differ_between_processes(tmp_path: Path) -> None:
         assert "'7 rows" in told["error"] and "on process 1" in told["error"]
 
 
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("other_held_out", "eval_dataset"),
+        ("no_held_out", "eval_dataset"),
+        ("other_model", "model's parameters"),
+    ],
+)
+def test_what_else_differs_between_processes(tmp_path: Path, part: str, name: str) -> None:
+    for told in run(tmp_path, part):
+        assert f"{name} must be the same on every process" in told["error"]
+
+
 def test_weights_that_differ_between_processes_are_those_of_the_first(tmp_path: Path) -> None:
     both = run(tmp_path, "other_weights")
     assert both[0]["sum"] == both[1]["sum"]

@@ -214,8 +214,11 @@ def test_a_folder_that_vanishes(
         return noise(completions)
 
     trainer = trainer_for(run, rewards=reward, **OPTIONS)
+    trainer.files["config.yaml"] = "options"
     trainer.train()
     check(run, trainer, undisturbed)
+    assert (run / "config.yaml").read_text() == "options"
+    assert "was removed during the run: it is made again" in capsys.readouterr().out
 
 
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:

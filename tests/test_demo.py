@@ -87,7 +87,7 @@ def test_completions_by_hand():
 
 @pytest.mark.parametrize("reward", [digit_sum_accuracy, arithmetic_accuracy])
 def test_reward_is_one_for_the_right_number_in_the_last_box(reward):
-    completions = ["\\boxed{17}", "17", "\\boxed{16} or \\boxed{17}", "\\boxed{17} no, \\boxed{1}"]
+    completions = ["\\boxed{17}", "17", "\\boxed{16}, so \\boxed{17}", "\\boxed{17} no, \\boxed{1}"]
     completions += ["\\boxed{17", "", [{"role": "assistant", "content": "\\boxed{17}"}]]
     answers = ["17"] * len(completions)
     assert reward(completions, answer=answers, prompts=None, digits=None) == [1, 0, 1, 0, 0, 0, 1]

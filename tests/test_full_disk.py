@@ -246,6 +246,12 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     assert f"step 1 could not be written to {closed} (Permission denied" in third
 
 
+def test_a_folder_whose_name_is_too_long(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path / ("n" * 300), rewards=noise, max_steps=1)
+    with pytest.raises(ValueError, match="cannot be written to .File name too long"):
+        trainer.train()
+
+
 def test_what_another_user_closed_is_said(tmp_path: Path) -> None:
     """A checkpoint that may not be entered, and a folder below one that may not."""
     if os.getuid() != 0:

@@ -138,6 +138,8 @@ def test_what_the_system_refuses_is_said(tmp_path, monkeypatch, capsys):
     assert "output_dir run cannot be written to (Is a directory: run/config.yaml)" in error
     assert cli.main([*train, f"trainer.output_dir={'n' * 300}"]) == 2
     assert "cannot be written to (File name too long" in capsys.readouterr().err
+    assert cli.main(["eval", "n" * 300]) == 2
+    assert "cannot be read (File name too long)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("needed", [".", "inner", "../checkpoint-000007"])

@@ -35,6 +35,8 @@ _SUMMARY = "trainer.json"
 PARTIAL = ".partial"
 _REPLACED = f".replaced{PARTIAL}"
 _CHUNK = 1 << 22  # bytes that are hashed at a time
+# Suffixes of what transformers, peft and processors look for in a folder.
+_LOADED = {".safetensors", ".bin", ".pt", ".pth", ".json", ".py", ".model", ".jinja"}
 
 
 class CheckpointError(ValueError):
@@ -46,12 +48,23 @@ class CheckpointError(ValueError):
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first; a folder half copied is none."""
-    return [path for path in _named(output_dir) if (path / _SUMMARY).is_file()]
+    return [path for path in _named(output_dir) if _is_whole(path)]
 
 
 def incomplete(output_dir: str | Path) -> list[Path]:
     """Folders with the name of a checkpoint that lack its last file."""
-    return [path for path in _named(output_dir) if not (path / _SUMMARY).is_file()]
+    return [path for path in _named(output_dir) if not _is_whole(path)]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a folder has the last file of a checkpoint. Raises CheckpointError if none can say.
+
+    A folder that may not be entered is not passed over: it may be the newest one.
+    """
+    try:
+        return (path / _SUMMARY).is_file()
+    except OSError as error:
+        raise CheckpointError(f"cppo: {path} cannot be read ({error.strerror})") from error
 
 
 def _named(output_dir: str | Path) -> list[Path]:
@@ -104,23 +117,31 @@ def read_summary(path: str | Path) -> dict[str, Any]:
     Raises: CheckpointError if `path` is no checkpoint, or if its `trainer.json` is damaged.
     """
     file = Path(path) / _SUMMARY
-    if not file.is_file():
+    if not _is_whole(Path(path)):
         raise CheckpointError(f"cppo: {path} is not a checkpoint of cppo (it has no {_SUMMARY})")
     try:
         summary = json.loads(file.read_bytes())
-        whole = isinstance(summary["step"], int) and "metric" in summary
+        whole = type(summary["step"]) is int and _is_metric(summary["metric"])
+        if "checksum" in summary or "files" in summary:
+            whole = whole and summary.get("checksum") == _seal(summary)
     except OSError as error:
         raise CheckpointError(f"cppo: {file} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"cppo: {file} is damaged: it is not what was written") from error
-    is_sealed = "checksum" in summary or "files" in summary
-    if not whole or (is_sealed and summary.get("checksum") != _seal(summary)):
+    if not whole:
         raise CheckpointError(f"cppo: {file} is damaged: it is not what was written")
     return summary
 
 
+def _is_metric(value: Any) -> bool:
+    return value is None or type(value) in (int, float)
+
+
 def check_files(path: str | Path, *, contents: bool = True) -> dict[str, Any]:
     """Compares every file of a checkpoint with what was written; returns its summary.
+
+    A file besides that a loader could take for one of them is refused: `model.safetensors` beside
+    the shards of a large model would be loaded in their place.
 
     A checkpoint of a version that did not write the sizes passes; what it lacks is found when its
     weights are loaded.
@@ -135,9 +156,9 @@ def check_files(path: str | Path, *, contents: bool = True) -> dict[str, Any]:
         summary = read_summary(path)
         if step_of(path) not in (None, summary["step"]):
             raise CheckpointError(f"cppo: {path / _SUMMARY} is of step {summary['step']}")
-        _compare(path, summary.get("files", {}), contents)
+        _compare(path, summary, contents)
     except CheckpointError as error:
-        if not path.is_dir() or not (path / _SUMMARY).is_file():
+        if not os.path.isfile(path / _SUMMARY):
             raise
         raise CheckpointError(f"{error}; {_way_out(path)}") from error
     return summary
@@ -160,7 +181,9 @@ def read_tensors(file: Path) -> Any:
         raise CheckpointError(f"cppo: {file} cannot be read ({_cause(error)})") from error
 
 
-def _compare(path: Path, files: dict[str, dict[str, Any]], contents: bool) -> None:
+def _compare(path: Path, summary: dict[str, Any], contents: bool) -> None:
+    files = summary.get("files", {})
+
     def damage(name: str) -> str | None:
         file, expected = path / name, files[name]
         try:
@@ -179,15 +202,22 @@ def _compare(path: Path, files: dict[str, dict[str, Any]], contents: bool) -> No
         for found in pool.map(damage, sorted(files)):
             if found:
                 raise CheckpointError(f"cppo: {found}")
+    for file in sorted(path.rglob("*")) if files else ():
+        name = file.relative_to(path).as_posix()
+        if file.suffix.lower() in _LOADED and name not in (*files, _SUMMARY):
+            raise CheckpointError(
+                f"cppo: {file} is not of this checkpoint ({_SUMMARY} does not list it), and may be "
+                "loaded in place of what is: move it elsewhere"
+            )
 
 
 def _way_out(damaged: Path) -> str:
     """What can be done about a damaged checkpoint."""
-    for path in reversed(checkpoints(damaged.parent)):
+    for path in reversed(_named(damaged.parent)):
         if path.resolve() == damaged.resolve():
             continue
         try:
-            _compare(path, read_summary(path).get("files", {}), contents=True)
+            _compare(path, read_summary(path), contents=True)
         except CheckpointError:
             continue
         later = step_of(path), step_of(damaged)
@@ -268,6 +298,8 @@ def remove_leftovers(output_dir: str | Path) -> None:
     recover(output_dir)
     for path in Path(output_dir).glob(f".{_PREFIX}*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # a file or a link of that name; a folder is gone
+            path.unlink()
 
 
 def recover(output_dir: str | Path) -> None:
@@ -298,10 +330,17 @@ def _seal_folder(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def _replace(final: Path, partial: Path) -> None:
-    """Gives a whole checkpoint its name, in place of one that has it."""
+    """Gives a whole checkpoint its name, in place of one that has it.
+
+    What has the name and is no checkpoint may be all that is left of one: it gets another name.
+    """
     replaced = final.with_name(f".{final.name}{_REPLACED}")
-    if final.exists():
+    if _is_whole(final):
         final.rename(replaced)
+    elif os.path.lexists(final):
+        kept = _free_name(final)
+        final.rename(kept)
+        warnings.warn(f"cppo: {final} was no whole checkpoint, it is now {kept}", stacklevel=3)
     try:
         partial.rename(final)
     except OSError:
@@ -310,6 +349,14 @@ def _replace(final: Path, partial: Path) -> None:
         raise
     _flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _free_name(final: Path) -> Path:
+    name, number = f"{final.name}.incomplete", 1
+    while os.path.lexists(final.with_name(name)):
+        number += 1
+        name = f"{final.name}.incomplete-{number}"
+    return final.with_name(name)
 
 
 def _drop_old(folder: Path, written: Path, keep: int) -> None:

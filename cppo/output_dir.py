@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO
 
 try:
     import fcntl
@@ -51,14 +52,16 @@ class Claim:
     start: Path | None = None
     old: tuple[Path, ...] = ()
 
-    def lock(self) -> None:
-        """Makes the folder this process's, until `release`.
+    def lock(self) -> Callable[[], None]:
+        """Makes the folder the caller's.
 
-        Raises: ValueError if another process writes there, or if the folder cannot be written.
+        Returns: what ends the lock, and nobody else's.
+        Raises: ValueError if another run writes there, be it of this process, or if the folder
+            cannot be written.
         """
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            _lock(self.folder)
+            return _lock(self.folder)
 
     def clear(self) -> None:
         """Removes the earlier run's files, and what was half written when it was killed."""
@@ -108,9 +111,21 @@ def claim_output_dir(
     Returns: where to start, and what to remove before anything is written.
     Raises: ValueError if `output_dir` is a file or holds a run (a checkpoint, or rows in
         metrics.jsonl) that would go on beside the new one, if `resume_from` is no checkpoint, or
-        if `overwrite` would remove something `needed`.
+        if `overwrite` would remove something `needed`; if something there cannot be read.
     """
     folder = Path(output_dir)
+    with writing_to(folder):
+        return _claim(folder, resume_from, overwrite, needed, writes_config, ways)
+
+
+def _claim(
+    folder: Path,
+    resume_from: str | Path | None,
+    overwrite: bool,
+    needed: Sequence[str | Path],
+    writes_config: bool,
+    ways: str,
+) -> Claim:
     recover(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"cppo: output_dir must be a folder, got the file {folder}")
@@ -154,44 +169,68 @@ def _check_config(path: Path) -> None:
         )
 
 
-# The lock: a record lock belongs to its process, is not inherited by a fork, and ends with it.
+# The lock: `flock` belongs to the open file. This process may open and close it once more, as a
+# copy of the folder does; and the lock ends with the process.
 
-_HELD: dict[Path, IO[str]] = {}
+_HELD: dict[Path, int] = {}
+_GUARD = threading.Lock()
 
 
-def _lock(folder: Path) -> None:
-    """Raises ValueError if another process holds the folder. A lock that is held is kept."""
+def _lock(folder: Path) -> Callable[[], None]:
+    """Takes the lock; returns what ends it. Raises ValueError if it is taken."""
     key = folder.resolve()
-    if key in _HELD or fcntl is None:
-        return
-    file = (folder / _LOCK).open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise ValueError(
-            f"cppo: output_dir {folder} is in use by {holder}: wait for its end, or choose another "
-            "folder"
-        ) from None
-    except OSError:  # a file system without locks: the claim alone must do
-        pass
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
-    file.flush()
-    _HELD[key] = file
-
-
-def release(folder: str | Path) -> None:
-    """Ends the lock that `Claim.lock` took, if this process holds it."""
-    file = _HELD.pop(Path(folder).resolve(), None)
-    if file is not None:
-        file.truncate(0)
-        file.close()
+    with _GUARD:
+        # On some network disks a lock belongs to the process, and ends if it opens the file again.
+        if key in _HELD:
+            raise _in_use(folder, f"process {os.getpid()}, which is this one")
+        file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 1000).decode(errors="replace").strip()
+            os.close(file)
+            raise _in_use(folder, holder or "another process") from None
+        except OSError:  # a file system without locks: the claim alone must do
+            pass
+        _HELD[key] = file
+    words = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n"
+    with suppress(OSError):  # of a full disk: the lock is held without its holder's name
+        os.ftruncate(file, 0)
+        os.write(file, words.encode())
+    return partial(_release, key, file)
 
 
 def has_lock(folder: Path) -> bool:
     """Whether the lock's file is there; it goes with a folder that somebody removes."""
     return (folder / _LOCK).exists()
+
+
+def _in_use(folder: Path, holder: str) -> ValueError:
+    return ValueError(
+        f"cppo: output_dir {folder} is in use by {holder}: wait for its end, or choose another "
+        "folder"
+    )
+
+
+def _release(key: Path, file: int) -> None:
+    with _GUARD:
+        if _HELD.get(key) != file:  # in a forked child, whose parent holds it
+            return
+        del _HELD[key]
+        with suppress(OSError):
+            os.ftruncate(file, 0)
+        os.close(file)
+
+
+def _forget() -> None:
+    """In a forked child, which with the file open would hold the lock beyond its parent's end."""
+    global _GUARD
+    _GUARD = threading.Lock()  # another thread may have held it
+    for file in _HELD.values():
+        os.close(file)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

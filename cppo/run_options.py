@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cppo.checkpoint import read_summary
+from cppo.checkpoint import CheckpointError, read_summary
 from cppo.config import CPPOConfig
 
 # What may change when a run is resumed: how long it goes on and what is written.
@@ -50,8 +50,11 @@ def check_options(path: str | Path, now: dict[str, Any], data: dict[str, Any]) -
     Returns: the differences of `data` that are allowed, in words.
     Raises: ValueError naming everything that changed, its old and its new value.
     """
+    options = read_summary(path).get("options")
+    if not isinstance(options, dict):
+        raise CheckpointError(f"cppo: {Path(path) / 'trainer.json'} is damaged: it has no options")
     # An option that an older version did not have had its default's effect.
-    was = {**run_options(CPPOConfig(), 1), **read_summary(path)["options"]}
+    was = {**run_options(CPPOConfig(), 1), **options}
 
     def changes(names: Iterable[str], now: dict[str, Any]) -> list[str]:
         return [
@@ -60,13 +63,13 @@ def check_options(path: str | Path, now: dict[str, Any], data: dict[str, Any]) -
             if was.get(name) != now.get(name)
         ]
 
-    options = changes((was.keys() | now.keys()) - data.keys() - _MAY_CHANGE, now)
+    changed = changes((was.keys() | now.keys()) - data.keys() - _MAY_CHANGE, now)
     others = changes(was.keys() & data.keys(), data)
-    if options or (others and not now["resume_with_changes"]):
-        hint = "" if options else "; resume_with_changes=True goes on all the same"
+    if changed or (others and not now["resume_with_changes"]):
+        hint = "" if changed else "; resume_with_changes=True goes on all the same"
         raise ValueError(
             f"cppo.CPPOTrainer: the run of {path} must be resumed with the options it was "
-            f"started with, data and rewards included, changed: {', '.join(options + others)}{hint}"
+            f"started with, data and rewards included, changed: {', '.join(changed + others)}{hint}"
         )
     return others
 

@@ -53,6 +53,11 @@ _OPTIONAL = ("trainer_state", "log_metric", "log_extra", "generation_prompts", "
 _OUR_OPTIONS = ("timeout", "unfinished_thought")
 # For the completion to blame, the function is called again and again.
 _SEARCH_SECONDS = 30.0
+# Beyond this, sums and squares of rewards leave what a float can hold.
+_LARGEST_REWARD = 1e100
+# What a function may raise by itself. Everything else is for the run: Ctrl-C, a time limit, a stop.
+_RAISED = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
+_TEXT = (str, bytes, bytearray, memoryview)
 _T = TypeVar("_T")
 
 
@@ -233,7 +238,7 @@ class _Call:
                 self.log.clear()
                 begun = self.start()
             try:
-                return self._numbers(self._result(begun))
+                return self._result(begun)
             except _TooLong as error:
                 raise RewardError(
                     f"cppo: reward function {self.name!r} did not return within reward_timeout = "
@@ -241,7 +246,7 @@ class _Call:
                 ) from error
             except RewardError:
                 raise
-            except Exception as error:
+            except _RAISED as error:
                 if attempt == self._retry.times:
                     raise RewardError(self._describe(self._culprit(), error)) from error
                 self._retry.say(
@@ -251,8 +256,12 @@ class _Call:
                 time.sleep(2.0**attempt)
         raise AssertionError
 
-    def _result(self, begun: Future[Any] | None) -> Any:
-        wait = begun.result if begun is not None else lambda: self._evaluate_now(self._rows)
+    def _result(self, begun: Future[Any] | None) -> list[float]:
+        def wait() -> list[float]:
+            # A generator that is returned computes its rewards while they are read.
+            returned = self._evaluate_now(self._rows) if begun is None else begun.result()
+            return self._numbers(returned)
+
         try:
             return _within(self._timeout, wait)
         except _TooLong:
@@ -273,11 +282,14 @@ class _Call:
         }
         if self._wants_prefix:
             columns["generation_prompts"] = [rollouts.generation_prompt_of(row) for row in rows]
+        extras = {**self._extras}
+        if "trainer_state" in extras:
+            extras["trainer_state"] = _own(extras["trainer_state"], pictures)
         return self.function(
             completions=[_completion(rollouts, row) for row in rows],
             completion_ids=[list(rollouts.completion_ids[row]) for row in rows],
             prompts=[_own(_prompt(question), pictures) for question in questions],
-            **{**columns, **self._extras},
+            **{**columns, **extras},
         )
 
     def _evaluate_now(self, rows: Sequence[int]) -> Any:
@@ -287,9 +299,7 @@ class _Call:
         return asyncio.run_coroutine_threadsafe(_awaited(returned), _event_loop()).result()
 
     def _numbers(self, returned: Any) -> list[float]:
-        is_list = isinstance(returned, Iterable)
-        # The keys of a dict are no rewards, a set has no order.
-        if not is_list or isinstance(returned, (str, bytes, Mapping, Set)):
+        if not _is_list(returned):
             raise RewardError(
                 f"cppo: reward function {self.name!r} must return a list of one number "
                 f"per completion, got {type(returned).__name__}"
@@ -302,12 +312,15 @@ class _Call:
             )
         numbers: list[float] = []
         for row, value in zip(self._rows, values, strict=True):
+            if isinstance(value, _TEXT):  # float() reads even '1_0'
+                raise RewardError(self._describe(row, f"returned {value!r}, which is no number"))
             try:
                 number = math.nan if value is None else float(value)
-            except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            except _RAISED as error:
                 raise RewardError(self._describe(row, error)) from error
-            if value is not None and not math.isfinite(number):
-                raise RewardError(self._describe(row, f"returned {number}"))
+            if value is not None and not abs(number) <= _LARGEST_REWARD:
+                words = f"returned {number}, no finite number up to {_LARGEST_REWARD:g}"
+                raise RewardError(self._describe(row, words))
             numbers.append(number)
         return numbers
 
@@ -330,14 +343,14 @@ class _Call:
         try:
             _within(
                 min(self._timeout or _SEARCH_SECONDS, _SEARCH_SECONDS),
-                functools.partial(self._evaluate_now, rows),
+                lambda: _read(self._evaluate_now(rows)),
             )
-        except (Exception, _TooLong):
+        except (*_RAISED, _TooLong):
             return True
         return False
 
     def _describe(self, row: int | None, what: object) -> str:
-        cause = f"{type(what).__name__}: {what}" if isinstance(what, Exception) else str(what)
+        cause = f"{type(what).__name__}: {what}" if isinstance(what, BaseException) else str(what)
         head = f"cppo: reward function {self.name!r} failed ({cause})"
         if row is None:
             return head + " on the whole batch; no completion was found that fails by itself"
@@ -347,6 +360,17 @@ class _Call:
             f"{head}\n  question{place}: {question.messages!r}\n  answer: "
             f"{question.columns.get('answer')!r}\n  completion: {self._rollouts.texts[row]!r}"
         )
+
+
+def _is_list(returned: Any) -> bool:
+    """Whether it may hold rewards: the keys of a dict are none, a set has no order."""
+    return isinstance(returned, Iterable) and not isinstance(returned, (*_TEXT, Mapping, Set))
+
+
+def _read(returned: Any) -> None:
+    """Computes what a generator has left to compute."""
+    if _is_list(returned):
+        list(returned)
 
 
 def _completion(rollouts: Rollouts, row: int) -> Any:
@@ -415,8 +439,17 @@ async def _awaited(value: Awaitable[_T]) -> _T:
 def _event_loop() -> asyncio.AbstractEventLoop:
     """One loop for the whole run: the clients that reward functions keep belong to it."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="cppo rewards", daemon=True).start()
+    threading.Thread(target=_run_on, args=(loop,), name="cppo rewards", daemon=True).start()
     return loop
+
+
+def _run_on(loop: asyncio.AbstractEventLoop) -> None:
+    """Runs the loop though a function exits: its caller, who waits for it, gets the same error."""
+    while True:
+        try:
+            loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):
+            continue
 
 
 class _TooLong(BaseException):

@@ -19,7 +19,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -50,7 +50,7 @@ from cppo.metrics import Total, over_processes, rollout_metrics, update_metrics
 from cppo.model_check import position_limit
 from cppo.models import check_saveable, closing_token_ids, special_token_ids_to_suppress
 from cppo.ops.advantages import questions_needed
-from cppo.output_dir import Claim, claim_output_dir, has_lock, release, writing_to
+from cppo.output_dir import Claim, claim_output_dir, has_lock, writing_to
 from cppo.processes import Processes
 from cppo.progress import PhaseTimer, RunLog
 from cppo.prompts import EncodedQuestion, collate
@@ -179,7 +179,7 @@ class CPPOTrainer:
         )
         self.files: dict[str, str] = {}
         """Texts that a run writes into its folder when it begins."""
-        self._folder, self._is_running = Path(config.output_dir), False
+        self._folder, self._is_running, self._held = Path(config.output_dir), False, ExitStack()
         self.stopping = Stopping(is_main=self.processes.is_main)
         self._journal = Journal()
         self._interrupted: Journal | None = None
@@ -203,8 +203,9 @@ class CPPOTrainer:
         Raises: ValueError if the folder holds another run; RewardError for a reward function that
             fails.
         """
+        held = ExitStack()
         try:
-            self._start(resume_from, overwrite)
+            self._start(resume_from, overwrite, held)
             with self.log.running(), self.stopping.listening():
                 self._run()
         finally:
@@ -213,7 +214,7 @@ class CPPOTrainer:
                 tracker.finish()
             self.log.flush()
             self._is_running = False
-            release(self.config.output_dir)
+            held.close()
         return self.history[-1] if self.history else {}
 
     def _run(self) -> None:
@@ -594,9 +595,9 @@ class CPPOTrainer:
         """Makes the run's folder again, if somebody has removed it."""
         if self._is_running and not has_lock(self._folder):
             self.log.say(f"{self._folder} was removed during the run: it is made again")
-            release(self._folder)
+            self._held.close()
             claim = Claim(self._folder)
-            claim.lock()
+            self._held.callback(claim.lock())
             self._begin(claim)
 
     def _write_checkpoint(self, journals: Mapping[str, Path] | None = None) -> Path:
@@ -644,9 +645,9 @@ class CPPOTrainer:
             **({"eval_dataset": fingerprint.of_dataset(held_out)} if held_out else {}),
         }
 
-    def _start(self, resume_from: str | Path | None, overwrite: bool) -> None:
+    def _start(self, resume_from: str | Path | None, overwrite: bool, held: ExitStack) -> None:
         self._trained_on  # noqa: B018  (before anybody edits a reward's file)
-        claim = self.processes.of_first(lambda: self._claim(resume_from, overwrite))
+        claim = self.processes.of_first(lambda: self._claim(resume_from, overwrite, held))
         start = claim.start
         seal = self.processes.together(lambda: self._resume(start)) if start else None
         # The first process alone writes, so that only its folder counts; a reward may well know
@@ -670,7 +671,7 @@ class CPPOTrainer:
         self._journal = self._interrupted or Journal(self.step, self.questions.position)
         self._saved_at = time.monotonic()
 
-    def _claim(self, resume_from: str | Path | None, overwrite: bool) -> Claim:
+    def _claim(self, resume_from: str | Path | None, overwrite: bool, held: ExitStack) -> Claim:
         claim = claim_output_dir(
             self.config.output_dir,
             resume_from,
@@ -679,7 +680,8 @@ class CPPOTrainer:
             ways="train(resume_from='auto') goes on with it, train(overwrite=True) removes "
             "it, another output_dir keeps both",
         )
-        claim.lock()
+        held.callback(claim.lock())
+        self._held = held
         for path in incomplete(claim.folder):
             self.log.say(f"{path} is left alone: it is half copied (it has no trainer.json)")
         return claim

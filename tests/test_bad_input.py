@@ -237,7 +237,7 @@ def bad_value(value: Any) -> Callable[..., list[Any]]:
     [
         (bad_value(math.nan), "returned nan"),
         (bad_value(-math.inf), "returned -inf"),
-        (bad_value("yes"), "could not convert string to float: 'yes'"),
+        (bad_value("yes"), "returned 'yes', which is no number"),
         (lambda completions, **columns: [1.0], "one number per completion = 8, got 1"),
         (lambda completions, **columns: 1.0, "a list of one number per completion, got float"),
     ],

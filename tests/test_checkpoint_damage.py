@@ -20,9 +20,11 @@ from cppo.checkpoint import (
     last_checkpoint,
     read_summary,
     recover,
+    write_checkpoint,
 )
-from cppo.config import LoraConfig
+from cppo.config import CPPOConfig, LoraConfig
 from cppo.progress import read_metrics
+from cppo.run_options import check_options, run_options
 
 CASES: dict[str, dict[str, Any]] = {
     "text": {},
@@ -249,3 +251,77 @@ def test_an_evaluation_of_a_damaged_checkpoint(
     train = ["train", str(recipe), *options.split(), "--resume", "trainer.max_steps=2"]
     assert cli.main(train) == 2
     assert f"{weights} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "adapter_config.json", "sub/chat.jinja", "pytorch_model.BIN"],
+)
+def test_a_file_of_another_run_beside_the_checkpoint_s_own(tmp_path: Path, name: str) -> None:
+    """Transformers takes one whole file before the shards, and adapters wherever they are."""
+
+    def shards(folder: Path) -> None:
+        (folder / "model-00001-of-00001.safetensors").write_bytes(b"1")
+        (folder / "model.safetensors.index.json").write_text("{}")
+
+    older, newest = (
+        write_checkpoint(tmp_path, step, shards, {}, {"metric": None}, 9) for step in (1, 2)
+    )
+    (newest / "README.md").write_text("mine")
+    (newest / "notes.txt").write_text("mine")
+    for contents in (True, False):
+        check_files(newest, contents=contents)
+    (newest / name).parent.mkdir(exist_ok=True)
+    (newest / name).write_bytes(b"2")
+    words = f"{newest / name} is not of this checkpoint .*newest whole checkpoint .* is {older}"
+    for contents in (True, False):
+        with pytest.raises(CheckpointError, match=words):
+            check_files(newest, contents=contents)
+
+
+def written(folder: Path, step: int) -> Path:
+    return write_checkpoint(folder, step, lambda _: None, {}, {"metric": None}, 9)
+
+
+def test_what_stands_where_a_checkpoint_is_written_is_kept(tmp_path: Path) -> None:
+    half = tmp_path / "checkpoint-000002"
+    half.mkdir()
+    (half / "mine").write_text("1")
+    with pytest.warns(UserWarning, match="no whole checkpoint, it is now .*000002.incomplete$"):
+        written(tmp_path, 2)
+    assert (tmp_path / "checkpoint-000002.incomplete" / "mine").read_text() == "1"
+    shutil.rmtree(half)
+    half.write_text("2")
+    with pytest.warns(UserWarning, match="it is now .*000002.incomplete-2$"):
+        written(tmp_path, 2)
+    assert (tmp_path / "checkpoint-000002.incomplete-2").read_text() == "2"
+    written(tmp_path, 2)  # a whole one is replaced as before
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-000002"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_leftover_that_is_a_file_or_a_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / ".checkpoint-000002.partial").write_text("")
+    (tmp_path / ".checkpoint-000003.partial").symlink_to(tmp_path / "mine")
+    check_files(written(tmp_path, 2))
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "checkpoint-000002"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 200_000, "[]", "3", "{}", '{"step": true, "metric": null}', '{"step": 2}',
+     '{"step": 2, "metric": "high"}', '{"step": 2, "metric": null, "files": null}'],
+    ids=range(8),
+)  # fmt: skip
+def test_a_summary_of_another_form(tmp_path: Path, text: str) -> None:
+    (tmp_path / "trainer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/trainer.json is damaged"):
+        check_files(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"options": None}, {"options": [1]}])
+def test_a_summary_without_options(tmp_path: Path, options: dict[str, Any]) -> None:
+    (tmp_path / "trainer.json").write_text(json.dumps({"step": 2, "metric": None, **options}))
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/trainer.json is damaged: it has no opt"):
+        check_options(tmp_path, run_options(CPPOConfig(), 1), {})

@@ -90,6 +90,12 @@ def test_other_values_are_refused_by_their_key(override, words):
         build(Toy, tree)
 
 
+def test_an_override_of_too_many_parts() -> None:
+    key = ".".join("a" * 20_000)
+    with pytest.raises(ConfigError, match="must have at most 20 parts, got 20000: a.a.a"):
+        apply_overrides({}, [f"{key}=1"])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -99,9 +105,20 @@ def test_other_values_are_refused_by_their_key(override, words):
          for b, c in zip("abcdefghij", "bcdefghijk", strict=True)), "more than 100,000 values"),
         ("a: &a [*a]\n", "more than 100,000 values"),
         ("[" * 50_000, "nested too deeply|not YAML|expected"),
-        ("a: 2026-13-45\n", "month must be in 1..12"),
+        ("a: 2026-13-45\n", "line 1, column 4: '2026-13-45' is no timestamp .month must be in"),
+        ("? [1,2]\n: 3\n", "line 1, column 3: a key must be text, got a list"),
+        ("? {a: 1}\n: 3\n", "a key must be text, got a list or a mapping"),
+        ("a: &a [1]\nb:\n  ? [*a,*a]\n  : 3\n", "line 3, column 5: a key must be text"),
+        ('a: !!int ""\n', "line 1, column 4: '' is no int"),
+        ("a: [!!bool q]\n", "'q' is no bool"),
+        ("a: !!float x\n", "'x' is no float"),
+        ("a: !!timestamp x\n", "'x' is no timestamp"),
+        ("a: !!binary x\n", "failed to decode base64"),
+        ("a: !!set [1]\n", "expected a mapping node"),
+        ('a: "\\UFFFFFFFF"\n', "range|too large"),
     ],
-    ids=["lists", "merges", "itself", "deep", "date"],
+    ids=["lists", "merges", "itself", "deep", "date", "list key", "mapping key", "alias key",
+         "int", "bool", "float", "timestamp", "binary", "set", "character"],
 )  # fmt: skip
 def test_what_a_file_must_not_hold(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "bomb.yaml"

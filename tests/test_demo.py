@@ -1,8 +1,10 @@
 """The demo tasks, the warm-up, the shipped checkpoints and the tiny models."""
 
 import re
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +34,8 @@ from cppo.demo.warmup import (
     warm_up,
 )
 from cppo.models import load_model, load_processor
+from cppo.progress import read_metrics
+from cppo.trainer import CPPOTrainer
 
 
 def _same(row, other):
@@ -87,7 +91,7 @@ def test_completions_by_hand():
 
 @pytest.mark.parametrize("reward", [digit_sum_accuracy, arithmetic_accuracy])
 def test_reward_is_one_for_the_right_number_in_the_last_box(reward):
-    completions = ["\\boxed{17}", "17", "\\boxed{16} or \\boxed{17}", "\\boxed{17} no, \\boxed{1}"]
+    completions = ["\\boxed{17}", "17", "\\boxed{16}, so \\boxed{17}", "\\boxed{17} no, \\boxed{1}"]
     completions += ["\\boxed{17", "", [{"role": "assistant", "content": "\\boxed{17}"}]]
     answers = ["17"] * len(completions)
     assert reward(completions, answer=answers, prompts=None, digits=None) == [1, 0, 1, 0, 0, 0, 1]
@@ -245,6 +249,28 @@ def test_a_demo_run_can_be_evaluated_and_continued(
     resumed = ["train", f"{folder}/config.yaml", "trainer.max_steps=3", "--resume"]
     assert cli.main(resumed) == 0
     assert "resumed from" in capsys.readouterr().out
+
+
+def test_a_demo_that_was_stopped_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = ["demo", "--held-out=8", "--task=arithmetic", f"--output={tmp_path}/run", "--steps=2"]
+    step = CPPOTrainer.train_step
+
+    def stopped(trainer: CPPOTrainer) -> Any:
+        if trainer.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CPPOTrainer, "train_step", stopped)
+        assert cli.main(demo) == 130
+    assert "go on with --resume" in capsys.readouterr().err
+    assert cli.main([*demo, "--resume", "--seed=1"]) == 2
+    assert "must be resumed with the options" in capsys.readouterr().err
+    assert cli.main([*demo, "--resume"]) == 0
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("task", ["digits", "shortcut"])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from trainer_cases import noise, same, trainer_for, weights_of
 
 from cppo import checkpoint, policy
 from cppo.checkpoint import CheckpointError, check_files, last_checkpoint
+from cppo.output_dir import Claim
 from cppo.progress import read_metrics
 from cppo.trainer import CPPOTrainer
 
@@ -245,6 +247,115 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     assert f"output_dir {closed / 'run'} cannot be written to (Permission denied" in first
     assert f"output_dir {closed} cannot be written to (Permission denied" in second
     assert f"step 1 could not be written to {closed} (Permission denied" in third
+
+
+def test_a_folder_whose_name_is_too_long(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path / ("n" * 300), rewards=noise, max_steps=1)
+    with pytest.raises(ValueError, match="cannot be written to .File name too long"):
+        trainer.train()
+
+
+def test_what_another_user_closed_is_said(tmp_path: Path) -> None:
+    """A checkpoint that may not be entered, and a folder below one that may not."""
+    if os.getuid() != 0:
+        pytest.skip("needs the right to become another user")
+    for folder in tmp_path.parents:
+        if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o011)
+    tmp_path.chmod(0o755)
+    closed = tmp_path / "run" / "checkpoint-000002"
+    closed.mkdir(parents=True)
+    closed.chmod(0o700)
+    script = (
+        "import os; from pathlib import Path; from cppo.output_dir import claim_output_dir\n"
+        "from cppo.checkpoint import best_checkpoint, check_files, last_checkpoint\n"
+        f"run = Path({str(closed.parent)!r}); os.setgid(65534); os.setuid(65534)\n"
+        "for call, path in ((claim_output_dir, run), (claim_output_dir, run / closed / 'new'),\n"
+        "                   (check_files, run / closed), (last_checkpoint, run)):\n"
+        "    try:\n        call(path)\n"
+        "    except ValueError as error:\n        print(error)\n"
+    ).replace("run / closed", "run / 'checkpoint-000002'")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, done.stderr
+    assert all("Permission denied" in line and str(closed) in line for line in lines)
+
+
+class OtherThread(threading.Thread):
+    """Calls something, and keeps what it raises."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.call, self.error = call, ""
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.call()
+        except ValueError as error:
+            self.error = str(error)
+
+
+def test_two_trainers_of_one_process_in_one_folder(tmp_path: Path) -> None:
+    """The second is refused, and does not end the lock of the first."""
+    refused = []
+
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        if not refused:
+            for _ in range(2):
+                other = trainer_for(tmp_path, rewards=noise, max_steps=1)
+                thread = OtherThread(other.train)
+                thread.join()
+                refused.append(thread.error)
+        return noise(completions)
+
+    trainer = trainer_for(tmp_path, rewards=reward, max_steps=1)
+    trainer.train()
+    assert len(refused) == 2
+    assert all(f"is in use by process {os.getpid()}" in words for words in refused)
+    trainer.train(resume_from="auto")
+
+
+OTHER_PROCESS = (
+    "import sys; from pathlib import Path; from cppo.output_dir import Claim\n"
+    "try:\n    Claim(Path(sys.argv[1])).lock()\n"
+    "except ValueError as error:\n    print(error)\n"
+)
+
+
+def locked_out(run: Path) -> str:
+    """What a process is told that wants the folder; "" if it gets it."""
+    command = [sys.executable, "-c", OTHER_PROCESS, str(run)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_copy_of_the_folder_does_not_end_the_lock(tmp_path: Path) -> None:
+    release = Claim(tmp_path / "run").lock()
+    shutil.copytree(tmp_path / "run", tmp_path / "backup")
+    assert f"is in use by process {os.getpid()} on " in locked_out(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+        Claim(tmp_path / "run").lock()
+    release()
+    assert not locked_out(tmp_path / "run")
+    Claim(tmp_path / "run").lock()()
+
+
+def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
+    release = Claim(tmp_path).lock()
+    hold, end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        release()  # as the `finally` of a child that leaves: it is not the child's
+        os.close(end)
+        os.read(hold, 1)  # until the parent lets it go
+        os._exit(0)
+    try:
+        assert "is in use by" in locked_out(tmp_path)
+        release()
+        assert not locked_out(tmp_path)
+    finally:
+        os.close(end)
+        os.waitpid(child, 0)
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:

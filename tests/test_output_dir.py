@@ -129,6 +129,19 @@ def test_what_is_no_folder_or_no_checkpoint_is_refused(tmp_path):
             claim_output_dir(tmp_path / "new", tmp_path / name)
 
 
+def test_what_the_system_refuses_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run/config.yaml").mkdir(parents=True)
+    train = ["train", RECIPE, *TINY, "trainer.max_steps=1"]
+    assert cli.main([*train, "trainer.output_dir=run"]) == 2
+    error = capsys.readouterr().err
+    assert "output_dir run cannot be written to (Is a directory: run/config.yaml)" in error
+    assert cli.main([*train, f"trainer.output_dir={'n' * 300}"]) == 2
+    assert "cannot be written to (File name too long" in capsys.readouterr().err
+    assert cli.main(["eval", "n" * 300]) == 2
+    assert "cannot be read (File name too long)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("needed", [".", "inner", "../checkpoint-000007"])
 def test_what_a_run_needs_is_never_removed(tmp_path, needed):
     folder = checkpoint(tmp_path, 7)
@@ -208,7 +221,7 @@ def test_a_demo_does_not_go_on_in_the_folder_of_another(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*demo, "--steps=1"]) == 2
     error = capsys.readouterr().err
-    assert "already holds checkpoint-000002: start anew with --overwrite, or choose" in error
+    assert "already holds checkpoint-000002: go on with --resume and the same options" in error
     assert cli.main([*demo, "--steps=1", "--overwrite", f"--start={folder}/checkpoint-000002"]) == 2
     assert "is needed" in capsys.readouterr().err
     # Over a run of another task, whose configuration would describe the new one wrongly.

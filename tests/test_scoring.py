@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from trainer_cases import fixed_rollouts, question, questions_for, tiny
+from transformers import TrainerState
 
 from cppo import scoring
 from cppo.rewards import completion_text, exact_match
 from cppo.rollout import Rollouts
 from cppo.scoring import RewardError, Scores, check_signature, metric_name, reward_name, score
+from cppo.stopping import Stopped
 
 
 def strings(rollouts: Rollouts) -> Rollouts:
@@ -152,7 +154,7 @@ def test_rewards_are_summed_in_fp64(rollouts: Rollouts) -> None:
     assert total.dtype == torch.float64 and total.diff().tolist() == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("value", [1, True, torch.tensor(1.0), torch.ones(1), "1"])
+@pytest.mark.parametrize("value", [1, True, torch.tensor(1.0), torch.ones(1), np.float32(1)])
 def test_numbers_of_any_kind(rollouts: Rollouts, value: Any) -> None:
     assert scores_of(rollouts, lambda completions, **_: [value] * 4).total.tolist() == [1.0] * 4
 
@@ -234,7 +236,11 @@ def raises(completions: list[str], **columns: Any) -> list[float]:
     [
         (math.nan, "returned nan"),
         (math.inf, "returned inf"),
-        ("right", "ValueError: could not convert string to float: 'right'"),
+        ("right", "returned 'right', which is no number"),
+        ("1_0", "returned '1_0', which is no number"),
+        (b"1", "returned b'1', which is no number"),
+        (1e308, r"returned 1e\+308, no finite number up to 1e\+100"),
+        (-1e308, r"returned -1e\+308, no finite number"),
         ([1.0], "TypeError: "),
         (torch.tensor([1.0, 2.0]), "RuntimeError: |ValueError: |TypeError: "),
     ],
@@ -278,6 +284,91 @@ def test_a_wrong_number_of_rewards(rollouts: Rollouts, value: list[float]) -> No
     words = f"'short' must return one number per completion = 4, got {len(value)}"
     with pytest.raises(RewardError, match=words):
         scores_of(rollouts, short)
+
+
+def exits(completions: list[str], **columns: Any) -> list[float]:
+    if any(len(text) == 3 for text in completions):
+        raise SystemExit(0)
+    return [0.0] * len(completions)
+
+
+async def exits_later(completions: list[str], **columns: Any) -> list[float]:
+    # As tasks of its own, which end the loop that runs them.
+    return [(await asyncio.gather(_exit(text)))[0] for text in completions]
+
+
+async def _exit(text: str) -> float:
+    return exits([text])[0]
+
+
+def cancels(completions: list[str], **columns: Any) -> list[float]:
+    raise asyncio.CancelledError
+
+
+def closes(completions: list[str], **columns: Any) -> list[float]:
+    raise GeneratorExit
+
+
+@pytest.mark.parametrize("timeout", [None, 20.0])
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [(exits, "SystemExit: 0"), (exits_later, "SystemExit: 0"), (cancels, "CancelledError"),
+     (closes, "GeneratorExit")],
+)  # fmt: skip
+def test_a_reward_that_ends_the_process_fails_like_one_that_raises(
+    rollouts: Rollouts, function: Any, words: str, timeout: float | None
+) -> None:
+    name = function.__name__
+    with pytest.raises(RewardError, match=f"'{name}' failed .{words}") as error:
+        scores_of(rollouts, function, timeout=timeout)
+    if "SystemExit" in words:
+        assert f"completion: {rollouts.texts[2]!r}" in str(error.value)
+
+    async def fine(completions: list[str], **columns: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    assert scores_of(rollouts, fine).total.tolist() == [1.0] * 4  # the loop goes on
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped])
+def test_what_is_for_the_run_goes_through_a_reward(rollouts: Rollouts, error: Any) -> None:
+    def interrupted(completions: list[str], **columns: Any) -> list[float]:
+        raise error
+
+    with pytest.raises(error):
+        scores_of(rollouts, interrupted)
+
+
+def test_a_returned_generator_belongs_to_its_function(rollouts: Rollouts) -> None:
+    """Its rewards are computed within the time limit, and within the search for the culprit."""
+
+    def generator(completions: list[str], **columns: Any) -> Any:
+        return map(lambda text: 1 / (len(text) - 3), completions)
+
+    with pytest.raises(RewardError, match="'generator' failed .ZeroDivisionError") as error:
+        scores_of(rollouts, generator)
+    assert f"completion: {rollouts.texts[2]!r}" in str(error.value)
+
+    def slow(completions: list[str], **columns: Any) -> Any:
+        for _ in completions:
+            time.sleep(1.0)
+            yield 0.0
+
+    with pytest.raises(RewardError, match="'slow' did not return within reward_timeout = 0.2"):
+        scores_of(rollouts, slow, timeout=0.2)
+
+
+def test_the_trainer_state_is_a_copy_for_every_call(rollouts: Rollouts) -> None:
+    seen = []
+
+    def changes(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+        seen.append(trainer_state.global_step)
+        trainer_state.global_step = 999
+        return [0.0] * len(completions)
+
+    state = TrainerState(global_step=3)
+    scores_of(rollouts, changes, changes, state=state)
+    assert seen == [3, 3] and state.global_step == 3
 
 
 def test_the_culprit_is_found_by_halving(rollouts: Rollouts) -> None:
@@ -463,7 +554,7 @@ def test_a_signature_that_cannot_be_called(rollouts: Rollouts) -> None:
         check_signature(fits, question)
 
 
-@pytest.mark.parametrize("value", [1.0, None, "1234"])
+@pytest.mark.parametrize("value", [1.0, None, "1234", bytearray(4), memoryview(b"1234")])
 def test_something_that_is_no_list_of_rewards(rollouts: Rollouts, value: Any) -> None:
     def scalar(completions: list[str], **columns: Any) -> Any:
         return value

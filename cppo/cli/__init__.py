@@ -165,12 +165,18 @@ def _train(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     """Measure greedy and sampled rewards on held-out questions, and append them to a CSV file."""
-    config, checkpoint, folder = _target(options)
     from dataclasses import replace
 
+    from cppo.checkpoint import CheckpointError
     from cppo.cli.info import default_device, ops_line
     from cppo.cli.run_parts import evaluate_policy
 
+    try:
+        config, checkpoint, folder = _target(options)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise ConfigError(f"{options.target:.100}: cannot be read ({error.strerror})") from error
     if options.samples is not None:
         try:
             config = replace(config, trainer=replace(config.trainer, eval_samples=options.samples))

@@ -19,6 +19,9 @@ import yaml
 
 _T = TypeVar("_T")
 _MOST_VALUES = 100_000
+_DEEPEST_KEY = 20
+# What PyYAML lets through where a text is not what its tag says.
+_WRONG = (ValueError, OverflowError, IndexError, KeyError, TypeError, AttributeError)
 
 
 class ConfigError(ValueError):
@@ -74,6 +77,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise ConfigError(f"an override must be key.sub=value, got {override!r}")
+        if key.count(".") >= _DEEPEST_KEY:
+            parts = f"at most {_DEEPEST_KEY} parts, got {key.count('.') + 1}: {key:.40}..."
+            raise ConfigError(f"the key of an override must have {parts}")
         try:
             value = _load(text)
         except yaml.YAMLError as error:
@@ -148,7 +154,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()  # `!!set [1]`: said below
+        for key_node, _ in pairs:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be text, got a list or a mapping", key_node.start_mark
+                )
             key = key_node.value
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -156,6 +167,15 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except _WRONG as error:  # `2026-13-45`, or a tag on something else: `!!int ""`, `!!bool q`
+            tag = node.tag.removeprefix("tag:yaml.org,2002:")
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value!r:.60} is no {tag} ({error})", node.start_mark
+            ) from None
 
 
 _Loader.add_implicit_resolver(
@@ -174,7 +194,7 @@ def _load(text: str) -> Any:
         return None if node is None else loader.construct_document(node)
     except RecursionError:
         raise yaml.MarkedYAMLError(problem="it is nested too deeply") from None
-    except (ValueError, OverflowError) as error:  # a date that there is not, for example
+    except _WRONG as error:  # an escape for no character, for example
         raise yaml.MarkedYAMLError(problem=str(error)) from None
     finally:
         loader.dispose()

@@ -158,13 +158,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    resume = "auto" if arguments.resume else None
     try:
         claim_output_dir(
             arguments.output,
+            resume,
             overwrite=arguments.overwrite,
             needed=[arguments.start] if arguments.start else [],
             writes_config=True,
-            ways="start anew with --overwrite, or choose another --output",
+            ways="go on with --resume and the same options, start anew with --overwrite, or choose "
+            "another --output",
         )
         trainer = _trainer_of(arguments)
     except (ValueError, ImportError) as error:
@@ -176,7 +179,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _introduce(trainer, task)
         print(ops_line(trainer.accelerator.device))
     started = time.perf_counter()
-    trainer.train(overwrite=arguments.overwrite)
+    try:
+        trainer.train(resume_from=resume, overwrite=arguments.overwrite)
+    except KeyboardInterrupt as stopped:
+        words = f"{stopped}; go on with --resume".removeprefix("; ")
+        raise KeyboardInterrupt(words) from None
+    except ValueError as error:
+        if not str(error).startswith("cppo"):
+            raise  # not one of our checks: a defect, whose traceback is wanted
+        raise ConfigError(str(error)) from error
     seconds = time.perf_counter() - started
     summary = summarize(trainer, seconds)
     output = Path(config.output_dir)
@@ -256,6 +267,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--start", type=Path, help="checkpoint folder to start from")
     parser.add_argument("--output", default="runs/demo", help="folder of the run and its report")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint that it holds"
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="remove the run that the folder holds"
     )

@@ -325,7 +325,7 @@ def test_gsm8k(text, gold, reward):
 WRONG_BESIDE_5 = [
     *("twice 5", "double 5", "twenty 5", "at least 5", "exceeds 5", "5 is incorrect", "never 5"),
     *("5 crore", "5 bn", "not 5", "more than 5", "5 is wrong", "half of 5", "under 5", "up to 5"),
-    *("5 or more", "\u00b15", "<5", "~5 million", "5^2", "5!", "2x=5", "xy=5", "5x", "minus 5"),
+    *("5 or more", "\u00b15", "<5", "~5 million", "5^2", "5!", "2x=5", "5x", "minus 5"),
     *("negative 5", "one 5", "0x5", "5k", "5M", "5K", "5\u2074", "3 times 5", "5 squared", "2/5/1"),
     *("square root of 5", "5 and a half", "5 more than 2"),
 ]
@@ -360,7 +360,7 @@ BEHIND = [  # words behind 5, what 5 is with them; None where only a truth with 
     *(("fourths", Fraction(5, 4)), ("halves", Fraction(5, 2)), ("hundred thousand", 500_000)),
     *(("apples", 5), ("people", 5), ("children", 5), ("square units", 5), ("miles per hour", 5)),
     *(("cm^2", 5), ("a.m.", 5), ("cups", 5), ("degrees", 5), ("dollars per day", 5)),
-    *(("sheep", None), ("below zero", None), ("wrong", None), ("is wrong", None), ("xyz", None)),
+    *(("sheep", 5), ("below zero", None), ("wrong", None), ("is wrong", None), ("xyz", None)),
 ]
 
 

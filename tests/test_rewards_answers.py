@@ -380,6 +380,14 @@ EQUATIONS = [
 ]
 
 
+EQUATIONS += [  # two letters, a function, a norm or brackets name a quantity; one unknown does not
+    *(("a+b=5", 1), ("x^2+y^2=5", 1), ("100m+n=5", 1), ("x_1+x_2=5", 1), (r"\frac ab=5", 1)),
+    *((r"\cos A=5", 1), (r"\det(A)=5", 1), (r"\|v\|=5", 1), (r"\lfloor x \rfloor=5", 1)),
+    *(("[ABC]=5", 1), ("f(1)+f(2)=5", 1), ("f(g(2))=5", 1), (r"f^{-1}(x)=5", 1)),
+    *(("3x+2=5", 0), ("x^2+x=5", 0), ("a+b=7=5", 0), ("a+b<5", 0), (r"\log 8=5", 0), ("|-7|=5", 0)),
+]
+
+
 @pytest.mark.parametrize(("answer", "reward"), EQUATIONS)
 def test_an_equation_is_its_value_where_its_left_side_is_a_name(answer, reward):
     pytest.importorskip("math_verify", reason=NEEDS_MATH)

@@ -52,7 +52,7 @@ _QUANTITY = re.compile(
 )
 # 0.\overline{3}, as the fraction that it is.
 _REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot) ?\{?(\d{1,20})\}?(?!\d)")
-_DOLLAR = re.compile(r"\\text\{ ?\\?\$ ?\}")
+_SIGN_IN_TEXT = re.compile(r"\\text\{ ?\\?(\$|[A-Z]{3}|Rs\.?) ?\} ?(?=\d)")
 _WHOLE_TEXT = re.compile(FONT.pattern)  # "\text{18 dollars}"
 # In front of a number "x =" and "x is" say nothing.
 _ASIDE = re.compile(
@@ -75,10 +75,12 @@ _SAYS_NOTHING = frozenset(
     "left remaining more each every per have has had get gets got find need needs for as old it's "
     "that's there's ratio probability fraction percentage area perimeter volume length width "
     "height distance speed age price cost mean median average option choice profit loss change "
-    "interest savings revenue income earnings tip tax discount away apart long wide tall high deep "
-    "old year-old years-old fewer less later longer older taller higher bigger larger faster "
-    "cheaper shorter smaller lower slower younger earlier farther further wider deeper heavier".split()
+    "interest savings revenue income earnings tip tax discount away apart long wide tall high "
+    "deep old year-old years-old fewer less later longer older taller higher bigger larger "
+    "faster cheaper shorter smaller lower slower younger earlier farther further wider deeper "
+    "heavier".split()
 )
+_SAYS = ("is", "are", "=", "option", "choice")  # what the answer follows
 _WINDOW = 300  # characters: no number in running text is longer
 _IN_TEXT = re.compile(rf"(?P<sign>){_CURRENCY}?{_NUMBER}(?P<unit> ?\\?%)?", re.ASCII)
 # A minus is a sign where nothing to subtract from comes before it: "= -5", "is - 5".
@@ -211,7 +213,7 @@ def read_quantity(text: str, *, letters: bool = False) -> Quantity | None:
     """
     if len(text) > LONGEST:
         return None
-    text = _REPEATING.sub(_fraction, _DOLLAR.sub("$", plain(text)))
+    text = _REPEATING.sub(_fraction, _SIGN_IN_TEXT.sub(r"\1", plain(text)))
     whole = _WHOLE_TEXT.fullmatch(text)
     found = _QUANTITY.fullmatch(plain(whole[1]) if whole else text)
     letters = letters or whole is not None
@@ -343,7 +345,7 @@ def said(text: str) -> str:
     """
     words = text[:LONGEST].split(" ")
     start = next((i for i, word in enumerate(words) if not _say_nothing(word)), len(words))
-    return " ".join(words[start:]) if start and words[start - 1] in ("is", "are", "=") else ""
+    return " ".join(words[start:]) if start and words[start - 1].lower() in _SAYS else ""
 
 
 def last_number(text: str) -> Quantity | None:

@@ -46,7 +46,7 @@ _FUNCTIONS = frozenset(
     "sum prod int lim lfloor lceil binom Re Im".split()
 )
 _BRACKETED = re.compile(r"\|[^|]*\||\\\|.*\\\||\\l[vV]ert .*")
-_CLAIM = re.compile(r"\\(?:approx|ne|equiv|sim|cong|to)(?![A-Za-z])")
+_CLAIM = re.compile(r"\\(?:approx|ne|equiv|sim|cong|to)(?![A-Za-z])|\d ?: ?\d")
 _COMMAND = re.compile(r"\\(?:begin|end)\{[a-z]*\}|\\[A-Za-z]+")
 # Letters alone are words or the names of points, not products: "act" is not "cat". So are two
 # capitals in a row and words of four letters anywhere.

@@ -32,7 +32,7 @@ _NAMES = (
     "tooth:teeth ox:oxen kWh hp:horsepower"
 )
 CURRENCIES = {"US$": "dollar", "$": "dollar", "\u20ac": "euro", "\u00a3": "sterling"}
-CURRENCIES["\u00a5"] = "yen"
+CURRENCIES |= {"\u00a5": "yen", "\u20b9": "rupee", "Rs.": "rupee", "USD": "dollar", "EUR": "euro"}
 _KNOWN = {
     name: names.partition(":")[0] for names in _NAMES.split() for name in re.split("[:,]", names)
 }

@@ -325,7 +325,7 @@ def test_gsm8k(text, gold, reward):
 WRONG_BESIDE_5 = [
     *("twice 5", "double 5", "twenty 5", "at least 5", "exceeds 5", "5 is incorrect", "never 5"),
     *("5 crore", "5 bn", "not 5", "more than 5", "5 is wrong", "half of 5", "under 5", "up to 5"),
-    *("5 or more", "\u00b15", "<5", "~5 million", "5^2", "5!", "2x=5", "xy=5", "5x", "minus 5"),
+    *("5 or more", "\u00b15", "<5", "~5 million", "5^2", "5!", "2x=5", "5x", "minus 5"),
     *("negative 5", "one 5", "0x5", "5k", "5M", "5K", "5\u2074", "3 times 5", "5 squared", "2/5/1"),
     *("square root of 5", "5 and a half", "5 more than 2"),
 ]
@@ -360,7 +360,7 @@ BEHIND = [  # words behind 5, what 5 is with them; None where only a truth with 
     *(("fourths", Fraction(5, 4)), ("halves", Fraction(5, 2)), ("hundred thousand", 500_000)),
     *(("apples", 5), ("people", 5), ("children", 5), ("square units", 5), ("miles per hour", 5)),
     *(("cm^2", 5), ("a.m.", 5), ("cups", 5), ("degrees", 5), ("dollars per day", 5)),
-    *(("sheep", None), ("below zero", None), ("wrong", None), ("is wrong", None), ("xyz", None)),
+    *(("sheep", 5), ("below zero", None), ("wrong", None), ("is wrong", None), ("xyz", None)),
 ]
 
 
@@ -501,3 +501,72 @@ def test_a_line_that_marks_the_answer():
     text = "So she makes 9 * 2 = $18 every day.\n#### 18"
     for reward in (rewards.numeric, rewards.math_verify):
         assert reward([text, text], answer=["18", "9"]) == [1.0, 0.0]
+
+
+# ---- ordinary right answers and their wrong neighbours, by rule
+
+PLACES = {
+    "numeric": "numeric gsm8k",
+    "each": "numeric gsm8k math_verify",
+    "box": "boxed math_verify",
+}
+RULES = [
+    # A sum of numbers in the tag says its last side, if all sides are worth the same.
+    *(("each", f"<answer>{text}</answer>", "18", 1) for text in ("10 + 8 = 18", "$10 + $8 = $18")),
+    *(
+        ("each", f"<answer>{text}</answer>", "18", 1)
+        for text in ("2 x 9 = 18 dollars", "2(9) = 18")
+    ),
+    ("each", "<answer>So he makes 36 eggs / 2 = 18 eggs in 3 days.</answer>", "18", 1),
+    ("each", "<answer>18% of 50 = 9</answer>", "9", 1),
+    ("each", "<answer>25/7 = 3.57</answer>", "3.57", 1),
+    ("each", "<answer>10 + 8 = 19</answer>", "19", 0),
+    ("each", "<answer>10 + 9 = 17 + 1 = 18</answer>", "18", 0),
+    ("each", "<answer>twice 9 + 9 = 18</answer>", "18", 0),
+    ("each", "<answer>9 + 9 = 18 is wrong</answer>", "18", 0),
+    ("each", "<answer>9 + 9 = 18, so 7</answer>", "18", 0),
+    ("each", "<answer>2x = 18</answer>", "18", 0),
+    ("each", "<answer>1/0 = 18</answer>", "18", 0),
+    # So does a number that goes on with a preposition, a comparison or what it is of.
+    *(("each", f"<answer>18 {rest}</answer>", "18", 1) for rest in ("miles from home", "a week")),
+    *(("each", f"<answer>18 {rest}</answer>", "18", 1) for rest in ("more eggs", "fewer", "(red)")),
+    *(("each", f"<answer>18 {rest}</answer>", "18", 1) for rest in ("years older", "year-old")),
+    *(("each", f"<answer>18 {rest}</answer>", "18", 0) for rest in ("to one", "more than Mary")),
+    *(
+        ("each", f"<answer>18 {rest}</answer>", "18", 0)
+        for rest in ("for 3 days", "(wrong)", "off")
+    ),
+    # Plurals: with words before them, and without -s; no number words, no verbs.
+    *(("box", rf"\boxed{{18\text{{ {unit}}}}}", "18", 1) for unit in ("different ways", "sheep")),
+    *(("box", rf"\boxed{{18\text{{ {unit}}}}}", "18", 1) for unit in ("gallons of paint", "mice")),
+    *(("box", rf"\boxed{{18\text{{ {unit}}}}}", "18", 0) for unit in ("zillions", "wrong answers")),
+    *(("box", rf"\boxed{{18\text{{ {unit}}}}}", "18", 0) for unit in ("fails", "pairs", "xyz / h")),
+    ("box", r"\boxed{18\text{ ways}}", r"18\text{ different ways}", 1),
+    ("box", r"\boxed{18\text{ red balls}}", r"18\text{ blue balls}", 0),
+    ("box", r"\boxed{\text{18 dollars}}", "18", 1),
+    ("box", r"\boxed{\text{18 dozen}}", "18", 0),
+    # "The answer is": the first number, if it is alone in its clause, else the last.
+    ("each", "The answer is 18 apples, not 17.", "18", 1),
+    ("each", "The answer is $2 per egg times 9 eggs, so $18.", "18", 1),
+    ("each", "The answer is $2 per egg times 9 eggs, so $18.", "2", 0),
+    ("each", "The answer is that 3 friends each get 6 apples.", "6", 1),
+    ("each", "The answer to the question should be 18.", "18", 1),
+    # Running text without a formula, for math_verify as well.
+    ("each", "Therefore, he makes $18 per day.", "18", 1),
+    ("each", "So 20 - 2 = 18 cookies remain.", "18", 1),
+    ("each", "So 20 - 2 = 18 cookies remain.", "2", 0),
+    ("each", "So 18 eggs (9 per box).", "18", 1),
+    ("each", "So 18 eggs (9 per box).", "9", 0),
+    ("each", "9 * 2 = <<9*2=18>>18 dollars.<|im_end|>", "18", 1),
+    *(("each", text, "18", 0) for text in ("Step 18", "20% off 18", "one hundred 18", "hardly 18")),
+    *(("each", f"<answer>{text}</answer>", "18", 1) for text in ("USD 18", "Rs. 18")),
+    ("each", "<answer>18:1</answer>", "18", 0),
+]
+
+
+@pytest.mark.parametrize(("place", "text", "gold", "reward"), RULES)
+def test_ordinary_answers_and_their_neighbours(place, text, gold, reward):
+    for name in PLACES[place].split():
+        if name == "math_verify":
+            pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
+        assert (one(getattr(rewards, name), text, gold) > 0) == reward, name

@@ -25,7 +25,9 @@ _BETWEEN_BOXES = re.compile(r"\s{0,9}\$?\s{0,9}(?:[,;]|[,;]?\s{0,9}(?:and|or))\s
 # "Hence the final answer is", "Answer:", and not "the square of the answer is".
 _STATEMENT = re.compile(
     r"(?:^|[.,;:!?*>]|\b(?:so|hence|thus|therefore|then|and|that))\s{0,9}"
-    r"(?:(?:the|my|our|final|correct)\s{1,9}){0,3}answer(?:\s{1,9}is\b|\s{0,9}[:=])[\s:*]{0,9}",
+    r"(?:(?:the|my|our|final|correct)\s{1,9}){0,3}answer(?:\s{1,9}to\s[\w\s]{1,60}?)?"
+    r"(?:\s{1,9}(?:is|(?:would|should|must|will)\s{1,9}be)\b(?:\s{1,9}(?:indeed|simply|thus)\b)?"
+    r"|\s{0,9}[:=])[\s:*]{0,9}",
     re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n\s*\n")
@@ -121,7 +123,8 @@ def stated_answer(text: str) -> str | None:
     if not starts or starts[-1] == len(text):
         return None
     end = _SENTENCE_END.search(text, starts[-1])
-    return without_delimiters(text[starts[-1] : end.start() if end else len(text)])
+    stated = text[starts[-1] : end.start() if end else len(text)].strip()
+    return without_delimiters(stated.removesuffix("**") if stated.count("**") == 1 else stated)
 
 
 def without_delimiters(text: str) -> str:

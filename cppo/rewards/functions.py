@@ -34,19 +34,21 @@ from cppo.rewards.judging import Judged, Rewards
 from cppo.rewards.latex import LONGEST
 from cppo.rewards.quantities import (
     Quantity,
-    first_number,
     is_denied,
     last_number,
     only_number,
     read_quantity,
     said,
     same_quantity,
+    stated_number,
 )
 from cppo.rewards.spelling import compare, for_algebra, normalize_answer, same_answer
 from cppo.rewards.symbolic import equal_pairs, require_math_verify
 from cppo.rewards.units import PERCENT
 
 _THOUSANDS = re.compile(r"[-+]?\D?\d{1,3}(?:,\d{3})+(?!\d)[^,]*")
+
+_SAYS = re.compile(r"[A-Za-z]{2}|[=#]|^\s*\*")  # a word, an equation, a heading, an item
 
 
 def exact_match(
@@ -108,7 +110,7 @@ def _stated_number(text: str) -> Quantity | None:
     if marked is not None and _has_digit(marked):
         return only_number(marked, in_sentences=True)
     if stated is not None and _has_digit(stated):
-        return only_number(stated) or first_number(stated) or last_number(stated)
+        return stated_number(stated)
     return read_quantity(text, letters=True) or last_number(text)
 
 
@@ -180,7 +182,8 @@ def math_verify(
 
     Args: see `cppo.rewards.functions`.
         timeout: seconds for one comparison; what takes longer earns 0.
-    Returns: 0.0 or 1.0 per completion.
+    Returns: 0.0 or 1.0 per completion; None, with a warning, for one that was not compared as too
+        many others took too long.
     Raises: ImportError without the package math-verify (`pip install "cppo[math]"`); ValueError
         naming a completion without ground truth.
     """
@@ -195,27 +198,39 @@ def math_verify(
         if text is not None
     }
     asked = [verdict for verdict in verdicts.values() if isinstance(verdict, tuple)]
-    right = {True, *equal_pairs(asked, timeout)}
-    return rows.rewards(truths, lambda text, truth: float(verdicts[text, truth] in right))
+    equal = equal_pairs(asked, timeout)
+
+    def rate(text: str, truth: tuple[str, ...]) -> bool | None:
+        verdict = verdicts[text, truth]
+        return equal[verdict] if isinstance(verdict, tuple) else verdict
+
+    return rows.rewards(truths, rate)
 
 
 def _verdict(text: str, truth: tuple[str, ...]) -> bool | tuple[str, str]:
     """Whether the answer of a text is the truth; what algebra has to compare, if only that can."""
     readings = _readings(text)
     found = [compare(reading, gold, any_order=True) for reading in readings for gold in truth]
-    if True in found or _says_number(answer_part(text), truth[-1]):
+    if True in found or _says_number(text, truth[-1]):
         return True
     if not readings or found[-1] is False:
         return False
     return for_algebra(readings[-1], truth[-1]) or False
 
 
-def _says_number(part: str, truth: str) -> bool:
-    """Whether the last line of an answer is a sentence or a heading with the truth's number."""
-    line, number = part.rpartition("\n")[2], read_quantity(truth)
-    heading = line.lstrip("# ")
-    says = heading != line or re.search(r"[A-Za-z]{2}", line) is not None
-    return number is not None and says and _equal(only_number(heading), number)
+def _says_number(text: str, truth: str) -> bool:
+    """Whether words or an equation without LaTeX say the truth's number, as `numeric` reads them:
+    what is marked, or all of a text; of a text with formulas, its last line.
+    """
+    number, marked = read_quantity(truth), marked_answer(text)
+    line = text if marked is None else marked
+    if marked is None and formulas(text):
+        line = text.strip().rpartition("\n")[2]
+    if number is None or formulas(line) or not _SAYS.search(line):
+        return False
+    if marked is None:
+        return _equal(_stated_number(line.lstrip("# ")), number)
+    return _equal(only_number(marked, in_sentences=marked == last_tagged(text)), number)
 
 
 def _readings(text: str) -> tuple[str, ...]:

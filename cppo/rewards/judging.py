@@ -10,7 +10,8 @@ from cppo.rewards.completions import after_thought, judged_texts
 from cppo.rewards.ground_truth import accepted_answers
 
 JUDGED = "judged"
-Rewards = list[Any]  # of floats, and of None where `unfinished_thought` is None
+# Of floats, and of None where `unfinished_thought` is None or an answer was not compared.
+Rewards = list[Any]
 
 
 class Judged:
@@ -60,12 +61,18 @@ class Judged:
                 )
         return truths
 
-    def rewards(self, truths: list[list[Any]], rate: Callable[[str, Any], float]) -> Rewards:
-        """The best `rate(text, truth)` of each row, or what an unfinished thought earns."""
-        return [
-            self._unfinished if text is None else max(rate(text, truth) for truth in accepted)
-            for text, accepted in zip(self.texts, truths, strict=True)
-        ]
+    def rewards(
+        self, truths: list[list[Any]], rate: Callable[[str, Any], float | bool | None]
+    ) -> Rewards:
+        """The best `rate(text, truth)` of each row, None where that is 0 and another one None; or
+        what an unfinished thought earns.
+        """
+        rewards: Rewards = []
+        for text, accepted in zip(self.texts, truths, strict=True):
+            rates = [] if text is None else [rate(text, truth) for truth in accepted]
+            best = max(float(found or 0.0) for found in rates) if rates else self._unfinished
+            rewards.append(None if None in rates and not best else best)
+        return rewards
 
 
 def _reward_of_unfinished(name: str, value: Any) -> float | None:

@@ -66,17 +66,18 @@ class Length:
 
     def __call__(
         self, completions: Any, *, group_size: int | None = None, **columns: Any
-    ) -> list[float]:
+    ) -> list[Any]:
         right = ACCURACIES[self.accuracy](completions, **columns)
         lengths = _lengths(self.name, self.unit, completions, columns)
         size = self._group_size(group_size, len(lengths))
-        rewards: list[float] = []
+        rewards: list[Any] = []  # None where the accuracy has none
         for start in range(0, len(lengths), size):
             group = lengths[start : start + size]
             short, long = min(group), max(group)
             for length, is_right in zip(group, right[start:], strict=False):
                 score = 0.5 - (length - short) / (long - short) if short < long else 0.0
-                rewards.append(score if is_right > 0 else min(0.0, score))
+                is_known = is_right is not None
+                rewards.append((score if is_right > 0 else min(0.0, score)) if is_known else None)
         return rewards
 
     def _group_size(self, given: int | None, rows: int) -> int:
@@ -125,14 +126,14 @@ class CosineLength:
             wrong=(good["wrong"], "(at length 0, at max_length)", self.wrong),
         )
 
-    def __call__(self, completions: Any, **columns: Any) -> list[float]:
+    def __call__(self, completions: Any, **columns: Any) -> list[Any]:
         right = ACCURACIES[self.accuracy](completions, **columns)
         rewards = []
         lengths = _lengths(self.name, self.unit, completions, columns)
         for is_right, length in zip(right, lengths, strict=True):
-            start, end = self.correct if is_right > 0 else self.wrong
+            start, end = self.correct if is_right and is_right > 0 else self.wrong
             share = (1 + math.cos(math.pi * min(length / self.max_length, 1.0))) / 2
-            rewards.append(end + (start - end) * share)
+            rewards.append(None if is_right is None else end + (start - end) * share)
         return rewards
 
 

@@ -7,6 +7,8 @@ on, for those that round to it (0.333333 for 1/3). Every function takes any stri
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,6 +22,7 @@ from cppo.rewards.units import (
     PERCENT,
     Unit,
     read_unit,
+    same_unit,
 )
 
 TOLERANCE = Fraction(1, 10**8)
@@ -49,14 +52,17 @@ _QUANTITY = re.compile(
 )
 # 0.\overline{3}, as the fraction that it is.
 _REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot) ?\{?(\d{1,20})\}?(?!\d)")
+_SIGN_IN_TEXT = re.compile(r"\\text\{ ?\\?(\$|[A-Z]{3}|Rs\.?) ?\} ?(?=\d)")
+_WHOLE_TEXT = re.compile(FONT.pattern)  # "\text{18 dollars}"
 # In front of a number "x =" and "x is" say nothing.
 _ASIDE = re.compile(
     r"(?<![\w)\]}^\\.])(?:(?:[A-Za-z]|[A-Z]?[a-z]{3,}|[A-Z]{2,3})(?:_\{\w+\})? ?)?(?:=|\\approx) ?"
     r"|\b[a-zA-Z](?= is\b)"
 )
 _MINUS = re.compile(r"\b(?:negative|minus) (?=[\d.$])")
-_BULLET = re.compile(r"^[ \t]*[-*+\u2022] +(?=.*\n|.*[A-Za-z])", re.MULTILINE)
-_TAGS = re.compile(r"</?[a-z]{1,20}>")
+_BULLET = re.compile(r"^[ \t]*(?:[*\u2022]|[-+](?=.*\n|.*[A-Za-z])) +", re.MULTILINE)
+# Tags, also those of a tokenizer, and the annotations of GSM8K's solutions.
+_TAGS = re.compile(r"</?[a-z]{1,20}>|<\|[a-z_]{1,20}\|>|(?P<note><<[^<>\n]{1,200}>>)")
 _POWER = re.compile(r"(?<![\\A-Za-z])([A-Za-z]+)\^\{([23])\}")
 _MARKS = ' \n\t.,;:"()*'
 # The words that may stand around the one number of an answer. Any other may change the number
@@ -68,8 +74,13 @@ _SAYS_NOTHING = frozenset(
     "approximately approx around roughly exactly only just precisely in all altogether overall "
     "left remaining more each every per have has had get gets got find need needs for as old it's "
     "that's there's ratio probability fraction percentage area perimeter volume length width "
-    "height distance speed age price cost mean median average".split()
+    "height distance speed age price cost mean median average option choice profit loss change "
+    "interest savings revenue income earnings tip tax discount away apart long wide tall high "
+    "deep old year-old years-old fewer less later longer older taller higher bigger larger "
+    "faster cheaper shorter smaller lower slower younger earlier farther further wider deeper "
+    "heavier".split()
 )
+_SAYS = ("is", "are", "=", "option", "choice")  # what the answer follows
 _WINDOW = 300  # characters: no number in running text is longer
 _IN_TEXT = re.compile(rf"(?P<sign>){_CURRENCY}?{_NUMBER}(?P<unit> ?\\?%)?", re.ASCII)
 # A minus is a sign where nothing to subtract from comes before it: "= -5", "is - 5".
@@ -87,7 +98,18 @@ _BOUND_BEHIND = re.compile(
     rf"| (?:{'|'.join(CHANGES - _JOINS)})\b| times (?!to\b)\w| more than \S*\d"
 )
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|cannot|neither|nor|no|as [a-z]+ as)\b|n['\u2019]t\b)[^.,;:\d]*$", re.I
+    r"(?:\b(?:not|never|cannot|neither|nor|no|nobody|hardly|as [a-z]+ as"
+    r"|(?:square|cube|root|half|double|twice) of (?:the|my) (?:answer|result|number))\b"
+    r"|n['\u2019]t\b)[^.,;:\d]*$"
+    # the end of another number, and the number of a step
+    r"|(?:\b(?:off|hundred|thousand|[mb]illion|step|eqn?|equation|problem|question|page|figure)\.?"
+    r" |[A-Za-z]{3}-)\W*$",
+    re.I,
+)
+# "18, not 17", "18 because 9 + 9 = 18", "18 and not 17".
+_CLAUSE_END = re.compile(
+    r"[,;:](?!\d)|(?<=\w) \("
+    r"|\b(?:because|since|as|which|(?:and|but) not|not|rather than|instead of)\b"
 )
 _LAST_WORD = re.compile(r"([A-Za-z-]+)(?: (?:of|to|the|an?|by))*[ $]*$")
 _CHANGES_BEFORE = frozenset(
@@ -99,20 +121,52 @@ _CHANGES_BEFORE = frozenset(
 )
 _DENIED_BEHIND = re.compile(
     r"\W*(?:(?:is|are|was|were) (?:not|wrong|incorrect|false)|(?:is|are|was)n['\u2019]t|wrong)\b"
+    r"| ?\?| is a lie\b| below zero\b| at (?:most|least)\b"
     r"| (?:or|and) (?:more|less|fewer|higher|lower|above|below|an?)\b",
     re.I,
 )
 
 
-_BEGINS = re.compile(r"[A-Z][a-z'\u2019]* [a-z]+\b[^\d]")  # "Janet makes ", "It takes "
+# "Janet makes ", "In May Tom Smith sold "; or, behind a number, "a week", "for this week".
+_BEGINS = re.compile(r"[A-Z][\w'\u2019.]*,? (?:[A-Z][\w'\u2019.]*,? ){0,4}[a-z]{2,}\b")
+_GOES_ON = re.compile(r"\W*(?:an?|of|for|from|on|in|at|to|by|per|each|every|with) [a-z]")
+# What stands in brackets behind a number or a word says no more, without a variable in it.
+_IN_BRACKETS = re.compile(
+    r"(?<=[\w.%]) \((?![^()]*(?<![\w.])(?![aI]\b|[xX] \d)[A-Za-z](?![\w.]))"
+    r"([^()]*(?:[A-Za-z]{2}|i\.e\.)[^()]*|[^()]*[-+*/=][^()]*(?=\) [a-z]{2}))\)(?! ?[=*/+^-])"
+)
+_DENYING = frozenset(
+    "not never cannot neither nor no n't wrong incorrect false nobody nothing anything hardly lie "
+    "fails misses lacks differs contradicts denies maybe perhaps".split()
+)
 _CHANGING = (
     CHANGES
     | _CHANGES_BEFORE
-    | frozenset(
-        "not never cannot neither nor no n't wrong incorrect false or between than as many much "
-        "percent fraction ratio".split()
-    )
+    | _DENYING
+    | frozenset("or between than as many much percent fraction ratio without below zero".split())
 ) - _JOINS
+# Sums, differences, products and ratios of numbers, at the end of a text.
+_ONE = r"[-(]*(?:\d[\d,]*(?:\.\d+)?|\.\d+)\)*"
+_SUM = re.compile(rf"{_ONE}(?: ?[-+*/] ?{_ONE})+ ?$", re.ASCII)
+_UNIT_WORD = r"(?![xX](?![A-Za-z]))[A-Za-z]+"
+_IN_SUMS = (
+    (re.compile(r"\\frac\{([^{}]+)\}\{([^{}]+)\}"), r"(\1/\2)"),
+    (re.compile(r"\\(?:times|cdot) ?"), "*"),
+    (re.compile(r"(\d[\d,.]*) ?\\?%(?: of )?(?= ?\d)"), r"(\1/100)*"),
+    (re.compile(r"(\d[\d,.]*) ?\\?%"), r"(\1/100)"),
+    (re.compile(r"\\?\$"), ""),
+    # units, and not the "x" of a product
+    (re.compile(rf"(?<=[\d)]) ?(?:/ ?)?{_UNIT_WORD}(?:[ /]{_UNIT_WORD}){{0,3}}"), ""),
+    (re.compile(r"(?<=[\d)]) ?[xX] ?(?=[\d(.])"), "*"),
+    (re.compile(r"(?<=\() | (?=\))"), ""),
+    (re.compile(r"(?<=[\d)])(?=\()"), "*"),
+)
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 @dataclass(frozen=True)
@@ -140,6 +194,8 @@ def same_quantity(answer: Quantity, truth: Quantity) -> bool:
     answer in another base than ten needs a truth in that base.
     """
     units = {answer.unit, truth.unit} - {""}
+    if len(units) == 2 and same_unit(*units):
+        units = {truth.unit}
     is_base = answer.unit.startswith("base")
     if len(units) > 1 or (not truth.unit and (is_base or not answer.is_known)):
         return False
@@ -157,7 +213,10 @@ def read_quantity(text: str, *, letters: bool = False) -> Quantity | None:
     """
     if len(text) > LONGEST:
         return None
-    found = _QUANTITY.fullmatch(_REPEATING.sub(_fraction, plain(text)))
+    text = _REPEATING.sub(_fraction, _SIGN_IN_TEXT.sub(r"\1", plain(text)))
+    whole = _WHOLE_TEXT.fullmatch(text)
+    found = _QUANTITY.fullmatch(plain(whole[1]) if whole else text)
+    letters = letters or whole is not None
     if found is None:
         return None
     unit = read_unit(found["unit"], letters=letters)
@@ -193,7 +252,10 @@ def only_number(text: str, *, in_sentences: bool = False) -> Quantity | None:
     quantity = read_quantity(text, letters=True)
     if (quantity is not None and quantity.is_known) or len(text) > LONGEST:
         return quantity
-    text = _ASIDE.sub(" ", _running(text))
+    text = _running(text)
+    if in_sentences and (front := _front_of_sums(text)) is not None:
+        return _last_side(front, text.rpartition("=")[2])
+    text = _ASIDE.sub(" ", text)
     found = list(_IN_TEXT.finditer(text))
     place = _in_its_place(found[0], text) if len(found) == 1 else None
     if place is None:
@@ -203,9 +265,72 @@ def only_number(text: str, *, in_sentences: bool = False) -> Quantity | None:
 
 
 def _is_sentence(text: str, others: str) -> bool:
-    """Whether a text begins as a sentence does, and none of its other words changes a number."""
-    words = {word.strip(_MARKS).lower() for word in others.split()}
-    return bool(_BEGINS.match(text)) and not words & _CHANGING
+    """Whether a text begins as a sentence does or with its number, and none of its other words
+    changes a number.
+    """
+    return bool(_BEGINS.match(text) or _GOES_ON.match(others)) and not _has_word(others, _CHANGING)
+
+
+def _has_word(text: str, words: frozenset[str]) -> bool:
+    return not words.isdisjoint(word.strip(_MARKS).lower() for word in text.split())
+
+
+def _front_of_sums(text: str) -> tuple[str, set[Fraction | None]] | None:
+    """The words of the clause before an equation, and what all its sides but the last are worth,
+    where the first is a sum of numbers; None if it is not.
+    """
+    first, *sides = text.split("=")[:-1] or [""]
+    first, *sides = (_in_numbers(side) for side in (first, *sides))
+    found = _SUM.search(first)
+    if found is None:
+        return None
+    worths = {_worth(side.strip()) for side in (found[0].strip(), *sides)}
+    return re.split(r"[.,;:]", first[: found.start()])[-1], worths
+
+
+def _last_side(front: tuple[str, set[Fraction | None]], last: str) -> Quantity | None:
+    """The number of the last side of an equation, if the others are worth the same."""
+    found = _IN_TEXT.search(last)
+    place = _in_its_place(found, last) if found and not last[: found.start()].strip() else None
+    if found is None or place is None or re.search(r"[,;:.] .*\d", last[found.end() :]):
+        return None
+    if _has_word(front[0], _DENYING) or is_denied(front[0], ""):
+        return None
+    worths, number = front[1], place[0]
+    slack = number.slack
+    decimals = re.search(r"\.(\d+)", found[0])
+    if decimals:  # as people round
+        slack = Fraction(1, 2 * 10 ** len(decimals[1]))
+    value = number.value
+    wanted = (value, value / 100 if number.unit == PERCENT else value)
+    differ = [w for w in worths if w is None or min(abs(w - x) for x in wanted) > slack]
+    return None if differ else number
+
+
+def _in_numbers(side: str) -> str:
+    """A side of an equation with its numbers and operators as Python has them, without units."""
+    for pattern, spelled in _IN_SUMS:
+        side = pattern.sub(spelled, side)
+    return side
+
+
+def _worth(side: str) -> Fraction | None:
+    """What a sum of numbers is worth; None for anything else."""
+
+    def worth(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            return Fraction(_OPERATORS[type(node.op)](worth(node.left), worth(node.right)))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -worth(node.operand)
+        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+            return Fraction(repr(node.value))
+        raise ValueError("no sum of numbers")
+
+    try:
+        numbers = re.sub(r"\b0+(?=\d)", "", side.replace(",", ""))
+        return worth(ast.parse(numbers, mode="eval").body) if len(side) <= _WINDOW else None
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return None
 
 
 def _say_nothing(words: str) -> bool:
@@ -220,7 +345,7 @@ def said(text: str) -> str:
     """
     words = text[:LONGEST].split(" ")
     start = next((i for i, word in enumerate(words) if not _say_nothing(word)), len(words))
-    return " ".join(words[start:]) if start and words[start - 1] in ("is", "are", "=") else ""
+    return " ".join(words[start:]) if start and words[start - 1].lower() in _SAYS else ""
 
 
 def last_number(text: str) -> Quantity | None:
@@ -247,9 +372,20 @@ def first_number(text: str) -> Quantity | None:
     return place and place[0]
 
 
+def stated_number(text: str) -> Quantity | None:
+    """Return the number of what follows "the answer is": the first if it stands alone up to the end
+    of its clause ("18, as 9 + 9 = 18"), else the last.
+    """
+    clause = _CLAUSE_END.split(text[:_WINDOW], maxsplit=1)[0]
+    is_alone = len(list(_IN_TEXT.finditer(_running(clause)))) == 1
+    return only_number(text) or (first_number(clause) if is_alone else last_number(text))
+
+
 def _running(text: str) -> str:
     """Running text in one spelling, without tags, fonts and bold print."""
-    text = FONT.sub(r" \1 ", plain(_TAGS.sub(". ", text))).replace("**", " ")
+    text = plain(_TAGS.sub(lambda tag: "" if tag["note"] else ". ", text))
+    text = FONT.sub(r" \1 ", text).replace("**", " ").replace(" ^", "^")
+    text = _IN_BRACKETS.sub(lambda own: own[0] if _has_word(own[1], _CHANGING) else "", text)
     return _MINUS.sub("-", " ".join(_POWER.sub(_in_words, text).split()))
 
 

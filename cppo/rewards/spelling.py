@@ -30,8 +30,7 @@ _LABELLED = re.compile(
     r"|(?:is|are|was|has|can|cannot|does|would|could|must|not|wrong|incorrect)\b|\w+n['\u2019]t\b)"
     r"((?:[\w\\$(]|-[\d\\.]).*)"
 )
-# "x =", "f'(2) =", "AB =", "m\\angle ABC =", "Total area =", "=": what a value is the value of. Any
-# other left side is a formula, and the equation no answer: 2x = 5, 1 + 1 = 5.
+# "x =", "f'(2) =", "AB =", "m\\angle ABC =", "Total area =", "=": what a value is the value of.
 _OWN_NAME = (
     r"(?:(?:[A-Za-z]{3,} ){0,4}(?:[A-Z]?[a-z]{3,}|[A-Z]{2,3}|[A-Za-z])|\|[A-Z]{2}\|"
     r"|\((?:[A-Za-z], ?)+[A-Za-z]\)|(?:m ?)?\\(?:angle|triangle) ?[A-Z]{1,4}"
@@ -40,7 +39,14 @@ _OWN_NAME = (
     r"(?:_\{[^{}]*\}|'|\((?:[\w ,]|\\(?:cap|cup|mid|pi)(?![A-Za-z]))*\))*"
 )
 _LEFT_SIDE = re.compile(rf"(?:{_OWN_NAME})? ?(?:=|\\(?:in|approx)(?![A-Za-z])) ?(?=.)")
-_CLAIM = re.compile(r"\\(?:approx|ne|equiv|sim|cong|to)(?![A-Za-z])")
+# In any other left side of an answer: letters, each with its index, and functions of them.
+_UNKNOWN = re.compile(r"\\([A-Za-z]+)|([A-Za-z])(_\{[^{}]*\})?(['^({-]*\()?")
+_FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan log ln lg exp det gcd lcm arg dim min max deg "
+    "sum prod int lim lfloor lceil binom Re Im".split()
+)
+_BRACKETED = re.compile(r"\|[^|]*\||\\\|.*\\\||\\l[vV]ert .*")
+_CLAIM = re.compile(r"\\(?:approx|ne|equiv|sim|cong|to)(?![A-Za-z])|\d ?: ?\d")
 _COMMAND = re.compile(r"\\(?:begin|end)\{[a-z]*\}|\\[A-Za-z]+")
 # Letters alone are words or the names of points, not products: "act" is not "cat". So are two
 # capitals in a row and words of four letters anywhere.
@@ -101,7 +107,8 @@ def compare(answer: str, truth: str, depth: int = 0, *, any_order: bool = False)
     formula, true_formula = (_JOIN.sub(", ", text) for text in (formula, true_formula))
     if depth == 0 and (choices := _labelled(answer, truth)):
         return any(compare(*pair, 1, any_order=any_order) is True for pair in choices)
-    bare = _without_left_side(*(_JOIN.sub(", ", plain(text)) for text in (answer, truth)))
+    spaced = (_JOIN.sub(", ", plain(text)) for text in (answer, truth))
+    bare = _without_left_side(depth == 0, *spaced)
     if bare is not None and depth < _DEEPEST:
         return compare(*bare, depth + 1, any_order=any_order)
     if _names(formula) != _names(true_formula) or _differ_in_letters(*spelled):
@@ -138,10 +145,10 @@ def for_algebra(answer: str, truth: str) -> tuple[str, str] | None:
             return None
         if "=" in formula and "=" not in other:
             *_, elements = _elements(formula)
-            left = [_LEFT_SIDE.match(element) for element in elements]
+            left = [_left_side(element, is_answer=text == answer) for element in elements]
             if all(left):
                 formula = ", ".join(
-                    element[own.end() :] for element, own in zip(elements, left, strict=True) if own
+                    element[end:] for element, end in zip(elements, left, strict=True)
                 )
         formulas.append(formula)
     if len({bool(_CLAIM.search(formula)) for formula in formulas}) > 1:
@@ -149,14 +156,51 @@ def for_algebra(answer: str, truth: str) -> tuple[str, str] | None:
     return formulas[0], formulas[1]
 
 
-def _without_left_side(answer: str, truth: str) -> tuple[str, str] | None:
+def _without_left_side(is_whole: bool, answer: str, truth: str) -> tuple[str, str] | None:
     """Both without the left side that one or both have; None if they have two different ones."""
-    found, other = _LEFT_SIDE.match(answer), _LEFT_SIDE.match(truth)
-    if found is None and other is None:
+    other = _left_side(truth)
+    found = _left_side(answer, is_answer=is_whole and "=" not in truth)
+    if not found and not other:
         return None
-    if found and other and normalize_answer(found[0]) != normalize_answer(other[0]):
+    if found and other and normalize_answer(answer[:found]) != normalize_answer(truth[:other]):
         return None
-    return answer[found.end() if found else 0 :], truth[other.end() if other else 0 :]
+    return answer[found:], truth[other:]
+
+
+def _left_side(text: str, *, is_answer: bool = False) -> int:
+    """Where the left side that names a quantity ends; 0 if there is none.
+
+    Beside names, an answer to a ground truth without an equation may have a formula of two letters
+    or more ("a + b = 5") or of a function, a norm or brackets. One unknown with a coefficient, a
+    power or a root is an equation still to be solved: 2x = 5; numbers must be equal: 1 + 1 = 2.
+    """
+    named = _LEFT_SIDE.match(text)
+    if named or not is_answer:
+        return named.end() if named else 0
+    depth, stop = 0, 0
+    for found in re.finditer(r"[({\[]|[)}\]]|[<>,;:]|\\(?:n|l|g)eq?(?![A-Za-z])|=", text[:LONGEST]):
+        depth += (found[0] in "({[") - (found[0] in ")}]")
+        if depth == 0 and found[0] == "=":
+            stop = found.start()
+            break
+        if depth == 0 and found[0] not in ")}]":
+            return 0
+    left, unknown, is_function = text[:stop].strip(), set(), False
+    words = set(re.findall(r"[A-Za-z]{2,}", _COMMAND.sub(" ", left)))
+    if words & (CHANGES | {"is", "are"}) or any(
+        len(word) > 3 for word in words & set(FONT.sub("", left).split())
+    ):
+        return 0
+    for found in _UNKNOWN.finditer(FONT.sub(lambda own: own[1][:1], left)):
+        if found[1] in GREEK[:-1] and found[1] != "pi":
+            unknown.add(found[1])
+        elif found[1]:
+            is_function = is_function or found[1] in _FUNCTIONS
+        elif found[2] not in "ei":
+            unknown.add((found[2], found[3]))
+            is_function = is_function or (found[2] in "fghFGHPE" and found[4] is not None)
+    is_name = len(unknown) > 1 or (unknown and (is_function or _BRACKETED.fullmatch(left)))
+    return stop + 1 if is_name else 0
 
 
 def _names(text: str) -> list[str]:

@@ -9,20 +9,23 @@ and when its input ends, which it does however the parent ends.
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-# Comparisons of one call that may reach their limit. What is still to be compared then is not
-# equal: a batch of hostile answers alone would take its size times the limit. So those that may be
-# hostile (towers of powers, factorials) come last.
+# Comparisons of one call that may reach their limit, as a batch of hostile answers would take its
+# size times the limit. What is still to be compared then is not compared, which is no verdict: an
+# answer must not be wrong for its neighbours. Those that may be hostile (towers of powers, large
+# powers, factorials) come last, so that this is rare.
 MOST_TIMEOUTS = 5
-_RISK = re.compile(r"\^.{0,20}\^|!|\\binom")
+_RISK = re.compile(r"\^.{0,20}\^|\^\{?\d{3}|!|\\binom")
 _SCRIPT = Path(__file__).with_name("symbolic_worker.py")
 
 
@@ -36,26 +39,37 @@ def require_math_verify(what: str) -> None:
         ) from error
 
 
-def equal_pairs(pairs: Iterable[tuple[str, str]], seconds: float) -> set[tuple[str, str]]:
-    """Return those pairs of a truth and an answer that math-verify finds equal.
+def equal_pairs(
+    pairs: Iterable[tuple[str, str]], seconds: float
+) -> dict[tuple[str, str], bool | None]:
+    """Return whether math-verify finds a truth and an answer equal, per pair; None for those that
+    it was not asked, of which a warning says how many.
 
     Args:
         pairs: formulas without delimiters, in the spelling of `latex.plain`.
         seconds: the time for one pair; what takes longer is not equal. After MOST_TIMEOUTS of
-            these the pairs that are left are not equal either.
+            these no more is asked.
     Raises: RuntimeError if the worker cannot be started.
     """
     answers: dict[tuple[bool, str], list[str]] = {}
     for truth, answer in dict.fromkeys(pairs):
         is_risky = _RISK.search(truth) or _RISK.search(answer)
         answers.setdefault((bool(is_risky), truth), []).append(answer)
-    equal: set[tuple[str, str]] = set()
+    equal: dict[tuple[str, str], bool | None] = {}
     timeouts = 0
     for _, truth in sorted(answers, key=lambda key: key[0]):
         theirs = answers[_, truth]
         verdicts = _worker.ask(truth, theirs, seconds, MOST_TIMEOUTS - timeouts)
-        equal.update((truth, answer) for answer, same in zip(theirs, verdicts, strict=True) if same)
-        timeouts += sum(verdict is None for verdict in verdicts)
+        timeouts += verdicts.count(None)
+        verdicts = [verdict or False for verdict in verdicts]
+        for answer, same in itertools.zip_longest(theirs, verdicts):
+            equal[truth, answer] = same
+    if None in equal.values():
+        warnings.warn(
+            f"cppo.rewards.math_verify: {list(equal.values()).count(None)} of {len(equal)} answers "
+            f"were not compared and have no reward, as {timeouts} took longer than {seconds} s",
+            stacklevel=4,
+        )
     return equal
 
 
@@ -70,7 +84,7 @@ class _Worker:
         self, truth: str, answers: list[str], seconds: float, most: int = MOST_TIMEOUTS
     ) -> list[bool | None]:
         """Whether each answer equals the truth: None for one at which the worker dies. After `most`
-        of these, no more is asked.
+        of these no more is asked, and there are fewer verdicts than answers.
         """
         verdicts: list[bool | None] = []
         with self._lock:
@@ -81,9 +95,10 @@ class _Worker:
                     replies = self._replies(1 + len(answers) - len(verdicts))
                     # A worker that dies at the truth may have died before it was asked.
                     if replies[:1] == [False]:
+                        verdicts += [False] * (len(answers) - len(verdicts))
                         break
                     if not replies and is_new:
-                        verdicts.append(None)
+                        verdicts += [None, *[False] * (len(answers) - len(verdicts) - 1)]
                         break
                     verdicts += replies[1:]
                     if replies and len(verdicts) < len(answers):
@@ -91,7 +106,7 @@ class _Worker:
             except BaseException:
                 self.stop()  # an interrupted worker would answer the next question with this one's
                 raise
-        return verdicts + [False] * (len(answers) - len(verdicts))
+        return verdicts
 
     def _start(self) -> bool:
         """Start the worker if it does not run; whether it did not."""

@@ -28,10 +28,11 @@ _NAMES = (
     "atm W:watt kW:kilowatt V:volt A:ampere,amp mA ohm mol:mole kelvin celsius fahrenheit "
     "rad:radian degree:deg bit byte KB MB GB unit percent:%,pct dollar:USD,buck "
     "cent:\xa2,penny,pennies euro:EUR sterling:GBP yen:JPY yuan:RMB,CNY rupee:INR peso "
-    "person:people child:children man:men woman:women way time"
+    "person:people child:children man:men woman:women way time goose:geese mouse:mice die:dice "
+    "tooth:teeth ox:oxen kWh hp:horsepower"
 )
 CURRENCIES = {"US$": "dollar", "$": "dollar", "\u20ac": "euro", "\u00a3": "sterling"}
-CURRENCIES["\u00a5"] = "yen"
+CURRENCIES |= {"\u00a5": "yen", "\u20b9": "rupee", "Rs.": "rupee", "USD": "dollar", "EUR": "euro"}
 _KNOWN = {
     name: names.partition(":")[0] for names in _NAMES.split() for name in re.split("[:,]", names)
 }
@@ -42,6 +43,18 @@ CHANGES = frozenset(
     "modulo base root where when with such that sqrt sin cos tan sinh cosh tanh log ln exp "
     "infinity always equals exceeds does".split()
 )
+# Plurals behind a number that are no unit: those of number words, and verbs and words that deny.
+_NO_UNIT = re.compile(
+    r"(?:[a-z]*illion|myriad|pair|score|double|triple|quadruple|reciprocal|minuse|negative|and|or|"
+    r"maybe|fail|misse|lie|lack|differ|contradict|denie|exceed|equal|doe|i|ha|wa)s?"
+    r"|wrong|incorrect|false|are|were|no|never|below|above|under|at|up|for|than|but"
+)
+# Plurals without -s.
+_PLURAL = re.compile(
+    r"[a-z]*(?:men|people|children|fish|feet|teeth|geese|mice|dice|lice|oxen|craft)"
+    r"|sheep|deer|cattle|series|species|salmon|trout|shrimp|moose|offspring|cacti|fungi|bacteria"
+)
+_MORE = re.compile(r"^ ?(?:more|fewer|less|other|additional|extra) (?=[A-Za-z])")
 _BASE = re.compile(r" ?_\{(\d+)\}")
 _GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
 FONT = re.compile(r"\\(?:(?:text|math)[a-z]*|mbox|hbox|operatorname)" + _GROUP)
@@ -90,23 +103,36 @@ def read_unit(text: str, *, letters: bool = False) -> Unit | None:
     base = _BASE.fullmatch(text)
     if base:
         return Unit(Fraction(1), "" if base[1] == "10" else f"base {base[1]}")
-    unit = _TEXT.sub(r" \1", text)
+    unit = re.sub(" +", " ", _TEXT.sub(r" \1", text))
     is_text, is_apart = letters or unit != text, unit[:1] == " "
     for pattern, name in _REWRITTEN:
         unit = pattern.sub(name, unit)
-    words, scale = unit.split(), Fraction(1)
+    words, scale = _MORE.sub(" ", unit).split(), Fraction(1)
     while words and _singular(words[0]) in SCALES:
         scale *= SCALES[_singular(words.pop(0))]
     if words[-1:] == ["/"]:
         return None
-    is_known, names = True, []
+    names, known = [], []
+    # "gallons of paint" are gallons.
+    of = words.index("of") if "of" in words[1:-1] else len(words)
+    words, what = words[:of], words[of:]
     for word in words:
         own = (word, True) if word == "/" else _name(word, is_text, is_apart, "/" in words)
         if own is None:
             return None
         names.append(own[0])
-        is_known = is_known and own[1]
+        known.append(own[1])
+    # Words before a unit or a plural say of what kind it is: "different ways".
+    is_known = all(known[i] for i in range(len(names)) if names[i + 1 : i + 2] in ([], ["/"]))
+    if what and not (is_known and all(_name(word, is_text, True, False) for word in what[1:])):
+        return None
     return Unit(scale, " ".join(names), is_known and names.count(PERCENT) < 2)
+
+
+def same_unit(one: str, other: str) -> bool:
+    """Whether two names are of one unit, or one says of what kind the other is: different ways."""
+    longer, shorter = sorted((f" {one}", f" {other}"), key=len, reverse=True)
+    return one == other or ("/" not in longer and longer.endswith(shorter))
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -150,7 +176,14 @@ def _name(word: str, is_text: bool, is_apart: bool, is_ratio: bool) -> tuple[str
         may_be_variable = len(letters) == 1 and letters.isalpha()
         is_unit = is_text or not may_be_variable or (is_apart and is_ratio)
         return (known + power, True) if is_unit else None
-    if lower in CHANGES or len(letters) < (2 if is_text else 4) or not (is_text or is_apart):
+    if (
+        lower in CHANGES
+        or _NO_UNIT.fullmatch(lower)
+        or singular in SCALES
+        or len(letters) < (2 if is_text else 4)
+        or not (is_text or is_apart)
+    ):
         return None
     is_plural = len(lower) > 3 and lower.isalpha() and lower.endswith("s")
-    return singular + power, is_plural and not lower.endswith(("ss", "us", "is", "ths"))
+    is_plural = is_plural and not lower.endswith(("ss", "us", "is", "ths"))
+    return singular + power, is_plural or _PLURAL.fullmatch(lower) is not None

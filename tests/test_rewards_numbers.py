@@ -560,6 +560,9 @@ RULES = [
     ("each", "9 * 2 = <<9*2=18>>18 dollars.<|im_end|>", "18", 1),
     *(("each", text, "18", 0) for text in ("Step 18", "20% off 18", "one hundred 18", "hardly 18")),
     *(("each", f"<answer>{text}</answer>", "18", 1) for text in ("USD 18", "Rs. 18")),
+    ("each", "<answer>18 students passed the exam</answer>", "18", 1),
+    ("each", "<answer>18 students lie</answer>", "18", 0),
+    *(("each", text, "18", 0) for text in ("17 or 18", "between 3 and 18", "18 (mod 20)")),
     ("each", "<answer>18:1</answer>", "18", 0),
 ]
 

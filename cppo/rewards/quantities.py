@@ -101,7 +101,8 @@ _DENIED_BEFORE = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|no|nobody|hardly|as [a-z]+ as"
     r"|(?:square|cube|root|half|double|twice) of (?:the|my) (?:answer|result|number))\b"
     r"|n['\u2019]t\b)[^.,;:\d]*$"
-    # the end of another number, and the number of a step
+    # one of two numbers of a kind, the end of another one, and the number of a step
+    r"|(?<![\d$.,])\d[\d.,]{0,30}(?: \w+)? or \W*$|\bbetween [^.;:]{1,40} and \W*$"
     r"|(?:\b(?:off|hundred|thousand|[mb]illion|step|eqn?|equation|problem|question|page|figure)\.?"
     r" |[A-Za-z]{3}-)\W*$",
     re.I,
@@ -143,7 +144,9 @@ _CHANGING = (
     CHANGES
     | _CHANGES_BEFORE
     | _DENYING
-    | frozenset("or between than as many much percent fraction ratio without below zero".split())
+    | frozenset(
+        "or between than as many much percent fraction ratio without below zero mod".split()
+    )
 ) - _JOINS
 # Sums, differences, products and ratios of numbers, at the end of a text.
 _ONE = r"[-(]*(?:\d[\d,]*(?:\.\d+)?|\.\d+)\)*"
@@ -260,15 +263,13 @@ def only_number(text: str, *, in_sentences: bool = False) -> Quantity | None:
     place = _in_its_place(found[0], text) if len(found) == 1 else None
     if place is None:
         return quantity
-    says_no_more = _say_nothing(place[1]) or (in_sentences and _is_sentence(text, place[1]))
+    # With a unit in front, any words are of what the number counts: "18 students passed".
+    is_of = place[0].unit not in ("", PERCENT) and not text[: found[0].start()].strip()
+    is_sentence = is_of or _BEGINS.match(text) or _GOES_ON.match(place[1])
+    says_no_more = _say_nothing(place[1]) or (
+        in_sentences and is_sentence and not _has_word(place[1], _CHANGING)
+    )
     return place[0] if says_no_more else quantity
-
-
-def _is_sentence(text: str, others: str) -> bool:
-    """Whether a text begins as a sentence does or with its number, and none of its other words
-    changes a number.
-    """
-    return bool(_BEGINS.match(text) or _GOES_ON.match(others)) and not _has_word(others, _CHANGING)
 
 
 def _has_word(text: str, words: frozenset[str]) -> bool:

@@ -398,3 +398,17 @@ def test_a_run_is_refused_before_anything_is_loaded(without_math_verify, capsys)
     assert cli.main(["train", str(recipe), "rewards=[math_verify]", "model={path: no/such}"]) == 2
     words = "math_verify: needs the package math-verify: pip install 'cppo[math]'"
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [("(", ")"), ("[", "]"), (r"\frac{1}{", "}"), ("x^{", "}")]
+)
+def test_deep_nesting_is_not_parsed(left, right):
+    pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
+    for depth in (13, 600):
+        text = rf"\boxed{{{left * depth}2{right * depth}}}"
+        began = time.monotonic()
+        assert rewards.math_verify([text], answer=["5"]) == [0.0]
+        assert time.monotonic() - began < 1
+    text = rf"\boxed{{{'(' * 6}x+1{')' * 6}}}"
+    assert rewards.math_verify([text], answer=["1+x"]) == [1.0]

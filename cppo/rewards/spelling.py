@@ -130,18 +130,30 @@ def _labelled(answer: str, truth: str) -> list[tuple[str, str]]:
     return [(own[1], truth)] if own and len(normalize_answer(truth)) == 1 else []
 
 
+_DEEPEST = 12  # brackets in one another: the parser's time doubles with each; MATH-500 has 2
+
+
+def _depth(formula: str) -> int:
+    """How deep the brackets of a formula are nested."""
+    deepest = depth = 0
+    for character in formula:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def for_algebra(answer: str, truth: str) -> tuple[str, str] | None:
     """The formulas that algebra compares where `compare` cannot tell, the truth's first.
 
     They have no units. None for text that is no formula: two words outside of `\\text`, or numbers
-    side by side.
+    side by side; and for one that is nested too deep for the parser.
     """
     formulas = []
     for text, other in ((truth, answer), (answer, truth)):
         formula = _LETTER.sub(r"\1", _JOIN.sub(", ", split_unit(plain(text))[0]))
         formula = " ".join(formula.replace("$", " ").split())
         words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{4,}", FONT.sub("", formula))
-        if len(set(words) - CHANGES) > 1 or _UNREAD.search(formula):
+        if len(set(words) - CHANGES) > 1 or _UNREAD.search(formula) or _depth(formula) > _DEEPEST:
             return None
         if "=" in formula and "=" not in other:
             *_, elements = _elements(formula)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+# A shell that starts something in the background has it ignore Ctrl-C, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():

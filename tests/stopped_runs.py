@@ -233,6 +233,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.folder.exists() and any(options.folder.iterdir()):
         parser.error(f"{options.folder} must be empty: runs of other code are no comparison")
+    # A shell that starts something in the background has it ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     DigitSums("train", 1)[0]  # loads the scans, for all attempts
     for case in options.cases:
         for processes in options.processes:

@@ -56,10 +56,13 @@ ops = {
     "cppo_loss_backward": _loss.cppo_loss_backward,
     "cppo_loss_backward_": _loss.cppo_loss_backward_,
 }
-ops = {name: _on_its_device(checked(name, launch)) for name, launch in ops.items()}
+ops = {
+    name: _on_its_device(checked(name, library.SCHEMAS[name], launch))
+    for name, launch in ops.items()
+}
 _on_logits = library.Backend("cppo_triton", ops)
 torch.library.define("cppo_triton::loss_terms", library.LOSS_TERMS)
-_loss_terms = _on_its_device(checked("loss_terms", _terms.loss_terms))
+_loss_terms = _on_its_device(checked("loss_terms", library.LOSS_TERMS, _terms.loss_terms))
 torch.library.impl("cppo_triton::loss_terms", ("cpu", "cuda"), _loss_terms)
 # Tiles of logits by vendor GEMMs, with the ops on logits as epilogue.
 _on_hidden = LinearBackend("cppo_triton")

@@ -251,7 +251,8 @@ class LinearBackend:
         for op, schema in SCHEMAS.items():
             name = f"{namespace}::{op}"
             torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-            plan = checked(op, _without_autocast(partial(getattr(linear_plans, op), self._ops)))
+            plan = _without_autocast(partial(getattr(linear_plans, op), self._ops))
+            plan = checked(op, schema, plan)
             torch.library.impl(name, ("cpu", "cuda"), plan)
             torch.library.register_fake(name, _FAKES[op])
         _register_stats(namespace)

@@ -11,6 +11,7 @@ free (`may_read`). Targets need no look: a kernel ignores one outside the vocabu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -19,8 +20,15 @@ import torch
 from torch import Tensor
 
 from cppo.ops.checks import check_cu_seqlens, may_read
-from cppo.ops.library import CONFIG_FIELDS
+from cppo.ops.library import COEFFICIENTS, LOSS_SAVED, STATS_SAVED
 
+# The tensor whose rows the others belong to: with columns of its own, or one entry per row.
+_LEADING = ("logits", "anchor", "hidden", "anchor_entropy", "logps")
+_PER_ROW = (
+    *("targets", "mask", "selected", "logps", "entropy", "positive_logps", "negative_logps"),
+    *("margin", "old_logps", "ref_logps", "grad_logps", "grad_entropy"),
+    *("anchor_entropy", "negative_entropy"),
+)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -102,125 +110,33 @@ def _check_views(
             _require(len(view) == int(counted.sum()), op, name, "of the rows with A > 0", view)
 
 
-def _check_fraction(op: str, fraction: float) -> None:
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"cppo.{op}: fraction must be in [0, 1], got {fraction}")
-
-
-def _token_stats(logits: Tensor, targets: Tensor, mask: Tensor | None, *_: Any) -> None:
-    op = "token_stats"
-    _check_logits(op, "logits", logits)
-    _check_each(op, logits, logits.shape[:-1].numel(), targets=targets, mask=mask)
-
-
-def _token_stats_backward(
-    grad_logps: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    saved: Tensor,
-    *_: Any,
-) -> None:
-    _token_stats(logits, targets, mask)
-    op, count = "token_stats", targets.numel()
-    _check_each(op, logits, count, grad_logps=grad_logps, grad_entropy=grad_entropy)
-    _check_kept(op, logits, (3, count), saved=saved)
-
-
-def _perception_mask(
-    anchor_entropy: Tensor,
-    negative_entropy: Tensor,
-    fraction: float,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    op, count = "perception_mask", anchor_entropy.numel()
-    given = {"anchor_entropy": anchor_entropy, "negative_entropy": negative_entropy}
-    _check_each(op, anchor_entropy, count, **given, mask=mask)
-    _check_completions(op, anchor_entropy, None, cu_seqlens)
-    _check_fraction(op, fraction)
-
-
-def _cppo_loss(
-    anchor: Tensor,
-    positive: Tensor | None,
-    negative: Tensor | None,
-    targets: Tensor,
-    advantages: Tensor,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    num_items: Tensor | None,
-    *options: Any,
-    op: str = "cppo_loss",
-) -> None:
-    count = anchor.shape[:-1].numel()
-    _check_logits(op, "anchor", anchor)
-    _check_each(
-        op, anchor, count, targets=targets, old_logps=old_logps, ref_logps=ref_logps, mask=mask
-    )
-    _check_completions(op, targets, advantages, cu_seqlens)
-    _check_each(op, anchor, 4, num_items=num_items)
-    config = dict(zip(CONFIG_FIELDS, options, strict=False))
-    _check_fraction(op, config["fraction"])
-    views = {"positive": positive, "negative": negative}
-    _check_views(op, anchor, views, advantages, cu_seqlens, config["gating"])
-
-
-def _cppo_loss_backward(
-    grad_loss: Tensor,
-    anchor: Tensor,
-    positive: Tensor | None,
-    negative: Tensor | None,
-    targets: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor | None,
-    saved: Tensor,
-    coefficients: Tensor,
-    temperature: float,
-    divergence: str,
-    gating: bool,
-    detach_anchor: bool,
-) -> None:
-    op, count = "cppo_loss", anchor.shape[:-1].numel()
-    _check_logits(op, "anchor", anchor)
-    _check_each(op, anchor, 1, grad_loss=grad_loss)
-    _check_each(op, anchor, count, targets=targets)
-    _check_completions(op, targets, advantages, cu_seqlens)
-    _check_kept(op, anchor, (8, count), saved=saved)
-    _check_kept(op, anchor, (4, count), coefficients=coefficients)
-    views = {"positive": positive, "negative": negative}
-    _check_views(op, anchor, views, advantages, cu_seqlens, gating)
-
-
-def _loss_terms(
-    logps: Tensor,
-    entropy: Tensor,
-    positive_logps: Tensor | None,
-    negative_logps: Tensor | None,
-    margin: Tensor | None,
-    selected: Tensor,
-    advantages: Tensor,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    cu_seqlens: Tensor,
-    *_: Any,
-) -> None:
-    op = "loss_terms"
-    given = {
-        "logps": logps,
-        "entropy": entropy,
-        "positive_logps": positive_logps,
-        "negative_logps": negative_logps,
-        "margin": margin,
-        "selected": selected,
-        "old_logps": old_logps,
-        "ref_logps": ref_logps,
-    }
-    _check_each(op, logps, logps.numel(), **given)
-    _check_completions(op, logps, advantages, cu_seqlens)
+def _check(op: str, given: dict[str, Any]) -> None:
+    """Checks the arguments of any op by their names, which mean the same in all of them."""
+    name = next(name for name in _LEADING if name in given)
+    rows = given[name]
+    has_columns = name in _LEADING[:3]
+    if has_columns:
+        _check_logits(op, name, rows)
+    if "weight" in given:
+        _check_head(op, rows, given["weight"], given["bias"])
+    count = rows.shape[:-1].numel() if has_columns else rows.numel()
+    _check_each(op, rows, count, **{name: given.get(name) for name in _PER_ROW})
+    # The whole, or completions, tokens and selected (`num_items_tensor`).
+    _check_each(op, rows, 4, num_items=given.get("num_items"))
+    _check_each(op, rows, 1, grad_loss=given.get("grad_loss"))
+    if "cu_seqlens" in given:
+        shaped = given.get("targets", rows)
+        _check_completions(op, shaped, given.get("advantages"), given["cu_seqlens"])
+    if "saved" in given:
+        kept = LOSS_SAVED if name == "anchor" else STATS_SAVED
+        _check_kept(op, rows, (len(kept), count), saved=given["saved"])
+    if "coefficients" in given:
+        _check_kept(op, rows, (len(COEFFICIENTS), count), coefficients=given["coefficients"])
+    if not 0 <= given.get("fraction", 0) <= 1:
+        raise ValueError(f"cppo.{op}: fraction must be in [0, 1], got {given['fraction']}")
+    if "positive" in given:
+        views = {view: given[view] for view in ("positive", "negative")}
+        _check_views(op, rows, views, given["advantages"], given["cu_seqlens"], given["gating"])
 
 
 def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -233,94 +149,15 @@ def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
         _check_each(op, weight, len(weight), bias=bias)
 
 
-def _linear_token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    mask: Tensor | None,
-    *_: Any,
-) -> None:
-    op = "linear_token_stats"
-    _check_logits(op, "hidden", hidden)
-    _check_head(op, hidden, weight, bias)
-    _check_each(op, hidden, hidden.shape[:-1].numel(), targets=targets, mask=mask)
-
-
-def _linear_token_stats_backward(
-    grad_logps: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, *rest: Any
-) -> None:
-    _linear_token_stats(hidden, *rest)
-    count = hidden.shape[:-1].numel()
-    given = {"grad_logps": grad_logps, "grad_entropy": grad_entropy}
-    _check_each("linear_token_stats", hidden, count, **given)
-
-
-def _linear_cppo_loss(
-    anchor: Tensor,
-    positive: Tensor | None,
-    negative: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
-) -> None:
-    _check_logits("linear_cppo_loss", "anchor", anchor)
-    _check_head("linear_cppo_loss", anchor, weight, bias)
-    _cppo_loss(anchor, positive, negative, *rest, op="linear_cppo_loss")
-
-
-def _linear_cppo_loss_backward(
-    grad_loss: Tensor,
-    anchor: Tensor,
-    positive: Tensor | None,
-    negative: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    coefficients: Tensor,
-    temperature: float,
-    divergence: str,
-    gating: bool,
-    *_: Any,
-) -> None:
-    op, count = "linear_cppo_loss", anchor.shape[:-1].numel()
-    _check_logits(op, "anchor", anchor)
-    _check_head(op, anchor, weight, bias)
-    _check_each(op, anchor, 1, grad_loss=grad_loss)
-    _check_each(op, anchor, count, targets=targets, mask=mask)
-    _check_completions(op, targets, advantages, cu_seqlens)
-    _check_kept(op, anchor, (4, count), coefficients=coefficients)
-    views = {"positive": positive, "negative": negative}
-    _check_views(op, anchor, views, advantages, cu_seqlens, gating)
-
-
-CHECKS: dict[str, Callable[..., None]] = {
-    "token_stats": _token_stats,
-    "token_stats_backward": _token_stats_backward,
-    "token_stats_backward_": _token_stats_backward,
-    "perception_mask": _perception_mask,
-    "cppo_loss": _cppo_loss,
-    "cppo_loss_backward": _cppo_loss_backward,
-    "cppo_loss_backward_": _cppo_loss_backward,
-    "loss_terms": _loss_terms,
-    "linear_token_stats": _linear_token_stats,
-    "linear_token_stats_backward": _linear_token_stats_backward,
-    "linear_cppo_loss": _linear_cppo_loss,
-    "linear_cppo_loss_backward": _linear_cppo_loss_backward,
-    "linear_cppo_loss_gradients": _linear_cppo_loss,
-}
-
-
-def checked(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+def checked(name: str, schema: str, launch: Callable[..., Any]) -> Callable[..., Any]:
     """The launcher of a schema, after a look at the sizes, dtypes and devices of its tensors."""
-    check = CHECKS[name]
+    arguments_of_schema = schema.partition(" -> ")[0].strip("()").split(", ")
+    names = [argument.split(" ")[-1] for argument in arguments_of_schema]
+    op = re.sub(r"_(backward_?|gradients)$", "", name)
 
     @wraps(launch)
     def launch_checked(*arguments: Any) -> Any:
-        check(*arguments)
+        _check(op, dict(zip(names, arguments, strict=True)))
         return launch(*arguments)
 
     return launch_checked

@@ -15,11 +15,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from cppo import checkpoint, fingerprint
 from cppo.benchmarks.environment import environment, results_folder
@@ -30,7 +30,7 @@ RESULTS = results_folder() / "reliability.csv"
 _ROWS = 7473  # of GSM8K's training data
 
 
-def model_of(smoke: bool) -> nn.Module:
+def model_of(smoke: bool) -> PreTrainedModel:
     """A random model: of toy size, or of SmolLM2-135M's."""
     width, layers, vocabulary = (64, 2, 256) if smoke else (576, 30, 49152)
     return Qwen2ForCausalLM(
@@ -65,7 +65,8 @@ def checkpoints(smoke: bool, repeats: int) -> dict[str, list[float]]:
         with quiet():
             model.save_pretrained(folder)
 
-    stock, times = checkpoint._hash, {"save": [], "save without checksums": [], "check": []}
+    stock = checkpoint._hash
+    times: dict[str, list[float]] = {"save": [], "save without checksums": [], "check": []}
     with tempfile.TemporaryDirectory() as folder:
         for step in range(1, 2 * repeats + 3):
             has_checksums = step % 2 == 0
@@ -80,7 +81,7 @@ def checkpoints(smoke: bool, repeats: int) -> dict[str, list[float]]:
                 times["save" if has_checksums else "save without checksums"].append(took)
             if has_checksums:
                 newest = Path(folder) / f"checkpoint-{step:06d}"
-                times["check"].append(seconds(lambda path=newest: checkpoint.check_files(path)))
+                times["check"].append(seconds(partial(checkpoint.check_files, newest)))
         size = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file())
     print(f"{size / 1e9:.2f} GB")
     return times

@@ -412,3 +412,12 @@ def test_deep_nesting_is_not_parsed(left, right):
         assert time.monotonic() - began < 1
     text = rf"\boxed{{{'(' * 6}x+1{')' * 6}}}"
     assert rewards.math_verify([text], answer=["1+x"]) == [1.0]
+
+
+@pytest.mark.parametrize("text", ["|x" * 200, "(a+b+c+d)^{500} + i", r"\sin^{1000}(x+y+z+1)"])
+def test_what_algebra_cannot_do_is_over_soon(text):
+    pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
+    rewards.math_verify([r"\boxed{2x}"], answer=["x + x"])  # starts the worker
+    began = time.monotonic()
+    assert rewards.math_verify([rf"\boxed{{{text}}}"], answer=["x + 1"]) == [0.0]
+    assert time.monotonic() - began < 3

@@ -168,7 +168,7 @@ def math_verify(
     answer: Any = None,
     generation_prompts: Any = None,
     unfinished_thought: Any = 0.0,
-    timeout: float = 5.0,
+    timeout: float = 2.0,
     **columns: Any,
 ) -> Rewards:
     r"""1 where the completion's answer equals the ground truth, by spelling, value or math-verify.

@@ -31,10 +31,10 @@ import xxhash
 _PREFIX = "checkpoint-"
 _STATE = "trainer.pt"
 _SUMMARY = "trainer.json"
-# Names that end so are of something half written or half removed.
+# A name with this end belongs to something that is half written or half removed.
 PARTIAL = ".partial"
 _REPLACED = f".replaced{PARTIAL}"
-_CHUNK = 1 << 22  # bytes that are hashed at a time
+_CHUNK = 1 << 22  # bytes that are read at a time for a checksum
 # Suffixes of what transformers, peft and processors look for in a folder.
 _LOADED = {".safetensors", ".bin", ".pt", ".pth", ".json", ".py", ".model", ".jinja"}
 
@@ -273,7 +273,7 @@ def write_checkpoint(
             path.rename(partial / name)
         _seal_folder(partial, {"step": step, **summary})
         _replace(final, partial)
-    except Exception as error:  # safetensors and torch have errors of their own for a full disk
+    except Exception as error:  # safetensors and torch raise errors of their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         newest = last_checkpoint(folder) or "none"
         raise CheckpointError(
@@ -288,7 +288,7 @@ def write_tensors(value: Any, file: Path) -> None:
     """Writes what `read_tensors` reads. Raises CheckpointError."""
     try:
         torch.save(value, file)
-    except Exception as error:  # torch has no one error for a full disk
+    except Exception as error:  # torch raises several kinds of errors for a full disk
         cause = _cause(error, file.parent)
         raise CheckpointError(f"cppo: {file} could not be written ({cause})") from error
 

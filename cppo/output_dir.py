@@ -53,7 +53,7 @@ class Claim:
     old: tuple[Path, ...] = ()
 
     def lock(self) -> Callable[[], None]:
-        """Makes the folder the caller's.
+        """Locks the folder for the caller.
 
         Returns: what ends the lock, and nobody else's.
         Raises: ValueError if another run writes there, be it of this process, or if the folder

@@ -167,7 +167,7 @@ def schedule(optimizer: torch.optim.Optimizer, config: CPPOConfig) -> Any:
 
 
 def optimizer_steps(config: CPPOConfig) -> int:
-    """Of the whole run."""
+    """The number of optimizer steps in the whole run."""
     return config.max_steps * config.num_iterations * config.optimizer_steps
 
 
@@ -209,7 +209,7 @@ def _is_adapted(model: Any) -> bool:
 
 def _load_whole(model: Any, path: Path) -> list[str]:
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is wrong is told below
+    logging.set_verbosity_error()  # our own error says what is wrong
     try:
         with quiet():
             loaded, info = type(model).from_pretrained(

@@ -52,7 +52,7 @@ class Processes:
         self._stopping = stopping if self.size > 1 else None
         try:
             yield
-            self._ask_all()  # what comes behind exchanges more than we could say
+            self._ask_all()  # the exchanges that follow do not ask any more
         except Stopped:
             if self._stopping is not None:
                 self._tell(True)
@@ -63,7 +63,7 @@ class Processes:
     def _ask_all(self) -> None:
         """Raises Stopped on every process if one was asked to stop."""
         if self._stopping is not None and self._tell(self._stopping.signal is not None):
-            self._stopping = None  # all know
+            self._stopping = None  # every process knows now
             raise Stopped
 
     def _tell(self, stop: bool) -> bool:
@@ -77,7 +77,7 @@ class Processes:
         started = time.monotonic()
         try:
             yield
-        except RuntimeError as error:  # what all errors of torch.distributed are
+        except RuntimeError as error:  # the base of all errors of torch.distributed
             seconds = time.monotonic() - started
             raise ProcessError(
                 f"cppo: process {self.rank} of {self.size} waited {seconds:.0f} s for the others: "

@@ -71,7 +71,7 @@ class PhaseTimer:
 
 
 class _Console(Console):
-    """A console that nobody has to read to the end: the run goes on all the same."""
+    """A console that does not end the run when nobody reads it any more."""
 
     def on_broken_pipe(self) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

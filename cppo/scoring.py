@@ -47,11 +47,11 @@ from cppo.rollout import Rollouts
 RewardFunction = Callable[..., Any]
 # Names beside those of the reward functions in `reward/...` and `eval/sampled/...`.
 _METRICS = ("mean", "std", "zero_variance_share", "scored_share", "reward", "tokens")
-# Arguments that only a function gets which names them, or takes `**kwargs`.
+# Only a function that names these arguments, or takes `**kwargs`, gets them.
 _OPTIONAL = ("trainer_state", "log_metric", "log_extra", "generation_prompts", "group_size")
 # Options of the rewards that ship here, which no column of the same name sets.
 _OUR_OPTIONS = ("timeout", "unfinished_thought")
-# For the completion to blame, the function is called again and again.
+# To find the completion to blame, the function is called again and again, for so many seconds.
 _SEARCH_SECONDS = 30.0
 # Beyond this, sums and squares of rewards leave what a float can hold.
 _LARGEST_REWARD = 1e100

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop where everything can be saved."""
+"""SIGINT and SIGTERM ask a run to stop; it does so where everything can be saved."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# A launcher passes on the Ctrl-C that the terminal has sent to every process by itself.
+# The terminal sends Ctrl-C to every process, and a launcher passes it on to them once more.
 _SAME_WISH_SECONDS = 3.0
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and is where it can. No Exception, which a reward may catch."""
+    """The run was asked to stop, and is at a place where it can.
+
+    It is not an Exception, because a reward function may catch those.
+    """
 
 
 class Stopping:
@@ -42,7 +45,7 @@ class Stopping:
             yield
             return
         self.signal = None
-        # A signal that the starter of this process has had ignored stays so.
+        # A signal that was ignored when this process started stays ignored.
         heard = [one for one in _SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
         before = {one: signal.signal(one, self._hear) for one in heard}
         try:

@@ -286,7 +286,7 @@ class CPPOTrainer:
         return merge(rollouts), merge_scores(scores)
 
     def _scored(self, rollouts: Rollouts) -> dict[str, Any]:
-        """The fields of `Scores`: a checkpoint holds no class of ours."""
+        """The fields of `Scores` as a dict, because a checkpoint holds no class of ours."""
         return score(
             self.reward_functions,
             reward_weights(self.reward_functions, self.config),
@@ -298,7 +298,7 @@ class CPPOTrainer:
         )._asdict()
 
     def _breakable(self, call: Callable[[], _T]) -> _T:
-        """A piece of the step that a signal breaks off at once."""
+        """Runs a piece of the step, which a signal may break off at any moment."""
 
         def piece() -> _T:
             with self.stopping.breaking():
@@ -493,7 +493,7 @@ class CPPOTrainer:
             return
         row = {"step": self.step, **metrics}
         if self.processes.is_main:
-            with suppress(ValueError):  # said when a checkpoint is due
+            with suppress(ValueError):  # the next checkpoint says what is wrong
                 self._keep_folder()
         self.history.append(row)
         is_due = _is_due(self.step, self.config.log_every) or "loss" not in row
@@ -558,7 +558,7 @@ class CPPOTrainer:
         raise KeyboardInterrupt(words)
 
     def _save_journal(self, journal: Journal) -> None:
-        """A checkpoint in the middle of a step: every process's pieces of it are in it, too."""
+        """Writes a checkpoint in the middle of a step, with the journal of every process."""
         rank, folder = self.processes.rank, self._folder
         own = folder / f".journal-{rank}{PARTIAL}"
         gradients = [p.grad for p in self.parameters]
@@ -687,7 +687,7 @@ class CPPOTrainer:
         return claim
 
     def _begin(self, claim: Claim) -> None:
-        """The first that is written, after all is checked."""
+        """Writes the first files of the run, after everything was checked."""
         claim.clear()
         with writing_to(claim.folder):
             self.log.restart(self.history, self.step)

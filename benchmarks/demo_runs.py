@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cppo.benchmarks.environment import environment
-from cppo.progress import read_metrics
+from cppo.train.progress import read_metrics
 
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("rollout", "forward", "backward")

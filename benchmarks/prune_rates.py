@@ -11,8 +11,8 @@ are random. Completions are sampled by the trainer's own decoding loop; each end
 probability that an answer of GSM8K has of ending there, so that their lengths are distributed like
 the answers', whatever the model would say.
 
-    packing     packed: `cppo.step`, no padding token. padded: the same loss on rows that are padded
-                to the longest kept prompt and completion, in micro-batches of as many tokens.
+    packing     packed: `cppo.train.step`, no padding token. padded: the same loss on rows that are
+                padded to the longest kept prompt and completion, in micro-batches of as many tokens.
     allocation  no: the same questions at every rate. yes: 1 / (1 - rate) times the questions, so
                 that the update is as large as without pruning.
     speedup     seconds per question at rate 0 without allocation, over seconds per question.
@@ -42,19 +42,20 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-import cppo.rollout
-import cppo.sampler
-from cppo import forward, reference
+import cppo.rollouts.rollout
+import cppo.rollouts.sampler
+from cppo import reference
 from cppo.benchmarks.environment import environment, results_folder
 from cppo.benchmarks.timing import keep_freed_memory
 from cppo.config import CPPOConfig, LossConfig
-from cppo.model_check import check_model
+from cppo.model import forward
+from cppo.model.check import check_model
+from cppo.model.prompts import Prompts
 from cppo.ops.loss import linear_cppo_loss
-from cppo.prompts import Prompts
 from cppo.questions import Question
 from cppo.records import NumItems
-from cppo.rollout import Rollouts, sample_completions
-from cppo.step import Batch, forward_views, microbatch_loss
+from cppo.rollouts.rollout import Rollouts, sample_completions
+from cppo.train.step import Batch, forward_views, microbatch_loss
 
 RESULTS = results_folder() / "prune_rates.csv"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -103,7 +104,7 @@ def load(name: str, vocabulary: int, device: str) -> Any:
         file = next(folder.glob("*.gguf")).name
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     else:
-        from cppo.models import load_model
+        from cppo.model.load import load_model
 
         model = load_model(name)
     model.generation_config.eos_token_id = 0
@@ -151,7 +152,7 @@ class Lengths:
         ids, mask = (self._tokens(*mask.shape) * mask).to(self.device), mask.to(self.device)
         tokenizer: Any = dummy_tokenizer()
         truncated = torch.zeros(len(ids), dtype=torch.bool)
-        return cppo.rollout._assemble(prompts, GROUP_SIZE, ids, mask, tokenizer, truncated)
+        return cppo.rollouts.rollout._assemble(prompts, GROUP_SIZE, ids, mask, tokenizer, truncated)
 
 
 def dummy_tokenizer() -> Any:
@@ -163,7 +164,7 @@ def dummy_tokenizer() -> Any:
 @contextlib.contextmanager
 def ending_like(hazard: list[float]) -> Iterator[None]:
     """Completions that the model samples end as often as the data's at every length."""
-    draw, decode = cppo.sampler._draw, cppo.rollout.decode
+    draw, decode = cppo.rollouts.sampler._draw, cppo.rollouts.rollout.decode
     step = 0
 
     def drawn(*arguments: Any) -> Tensor:
@@ -178,7 +179,10 @@ def ending_like(hazard: list[float]) -> Iterator[None]:
         step = 0
         return decode(*arguments, **options)
 
-    with patch.object(cppo.sampler, "_draw", drawn), patch.object(cppo.rollout, "decode", decoded):
+    with (
+        patch.object(cppo.rollouts.sampler, "_draw", drawn),
+        patch.object(cppo.rollouts.rollout, "decode", decoded),
+    ):
         yield
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from cppo import checkpoint, fingerprint
 from cppo.benchmarks.environment import environment, results_folder
-from cppo.journal import Journal
-from cppo.models import quiet
+from cppo.model.load import quiet
+from cppo.train import checkpoint, fingerprint
+from cppo.train.journal import Journal
 
 RESULTS = results_folder() / "reliability.csv"
 _ROWS = 7473  # of GSM8K's training data

@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cppo.rollout
+import cppo.rollouts.rollout
 from cppo.benchmarks.environment import environment, results_folder
 from cppo.benchmarks.prune_rates import Setting, dummy_tokenizer, load, seconds
 from cppo.benchmarks.timing import keep_freed_memory
 from cppo.config import CPPOConfig
-from cppo.prompts import Prompts
+from cppo.model.prompts import Prompts
 from cppo.questions import Question
-from cppo.step import Batch, _hidden
+from cppo.train.step import Batch, _hidden
 
 RESULTS = results_folder() / "shared_prompts.csv"
 QUESTIONS = 4
@@ -52,7 +52,9 @@ def batch_of(prompt: int, completion: int, kept: int, options: argparse.Namespac
     prompts = Prompts(texts, tokens(QUESTIONS, prompt), asked, None, None)
     ids = tokens(*mask.shape) * mask
     truncated = torch.zeros(len(ids), dtype=torch.bool)
-    rollouts = cppo.rollout._assemble(prompts, kept, ids, mask, dummy_tokenizer(), truncated)
+    rollouts = cppo.rollouts.rollout._assemble(
+        prompts, kept, ids, mask, dummy_tokenizer(), truncated
+    )
     everything = torch.arange(len(ids), device=options.device)
     return Batch(rollouts, torch.ones(len(ids), device=options.device), everything)
 

@@ -38,8 +38,8 @@ from cppo.benchmarks import eager, rows, step_models, timing
 from cppo.benchmarks.environment import environment, file_stem, load_per_core, results_folder
 from cppo.benchmarks.step_batch import StepBatch, make_batch
 from cppo.config import LossConfig
-from cppo.forward import choose_attention, lm_head, packed_hidden, set_attention
-from cppo.model_check import check_model
+from cppo.model.check import check_model
+from cppo.model.forward import choose_attention, lm_head, packed_hidden, set_attention
 from cppo.records import NumItems, Views
 
 PHASES = ("rollout", "reward", "pack", "forward", "loss", "backward", "optimizer")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import cppo
-from cppo.forward import ImageBatch, has_vision, image_arguments, rotary_positions, unwrap
+from cppo.model.forward import ImageBatch, has_vision, image_arguments, rotary_positions, unwrap
 from cppo.records import PackedBatch
-from cppo.sampler import decode
+from cppo.rollouts.sampler import decode
 
 _PATCHES = 16  # a side of an image, in patches: 64 image tokens
 _NOISE = {"anchor": 0.0, "positive": 0.1, "negative": 1.0}

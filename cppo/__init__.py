@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
-from cppo.forward import packed_hidden, set_attention
+from cppo.model.forward import packed_hidden, set_attention
 from cppo.ops.advantages import (
     advantages_and_prune,
     group_advantages,
@@ -24,7 +24,7 @@ from cppo.ops.token_stats import linear_token_stats, token_stats
 from cppo.records import LossOutput, NumItems, PackedBatch, TokenStats, Views
 
 if TYPE_CHECKING:
-    from cppo.trainer import CPPOTrainer
+    from cppo.train.trainer import CPPOTrainer
 
 __version__ = "0.1.0"
 
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 # Public names whose module imports transformers and accelerate.
-_LAZY = {"CPPOTrainer": "cppo.trainer"}
+_LAZY = {"CPPOTrainer": "cppo.train.trainer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from trl import GRPOConfig
 from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
 from cppo.demo.warmup import CHECKPOINTS
 from cppo.integrations.trl import CPPO, CPPOGRPOTrainer, check, per_device_train_batch_size
-from cppo.models import load_model, load_processor
+from cppo.model.load import load_model, load_processor
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 print(*check(), sep="\n")

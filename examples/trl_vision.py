@@ -17,7 +17,7 @@ from cppo import LossConfig
 from cppo.demo.digits import DigitSums, digit_sum_accuracy
 from cppo.demo.warmup import CHECKPOINTS
 from cppo.integrations.trl import CPPO, CPPOGRPOTrainer, per_device_train_batch_size
-from cppo.models import load_model, load_processor, special_token_ids_to_suppress
+from cppo.model.load import load_model, load_processor, special_token_ids_to_suppress
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from trainer_cases import noise, text_rows, trainer_for, weights_of
 
-from cppo.trainer import CPPOTrainer
+from cppo.train.trainer import CPPOTrainer
 
 RANK = int(os.environ["RANK"])
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from trainer_cases import trainer_for
 
-import cppo.trainer
+import cppo.train.trainer
 from cppo.rewards import completion_text
-from cppo.rollout import Rollouts
-from cppo.step import Batch
+from cppo.rollouts.rollout import Rollouts
+from cppo.train.step import Batch
 
 
 def noise(completions: list[Any], **columns: Any) -> list[float]:
@@ -38,7 +38,7 @@ def recorded_run(folder: Path, family: str = "text", **options: Any) -> dict[str
     defaults = dict(rewards=[noise, reward], reward_weights=(1.0, 0.25), prune_rate=0.5)
     trainer = trainer_for(folder, family, **{**defaults, **options})
     steps: list[dict[str, Any]] = []
-    make_batch, stock = trainer.make_batch, cppo.trainer.microbatch_loss
+    make_batch, stock = trainer.make_batch, cppo.train.trainer.microbatch_loss
 
     def watch_batch(rollouts: Rollouts, rewards: Any) -> Batch:
         batch = make_batch(rollouts, rewards)
@@ -56,11 +56,11 @@ def recorded_run(folder: Path, family: str = "text", **options: Any) -> dict[str
         return output
 
     trainer.make_batch = watch_batch  # type: ignore[method-assign]
-    cppo.trainer.microbatch_loss = watch_loss
+    cppo.train.trainer.microbatch_loss = watch_loss
     try:
         trainer.train()
     finally:
-        cppo.trainer.microbatch_loss = stock
+        cppo.train.trainer.microbatch_loss = stock
     return {"steps": steps, "history": trainer.history, "gating": trainer.config.loss.gating}
 
 

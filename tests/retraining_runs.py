@@ -19,9 +19,9 @@ from torch import Tensor
 from trainer_cases import image, small_run, tiny
 
 from cppo.config import LoraConfig
-from cppo.prompts import tokenizer_of
+from cppo.model.prompts import tokenizer_of
 from cppo.rewards import completion_text
-from cppo.trainer import CPPOTrainer
+from cppo.train.trainer import CPPOTrainer
 
 # Every coefficient is large, so that an error of 1 % in it shows.
 ONE_PROCESS: dict[str, dict[str, Any]] = {

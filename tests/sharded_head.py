@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import cppo
 from cppo import LossConfig, Views
-from cppo.forward import lm_head
+from cppo.model.forward import lm_head
 from cppo.testing import make_inputs
 
 # Gradients computed in the forward, and in the backward.

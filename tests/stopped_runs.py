@@ -29,12 +29,12 @@ import torch._dynamo  # noqa: F401
 import transformers.models.auto.modeling_auto  # noqa: F401
 from trainer_cases import noise, text_rows, trainer_for
 
-import cppo.checkpoint
-from cppo.checkpoint import check_files, last_checkpoint, read_state
+import cppo.train.checkpoint
 from cppo.config import LoraConfig
 from cppo.demo.digits import DigitSums
-from cppo.journal import Journal
-from cppo.progress import read_metrics
+from cppo.train.checkpoint import check_files, last_checkpoint, read_state
+from cppo.train.journal import Journal
+from cppo.train.progress import read_metrics
 
 STEPS = 4
 # Several batches of completions, micro-batches and optimizer steps in each step.
@@ -144,14 +144,14 @@ def stop_at(folder: Path, case: str, processes: int, name: str, rng: random.Rand
 
 def arm_flush(flushes: int, name: str) -> None:
     """Signals this process at its n-th flush to disk."""
-    left, stock = iter(range(flushes)), cppo.checkpoint._flush
+    left, stock = iter(range(flushes)), cppo.train.checkpoint._flush
 
     def flush(path: Path) -> None:
         if next(left, None) == flushes - 1:
             os.kill(os.getpid(), signal.Signals[name])
         stock(path)
 
-    cppo.checkpoint._flush = flush
+    cppo.train.checkpoint._flush = flush
 
 
 def result(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cppo import attention
+from cppo.model import attention
 
 # Queries and keys of four sequences: the first has nothing before it, the others do.
 LENGTHS, KEY_LENGTHS = [7, 3, 0, 5], [7, 10, 7, 12]

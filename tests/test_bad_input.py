@@ -15,12 +15,12 @@ import torch
 from trainer_cases import digit_share, image, small_run, text_rows, tiny, trainer_for
 
 import cppo
-from cppo.checkpoint import best_checkpoint
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
 from cppo.demo.digits import DigitSums
-from cppo.models import load_model, load_processor
-from cppo.scoring import RewardError
-from cppo.trainer import CPPOTrainer
+from cppo.model.load import load_model, load_processor
+from cppo.train.checkpoint import best_checkpoint
+from cppo.train.scoring import RewardError
+from cppo.train.trainer import CPPOTrainer
 
 # The trainer's arguments: what is given instead of something right, the error, its words.
 

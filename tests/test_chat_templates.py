@@ -22,7 +22,7 @@ from prompt_cases import (
 )
 from trainer_cases import image
 
-from cppo.prompts import PromptEncoder, Prompts, render
+from cppo.model.prompts import PromptEncoder, Prompts, render
 from cppo.questions import QuestionError, as_question
 
 

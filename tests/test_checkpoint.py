@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from trainer_cases import same, text_rows, trainer_for, weights_of
 
-from cppo.checkpoint import (
+from cppo.config import LoraConfig
+from cppo.train.checkpoint import (
     CheckpointError,
     checkpoints,
     last_checkpoint,
     read_state,
     write_checkpoint,
 )
-from cppo.config import LoraConfig
-from cppo.progress import read_metrics
+from cppo.train.progress import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import torch
 from trainer_cases import same, trainer_for, weights_of
 
 from cppo import cli
-from cppo.checkpoint import (
+from cppo.config import CPPOConfig, LoraConfig
+from cppo.train.checkpoint import (
     CheckpointError,
     best_checkpoint,
     check_files,
@@ -22,9 +23,8 @@ from cppo.checkpoint import (
     recover,
     write_checkpoint,
 )
-from cppo.config import CPPOConfig, LoraConfig
-from cppo.progress import read_metrics
-from cppo.run_options import check_options, run_options
+from cppo.train.progress import read_metrics
+from cppo.train.run_options import check_options, run_options
 
 CASES: dict[str, dict[str, Any]] = {
     "text": {},

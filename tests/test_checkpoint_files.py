@@ -24,9 +24,9 @@ from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import BaseVideoProcessor
 
 import cppo
-from cppo.checkpoint import last_checkpoint
 from cppo.demo.warmup import CHECKPOINTS
-from cppo.models import load_model, load_processor, save_processor
+from cppo.model.load import load_model, load_processor, save_processor
+from cppo.train.checkpoint import last_checkpoint
 
 VIDEO = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 12, "max_frames": 5}
 # Not the checkpoint's: weights, and what says something about the base alone.
@@ -211,7 +211,7 @@ def test_plain_auto_processor_with_torchvision(tmp_path: Path) -> None:
     """A checkpoint that was written without torchvision, opened where there is one."""
     from transformers import Qwen2_5_VLProcessor
 
-    from cppo.models import image_only
+    from cppo.model.load import image_only
 
     folders = [CHECKPOINTS / "digits"]
     for video in ("nested", "file", "none"):

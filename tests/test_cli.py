@@ -17,7 +17,7 @@ from cppo.cli import dry_run, main, run_config
 from cppo.cli.run_parts import load_questions
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
 from cppo.demo.run import demo_config
-from cppo.progress import read_metrics
+from cppo.train.progress import read_metrics
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.yaml"))
 DIGITS, GSM8K = (str(path) for path in RECIPES if path.stem in ("digits", "gsm8k_qwen2.5_1.5b"))
@@ -294,7 +294,7 @@ def test_a_ground_truth_that_no_reward_reads_stops_a_run_before_its_model_is_loa
 def test_a_signal_saves_and_says_where_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    from cppo.trainer import CPPOTrainer
+    from cppo.train.trainer import CPPOTrainer
 
     monkeypatch.chdir(tmp_path)
     step = CPPOTrainer.train_step

@@ -14,7 +14,7 @@ import torch
 from cppo.cli.config_file import ConfigError
 from cppo.cli.run_config import dump, load
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
-from cppo.trainer_arguments import check_optimizer_steps
+from cppo.train.arguments import check_optimizer_steps
 
 GOOD = """
 model: {path: some/model}

@@ -33,9 +33,9 @@ from cppo.demo.warmup import (
     supervise,
     warm_up,
 )
-from cppo.models import load_model, load_processor
-from cppo.progress import read_metrics
-from cppo.trainer import CPPOTrainer
+from cppo.model.load import load_model, load_processor
+from cppo.train.progress import read_metrics
+from cppo.train.trainer import CPPOTrainer
 
 
 def _same(row, other):

@@ -13,8 +13,8 @@ import torch
 from trainer_cases import relative_difference, weights_of
 from two_processes import FAMILIES, dealt, updated
 
-from cppo.checkpoint import checkpoints
-from cppo.progress import read_metrics
+from cppo.train.checkpoint import checkpoints
+from cppo.train.progress import read_metrics
 
 SCRIPT = str(Path(__file__).with_name("two_processes.py"))
 BIN = Path(sys.executable).parent

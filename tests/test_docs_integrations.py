@@ -99,7 +99,7 @@ def test_the_trl_table_is_the_committed_rows(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_trl_page(tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
     from cppo.integrations.trl import check
-    from cppo.models import load_model, load_processor
+    from cppo.model.load import load_model, load_processor
 
     usage, mixin, allocation, kernel = blocks("trl.md")
     path = CHECKPOINTS / "arithmetic"

@@ -10,9 +10,10 @@ from trainer_cases import tiny, trainer_for
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config
 from transformers import Phi3ForCausalLM as Phi3
 
-from cppo import evaluate, model_check
+from cppo.model import check as model_check
 from cppo.questions.errors import QuestionError
 from cppo.questions.stream import all_questions
+from cppo.train import evaluate
 
 SIZES: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
 ENDS: dict[str, Any] = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)

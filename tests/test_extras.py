@@ -9,7 +9,7 @@ import pytest
 
 from cppo import cli
 from cppo.extras import require_package
-from cppo.trainer_arguments import check_trackers
+from cppo.train.arguments import check_trackers
 
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
 

@@ -16,8 +16,8 @@ import pytest
 from test_checkpoint_damage import flip
 from trainer_cases import noise, trainer_for
 
-from cppo import fingerprint
-from cppo.checkpoint import _seal, last_checkpoint
+from cppo.train import fingerprint
+from cppo.train.checkpoint import _seal, last_checkpoint
 
 pytestmark = pytest.mark.slow
 SCRIPT = str(Path(__file__).with_name("failing_processes.py"))

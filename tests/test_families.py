@@ -10,7 +10,8 @@ from families import FAMILIES, is_known, tiny_family
 from torch import Tensor
 from transformers import DynamicCache
 
-from cppo import forward, model_check
+from cppo.model import check as model_check
+from cppo.model import forward
 from cppo.ops.pack import pack_completions
 
 CLOSE = 2e-5  # of the largest logit; what is wrong is off by far more, rounding in fp32 by far less

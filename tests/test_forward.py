@@ -24,12 +24,12 @@ from trainer_cases import (
 )
 
 import cppo
-from cppo import attention, forward
+from cppo.model import attention, forward
+from cppo.model.prompts import encode_questions
 from cppo.ops.pack import pack_completions
-from cppo.prompts import encode_questions
 from cppo.records import PackedBatch
-from cppo.sampler import _draw
-from cppo.step import Batch, _hidden, _images_of
+from cppo.rollouts.sampler import _draw
+from cppo.train.step import Batch, _hidden, _images_of
 
 FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the model
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from trainer_cases import noise, same, trainer_for, weights_of
 
-from cppo import checkpoint, policy
-from cppo.checkpoint import CheckpointError, check_files, last_checkpoint
-from cppo.output_dir import Claim
-from cppo.progress import read_metrics
-from cppo.trainer import CPPOTrainer
+from cppo.train import checkpoint, policy
+from cppo.train.checkpoint import CheckpointError, check_files, last_checkpoint
+from cppo.train.output_dir import Claim
+from cppo.train.progress import read_metrics
+from cppo.train.trainer import CPPOTrainer
 
 STEPS = 4
 OPTIONS: dict[str, Any] = {"max_steps": STEPS, "save_every": 1, "num_iterations": 2}
@@ -234,8 +234,9 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
             folder.chmod(folder.stat().st_mode | 0o011)
     tmp_path.chmod(0o755)
     script = (
-        "import os, sys; from pathlib import Path; from cppo.output_dir import claim_output_dir\n"
-        "from cppo.checkpoint import write_checkpoint\n"
+        "import os, sys; from pathlib import Path\n"
+        "from cppo.train.output_dir import claim_output_dir\n"
+        "from cppo.train.checkpoint import write_checkpoint\n"
         f"closed = Path({str(closed)!r}); os.setgid(65534); os.setuid(65534)\n"
         "for call in (claim_output_dir(closed / 'run').lock, claim_output_dir(closed).lock,\n"
         "             lambda: write_checkpoint(closed, 1, print, {}, {'metric': None}, 1)):\n"
@@ -267,8 +268,8 @@ def test_what_another_user_closed_is_said(tmp_path: Path) -> None:
     closed.mkdir(parents=True)
     closed.chmod(0o700)
     script = (
-        "import os; from pathlib import Path; from cppo.output_dir import claim_output_dir\n"
-        "from cppo.checkpoint import best_checkpoint, check_files, last_checkpoint\n"
+        "import os; from pathlib import Path; from cppo.train.output_dir import claim_output_dir\n"
+        "from cppo.train.checkpoint import best_checkpoint, check_files, last_checkpoint\n"
         f"run = Path({str(closed.parent)!r}); os.setgid(65534); os.setuid(65534)\n"
         "for call, path in ((claim_output_dir, run), (claim_output_dir, run / closed / 'new'),\n"
         "                   (check_files, run / closed), (last_checkpoint, run)):\n"
@@ -317,7 +318,7 @@ def test_two_trainers_of_one_process_in_one_folder(tmp_path: Path) -> None:
 
 
 OTHER_PROCESS = (
-    "import sys; from pathlib import Path; from cppo.output_dir import Claim\n"
+    "import sys; from pathlib import Path; from cppo.train.output_dir import Claim\n"
     "try:\n    Claim(Path(sys.argv[1])).lock()\n"
     "except ValueError as error:\n    print(error)\n"
 )
@@ -364,7 +365,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import sys, time; from pathlib import Path; from cppo.output_dir import Claim\n"
+            "import sys, time; from pathlib import Path; from cppo.train.output_dir import Claim\n"
             "Claim(Path(sys.argv[1])).lock(); print('held', flush=True); time.sleep(100)",
             str(tmp_path),
         ],

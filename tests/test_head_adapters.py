@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from trainer_cases import tiny, trainer_for, weights_of
 
-from cppo import forward, model_check
+from cppo.model import check as model_check
+from cppo.model import forward
 from cppo.ops.pack import pack_completions
 
 HEAD: dict[str, Any] = {"target_modules": ["lm_head"]}

@@ -17,7 +17,7 @@ from metric_cases import (
 from test_distributed import launch
 from trainer_cases import image, text_rows, trainer_for
 
-from cppo.metrics import Largest, Mean, Total, over_processes
+from cppo.train.metrics import Largest, Mean, Total, over_processes
 
 
 @pytest.mark.parametrize("reduction", ["grpo", "dapo", "dr_grpo"])

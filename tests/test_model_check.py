@@ -14,7 +14,8 @@ from torch import Tensor
 from trainer_cases import VISION_FAMILIES, tiny
 
 import cppo
-from cppo import attention, forward, model_check
+from cppo.model import attention, forward
+from cppo.model import check as model_check
 from cppo.ops.pack import pack_completions
 from cppo.records import PackedBatch
 
@@ -257,7 +258,7 @@ def test_a_model_is_checked_once_and_costs_four_runs() -> None:
     assert len(runs) == 4 + 1
     assert torch.equal(cppo.packed_hidden(model, batch), first)
     assert len(runs) == 4 + 2
-    shared = cppo.shared_prompts.share_prompts(batch, [0, 0])
+    shared = cppo.model.shared_prompts.share_prompts(batch, [0, 0])
     cppo.packed_hidden(model, batch, shared=shared)
     assert len(runs) == 4 + 2 + 5 + 1  # met with shared prompts for the first time
     cppo.packed_hidden(model, batch)

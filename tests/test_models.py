@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import Qwen2_5_VLProcessor, ViTConfig
 
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm, build_tokenizer
-from cppo.models import (
+from cppo.model.load import (
     check_saveable,
     closing_token_ids,
     image_only,
@@ -165,7 +165,7 @@ def test_a_folder_without_video_configuration_loads_with_torchvision_too(tmp_pat
     settings = json.loads((tmp_path / "processor_config.json").read_text())
     del settings["video_processor"]
     (tmp_path / "processor_config.json").write_text(json.dumps(settings))
-    monkeypatch.setattr("cppo.models.is_torchvision_available", lambda: True)
+    monkeypatch.setattr("cppo.model.load.is_torchvision_available", lambda: True)
     loaded = load_processor(tmp_path)
     assert type(loaded).get_attributes() == ["image_processor", "tokenizer"]
 

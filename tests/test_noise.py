@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import cppo
-from cppo import policy
+from cppo.train import policy
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = dict(

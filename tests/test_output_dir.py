@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from cppo import cli
-from cppo.checkpoint import checkpoints
-from cppo.output_dir import Claim, claim_output_dir
-from cppo.progress import read_metrics
+from cppo.train.checkpoint import checkpoints
+from cppo.train.output_dir import Claim, claim_output_dir
+from cppo.train.progress import read_metrics
 
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
 TINY = (

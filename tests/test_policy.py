@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from trainer_cases import config, tiny, trainer_for
 
 import cppo
-from cppo import policy
+from cppo.train import policy
 
 CPU = torch.device("cpu")
 LORA = {"lora": cppo.LoraConfig(r=2)}

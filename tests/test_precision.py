@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from trainer_cases import config, questions_for, tiny, trainer_for, weights_of
 
 import cppo
-from cppo import forward, policy
-from cppo.checkpoint import last_checkpoint
-from cppo.models import load_model
-from cppo.precision import hold_weights, whole
-from cppo.prompts import encode_questions
+from cppo.model import forward
+from cppo.model.load import load_model
+from cppo.model.precision import hold_weights, whole
+from cppo.model.prompts import encode_questions
+from cppo.train import policy
+from cppo.train.checkpoint import last_checkpoint
 
 CPU = torch.device("cpu")
 HALVES = (torch.bfloat16, torch.float16)

@@ -37,11 +37,11 @@ from trainer_cases import (
 
 from cppo.cli import dry_run
 from cppo.demo.digits import DigitSums
-from cppo.prompts import PromptEncoder, encode_questions, render
+from cppo.model.prompts import PromptEncoder, encode_questions, render
 from cppo.questions import Question, QuestionError, as_question
 from cppo.questions.messages import with_images
-from cppo.rollout import sample_completions
-from cppo.trainer import CPPOTrainer
+from cppo.rollouts.rollout import sample_completions
+from cppo.train.trainer import CPPOTrainer
 
 # ---- Ids
 
@@ -128,7 +128,7 @@ def test_greyscale_and_colour_images_are_one_thing_to_the_processor() -> None:
 
 def test_the_lengths_of_a_dry_run_are_those_of_the_run(monkeypatch: Any, tmp_path: Path) -> None:
     tokenizer = chat_tokenizer(LLAMA)
-    monkeypatch.setattr("cppo.models.load_processor", lambda path: tokenizer)
+    monkeypatch.setattr("cppo.model.load.load_processor", lambda path: tokenizer)
     config: Any = SimpleNamespace(model=SimpleNamespace(path=tmp_path))
     shown, longest = dry_run._first_question(config, [{"prompt": "1?"}, {"prompt": "1+1?"}])
     assert longest == encode_rows(tokenizer, "1+1?").input_ids.shape[1]

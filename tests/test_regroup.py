@@ -8,9 +8,9 @@ import pytest
 import torch
 from trainer_cases import fixed_batch, fixed_rollouts, packed, questions_for, tiny
 
-from cppo.regroup import _plan, balanced, merge, take_questions
-from cppo.rollout import Rollouts
-from cppo.step import _hidden, _images_of
+from cppo.rollouts.rollout import Rollouts
+from cppo.train.regroup import _plan, balanced, merge, take_questions
+from cppo.train.step import _hidden, _images_of
 
 FAMILIES = ("text", "qwen2_5_vl")
 

@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 from trainer_cases import digit_share, image, same, text_rows, trainer_for, weights_of
 
-from cppo import fingerprint
 from cppo.rewards import (
     Combined,
     CosineLength,
@@ -31,6 +30,7 @@ from cppo.rewards import (
     gsm8k_reward,
     math_reward,
 )
+from cppo.train import fingerprint
 
 
 def letter_share(completions: list[Any], **columns: Any) -> list[float]:

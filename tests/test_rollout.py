@@ -8,10 +8,10 @@ import pytest
 import torch
 from trainer_cases import config, packed, question, questions_for, tiny
 
-from cppo.prompts import encode_questions
+from cppo.model.prompts import encode_questions
 from cppo.questions import Question
-from cppo.rollout import Rollouts, sample_completions
-from cppo.step import Batch, token_logps
+from cppo.rollouts.rollout import Rollouts, sample_completions
+from cppo.train.step import Batch, token_logps
 
 
 def sampled(model: Any, processor: Any, questions: list[Question], **options: Any) -> Rollouts:

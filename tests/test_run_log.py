@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from trainer_cases import text_rows, trainer_for
 
-from cppo import progress
-from cppo.progress import RunLog, read_metrics
+from cppo.train import progress
+from cppo.train.progress import RunLog, read_metrics
 
 
 def lines(path: Path) -> list[Any]:

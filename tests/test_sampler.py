@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-import cppo.sampler
-from cppo import forward
+import cppo.rollouts.sampler
 from cppo.demo.digits import DigitSums
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
 from cppo.demo.warmup import CHECKPOINTS
-from cppo.models import load_model, load_processor
-from cppo.prompts import Prompts, encode_questions
+from cppo.model import forward
+from cppo.model.load import load_model, load_processor
+from cppo.model.prompts import Prompts, encode_questions
 from cppo.questions import as_question
-from cppo.rollout import Rollouts, sample_completions
+from cppo.rollouts.rollout import Rollouts, sample_completions
 
 FAMILIES = ("text", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 TOKENS = 16
@@ -67,7 +67,7 @@ def test_rows_that_leave_the_batch_change_no_other_row(monkeypatch: pytest.Monke
     prompts = encode_questions(model, processor, questions)
     kept_in = {}
     for share in (0.0, 2.0):
-        monkeypatch.setattr(cppo.sampler, "_DROP_SHARE", share)
+        monkeypatch.setattr(cppo.rollouts.sampler, "_DROP_SHARE", share)
         kept_in[share] = _sample(model, processor, prompts).completion_ids
     assert kept_in[0.0] == kept_in[2.0]
     assert len({len(ids) for ids in kept_in[0.0]}) > 1
@@ -139,8 +139,8 @@ def test_sampling_stops_at_the_longest_completion(monkeypatch: pytest.MonkeyPatc
             drawn[min(row, len(hidden) - 1)] = processor.eos_token_id
         return drawn
 
-    monkeypatch.setattr(cppo.sampler, "_draw", draw)
-    monkeypatch.setattr(cppo.sampler, "_DROP_SHARE", 2.0)  # rows stay where they are
+    monkeypatch.setattr(cppo.rollouts.sampler, "_draw", draw)
+    monkeypatch.setattr(cppo.rollouts.sampler, "_DROP_SHARE", 2.0)  # rows stay where they are
     rollouts = _sample(model, processor, prompts, max_new_tokens=1000)
     lengths = [len(ids) for ids in rollouts.completion_ids]
     assert sorted(lengths) == [1, 1, 2, 2, 3, 4] and not rollouts.truncated.any()

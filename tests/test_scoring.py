@@ -18,11 +18,11 @@ import torch
 from trainer_cases import fixed_rollouts, question, questions_for, tiny
 from transformers import TrainerState
 
-from cppo import scoring
 from cppo.rewards import completion_text, exact_match
-from cppo.rollout import Rollouts
-from cppo.scoring import RewardError, Scores, check_signature, metric_name, reward_name, score
-from cppo.stopping import Stopped
+from cppo.rollouts.rollout import Rollouts
+from cppo.train import scoring
+from cppo.train.scoring import RewardError, Scores, check_signature, metric_name, reward_name, score
+from cppo.train.stopping import Stopped
 
 
 def strings(rollouts: Rollouts) -> Rollouts:

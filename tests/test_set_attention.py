@@ -9,7 +9,7 @@ import torch
 from trainer_cases import tiny
 
 import cppo
-from cppo import forward
+from cppo.model import forward
 from cppo.ops.pack import pack_completions
 from cppo.records import PackedBatch
 

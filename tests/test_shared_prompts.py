@@ -23,9 +23,9 @@ from trainer_cases import (
 )
 
 import cppo
+from cppo.model.shared_prompts import share_prompts
 from cppo.records import NumItems
-from cppo.shared_prompts import share_prompts
-from cppo.step import Batch, _hidden, _images_of, microbatch_loss
+from cppo.train.step import Batch, _hidden, _images_of, microbatch_loss
 
 FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the model
 

@@ -21,13 +21,13 @@ from trainer_cases import (
 )
 
 from cppo.config import CPPOConfig
-from cppo.forward import lm_head
+from cppo.model.forward import lm_head
+from cppo.model.prompts import encode_questions
 from cppo.ops.advantages import advantages_and_prune
 from cppo.ops.loss import linear_cppo_loss
-from cppo.prompts import encode_questions
 from cppo.records import LossOutput, NumItems
-from cppo.selection import cut_surplus
-from cppo.step import (
+from cppo.train.selection import cut_surplus
+from cppo.train.step import (
     Batch,
     forward_views,
     microbatch_loss,

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from trainer_cases import noise, same, trainer_for, weights_of
 
-from cppo.checkpoint import last_checkpoint, read_summary
-from cppo.stopping import Stopping
-from cppo.trainer import CPPOTrainer
+from cppo.train.checkpoint import last_checkpoint, read_summary
+from cppo.train.stopping import Stopping
+from cppo.train.trainer import CPPOTrainer
 
 SCRIPT = str(Path(__file__).with_name("stopped_runs.py"))
 
@@ -48,7 +48,7 @@ def test_a_run_stopped_again_and_again_is_the_undisturbed_one(
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys, time; from cppo.stopping import Stopping\n"
+        "import os, signal, sys, time; from cppo.train.stopping import Stopping\n"
         "stopping = Stopping(is_main=True)\n"
         "with stopping.listening():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"

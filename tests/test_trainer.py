@@ -23,20 +23,20 @@ from trainer_cases import (
     weights_of,
 )
 
-from cppo import evaluate as evaluate_module
-from cppo.checkpoint import best_checkpoint, checkpoints, last_checkpoint, read_summary
 from cppo.config import LoraConfig
 from cppo.demo.digits import DigitSums
-from cppo.evaluate import evaluate
-from cppo.forward import vision_tower
-from cppo.models import load_model, load_processor
-from cppo.progress import PhaseTimer, read_metrics
+from cppo.model.forward import vision_tower
+from cppo.model.load import load_model, load_processor
 from cppo.questions import as_question
 from cppo.questions.stream import QuestionStream
 from cppo.rewards import completion_text
-from cppo.scoring import RewardError
-from cppo.step import token_logps
-from cppo.trainer import CPPOTrainer
+from cppo.train import evaluate as evaluate_module
+from cppo.train.checkpoint import best_checkpoint, checkpoints, last_checkpoint, read_summary
+from cppo.train.evaluate import evaluate
+from cppo.train.progress import PhaseTimer, read_metrics
+from cppo.train.scoring import RewardError
+from cppo.train.step import token_logps
+from cppo.train.trainer import CPPOTrainer
 
 
 def random_reward(completions: list[Any], **columns: Any) -> list[float]:
@@ -83,7 +83,7 @@ def test_several_passes_and_steps_take_old_log_probabilities(
 ) -> None:
     calls: list[Tensor] = []
     monkeypatch.setattr(
-        "cppo.trainer.token_logps", lambda *a: (calls.append(token_logps(*a)), calls[-1])[1]
+        "cppo.train.trainer.token_logps", lambda *a: (calls.append(token_logps(*a)), calls[-1])[1]
     )
     options = dict(rewards=random_reward, lr_scheduler="linear", learning_rate=1e-2)
     trainer = trainer_for(tmp_path, num_iterations=2, optimizer_steps=2, **options)
@@ -185,14 +185,14 @@ def test_gradient_checkpointing_trains_alike(tmp_path: Path) -> None:
 
 def test_bf16_keeps_fp32_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    from cppo.step import packed_hidden
+    from cppo.train.step import packed_hidden
 
     def watch(*arguments: Any) -> Tensor:
         hidden = packed_hidden(*arguments)
         seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
         return hidden
 
-    monkeypatch.setattr("cppo.step.packed_hidden", watch)
+    monkeypatch.setattr("cppo.train.step.packed_hidden", watch)
     trainer = trainer_for(tmp_path, "qwen2_5_vl", precision="bf16", rewards=random_reward)
     changes = moved(trainer)
     assert set(seen) == {torch.bfloat16}

@@ -12,8 +12,8 @@ from trainer_cases import digit_share, image, small_run, text_rows, tiny, traine
 
 from cppo.questions import QuestionError
 from cppo.rewards import completion_text
-from cppo.scoring import RewardError
-from cppo.trainer import CPPOTrainer
+from cppo.train.scoring import RewardError
+from cppo.train.trainer import CPPOTrainer
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

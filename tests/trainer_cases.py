@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from cppo.config import CPPOConfig, LossConfig
 from cppo.demo.digits import DigitSums
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
-from cppo.forward import check_supported, set_attention
-from cppo.prompts import encode_questions, tokenizer_of
+from cppo.model.forward import check_supported, set_attention
+from cppo.model.prompts import encode_questions, tokenizer_of
 from cppo.questions import Question
 from cppo.rewards import completion_text
-from cppo.rollout import Rollouts, _assemble
-from cppo.step import Batch
-from cppo.trainer import CPPOTrainer
+from cppo.rollouts.rollout import Rollouts, _assemble
+from cppo.train.step import Batch
+from cppo.train.trainer import CPPOTrainer
 
 VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FAMILIES = ("text", *VISION_FAMILIES)

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from cppo.config import LossConfig
 from cppo.demo.digits import DigitSums
 from cppo.integrations.trl import CPPO, CPPOMixin
-from cppo.models import load_model
+from cppo.model.load import load_model
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="cppo-trl-")  # gone when the process ends
 OFF = CPPO(trim=False, loss=LossConfig(cpl_coef=0))

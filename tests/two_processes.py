@@ -31,10 +31,10 @@ from trainer_cases import (
     weights_of,
 )
 
-from cppo.progress import PhaseTimer
-from cppo.regroup import balanced, take_questions
-from cppo.step import Batch
-from cppo.trainer import CPPOTrainer
+from cppo.train.progress import PhaseTimer
+from cppo.train.regroup import balanced, take_questions
+from cppo.train.step import Batch
+from cppo.train.trainer import CPPOTrainer
 
 FAMILIES = ("text", "qwen2_5_vl")
 UPDATE = dict(

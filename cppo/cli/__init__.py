@@ -124,12 +124,12 @@ def _train(options: argparse.Namespace) -> int:
 
         print(dry_run.report(config))
         return 0
-    from cppo.checkpoint import last_checkpoint
     from cppo.cli.info import ops_line
     from cppo.cli.run_parts import make_trainer
-    from cppo.output_dir import claim_output_dir
-    from cppo.processes import ProcessError
-    from cppo.scoring import RewardError
+    from cppo.train.checkpoint import last_checkpoint
+    from cppo.train.output_dir import claim_output_dir
+    from cppo.train.processes import ProcessError
+    from cppo.train.scoring import RewardError
 
     output_dir = Path(config.trainer.output_dir)
     try:
@@ -167,9 +167,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     """Measure greedy and sampled rewards on held-out questions, and append them to a CSV file."""
     from dataclasses import replace
 
-    from cppo.checkpoint import CheckpointError
     from cppo.cli.info import default_device, ops_line
     from cppo.cli.run_parts import evaluate_policy
+    from cppo.train.checkpoint import CheckpointError
 
     try:
         config, checkpoint, folder = _target(options)
@@ -224,7 +224,7 @@ def _target(options: argparse.Namespace) -> tuple[RunConfig, Path | None, Path]:
 
     A run may have been moved since: its folder is where it is, not its trainer.output_dir.
     """
-    from cppo.checkpoint import best_checkpoint, last_checkpoint
+    from cppo.train.checkpoint import best_checkpoint, last_checkpoint
 
     target = Path(options.target)
     if not target.exists():

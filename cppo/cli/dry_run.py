@@ -293,8 +293,8 @@ def _rewards(config: RunConfig) -> list[Any]:
 
 def _first_question(config: RunConfig, rows: Any) -> tuple[str, int | None]:
     """The first question as the model reads it, and the longest of the first prompts in tokens."""
-    from cppo.models import load_processor
-    from cppo.prompts import PromptEncoder, render
+    from cppo.model.load import load_processor
+    from cppo.model.prompts import PromptEncoder, render
     from cppo.questions import as_question
 
     first = [as_question(rows[i], index=i) for i in range(min(CHECKED_ROWS, len(rows)))]

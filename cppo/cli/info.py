@@ -91,7 +91,7 @@ def collect() -> dict[str, Any]:
 
     Returns: a dict that json can write; `ops` is {device: {op: {backend: why not, or ''}}}.
     """
-    from cppo.forward import choose_attention
+    from cppo.model.forward import choose_attention
 
     processor = f"{platform.machine()} {_vectors()}".rstrip()
     devices = {"cpu": f"{processor}, {torch.get_num_threads()} threads"}

@@ -21,7 +21,7 @@ DEMO_ROWS = 100_000  # of a demo task without a limit; rows are made when they a
 
 if TYPE_CHECKING:
     from cppo.config import CPPOConfig
-    from cppo.trainer import CPPOTrainer, Dataset
+    from cppo.train.trainer import CPPOTrainer, Dataset
 
 
 def model_path(model: ModelConfig) -> str:
@@ -50,8 +50,8 @@ def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tup
     """
     from transformers.utils import logging
 
-    from cppo.checkpoint import check_files
-    from cppo.models import load_model, load_processor
+    from cppo.model.load import load_model, load_processor
+    from cppo.train.checkpoint import check_files
 
     logging.disable_progress_bar()  # a bar of a moment, between our own lines
     if checkpoint is None:
@@ -68,7 +68,7 @@ def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tup
         return PeftModel.from_pretrained(base, str(checkpoint)), processor
     if not is_place(model.builder):
         return load_model(checkpoint), load_processor(checkpoint)
-    from cppo.policy import load_weights
+    from cppo.train.policy import load_weights
 
     built, processor = load_policy(model)
     load_weights(built, Path(checkpoint))
@@ -158,7 +158,7 @@ def check_packages(config: RunConfig, *, training: bool = True) -> None:
         training: whether the trainer's options count; an evaluation needs the rewards' alone.
     Raises: ImportError naming the key and what to install; ValueError for an unknown tracker.
     """
-    from cppo.trainer_arguments import check_trackers
+    from cppo.train.arguments import check_trackers
 
     entries = ([entry] if isinstance(entry, str) else entry for entry in config.rewards)
     names = {name for entry in entries for name in entry}
@@ -204,7 +204,7 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
     Raises: ConfigError for anything that is missing or does not fit together.
     """
     from cppo.questions import check_dataset
-    from cppo.trainer import CPPOTrainer
+    from cppo.train.trainer import CPPOTrainer
 
     data, held_out = config.data, None
     try:
@@ -252,13 +252,13 @@ def evaluate_policy(
         checkpoint: a folder that the trainer wrote; None: the configured weights.
         dataset: "train" or "eval".
         device: where the model runs.
-    Returns: (metrics as `cppo.evaluate.evaluate` names them, number of questions).
+    Returns: (metrics as `cppo.train.evaluate.evaluate` names them, number of questions).
     Raises: ConfigError for anything that is missing.
     """
-    from cppo.evaluate import evaluate
-    from cppo.models import special_token_ids_to_suppress
+    from cppo.model.load import special_token_ids_to_suppress
     from cppo.questions import as_question
-    from cppo.scoring import RewardError
+    from cppo.train.evaluate import evaluate
+    from cppo.train.scoring import RewardError
 
     try:
         check_packages(config, training=False)

@@ -25,16 +25,16 @@ from cppo.demo.digits import DigitSums, digit_sum_accuracy, handwriting
 from cppo.demo.report import write_report
 from cppo.demo.shortcut import HintedSums, warm_up_shortcut
 from cppo.demo.warmup import CHECKPOINTS, warm_up
-from cppo.models import load_model, load_processor
+from cppo.model.load import load_model, load_processor
+from cppo.model.prompts import tokenizer_of
 from cppo.ops.perception_mask import perception_mask
 from cppo.ops.token_stats import linear_token_stats
-from cppo.output_dir import claim_output_dir
-from cppo.prompts import tokenizer_of
 from cppo.reference import kept_per_unit
-from cppo.scoring import metric_name
-from cppo.seeds import seed_from
-from cppo.step import forward_views
-from cppo.trainer import CPPOTrainer
+from cppo.train.output_dir import claim_output_dir
+from cppo.train.scoring import metric_name
+from cppo.train.seeds import seed_from
+from cppo.train.step import forward_views
+from cppo.train.trainer import CPPOTrainer
 from cppo.views import perturb, views_from_names
 
 
@@ -383,7 +383,7 @@ def example_completions(trainer: CPPOTrainer, count: int = 6) -> list[dict[str, 
 def _entropies(
     model: nn.Module, batch: Any, rows: torch.Tensor, config: CPPOConfig, trainer: CPPOTrainer
 ) -> list[tuple[str, torch.Tensor]]:
-    from cppo.forward import lm_head
+    from cppo.model.forward import lm_head
 
     views, packed = forward_views(model, batch, rows, config, trainer.processor)
     head = lm_head(model, batch.suppressed)._asdict()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from cppo.demo.digits import QUESTION, DigitSums
 from cppo.demo.warmup import CHECKPOINTS, Phase, supervise
-from cppo.models import load_model, load_processor
+from cppo.model.load import load_model, load_processor
 
 _PHASES = (Phase(90, (2, 3), 0.0),)
 _PEAK_LR = 1e-3

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from cppo.demo.arithmetic import ArithmeticProblems
 from cppo.demo.digits import DigitSums
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
-from cppo.models import is_vision_language, special_token_ids_to_suppress
+from cppo.model.load import is_vision_language, special_token_ids_to_suppress
 from cppo.rewards import boxed
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"

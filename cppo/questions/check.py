@@ -77,7 +77,9 @@ def check_dataset(
     require_dataset("cppo.check_dataset: dataset", dataset)
     encoder, readers = None, answer_rewards(rewards)
     if processor is not None:
-        from cppo.prompts import PromptEncoder  # torch and transformers, which rows do not need
+        from cppo.model.prompts import (
+            PromptEncoder,  # torch and transformers, which rows do not need
+        )
 
         encoder = PromptEncoder(processor, chat_template_kwargs)
     total = len(dataset)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cppo.forward import ImageBatch, has_vision, rotary_positions
+from cppo.model.forward import ImageBatch, has_vision, rotary_positions
 from cppo.questions.errors import QuestionError
 from cppo.questions.messages import (
     Messages,
@@ -81,7 +81,7 @@ class EncodedQuestion(NamedTuple):
         input_ids: token ids, image placeholders included.
         generation_prompt: as in `Prompts`.
         pixel_values: (P, C) patches of its images; None without any.
-        image_grid_thw: (I, 3) int64, as in `cppo.forward.ImageBatch`; None without any.
+        image_grid_thw: (I, 3) int64, as in `cppo.model.forward.ImageBatch`; None without any.
     """
 
     question: Question

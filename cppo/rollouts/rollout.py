@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cppo.journal import Once, now
-from cppo.models import closing_token_ids
-from cppo.prompts import Prompts, tokenizer_of
+from cppo.model.load import closing_token_ids
+from cppo.model.prompts import Prompts, tokenizer_of
 from cppo.questions import Question
-from cppo.sampler import decode
+from cppo.rollouts.sampler import decode
+from cppo.train.journal import Once, now
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def sample_completions(
         max_new_tokens: tokens of a completion at most.
         temperature: of the softmax; None: the greedy completion.
         suppressed: token ids that are never sampled. The ends of text are those of
-            `cppo.models.closing_token_ids`.
+            `cppo.model.load.closing_token_ids`.
         batch_size: completions generated at once.
-        once: runs the generation of such a batch, or knows what it came to (`cppo.journal`).
+        once: runs the generation of such a batch, or knows what it came to (`cppo.train.journal`).
     Returns: Rollouts, padded to the longest completion.
     """
     tokenizer = tokenizer_of(processor)

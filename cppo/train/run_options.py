@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cppo.checkpoint import CheckpointError, read_summary
 from cppo.config import CPPOConfig
+from cppo.train.checkpoint import CheckpointError, read_summary
 
 # What may change when a run is resumed: how long it goes on and what is written.
 _MAY_CHANGE = {

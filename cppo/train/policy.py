@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.utils import logging
 
-from cppo import forward
-from cppo.checkpoint import CheckpointError
 from cppo.config import CPPOConfig
 from cppo.extras import require_package
-from cppo.model_check import check_model, check_training_mode
-from cppo.models import quiet, save_processor
-from cppo.precision import hold_weights, whole, widest
+from cppo.model import forward
+from cppo.model.check import check_model, check_training_mode
+from cppo.model.load import quiet, save_processor
+from cppo.model.precision import hold_weights, whole, widest
+from cppo.train.checkpoint import CheckpointError
 
 
 def frozen_copy(model: nn.Module, config: CPPOConfig, device: torch.device) -> nn.Module:

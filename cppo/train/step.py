@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from cppo.config import CPPOConfig, LossConfig
-from cppo.forward import ImageBatch, lm_head, packed_hidden
-from cppo.journal import Once, now
+from cppo.model.forward import ImageBatch, lm_head, packed_hidden
+from cppo.model.shared_prompts import share_prompts
 from cppo.ops.loss import linear_cppo_loss
 from cppo.ops.pack import pack_completions, plan_microbatches
 from cppo.ops.token_stats import linear_token_stats
 from cppo.records import LossOutput, NumItems, PackedBatch, Views
-from cppo.rollout import Rollouts
-from cppo.seeds import seed_from
-from cppo.shared_prompts import share_prompts
+from cppo.rollouts.rollout import Rollouts
+from cppo.train.journal import Once, now
+from cppo.train.seeds import seed_from
 from cppo.views import perturb_pixel_values, views_from_names
 
 
@@ -251,7 +251,7 @@ def token_logps(model: nn.Module, batch: Batch, config: CPPOConfig, once: Once =
     """Log-probabilities of the kept completions' response tokens: (B, L) fp32, zero elsewhere.
 
     Args:
-        once: runs a micro-batch, or knows what it came to (`cppo.journal`).
+        once: runs a micro-batch, or knows what it came to (`cppo.train.journal`).
     """
     logps = torch.zeros(batch.rollouts.input_ids.shape, device=batch.kept.device)
     for rows in batch.microbatches(batch.kept, config.max_tokens_per_microbatch):

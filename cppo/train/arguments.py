@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from cppo import forward
 from cppo.config import CPPOConfig
-from cppo.prompts import tokenizer_of
+from cppo.model import forward
+from cppo.model.prompts import tokenizer_of
 from cppo.questions import Question, QuestionError
 from cppo.questions.rows import Dataset, question_at
-from cppo.scoring import RewardFunction, metric_name, reward_name
+from cppo.train.scoring import RewardFunction, metric_name, reward_name
 
 
 def check_processor(model: nn.Module, processor: Any) -> None:
@@ -25,7 +25,7 @@ def check_processor(model: nn.Module, processor: Any) -> None:
     if forward.has_vision(model) and not hasattr(processor, "image_processor"):
         raise TypeError(
             "cppo.CPPOTrainer: processor must be the processor of a vision-language model (see "
-            f"cppo.models.load_processor), got the tokenizer {kind}"
+            f"cppo.model.load.load_processor), got the tokenizer {kind}"
         )
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"cppo.CPPOTrainer: processor must have a chat template, {kind} has none")

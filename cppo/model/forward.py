@@ -1,12 +1,12 @@
 """How a model family is called on a packed stream. The only file that knows.
 
 A packed stream holds many sequences in one row. What keeps them apart is `cu_seqlens`: the
-attention of cppo.attention attends within each sequence and needs no mask at all, so the same model
-also serves padded batches and `generate` (where it is plain sdpa).
+attention of cppo.model.attention attends within each sequence and needs no mask at all, so the same
+model also serves padded batches and `generate` (where it is plain sdpa).
 Rules that hold for every family, each one wrong when broken: `use_cache=False`, positions that
 restart in each sequence, and for the Qwen-VL families three rows of rotary positions computed from
 the image grid. That the model then computes what it computes by itself is not taken for granted:
-`cppo.model_check` compares the two when a model is first met.
+`cppo.model.check` compares the two when a model is first met.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cppo.attention import NAMES, choose_attention, no_mask, register
+from cppo.model.attention import NAMES, choose_attention, no_mask, register
+from cppo.model.shared_prompts import SharedStream
 from cppo.records import PackedBatch
-from cppo.shared_prompts import SharedStream
 
 __all__ = ["choose_attention", "packed_hidden", "set_attention"]
 
@@ -144,7 +144,7 @@ def has_vision(model: nn.Module) -> bool:
 def check_supported(model: nn.Module) -> None:
     """Raises ValueError for a model that there is no way of calling on a packed stream.
 
-    Whether the packed forward is right for it, `cppo.model_check` finds out.
+    Whether the packed forward is right for it, `cppo.model.check` finds out.
     """
     base = unwrap(model)
     if _is_encoder_decoder(getattr(base, "config", None)):
@@ -237,7 +237,7 @@ def packed_hidden(
 
     Specification: row for row those of the model on each sequence by itself, in its mode
     (`train`, `eval`), precision and with its adapters; gradients flow. The first call with a model
-    compares the two on a dozen tokens (`cppo.model_check`); later calls do not.
+    compares the two on a dozen tokens (`cppo.model.check`); later calls do not.
     Args:
         model: a transformers causal model, or a peft model around one, with the attention of
             `cppo.set_attention`.
@@ -245,8 +245,8 @@ def packed_hidden(
         positions: (3, S) rotary positions of a vision-language model; None: batch.position_ids.
         images: the images of some questions; None: the stream has none.
         image_of: for each completion of the stream its question, as an index into `images`.
-        shared: `cppo.shared_prompts.share_prompts` of the batch; None: every completion has its
-            prompt to itself.
+        shared: `cppo.model.shared_prompts.share_prompts` of the batch; None: every completion
+            has its prompt to itself.
     Returns: (T, D) in the dtype of the model's last norm.
     Raises: ValueError if the model lacks the attention of `cppo.set_attention`, or computes
         something else on packed sequences than on each of them alone; TypeError for another batch.
@@ -262,7 +262,7 @@ def packed_hidden(
             'cppo.set_attention(model, "auto") once before the first packed forward'
         )
     if not torch.compiler.is_compiling():
-        from cppo.model_check import check_model
+        from cppo.model.check import check_model
 
         check_model(model, shares=shared is not None, longest=batch.max_seqlen)
     return run_packed(model, batch, positions, images, image_of, shared)

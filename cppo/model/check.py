@@ -10,8 +10,8 @@ eager attention, one sequence at a time:
     shared     their common prompt once in the stream, as with share_prompts
     decoded    padded on the left, token by token with a cache, as in a rollout
 
-The arithmetic is fp64 (`cppo.double_precision`), so that what differs is not rounding. Windows are
-made shorter than the sequences, and adapters are moved away from their start, where most are zero,
+The arithmetic is fp64 (`cppo.model.double_precision`), so that what differs is not rounding. Windows
+are made shorter than the sequences, and adapters are moved away from their start, where most are zero,
 so that neither is right by accident. The model is left as it was found.
 """
 
@@ -26,8 +26,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from cppo.double_precision import DoublePrecision
-from cppo.forward import (
+from cppo.model.double_precision import DoublePrecision
+from cppo.model.forward import (
     LMHead,
     cache_argument,
     check_supported,
@@ -39,10 +39,10 @@ from cppo.forward import (
     unwrap,
     vision_tower,
 )
-from cppo.left_as_found import left_as_found, model_configs
+from cppo.model.left_as_found import left_as_found, model_configs
+from cppo.model.shared_prompts import share_prompts
 from cppo.ops.pack import pack_completions
 from cppo.records import PackedBatch
-from cppo.shared_prompts import share_prompts
 
 _T = TypeVar("_T")
 
@@ -332,7 +332,7 @@ def _positions(base: Any, batch: PackedBatch) -> Tensor | None:
 
 
 def _decoded(base: Any, head: LMHead, ids: Tensor) -> Tensor:
-    """(2, 2, V) logits of the last two tokens, the last one with a cache, as in `cppo.sampler`."""
+    """(2, 2, V) logits of the last two tokens, the last one with a cache, as the sampler does."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=base.config.get_text_config())

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from cppo.stopping import Stopped, Stopping
+from cppo.train.stopping import Stopped, Stopping
 
 _T = TypeVar("_T")
 

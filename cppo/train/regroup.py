@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cppo.forward import ImageBatch
+from cppo.model.forward import ImageBatch
+from cppo.model.prompts import Prompts
 from cppo.ops.pack import balance_ranks
-from cppo.processes import Processes
-from cppo.prompts import Prompts
-from cppo.rollout import Rollouts
-from cppo.scoring import Scores
-from cppo.step import Batch
+from cppo.rollouts.rollout import Rollouts
+from cppo.train.processes import Processes
+from cppo.train.scoring import Scores
+from cppo.train.step import Batch
 
 # Below this ratio of the busiest process's tokens to the mean, completions stay where they are.
 _BALANCED = 1.05

@@ -18,7 +18,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from cppo.checkpoint import (
+from cppo.config import WRITTEN_BY_A_RUN
+from cppo.train.checkpoint import (
     PARTIAL,
     check_files,
     checkpoints,
@@ -27,7 +28,6 @@ from cppo.checkpoint import (
     remove_leftovers,
     step_of,
 )
-from cppo.config import WRITTEN_BY_A_RUN
 
 _LOCK = ".lock"
 # What a run, its evaluations and its report write beside the checkpoints; the tracker's files are

@@ -39,10 +39,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from cppo import fingerprint
-from cppo.progress import as_json
 from cppo.questions import Question
-from cppo.rollout import Rollouts
+from cppo.rollouts.rollout import Rollouts
+from cppo.train import fingerprint
+from cppo.train.progress import as_json
 
 RewardFunction = Callable[..., Any]
 # Names beside those of the reward functions in `reward/...` and `eval/sampled/...`.

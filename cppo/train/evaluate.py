@@ -12,14 +12,14 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from cppo.config import CPPOConfig
-from cppo.draws import check_room
-from cppo.model_check import position_limit
-from cppo.prompts import encode_questions
+from cppo.model.check import position_limit
+from cppo.model.prompts import encode_questions
 from cppo.questions import Question
-from cppo.rollout import sample_completions
-from cppo.scoring import RewardFunction, score
-from cppo.seeds import seed_from
-from cppo.trainer_arguments import reward_weights
+from cppo.rollouts.rollout import sample_completions
+from cppo.train.arguments import reward_weights
+from cppo.train.draws import check_room
+from cppo.train.scoring import RewardFunction, score
+from cppo.train.seeds import seed_from
 
 
 @dataclass(frozen=True)

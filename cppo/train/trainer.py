@@ -30,8 +30,28 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import Tensor
 from transformers import TrainerState
 
-from cppo import fingerprint, forward, policy
-from cppo.checkpoint import (
+from cppo.config import CPPOConfig
+from cppo.model import forward
+from cppo.model.check import position_limit
+from cppo.model.load import check_saveable, closing_token_ids, special_token_ids_to_suppress
+from cppo.model.prompts import EncodedQuestion, collate
+from cppo.ops.advantages import questions_needed
+from cppo.questions.rows import Dataset
+from cppo.questions.stream import all_questions
+from cppo.records import NumItems
+from cppo.rollouts.rollout import Rollouts, sample_completions
+from cppo.train import fingerprint, policy
+from cppo.train.arguments import (
+    check_evaluation,
+    check_images,
+    check_optimizer_steps,
+    check_processor,
+    check_trackers,
+    first_question,
+    reward_list,
+    reward_weights,
+)
+from cppo.train.checkpoint import (
     PARTIAL,
     CheckpointError,
     check_files,
@@ -42,39 +62,20 @@ from cppo.checkpoint import (
     write_checkpoint,
     write_tensors,
 )
-from cppo.config import CPPOConfig
-from cppo.draws import QuestionDraws
-from cppo.evaluate import evaluate
-from cppo.journal import Journal, Once, now
-from cppo.metrics import Total, over_processes, rollout_metrics, update_metrics
-from cppo.model_check import position_limit
-from cppo.models import check_saveable, closing_token_ids, special_token_ids_to_suppress
-from cppo.ops.advantages import questions_needed
-from cppo.output_dir import Claim, claim_output_dir, has_lock, writing_to
-from cppo.processes import Processes
-from cppo.progress import PhaseTimer, RunLog
-from cppo.prompts import EncodedQuestion, collate
-from cppo.questions.rows import Dataset
-from cppo.questions.stream import all_questions
-from cppo.records import NumItems
-from cppo.regroup import balanced, merge, merge_scores
-from cppo.rollout import Rollouts, sample_completions
-from cppo.run_options import check_options, run_options
-from cppo.scoring import RewardFunction, Scores, check_signature, metric_name, score
-from cppo.seeds import seed_from
-from cppo.selection import cut_surplus, select_completions
-from cppo.step import Batch, microbatch_loss, token_logps
-from cppo.stopping import Stopped, Stopping
-from cppo.trainer_arguments import (
-    check_evaluation,
-    check_images,
-    check_optimizer_steps,
-    check_processor,
-    check_trackers,
-    first_question,
-    reward_list,
-    reward_weights,
-)
+from cppo.train.draws import QuestionDraws
+from cppo.train.evaluate import evaluate
+from cppo.train.journal import Journal, Once, now
+from cppo.train.metrics import Total, over_processes, rollout_metrics, update_metrics
+from cppo.train.output_dir import Claim, claim_output_dir, has_lock, writing_to
+from cppo.train.processes import Processes
+from cppo.train.progress import PhaseTimer, RunLog
+from cppo.train.regroup import balanced, merge, merge_scores
+from cppo.train.run_options import check_options, run_options
+from cppo.train.scoring import RewardFunction, Scores, check_signature, metric_name, score
+from cppo.train.seeds import seed_from
+from cppo.train.selection import cut_surplus, select_completions
+from cppo.train.step import Batch, microbatch_loss, token_logps
+from cppo.train.stopping import Stopped, Stopping
 from cppo.views import views_from_names
 
 _T = TypeVar("_T")

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cppo.config import CPPOConfig
-from cppo.model_check import PositionLimit
-from cppo.processes import Processes
-from cppo.prompts import EncodedQuestion, PromptEncoder
+from cppo.model.check import PositionLimit
+from cppo.model.prompts import EncodedQuestion, PromptEncoder
 from cppo.questions import Question
 from cppo.questions.errors import QuestionError
 from cppo.questions.rows import Dataset, question_at
 from cppo.questions.stream import QuestionStream
+from cppo.train.processes import Processes
 
 
 class QuestionDraws:

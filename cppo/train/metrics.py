@@ -12,9 +12,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cppo.config import CPPOConfig
-from cppo.processes import Processes
-from cppo.scoring import Scores
-from cppo.step import Batch
+from cppo.train.processes import Processes
+from cppo.train.scoring import Scores
+from cppo.train.step import Batch
 
 # What the micro-batches of all processes add up to. Which are there depends on the options.
 _OF_LOSS = ("loss", "policy_loss", "entropy", "clip_fraction", "kl", "cpl_loss")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cppo.forward import (
+from cppo.model.forward import (
     ImageBatch,
     LMHead,
     cache_argument,
@@ -45,7 +45,7 @@ def decode(
     """Completions of some prompts: (Q x group_size, tokens) int64, padded on the right.
 
     Args:
-        model: in eval mode, with the attention of `cppo.forward.set_attention`.
+        model: in eval mode, with the attention of `cppo.model.forward.set_attention`.
         input_ids: (Q, L) int64, padded on the left.
         attention_mask: (Q, L) bool.
         positions: (3, Q, L) rotary positions of a vision-language model; None for a text model.

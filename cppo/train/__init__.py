@@ -1,0 +1,1 @@
+"""The thin trainer, its flow (rewards to gradients), checkpoints and logs."""

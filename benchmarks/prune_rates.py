@@ -11,8 +11,8 @@ are random. Completions are sampled by the trainer's own decoding loop; each end
 probability that an answer of GSM8K has of ending there, so that their lengths are distributed like
 the answers', whatever the model would say.
 
-    packing     packed: `cppo.train.step`, no padding token. padded: the same loss on rows that are
-                padded to the longest kept prompt and completion, in micro-batches of as many tokens.
+    packing     packed: `cppo.train.step`, no padding token. padded: the same loss on rows padded to
+                the longest kept prompt and completion, in micro-batches of as many tokens.
     allocation  no: the same questions at every rate. yes: 1 / (1 - rate) times the questions, so
                 that the update is as large as without pruning.
     speedup     seconds per question at rate 0 without allocation, over seconds per question.

@@ -10,9 +10,9 @@ eager attention, one sequence at a time:
     shared     their common prompt once in the stream, as with share_prompts
     decoded    padded on the left, token by token with a cache, as in a rollout
 
-The arithmetic is fp64 (`cppo.model.double_precision`), so that what differs is not rounding. Windows
-are made shorter than the sequences, and adapters are moved away from their start, where most are zero,
-so that neither is right by accident. The model is left as it was found.
+The arithmetic is fp64 (`cppo.model.double_precision`), so that what differs is not rounding.
+Windows are made shorter than the sequences, and adapters are moved away from their start, where
+most are zero, so that neither is right by accident. The model is left as it was found.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 
@@ -16,10 +15,3 @@ def require(name: str, **checks: tuple[bool, str, Any]) -> None:
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number >= 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def is_real(*values: Any) -> bool:
-    """Whether all values are finite numbers."""
-    return all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    )

@@ -27,7 +27,7 @@ from cppo.rewards.answers import (
     stated_answer,
     without_delimiters,
 )
-from cppo.rewards.checks import is_real, require
+from cppo.rewards.checks import require
 from cppo.rewards.completions import judged_texts
 from cppo.rewards.ground_truth import accepted_answers
 from cppo.rewards.judging import Judged, Rewards
@@ -45,6 +45,7 @@ from cppo.rewards.quantities import (
 from cppo.rewards.spelling import compare, for_algebra, normalize_answer, same_answer
 from cppo.rewards.symbolic import equal_pairs, require_math_verify
 from cppo.rewards.units import PERCENT
+from cppo.values import is_finite_number
 
 _THOUSANDS = re.compile(r"[-+]?\D?\d{1,3}(?:,\d{3})+(?!\d)[^,]*")
 
@@ -188,7 +189,9 @@ def math_verify(
         naming a completion without ground truth.
     """
     require_math_verify("math_verify")
-    require("math_verify", timeout=(is_real(timeout) and timeout > 0, "a number > 0", timeout))
+    require(
+        "math_verify", timeout=(is_finite_number(timeout) and timeout > 0, "a number > 0", timeout)
+    )
     rows = Judged("math_verify", completions, answer, generation_prompts, unfinished_thought)
     truths = rows.truths(_readings_of_truth, "an expression or a word")
     verdicts = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cppo.rewards.checks import is_real, require
+from cppo.rewards.checks import require
 from cppo.rewards.completions import after_thought, judged_texts
 from cppo.rewards.ground_truth import accepted_answers
+from cppo.values import is_finite_number
 
 JUDGED = "judged"
 # Of floats, and of None where `unfinished_thought` is None or an answer was not compared.
@@ -79,7 +80,7 @@ def _reward_of_unfinished(name: str, value: Any) -> float | None:
     if value is None or value == JUDGED:
         return None
     expected = f"a finite number, None or {JUDGED!r}"
-    require(name, unfinished_thought=(is_real(value), expected, value))
+    require(name, unfinished_thought=(is_finite_number(value), expected, value))
     return float(value)
 
 

@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from cppo.rewards.checks import is_count, is_real, require
+from cppo.rewards.checks import is_count, require
 from cppo.rewards.completions import completion_text
 from cppo.rewards.functions import ACCURACIES, math_verify
 from cppo.rewards.symbolic import require_math_verify
+from cppo.values import is_finite_number
 
 UNITS = ("characters", "tokens")
 
@@ -116,7 +117,7 @@ class CosineLength:
         _check_length_options(self.name, self.unit, self.accuracy)
         pairs = {"correct": self.correct, "wrong": self.wrong}
         good = {
-            key: isinstance(pair, tuple) and len(pair) == 2 and is_real(*pair)
+            key: isinstance(pair, tuple) and len(pair) == 2 and all(map(is_finite_number, pair))
             for key, pair in pairs.items()
         }
         require(
@@ -154,7 +155,7 @@ class RepetitionPenalty:
 
     def __post_init__(self) -> None:
         _check_length_options(self.name, self.unit)
-        good = is_real(self.max_penalty) and self.max_penalty <= 0
+        good = is_finite_number(self.max_penalty) and self.max_penalty <= 0
         require(
             self.name,
             ngram_size=(is_count(self.ngram_size), "a whole number >= 1", self.ngram_size),

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cppo.values import is_finite_number
+
 _GREY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in PIL's convert("L")
 
 
 def _check_range(op: str, name: str, value: Any, low: float, high: float) -> None:
     """Require a (min, max) pair of finite numbers inside [low, high]."""
     pair = value if isinstance(value, (tuple, list)) else (value,)
-    is_pair = len(pair) == 2 and all(_is_number(bound) for bound in pair)
+    is_pair = len(pair) == 2 and all(is_finite_number(bound) for bound in pair)
     if not is_pair or not low <= pair[0] <= pair[1] <= high:
         raise ValueError(
             f"cppo.{op}: {name} must be (min, max) with {low} <= min <= max <= {high}, "
@@ -31,7 +33,7 @@ def _check_range(op: str, name: str, value: Any, low: float, high: float) -> Non
 
 
 def _check_number(op: str, name: str, value: Any, low: float, high: float) -> None:
-    if not _is_number(value) or not low <= value <= high:
+    if not is_finite_number(value) or not low <= value <= high:
         raise ValueError(f"cppo.{op}: {name} must be a number in [{low}, {high}], got {value!r}")
 
 
@@ -43,10 +45,6 @@ def _check_count(op: str, name: str, value: Any) -> None:
 def _check_fill(op: str, value: Any) -> None:
     if value not in ("edge", "black"):
         raise ValueError(f"cppo.{op}: fill must be 'edge' or 'black', got {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_image(op: str, image: Tensor) -> None:

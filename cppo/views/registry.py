@@ -1,0 +1,66 @@
+"""Perturbations by name, and the two sets of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cppo.registry import build, name_and_parameters, require_entries
+from cppo.values import unknown
+from cppo.views.perturbations import (
+    BasePerturbation,
+    BlackSquares,
+    ColorJitter,
+    GaussianBlur,
+    NoisePatches,
+    RandomPerspective,
+    RandomRotation,
+    ZoomCrop,
+)
+
+Perturbation = Callable[[Tensor, torch.Generator], Tensor]
+
+PRESERVING: tuple[Perturbation, ...] = (
+    ColorJitter(),
+    RandomPerspective(),
+    RandomRotation(),
+    GaussianBlur(),
+)
+REMOVING: tuple[Perturbation, ...] = (NoisePatches(), ZoomCrop())
+
+PERTURBATIONS: dict[str, type[BasePerturbation]] = {
+    "color_jitter": ColorJitter,
+    "rotation": RandomRotation,
+    "perspective": RandomPerspective,
+    "gaussian_blur": GaussianBlur,
+    "noise_patches": NoisePatches,
+    "zoom_crop": ZoomCrop,
+    "black_squares": BlackSquares,
+}
+
+
+def views_from_names(entries: Sequence[Any]) -> tuple[Perturbation, ...]:
+    """Return the perturbations that configuration entries name.
+
+    Args:
+        entries: each a name of `PERTURBATIONS` ("color_jitter"), a one-key mapping of a name to its
+            parameters ({"rotation": {"degrees": 5}}), or a perturbation itself.
+    Returns: one perturbation per entry, in order.
+    Raises: TypeError or ValueError naming the entry, for an empty list, an unknown name or
+        parameter (with a suggestion) and a value out of range.
+    """
+    require_entries("cppo.views_from_names", "perturbation", entries)
+    return tuple(_from_entry(entry) for entry in entries)
+
+
+def _from_entry(entry: Any) -> Perturbation:
+    if callable(entry):
+        return entry
+    name, parameters = name_and_parameters("cppo.views_from_names", entry)
+    if name not in PERTURBATIONS:
+        message = unknown("perturbation", name, PERTURBATIONS)
+        raise ValueError(f"cppo.views_from_names: {message}")
+    return build("cppo.views_from_names", PERTURBATIONS[name], name, parameters)

@@ -275,7 +275,8 @@ def fake_math_verify(monkeypatch, tmp_path):
 
 def test_what_libraries_print_and_raise(fake_math_verify):
     answers = ["x", "y", "raise", "x", "exit", "x"]
-    assert fake_math_verify.ask("x", answers, 30.0) == [True, False, False, True, None, True]
+    verdicts = [fake_math_verify.ask(30.0, "x", answer) for answer in answers]
+    assert verdicts == [True, False, False, True, None, True]
 
 
 # ---- what is asked

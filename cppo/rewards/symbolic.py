@@ -9,7 +9,6 @@ and when its input ends, which it does however the parent ends.
 from __future__ import annotations
 
 import atexit
-import itertools
 import json
 import os
 import re
@@ -51,19 +50,25 @@ def equal_pairs(
             these no more is asked.
     Raises: RuntimeError if the worker cannot be started.
     """
-    answers: dict[tuple[bool, str], list[str]] = {}
+    by_truth: dict[tuple[bool, str], list[str]] = {}
     for truth, answer in dict.fromkeys(pairs):
         is_risky = _RISK.search(truth) or _RISK.search(answer)
-        answers.setdefault((bool(is_risky), truth), []).append(answer)
+        by_truth.setdefault((bool(is_risky), truth), []).append(answer)
     equal: dict[tuple[str, str], bool | None] = {}
     timeouts = 0
-    for _, truth in sorted(answers, key=lambda key: key[0]):
-        theirs = answers[_, truth]
-        verdicts = _worker.ask(truth, theirs, seconds, MOST_TIMEOUTS - timeouts)
-        timeouts += verdicts.count(None)
-        verdicts = [verdict or False for verdict in verdicts]
-        for answer, same in itertools.zip_longest(theirs, verdicts):
-            equal[truth, answer] = same
+
+    def ask(*question: str) -> bool | None:
+        nonlocal timeouts
+        if timeouts == MOST_TIMEOUTS:
+            return None
+        verdict = _worker.ask(seconds, *question)
+        timeouts += verdict is None
+        return verdict or False
+
+    for _, truth in sorted(by_truth, key=lambda key: key[0]):
+        can_be_read = ask(truth)
+        for answer in by_truth[_, truth]:
+            equal[truth, answer] = can_be_read and ask(truth, answer)
     if None in equal.values():
         warnings.warn(
             f"cppo.rewards.math_verify: {list(equal.values()).count(None)} of {len(equal)} answers "
@@ -80,38 +85,33 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
-    def ask(
-        self, truth: str, answers: list[str], seconds: float, most: int = MOST_TIMEOUTS
-    ) -> list[bool | None]:
-        """Whether each answer equals the truth: None for one at which the worker dies. After `most`
-        of these no more is asked, and there are fewer verdicts than answers.
+    def ask(self, seconds: float, truth: str, *answer: str) -> bool | None:
+        """Whether an answer equals the truth, or, without one, whether the truth can be read.
+
+        None if the worker dies of it, as it does at the time limit.
         """
-        verdicts: list[bool | None] = []
         with self._lock:
             try:
-                while len(verdicts) < len(answers) and verdicts.count(None) < most:
-                    is_new = self._start()
-                    self._send([seconds, truth, answers[len(verdicts) :]])
-                    replies = self._replies(1 + len(answers) - len(verdicts))
-                    # A worker that dies at the truth may have died before it was asked.
-                    if replies[:1] == [False]:
-                        verdicts += [False] * (len(answers) - len(verdicts))
+                # One that has died since, or makes room for a new one, does not take the question.
+                for _ in range(3):
+                    self._start()
+                    self._send([seconds, truth, *answer])
+                    if self._read_line() == "taken":
+                        verdict = self._read_line()
+                        if verdict:
+                            return verdict == "1"
                         break
-                    if not replies and is_new:
-                        verdicts += [None, *[False] * (len(answers) - len(verdicts) - 1)]
-                        break
-                    verdicts += replies[1:]
-                    if replies and len(verdicts) < len(answers):
-                        verdicts.append(None)
+                    self.stop()
+                self.stop()
+                return None
             except BaseException:
                 self.stop()  # an interrupted worker would answer the next question with this one's
                 raise
-        return verdicts
 
-    def _start(self) -> bool:
-        """Start the worker if it does not run; whether it did not."""
+    def _start(self) -> None:
+        """Start the worker if it does not run."""
         if self._process is not None and self._process.poll() is None:
-            return False
+            return
         self.stop()
         self._process = subprocess.Popen(
             [sys.executable, str(_SCRIPT)],
@@ -126,7 +126,6 @@ class _Worker:
         if reply != "ready":
             reason = reply or "it gives no reason"
             raise RuntimeError(f"cppo.rewards.math_verify: its process does not start: {reason}")
-        return True
 
     def _send(self, message: object) -> None:
         assert self._process is not None and self._process.stdin is not None
@@ -136,17 +135,6 @@ class _Worker:
                 data = data[self._process.stdin.write(data) :]
         except BrokenPipeError:
             pass  # it has died: no reply will come
-
-    def _replies(self, most: int) -> list[bool]:
-        """The verdict on the truth, then on the answers: fewer if it dies or the truth is bad."""
-        replies: list[bool] = []
-        while len(replies) < most and replies != [False]:
-            line = self._read_line()
-            if not line:
-                self.stop()
-                break
-            replies.append(line == "1")
-        return replies
 
     def _read_line(self) -> str:
         assert self._process is not None and self._process.stdout is not None

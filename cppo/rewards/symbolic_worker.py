@@ -1,9 +1,9 @@
-"""The process in which math-verify runs: questions in, one verdict per line out.
+"""The process in which math-verify runs: questions in, verdicts out, one per line.
 
 `cppo.rewards.symbolic` runs this file as a script, so that it starts without torch and without the
-user's own script. The first line is the parent's module path. Each further one is [seconds, truth,
-answers]; the replies are "1" or "0" for whether the truth can be read and, if it can, for each
-answer whether it equals the truth. The end of the input ends the process.
+user's own script. The first line is the parent's module path. Each further one is a question:
+[seconds, truth], whether the truth can be read, or [seconds, truth, answer], whether they are
+equal. The replies are "taken" and then "1" or "0". The end of the input ends the process.
 """
 
 from __future__ import annotations
@@ -42,13 +42,11 @@ def main() -> None:
     print("ready", file=replies)
     faulthandler.cancel_dump_traceback_later()
     for question in questions:
-        seconds, truth, answers = json.loads(question)
+        seconds, *formulas = json.loads(question)
+        print("taken", file=replies)
         _exit_after(seconds)
-        can_be_read = bool(_parsed(truth))
-        print(int(can_be_read), file=replies)
-        for answer in answers if can_be_read else ():
-            _exit_after(seconds)
-            print(int(equals(truth, answer)), file=replies)
+        verdict = equals(*formulas) if len(formulas) == 2 else bool(_parsed(*formulas))
+        print(int(verdict), file=replies)
         faulthandler.cancel_dump_traceback_later()
         if _peak_memory() > RENEWED_AT:
             return

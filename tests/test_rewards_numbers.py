@@ -7,7 +7,8 @@ from fractions import Fraction
 import pytest
 
 from cppo import rewards
-from cppo.rewards.quantities import last_number, only_number, read_quantity
+from cppo.rewards.quantities import read_quantity
+from cppo.rewards.sentences import last_number, only_number
 
 
 def one(function, text, gold, **columns):

@@ -32,16 +32,8 @@ from cppo.rewards.completions import judged_texts
 from cppo.rewards.ground_truth import accepted_answers
 from cppo.rewards.judging import Judged, Rewards
 from cppo.rewards.latex import LONGEST
-from cppo.rewards.quantities import (
-    Quantity,
-    is_denied,
-    last_number,
-    only_number,
-    read_quantity,
-    said,
-    same_quantity,
-    stated_number,
-)
+from cppo.rewards.quantities import Quantity, read_quantity, same_quantity
+from cppo.rewards.sentences import is_denied, last_number, only_number, said, stated_number
 from cppo.rewards.spelling import compare, for_algebra, normalize_answer, same_answer
 from cppo.rewards.symbolic import equal_pairs, require_math_verify
 from cppo.rewards.units import PERCENT

@@ -1,4 +1,4 @@
-r"""Numbers in text, exact, with their units.
+r"""Numbers, exact, with their units.
 
 A whole number, a fraction and a mixed fraction are what they say. A number with a decimal part
 stands for its neighbours as well: for those within a relative 1e-8 and, from six significant digits
@@ -7,23 +7,12 @@ on, for those that round to it (0.333333 for 1/3). Every function takes any stri
 
 from __future__ import annotations
 
-import ast
-import operator
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
 from cppo.rewards.latex import LONGEST, plain
-from cppo.rewards.units import (
-    CHANGES,
-    CURRENCIES,
-    FONT,
-    LONGEST_UNIT,
-    PERCENT,
-    Unit,
-    read_unit,
-    same_unit,
-)
+from cppo.rewards.units import CURRENCIES, FONT, PERCENT, Unit, read_unit, same_unit
 
 TOLERANCE = Fraction(1, 10**8)
 ROUNDED_DIGITS = 6
@@ -32,144 +21,29 @@ LARGEST = 1000  # digits of a number, and the largest exponent of ten
 # Thousands are set apart by commas or by spaces, in groups of three: 12,000 and 12 000 are one
 # number; 3 4 and 1,2 are two. No number has more groups than LARGEST digits, so that a search does
 # not read a text of nothing but groups again from every one of them.
-_SIMPLE = (
+_DIGITS = (
     r"(?:(?:\d{1,3}(?:,\d{3}){1,334}(?!,?\d)|[1-9]\d{0,2}(?: \d{3}){1,334}(?! ?\d)|\d+)(?:\.\d*)?"
-    r"|\.\d+)(?:[eE][-+]?\d+)?"
+    r"|\.\d+)"
 )
-_TEN = r"10 ?(?:\^|\*\*) ?\{?"
-_NUMBER = (
-    rf"(?:(?P<mantissa>{_SIMPLE}) ?(?:\\times|\\cdot|[*xX]) ?{_TEN}(?P<exponent>[-+]?\d+)\}}?"
-    rf"|{_TEN}(?P<power>[-+]?\d+)\}}?"
-    r"|(?P<whole>\d+)(?: ?\\frac\{(?P<over>\d+)\}\{(?P<under>\d+)\}"
-    r"| (?P<top>[1-9]\d*) ?/ ?(?P<bottom>\d+))"
-    rf"|\\frac\{{(?P<numerator>[-+]?{_SIMPLE})\}}\{{(?P<denominator>[-+]?{_SIMPLE})\}}"
-    rf"|(?P<left>{_SIMPLE}) ?/ ?(?P<right>{_SIMPLE})"
+_SIMPLE = rf"{_DIGITS}(?:[eE][-+]?\d+)?"
+# One form of several for a number, 1/2 and 5e3, so that all patterns read only these.
+_REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot) ?\{?(\d{1,20})\}?(?!\d)")
+_TEN = r"10 ?(?:\^|\*\*) ?\{?([-+]?\d+)\}?"
+_FORMS = (
+    (re.compile(rf"(?<![\d.,])({_DIGITS}) ?(?:\\times|\\cdot|[*xX]) ?{_TEN}"), r"\1e\2"),
+    (re.compile(rf"(?<![\d.,]){_TEN}"), r"1e\1"),
+    (re.compile(rf"(\d?) ?\\frac\{{([-+]?{_SIMPLE})\}}\{{({_SIMPLE})\}}"), r"\1 \2/\3"),
+)
+CURRENCY = rf"(?P<currency>{'|'.join(map(re.escape, CURRENCIES))})"
+NUMBER = (
+    rf"(?:(?:(?P<whole>\d+) (?=[1-9]\d* ?/ ?\d))?(?P<over>{_SIMPLE}) ?/ ?(?P<under>{_SIMPLE})"
     rf"|(?P<simple>{_SIMPLE}))"
 )
-_CURRENCY = rf"(?P<currency>{'|'.join(map(re.escape, CURRENCIES))})"
 _QUANTITY = re.compile(
-    rf"(?P<sign>[-+]?) ?(?:{_CURRENCY} ?(?P<inner>[-+]?))? ?{_NUMBER}(?P<unit>.*)", re.ASCII
+    rf"(?P<sign>[-+]?) ?(?:{CURRENCY} ?(?P<inner>[-+]?))? ?{NUMBER}(?P<unit>.*)", re.ASCII
 )
-# 0.\overline{3}, as the fraction that it is.
-_REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot) ?\{?(\d{1,20})\}?(?!\d)")
 _SIGN_IN_TEXT = re.compile(r"\\text\{ ?\\?(\$|[A-Z]{3}|Rs\.?) ?\} ?(?=\d)")
 _WHOLE_TEXT = re.compile(FONT.pattern)  # "\text{18 dollars}"
-# In front of a number "x =" and "x is" say nothing.
-_ASIDE = re.compile(
-    r"(?<![\w)\]}^\\.])(?:(?:[A-Za-z]|[A-Z]?[a-z]{3,}|[A-Z]{2,3})(?:_\{\w+\})? ?)?(?:=|\\approx) ?"
-    r"|\b[a-zA-Z](?= is\b)"
-)
-_MINUS = re.compile(r"\b(?:negative|minus) (?=[\d.$])")
-_BULLET = re.compile(r"^[ \t]*(?:[*\u2022]|[-+](?=.*\n|.*[A-Za-z])) +", re.MULTILINE)
-# Tags, also those of a tokenizer, and the annotations of GSM8K's solutions.
-_TAGS = re.compile(r"</?[a-z]{1,20}>|<\|[a-z_]{1,20}\|>|(?P<note><<[^<>\n]{1,200}>>)")
-_POWER = re.compile(r"(?<![\\A-Za-z])([A-Za-z]+)\^\{([23])\}")
-_MARKS = ' \n\t.,;:"()*'
-# The words that may stand around the one number of an answer. Any other may change the number
-# ("twice 5", "at least 5", "5 is wrong"), and there is no end of those.
-_SAYS_NOTHING = frozenset(
-    "the a an my our your his her its their this that it he she they we you there here so thus "
-    "hence therefore then now finally final correct right answer answers result value solution "
-    "sum total totals amount number count set is are was were will be equal equals to of about "
-    "approximately approx around roughly exactly only just precisely in all altogether overall "
-    "left remaining more each every per have has had get gets got find need needs for as old it's "
-    "that's there's ratio probability fraction percentage area perimeter volume length width "
-    "height distance speed age price cost mean median average option choice profit loss change "
-    "interest savings revenue income earnings tip tax discount away apart long wide tall high "
-    "deep old year-old years-old fewer less later longer older taller higher bigger larger "
-    "faster cheaper shorter smaller lower slower younger earlier farther further wider deeper "
-    "heavier".split()
-)
-_SAYS = ("is", "are", "=", "option", "choice")  # what the answer follows
-_WINDOW = 300  # characters: no number in running text is longer
-_IN_TEXT = re.compile(rf"(?P<sign>){_CURRENCY}?{_NUMBER}(?P<unit> ?\\?%)?", re.ASCII)
-# A minus is a sign where nothing to subtract from comes before it: "= -5", "is - 5".
-_SIGN = re.compile(r"(?:(?<![\w)\]}!%.])[-+]|(?:(?<=[=:(])|\b(?:is|are|equals|be|approx)\b) ?- )$")
-# What makes a number part of another one, or of something else: in front of it, and behind it.
-_BOUND_BEFORE = re.compile(
-    r"(?:[_^{\\/*+!<|\u221a] ?|(?<![-=])> ?|[A-Za-z]\(?|\d[.:]"
-    r"|\\(?!approx|to|implies|Rightarrow|therefore)[A-Za-z]+(?:[_^]\{[^{}]*\})? ?"
-    r"|(?:\d[A-Za-z]|(?<!\d )\b(?!is|be|so|to)[a-z]{2}|[A-Za-z]\^\{[^{}]*\}) ?= ?"
-    r"|(?:[\d)\]}!%]|(?<![A-Za-z])[A-Za-z]) ?- ?)$"
-)
-_JOINS = frozenset("and or with where when such that more".split())
-_BOUND_BEHIND = re.compile(
-    r" ?(?:[*^!<>+|]|/(?![a-z]{2})|-(?=[\w(\\])|- [\d\\(]|\\(?!%|circ)|\}|[(_])"
-    rf"| (?:{'|'.join(CHANGES - _JOINS)})\b| times (?!to\b)\w| more than \S*\d"
-)
-_DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|cannot|neither|nor|no|nobody|hardly|as [a-z]+ as"
-    r"|(?:square|cube|root|half|double|twice) of (?:the|my) (?:answer|result|number))\b"
-    r"|n['\u2019]t\b)[^.,;:\d]*$"
-    # one of two numbers of a kind, the end of another one, and the number of a step
-    r"|(?<![\d$.,])\d[\d.,]{0,30}(?: \w+)? or \W*$|\bbetween [^.;:]{1,40} and \W*$"
-    r"|(?:\b(?:off|hundred|thousand|[mb]illion|step|eqn?|equation|problem|question|page|figure)\.?"
-    r" |[A-Za-z]{3}-)\W*$",
-    re.I,
-)
-# "18, not 17", "18 because 9 + 9 = 18", "18 and not 17".
-_CLAUSE_END = re.compile(
-    r"[,;:](?!\d)|(?<=\w) \("
-    r"|\b(?:because|since|as|which|(?:and|but) not|not|rather than|instead of)\b"
-)
-_LAST_WORD = re.compile(r"([A-Za-z-]+)(?: (?:of|to|the|an?|by))*[ $]*$")
-_CHANGES_BEFORE = frozenset(
-    "plus minus negative times over more less than least most twice thrice double triple quadruple "
-    "quintuple under above below exceed exceeds half except but by beyond almost nearly up out "
-    "between square cube root one two three four five six seven eight nine ten eleven twelve "
-    "twenty thirty forty fifty sixty seventy eighty ninety sin cos tan log ln exp sqrt modulo "
-    "choose".split()
-)
-_DENIED_BEHIND = re.compile(
-    r"\W*(?:(?:is|are|was|were) (?:not|wrong|incorrect|false)|(?:is|are|was)n['\u2019]t|wrong)\b"
-    r"| ?\?| is a lie\b| below zero\b| at (?:most|least)\b"
-    r"| (?:or|and) (?:more|less|fewer|higher|lower|above|below|an?)\b",
-    re.I,
-)
-
-
-# "Janet makes ", "In May Tom Smith sold "; or, behind a number, "a week", "for this week".
-_BEGINS = re.compile(r"[A-Z][\w'\u2019.]*,? (?:[A-Z][\w'\u2019.]*,? ){0,4}[a-z]{2,}\b")
-_GOES_ON = re.compile(r"\W*(?:an?|of|for|from|on|in|at|to|by|per|each|every|with) [a-z]")
-# What stands in brackets behind a number or a word says no more, without a variable in it.
-_IN_BRACKETS = re.compile(
-    r"(?<=[\w.%]) \((?![^()]*(?<![\w.])(?![aI]\b|[xX] \d)[A-Za-z](?![\w.]))"
-    r"([^()]*(?:[A-Za-z]{2}|i\.e\.)[^()]*|[^()]*[-+*/=][^()]*(?=\) [a-z]{2}))\)(?! ?[=*/+^-])"
-)
-_DENYING = frozenset(
-    "not never cannot neither nor no n't wrong incorrect false nobody nothing anything hardly lie "
-    "fails misses lacks differs contradicts denies maybe perhaps".split()
-)
-_CHANGING = (
-    CHANGES
-    | _CHANGES_BEFORE
-    | _DENYING
-    | frozenset(
-        "or between than as many much percent fraction ratio without below zero mod".split()
-    )
-) - _JOINS
-# Sums, differences, products and ratios of numbers, at the end of a text.
-_ONE = r"[-(]*(?:\d[\d,]*(?:\.\d+)?|\.\d+)\)*"
-_SUM = re.compile(rf"{_ONE}(?: ?[-+*/] ?{_ONE})+ ?$", re.ASCII)
-_UNIT_WORD = r"(?![xX](?![A-Za-z]))[A-Za-z]+"
-_IN_SUMS = (
-    (re.compile(r"\\frac\{([^{}]+)\}\{([^{}]+)\}"), r"(\1/\2)"),
-    (re.compile(r"\\(?:times|cdot) ?"), "*"),
-    (re.compile(r"(\d[\d,.]*) ?\\?%(?: of )?(?= ?\d)"), r"(\1/100)*"),
-    (re.compile(r"(\d[\d,.]*) ?\\?%"), r"(\1/100)"),
-    (re.compile(r"\\?\$"), ""),
-    # units, and not the "x" of a product
-    (re.compile(rf"(?<=[\d)]) ?(?:/ ?)?{_UNIT_WORD}(?:[ /]{_UNIT_WORD}){{0,3}}"), ""),
-    (re.compile(r"(?<=[\d)]) ?[xX] ?(?=[\d(.])"), "*"),
-    (re.compile(r"(?<=\() | (?=\))"), ""),
-    (re.compile(r"(?<=[\d)])(?=\()"), "*"),
-)
-_OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
 
 
 @dataclass(frozen=True)
@@ -216,247 +90,52 @@ def read_quantity(text: str, *, letters: bool = False) -> Quantity | None:
     """
     if len(text) > LONGEST:
         return None
-    text = _REPEATING.sub(_fraction, _SIGN_IN_TEXT.sub(r"\1", plain(text)))
+    text = _SIGN_IN_TEXT.sub(r"\1", plain(text))
     whole = _WHOLE_TEXT.fullmatch(text)
-    found = _QUANTITY.fullmatch(plain(whole[1]) if whole else text)
-    letters = letters or whole is not None
+    found = _QUANTITY.fullmatch(one_form(plain(whole[1]) if whole else text).strip())
     if found is None:
         return None
-    unit = read_unit(found["unit"], letters=letters)
-    number = _number(found, negative=(found["sign"] == "-") != (found["inner"] == "-"))
+    unit = read_unit(found["unit"], letters=letters or whole is not None)
+    number = number_of(found, negative=(found["sign"] == "-") != (found["inner"] == "-"))
     if unit is None or number is None:
         return None
-    return _with_unit(number, unit, found["currency"])
+    return with_unit(number, unit, found["currency"])
+
+
+def one_form(text: str) -> str:
+    r"""Return a text with its numbers in one form: 1/2 for \frac{1}{2}, 5e3 for 5 \times 10^{3}."""
+    text = _REPEATING.sub(_fraction, text)
+    for pattern, form in _FORMS:
+        text = pattern.sub(form, text)
+    return text
 
 
 def _fraction(found: re.Match[str]) -> str:
+    """The fraction that a repeating decimal is."""
     whole, start, period = found[1] or "0", found[2], found[3]
     nines = 10 ** len(period) - 1
     over = int(whole + start) * nines + int(period)
-    return rf"\frac{{{over}}}{{{nines * 10 ** len(start)}}}"
+    return f"{over}/{nines * 10 ** len(start)}"
 
 
-def _with_unit(number: Quantity, unit: Unit, currency: str | None) -> Quantity:
+def with_unit(number: Quantity, unit: Unit, currency: str | None) -> Quantity:
     name = f"{CURRENCIES[currency]} {unit.name}".strip() if currency else unit.name
     value, slack = number.value * unit.scale, number.slack * unit.scale
     return Quantity(value, slack, name, unit.is_known)
 
 
-def only_number(text: str, *, in_sentences: bool = False) -> Quantity | None:
-    """Return the one number of a text: alone, with its unit, or in a sentence that says no more
-    ("The answer is 18 apples").
-
-    None for several numbers, and for other words than those that are known to change nothing.
-
-    Args:
-        in_sentences: whether a sentence of any words will do ("Janet makes $18 every day"), as long
-            as none of them is known to change or to deny a number.
+def number_of(found: re.Match[str], negative: bool) -> Quantity | None:
+    """Return the number that `NUMBER` found; None if it is too long, divides by zero or is a mixed
+    fraction that is not proper (1 3/2).
     """
-    quantity = read_quantity(text, letters=True)
-    if (quantity is not None and quantity.is_known) or len(text) > LONGEST:
-        return quantity
-    text = _running(text)
-    if in_sentences and (front := _front_of_sums(text)) is not None:
-        return _last_side(front, text.rpartition("=")[2])
-    text = _ASIDE.sub(" ", text)
-    found = list(_IN_TEXT.finditer(text))
-    place = _in_its_place(found[0], text) if len(found) == 1 else None
-    if place is None:
-        return quantity
-    # With a unit in front, any words are of what the number counts: "18 students passed".
-    is_of = place[0].unit not in ("", PERCENT) and not text[: found[0].start()].strip()
-    is_sentence = is_of or _BEGINS.match(text) or _GOES_ON.match(place[1])
-    says_no_more = _say_nothing(place[1]) or (
-        in_sentences and is_sentence and not _has_word(place[1], _CHANGING)
-    )
-    return place[0] if says_no_more else quantity
-
-
-def _has_word(text: str, words: frozenset[str]) -> bool:
-    return not words.isdisjoint(word.strip(_MARKS).lower() for word in text.split())
-
-
-def _front_of_sums(text: str) -> tuple[str, set[Fraction | None]] | None:
-    """The words of the clause before an equation, and what all its sides but the last are worth,
-    where the first is a sum of numbers; None if it is not.
-    """
-    first, *sides = text.split("=")[:-1] or [""]
-    first, *sides = (_in_numbers(side) for side in (first, *sides))
-    found = _SUM.search(first)
-    if found is None:
-        return None
-    worths = {_worth(side.strip()) for side in (found[0].strip(), *sides)}
-    return re.split(r"[.,;:]", first[: found.start()])[-1], worths
-
-
-def _last_side(front: tuple[str, set[Fraction | None]], last: str) -> Quantity | None:
-    """The number of the last side of an equation, if the others are worth the same."""
-    found = _IN_TEXT.search(last)
-    place = _in_its_place(found, last) if found and not last[: found.start()].strip() else None
-    if found is None or place is None or re.search(r"[,;:.] .*\d", last[found.end() :]):
-        return None
-    if _has_word(front[0], _DENYING) or is_denied(front[0], ""):
-        return None
-    worths, number = front[1], place[0]
-    slack = number.slack
-    decimals = re.search(r"\.(\d+)", found[0])
-    if decimals:  # as people round
-        slack = Fraction(1, 2 * 10 ** len(decimals[1]))
-    value = number.value
-    wanted = (value, value / 100 if number.unit == PERCENT else value)
-    differ = [w for w in worths if w is None or min(abs(w - x) for x in wanted) > slack]
-    return None if differ else number
-
-
-def _in_numbers(side: str) -> str:
-    """A side of an equation with its numbers and operators as Python has them, without units."""
-    for pattern, spelled in _IN_SUMS:
-        side = pattern.sub(spelled, side)
-    return side
-
-
-def _worth(side: str) -> Fraction | None:
-    """What a sum of numbers is worth; None for anything else."""
-
-    def worth(node: ast.expr) -> Fraction:
-        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            return Fraction(_OPERATORS[type(node.op)](worth(node.left), worth(node.right)))
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -worth(node.operand)
-        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-            return Fraction(repr(node.value))
-        raise ValueError("no sum of numbers")
-
-    try:
-        numbers = re.sub(r"\b0+(?=\d)", "", side.replace(",", ""))
-        return worth(ast.parse(numbers, mode="eval").body) if len(side) <= _WINDOW else None
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
-        return None
-
-
-def _say_nothing(words: str) -> bool:
-    stripped = (word.strip(_MARKS) for word in words.split())
-    return all(word.lower() in _SAYS_NOTHING or word in ("", "I") for word in stripped)
-
-
-def said(text: str) -> str:
-    """Return what follows the first words of a text that say nothing ("The set is {1, 2}").
-
-    "" if it does not begin with such words.
-    """
-    words = text[:LONGEST].split(" ")
-    start = next((i for i, word in enumerate(words) if not _say_nothing(word)), len(words))
-    return " ".join(words[start:]) if start and words[start - 1].lower() in _SAYS else ""
-
-
-def last_number(text: str) -> Quantity | None:
-    """Return the last number in a text, with the unit behind it.
-
-    None if it is part of something else (a power, a sum, a product), or if the words beside it say
-    that it is not the answer or another number.
-    """
-    end = max(text.rfind(digit) for digit in "0123456789") + 1
-    start = max(0, end - _WINDOW)
-    text = _running(_BULLET.sub(" ", text[start : end + LONGEST_UNIT]))
-    found = list(_IN_TEXT.finditer(text))
-    if not found or (start > 0 and found[-1].start() == 0):
-        return None  # there is none, or it is longer than anything that is read
-    place = _in_its_place(found[-1], text)
-    return place and place[0]
-
-
-def first_number(text: str) -> Quantity | None:
-    """Return the first number in a text, as `last_number` does the last."""
-    text = _running(text[:_WINDOW])
-    found = _IN_TEXT.search(text)
-    place = found and _in_its_place(found, text)
-    return place and place[0]
-
-
-def stated_number(text: str) -> Quantity | None:
-    """Return the number of what follows "the answer is": the first if it stands alone up to the end
-    of its clause ("18, as 9 + 9 = 18"), else the last.
-    """
-    clause = _CLAUSE_END.split(text[:_WINDOW], maxsplit=1)[0]
-    is_alone = len(list(_IN_TEXT.finditer(_running(clause)))) == 1
-    return only_number(text) or (first_number(clause) if is_alone else last_number(text))
-
-
-def _running(text: str) -> str:
-    """Running text in one spelling, without tags, fonts and bold print."""
-    text = plain(_TAGS.sub(lambda tag: "" if tag["note"] else ". ", text))
-    text = FONT.sub(r" \1 ", text).replace("**", " ").replace(" ^", "^")
-    text = _IN_BRACKETS.sub(lambda own: own[0] if _has_word(own[1], _CHANGING) else "", text)
-    return _MINUS.sub("-", " ".join(_POWER.sub(_in_words, text).split()))
-
-
-def _in_words(found: re.Match[str]) -> str:
-    """The power of a unit without a digit: "square cm"."""
-    unit = read_unit(f" {found[1]}", letters=True)
-    is_unit = unit is not None and unit.is_known
-    return f"{'square' if found[2] == '2' else 'cubic'} {found[1]}" if is_unit else found[0]
-
-
-def is_denied(before: str, behind: str) -> bool:
-    """Whether the words beside an answer say that it is none, or another one."""
-    before, behind = before[-_WINDOW:], behind[:_WINDOW]
-    word = _LAST_WORD.search(before)
-    is_changed = word is not None and word[1].lower() in _CHANGES_BEFORE
-    return is_changed or bool(_DENIED_BEFORE.search(before) or _DENIED_BEHIND.match(behind))
-
-
-def _in_its_place(found: re.Match[str], text: str) -> tuple[Quantity, str] | None:
-    """A number in a sentence, with its unit, and all other words; None if it is bound or denied."""
-    before, behind = text[: found.start()][-_WINDOW:], text[found.end() :][:_WINDOW]
-    sign = _SIGN.search(before)
-    number = _number(found, negative=sign is not None and "-" in sign[0])
-    if sign is not None:
-        before = before.rstrip()[:-1]
-    glued = re.match(r"[A-Za-z]*", behind)
-    is_bound = _BOUND_BEFORE.search(before) or _BOUND_BEHIND.match(behind)
-    is_circle = behind.startswith("^{\\circ")
-    if number is None or (is_bound and not is_circle) or is_denied(before, behind):
-        return None
-    unit = Unit(Fraction(1), PERCENT if found["unit"] else "")
-    words = [] if unit.name else re.split(r"[.,;:?!)]", behind)[0].split(" ")[:5]
-    rest = behind
-    for stop in range(len(words), 0, -1):
-        own = read_unit(" ".join(words[:stop]), letters=True)
-        says = own and own.is_known and (own.name or own.scale != 1)
-        if own and says and not (words[1:stop] == ["in"] and words[2:]):
-            unit, rest = own, behind[len(" ".join(words[:stop])) :]
-            break
-    else:
-        if glued and glued[0] or is_circle:
+    simple, whole = found["simple"], found["whole"]
+    number = _decimal(simple) if simple else _ratio(found["over"], found["under"])
+    if number is not None and whole:
+        front = _decimal(whole)
+        if front is None or not 0 < number.value < 1:
             return None
-    of = re.match(r" of ([a-z]+)(?![a-z])", rest)  # cups of flour
-    if of and unit.scale == 1 and unit.name not in ("", PERCENT) and not is_denied(of[1], ""):
-        rest = rest[of.end() :]
-    return _with_unit(number, unit, found["currency"]), f"{before} {rest}"
-
-
-def _number(found: re.Match[str], negative: bool) -> Quantity | None:
-    """The number that `_NUMBER` found; None if it is too long or divides by zero."""
-    part = found.groupdict()
-    if part["simple"]:
-        number = _decimal(part["simple"])
-    elif part["mantissa"] or part["power"]:
-        number = _decimal(part["mantissa"] or "1", part["exponent"] or part["power"])
-    elif part["whole"]:
-        number = _mixed(part["whole"], part["over"] or part["top"], part["under"] or part["bottom"])
-    else:
-        number = _ratio(part["numerator"] or part["left"], part["denominator"] or part["right"])
-    if number is None or not negative:
-        return number
-    return Quantity(-number.value, number.slack)
-
-
-def _mixed(whole: str, over: str, under: str) -> Quantity | None:
-    """A whole number and a proper fraction: 1 1/2 is 3/2, and 1 3/2 is nothing."""
-    front, fraction = _decimal(whole), _ratio(over, under)
-    if front is None or fraction is None or not 0 < fraction.value < 1:
-        return None
-    return Quantity(front.value + fraction.value, Fraction(0))
+        number = Quantity(front.value + number.value, Fraction(0))
+    return Quantity(-number.value, number.slack) if number is not None and negative else number
 
 
 def _ratio(over: str, under: str) -> Quantity | None:
@@ -467,12 +146,12 @@ def _ratio(over: str, under: str) -> Quantity | None:
     return Quantity(value, abs(value) * TOLERANCE if top.slack or bottom.slack else Fraction(0))
 
 
-def _decimal(text: str, power: str = "0") -> Quantity | None:
-    """`1,234.5` or `1.5e3` times a power of ten; None beyond `LARGEST` digits or powers."""
+def _decimal(text: str) -> Quantity | None:
+    """`1,234.5` or `1.5e3`; None beyond `LARGEST` digits or powers of ten."""
     mantissa, _, exponent = text.lower().replace(",", "").replace(" ", "").partition("e")
-    if max(len(mantissa), len(exponent), len(power)) > LARGEST:
+    if max(len(mantissa), len(exponent)) > LARGEST:
         return None
-    shift = int(exponent or "0") + int(power)
+    shift = int(exponent or "0")
     if abs(shift) > LARGEST:
         return None
     value = Fraction(mantissa) * Fraction(10) ** shift

@@ -9,19 +9,12 @@ import time
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from reward_cases import one, reward_of
 
 from cppo import rewards
 from cppo.rewards import combine, from_names, gsm8k_reward, perception_reward
 from cppo.rewards.answers import last_boxed
 from cppo.rewards.spelling import normalize_answer
-
-
-def one(function, text, gold="42", **columns):
-    """The reward of a single completion."""
-    (reward,) = function([text], prompts=["?"], answer=[gold], **columns)
-    assert type(reward) is float
-    return reward
-
 
 # ---- format
 
@@ -263,8 +256,7 @@ def test_an_answer_equals_itself(text):
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(TEXTS, GOLDS)
 def test_no_text_raises_in_math_verify(text, gold):
-    pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
-    assert one(rewards.math_verify, text, gold, timeout=2.0) in (0.0, 1.0)
+    assert one(reward_of("math_verify"), text, gold, timeout=2.0) in (0.0, 1.0)
 
 
 REPEATED = [
@@ -272,7 +264,7 @@ REPEATED = [
     *("1,", "1,234", "1 234", "1/", "9", "-", " ", "\0", "\ud800", ",000", "(", "\\frac", "1/2"),
     *("^", "=", "a ", "\u00bd", "\\boxed{1},", "the answer is 5. ", "not ", "\\sqrt{", "\n- "),
 ]
-SECONDS = 3.0  # for a reward of a million characters
+SECONDS = 3.0  # of work, for a reward of a million characters
 LONG = {
     **{piece: piece * (1_000_000 // len(piece)) for piece in REPEATED},
     "parentheses": "(" * 100_000 + ")" * 100_000,
@@ -290,13 +282,13 @@ LONG = {
 }
 
 
-def in_a_thread(function, text, **columns):
+def in_a_thread(clock, function, text, **columns):
     """The reward of a single completion, asked in a thread, and the seconds that it takes."""
     found = []
 
     def ask():
-        began = time.perf_counter()
-        found.extend([one(function, text, **columns), time.perf_counter() - began])
+        began = clock()
+        found.extend([one(function, text, **columns), clock() - began])
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -308,7 +300,7 @@ def in_a_thread(function, text, **columns):
 @pytest.mark.parametrize("name", LONG, ids=ascii)
 def test_no_text_takes_long(name):
     for function in from_names(PLAIN)[0]:
-        reward, seconds = in_a_thread(function, LONG[name], completion_ids=[[0]])
+        reward, seconds = in_a_thread(time.thread_time, function, LONG[name], completion_ids=[[0]])
         assert seconds < SECONDS
         if function in rewards.ACCURACIES.values():
             assert reward == 0.0
@@ -317,7 +309,9 @@ def test_no_text_takes_long(name):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", LONG, ids=ascii)
 def test_no_text_takes_long_in_math_verify(name):
-    pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
+    math_verify = reward_of("math_verify")
     for gold in ("42", r"\sqrt{2}"):
-        reward, seconds = in_a_thread(rewards.math_verify, LONG[name], gold=gold, timeout=1.0)
+        reward, seconds = in_a_thread(
+            time.monotonic, math_verify, LONG[name], gold=gold, timeout=1.0
+        )
         assert reward == 0.0 and seconds < SECONDS + 3  # for a new process

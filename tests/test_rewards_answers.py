@@ -6,91 +6,67 @@ The values are worked out by hand: an answer equals its ground truth or it does 
 from __future__ import annotations
 
 import pytest
+from reward_cases import one, pairs, reward_of, spread
 
 from cppo import rewards
-from cppo.rewards.answers import behind_hashes, formulas, last_boxed, last_tagged
-from cppo.rewards.spelling import normalize_answer
-
-NEEDS_MATH = "the extra 'math' is not installed"
-
-
-def one(function, text, gold, **columns):
-    (reward,) = function([text], prompts=["?"], answer=[gold], **columns)
-    return reward
-
 
 # ---- kinds of answers
 
 # (ground truth, answers that equal it in spelling or in value, answers that only algebra can tell
 # to be equal, answers that differ)
 KINDS = [
-    (
-        r"\sqrt{2}",
-        [r"\sqrt2", "\u221a2", r"\sqrt {2}"],
-        [r"\frac{2}{\sqrt{2}}"],
-        ["2", r"\sqrt{3}"],
-    ),
-    (
-        "1",
-        ["1.0", "x = 1", r"\frac{3}{3}"],
-        [r"\sin^2 x + \cos^2 x"],
-        [r"1 - \sqrt{2}", "1x", "-1"],
-    ),
-    (r"\frac{1}{2}", [r"\frac12", r"\dfrac{1}{2}", "1/2", "0.5", "\u00bd"], ["2^{-1}"], ["1", "2"]),
-    (r"\frac{\sqrt{3}}{2}", [r"\frac{\sqrt3}2"], [r"\sqrt{\frac{3}{4}}"], [r"\frac{3}{2}"]),
-    ("p - q", ["p-q", r"p\,-\,q"], ["-q + p"], ["q - p", "p", "P - Q"]),
-    ("x^2+2x+1", ["x^{2} + 2x + 1"], ["(x+1)^2"], ["x^2+2x", "x^2-2x+1"]),
-    (r"2\pi rh", [r"2 \pi r h", "2\u03c0rh"], [r"2 h r \pi"], [r"2\pi r"]),
-    ("y = 2x + 3", ["y=2x+3", "2x + 3"], ["y = 3 + 2x"], ["y = 2x - 3", "z = 2x + 3"]),
-    ("x = 5", ["5", "x=5", "x = 5.0"], [], ["y = 5", "x = 6", "x"]),
-    ("x > 5", ["x>5", r"x \gt 5"], ["5 < x"], ["x < 5", r"x \ge 5", "5"]),
-    (r"x \le 5", [r"x\leq 5", r"x \leqslant 5", "x \u2264 5"], [r"5 \ge x"], ["x < 5"]),
-    ("(1, 2)", ["(1,2)", r"\left( 1, 2 \right)", "(1.0, 4/2)"], [], ["(2,1)", "[1,2]", "(1,2]"]),
-    ("[0, 1)", ["[0,1)", r"\left[0, 1\right)"], [], ["(0,1)", "[0,1]", "[0,2)", r"\{0, 1\}"]),
-    (r"(-\infty, 2)", [r"(-\infty,2)", r"\left(-\infty, 2\right)"], [], [r"(-\infty, 2]"]),
+    (r"\sqrt{2}", "\\sqrt2 ; \u221a2 ; \\sqrt {2}", r"\frac{2}{\sqrt{2}}", r"2 ; \sqrt{3}"),
+    ("1", r"1.0 ; x = 1 ; \frac{3}{3}", r"\sin^2 x + \cos^2 x", r"1 - \sqrt{2} ; 1x ; -1"),
+    (r"\frac{1}{2}", "\\frac12 ; \\dfrac{1}{2} ; 1/2 ; 0.5 ; \xbd", "2^{-1}", "1 ; 2"),
+    (r"\frac{\sqrt{3}}{2}", r"\frac{\sqrt3}2", r"\sqrt{\frac{3}{4}}", r"\frac{3}{2}"),
+    ("p - q", r"p-q ; p\,-\,q", "-q + p", "q - p ; p ; P - Q"),
+    ("x^2+2x+1", "x^{2} + 2x + 1", "(x+1)^2", "x^2+2x ; x^2-2x+1"),
+    (r"2\pi rh", "2 \\pi r h ; 2\u03c0rh", r"2 h r \pi", r"2\pi r"),
+    ("y = 2x + 3", "y=2x+3 ; 2x + 3", "y = 3 + 2x", "y = 2x - 3 ; z = 2x + 3"),
+    ("x = 5", "5 ; x=5 ; x = 5.0", "", "y = 5 ; x = 6 ; x"),
+    ("x > 5", r"x>5 ; x \gt 5", "5 < x", r"x < 5 ; x \ge 5 ; 5"),
+    (r"x \le 5", "x\\leq 5 ; x \\leqslant 5 ; x \u2264 5", r"5 \ge x", "x < 5"),
+    ("(1, 2)", r"(1,2) ; \left( 1, 2 \right) ; (1.0, 4/2)", "", "(2,1) ; [1,2] ; (1,2]"),
+    ("[0, 1)", r"[0,1) ; \left[0, 1\right)", "", r"(0,1) ; [0,1] ; [0,2) ; \{0, 1\}"),
+    (r"(-\infty, 2)", r"(-\infty,2) ; \left(-\infty, 2\right)", "", r"(-\infty, 2]"),
     (
         r"(-\infty,2)\cup(3,\infty)",
-        ["(-\u221e, 2) \u222a (3, \u221e)"],
-        [r"(3,\infty)\cup(-\infty,2)"],
-        [r"(-\infty,2)\cup[3,\infty)", r"(-\infty,2)"],
+        "(-\u221e, 2) \u222a (3, \u221e)",
+        r"(3,\infty)\cup(-\infty,2)",
+        r"(-\infty,2)\cup[3,\infty) ; (-\infty,2)",
     ),
-    (r"\{1, 2\}", [r"\{1,2\}", r"\left\{ 1, 2 \right\}"], [r"\{2, 1\}"], [r"\{1,3\}", "(1,2)"]),
-    (r"\emptyset", [r"\varnothing", "\u2205"], [], ["0", r"\{0\}"]),
+    (r"\{1, 2\}", r"\{1,2\} ; \left\{ 1, 2 \right\}", r"\{2, 1\}", r"\{1,3\} ; (1,2)"),
+    (r"\emptyset", "\\varnothing ; \u2205", "", r"0 ; \{0\}"),
     (
         r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
-        [
-            r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
-            r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}",
-            r"\left(\begin{array}{cc} 1 & 2 \\ 3 & 4 \\ \end{array}\right)",
-        ],
-        [r"\begin{pmatrix} 1 & 2 \\ 3 & 2^2 \end{pmatrix}"],
-        [
-            r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}",
-            r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}",
-        ],
+        (
+            r"\begin{pmatrix}1&2\\3&4\end{pmatrix} ; "
+            r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix} ; "
+            r"\left(\begin{array}{cc} 1 & 2 \\ 3 & 4 \\ \end{array}\right)"
+        ),
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 2^2 \end{pmatrix}",
+        (
+            r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix} ; "
+            r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}"
+        ),
     ),
-    ("B", ["(B)", r"\text{B}", r"\textbf{(B)}", "B.", "B)"], [], ["A", "b", "(C)", "AB"]),
-    (r"\text{Evelyn}", ["Evelyn", r"\mathrm{Evelyn}", "evelyn"], [], ["Evenly", "Eve", "yes"]),
-    ("east", [r"\text{east}", "East"], [], ["seat", "west", "eats"]),
-    ("No", [r"\text{no}", "no."], [], ["yes", "on", "not"]),
-    ("two words", ["two  words", r"\text{two words}"], [], ["twowords", "two", "words two"]),
-    ("nowhere", [r"\text{nowhere}"], [], ["now here"]),
-    ("x", [r"\(x\)"], [r"\frac{2x}{2}", "x + 0"], ["y", "X", "2x"]),
-    ("1, 2", ["1,2", r"1,\, 2"], ["2, 1"], ["12", "1", "1, 3", "1, 2, 3"]),
-    ("1,234", ["1234", r"1{,}234", "1 234"], [], ["1", "234", "1, 2, 3, 4"]),
-    ("11", ["11.0"], [], ["1 1", "1, 1", "1/1"]),
-    ("3 + 2i", ["3+2i"], ["2i + 3"], ["3 - 2i", "3"]),
-    (r"90^\circ", ["90", r"90^{\circ}", "90\u00b0", "90 degrees"], [], ["9", r"90\%"]),
-    (r"45\%", ["45", "45%", "0.45", r"\frac{9}{20}"], [], ["4.5", "55\\%"]),
-    (
-        r"10\text{ cm}^2",
-        ["10", r"10 \mathrm{cm}^2", "10 square centimeters"],
-        [],
-        [r"10\text{ m}^2"],
-    ),
-    (r"\$1{,}000", ["1000", "$1,000$", r"\$1000", "1000 dollars"], [], ["100", "\u20ac1000"]),
-    (r"1\frac{1}{2}", ["1 1/2", r"\frac{3}{2}", "1.5"], [], [r"\frac{11}{2}", "1", "5.5"]),
-    ("#### Notes", ["#### Notes"], [], ["Notes"]),
+    ("B", r"(B) ; \text{B} ; \textbf{(B)} ; B. ; B)", "", "A ; b ; (C) ; AB"),
+    (r"\text{Evelyn}", r"Evelyn ; \mathrm{Evelyn} ; evelyn", "", "Evenly ; Eve ; yes"),
+    ("east", r"\text{east} ; East", "", "seat ; west ; eats"),
+    ("No", r"\text{no} ; no.", "", "yes ; on ; not"),
+    ("two words", r"two  words ; \text{two words}", "", "twowords ; two ; words two"),
+    ("nowhere", r"\text{nowhere}", "", "now here"),
+    ("x", r"\(x\)", r"\frac{2x}{2} ; x + 0", "y ; X ; 2x"),
+    ("1, 2", r"1,2 ; 1,\, 2", "2, 1", "12 ; 1 ; 1, 3 ; 1, 2, 3"),
+    ("1,234", "1234 ; 1{,}234 ; 1 234", "", "1 ; 234 ; 1, 2, 3, 4"),
+    ("11", "11.0", "", "1 1 ; 1, 1 ; 1/1"),
+    ("3 + 2i", "3+2i", "2i + 3", "3 - 2i ; 3"),
+    (r"90^\circ", "90 ; 90^{\\circ} ; 90\xb0 ; 90 degrees", "", r"9 ; 90\%"),
+    (r"45\%", r"45 ; 45% ; 0.45 ; \frac{9}{20}", "", r"4.5 ; 55\%"),
+    (r"10\text{ cm}^2", r"10 ; 10 \mathrm{cm}^2 ; 10 square centimeters", "", r"10\text{ m}^2"),
+    (r"\$1{,}000", r"1000 ; $1,000$ ; \$1000 ; 1000 dollars", "", "100 ; \u20ac1000"),
+    (r"1\frac{1}{2}", r"1 1/2 ; \frac{3}{2} ; 1.5", "", r"\frac{11}{2} ; 1 ; 5.5"),
+    ("#### Notes", "#### Notes", "", "Notes"),
 ]
 
 # "@" is the answer; each reward has its places for it.
@@ -120,17 +96,13 @@ def wrapped(answer, *places):
     ]
 
 
-def cases(kinds):
-    return [
-        pytest.param(gold, answer, id=f"{gold}:{answer}")
-        for gold, answers in kinds
-        for answer in answers
-    ]
+def cases(column):
+    """Each ground truth with each of its answers in a column."""
+    kinds = [(kind[0], answer) for kind in KINDS for answer in kind[column].split(" ; ") if answer]
+    return [pytest.param(gold, answer, id=f"{gold}:{answer}") for gold, answer in kinds]
 
 
-EQUAL = cases((gold, [gold, *answers]) for gold, answers, _, _ in KINDS)
-BY_ALGEBRA = cases((gold, answers) for gold, _, answers, _ in KINDS)
-DIFFERENT = cases((gold, answers) for gold, _, _, answers in KINDS)
+EQUAL, BY_ALGEBRA, DIFFERENT = [*cases(0), *cases(1)], cases(2), cases(3)
 
 
 def every_gold(gold):
@@ -149,18 +121,18 @@ def test_equal_answers(gold, answer):
 
 @pytest.mark.parametrize(("gold", "answer"), EQUAL)
 def test_equal_answers_for_math_verify(gold, answer):
-    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    math_verify = reward_of("math_verify")
     for text in wrapped(answer, ALONE, TAGGED, BOXED, SENTENCES):
-        assert one(rewards.math_verify, text, gold) == 1, text
+        assert one(math_verify, text, gold) == 1, text
     for spelled in every_gold(gold):
-        assert one(rewards.math_verify, f"<answer>{answer}</answer>", spelled) == 1, spelled
+        assert one(math_verify, f"<answer>{answer}</answer>", spelled) == 1, spelled
 
 
 @pytest.mark.parametrize(("gold", "answer"), BY_ALGEBRA)
 def test_answers_that_only_algebra_finds_equal(gold, answer):
-    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    math_verify = reward_of("math_verify")
     for text in wrapped(answer, ALONE, TAGGED, BOXED, SENTENCES):
-        assert one(rewards.math_verify, text, gold) == 1, text
+        assert one(math_verify, text, gold) == 1, text
     assert one(rewards.boxed, rf"\boxed{{{answer}}}", gold) == 0
 
 
@@ -174,9 +146,9 @@ def test_different_answers(gold, answer):
 
 @pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
 def test_different_answers_for_math_verify(gold, answer):
-    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    math_verify = reward_of("math_verify")
     for text in wrapped(answer, ALONE, TAGGED, BOXED, SENTENCES):
-        assert one(rewards.math_verify, text, gold) == 0, text
+        assert one(math_verify, text, gold) == 0, text
 
 
 @pytest.mark.parametrize("gold", [gold for gold, *_ in KINDS])
@@ -189,15 +161,17 @@ def test_exact_match(gold):
 @pytest.mark.parametrize(
     ("text", "gold", "reward"),
     [
+        *pairs(
+            {
+                1: (
+                    "<answer>two\n words</answer> ~ two words ; "
+                    "# Title\n#### Part\ntext ~ # Title\n#### Part\ntext ; "
+                    "<answer> **two words** </answer> ~ two words"
+                ),
+                0: "42.0 ~ 42 ; a ~ A ; the answer is 42 ~ 42 ; text ~ #### text ;  ~ 42",
+            }
+        ),
         (" 42\n", "42", 1),
-        ("<answer>two\n words</answer>", "two words", 1),
-        ("42.0", "42", 0),
-        ("a", "A", 0),
-        ("the answer is 42", "42", 0),
-        ("# Title\n#### Part\ntext", "# Title\n#### Part\ntext", 1),
-        ("text", "#### text", 0),
-        ("<answer> **two words** </answer>", "two words", 1),
-        ("", "42", 0),
         ("42", 42, 1),
         ("42", 42.0, 1),
         ("4", ["four", 4], 1),
@@ -209,132 +183,16 @@ def test_exact_match_is_letter_by_letter(text, gold, reward):
 
 @pytest.mark.parametrize("name", ["boxed", "exact_match", "math_verify"])
 def test_any_of_several_accepted_answers(name):
-    if name == "math_verify":
-        pytest.importorskip("math_verify", reason=NEEDS_MATH)
     texts = [rf"\boxed{{{answer}}}" for answer in ("four", "4", "5")]
-    found = getattr(rewards, name)(texts, prompts=["?"] * 3, answer=[["4", "four"]] * 3)
+    found = reward_of(name)(texts, prompts=["?"] * 3, answer=[["4", "four"]] * 3)
     assert found == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(("name", "right"), [("numeric", 1.0), ("gsm8k", 1.5)])
 def test_a_number_among_the_accepted_answers_is_enough(name, right):
     texts = [rf"\boxed{{{answer}}}" for answer in ("four", "4", "5")]
-    found = getattr(rewards, name)(texts, prompts=["?"] * 3, answer=[["four", "4"]] * 3)
+    found = reward_of(name)(texts, prompts=["?"] * 3, answer=[["four", "4"]] * 3)
     assert found == [0.0, right, 0.0]
-
-
-# ---- places of answers
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (r"so \boxed{17}", "17"),
-        (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{\left\{ 1, 2 \right\}}", r"\left\{ 1, 2 \right\}"),
-        (r"\boxed{\{1\}}", r"\{1\}"),
-        (r"\boxed{\text{yes}}", r"\text{yes}"),
-        (r"\boxed  {x}", "x"),
-        ("\\boxed\n{x}", "x"),
-        (r"\fbox{5}", "5"),
-        (r"\framebox[2cm][l]{5}", "5"),
-        (r"\boxed 5", "5"),
-        (r"$\boxed 57$", "57"),
-        (r"\boxed -1,000.5.", "-1,000.5"),
-        (r"\boxed\frac12", r"\frac12"),
-        (r"\boxed \frac{\sqrt{3}}{2}.", r"\frac{\sqrt{3}}{2}"),
-        (r"\boxed\sqrt2", r"\sqrt2"),
-        (r"\boxed\text{yes}.", r"\text{yes}"),
-        (r"\boxed x", "x"),
-        (r"\boxed{\boxed{3}}", "3"),
-        (r"\boxed{\text{so }\fbox{3}}", "3"),
-        (r"\boxed{50%}", "50%"),
-        (r"\boxed{50 %}", "50 %"),
-        (r"\boxed{50\%}", r"50\%"),
-        ("\\boxed{50% of them}\n}", "50% of them"),
-        ("\\boxed{5 % the sum }\n}", "5 "),
-        ("\\boxed{%\n5}", "5"),
-        (r"\boxed{1}}", "1"),
-        (r"\boxed{}", ""),
-        (r"\boxed{{{}}}", "{{}}"),
-        (r"\boxed{\}", None),
-        (r"\boxed{1} and \boxed{2", None),
-        (r"\boxed{\frac{1}{2}", None),
-        (r"\boxed", None),
-        (r"\boxedx{3}", None),
-        ("boxed{3}", None),
-        ("", None),
-        ("\\boxed{" + "{" * 50_000, None),
-    ],
-)
-def test_last_boxed(text, expected):
-    assert last_boxed(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("<answer> 42 </answer>", "42"),
-        ("<answer>1</answer><answer>2</answer>", "2"),
-        ("<answer>1</answer> or </answer>", "1"),
-        ("<answer>1</answer><answer>2", "1"),
-        ("<answer>1<answer>2</answer>", "2"),
-        ("</answer>1<answer>", None),
-        ("<answer>1", None),
-        ("1", None),
-    ],
-)
-def test_last_tagged(text, expected):
-    assert last_tagged(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("It is $x$.", ["x"]),
-        ("first $x$, then $y$", ["x", "y"]),
-        ("$x = 1$ or $x = 2$.", ["x = 1, x = 2"]),
-        (r"\(a\), \(b\), and \(c\), but \(d\)", ["a, b, c", "d"]),
-        (r"\[ x \] is it", ["x"]),
-        ("$$x^2$$", ["x^2"]),
-        ("from $5 to $7", []),
-        (r"\$5 and $x$", ["x"]),
-        ("costs $5, or $x$", ["x"]),
-        ("$x", []),
-        ("", []),
-    ],
-)
-def test_formulas(text, expected):
-    assert formulas(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("a\n#### 42\nb", "42"), ("#### 1 #### 2", "2"), ("####", ""), ("### 1", None)],
-)
-def test_behind_hashes(text, expected):
-    assert behind_hashes(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (r"\frac{\sqrt3}2", r"\dfrac{\sqrt{3}}{2}"),
-        ("x^10", "x^{10}"),
-        (r"a \leq b", r"a\le b"),
-        (r"\left( 3,\! 4 \right).", "(3,4)"),
-        (r"\text{Even}", "even"),
-        (r"\pi r", r"\pi  r"),
-    ],
-)
-def test_one_spelling(first, second):
-    assert normalize_answer(first) == normalize_answer(second)
-
-
-@pytest.mark.parametrize("text", ["3 4", "now here", r"\pi r", "AB", "ab"])
-def test_spaces_and_capitals_that_say_something(text):
-    other = {"AB": "ab", "ab": "AB"}.get(text, text.replace(" ", ""))
-    assert normalize_answer(text) != normalize_answer(other)
 
 
 # ---- words, equations, choices, symbols
@@ -355,10 +213,10 @@ def test_spaces_and_capitals_that_say_something(text):
     ],
 )
 def test_words_are_no_products(answer, gold):
-    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    math_verify = reward_of("math_verify")
     for text in wrapped(answer, TAGGED, BOXED):
-        assert one(rewards.boxed, text, gold) == one(rewards.math_verify, text, gold) == 0, text
-    assert one(rewards.math_verify, rf"\boxed{{{gold}}}", gold) == 1
+        assert one(rewards.boxed, text, gold) == one(math_verify, text, gold) == 0, text
+    assert one(math_verify, rf"\boxed{{{gold}}}", gold) == 1
 
 
 @pytest.mark.parametrize(
@@ -366,18 +224,23 @@ def test_words_are_no_products(answer, gold):
     [("yx", "xy"), ("2hr", "2rh"), ("AB + CD", "CD + AB"), (r"b \cdot a", r"a \cdot b")],
 )
 def test_products_in_any_order(answer, gold):
-    pytest.importorskip("math_verify", reason=NEEDS_MATH)
-    assert one(rewards.math_verify, rf"\boxed{{{answer}}}", gold) == 1
+    math_verify = reward_of("math_verify")
+    assert one(math_verify, rf"\boxed{{{answer}}}", gold) == 1
 
 
-EQUATIONS = [
-    *(("3=5", 0), ("7=5", 0), ("x=7=5", 0), ("1+1=5", 0), ("2x=5", 0), ("x^2=5", 0), ("5=7", 0)),
-    *((r"\frac12=5", 0), (r"\sqrt{x}=5", 0), ("|x|=5", 1), (r"\sin(x)=5", 1), ("x(x+1)=5", 0)),
-    *((r"x \ne 5", 0), (r"\pi \approx 5", 0), ("xy=5", 1), ("-x=5", 0), ("5=x=7", 0)),
-    *(("3<5", 0), ("x<5", 0), ("x=5", 1), ("f(x)=5", 1), ("f(2)=5", 1), (r"\angle A = 5", 1)),
-    *(("AB=5", 1), ("x_1=5", 1), ("Area = 5", 1), (r"\text{Area} = 5", 1), (r"\alpha=5", 1)),
-    *((r"\overline{AB} = 5", 1), ("P(A)=5", 1), ("x=y=5", 1), ("=5", 1), ("Total cost = 5", 1)),
-]
+EQUATIONS = spread(
+    {
+        0: (
+            r"3=5 ; 7=5 ; x=7=5 ; 1+1=5 ; 2x=5 ; x^2=5 ; 5=7 ; \frac12=5 ; \sqrt{x}=5 ; "
+            r"x(x+1)=5 ; x \ne 5 ; \pi \approx 5 ; -x=5 ; 5=x=7 ; 3<5 ; x<5"
+        ),
+        1: (
+            r"|x|=5 ; \sin(x)=5 ; xy=5 ; x=5 ; f(x)=5 ; f(2)=5 ; \angle A = 5 ; AB=5 ; x_1=5 ; "
+            r"Area = 5 ; \text{Area} = 5 ; \alpha=5 ; \overline{AB} = 5 ; P(A)=5 ; x=y=5 ; =5 ; "
+            "Total cost = 5"
+        ),
+    }
+)
 
 
 EQUATIONS += [  # two letters, a function, a norm or brackets name a quantity; one unknown does not
@@ -390,16 +253,16 @@ EQUATIONS += [  # two letters, a function, a norm or brackets name a quantity; o
 
 @pytest.mark.parametrize(("answer", "reward"), EQUATIONS)
 def test_an_equation_is_its_value_where_its_left_side_is_a_name(answer, reward):
-    pytest.importorskip("math_verify", reason=NEEDS_MATH)
+    math_verify = reward_of("math_verify")
     assert one(rewards.boxed, rf"\boxed{{{answer}}}", "5") == reward
     for text in (rf"\boxed{{{answer}}}", f"<answer>{answer}</answer>"):
-        assert one(rewards.math_verify, text, "5") == reward
-        assert one(rewards.math_verify, text, answer) == 1
+        assert one(math_verify, text, "5") == reward
+        assert one(math_verify, text, answer) == 1
 
 
 def test_an_equation_that_holds():
-    pytest.importorskip("math_verify", reason=NEEDS_MATH)
-    assert one(rewards.math_verify, r"\boxed{x = 2+3 = 5}", "5") == 1
+    math_verify = reward_of("math_verify")
+    assert one(math_verify, r"\boxed{x = 2+3 = 5}", "5") == 1
 
 
 @pytest.mark.parametrize(
@@ -418,29 +281,25 @@ def test_an_equation_that_holds():
     ],
 )
 def test_other_spellings(answer, gold):
-    pytest.importorskip("math_verify", reason=NEEDS_MATH)
-    assert one(rewards.math_verify, f"<answer>{answer}</answer>", gold) == 1
-    assert one(rewards.math_verify, f"<answer>{answer}</answer>", "7") == 0
+    math_verify = reward_of("math_verify")
+    assert one(math_verify, f"<answer>{answer}</answer>", gold) == 1
+    assert one(math_verify, f"<answer>{answer}</answer>", "7") == 0
 
 
 @pytest.mark.parametrize(
     ("answer", "gold", "reward"),
-    [
-        (r"\textbf{(A)}\ 5", "A", 1),
-        (r"\text{(A) 5}", "A", 1),
-        ("(C) 5", "C", 1),
-        ("(C) 5", "A", 0),
-        ("C. 5", "(C)", 1),
-        ("(C) and (D)", "C", 0),
-        ("(C) or D", "C", 0),
-        ("(C) is wrong", "C", 0),
-        ("21", r"\textbf{(C)}\ 21", 1),
-        ("C", r"\textbf{(C)}\ 21", 1),
-        ("(C) 21", r"\textbf{(C)}\ 21", 1),
-        ("(C) 22", r"\textbf{(C)}\ 21", 0),
-        ("(B) 21", r"\textbf{(C)}\ 21", 0),
-        ("B", r"\textbf{(C)}\ 21", 0),
-    ],
+    pairs(
+        {
+            1: (
+                r"\textbf{(A)}\ 5 ~ A ; \text{(A) 5} ~ A ; (C) 5 ~ C ; C. 5 ~ (C) ; "
+                r"21 ~ \textbf{(C)}\ 21 ; C ~ \textbf{(C)}\ 21 ; (C) 21 ~ \textbf{(C)}\ 21"
+            ),
+            0: (
+                "(C) 5 ~ A ; (C) and (D) ~ C ; (C) or D ~ C ; (C) is wrong ~ C ; "
+                r"(C) 22 ~ \textbf{(C)}\ 21 ; (B) 21 ~ \textbf{(C)}\ 21 ; B ~ \textbf{(C)}\ 21"
+            ),
+        }
+    ),
 )
 def test_labelled_choices(answer, gold, reward):
     assert one(rewards.boxed, rf"\boxed{{{answer}}}", gold) == reward
@@ -448,15 +307,16 @@ def test_labelled_choices(answer, gold, reward):
 
 @pytest.mark.parametrize(
     ("text", "gold", "reward"),
-    [
-        (r"\boxed\sqrt[3]{2}", r"\sqrt[3]{2}", 1),
-        (r"\boxed{5},\boxed{6}", "5,6", 1),
-        (r"$\boxed{5}$ and $\boxed{6}$", "5,6", 1),
-        (r"\boxed{5} or \boxed{6}", "6", 0),
-        (r"\boxed{5}, so \boxed{6}", "6", 1),
-        (r"\boxed{\$}", r"\$", 1),
-        (r"\boxed{**bold**}", "**bold**", 1),
-    ],
+    pairs(
+        {
+            1: (
+                r"\boxed\sqrt[3]{2} ~ \sqrt[3]{2} ; \boxed{5},\boxed{6} ~ 5,6 ; "
+                r"$\boxed{5}$ and $\boxed{6}$ ~ 5,6 ; \boxed{5}, so \boxed{6} ~ 6 ; "
+                r"\boxed{\$} ~ \$ ; \boxed{**bold**} ~ **bold**"
+            ),
+            0: r"\boxed{5} or \boxed{6} ~ 6",
+        }
+    ),
 )
 def test_boxes(text, gold, reward):
     assert one(rewards.boxed, text, gold) == reward
@@ -464,18 +324,17 @@ def test_boxes(text, gold, reward):
 
 @pytest.mark.parametrize(
     ("text", "gold", "reward"),
-    [
-        ("So $x=4$, hence the answer is 5.", "5", 1),
-        ("So $x=4$, hence the answer is 5.", "4", 0),
-        ("The answer is $5$, since $y=3$.", "5", 1),
-        ("The answer is $5$, since $y=3$.", "3", 0),
-        ("It is not $5$.", "5", 0),
-        ("It is at least $5$.", "5", 0),
-        ("The answer is not $5$.", "5", 0),
-        ("The answer is twice $5$.", "5", 0),
-        ("$5$ is wrong.", "5", 0),
-    ],
+    pairs(
+        {
+            1: "So $x=4$, hence the answer is 5. ~ 5 ; The answer is $5$, since $y=3$. ~ 5",
+            0: (
+                "So $x=4$, hence the answer is 5. ~ 4 ; The answer is $5$, since $y=3$. ~ 3 ; "
+                "It is not $5$. ~ 5 ; It is at least $5$. ~ 5 ; The answer is not $5$. ~ 5 ; "
+                "The answer is twice $5$. ~ 5 ; $5$ is wrong. ~ 5"
+            ),
+        }
+    ),
 )
 def test_what_is_said_of_a_formula(text, gold, reward):
-    pytest.importorskip("math_verify", reason=NEEDS_MATH)
-    assert one(rewards.math_verify, text, gold) == reward
+    math_verify = reward_of("math_verify")
+    assert one(math_verify, text, gold) == reward

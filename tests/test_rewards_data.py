@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 
 import pytest
+from question_cases import DATA
+from reward_cases import reward_of
 
-from cppo import rewards
 from cppo.questions import load_gsm8k, load_math
 
-DATA = Path(os.environ.get("CPPO_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 ALONE = ["@", "$@$", r"\(@\)", "<think>7</think>\n<answer>@</answer>", "<answer> $@$ </answer>"]
 BOXED = [r"so $\boxed{@}$.", r"\fbox { @ }", r"<answer>\boxed{@}</answer>"]
 PLACES = {
@@ -30,12 +28,6 @@ def golds_of(name):
     if name == "math":
         return [row["answer"] for row in load_math(DATA / name, "test")]
     return [row["answer"] for split in ("train", "test") for row in load_gsm8k(DATA / name, split)]
-
-
-def reward_of(name):
-    if name == "math_verify":
-        pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
-    return getattr(rewards, name)
 
 
 @pytest.mark.parametrize(

@@ -5,91 +5,51 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
+from reward_cases import one, pairs, reward_of, spread
 
 from cppo import rewards
 from cppo.rewards.quantities import read_quantity
 from cppo.rewards.sentences import last_number, only_number
 
-
-def one(function, text, gold, **columns):
-    (reward,) = function([text], prompts=["?"], answer=[gold], **columns)
-    return reward
-
-
 WHOLE = [
-    ("42", 42),
-    ("-5", -5),
-    ("+3", 3),
-    ("\u2212 5", -5),  # the minus sign of Unicode
-    ("-1,234.5", Fraction(-2469, 2)),
-    ("12,345,678", 12345678),
-    ("12 000", 12000),  # groups of three, as in SI
-    (r"12\,000", 12000),
-    ("12{,}000", 12000),
-    (r"12,\!000", 12000),
-    (r"12, \! 000", 12000),
-    ("12\u202f000", 12000),
-    ("3 4", None),
-    ("1,2", None),
-    ("1,00,000", None),
-    ("0 123", None),
-    (".5", Fraction(1, 2)),
-    ("5.", 5),
-    ("3/4", Fraction(3, 4)),
-    ("1/2.", Fraction(1, 2)),
-    (r"-\frac{3}{4}", Fraction(-3, 4)),
-    (r"\frac{-3}{4}", Fraction(-3, 4)),
-    (r"\dfrac34", Fraction(3, 4)),
-    (r"\frac1{25}", Fraction(1, 25)),
-    ("1 1/2", Fraction(3, 2)),
-    (r"1\frac{1}{2}", Fraction(3, 2)),
-    (r"-2 \tfrac14", Fraction(-9, 4)),
-    ("2\u00bd", Fraction(5, 2)),
-    ("1 3/2", None),  # no proper fraction
-    ("1/0", None),
-    ("5e3", 5000),
-    ("1.5E-3", Fraction(3, 2000)),
-    ("5 x 10^3", 5000),
-    ("5 \u00d7 10^3", 5000),
-    (r"5 \times 10^{-3}", Fraction(1, 200)),
-    (r"5\cdot10^{3}", 5000),
-    ("5*10**3", 5000),
-    ("10^23", 10**23),
-    ("1e999999999", None),
+    *spread(
+        {
+            42: "42",
+            -5: "-5 ; \u2212 5",
+            3: "+3",
+            Fraction(-2469, 2): "-1,234.5",
+            12345678: "12,345,678",
+            12000: "12 000 ; 12\\,000 ; 12{,}000 ; 12,\\!000 ; 12, \\! 000 ; 12\u202f000",
+            None: (
+                "3 4 ; 1,2 ; 1,00,000 ; 0 123 ; 1 3/2 ; 1/0 ; 1e999999999 ; 2x ; 5 m ; 2 xy ; "
+                r"2\pi ; 2i ; 2\mathrm{i} ; 5! ; 5^2 ; \sqrt{2} ; 1 - \sqrt{2} ; 5 squared ; "
+                "3 \\text{ or } 4 ; --5 ; \u0663 ; x ; "
+            ),
+            Fraction(1, 2): ".5 ; 1/2.",
+            5: "5. ; \uff15 ; \u20ac5 ; 5 percent ; 5 \\text{ m} ; 5\\,\\mathrm{m/s^2} ; 5 cm^2",
+            Fraction(3, 4): r"3/4 ; \dfrac34",
+            Fraction(-3, 4): r"-\frac{3}{4} ; \frac{-3}{4}",
+            Fraction(1, 25): r"\frac1{25}",
+            Fraction(3, 2): r"1 1/2 ; 1\frac{1}{2}",
+            Fraction(-9, 4): r"-2 \tfrac14",
+            Fraction(5, 2): "2\xbd",
+            5000: "5e3 ; 5 x 10^3 ; 5 \xd7 10^3 ; 5\\cdot10^{3} ; 5*10**3",
+            Fraction(3, 2000): "1.5E-3",
+            Fraction(1, 200): r"5 \times 10^{-3}",
+            10**23: "10^23",
+            1000: "$1,000",
+            Fraction(-15, 2): r"-\$7.50",
+            50: r"50\%",
+            90: "90^\\circ ; 90\xb0",
+            25: r"25^{\circ}\mathrm{C}",
+            18: "18 apples",
+            5_000_000: "5 million",
+            2_500_000_000: r"\$2.5 \text{ billion}",
+            1011: "1011_2",
+        }
+    ),
     ("9" * 500, int("9" * 500)),
     ("9" * 1_000_000, None),
-    ("\uff15", 5),  # a digit of full width
-    ("$1,000", 1000),
-    (r"-\$7.50", Fraction(-15, 2)),
-    ("\u20ac5", 5),
-    (r"50\%", 50),
-    ("5 percent", 5),
-    (r"90^\circ", 90),
-    ("90\u00b0", 90),
-    (r"25^{\circ}\mathrm{C}", 25),
-    (r"5 \text{ m}", 5),
-    (r"5\,\mathrm{m/s^2}", 5),
-    ("5 cm^2", 5),
-    ("18 apples", 18),
-    ("5 million", 5_000_000),
-    (r"\$2.5 \text{ billion}", 2_500_000_000),
-    (r"1011_2", 1011),
-    ("2x", None),
-    ("5 m", None),  # a variable, outside of \text
-    ("2 xy", None),
-    (r"2\pi", None),
-    ("2i", None),
-    (r"2\mathrm{i}", None),
-    ("5!", None),
-    ("5^2", None),
-    (r"\sqrt{2}", None),
-    (r"1 - \sqrt{2}", None),
-    ("5 squared", None),
-    (r"3 \text{ or } 4", None),
-    ("--5", None),
-    ("\u0663", None),  # digits of other scripts
-    ("x", None),
-    ("", None),
 ]
 
 
@@ -102,20 +62,19 @@ def test_read_quantity(text, value):
 
 @pytest.mark.parametrize(
     ("text", "unit"),
-    [
-        ("5", ""),
-        (r"5\%", "percent"),
-        (r"\$5", "dollar"),
-        ("5 USD", "dollar"),
-        ("$5 per day", "dollar / day"),
-        (r"5\text{ cm}^2", "cm^2"),
-        ("5 square centimeters", "cm^2"),
-        (r"5\text{ inches}", "in"),
-        ("5 apples", "apple"),
-        ("25 degrees Celsius", "celsius"),
-        ("1011_2", "base 2"),
-        ("1011_{10}", ""),
-    ],
+    spread(
+        {
+            "": "5 ; 1011_{10}",
+            "percent": r"5\%",
+            "dollar": r"\$5 ; 5 USD",
+            "dollar / day": "$5 per day",
+            "cm^2": r"5\text{ cm}^2 ; 5 square centimeters",
+            "in": r"5\text{ inches}",
+            "apple": "5 apples",
+            "celsius": "25 degrees Celsius",
+            "base 2": "1011_2",
+        }
+    ),
 )
 def test_units_have_one_name(text, unit):
     assert read_quantity(text).unit == unit
@@ -123,31 +82,20 @@ def test_units_have_one_name(text, unit):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [
-        ("about 18 apples", 18),
-        ("The answer is 42.", 42),
-        ("$42 per day", 42),
-        ("x = -5", -5),
-        (r"\text{Total: } 7", 7),
-        ("It is **42**", 42),
-        ("= 18", 18),
-        ("\u2248 18", 18),
-        ("18 m\u00b2", 18),
-        ("1 1/2 cups of flour", Fraction(3, 2)),
-        ("5 m", 5),
-        ("18 apples for 3 people", None),
-        ("10:30", None),
-        ("3-4", None),
-        ("1 - x", None),
-        ("f(5)", None),
-        ("sin(5)", None),
-        ("np.arcsin(10/13)", None),
-        ("2x", None),
-        ("H2O", None),
-        ("minus 5", -5),
-        ("half of 5", None),
-        ("no digits", None),
-    ],
+    spread(
+        {
+            18: "about 18 apples ; = 18 ; \u2248 18 ; 18 m\xb2",
+            42: "The answer is 42. ; $42 per day ; It is **42**",
+            -5: "x = -5 ; minus 5",
+            7: r"\text{Total: } 7",
+            Fraction(3, 2): "1 1/2 cups of flour",
+            5: "5 m",
+            None: (
+                "18 apples for 3 people ; 10:30 ; 3-4 ; 1 - x ; f(5) ; sin(5) ; "
+                "np.arcsin(10/13) ; 2x ; H2O ; half of 5 ; no digits"
+            ),
+        }
+    ),
 )
 def test_only_number(text, value):
     number = only_number(text)
@@ -157,33 +105,29 @@ def test_only_number(text, value):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("3+5=8, 8+9=17.", 17),
-        ("$1,234.50", Fraction(2469, 2)),
-        ("that is 1,234, I think", 1234),
-        ("1,2,3", 3),
-        ("12,345,678 in all", 12345678),
-        ("45%", 45),
-        (r"\$5 or 50\%", 50),
-        ("10 - 5 = 5", 5),
-        ("10 - 5", None),
-        ("x = -5", -5),
-        ("-$7", -7),
-        ("5-3", None),
-        ("(2)-3", None),
-        ("minus 4", -4),
-        ("minus \u22124", None),
-        ("3.14.", Fraction(157, 50)),
-        ("it is .5", Fraction(1, 2)),
-        ("it is 1e3", 1000),
-        ("1{,}000 m", 1000),
-        ("so it is 1/2.", Fraction(1, 2)),
-        (r"so it is \frac{1}{2}.", Fraction(1, 2)),
-        ("so 5 x 10^3 grams", 5000),
-        ("1 1/2 cups", Fraction(3, 2)),
+        *spread(
+            {
+                17: "3+5=8, 8+9=17.",
+                Fraction(2469, 2): "$1,234.50",
+                1234: "that is 1,234, I think",
+                3: "1,2,3",
+                12345678: "12,345,678 in all",
+                45: "45%",
+                50: r"\$5 or 50\%",
+                5: "10 - 5 = 5",
+                None: "10 - 5 ; 5-3 ; (2)-3 ; minus \u22124 ; no digits ; ",
+                -5: "x = -5",
+                -7: "-$7",
+                -4: "minus 4",
+                Fraction(157, 50): "3.14.",
+                Fraction(1, 2): r"it is .5 ; so it is 1/2. ; so it is \frac{1}{2}.",
+                1000: "it is 1e3 ; 1{,}000 m",
+                5000: "so 5 x 10^3 grams",
+                Fraction(3, 2): "1 1/2 cups",
+            }
+        ),
         ("a" * 9999 + " 5 " + "b" * 9999, 5),
         ("9" * 400, None),
-        ("no digits", None),
-        ("", None),
     ],
 )
 def test_last_number(text, value):
@@ -193,64 +137,30 @@ def test_last_number(text, value):
 
 @pytest.mark.parametrize(
     ("answer", "gold", "equal"),
-    [
-        # exact where both are exact
-        ("9007199254740993", "9007199254740992", 0),  # 2^53 + 1 and 2^53
-        ("9007199254740993.0", "9007199254740992", 0),
-        ("1000001", "1000000", 0),
-        ("0.1", "1/10", 1),
-        ("42.0", "42", 1),
-        ("2/4", r"\frac{1}{2}", 1),
-        ("1/3", "33333333333333333/100000000000000000", 0),
-        # else relative, so that small numbers are as different as large ones
-        ("6.6e-34", "1.6e-19", 0),
-        ("6.6e-34", r"6.6 \times 10^{-34}", 1),
-        ("1e-9", "0", 0),
-        ("41.9999999", "42", 1),
-        ("41.99999", "42", 0),
-        ("1234567.5", "1234567", 0),
-        # a decimal of six significant digits or more stands for what rounds to it
-        ("0.333333", "1/3", 1),
-        ("0.33333", "1/3", 0),
-        ("0.666667", r"\frac23", 1),
-        ("0.666666", r"\frac23", 0),
-        ("16.6667", "50/3", 1),
-        ("16.67", "50/3", 0),
-        # units, where both have one
-        ("5 cm", "5", 1),
-        ("5", r"5 \text{ cm}", 1),
-        ("5 centimeters", r"5 \text{ cm}", 1),
-        ("5 cm", r"5 \text{ m}", 0),
-        ("5 cm^2", "5 cm", 0),
-        ("\u20ac5", r"\$5", 0),
-        ("90", r"90^\circ", 1),
-        ("90%", r"90^\circ", 0),
-        # a percentage in both readings
-        ("50%", "50", 1),
-        ("50%", "0.5", 1),
-        ("0.5", r"50\%", 1),
-        ("50", r"50\%", 1),
-        ("50%", "5", 0),
-        (r"0.5\%", r"50\%", 0),
-        # a base
-        ("1011_2", "1011_2", 1),
-        ("1011", "1011_2", 1),
-        ("1011_3", "1011_2", 0),
-        ("1011_2", "1011", 0),
-        # white space
-        ("1 1/2", "3/2", 1),
-        ("1 1/2", "5.5", 0),
-        ("1 1/2", "11/2", 0),
-        ("3 4", "34", 0),
-        ("1,2", "12", 0),
-        ("12 000", "12000", 1),
-    ],
+    pairs(
+        {
+            0: (
+                "9007199254740993 ~ 9007199254740992 ; 9007199254740993.0 ~ 9007199254740992 ; "
+                "1000001 ~ 1000000 ; 1/3 ~ 33333333333333333/100000000000000000 ; "
+                "6.6e-34 ~ 1.6e-19 ; 1e-9 ~ 0 ; 41.99999 ~ 42 ; 1234567.5 ~ 1234567 ; "
+                r"0.33333 ~ 1/3 ; 0.666666 ~ \frac23 ; 16.67 ~ 50/3 ; 5 cm ~ 5 \text{ m} ; "
+                "5 cm^2 ~ 5 cm ; \u20ac5 ~ \\$5 ; 90% ~ 90^\\circ ; 50% ~ 5 ; 0.5\\% ~ 50\\% ; "
+                "1011_3 ~ 1011_2 ; 1011_2 ~ 1011 ; 1 1/2 ~ 5.5 ; 1 1/2 ~ 11/2 ; 3 4 ~ 34 ; "
+                "1,2 ~ 12"
+            ),
+            1: (
+                r"0.1 ~ 1/10 ; 42.0 ~ 42 ; 2/4 ~ \frac{1}{2} ; 6.6e-34 ~ 6.6 \times 10^{-34} ; "
+                r"41.9999999 ~ 42 ; 0.333333 ~ 1/3 ; 0.666667 ~ \frac23 ; 16.6667 ~ 50/3 ; "
+                r"5 cm ~ 5 ; 5 ~ 5 \text{ cm} ; 5 centimeters ~ 5 \text{ cm} ; 90 ~ 90^\circ ; "
+                r"50% ~ 50 ; 50% ~ 0.5 ; 0.5 ~ 50\% ; 50 ~ 50\% ; 1011_2 ~ 1011_2 ; "
+                "1011 ~ 1011_2 ; 1 1/2 ~ 3/2 ; 12 000 ~ 12000"
+            ),
+        }
+    ),
 )
 @pytest.mark.parametrize("name", ["numeric", "boxed", "math_verify"])
 def test_equal_numbers(name, answer, gold, equal):
-    if name == "math_verify":
-        pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
-    assert one(getattr(rewards, name), rf"\boxed{{{answer}}}", gold) == equal
+    assert one(reward_of(name), rf"\boxed{{{answer}}}", gold) == equal
 
 
 @pytest.mark.parametrize(
@@ -270,29 +180,25 @@ def test_ground_truths_that_are_numbers(gold, text):
 
 @pytest.mark.parametrize(
     ("text", "gold", "reward"),
-    [
-        ("so it is 42.", "42", 1),
-        ("42 apples and 7 pears", "42", 0),
-        (r"\boxed{42} because 1+41", "42", 1),
-        ("<answer>42</answer>, not 43", "42", 1),
-        ("$1,000,000", "1000000", 1),
-        ("<answer>forty-two</answer> 42", "42", 1),  # no digit in the tag
-        ("<answer>18 apples for 3 people</answer>", "3", 0),
-        ("<answer>18 apples for 3 people</answer>", "18", 0),
-        ("<answer>18 apples</answer> for 3 people", "18", 1),
-        (r"<answer>1 - \sqrt{2}</answer>", "1", 0),
-        (r"<answer>1 - \sqrt{2}</answer>", "2", 0),
-        ("<answer>1/2.</answer>", "0.5", 1),
-        ("<answer>5 x 10^3</answer>", "5000", 1),
-        ("<answer>-5</answer>", "5", 0),
-        ("steps\n#### 42\nand 1 more", "42", 0),  # GSM8K's mark is GSM8K's
-        ("42", "steps 7\n#### 42", 1),
-        ("42", r"so \boxed{42}", 1),
-        ("42", "<answer>42</answer>", 1),
-        ("-42", "42", 0),
-        ("x", "42", 0),
-        ("", "42", 0),
-    ],
+    pairs(
+        {
+            1: (
+                r"so it is 42. ~ 42 ; \boxed{42} because 1+41 ~ 42 ; "
+                "<answer>42</answer>, not 43 ~ 42 ; $1,000,000 ~ 1000000 ; "
+                "<answer>forty-two</answer> 42 ~ 42 ; "
+                "<answer>18 apples</answer> for 3 people ~ 18 ; <answer>1/2.</answer> ~ 0.5 ; "
+                "<answer>5 x 10^3</answer> ~ 5000 ; 42 ~ steps 7\n#### 42 ; 42 ~ so \\boxed{42} ; "
+                "42 ~ <answer>42</answer>"
+            ),
+            0: (
+                "42 apples and 7 pears ~ 42 ; <answer>18 apples for 3 people</answer> ~ 3 ; "
+                "<answer>18 apples for 3 people</answer> ~ 18 ; "
+                r"<answer>1 - \sqrt{2}</answer> ~ 1 ; <answer>1 - \sqrt{2}</answer> ~ 2 ; "
+                "<answer>-5</answer> ~ 5 ; steps\n#### 42\nand 1 more ~ 42 ; -42 ~ 42 ; x ~ 42 ; "
+                " ~ 42"
+            ),
+        }
+    ),
 )
 def test_numeric(text, gold, reward):
     assert one(rewards.numeric, text, gold) == reward
@@ -301,20 +207,24 @@ def test_numeric(text, gold, reward):
 @pytest.mark.parametrize(
     ("text", "gold", "reward"),
     [
-        ("<think>a</think>\n<answer>42</answer>", "42", 2.0),
-        ("<answer>1,042</answer>", "1042", 2.0),
-        ("<answer>1042</answer>", "steps\n#### 1,042", 2.0),
-        ("<answer>42.0</answer>", "42", 1.5),
-        ("<answer>$42 per day</answer>", "42", 1.5),
-        ("<answer>42 apples for 3 people</answer>", "42", 0.0),
-        (r"<answer>\boxed{42}</answer>", "42", 1.5),
-        ("it is 42", "42", 1.5),
-        ("steps\n#### 42\nand 1 more", "42", 1.5),
-        ("#### Step 1\nIt is 42", "42", 1.5),
-        ("<answer>43</answer> 42", "42", 0.0),
-        ("42 or 43", "42", 0.0),
+        *pairs(
+            {
+                2.0: (
+                    "<think>a</think>\n<answer>42</answer> ~ 42 ; <answer>1,042</answer> ~ 1042 ; "
+                    "<answer>1042</answer> ~ steps\n#### 1,042"
+                ),
+                1.5: (
+                    "<answer>42.0</answer> ~ 42 ; <answer>$42 per day</answer> ~ 42 ; "
+                    r"<answer>\boxed{42}</answer> ~ 42 ; it is 42 ~ 42 ; "
+                    "steps\n#### 42\nand 1 more ~ 42 ; #### Step 1\nIt is 42 ~ 42"
+                ),
+                0.0: (
+                    "<answer>42 apples for 3 people</answer> ~ 42 ; <answer>43</answer> 42 ~ 42 ; "
+                    "42 or 43 ~ 42 ;  ~ 42"
+                ),
+            }
+        ),
         ("<answer>42</answer>", ["41", "42"], 2.0),
-        ("", "42", 0.0),
     ],
 )
 def test_gsm8k(text, gold, reward):
@@ -368,85 +278,52 @@ BEHIND = [  # words behind 5, what 5 is with them; None where only a truth with 
 @pytest.mark.parametrize(("words", "value"), BEHIND)
 @pytest.mark.parametrize("name", ["numeric", "boxed", "math_verify"])
 def test_words_behind_a_number(name, words, value):
-    if name == "math_verify":
-        pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
     for text in (rf"\boxed{{5\text{{ {words}}}}}", rf"\boxed{{5 {words}}}"):
-        assert one(getattr(rewards, name), text, "5") == (value == 5), text
-        assert value in (5, None) or one(getattr(rewards, name), text, str(value)) == 1, text
+        assert one(reward_of(name), text, "5") == (value == 5), text
+        assert value in (5, None) or one(reward_of(name), text, str(value)) == 1, text
         if name != "numeric":
-            assert one(getattr(rewards, name), text, text) == 1
+            assert one(reward_of(name), text, text) == 1
 
 
 @pytest.mark.parametrize(
     ("text", "gold", "reward"),
     [
-        # in a tag
-        ("<answer>5 m</answer>", "5 cm", 0),
-        ("<answer>5 g</answer>", "5 kg", 0),
-        ("<answer>5 s</answer>", "5 hours", 0),
-        ("<answer>5 kg</answer>", "5 g", 0),
-        ("<answer>about 5 kg</answer>", "5 g", 0),
-        ("<answer>5 sheep</answer>", "5 sheep", 1),
-        ("<answer>5 goats</answer>", "5 sheep", 0),
-        ("<answer>5</answer>", "5 sheep", 1),
-        ("<answer>5 meters</answer>", "5 m", 1),
-        ("<answer>5m</answer>", "5 m", 1),
-        ("<answer>60 mph</answer>", "60 miles per hour", 1),
-        ("<answer>10\u2076</answer>", "1000000", 1),
-        ("<answer>10\u2076</answer>", "10", 0),
-        (r"<answer>0.\overline{3}</answer>", "1/3", 1),
-        (r"<answer>0.1\overline{6}</answer>", "1/6", 1),
-        # in running text
-        ("The population is 1.5 million.", "1500000", 1),
-        ("The population is 1.5 million.", "1.5", 0),
-        ("$2 million", "2000000", 1),
-        ("$2 million", "2", 0),
-        ("3 thousand", "3", 0),
-        ("The answer is negative 7", "-7", 1),
-        ("The answer is negative 7", "7", 0),
-        ("= - 5", "-5", 1),
-        ("it is - 5", "-5", 1),
-        ("= - 5", "5", 0),
-        ("- 3 apples\n- 5 apples", "5", 1),
-        ("20 squared", "20", 0),
-        ("2^{10}", "10", 0),
-        ("2^{10}", "2", 0),
-        (r"\sqrt{4}", "4", 0),
-        ("$x^2$", "2", 0),
-        ("0x10", "10", 0),
-        ("1/2/3", "3", 0),
-        ("5\u2074", "5", 0),
-        ("It is 10\u2076.", "1000000", 1),
-        ("The mass is 5 kg.", "5 g", 0),
-        ("The mass is 5 kg.", "5 kg", 1),
-        ("The area is 5 cm^2.", "5", 1),
-        ("It is 5m", "5", 1),
-        ("There are 5 in total.", "5", 1),
-        ("it rang 4 + 1 = 5 times.", "5", 1),
-        ("it costs $14 - $9 = $5 more than mine", "5", 1),
-        ("that is $60/12 = $5/month", "5", 1),
-        ("700 kg - 695 kg = 5 kg", "5", 1),
-        ("so 9 - 4 = 5 people did not come", "5", 1),
-        ("She paid $5 that he will not pay", "5", 1),
-        ("so 60/12 = 5 dozen eggs", "60", 1),  # and not 5, as nobody knows which is meant
-        ("It is 5!", "5", 0),  # a factorial, or joy
-        ("The answer is 5. I checked 3 times.", "5", 1),
-        ("The answer is 5. I checked 3 times.", "3", 0),
-        ("the answer is 5 because 2 + 3 = 5", "5", 1),
-        ("the answer is 2 + 3 = 5", "5", 1),
-        (r"$\frac{x}{5}$", "5", 0),
-        (r"so $5\pi$", "5", 0),
-        (r"$\log_2 5$", "5", 0),
-        ("it is 10:30", "30", 0),
-        ("It is 3-5", "5", 0),
-        ("x > 5", "5", 0),
-        ("<answer>five</answer> 5", "5", 1),
-        # powers that no float holds
-        ("10^400", "10**400", 1),
+        *pairs(
+            {
+                0: (
+                    "<answer>5 m</answer> ~ 5 cm ; <answer>5 g</answer> ~ 5 kg ; "
+                    "<answer>5 s</answer> ~ 5 hours ; <answer>5 kg</answer> ~ 5 g ; "
+                    "<answer>about 5 kg</answer> ~ 5 g ; <answer>5 goats</answer> ~ 5 sheep ; "
+                    "<answer>10\u2076</answer> ~ 10 ; The population is 1.5 million. ~ 1.5 ; "
+                    "$2 million ~ 2 ; 3 thousand ~ 3 ; The answer is negative 7 ~ 7 ; = - 5 ~ 5 ; "
+                    r"20 squared ~ 20 ; 2^{10} ~ 10 ; 2^{10} ~ 2 ; \sqrt{4} ~ 4 ; $x^2$ ~ 2 ; "
+                    "0x10 ~ 10 ; 1/2/3 ~ 3 ; 5\u2074 ~ 5 ; The mass is 5 kg. ~ 5 g ; "
+                    "It is 5! ~ 5 ; The answer is 5. I checked 3 times. ~ 3 ; "
+                    r"$\frac{x}{5}$ ~ 5 ; so $5\pi$ ~ 5 ; $\log_2 5$ ~ 5 ; it is 10:30 ~ 30 ; "
+                    "It is 3-5 ~ 5 ; x > 5 ~ 5 ; 10^400 ~ 400 ; 10^400 ~ 10"
+                ),
+                1: (
+                    "<answer>5 sheep</answer> ~ 5 sheep ; <answer>5</answer> ~ 5 sheep ; "
+                    "<answer>5 meters</answer> ~ 5 m ; <answer>5m</answer> ~ 5 m ; "
+                    "<answer>60 mph</answer> ~ 60 miles per hour ; "
+                    "<answer>10\u2076</answer> ~ 1000000 ; "
+                    r"<answer>0.\overline{3}</answer> ~ 1/3 ; "
+                    r"<answer>0.1\overline{6}</answer> ~ 1/6 ; "
+                    "The population is 1.5 million. ~ 1500000 ; $2 million ~ 2000000 ; "
+                    "The answer is negative 7 ~ -7 ; = - 5 ~ -5 ; it is - 5 ~ -5 ; "
+                    "- 3 apples\n- 5 apples ~ 5 ; It is 10\u2076. ~ 1000000 ; "
+                    "The mass is 5 kg. ~ 5 kg ; The area is 5 cm^2. ~ 5 ; It is 5m ~ 5 ; "
+                    "There are 5 in total. ~ 5 ; it rang 4 + 1 = 5 times. ~ 5 ; "
+                    "it costs $14 - $9 = $5 more than mine ~ 5 ; that is $60/12 = $5/month ~ 5 ; "
+                    "700 kg - 695 kg = 5 kg ~ 5 ; so 9 - 4 = 5 people did not come ~ 5 ; "
+                    "She paid $5 that he will not pay ~ 5 ; so 60/12 = 5 dozen eggs ~ 60 ; "
+                    "The answer is 5. I checked 3 times. ~ 5 ; "
+                    "the answer is 5 because 2 + 3 = 5 ~ 5 ; the answer is 2 + 3 = 5 ~ 5 ; "
+                    r"<answer>five</answer> 5 ~ 5 ; 10^400 ~ 10**400 ; \boxed{10^{400}} ~ 10^400"
+                ),
+            }
+        ),
         ("10**400", 10**400, 1),
-        (r"\boxed{10^{400}}", "10^400", 1),
-        ("10^400", "400", 0),
-        ("10^400", "10", 0),
     ],
 )
 def test_what_stands_beside_a_number(text, gold, reward):
@@ -456,121 +333,12 @@ def test_what_stands_beside_a_number(text, gold, reward):
 @pytest.mark.parametrize("name", ["boxed", "exact_match", "math_verify", "numeric"])
 @pytest.mark.parametrize("gold", ["10**400", "10^400", 10**400, "10^{400}"])
 def test_powers_that_no_float_holds(name, gold):
-    if name == "math_verify":
-        pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
     right = rf"\boxed{{{gold}}}"
-    assert one(getattr(rewards, name), right, gold) == 1
-    assert one(getattr(rewards, name), right, "5") == one(getattr(rewards, name), "5", gold) == 0
+    assert one(reward_of(name), right, gold) == 1
+    assert one(reward_of(name), right, "5") == one(reward_of(name), "5", gold) == 0
 
 
 @pytest.mark.parametrize("answer", ["4,2", ",42,", "42,", "0,42"])
 def test_commas_that_set_no_thousands_apart(answer):
     assert one(rewards.gsm8k, f"<answer>{answer}</answer>", "42") < 2
     assert one(rewards.gsm8k, "<answer>4,2</answer>", "42") == 0
-
-
-@pytest.mark.parametrize(
-    ("answer", "value"),
-    [
-        ("John has 18 apples.", 18),
-        ("She makes $18 every day", 18),
-        ("Janet makes 18 dollars per day.", 18),
-        ("It takes 3 bolts", 3),
-        ("Tom's sister bought 1,250 stickers at the fair.", 1250),
-        ("He will have -3 points left", -3),
-        ("They walked 2.5 km.", 2.5),
-        # Sentences that say something else of the number, or of another one.
-        ("John has twice 18 apples.", None),
-        ("John has at least 18 apples.", None),
-        ("John has 18 more apples than Mary.", None),
-        ("John has not 18 apples.", None),
-        ("John has twice as many as 18.", None),
-        ("John thinks that 18 is wrong.", None),
-        ("John has 18 apples for 3 people.", None),
-        ("John has 18 dozen apples.", 216),
-        ("John squared 18", None),
-    ],
-)
-def test_a_sentence_in_the_answer_tag(answer, value):
-    text = f"<answer>{answer}</answer>"
-    for gold in (value, 18, 3):
-        if gold is not None:
-            assert rewards.numeric([text], answer=[str(gold)]) == [float(gold == value)], gold
-
-
-def test_a_line_that_marks_the_answer():
-    text = "So she makes 9 * 2 = $18 every day.\n#### 18"
-    for reward in (rewards.numeric, rewards.math_verify):
-        assert reward([text, text], answer=["18", "9"]) == [1.0, 0.0]
-
-
-# ---- ordinary right answers and their wrong neighbours, by rule
-
-PLACES = {
-    "numeric": "numeric gsm8k",
-    "each": "numeric gsm8k math_verify",
-    "box": "boxed math_verify",
-}
-RULES = [
-    # A sum of numbers in the tag says its last side, if all sides are worth the same.
-    *(("each", f"<answer>{text}</answer>", "18", 1) for text in ("10 + 8 = 18", "$10 + $8 = $18")),
-    *(
-        ("each", f"<answer>{text}</answer>", "18", 1)
-        for text in ("2 x 9 = 18 dollars", "2(9) = 18")
-    ),
-    ("each", "<answer>So he makes 36 eggs / 2 = 18 eggs in 3 days.</answer>", "18", 1),
-    ("each", "<answer>18% of 50 = 9</answer>", "9", 1),
-    ("each", "<answer>25/7 = 3.57</answer>", "3.57", 1),
-    ("each", "<answer>10 + 8 = 19</answer>", "19", 0),
-    ("each", "<answer>10 + 9 = 17 + 1 = 18</answer>", "18", 0),
-    ("each", "<answer>twice 9 + 9 = 18</answer>", "18", 0),
-    ("each", "<answer>9 + 9 = 18 is wrong</answer>", "18", 0),
-    ("each", "<answer>9 + 9 = 18, so 7</answer>", "18", 0),
-    ("each", "<answer>2x = 18</answer>", "18", 0),
-    ("each", "<answer>1/0 = 18</answer>", "18", 0),
-    # So does a number that goes on with a preposition, a comparison or what it is of.
-    *(("each", f"<answer>18 {rest}</answer>", "18", 1) for rest in ("miles from home", "a week")),
-    *(("each", f"<answer>18 {rest}</answer>", "18", 1) for rest in ("more eggs", "fewer", "(red)")),
-    *(("each", f"<answer>18 {rest}</answer>", "18", 1) for rest in ("years older", "year-old")),
-    *(("each", f"<answer>18 {rest}</answer>", "18", 0) for rest in ("to one", "more than Mary")),
-    *(
-        ("each", f"<answer>18 {rest}</answer>", "18", 0)
-        for rest in ("for 3 days", "(wrong)", "off")
-    ),
-    # Plurals: with words before them, and without -s; no number words, no verbs.
-    *(("box", rf"\boxed{{18\text{{ {unit}}}}}", "18", 1) for unit in ("different ways", "sheep")),
-    *(("box", rf"\boxed{{18\text{{ {unit}}}}}", "18", 1) for unit in ("gallons of paint", "mice")),
-    *(("box", rf"\boxed{{18\text{{ {unit}}}}}", "18", 0) for unit in ("zillions", "wrong answers")),
-    *(("box", rf"\boxed{{18\text{{ {unit}}}}}", "18", 0) for unit in ("fails", "pairs", "xyz / h")),
-    ("box", r"\boxed{18\text{ ways}}", r"18\text{ different ways}", 1),
-    ("box", r"\boxed{18\text{ red balls}}", r"18\text{ blue balls}", 0),
-    ("box", r"\boxed{\text{18 dollars}}", "18", 1),
-    ("box", r"\boxed{\text{18 dozen}}", "18", 0),
-    # "The answer is": the first number, if it is alone in its clause, else the last.
-    ("each", "The answer is 18 apples, not 17.", "18", 1),
-    ("each", "The answer is $2 per egg times 9 eggs, so $18.", "18", 1),
-    ("each", "The answer is $2 per egg times 9 eggs, so $18.", "2", 0),
-    ("each", "The answer is that 3 friends each get 6 apples.", "6", 1),
-    ("each", "The answer to the question should be 18.", "18", 1),
-    # Running text without a formula, for math_verify as well.
-    ("each", "Therefore, he makes $18 per day.", "18", 1),
-    ("each", "So 20 - 2 = 18 cookies remain.", "18", 1),
-    ("each", "So 20 - 2 = 18 cookies remain.", "2", 0),
-    ("each", "So 18 eggs (9 per box).", "18", 1),
-    ("each", "So 18 eggs (9 per box).", "9", 0),
-    ("each", "9 * 2 = <<9*2=18>>18 dollars.<|im_end|>", "18", 1),
-    *(("each", text, "18", 0) for text in ("Step 18", "20% off 18", "one hundred 18", "hardly 18")),
-    *(("each", f"<answer>{text}</answer>", "18", 1) for text in ("USD 18", "Rs. 18")),
-    ("each", "<answer>18 students passed the exam</answer>", "18", 1),
-    ("each", "<answer>18 students lie</answer>", "18", 0),
-    *(("each", text, "18", 0) for text in ("17 or 18", "between 3 and 18", "18 (mod 20)")),
-    ("each", "<answer>18:1</answer>", "18", 0),
-]
-
-
-@pytest.mark.parametrize(("place", "text", "gold", "reward"), RULES)
-def test_ordinary_answers_and_their_neighbours(place, text, gold, reward):
-    for name in PLACES[place].split():
-        if name == "math_verify":
-            pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
-        assert (one(getattr(rewards, name), text, gold) > 0) == reward, name

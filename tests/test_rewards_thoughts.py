@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 
 import pytest
+import reward_cases
+from reward_cases import reward_of
 
 from cppo import rewards
 from cppo.rewards import completion_text, from_names, gsm8k_reward
@@ -14,9 +16,7 @@ SWITCHED_OFF = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 PLAIN = "<|im_start|>assistant\n"
 
 
-def one(function, completion, gold="4", **columns):
-    (reward,) = function([completion], prompts=["?"], answer=[gold], **columns)
-    return reward
+one = functools.partial(reward_cases.one, gold="4")
 
 
 # ---- what the chat template opened
@@ -67,9 +67,7 @@ def test_a_template_can_be_set_where_the_trainer_does_not_pass_it():
 
 @pytest.mark.parametrize("name", ["boxed", "exact_match", "numeric", "math_verify", "gsm8k"])
 def test_bad_generation_prompts(name):
-    if name == "math_verify":
-        pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
-    function = getattr(rewards, name)
+    function = reward_of(name)
     with pytest.raises(ValueError, match=f"{name}: generation_prompts must have one entry per com"):
         one(function, "4", generation_prompts=["<think>"] * 2)
     with pytest.raises(TypeError, match=f"{name}: generation_prompts must be strings, got 5"):
@@ -105,9 +103,7 @@ PLACES = [
     ],
 )
 def test_the_answer_stands_behind_the_thought(name, answer, text, reward):
-    if name == "math_verify":
-        pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
-    assert one(getattr(rewards, name), text.replace("@", answer)) == reward
+    assert one(reward_of(name), text.replace("@", answer)) == reward
 
 
 def test_the_answer_stands_behind_the_thought_for_gsm8k():
@@ -117,9 +113,7 @@ def test_the_answer_stands_behind_the_thought_for_gsm8k():
 
 @pytest.mark.parametrize("name", ["boxed", "exact_match", "numeric", "math_verify", "gsm8k"])
 def test_what_an_unfinished_thought_earns(name):
-    if name == "math_verify":
-        pytest.importorskip("math_verify", reason="the extra 'math' is not installed")
-    function, cut_off = getattr(rewards, name), r"<answer>4</answer> maybe \boxed{4}"
+    function, cut_off = reward_of(name), r"<answer>4</answer> maybe \boxed{4}"
     right = 2.0 if name == "gsm8k" else 1.0
     columns = {"generation_prompts": OPENED}
     assert one(function, cut_off, **columns) == 0.0

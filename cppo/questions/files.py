@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import bisect
+import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -223,24 +224,15 @@ def _plain_type(kind: Any) -> Any:
 
 def _json_lines(file: Path) -> list[dict[str, Any]]:
     rows = []
-    encoding = _encoding(file)
-    try:
-        with file.open(encoding=encoding) as lines:
-            for number, line in enumerate(lines, 1):
-                line = line.lstrip("\ufeff")  # of files that were put one behind the other
-                if line.strip():
-                    rows.append(_object(_json(line, file, number), f"{file}, line {number}"))
-    except UnicodeDecodeError as error:
-        raise _wrong_encoding(file, encoding) from error
+    for number, line in enumerate(io.StringIO(_text(file), newline=None), 1):
+        line = line.lstrip("\ufeff")  # of files that were put one behind the other
+        if line.strip():
+            rows.append(_object(_json(line, file, number), f"{file}, line {number}"))
     return rows
 
 
 def _json_array(file: Path) -> list[dict[str, Any]]:
-    encoding = _encoding(file)
-    try:
-        rows = _json(file.read_text(encoding=encoding), file)
-    except UnicodeDecodeError as error:
-        raise _wrong_encoding(file, encoding) from error
+    rows = _json(_text(file), file)
     if not isinstance(rows, list):
         raise ValueError(
             f"cppo.load_rows: {file} must hold an array of objects, got {type(rows).__name__}"
@@ -254,20 +246,16 @@ def _object(row: Any, place: str) -> dict[str, Any]:
     return row
 
 
-def _encoding(file: Path) -> str:
-    with file.open("rb") as head:
-        return json.detect_encoding(head.read(4))
-
-
-def _wrong_encoding(file: Path, encoding: str) -> ValueError:
-    """The error of a file that does not decode, with the line: the decoder knew only its block."""
+def _text(file: Path) -> str:
     data = file.read_bytes()
+    encoding = json.detect_encoding(data)
     try:
-        data.decode(encoding)
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data[: error.start].decode(encoding, "replace").count("\n") + 1
-        return ValueError(f"cppo.load_rows: {file}, line {line} is not {encoding}: {error.reason}")
-    return ValueError(f"cppo.load_rows: {file} is not {encoding}")
+        raise ValueError(
+            f"cppo.load_rows: {file}, line {line} is not {encoding}: {error.reason}"
+        ) from error
 
 
 def _json(text: str, file: Path, line: int = 0) -> Any:

@@ -15,7 +15,7 @@ from PIL import Image
 from cppo.questions.check import describe_bad_rows
 from cppo.questions.files import column, read_source, with_system
 from cppo.questions.images import load_images, numbered
-from cppo.questions.messages import IMAGE_MARKER, place_images, read_messages, sequence
+from cppo.questions.messages import IMAGE_MARKER, each, place_images, read_messages, sequence
 from cppo.questions.rows import Rows
 from cppo.rewards import check_ground_truth
 
@@ -26,9 +26,9 @@ class Layout:
 
     Args:
         columns: those that a file must have; the first holds the question, a text or messages.
-        answers: what reads the answer of a column, in order; the first column that a row has
-            decides. Raises ValueError for a value without an answer. Of verl's `reward_model` it is
-            given the `ground_truth`.
+        answers: what reads the answer in a column, or each of a list of answers; the first column
+            that a row has decides. It raises ValueError for a value without an answer. Of verl's
+            `reward_model` it is given the `ground_truth`.
         system: the system prompt where the user gives none; None: what the file has.
         instruction: behind each question where the user gives no system prompt.
         images: the column of images or their paths.
@@ -182,7 +182,7 @@ def _answer(values: Mapping[str, Any], layout: Layout) -> Any:
         if name == "reward_model" and isinstance(value, Mapping):
             value = value.get("ground_truth")
         if value is not None:
-            answer = read(value)
+            answer = each(read, value)
             check_ground_truth(answer)
             return answer
     raise ValueError(f"has no answer; looked in {', '.join(values)}")

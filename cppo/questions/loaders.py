@@ -13,7 +13,6 @@ from typing import Any
 
 from cppo.questions.files import load_rows
 from cppo.questions.layouts import Layout, Loader
-from cppo.questions.messages import each
 from cppo.questions.rows import Rows
 from cppo.rewards.answers import behind_hashes, last_boxed
 from cppo.rewards.quantities import read_quantity
@@ -163,38 +162,29 @@ def load_virl39k(
     return loader(path, None)
 
 
-def _as_it_is(value: Any) -> Any:
-    return value
+def _as_it_is(answer: Any) -> Any:
+    return answer
 
 
-def _final_number(value: Any) -> Any:
-    def final(answer: Any) -> str:
-        marked = behind_hashes(str(answer))
-        number = (str(answer).strip() if marked is None else marked).replace(",", "")
-        if not number:
-            raise ValueError(f"nothing follows the '####' of the answer {answer!r:.200}")
-        if read_quantity(number) is None:
-            raise ValueError(f"has no number behind '####', and is none itself: {answer!r:.200}")
-        return number
-
-    return each(final, value)
+def _final_number(answer: Any) -> str:
+    marked = behind_hashes(str(answer))
+    number = (str(answer).strip() if marked is None else marked).replace(",", "")
+    if not number:
+        raise ValueError(f"nothing follows the '####' of the answer {answer!r:.200}")
+    if read_quantity(number) is None:
+        raise ValueError(f"has no number behind '####', and is none itself: {answer!r:.200}")
+    return number
 
 
-def _boxed(value: Any) -> Any:
-    def boxed(text: Any) -> str:
-        found = last_boxed(text) if isinstance(text, str) else None
-        if not found:
-            raise ValueError(f"has no \\boxed{{}} in {text!r:.200}")
-        return found
-
-    return each(boxed, value)
+def _boxed(text: Any) -> str:
+    found = last_boxed(text) if isinstance(text, str) else None
+    if not found:
+        raise ValueError(f"has no \\boxed{{}} in {text!r:.200}")
+    return found
 
 
-def _boxed_or_all(value: Any) -> Any:
-    def boxed_or_all(text: Any) -> Any:
-        found = last_boxed(text) if isinstance(text, str) else None
-        if not found and "\\boxed" in str(text):
-            raise ValueError(f"has a \\boxed without an answer in {text!r:.200}")
-        return found or text
-
-    return each(boxed_or_all, value)
+def _boxed_or_all(text: Any) -> Any:
+    found = last_boxed(text) if isinstance(text, str) else None
+    if not found and "\\boxed" in str(text):
+        raise ValueError(f"has a \\boxed without an answer in {text!r:.200}")
+    return found or text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from reward_cases import spread
+from reward_cases import one, pairs, reward_of, spread
 
 from cppo.rewards.answers import behind_hashes, formulas, last_boxed, last_tagged
 from cppo.rewards.spelling import normalize_answer
@@ -118,3 +118,24 @@ def test_one_spelling(first, second):
 def test_spaces_and_capitals_that_say_something(text):
     other = {"AB": "ab", "ab": "AB"}.get(text, text.replace(" ", ""))
     assert normalize_answer(text) != normalize_answer(other)
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "reward"),
+    pairs(
+        {
+            1: (
+                r"so $2\sqrt{2}$ ~ \sqrt{8} ; so $x = 2$ or $x = 3$. ~ 2, 3 ; "
+                "$x$ is $5$ ~ $5$ people ; It is 42. ~ 42 ; There are 5, then 42 apples ~ 42 ; "
+                r"<answer>It is $\frac{28}{6}$.</answer> ~ \frac{14}{3}"
+            ),
+            0: (
+                "it is $5$, not $x$ ~ 5 ; $y$ ~ $x = 1$ where $y$ is real ; "
+                r"There are 5, then 42 apples ~ 5 ; It is 1 - \sqrt{2} ~ 1 ; from $5 to $7 ~ 5 ; "
+                "no idea ~ 42 ;  ~ 42"
+            ),
+        }
+    ),
+)
+def test_answers_of_math_verify_in_running_text(text, gold, reward):
+    assert one(reward_of("math_verify"), text, gold) == reward

@@ -59,7 +59,23 @@ _BOUND_BEFORE = re.compile(
     r"|(?:\d[A-Za-z]|(?<!\d )\b(?!is|be|so|to)[a-z]{2}|[A-Za-z]\^\{[^{}]*\}) ?= ?"
     r"|(?:[\d)\]}!%]|(?<![A-Za-z])[A-Za-z]) ?- ?)$"
 )
+# Words beside a number that deny it, and all that make another number of it or of its sentence.
+_DENYING = frozenset(
+    "not never cannot neither nor no n't wrong incorrect false nobody nothing anything hardly lie "
+    "fails misses lacks differs contradicts denies maybe perhaps".split()
+)
 _JOINS = frozenset("and or with where when such that more".split())
+_CHANGING = (
+    CHANGES
+    | _DENYING
+    | frozenset(
+        "times least most twice thrice double triple quadruple quintuple under above below exceed "
+        "exceeds half except but by beyond almost nearly up out between square cube one two three "
+        "four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy "
+        "eighty ninety as many much percent fraction ratio without zero mod".split()
+    )
+) - _JOINS
+_JUST_BEFORE = _CHANGING - {"equals", "as"}
 _BOUND_BEHIND = re.compile(
     r" ?(?:[*^!<>+|]|/(?![a-z]{2})|-(?=[\w(\\])|- [\d\\(]|\\(?!%|circ)|\}|[(_])"
     rf"| (?:{'|'.join(CHANGES - _JOINS)})\b| times (?!to\b)\w| more than \S*\d"
@@ -80,13 +96,6 @@ _CLAUSE_END = re.compile(
     r"|\b(?:because|since|as|which|(?:and|but) not|not|rather than|instead of)\b"
 )
 _LAST_WORD = re.compile(r"([A-Za-z-]+)(?: (?:of|to|the|an?|by))*[ $]*$")
-_CHANGES_BEFORE = frozenset(
-    "plus minus negative times over more less than least most twice thrice double triple quadruple "
-    "quintuple under above below exceed exceeds half except but by beyond almost nearly up out "
-    "between square cube root one two three four five six seven eight nine ten eleven twelve "
-    "twenty thirty forty fifty sixty seventy eighty ninety sin cos tan log ln exp sqrt modulo "
-    "choose".split()
-)
 _DENIED_BEHIND = re.compile(
     r"\W*(?:(?:is|are|was|were) (?:not|wrong|incorrect|false)|(?:is|are|was)n['\u2019]t|wrong)\b"
     r"| ?\?| is a lie\b| below zero\b| at (?:most|least)\b"
@@ -103,18 +112,6 @@ _IN_BRACKETS = re.compile(
     r"(?<=[\w.%]) \((?![^()]*(?<![\w.])(?![aI]\b|[xX] \d)[A-Za-z](?![\w.]))"
     r"([^()]*(?:[A-Za-z]{2}|i\.e\.)[^()]*|[^()]*[-+*/=][^()]*(?=\) [a-z]{2}))\)(?! ?[=*/+^-])"
 )
-_DENYING = frozenset(
-    "not never cannot neither nor no n't wrong incorrect false nobody nothing anything hardly lie "
-    "fails misses lacks differs contradicts denies maybe perhaps".split()
-)
-_CHANGING = (
-    CHANGES
-    | _CHANGES_BEFORE
-    | _DENYING
-    | frozenset(
-        "or between than as many much percent fraction ratio without below zero mod".split()
-    )
-) - _JOINS
 
 
 def only_number(text: str, *, in_sentences: bool = False) -> Quantity | None:
@@ -238,7 +235,7 @@ def is_denied(before: str, behind: str) -> bool:
     """Whether the words beside an answer say that it is none, or another one."""
     before, behind = before[-_WINDOW:], behind[:_WINDOW]
     word = _LAST_WORD.search(before)
-    is_changed = word is not None and word[1].lower() in _CHANGES_BEFORE
+    is_changed = word is not None and word[1].lower() in _JUST_BEFORE
     return is_changed or bool(_DENIED_BEFORE.search(before) or _DENIED_BEHIND.match(behind))
 
 

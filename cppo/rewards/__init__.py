@@ -1,11 +1,11 @@
-r"""Rewards of completions: the answers' correctness, their format and their length.
+r"""Rewards for completions: correct answers, their format and their length.
 
-A reward function is called as TRL calls it, `fn(completions, *, prompts, **columns)`, every column
-a list with one entry per completion, and returns one number per completion (None: does not apply).
-Those here accept strings or TRL's messages as completions, read the ground truth from the
-column `answer`, never raise on what a completion says, and raise ValueError naming the completion,
-by its place in the call, for a ground truth that cannot be read: rewarding such a row would train
-on nothing. What they share, and how an answer is found, says `cppo.rewards.functions`.
+A reward function is called as TRL calls it, `fn(completions, *, prompts, **columns)`. Every column
+is a list with one entry per completion. The function returns one number per completion, or None
+where it does not apply. The rewards here accept strings or TRL's messages as completions and read
+the ground truth from the column `answer`. They never raise for what a completion says. A ground
+truth that cannot be read raises ValueError with the completion's place in the call, because such a
+reward would train on nothing. `cppo.rewards.functions` describes the arguments that they share.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ The arguments that they share:
     generation_prompts: what the chat template wrote behind the last message, one string per
         completion or one for all ("<think>" with `functools.partial`, in TRL); a completion is
         judged on that text from its first `<think>` or `<answer>` on, and its own.
-    unfinished_thought: what a completion earns whose last `<think>` is not closed: a number; None,
-        which leaves the row out; or "judged", which looks for the answer in the thought. In any
-        other completion the answer stands behind the last `</think>`.
+    unfinished_thought: the reward of a completion whose last `<think>` is not closed: a number;
+        None, which leaves the completion out; or "judged", which looks for the answer in the
+        thought. In any other completion the answer follows the last `</think>`.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ def exact_match(
     unfinished_thought: Any = 0.0,
     **columns: Any,
 ) -> Rewards:
-    r"""1 where the answer of the completion is the ground truth letter by letter.
+    r"""1 where the completion's answer is the ground truth, letter by letter.
 
-    The answer is the last `<answer>`, else the last box, else all that follows the thought. White
-    space counts as one space, and `$`, `\(` or `\[` around all of an answer do not count.
+    The answer is the last `<answer>`, or else the last box, or else all that follows the thought.
+    Any white space counts as one space; `$`, `\(` or `\[` around the whole answer do not count.
 
     Args: see `cppo.rewards.functions`.
     Returns: 0.0 or 1.0 per completion.
     Raises: ValueError naming a completion without ground truth.
     """
-    rows = Judged("exact_match", completions, answer, generation_prompts, unfinished_thought)
-    truths = rows.truths(lambda gold: answer_part(gold).split(), "an answer")
-    return rows.rewards(truths, lambda text, truth: float(answer_part(text).split() == truth))
+    judged = Judged("exact_match", completions, answer, generation_prompts, unfinished_thought)
+    truths = judged.truths(lambda gold: answer_part(gold).split(), "an answer")
+    return judged.rewards(truths, lambda text, truth: float(answer_part(text).split() == truth))
 
 
 def numeric(
@@ -74,23 +74,23 @@ def numeric(
     unfinished_thought: Any = 0.0,
     **columns: Any,
 ) -> Rewards:
-    r"""1 where the number of the completion equals the ground truth, as `cppo.rewards.quantities`.
+    r"""1 where the completion's number equals the ground truth; see `cppo.rewards.quantities`.
 
-    The number is what the last `<answer>`, or else the last box, holds: one number, alone, with a
-    unit or among words that say no more. Several numbers ("18 apples for 3 people"), other words or
-    a formula there earn 0. Where there is neither, or no digit in it, it is the number of "the
-    answer is", or else the last number of what follows the thought, if nothing beside it makes it
-    another. Thousands may be set apart (1,234 and 12 000), fractions mixed (1 1/2); a unit must
-    agree where both have one; 50 % is 50 and 0.5.
+    The last `<answer>`, or else the last box, must hold one number: alone, with a unit, or among
+    words that do not change it. Several numbers ("18 apples for 3 people"), other words or a
+    formula there earn 0. Without a tag or a box, or without a digit in it, the number is the one
+    behind "the answer is", or else the last one after the thought, unless something beside it makes
+    it another number. Thousands may be separated (1,234 and 12 000) and fractions mixed (1 1/2).
+    Units must agree where both have one. 50 % equals 50 and 0.5.
 
     Args: see `cppo.rewards.functions`; a ground truth is one number, with a unit or without, or
         has one behind its last `####`.
     Returns: 0.0 or 1.0 per completion.
     Raises: ValueError naming a completion whose ground truth is not a number.
     """
-    rows = Judged("numeric", completions, answer, generation_prompts, unfinished_thought)
-    truths = rows.truths(_number_of_truth, "a number")
-    return rows.rewards(truths, lambda text, truth: float(_equal(_stated_number(text), truth)))
+    judged = Judged("numeric", completions, answer, generation_prompts, unfinished_thought)
+    truths = judged.truths(_number_of_truth, "a number")
+    return judged.rewards(truths, lambda text, truth: float(_equal(_stated_number(text), truth)))
 
 
 def _number_of_truth(gold: str) -> Quantity | None:
@@ -125,15 +125,15 @@ def boxed(
 ) -> Rewards:
     r"""1 where the last box holds the ground truth, in spelling or in value, element by element.
 
-    What a box is says `cppo.rewards.answers.last_boxed`, what equality is `cppo.rewards.spelling`.
+    `cppo.rewards.answers.last_boxed` says what a box is, `cppo.rewards.spelling` what is equal.
 
     Args: see `cppo.rewards.functions`; a ground truth is bare, or in `$`, a box or `<answer>`.
     Returns: 0.0 or 1.0 per completion; no closed box behind the thought is 0.
     Raises: ValueError naming a completion without ground truth.
     """
-    rows = Judged("boxed", completions, answer, generation_prompts, unfinished_thought)
-    truths = rows.truths(_truth, "an answer, bare or in a closed \\boxed{}")
-    return rows.rewards(
+    judged = Judged("boxed", completions, answer, generation_prompts, unfinished_thought)
+    truths = judged.truths(_truth, "an answer, bare or in a closed \\boxed{}")
+    return judged.rewards(
         truths,
         lambda text, truth: float(same_answer(without_delimiters(last_boxed(text) or ""), truth)),
     )
@@ -166,17 +166,17 @@ def math_verify(
 ) -> Rewards:
     r"""1 where the completion's answer equals the ground truth, by spelling, value or math-verify.
 
-    The answer is the last `<answer>`, else the last box, else what follows "the answer is", else
-    all that follows the thought; of text around formulas in `$`, `\(` or `\[` the last formula
-    counts as well (behind "the answer is" the first), and of text without LaTeX its only number
-    among words that say no more. math-verify is asked where `cppo.rewards.spelling` cannot tell,
-    and runs in a process of its own (`cppo.rewards.symbolic`), so that the time limit holds in any
-    thread.
+    The answer is the last `<answer>`, or else the last box, or else what follows "the answer is",
+    or else all that follows the thought. In text around formulas (`$`, `\(` or `\[`) the last
+    formula counts as well; behind "the answer is" it is the first. In text without LaTeX the only
+    number counts, among words that do not change it. math-verify decides where
+    `cppo.rewards.spelling` cannot tell. It runs in a process of its own (`cppo.rewards.symbolic`),
+    so that the time limit holds in any thread.
 
     Args: see `cppo.rewards.functions`.
-        timeout: seconds for one comparison; what takes longer earns 0.
-    Returns: 0.0 or 1.0 per completion; None, with a warning, for one that was not compared as too
-        many others took too long.
+        timeout: seconds for one comparison; an answer that takes longer earns 0.
+    Returns: 0.0 or 1.0 per completion; None, with a warning, for one that was not compared because
+        too many others took too long.
     Raises: ImportError without the package math-verify (`pip install "cppo[math]"`); ValueError
         naming a completion without ground truth.
     """
@@ -184,11 +184,11 @@ def math_verify(
     require(
         "math_verify", timeout=(is_finite_number(timeout) and timeout > 0, "a number > 0", timeout)
     )
-    rows = Judged("math_verify", completions, answer, generation_prompts, unfinished_thought)
-    truths = rows.truths(_readings_of_truth, "an expression or a word")
+    judged = Judged("math_verify", completions, answer, generation_prompts, unfinished_thought)
+    truths = judged.truths(_readings_of_truth, "an expression or a word")
     verdicts = {
         (text, truth): _verdict(text, truth)
-        for text, accepted in zip(rows.texts, truths, strict=True)
+        for text, accepted in zip(judged.texts, truths, strict=True)
         for truth in accepted
         if text is not None
     }
@@ -199,7 +199,7 @@ def math_verify(
         verdict = verdicts[text, truth]
         return equal[verdict] if isinstance(verdict, tuple) else verdict
 
-    return rows.rewards(truths, rate)
+    return judged.rewards(truths, rate)
 
 
 def _verdict(text: str, truth: tuple[str, ...]) -> bool | tuple[str, str]:
@@ -214,8 +214,10 @@ def _verdict(text: str, truth: tuple[str, ...]) -> bool | tuple[str, str]:
 
 
 def _says_number(text: str, truth: str) -> bool:
-    """Whether words or an equation without LaTeX say the truth's number, as `numeric` reads them:
-    what is marked, or all of a text; of a text with formulas, its last line.
+    """Whether words or an equation without LaTeX say the truth's number, as `numeric` reads them.
+
+    What is read is the marked answer or, without one, the text; of a text with formulas, its last
+    line.
     """
     number, marked = read_quantity(truth), marked_answer(text)
     line = text if marked is None else marked
@@ -229,8 +231,10 @@ def _says_number(text: str, truth: str) -> bool:
 
 
 def _readings(text: str) -> tuple[str, ...]:
-    """What the answer of a text may be: all of its answer part, and the formula in that: the last,
-    or the first behind "the answer is", if no words say that it is not the answer.
+    """What the answer of a text may be: its answer part, and one formula in that.
+
+    The formula is the last, or the first behind "the answer is". It does not count where words say
+    that it is not the answer.
     """
     part = answer_part(text)
     stated = stated_answer(part)
@@ -261,18 +265,18 @@ def gsm8k(
 ) -> Rewards:
     """2.0 for the exact answer in `<answer>` tags, 1.5 for the right number, else 0.
 
-    Specification: the reward of arXiv 2503.22342's GSM8K runs: commas removed, the tag's content
-    equal to the ground truth is exact; numerically equal, or else the text's last number, is 1.5.
-    Numbers are found and compared as in `numeric`; without a tag or a box, the one that a line
-    `#### 42` marks, as in GSM8K's own solutions, goes before the last.
+    Specification: the reward of arXiv 2503.22342's GSM8K runs. Exact means that the tag holds the
+    ground truth, with commas removed; an equal number in the tag, or else at the end of the text,
+    earns 1.5. Numbers are found and compared as in `numeric`. Without a tag or a box, a number
+    marked by a line `#### 42`, as in GSM8K's own solutions, goes before the last one.
 
     Args: see `cppo.rewards.functions`; a ground truth is one number ("#### 42" counts as 42).
     Returns: 0.0, 1.5 or 2.0 per completion.
     Raises: ValueError naming a completion whose ground truth is not a number.
     """
-    rows = Judged("gsm8k", completions, answer, generation_prompts, unfinished_thought)
-    truths = rows.truths(_gsm8k_truth, "a number")
-    return rows.rewards(truths, _gsm8k_reward)
+    judged = Judged("gsm8k", completions, answer, generation_prompts, unfinished_thought)
+    truths = judged.truths(_gsm8k_truth, "a number")
+    return judged.rewards(truths, _gsm8k_reward)
 
 
 def _gsm8k_truth(gold: str) -> tuple[str, Quantity] | None:

@@ -1,4 +1,4 @@
-"""One call of a correctness reward: texts after their thoughts, beside their ground truths."""
+"""One call of a correctness reward: what follows each thought, and its ground truths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rewards = list[Any]
 
 
 class Judged:
-    """The rows of a call.
+    """The completions of a call.
 
     Args:
         name: the reward, for errors.
@@ -24,7 +24,7 @@ class Judged:
     Attributes:
         texts: what each completion says after its thought; None where the thought is unfinished,
             unless that is judged too.
-        answers: the accepted answers of each row.
+        answers: the accepted answers of each completion.
     Raises: ValueError naming the completion whose ground truth is none, by its place in the call;
         TypeError or ValueError for other arguments that cannot be read.
     """
@@ -46,18 +46,19 @@ class Judged:
         self.answers = _accepted(name, answer, len(texts))
 
     def truths(self, read: Callable[[str], Any], expected: str) -> list[list[Any]]:
-        """What `read` makes of the accepted answers of each row; those of which it makes nothing
-        are left out ("four" beside "4", for a reward of numbers).
+        """What `read` makes of the accepted answers of each completion.
+
+        Answers of which it makes nothing are left out ("four" beside "4", for numbers).
 
         Raises: ValueError naming a completion that has none left.
         """
         truths = []
-        for row, accepted in enumerate(self.answers):
+        for place, accepted in enumerate(self.answers):
             truths.append([truth for truth in map(read, accepted) if truth])
             if not truths[-1]:
                 got = accepted[0] if len(accepted) == 1 else accepted
                 raise ValueError(
-                    f"cppo.rewards.{self.name}: completion {row}: ground truth must be {expected}, "
+                    f"cppo.rewards.{self.name}: completion {place}: ground truth must be {expected}, "
                     f"got {got!r}"
                 )
         return truths
@@ -65,8 +66,9 @@ class Judged:
     def rewards(
         self, truths: list[list[Any]], rate: Callable[[str, Any], float | bool | None]
     ) -> Rewards:
-        """The best `rate(text, truth)` of each row, None where that is 0 and another one None; or
-        what an unfinished thought earns.
+        """The best `rate(text, truth)` of each completion, or what an unfinished thought earns.
+
+        None where the best is 0 and another one is None.
         """
         rewards: Rewards = []
         for text, accepted in zip(self.texts, truths, strict=True):
@@ -96,9 +98,9 @@ def _accepted(name: str, answer: Any, count: int) -> list[list[str]]:
             f"got {len(answer)}"
         )
     accepted = []
-    for row, value in enumerate(answer):
+    for place, value in enumerate(answer):
         try:
             accepted.append(accepted_answers(value))
         except ValueError as error:
-            raise ValueError(f"cppo.rewards.{name}: completion {row} {error}") from None
+            raise ValueError(f"cppo.rewards.{name}: completion {place} {error}") from None
     return accepted

@@ -190,7 +190,6 @@ def test_many_bad_rows_are_counted(tmp_path):
 
 
 def test_ground_truths_that_no_answer_can_equal(tmp_path):
-    pytest.importorskip("cppo.rewards.ground_truth")
     write_json(tmp_path, [verl({"a": 1}), verl([]), verl(float("nan")), verl("4")])
     with pytest.raises(ValueError, match="load_math: 3 of 4 rows read cannot be used"):
         load_math(tmp_path)

@@ -160,55 +160,31 @@ def test_bad_combinations(weights):
 # ---- ground truths that cannot be read
 
 
-@pytest.mark.parametrize(
-    ("function", "golds", "message"),
-    [
-        (rewards.boxed, ["1", None], "boxed: completion 1 has no ground truth, got None"),
-        (rewards.boxed, ["1", "  "], "boxed: completion 1 has no ground truth"),
-        (rewards.boxed, ["1", r"\boxed{2"], "boxed: completion 1: ground truth must be an answer"),
-        (rewards.exact_match, ["", "1"], "exact_match: completion 0 has no ground truth"),
-        (
-            rewards.numeric,
-            ["1", "abc"],
-            "numeric: completion 1: ground truth must be a number, got 'abc'",
-        ),
-        (rewards.numeric, ["1/0", "1"], "numeric: completion 0: ground truth must be a number"),
-        (rewards.gsm8k, ["1", "12 apples"], "gsm8k: completion 1: ground truth must be a number"),
-        (rewards.boxed, ["1", []], "boxed: completion 1 has no ground truth"),
-        (rewards.boxed, [["1", ""], "1"], "boxed: completion 0 has no ground truth"),
-        (
-            rewards.boxed,
-            ["1", {"a": 1}],
-            "boxed: completion 1 has a ground truth that is not a string",
-        ),
-        (
-            rewards.exact_match,
-            [float("nan"), "1"],
-            "exact_match: completion 0 has a ground truth that",
-        ),
-        (
-            rewards.numeric,
-            ["1", True],
-            "numeric: completion 1 has a ground truth that is not a string",
-        ),
-        (
-            rewards.numeric,
-            ["1", ["a", "b"]],
-            r"numeric: completion 1: .* must be a number, got \['a', 'b'\]",
-        ),
-        (
-            rewards.gsm8k,
-            ["1", [["2"]]],
-            "gsm8k: completion 1 has a ground truth that is not a string",
-        ),
-        (rewards.boxed, ["1"], "answer must have one entry per completion = 2, got 1"),
-        (rewards.boxed, None, "boxed: needs the column 'answer'"),
-        (rewards.boxed, "12", "boxed: needs the column 'answer', .* got '12'"),
-    ],
-)
-def test_bad_ground_truths(function, golds, message):
-    with pytest.raises(ValueError, match=message):
-        function(["x", "y"], prompts=["?", "?"], answer=golds)
+ONE_OF_TWO = [
+    ("boxed", ["1", None], "completion 1 has no ground truth, got None"),
+    ("boxed", ["1", "  "], "completion 1 has no ground truth"),
+    ("boxed", ["1", r"\boxed{2"], "completion 1: ground truth must be an answer"),
+    ("exact_match", ["", "1"], "completion 0 has no ground truth"),
+    ("numeric", ["1", "abc"], "completion 1: ground truth must be a number, got 'abc'"),
+    ("numeric", ["1/0", "1"], "completion 0: ground truth must be a number"),
+    ("gsm8k", ["1", "12 apples"], "completion 1: ground truth must be a number"),
+    ("boxed", ["1", []], "completion 1 has no ground truth"),
+    ("boxed", [["1", ""], "1"], "completion 0 has no ground truth"),
+    ("boxed", ["1", {"a": 1}], "completion 1 has a ground truth that is not a string"),
+    ("exact_match", [float("nan"), "1"], "completion 0 has a ground truth that"),
+    ("numeric", ["1", True], "completion 1 has a ground truth that is not a string"),
+    ("numeric", ["1", ["a", "b"]], r"completion 1: .* must be a number, got \['a', 'b'\]"),
+    ("gsm8k", ["1", [["2"]]], "completion 1 has a ground truth that is not a string"),
+    ("boxed", ["1"], "answer must have one entry per completion = 2, got 1"),
+    ("boxed", None, "needs the column 'answer'"),
+    ("boxed", "12", "needs the column 'answer', .* got '12'"),
+]
+
+
+@pytest.mark.parametrize(("name", "golds", "message"), ONE_OF_TWO)
+def test_bad_ground_truths(name, golds, message):
+    with pytest.raises(ValueError, match=f"^cppo.rewards.{name}: {message}"):
+        reward_of(name)(["x", "y"], prompts=["?", "?"], answer=golds)
 
 
 # ---- any text

@@ -69,25 +69,23 @@ def test_non_contiguous_input(perturbation):
 # ---- hand-computed
 
 
-def test_brightness_scales():
-    jitter = ColorJitter(brightness=(0.5, 0.5), contrast=(1, 1), saturation=(1, 1))
-    image = scene()
-    torch.testing.assert_close(jitter(image, generator()), image * 0.5)
+RED = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
 
 
-def test_contrast_blends_with_the_mean_grey():
-    jitter = ColorJitter(brightness=(1, 1), contrast=(0.5, 0.5), saturation=(1, 1))
-    image = torch.tensor([[[0.2, 0.6]]])  # mean 0.4
-    torch.testing.assert_close(jitter(image, generator()), torch.tensor([[[0.3, 0.5]]]))
-
-
-def test_saturation_zero_is_grey_and_leaves_grey_alone():
-    jitter = ColorJitter(brightness=(1, 1), contrast=(1, 1), saturation=(0, 0))
-    red = torch.zeros(3, 1, 1)
-    red[0] = 1
-    torch.testing.assert_close(jitter(red, generator()), torch.full((3, 1, 1), 0.299))
-    grey = scene(1)
-    torch.testing.assert_close(jitter(grey, generator()), grey)
+@pytest.mark.parametrize(
+    ("factors", "image", "expected"),
+    [
+        ((0.5, 1, 1), scene(), scene() * 0.5),
+        # Contrast blends with the mean grey, here 0.4.
+        ((1, 0.5, 1), torch.tensor([[[0.2, 0.6]]]), torch.tensor([[[0.3, 0.5]]])),
+        # Without saturation red is its grey, and grey stays as it is.
+        ((1, 1, 0), RED, torch.full((3, 1, 1), 0.299)),
+        ((1, 1, 0), scene(1), scene(1)),
+    ],
+)
+def test_jitter(factors, image, expected):
+    jitter = ColorJitter(*((factor, factor) for factor in factors))
+    torch.testing.assert_close(jitter(image, generator()), expected)
 
 
 def test_jitter_factors_lie_in_their_ranges():
@@ -224,14 +222,8 @@ def test_paper_parameters_are_the_defaults():
 
 
 def test_views_from_names():
-    found = views_from_names(
-        [
-            "color_jitter",
-            {"rotation": {"degrees": 5}},
-            {"zoom_crop": {"scale": [0.5, 0.9]}},
-            ZoomCrop(),
-        ]
-    )
+    entries = [{"rotation": {"degrees": 5}}, {"zoom_crop": {"scale": [0.5, 0.9]}}, ZoomCrop()]
+    found = views_from_names(["color_jitter", *entries])
     assert found == (ColorJitter(), RandomRotation(5), ZoomCrop((0.5, 0.9)), ZoomCrop())
     assert views_from_names(list(PERTURBATIONS)) == tuple(p() for p in PERTURBATIONS.values())
 

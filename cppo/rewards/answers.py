@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox(?:\s*\[[^\[\]{}]{0,20}\]){0,2})(?![A-Za-z])\s*")
-# Of a number without braces TeX puts the first digit into the box, which nobody means.
+# TeX would box only the first digit of a number without braces, which nobody means.
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3}){1,9}(?!,?\d)|\d+)(?:\.\d+)?(?:/\d+)?")
 _COMMAND = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
 _ARGUMENT = re.compile(r"\s*([\[{]|\w)")
 _NUM_ARGUMENTS = {"\\frac": 2, "\\dfrac": 2, "\\tfrac": 2, "\\cfrac": 2, "\\sqrt": 1}
-# A percent sign is one behind a digit or at the end of a group, as people write it; elsewhere it
+# Behind a digit or at the end of a group, % is a percent sign, as people write it. Elsewhere it
 # begins a comment, as in TeX.
 _BRACE = re.compile(r"\\.|[{}]|(%\n|(?<!\d)%(?!\s*[}$])[^\n]{0,200}\n)", re.DOTALL)
 _DELIMITER = re.compile(r"\\\\|\\\$|\$\$|\$|\\[()\[\]]")

@@ -58,8 +58,8 @@ class Judged:
             if not truths[-1]:
                 got = accepted[0] if len(accepted) == 1 else accepted
                 raise ValueError(
-                    f"cppo.rewards.{self.name}: completion {place}: ground truth must be {expected}, "
-                    f"got {got!r}"
+                    f"cppo.rewards.{self.name}: completion {place}: ground truth must be "
+                    f"{expected}, got {got!r}"
                 )
         return truths
 

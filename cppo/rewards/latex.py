@@ -10,7 +10,7 @@ import functools
 import re
 import unicodedata
 
-LONGEST = 2000  # characters; what is longer is no answer that anybody reads
+LONGEST = 2000  # characters; anything longer is not an answer
 
 _SAME = (  # characters of Unicode that have no decomposition, and what says the same
     ("\u2212\u2013\u2010", "-"),
@@ -75,10 +75,10 @@ _NAMES = {
 def plain(text: str) -> str:
     r"""Return a formula without its delimiters, in one spelling.
 
-    `$`, `\(` and `\[` go, `\$` and a lone `$` stay as the sign of a currency; all spaces of TeX
-    become " "; `\left`, `\right`, colours and final full stops and commas go; arguments stand in
-    braces (`\frac12`, `x^2`); one name is kept of several for a command, and ASCII for what ASCII
-    can say.
+    `$`, `\(` and `\[` are removed; `\$` and a lone `$` stay as the sign of a currency. All spaces
+    of TeX become " ". `\left`, `\right`, colours, and full stops and commas at the end are removed.
+    Arguments get braces (`\frac12`, `x^2`). Of several names for a command one is kept, and ASCII
+    replaces what ASCII can say.
     """
     text = _ascii(text)
     for pattern, latex in _CALCULATOR:

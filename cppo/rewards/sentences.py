@@ -115,13 +115,13 @@ _IN_BRACKETS = re.compile(
 
 
 def only_number(text: str, *, in_sentences: bool = False) -> Quantity | None:
-    """Return the one number of a text: alone, with its unit, or in a sentence that says no more
+    """Return the one number of a text: alone, with its unit, or among words that change nothing
     ("The answer is 18 apples").
 
-    None for several numbers, and for other words than those that are known to change nothing.
+    None for several numbers, and for words that are not known to change nothing.
 
     Args:
-        in_sentences: whether a sentence of any words will do ("Janet makes $18 every day"), as long
+        in_sentences: whether a sentence of any words counts ("Janet makes $18 every day"), as long
             as none of them is known to change or to deny a number.
     """
     quantity = read_quantity(text, letters=True)
@@ -173,7 +173,7 @@ def _say_nothing(words: str) -> bool:
 
 
 def said(text: str) -> str:
-    """Return what follows the first words of a text that say nothing ("The set is {1, 2}").
+    """Return what follows the words at the beginning of a text that say nothing ("The set is").
 
     "" if it does not begin with such words.
     """

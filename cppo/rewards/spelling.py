@@ -20,7 +20,7 @@ _MATRIX = re.compile(
 _FONT_SWITCH = re.compile(r"\\(?:bf|rm|it)(?![A-Za-z])")
 _PERCENT = re.compile(r"\\?%")
 _PRIMES = re.compile(r"\^\{((?:\\prime ?)+)\}")
-# A space says something behind a command before a letter, between digits and between words.
+# A space matters between a command and a letter, between digits and between words.
 _SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|\d (?=\d)|[A-Za-z]{2} (?=[A-Za-z]{2}))| ", re.ASCII)
 _CAPITAL = re.compile(r"(?<![A-Za-z\\])(?:[A-Z](?=[a-z]{2,}(?![A-Za-z]))|N(?=o(?![A-Za-z])))")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)")
@@ -30,7 +30,7 @@ _LABELLED = re.compile(
     r"|(?:is|are|was|has|can|cannot|does|would|could|must|not|wrong|incorrect)\b|\w+n['\u2019]t\b)"
     r"((?:[\w\\$(]|-[\d\\.]).*)"
 )
-# "x =", "f'(2) =", "AB =", "m\\angle ABC =", "Total area =", "=": what a value is the value of.
+# Left sides that name a value: "x =", "f'(2) =", "AB =", "m\\angle ABC =", "Total area =", "=".
 _OWN_NAME = (
     r"(?:(?:[A-Za-z]{3,} ){0,4}(?:[A-Z]?[a-z]{3,}|[A-Z]{2,3}|[A-Za-z])|\|[A-Z]{2}\|"
     r"|\((?:[A-Za-z], ?)+[A-Za-z]\)|(?:m ?)?\\(?:angle|triangle) ?[A-Z]{1,4}"
@@ -56,7 +56,7 @@ _ITEM = re.compile(r"[,;=:&]|\\[{}\\]")
 _PRODUCTS = frozenset("xyz")  # whose products are no words
 _JOIN = re.compile(r",? ?(?:\\text[a-z]*\{ ?(?:and|or) ?\}|\b(?:and|or)\b) ?")  # of a list
 _LETTER = re.compile(r"\\(?:text[a-z]*|mathrm)\{ ?([A-Za-z]) ?\}")
-# What math-verify would read over: numbers side by side, operators without a second operand.
+# What math-verify would ignore: numbers side by side, operators without a second operand.
 _UNREAD = re.compile(r"\d \d|\d ?_|[-+*/^=]$")
 _WHOLE_FONT = re.compile(rf"^ *{FONT.pattern} *$")
 _BRACKETS = re.compile(r"\\.|[()\[\]{},;]")
@@ -118,8 +118,9 @@ def compare(answer: str, truth: str, depth: int = 0, *, any_order: bool = False)
 
 
 def _labelled(answer: str, truth: str) -> list[tuple[str, str]]:
-    """What to compare where one or both are the label of a choice with its content: the labels, the
-    contents, or both at once as a list.
+    """The pairs to compare where an answer or a truth is the label of a choice with its content.
+
+    One of them must agree: the labels, or the contents.
     """
     answer, truth = (" ".join(FONT.sub(r" \1 ", plain(text)).split()) for text in (answer, truth))
     own, true = _LABELLED.fullmatch(answer), _LABELLED.fullmatch(truth)
@@ -143,10 +144,10 @@ def _depth(formula: str) -> int:
 
 
 def for_algebra(answer: str, truth: str) -> tuple[str, str] | None:
-    """The formulas that algebra compares where `compare` cannot tell, the truth's first.
+    """Return the formulas that algebra compares where `compare` cannot tell, the truth's first.
 
-    They have no units. None for text that is no formula: two words outside of `\\text`, or numbers
-    side by side; and for one that is nested too deep for the parser.
+    They have no units. None for text that is no formula (two words outside of `\\text`, numbers
+    side by side) and for a formula that is nested too deep for the parser.
     """
     formulas = []
     for text, other in ((truth, answer), (answer, truth)):
@@ -182,9 +183,10 @@ def _without_left_side(is_whole: bool, answer: str, truth: str) -> tuple[str, st
 def _left_side(text: str, *, is_answer: bool = False) -> int:
     """Where the left side that names a quantity ends; 0 if there is none.
 
-    Beside names, an answer to a ground truth without an equation may have a formula of two letters
-    or more ("a + b = 5") or of a function, a norm or brackets. One unknown with a coefficient, a
-    power or a root is an equation still to be solved: 2x = 5; numbers must be equal: 1 + 1 = 2.
+    An answer to a ground truth without an equation may have, besides a name, a formula of two
+    letters or more ("a + b = 5") or one with a function, a norm or brackets. One unknown with a
+    coefficient, a power or a root is an equation still to be solved: 2x = 5. Numbers must be equal:
+    1 + 1 = 2.
     """
     named = _LEFT_SIDE.match(text)
     if named or not is_answer:
@@ -225,8 +227,9 @@ def _names(text: str) -> list[str]:
 
 
 def _differ_in_letters(answer: str, truth: str) -> bool:
-    """Whether the answers are two letters, one has a letter of the other in another case, or has
-    more primes: what math-verify does not look at.
+    """Whether the answers differ in a way that math-verify ignores.
+
+    They are two letters, one has a letter of the other in another case, or one has more primes.
     """
     if len(answer) == len(truth) == 1:
         return answer.isalpha() and truth.isalpha()

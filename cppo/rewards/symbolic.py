@@ -1,9 +1,9 @@
 """Equality by algebra: math-verify, in a process of its own.
 
-Sampled text can hold sympy for ever or fill the memory (`10^{10^{10}}`), and Python stops neither
-in a thread. So one worker process per process of the run is started when it is first needed, asked
-again and again, and replaced when it dies. It ends itself at the time limit, at its limit of memory
-and when its input ends, which it does however the parent ends.
+Sampled text can make sympy run for ever or fill the memory (`10^{10^{10}}`), and Python can stop
+neither in a thread. So each process of the run has one worker process. It is started when it is
+first needed, answers many questions, and is replaced when it dies. It ends itself at the time
+limit, at its memory limit and when its input ends, as it does however the parent ends.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-# Comparisons of one call that may reach their limit, as a batch of hostile answers would take its
-# size times the limit. What is still to be compared then is not compared, which is no verdict: an
-# answer must not be wrong for its neighbours. Those that may be hostile (towers of powers, large
-# powers, factorials) come last, so that this is rare.
+# Comparisons of one call that may reach their time limit, because a batch of hostile answers would
+# take its size times the limit. The answers that are left then are not compared and get no verdict:
+# an answer must not be wrong because of its neighbours. Those that may be hostile (towers of
+# powers, large powers, factorials) come last, so that this is rare.
 MOST_TIMEOUTS = 5
 _RISK = re.compile(r"\^.{0,20}\^|\^\{?\d{3}|!|\\binom")
 _SCRIPT = Path(__file__).with_name("symbolic_worker.py")
@@ -41,13 +41,13 @@ def require_math_verify(what: str) -> None:
 def equal_pairs(
     pairs: Iterable[tuple[str, str]], seconds: float
 ) -> dict[tuple[str, str], bool | None]:
-    """Return whether math-verify finds a truth and an answer equal, per pair; None for those that
-    it was not asked, of which a warning says how many.
+    """Return whether math-verify finds a truth and an answer equal, for each pair.
 
     Args:
         pairs: formulas without delimiters, in the spelling of `latex.plain`.
-        seconds: the time for one pair; what takes longer is not equal. After MOST_TIMEOUTS of
-            these no more is asked.
+        seconds: the time for one pair; a pair that takes longer is not equal. After MOST_TIMEOUTS
+            of these no further pair is compared.
+    Returns: {pair: verdict}; None for pairs that were not compared, and a warning says how many.
     Raises: RuntimeError if the worker cannot be started.
     """
     by_truth: dict[tuple[bool, str], list[str]] = {}

@@ -77,11 +77,11 @@ _WORD = re.compile(r"([A-Za-z'$%\u00a2\u20ac\u00a3\u00a5-]+)\.?(\^-?\d)?")
 
 
 class Unit(NamedTuple):
-    """What stands behind a number.
+    """What follows a number.
 
-    Fields: scale (what its number words multiply the number by: 12 for "dozen"), name (one for each
-        unit, "" for none), is_known (whether every word is a unit of those here, or the plural of
-        what is counted; other words are a unit only where the ground truth has the same).
+    Fields: scale (the factor that its number words say: 12 for "dozen"), name (one for each unit;
+        "" for none), is_known (whether every word is a unit listed here or the plural of what is
+        counted; other words are a unit only where the ground truth has the same).
     """
 
     scale: Fraction
@@ -94,9 +94,9 @@ def read_unit(text: str, *, letters: bool = False) -> Unit | None:
 
     Args:
         text: in the spelling of `latex.plain`: `^{\circ}`, ` \text{cm}^{2}`, ` million dollars`.
-        letters: whether letters outside of `\text` can be no variables (`5 m` is a length).
-    Returns: the unit, of no name for no text; None for text that is no unit: letters that may be
-        variables (`2x`), operators, further numbers.
+        letters: whether letters outside of `\text` are units and not variables (`5 m`, a length).
+    Returns: the unit, with an empty name for no text; None for text that is not a unit: letters
+        that may be variables (`2x`), operators, further numbers.
     """
     if len(text) > LONGEST_UNIT:
         return None
@@ -130,7 +130,7 @@ def read_unit(text: str, *, letters: bool = False) -> Unit | None:
 
 
 def same_unit(one: str, other: str) -> bool:
-    """Whether two names are of one unit, or one says of what kind the other is: different ways."""
+    """Whether two names are one unit, or one of them also says its kind: different ways."""
     longer, shorter = sorted((f" {one}", f" {other}"), key=len, reverse=True)
     return one == other or ("/" not in longer and longer.endswith(shorter))
 
@@ -162,8 +162,9 @@ def _singular(word: str) -> str:
 
 
 def _name(word: str, is_text: bool, is_apart: bool, is_ratio: bool) -> tuple[str, bool] | None:
-    """The one name of a word of a unit, and whether it is one that is known or a plural; None
-    where it may be something else.
+    """The one name of a word of a unit, and whether it is a known unit or a plural.
+
+    None where the word may be something else.
     """
     found = _WORD.fullmatch(word)
     if found is None:

@@ -3,6 +3,7 @@
 import re
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,10 @@ from cppo.demo.digits import (
 )
 from cppo.demo.run import demo_config
 from cppo.demo.shortcut import HintedSums
+from cppo.demo.tasks import TASKS
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
 from cppo.demo.warmup import (
     CHECKPOINTS,
-    TASKS,
-    Phase,
     encode,
     generated_accuracy,
     save_checkpoint,
@@ -200,12 +200,13 @@ def test_supervision_learns_and_repeats_exactly(task):
     def train():
         build = build_tiny_vlm if task == "digits" else build_tiny_text_model
         model, processor = build(seed=0, size="test")
-        rows = TASKS[task].rows("train", 64, 99, (1, 1))
+        made = TASKS[task]
+        phase = made.phases[0]._replace(steps=6, direct_fraction=0.2)
+        rows = made.rows("train", 64, seed=99, **phase.rows)
         chosen = [rows[i] for i in range(64)]
         batch = encode(processor, chosen, [row["worked"] for row in chosen])
         before = model(**batch).loss.item()
-        phases = (Phase(6, (1, 1), 0.2),)
-        supervise(model, processor, phases, TASKS[task].rows, seed=0, peak_lr=2e-2)
+        supervise(model, processor, replace(made, phases=(phase,), peak_lr=2e-2), seed=0)
         return before, model(**batch).loss.item(), model
 
     before, after, model = train()
@@ -231,7 +232,7 @@ def test_shipped_checkpoints_leave_room_for_rl(task, megabytes):
     folder = CHECKPOINTS / task
     assert sum(f.stat().st_size for f in folder.iterdir()) < megabytes * 1e6
     model, processor = load_model(folder), load_processor(folder)
-    rows = TASKS[task].rows("heldout", 120, 1, (2, 3) if task == "digits" else (2, 2))
+    rows = TASKS[task].rows("heldout", 120, seed=1)
     accuracy, completions = generated_accuracy(model, processor, rows, batch_size=120)
     worked = sum("=" in text for text in completions) / len(completions)
     assert 0.15 < accuracy < 0.5

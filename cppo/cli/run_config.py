@@ -14,7 +14,7 @@ or the command line. `extends: other.yaml` (relative to the file) starts from an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,25 @@ from cppo.cli import config_file
 from cppo.cli.config_file import ConfigError
 from cppo.config import WRITTEN_BY_A_RUN, CPPOConfig, _Checked
 from cppo.places import is_place, load_object
+from cppo.values import one_of
 
-BUILDERS = ("tiny_digits", "tiny_arithmetic")
-LOADERS = ("gsm8k", "math", "geometry3k", "virl39k", "rows", "digits", "arithmetic")
-GENERATED = ("digits", "arithmetic")  # loaders of the demo tasks: they need no path
+CONFIG_NAME = "config.yaml"  # the configuration of a run, in its folder
+# Names for what ships with the package: loaders by their place, and folders of models.
+LOADERS = {
+    "gsm8k": "cppo.questions:load_gsm8k",
+    "math": "cppo.questions:load_math",
+    "geometry3k": "cppo.questions:load_geometry3k",
+    "virl39k": "cppo.questions:load_virl39k",
+    "rows": "cppo.questions:load_rows",
+    "digits": "cppo.demo.digits:load_digit_sums",
+    "arithmetic": "cppo.demo.arithmetic:load_arithmetic",
+}
+_CHECKPOINTS = Path(__file__).parents[1] / "demo" / "checkpoints"
+BUILDERS = {"tiny_digits": _CHECKPOINTS / "digits", "tiny_arithmetic": _CHECKPOINTS / "arithmetic"}
 
 
-def _one_of_or_place(names: Sequence[str], example: str) -> str:
-    return f"one of {', '.join(map(repr, names))}, or a function's place such as {example!r}"
+def _one_of_or_place(names: Iterable[str], example: str) -> str:
+    return f"{one_of(names)}, or a function's place such as {example!r}"
 
 
 @dataclass(frozen=True)
@@ -74,19 +85,23 @@ class DatasetConfig(_Checked):
     """Split of the dataset: "train", "test", ...; of a demo task "train" or "heldout". None: the
     training split, of loader "rows" everything."""
     limit: int | None = None
-    """Use the first so many questions only. Demo tasks: how many are made (None: 100 000)."""
+    """Use the first `limit` questions only. None: all, of a demo task 100,000."""
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether a demo task makes the questions: these need no file and no check."""
+        return LOADERS.get(self.loader, "").startswith("cppo.demo.")
 
     def __post_init__(self) -> None:
-        is_own = is_place(self.loader)
-        if self.loader not in LOADERS and not is_own:
+        if self.loader not in LOADERS and not is_place(self.loader):
             self._fail("loader", _one_of_or_place(LOADERS, "my_loader.py:load"))
         if self.limit is not None:
             self._integer("limit", at_least=1)
         if self.loader == "virl39k" and self.split not in (None, "train"):
             self._fail("split", "'train', the only one that ViRL39K has")
-        if self.loader in GENERATED and self.path is not None:
+        if self.is_demo and self.path is not None:
             self._fail("path", f"left out: loader {self.loader!r} makes its own questions")
-        if self.loader not in GENERATED and not is_own and self.path is None:
+        if not (self.is_demo or is_place(self.loader)) and self.path is None:
             self._fail("path", f"a file or folder for loader {self.loader!r}")
 
 

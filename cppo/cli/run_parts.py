@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cppo.cli.config_file import ConfigError
-from cppo.cli.run_config import GENERATED, DatasetConfig, ModelConfig, RunConfig
+from cppo.cli.run_config import BUILDERS, LOADERS, DatasetConfig, ModelConfig, RunConfig
 from cppo.extras import require_package
 from cppo.places import is_place, load_object
-from cppo.questions import loaders
-from cppo.questions.loaders import Rows
+from cppo.questions import Rows
 
 CHECKED_ROWS = 32  # of each data set, spread evenly, are read before anything starts
 READ_ROWS = 10_000  # of text alone are all read: in a second or two
-DEMO_ROWS = 100_000  # of a demo task without a limit; rows are made when they are taken
 
 if TYPE_CHECKING:
     from cppo.config import CPPOConfig
@@ -25,17 +23,10 @@ if TYPE_CHECKING:
 
 
 def model_path(model: ModelConfig) -> str:
-    """Return the folder or hub name of a model; a builder's is the checkpoint that ships here.
-
-    A function of one's own has none: its place is returned.
-    """
+    """Return the folder or hub name of a model; of a function that builds one its place."""
     if model.path is not None:
         return str(Path(model.path).expanduser())
-    if is_place(model.builder):
-        return str(model.builder)
-    from cppo.demo.warmup import CHECKPOINTS
-
-    return str(CHECKPOINTS / str(model.builder).removeprefix("tiny_"))
+    return str(BUILDERS.get(str(model.builder), model.builder))
 
 
 def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tuple[Any, Any]:
@@ -115,30 +106,10 @@ def load_questions(data: DatasetConfig, system_prompt: str | None, key: str) -> 
 
 
 def _load(data: DatasetConfig) -> Any:
-    if data.loader in GENERATED:
-        # imported here: they need numpy and scikit-learn, which other data do not
-        from cppo.demo.arithmetic import ArithmeticProblems
-        from cppo.demo.digits import DigitSums, handwriting
-
-        split, size = data.split or "train", data.limit or DEMO_ROWS
-        if data.loader == "arithmetic":
-            return ArithmeticProblems(split, size)
-        rows = DigitSums(split, size)
-        handwriting(split)  # says at once if scikit-learn is missing
-        return rows
-    if is_place(data.loader):
-        return _rows_of(data)
-    path = str(data.path)
-    if data.loader == "virl39k":
-        return loaders.load_virl39k(path)
-    load = getattr(loaders, f"load_{data.loader}")
-    return load(path) if data.split is None else load(path, data.split)
-
-
-def _rows_of(data: DatasetConfig) -> Any:
-    """What a loader of one's own returns, called like ours: `split` only where it is given."""
+    """What the loader returns; it is called with `path` and `split` as far as they are given."""
+    place = LOADERS.get(data.loader, data.loader)
     arguments = (data.path,) if data.split is None else (data.path, data.split)
-    rows = load_object(data.loader, "loader")(*(() if arguments == (None,) else arguments))
+    rows = load_object(place, "loader")(*(() if arguments == (None,) else arguments))
     is_sequence = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
     if not is_sequence or isinstance(rows, (Mapping, str)):
         raise TypeError(
@@ -190,7 +161,7 @@ def check_rows(rows: Dataset, spec: DatasetConfig, functions: list[Any]) -> None
     from cppo.questions.rows import question_at
 
     try:
-        is_text = spec.loader not in GENERATED and not question_at(rows, 0).images
+        is_text = not spec.is_demo and not question_at(rows, 0).images
     except (TypeError, ValueError):  # `check_dataset` says what is wrong with it
         is_text = False
     limit = READ_ROWS if is_text else CHECKED_ROWS

@@ -10,13 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from cppo.demo.digits import SPLITS, check_split
+from cppo.demo.digits import NUM_QUESTIONS, SPLITS, check_split
 from cppo.rewards import boxed
 
 QUESTION = "How many are left?"
 _NAMES = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia")
 _THINGS = ("apples", "pens", "books", "coins", "cards", "shells")
 _VERBS = {"+": ("finds", "buys"), "-": ("gives away", "loses")}
+
+
+def load_arithmetic(path: None = None, split: str = "train") -> ArithmeticProblems:
+    """The demo's 100,000 questions of a split, as the loader "arithmetic" of a configuration."""
+    return ArithmeticProblems(split, NUM_QUESTIONS)
 
 
 class ArithmeticProblems:

@@ -19,7 +19,18 @@ from cppo.rewards import boxed
 QUESTION = "What is the sum of the digits?"
 SPLITS = ("train", "heldout")
 SLOT = 24  # pixels: one digit per slot, one image token per slot
+NUM_QUESTIONS = 100_000  # of a loader; a question is made when it is taken
 _NUM_HELDOUT = 500
+
+
+def load_digit_sums(path: None = None, split: str = "train") -> DigitSums:
+    """The demo's 100,000 questions of a split, as the loader "digits" of a configuration.
+
+    Raises: ImportError if scikit-learn, which holds the scans, is not installed.
+    """
+    rows = DigitSums(split, NUM_QUESTIONS)
+    handwriting(split)
+    return rows
 
 
 class DigitSums:

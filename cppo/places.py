@@ -7,7 +7,6 @@ a file of one's own named `json.py` or `datasets.py` never takes the place of th
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import itertools
@@ -18,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from cppo.values import suggestion
 
 _FILES: dict[Path, ModuleType] = {}  # every file that was run, by its resolved path
 
@@ -44,7 +45,7 @@ def load_object(place: str, what: str) -> Any:
     try:
         is_file = source.endswith(".py")
         if not source or not name or (source.startswith(".") and not is_file):
-            hint = _hint_at_file(source) if source else ""
+            hint = _file_hint(source) if source else ""
             raise _NotThere(f"it must be FILE.py:NAME or package.module:NAME{hint}")
         module = _run_file(source) if is_file else _import_module(source)
         found: Any = module
@@ -68,7 +69,7 @@ def _run_file(name: str) -> ModuleType:
         return _FILES[path]
     if not path.is_file():
         beside = path.parent.glob("*.py") if path.parent.is_dir() else ()
-        raise _NotThere(f"there is no file {path}{_hint(path.name, (p.name for p in beside))}")
+        raise _NotThere(f"there is no file {path}{suggestion(path.name, (p.name for p in beside))}")
     for folder in (Path.cwd(), path.parent):
         _add_to_path(folder)
     module_name = next(name for name in _names(path) if _means(name, path))
@@ -120,7 +121,7 @@ def _import_module(name: str) -> ModuleType:
         if missing and f"{name}.".startswith(f"{missing}."):
             raise _NotThere(
                 f"there is no module {missing!r}, neither installed nor in the working directory "
-                f"{Path.cwd()}{_hint_at_file(name)}"
+                f"{Path.cwd()}{_file_hint(name)}"
             ) from error
         raise _NotThere(_words(error, None)) from error
 
@@ -136,18 +137,13 @@ def _attribute(owner: Any, name: str, source: str) -> Any:
         return getattr(owner, name)
     except AttributeError as error:
         named = getattr(owner, "__file__", None) or getattr(owner, "__name__", source)
-        near = _hint(name, (n for n in dir(owner) if callable(getattr(owner, n, None))))
+        near = suggestion(name, (n for n in dir(owner) if callable(getattr(owner, n, None))))
         if not near and not source.endswith(".py"):
-            near = _hint_at_file(source)
+            near = _file_hint(source)
         raise _NotThere(f"{named} has no {name!r}{near}") from error
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _hint_at_file(module: str) -> str:
+def _file_hint(module: str) -> str:
     """For a module that is hidden by another, or whose place was written without the suffix."""
     file = module if Path(f"{module}.py").is_file() else module.replace(".", "/")
     return f"; for the file write {file}.py:NAME" if Path(f"{file}.py").is_file() else ""

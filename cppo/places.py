@@ -1,8 +1,8 @@
-"""Code of one's own, named in a configuration: "my_reward.py:function", "package.module:function".
+"""The user's own code, named in a configuration: "my_reward.py:function", "package.module:function".
 
-A file is relative to the working directory, and may import what lies beside it. A module is looked
-for as a script would, with the working directory on `sys.path`, but behind all that is installed:
-a file of one's own named `json.py` or `datasets.py` never takes the place of the real one.
+A file is relative to the working directory, and may import the files beside it. A module is found
+as from a script, with the working directory on `sys.path`, but after everything installed: a file
+of the user's named `json.py` or `datasets.py` never replaces the real module.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ _FILES: dict[Path, ModuleType] = {}  # every file that was run, by its resolved 
 
 
 def is_place(name: Any) -> bool:
-    """Whether a name in a configuration is meant as a place, not as one of what ships here."""
+    """Return whether a name in a configuration is a place, not the name of something shipped."""
     return isinstance(name, str) and (":" in name or name.endswith(".py"))
 
 
 def load_object(place: str, what: str) -> Any:
     """Return the function, class or other callable at a place.
 
-    Specification: "FILE.py:NAME" runs the file, once however often and by whichever path it is
-    named. Its module is called as the file, with a number behind where another module has that
-    name. "MODULE:NAME" imports the module. NAME may be dotted: "Rewards.exact".
+    Specification: "FILE.py:NAME" runs the file, only once even if it is named again or by another
+    path. Its module has the file's name, with a number appended if another module has that name.
+    "MODULE:NAME" imports the module. NAME may be dotted: "Rewards.exact".
     Args:
         place: where it is.
         what: what it is for, in messages: "reward".
-    Raises: ValueError if the file, the module or the name is not there (with the nearest that is),
-        or if the code does not run (with the file and the line); TypeError for what is not
-        callable.
+    Raises: ValueError if the file, the module or the name does not exist (with the nearest that
+        does), or if the code does not run (with file and line); TypeError if it is not callable.
     """
     source, _, name = place.rpartition(":")
     try:
@@ -97,7 +96,7 @@ def _names(path: Path) -> Iterable[str]:
 
 
 def _means(name: str, path: Path) -> bool:
-    """Whether a module's name stands for this file, or for nothing yet."""
+    """Whether a module's name is free or already belongs to this file."""
     module = sys.modules.get(name)
     if module is not None:
         origin = getattr(module, "__file__", None) or "built-in"
@@ -110,7 +109,7 @@ def _means(name: str, path: Path) -> bool:
 def _import_module(name: str) -> ModuleType:
     try:
         is_installed = importlib.util.find_spec(name.partition(".")[0]) is not None
-    except (ImportError, ValueError):  # of a module that was put together by hand
+    except (ImportError, ValueError):  # a module that was made by hand
         is_installed = name.partition(".")[0] in sys.modules
     if not is_installed:
         _add_to_path(Path.cwd())
@@ -144,7 +143,7 @@ def _attribute(owner: Any, name: str, source: str) -> Any:
 
 
 def _file_hint(module: str) -> str:
-    """For a module that is hidden by another, or whose place was written without the suffix."""
+    """A hint where a file of that name exists: the suffix is missing, or a module hides the file."""
     file = module if Path(f"{module}.py").is_file() else module.replace(".", "/")
     return f"; for the file write {file}.py:NAME" if Path(f"{file}.py").is_file() else ""
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
-import importlib.util
 import logging
 import sys
 from collections.abc import Callable
@@ -58,20 +57,17 @@ class AfterImport(importlib.abc.MetaPathFinder):
     def __init__(self, hooks: list[Hook]) -> None:
         self.hooks = hooks
         self.results: dict[str, Fit] = {}
-        self._finding = False
         sys.meta_path.insert(0, self)
         for name in {hook.module for hook in hooks} & set(sys.modules):
             self._run(name)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """Return the ordinary spec of `name`, with a loader that also runs the hooks."""
-        if self._finding or all(hook.module != name for hook in self.hooks):
+        if all(hook.module != name for hook in self.hooks):
             return None
-        self._finding = True
-        try:
-            spec: Any = importlib.util.find_spec(name)
-        finally:
-            self._finding = False
+        others = (finder for finder in sys.meta_path if finder is not self)
+        specs: Any = (finder.find_spec(name, path, target) for finder in others)
+        spec = next(filter(None, specs), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

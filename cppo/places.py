@@ -1,4 +1,4 @@
-"""The user's own code, named in a configuration: "my_reward.py:function", "package.module:function".
+"""The user's own code, by its place: "my_reward.py:function", "package.module:function".
 
 A file is relative to the working directory, and may import the files beside it. A module is found
 as from a script, with the working directory on `sys.path`, but after everything installed: a file
@@ -143,7 +143,7 @@ def _attribute(owner: Any, name: str, source: str) -> Any:
 
 
 def _file_hint(module: str) -> str:
-    """A hint where a file of that name exists: the suffix is missing, or a module hides the file."""
+    """A hint where such a file exists: its suffix is missing, or a module hides it."""
     file = module if Path(f"{module}.py").is_file() else module.replace(".", "/")
     return f"; for the file write {file}.py:NAME" if Path(f"{file}.py").is_file() else ""
 

@@ -119,7 +119,7 @@ def test_images_are_inside_unchanged_and_enlarged_by_a_whole_factor(tmp_path):
             "Digits & <more>",
             "Configuration",
         ),
-        ({"summary": {"accuracy": {"before": 0.5, "after": 0.4}}}, "-10.0 points", "+"),
+        ({"summary": {"accuracy": {"before": 0.5, "after": 0.4}}}, "-10.0 points", "Configuration"),
         # A single accuracy is preferred to the summed reward, which is shown where there is none.
         (
             {"history": [{"step": 0, "eval/sampled/reward": 0.99, "eval/sampled/accuracy": 0.123}]},

@@ -1,4 +1,4 @@
-"""YAML as configurations are written in it: no key twice, 1e-4 is a number, no text grows huge."""
+"""YAML without its traps: a repeated key is an error, 1e-4 is a number, aliases cannot explode."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import yaml
 
 _MOST_VALUES = 100_000
-# What PyYAML lets through where a text is not what its tag says.
+# What PyYAML raises where a text does not fit its tag.
 _WRONG = (ValueError, OverflowError, IndexError, KeyError, TypeError, AttributeError)
 
 
 def parse(text: str) -> Any:
     """Return the value of a YAML text.
 
-    Raises: yaml.YAMLError, also for nesting or aliases that would exhaust the machine.
+    Raises: yaml.YAMLError, also for nesting or aliases that would exhaust memory.
     """
     loader = _Loader(text)
     try:

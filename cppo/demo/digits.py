@@ -2,7 +2,7 @@
 
 The 1,797 scans are scikit-learn's (`load_digits`, 8 x 8 pixels, the test set of UCI's "optical
 recognition of handwritten digits"). 500 of them are held out: no held-out scan is ever in a
-training image (writers are in both parts: the data does not name them).
+training image. The data does not name the writers, so they may be in both parts.
 """
 
 from __future__ import annotations

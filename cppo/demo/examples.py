@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
 
 from cppo.config import CPPOConfig
 from cppo.model.forward import lm_head
@@ -20,7 +19,7 @@ from cppo.views import perturb, views_from_names
 
 
 def example_views(trainer: CPPOTrainer, count: int = 4) -> list[dict[str, Any]]:
-    """Held-out images in their three views."""
+    """Return held-out images in their three views."""
     config = trainer.config
     examples = []
     for number, question in enumerate(trainer.eval_questions[:count]):
@@ -40,32 +39,24 @@ def example_views(trainer: CPPOTrainer, count: int = 4) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def example_completions(trainer: CPPOTrainer, count: int = 6) -> list[dict[str, Any]]:
-    """Completions of held-out questions with the entropy shift of every token."""
+    """Return completions of held-out questions with the entropy shift of every token."""
     config = dataclasses.replace(
         trainer.config,
-        # The coefficient only has to be positive for the views to be run.
+        # Any positive coefficient makes the views run.
         loss=dataclasses.replace(trainer.config.loss, gating=False, cpl_coef=1.0),
     )
     torch.manual_seed(seed_from(config.seed, "examples") % 2**32)
     asked = trainer.eval_questions[: 4 * count]
     rollouts = trainer.sample([trainer.questions.encode(question) for question in asked])
-    rewards = torch.tensor(
-        trainer.reward_functions[0](
-            rollouts.texts,
-            answer=[
-                rollouts.question_of(row).columns["answer"] for row in range(len(rollouts.texts))
-            ],
-        )
-    )
+    rows = range(len(rollouts.texts))
+    answers = [rollouts.question_of(row).columns["answer"] for row in rows]
+    rewards = torch.tensor(trainer.reward_functions[0](rollouts.texts, answer=answers))
     batch = trainer.make_batch(rollouts, rewards)
-    # The best completion of the questions in which it stands out most.
+    # The best completion of those questions where it stands out most.
     best, place = batch.advantages.view(-1, config.group_size).max(1)
     questions = best.topk(min(count, len(best))).indices.sort().values
     chosen = questions * config.group_size + place[questions]
-    entropy = {
-        name: values for name, values in _entropies(trainer.model, batch, chosen, config, trainer)
-    }
-    packed = batch.pack(chosen)
+    entropy, packed = _entropies(trainer, batch, chosen, config), batch.pack(chosen)
     shift = entropy["negative"] - entropy["anchor"]
     selected = perception_mask(
         entropy["anchor"],
@@ -91,15 +82,16 @@ def example_completions(trainer: CPPOTrainer, count: int = 6) -> list[dict[str, 
 
 
 def _entropies(
-    model: nn.Module, batch: Any, rows: torch.Tensor, config: CPPOConfig, trainer: CPPOTrainer
-) -> list[tuple[str, torch.Tensor]]:
-    views, packed = forward_views(model, batch, rows, config, trainer.processor)
-    head = lm_head(model, batch.suppressed)._asdict()
-    return [
-        (name, linear_token_stats(hidden, targets=packed.targets, **head).entropy)
-        for name, hidden in zip(views._fields, views, strict=True)
+    trainer: CPPOTrainer, batch: Any, rows: torch.Tensor, config: CPPOConfig
+) -> dict[str, torch.Tensor]:
+    """The entropy of every token of some completions, by view."""
+    views, packed = forward_views(trainer.model, batch, rows, config, trainer.processor)
+    head = lm_head(trainer.model, batch.suppressed)._asdict()
+    return {
+        name: linear_token_stats(hidden, targets=packed.targets, **head).entropy
+        for name, hidden in views._asdict().items()
         if hidden is not None
-    ]
+    }
 
 
 def _question_text(question: Any) -> str:

@@ -23,9 +23,9 @@ from typing import Any
 import yaml
 
 from cppo.cli.config_file import ConfigError, apply_overrides, build, plain, read
-from cppo.config import WRITTEN_BY_A_RUN, CPPOConfig, _Checked
+from cppo.config import WRITTEN_BY_A_RUN, CPPOConfig
 from cppo.places import is_place, load_object
-from cppo.values import one_of
+from cppo.values import CheckedFields, one_of
 
 CONFIG_NAME = "config.yaml"  # the configuration of a run, in its folder
 # Names for what ships with the package: loaders by their place, and folders of models.
@@ -47,7 +47,7 @@ def _one_of_or_place(names: Iterable[str], example: str) -> str:
 
 
 @dataclass(frozen=True)
-class ModelConfig(_Checked):
+class ModelConfig(CheckedFields):
     """Which model is trained."""
 
     path: str | None = None
@@ -71,7 +71,7 @@ class ModelConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class DatasetConfig(_Checked):
+class DatasetConfig(CheckedFields):
     """Where the questions of one dataset come from."""
 
     loader: str = "rows"

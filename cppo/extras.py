@@ -1,4 +1,4 @@
-"""Optional packages: one that is missing is named at the start, with the extra that brings it."""
+"""Optional packages: a missing one is named at the start, with the extra that installs it."""
 
 from __future__ import annotations
 

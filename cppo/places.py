@@ -1,13 +1,12 @@
-"""Code of one's own, named in a configuration: "my_reward.py:function", "package.module:function".
+"""The user's own code, by its place: "my_reward.py:function", "package.module:function".
 
-A file is relative to the working directory, and may import what lies beside it. A module is looked
-for as a script would, with the working directory on `sys.path`, but behind all that is installed:
-a file of one's own named `json.py` or `datasets.py` never takes the place of the real one.
+A file is relative to the working directory, and may import the files beside it. A module is found
+as from a script, with the working directory on `sys.path`, but after everything installed: a file
+of the user's named `json.py` or `datasets.py` never replaces the real module.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import itertools
@@ -19,32 +18,33 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cppo.values import suggestion
+
 _FILES: dict[Path, ModuleType] = {}  # every file that was run, by its resolved path
 
 
 def is_place(name: Any) -> bool:
-    """Whether a name in a configuration is meant as a place, not as one of what ships here."""
+    """Return whether a name in a configuration is a place, not the name of something shipped."""
     return isinstance(name, str) and (":" in name or name.endswith(".py"))
 
 
 def load_object(place: str, what: str) -> Any:
     """Return the function, class or other callable at a place.
 
-    Specification: "FILE.py:NAME" runs the file, once however often and by whichever path it is
-    named. Its module is called as the file, with a number behind where another module has that
-    name. "MODULE:NAME" imports the module. NAME may be dotted: "Rewards.exact".
+    Specification: "FILE.py:NAME" runs the file, only once even if it is named again or by another
+    path. Its module has the file's name, with a number appended if another module has that name.
+    "MODULE:NAME" imports the module. NAME may be dotted: "Rewards.exact".
     Args:
         place: where it is.
         what: what it is for, in messages: "reward".
-    Raises: ValueError if the file, the module or the name is not there (with the nearest that is),
-        or if the code does not run (with the file and the line); TypeError for what is not
-        callable.
+    Raises: ValueError if the file, the module or the name does not exist (with the nearest that
+        does), or if the code does not run (with file and line); TypeError if it is not callable.
     """
     source, _, name = place.rpartition(":")
     try:
         is_file = source.endswith(".py")
         if not source or not name or (source.startswith(".") and not is_file):
-            hint = _hint_at_file(source) if source else ""
+            hint = _file_hint(source) if source else ""
             raise _NotThere(f"it must be FILE.py:NAME or package.module:NAME{hint}")
         module = _run_file(source) if is_file else _import_module(source)
         found: Any = module
@@ -68,7 +68,7 @@ def _run_file(name: str) -> ModuleType:
         return _FILES[path]
     if not path.is_file():
         beside = path.parent.glob("*.py") if path.parent.is_dir() else ()
-        raise _NotThere(f"there is no file {path}{_hint(path.name, (p.name for p in beside))}")
+        raise _NotThere(f"there is no file {path}{suggestion(path.name, (p.name for p in beside))}")
     for folder in (Path.cwd(), path.parent):
         _add_to_path(folder)
     module_name = next(name for name in _names(path) if _means(name, path))
@@ -96,7 +96,7 @@ def _names(path: Path) -> Iterable[str]:
 
 
 def _means(name: str, path: Path) -> bool:
-    """Whether a module's name stands for this file, or for nothing yet."""
+    """Whether a module's name is free or already belongs to this file."""
     module = sys.modules.get(name)
     if module is not None:
         origin = getattr(module, "__file__", None) or "built-in"
@@ -109,7 +109,7 @@ def _means(name: str, path: Path) -> bool:
 def _import_module(name: str) -> ModuleType:
     try:
         is_installed = importlib.util.find_spec(name.partition(".")[0]) is not None
-    except (ImportError, ValueError):  # of a module that was put together by hand
+    except (ImportError, ValueError):  # a module that was made by hand
         is_installed = name.partition(".")[0] in sys.modules
     if not is_installed:
         _add_to_path(Path.cwd())
@@ -120,7 +120,7 @@ def _import_module(name: str) -> ModuleType:
         if missing and f"{name}.".startswith(f"{missing}."):
             raise _NotThere(
                 f"there is no module {missing!r}, neither installed nor in the working directory "
-                f"{Path.cwd()}{_hint_at_file(name)}"
+                f"{Path.cwd()}{_file_hint(name)}"
             ) from error
         raise _NotThere(_words(error, None)) from error
 
@@ -136,19 +136,14 @@ def _attribute(owner: Any, name: str, source: str) -> Any:
         return getattr(owner, name)
     except AttributeError as error:
         named = getattr(owner, "__file__", None) or getattr(owner, "__name__", source)
-        near = _hint(name, (n for n in dir(owner) if callable(getattr(owner, n, None))))
+        near = suggestion(name, (n for n in dir(owner) if callable(getattr(owner, n, None))))
         if not near and not source.endswith(".py"):
-            near = _hint_at_file(source)
+            near = _file_hint(source)
         raise _NotThere(f"{named} has no {name!r}{near}") from error
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _hint_at_file(module: str) -> str:
-    """For a module that is hidden by another, or whose place was written without the suffix."""
+def _file_hint(module: str) -> str:
+    """A hint where such a file exists: its suffix is missing, or a module hides it."""
     file = module if Path(f"{module}.py").is_file() else module.replace(".", "/")
     return f"; for the file write {file}.py:NAME" if Path(f"{file}.py").is_file() else ""
 

@@ -2,9 +2,10 @@
 
     python examples/verl_cpu.py
 
-verl has no rollout without vLLM or SGLang, and no CPU platform; so this is its training half alone,
-on a tiny random Qwen2.5-VL, with made-up completions. Everything below `main` is what verl does for
-itself on a GPU: a platform, an engine, a batch. Nothing imports cppo.integrations.verl: verl does.
+verl has no rollout without vLLM or SGLang, and no CPU platform. So this is its training half alone,
+on a tiny random Qwen2.5-VL, with made-up completions. Everything below `main` is what verl sets up
+by itself on a GPU: a platform, an engine, a batch. Nothing here imports cppo.integrations.verl;
+verl does.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ print(*(f'{name} {version(name)}' for name in names), sep=', ')
 from cppo.integrations.trl import check
 print(*check(), sep='\n')"
         cd - >/dev/null
-        "$bin/pytest" -q --disable-warnings ${PYTEST_OPTIONS:-} tests/test_integrations_trl.py \
+        "$bin/pytest" -q --disable-warnings ${PYTEST_OPTIONS:-} tests/test_integrations_trl*.py \
             tests/test_docs_integrations.py 2>&1
     } | tee "tests/results/trl-$version.txt"
 done

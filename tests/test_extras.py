@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_cases import DIGITS, cppo
 
-from cppo import cli
 from cppo.extras import require_package
 from cppo.train.arguments import check_trackers
 
-RECIPE = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -32,70 +35,58 @@ def test_a_missing_package_is_named_with_its_extra(without):
 
 
 @pytest.mark.parametrize(
-    ("options", "package", "words"),
+    ("option", "package", "words"),
     [
-        (["trainer.lora.r=2"], "peft", "trainer.lora needs the package peft: pip install"),
-        (["rewards=[math_verify]"], "math_verify", "rewards: math_verify needs the package math"),
-        (["rewards=[{math_verify: null, weight: 2}]"], "math_verify", "'cppo[math]'"),
-        (["rewards=[boxed, math_reward]"], "math_verify", "rewards: math_reward needs"),
-        (["trainer.trackers=[wandb]"], "wandb", "trainer.trackers: 'wandb' is not installed: pip"),
+        ("trainer.lora.r=2", "peft", "error: trainer.lora needs the package peft: pip install"),
+        ("rewards=[math_verify]", "math_verify", "error: rewards: math_verify needs the package"),
+        ("rewards=[{math_verify: null, weight: 2}]", "math_verify", "'cppo[math]'"),
+        ("rewards=[boxed, math_reward]", "math_verify", "error: rewards: math_reward needs"),
+        ("trainer.trackers=[wandb]", "wandb", "error: trainer.trackers: 'wandb' is not installed"),
     ],
 )
-def test_train_stops_before_it_loads_anything(
-    options, package, words, without, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
+def test_train_stops_before_it_loads_anything(option, package, words, without, monkeypatch, capsys):
     without(package)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
     # Neither the data nor the model is there: the package is missed first.
     absent = ["model={path: no/such}", "data.train={loader: rows, path: no_such.jsonl}"]
-    assert cli.main(["train", RECIPE, *options, *absent]) == 2
-    error = capsys.readouterr().err
-    assert f"cppo train: error: {words}" in error or words in error
-    assert len(error.splitlines()) == 1
+    status, _, err = cppo(capsys, "train", DIGITS, option, *absent)
+    assert status == 2 and words in err and len(err.splitlines()) == 1
     # A dry run needs no package; it says what a real one would miss.
-    assert cli.main(["train", RECIPE, *options, "--dry-run"]) == 0
-    assert "a real run would stop: " in capsys.readouterr().out
+    status, out, _ = cppo(capsys, "train", DIGITS, option, "--dry-run")
+    assert status == 0 and "a real run would stop: " in out
 
 
 @pytest.mark.parametrize(
-    ("package", "files"),
-    [("pyarrow", ["rows.parquet"]), ("datasets", ["saved/dataset_info.json"])],
+    ("package", "path", "file"),
+    [
+        ("pyarrow", "rows.parquet", "rows.parquet"),
+        ("datasets", "saved", "saved/dataset_info.json"),
+    ],
 )
-def test_data_that_need_a_package_are_met_before_the_model(
-    package, files, without, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    for name in files:
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text("")
+def test_data_that_need_a_package_are_met_before_the_model(package, path, file, without, capsys):
+    Path(file).parent.mkdir(exist_ok=True)
+    Path(file).touch()
     without(package)
-    path = files[0].split("/")[0]
     given = [f"data.train={{loader: rows, path: {path}}}", "model={path: no/such}"]
-    assert cli.main(["train", RECIPE, *given]) == 2
-    error = capsys.readouterr().err
-    assert "cppo train: error: data.train: " in error and "pip install 'cppo[data]'" in error
+    status, _, err = cppo(capsys, "train", DIGITS, *given)
+    assert status == 2 and "cppo train: error: data.train: " in err
+    assert "pip install 'cppo[data]'" in err
 
 
-def test_an_unknown_tracker_stops_a_dry_run_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for last in ([], ["--dry-run"]):
-        assert cli.main(["train", RECIPE, "trainer.trackers=[tensorbord]", *last]) == 2
-        error = capsys.readouterr().err
-        assert "trainer.trackers must be of aim, all, " in error
-        assert "got 'tensorbord'; did you mean 'tensorboard'?" in error
+@pytest.mark.parametrize("last", [[], ["--dry-run"]], ids=str)
+def test_an_unknown_tracker_stops_a_dry_run_too(last, capsys):
+    status, _, err = cppo(capsys, "train", DIGITS, "trainer.trackers=[tensorbord]", *last)
+    assert status == 2 and "trainer.trackers must be of aim, all, " in err
+    assert "got 'tensorbord'; did you mean 'tensorboard'?" in err
 
 
-def test_an_evaluation_needs_the_packages_of_the_rewards_alone(
-    without, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
+def test_an_evaluation_needs_the_packages_of_the_rewards_alone(without, monkeypatch, capsys):
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
-    evaluate = ["eval", RECIPE, "data.eval.limit=1", "trainer.max_completion_tokens=2"]
-    assert cli.main([*evaluate, "trainer.trackers=[wandb]", "trainer.lora.r=2"]) == 0
+    evaluate = ["eval", DIGITS, "data.eval.limit=1", "trainer.max_completion_tokens=2"]
+    assert cppo(capsys, *evaluate, "trainer.trackers=[wandb]", "trainer.lora.r=2")[0] == 0
     without("math_verify")
-    assert cli.main([*evaluate, "rewards=[math_verify]"]) == 2
-    assert "needs the package math-verify" in capsys.readouterr().err
+    status, _, err = cppo(capsys, *evaluate, "rewards=[math_verify]")
+    assert status == 2 and "needs the package math-verify" in err
 
 
 @pytest.mark.parametrize(
@@ -150,13 +141,10 @@ def test_a_tracker_of_ones_own(monkeypatch):
         (["--output", "table.csv"], "table.csv is no file of `cppo bench`: no column op, shape"),
     ],
 )
-def test_bench_stops_before_it_measures_anything(
-    options, words, without, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
+def test_bench_stops_before_it_measures_anything(options, words, without, monkeypatch, capsys):
     without("matplotlib")
     monkeypatch.setattr("cppo.benchmarks.run.bench", lambda *_: pytest.fail("it was measured"))
     Path("table.csv").write_text("name,backend\na,b\n")
-    assert cli.main(["bench", "--shapes", "toy", *options]) == 2
-    assert f"cppo bench: error: {words}" in capsys.readouterr().err
+    status, _, err = cppo(capsys, "bench", "--shapes", "toy", *options)
+    assert status == 2 and f"cppo bench: error: {words}" in err
     assert Path("table.csv").read_text() == "name,backend\na,b\n"

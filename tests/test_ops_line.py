@@ -6,16 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_cases import DIGITS, TINY
 
 from cppo import _ext, backends
 from cppo.cli import info, main, run_config
-
-RECIPE = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
-TINY = (
-    "data.train.limit=8 data.eval.limit=2 trainer.max_steps=1 trainer.batch_size=2 "
-    "trainer.group_size=4 trainer.prune_rate=0.5 trainer.max_completion_tokens=4 "
-    "trainer.warmup_steps=0 trainer.eval_every=0 trainer.eval_greedy=false"
-).split()
 
 
 def lines_of(text: str) -> list[str]:
@@ -84,7 +78,7 @@ def test_train_eval_demo_and_bench_print_it_once(
     monkeypatch.setenv("COLUMNS", "40")  # it stays one line in a narrow terminal
     demo = ["demo", "--task=arithmetic", "--steps=1", "--held-out=2", "--output=demo"]
     for command in (
-        ["train", RECIPE, *TINY, "trainer.output_dir=run"],
+        ["train", DIGITS, *TINY],
         ["eval", "run"],
         demo,
         ["bench", "--shapes", "toy", "--op", "group_advantages", "--against", "none"],
@@ -98,6 +92,6 @@ def test_a_backend_that_cannot_run_is_found_before_training(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CPPO_BACKEND", "cuda")
-    assert main(["train", RECIPE, *TINY, "trainer.output_dir=run"]) == 2
+    assert main(["train", DIGITS, *TINY]) == 2
     assert "(from CPPO_BACKEND) cannot run here" in capsys.readouterr().err
     assert not list(Path("run").glob("*"))

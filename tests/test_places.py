@@ -1,4 +1,4 @@
-"""Functions of one's own by their place: files, modules, what shadows what, and every mistake."""
+"""The user's own functions by their place: files, modules, what shadows what, every mistake."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_cases import DIGITS, cppo
 
-from cppo import cli, places
+from cppo import places
 from cppo.cli import run_config, run_parts
 from cppo.rewards import from_names
 
@@ -66,18 +67,13 @@ def test_a_package_in_the_working_directory():
     assert found(3) == 3
 
 
-def test_one_file_is_one_module_however_it_is_named(tmp_path):
+@pytest.mark.parametrize("first", ["counted.py:a", "counted:a"])
+def test_one_file_is_one_module_however_it_is_named(first, tmp_path):
     write("counted.py", "RUNS = []\nRUNS.append(1)\ndef a(): return RUNS\ndef b(): return RUNS\n")
     (tmp_path / "link.py").symlink_to("counted.py")
-    names = ["counted.py:a", "./counted.py:b", f"{tmp_path}/counted.py:a", "counted:b", "link.py:a"]
-    runs = [places.load_object(name, "reward")() for name in names]
+    names = [first, "counted.py:a", "./counted.py:b", f"{tmp_path}/counted.py:a", "counted:b"]
+    runs = [places.load_object(name, "reward")() for name in [*names, "link.py:a"]]
     assert all(found is runs[0] for found in runs) and runs[0] == [1]
-
-
-def test_a_module_is_the_file_that_was_run_before():
-    write("either_way.py", "class Thing: pass\n")
-    first = places.load_object("either_way:Thing", "loader")
-    assert places.load_object("either_way.py:Thing", "loader") is first
 
 
 @pytest.mark.parametrize("name", ["math", "json", "datasets", "numpy", "wave", "sys"])
@@ -183,7 +179,6 @@ def test_a_file_that_was_wrong_can_be_loaded_once_it_is_right():
 
 # In a configuration
 
-RECIPE = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
 OWN = """
 from cppo.demo.digits import DigitSums
 from cppo.demo.tiny import build_tiny_vlm
@@ -214,90 +209,91 @@ def nothing(path=None, split=None):
 def strict(path, split):
     return load(path, split)
 """
-LOADER = "{{loader: own.py:{}, limit: 4}}"
-TINY = (
-    "data.eval.split=heldout trainer.max_steps=1 trainer.batch_size=2 trainer.group_size=4 "
-    "trainer.prune_rate=0.5 trainer.max_completion_tokens=4 trainer.warmup_steps=0 "
-    "trainer.eval_greedy=false trainer.output_dir=run"
-).split()
-PLACES = [
+RUN = [
     "rewards=['own.py:reward']",
-    "data.train=" + LOADER.format("load"),
-    "data.eval=" + LOADER.format("load"),
     "model={builder: 'own.py:build'}",
+    "data.train={loader: 'own.py:load', limit: 4}",
+    "data.eval={loader: 'own.py:load', limit: 4, split: heldout}",
+    *"trainer.max_steps=1 trainer.batch_size=2 trainer.group_size=4 trainer.prune_rate=0.5".split(),
+    *"trainer.max_completion_tokens=4 trainer.warmup_steps=0 trainer.eval_greedy=false".split(),
+    "trainer.output_dir=run",
 ]
 
 
-def test_reward_loader_and_builder_of_ones_own(capsys):
+@pytest.fixture
+def run(capsys):
+    """Trains with the user's own functions: the status, stdout and stderr."""
     write("own.py", OWN)
-    assert cli.main(["train", RECIPE, *PLACES, *TINY]) == 0
-    assert cli.main(["eval", "run"]) == 0
-    assert "sampled  avg@1   reward" in capsys.readouterr().out
-    assert cli.main(["train", "run/config.yaml", "trainer.max_steps=2", "--resume"]) == 0
-    assert "resumed from run/checkpoint-000001" in capsys.readouterr().out
+    return lambda *more: cppo(capsys, "train", DIGITS, *RUN, *more)
+
+
+def test_reward_loader_and_builder_of_ones_own(run, capsys):
+    assert run()[0] == 0
+    status, out, _ = cppo(capsys, "eval", "run")
+    assert status == 0 and "sampled  avg@1   reward" in out
+    further = ["train", "run/config.yaml", "trainer.max_steps=2", "--resume"]
+    status, out, _ = cppo(capsys, *further)
+    assert status == 0 and "resumed from run/checkpoint-000001" in out
     # The evaluation is of the checkpoint, not of what the builder makes anew.
     config = run_config.load("run/config.yaml")
     loaded, _ = run_parts.load_policy(config.model, "run/checkpoint-000002")
     built, _ = run_parts.load_policy(config.model)
-    changed = [
-        name
-        for (name, one), other in zip(loaded.named_parameters(), built.parameters(), strict=True)
-        if not one.equal(other)
-    ]
-    assert changed and type(loaded) is type(built)
+    pairs = zip(loaded.parameters(), built.parameters(), strict=True)
+    assert any(not one.equal(other) for one, other in pairs) and type(loaded) is type(built)
 
 
-def test_adapters_go_onto_the_model_of_ones_own(capsys):
+def test_adapters_go_onto_the_model_of_ones_own(run, capsys):
     pytest.importorskip("peft")
-    write("own.py", OWN)
-    assert cli.main(["train", RECIPE, *PLACES, *TINY, "trainer.lora.r=2"]) == 0
-    assert cli.main(["eval", "run"]) == 0
-    assert "checkpoint-000001 on 4 questions" in capsys.readouterr().out
+    assert run("trainer.lora.r=2")[0] == 0
+    status, out, _ = cppo(capsys, "eval", "run")
+    assert status == 0 and "checkpoint-000001 on 4 questions" in out
 
 
-def test_a_dry_run_does_not_build_the_model(capsys):
+def test_a_dry_run_does_not_build_the_model(run):
     write("own.py", OWN + "def build():\n    raise SystemExit('the model was built')\n")
-    assert cli.main(["train", RECIPE, *PLACES, *TINY, "--dry-run"]) == 0
-    out = capsys.readouterr().out
+    status, out, _ = run("--dry-run")
+    assert status == 0
     assert "train: 4 questions (own.py:load, generated)" in out and "first question:" in out
     assert "sizes unknown, no memory estimate: a dry run does not call own.py:build" in out
 
 
-@pytest.mark.parametrize("path", ["null", "some/folder"])
-@pytest.mark.parametrize("split", ["null", "heldout"])
-def test_a_loader_is_called_with_what_is_given(path, split, monkeypatch):
+@pytest.mark.parametrize(
+    ("path", "split", "given"),
+    [
+        (None, None, ()),
+        ("some/folder", None, ("some/folder",)),
+        (None, "heldout", (None, "heldout")),
+        ("some/folder", "heldout", ("some/folder", "heldout")),
+    ],
+)
+def test_a_loader_is_called_with_what_is_given(path, split, given, monkeypatch):
     write("own.py", OWN)
     seen = []
     module = sys.modules[places.load_object("own.py:load", "loader").__module__]
     monkeypatch.setattr(module, "load", lambda *words: seen.append(words) or [{"prompt": "?"}])
-    data = [f"data.train={{loader: 'own.py:load', path: {path}, split: {split}}}"]
-    config = run_config.load(RECIPE, [*PLACES[:1], *data])
-    assert len(run_parts.load_questions(config.data.train, None, "data.train")) == 1
-    given = (None if path == "null" else path, None if split == "null" else split)
-    expected = {(None, None): (), ("some/folder", None): ("some/folder",)}
-    assert seen == [expected.get(given, given)]
+    data = run_config.DatasetConfig("own.py:load", path, split)
+    assert len(run_parts.load_questions(data, None, "data.train")) == 1
+    assert seen == [given]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("override", "words"),
     [
-        (["rewards=['own.py:rewrd']"], "command line: rewards: .*did you mean 'reward'"),
-        (["data.train.loader=own.py:lod"], "data.train.loader: cannot import the loader .*'load'"),
-        (["data.eval.loader=absent.py:load"], "data.eval.loader: cannot import .*there is no file"),
-        (["model={builder: 'own.py:bild'}"], "model.builder: cannot import the builder .*'build'"),
-        (["data.train.loader=own.py"], "data.train.loader: .*must be FILE.py:NAME or package"),
-        (["data.train.loader=own"], "data.train.loader must be one of .*place such as 'my_loader"),
-        (["model={builder: own}"], "model.builder must be one of .*place such as 'my_model.py:bui"),
-        (["model={builder: 'own.py:no_pair'}"], r"no_pair must return \(model, processor\), got"),
-        (["data.train.loader=own.py:generate"], "data.train: .*with len.. and .i., .*generator"),
-        (["data.train.loader=own.py:named"], "data.train: own.py:named must return rows .*dict"),
-        (["data.train.loader=own.py:nothing"], "data.train: own.py:nothing returned no rows"),
-        (["data.train.loader=own.py:strict"], "data.train: strict.. missing .*'path' and 'split'"),
+        ("rewards=['own.py:rewrd']", "command line: rewards: .*did you mean 'reward'"),
+        ("data.train.loader=own.py:lod", "data.train.loader: cannot import the loader .*'load'"),
+        ("data.eval.loader=absent.py:load", "data.eval.loader: cannot import .*there is no file"),
+        ("model={builder: 'own.py:bild'}", "model.builder: cannot import the builder .*'build'"),
+        ("data.train.loader=own.py", "data.train.loader: .*must be FILE.py:NAME or package"),
+        ("data.train.loader=own", "data.train.loader must be one of .*place such as 'my_loader"),
+        ("model={builder: own}", "model.builder must be one of .*place such as 'my_model.py:bui"),
+        ("model={builder: 'own.py:no_pair'}", r"no_pair must return \(model, processor\), got"),
+        ("data.train.loader=own.py:generate", "data.train: .*with len.. and .i., .*generator"),
+        ("data.train.loader=own.py:named", "data.train: own.py:named must return rows .*dict"),
+        ("data.train.loader=own.py:nothing", "data.train: own.py:nothing returned no rows"),
+        ("data.train.loader=own.py:strict", "data.train: strict.. missing .*'path' and 'split'"),
     ],
 )
-def test_mistakes_in_a_configuration_are_one_line(overrides, words, capsys):
-    write("own.py", OWN)
-    given = [*PLACES, *TINY, "data.train.split=null", *overrides]
-    assert cli.main(["train", RECIPE, *given]) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and re.search(words, error[0]), error
+def test_mistakes_in_a_configuration_are_one_line(override, words, run):
+    status, _, err = run("data.train.split=null", override)
+    (error,) = err.strip().splitlines()
+    assert status == 2 and re.search(words, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import random
@@ -24,6 +25,8 @@ from cppo.model.load import load_model
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="cppo-trl-")  # gone when the process ends
 OFF = CPPO(trim=False, loss=LossConfig(cpl_coef=0))
+HALF = CPPO(prune_rate=0.5, loss=LossConfig(cpl_coef=0))
+LOOK = CPPO(loss=LossConfig(cpl_coef=1.0, cpl_reduction="sequence"))
 # Plain gradient descent: Adam's first steps are the sign of a gradient, zero or not.
 SMALL = dict(
     use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
@@ -113,6 +116,11 @@ def trained(*args: Any, **options: Any) -> Any:
     return trainer
 
 
+def late(options: CPPO) -> CPPO:
+    """The same, with pruning after the old and reference log-probabilities."""
+    return dataclasses.replace(options, early=False)
+
+
 def logged(trainer: Any, name: str) -> list[float]:
     """A metric, step by step."""
     return [row[name] for row in trainer.state.log_history if name in row]
@@ -142,3 +150,11 @@ def watched(trainer: Any) -> dict[str, list[Any]]:
     trainer._compute_loss = watch_loss
     model.forward = watch_forward
     return seen
+
+
+def watched_run(*args: Any, **options: Any) -> tuple[Any, dict[str, list[Any]]]:
+    """A trainer after its run, and what passed it."""
+    trainer = trainer_of(*args, **options)
+    seen = watched(trainer)
+    trainer.train()
+    return trainer, seen

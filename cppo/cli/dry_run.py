@@ -1,8 +1,8 @@
 """What a run will take, worked out before it starts: `cppo train CONFIG --dry-run`.
 
-Nothing is trained and no weights are needed: the model is built on torch's meta device from the
-config.json at hand, or from the recipe's `model.architecture`. What is not at hand is said, not
-guessed. All byte counts are for one process; every process holds the whole model.
+Nothing is trained and no weights are needed: the model is built on torch's meta device from its
+config.json or from the recipe's `model.architecture`. What is not known is said, not guessed. All
+byte counts are for one process; every process holds the whole model.
 """
 
 from __future__ import annotations
@@ -153,27 +153,11 @@ def model_sizes(model: ModelConfig, lora_rank: int = 0) -> tuple[ModelSizes, str
     """
     import torch
     from torch import nn
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    path = model_path(model)
-    if is_place(model.builder) and model.architecture is None:
-        raise ValueError(f"a dry run does not call {path}, and model.architecture is not given")
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        source = f"config.json of {path}"
-    except (OSError, ValueError) as error:
-        if model.architecture is None:
-            raise ValueError(
-                f"{path} is not on this machine and model.architecture is not given"
-            ) from None
-        rest = {key: value for key, value in model.architecture.items() if key != "model_type"}
-        try:
-            config = AutoConfig.for_model(model.architecture["model_type"], **rest)
-        except (ValueError, TypeError) as wrong:
-            raise ValueError(f"model.architecture: {wrong}") from error
-        source = f"model.architecture; {path} is not on this machine"
-    sees = getattr(config, "vision_config", None) is not None
-    auto: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    config, source = _model_config(model)
+    has_vision = getattr(config, "vision_config", None) is not None
+    auto: Any = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
     with torch.device("meta"):
         built = auto.from_config(config)
     text = config.get_text_config()
@@ -197,66 +181,97 @@ def model_sizes(model: ModelConfig, lora_rank: int = 0) -> tuple[ModelSizes, str
     return sizes, source
 
 
+def _model_config(model: ModelConfig) -> tuple[Any, str]:
+    """A model's configuration, and where it is from."""
+    from transformers import AutoConfig
+
+    path = model_path(model)
+    if is_place(model.builder) and model.architecture is None:
+        raise ValueError(f"a dry run does not call {path}, and model.architecture is not given")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        return config, f"config.json of {path}"
+    except (OSError, ValueError) as error:
+        if model.architecture is None:
+            raise ValueError(
+                f"{path} is not on this machine and model.architecture is not given"
+            ) from None
+        rest = {key: value for key, value in model.architecture.items() if key != "model_type"}
+        try:
+            config = AutoConfig.for_model(model.architecture["model_type"], **rest)
+        except (ValueError, TypeError) as wrong:
+            raise ValueError(f"model.architecture: {wrong}") from error
+        return config, f"model.architecture; {path} is not on this machine"
+
+
 def report(config: RunConfig) -> str:
     """Return the text of a dry run: resolved options, data, step, model, memory."""
-    lines = ["# the resolved configuration", run_config.dump(config).rstrip(), ""]
+    sections = [f"# the resolved configuration\n{run_config.dump(config).rstrip()}"]
     try:
         check_packages(config)
     except ImportError as error:
-        lines += ["# packages", f"a real run would stop: {error}", ""]
+        sections.append(f"# packages\na real run would stop: {error}")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    data_lines, measured = _data(config)
-    lines += ["# data", *data_lines, ""]
+    data, measured = _data(config)
     trainer = config.trainer
-    prompt = trainer.max_prompt_tokens or measured or _UNKNOWN_PROMPT
     if trainer.max_prompt_tokens:
-        origin = "trainer.max_prompt_tokens"
+        prompt, origin = trainer.max_prompt_tokens, "trainer.max_prompt_tokens"
     elif measured:
-        origin = f"the longest of the first {CHECKED_ROWS} prompts"
+        prompt, origin = measured, f"the longest of the first {CHECKED_ROWS} prompts"
     else:
+        prompt = _UNKNOWN_PROMPT
         origin = "assumed: no limit is set and no prompt could be measured"
     step = step_sizes(trainer, prompt)
-    lines += ["# one step, over all processes"]
-    lines += _table(
-        ("prompt tokens", f"{prompt} ({origin})"),
-        ("questions", f"{step.questions}"),
-        ("completions sampled", f"{step.sampled}, at most {step.sampled_tokens:,} tokens"),
-        ("completions kept", f"{step.kept}, at most {step.trained_tokens:,} tokens with prompts"),
-        (
-            "micro-batches",
-            f"at most {step.microbatches} of up to {step.microbatch_tokens:,} tokens",
-        ),
-        ("optimizer steps", f"{trainer.num_iterations * trainer.optimizer_steps}"),
-    )
-    seen = trainer.max_steps * step.questions
-    lines += _table(("the run", f"{trainer.max_steps} steps, {seen:,} questions")) + [""]
+    sections += [
+        "\n".join(["# data", *data]),
+        _table("# one step, over all processes", _step_rows(trainer, step, f"{prompt} ({origin})")),
+    ]
     try:
         sizes, source = model_sizes(config.model, trainer.lora.r if trainer.lora else 0)
     except ValueError as error:
-        return "\n".join([*lines, "# model", f"sizes unknown, no memory estimate: {error}"])
-    lines += ["# model", *_table(*_model_rows(sizes, source)), ""]
-    parts = memory(trainer, sizes, step, prompt)
+        sections.append(f"# model\nsizes unknown, no memory estimate: {error}")
+    else:
+        title = f"# memory of one process, estimated, {trainer.precision}"
+        sections += [
+            _table("# model", _model_rows(sizes, source)),
+            _table(title, _memory_rows(memory(trainer, sizes, step, prompt))),
+        ]
+    return "\n\n".join(sections)
+
+
+def _step_rows(config: CPPOConfig, step: StepSizes, prompt: str) -> dict[str, str]:
+    seen = config.max_steps * step.questions
+    return {
+        "prompt tokens": prompt,
+        "questions": f"{step.questions}",
+        "completions sampled": f"{step.sampled}, at most {step.sampled_tokens:,} tokens",
+        "completions kept": f"{step.kept}, at most {step.trained_tokens:,} tokens with prompts",
+        "micro-batches": (
+            f"at most {step.microbatches} of up to {step.microbatch_tokens:,} tokens"
+        ),
+        "optimizer steps": f"{config.num_iterations * config.optimizer_steps}",
+        "the run": f"{config.max_steps} steps, {seen:,} questions",
+    }
+
+
+def _model_rows(sizes: ModelSizes, source: str) -> dict[str, str]:
+    return {
+        "family": f"{sizes.family} (sizes from {source})",
+        "parameters": f"{sizes.parameters:,}, {sizes.vision_parameters:,} of them vision tower",
+        "layers": f"{sizes.layers} of width {sizes.hidden}, vocabulary {sizes.vocab:,}",
+    }
+
+
+def _memory_rows(parts: dict[str, float]) -> dict[str, str]:
     # A rollout and an update follow one another: the larger of the two counts.
     rollout = parts["KV cache of a rollout"]
     update = (
         parts["activations (rough)"] + parts["logits, a tile"] + parts["gradient of the LM head"]
     )
-    peak = sum(parts.values()) - min(rollout, update)
-    lines += [f"# memory of one process, estimated, {trainer.precision}"]
-    lines += _table(
-        *((name, _bytes(size)) for name, size in parts.items()),
-        ("peak", f"{_bytes(peak)} (the update and the KV cache are not there at once)"),
-    )
-    return "\n".join(lines)
-
-
-def _model_rows(sizes: ModelSizes, source: str) -> list[tuple[str, str]]:
-    return [
-        ("family", f"{sizes.family} (sizes from {source})"),
-        ("parameters", f"{sizes.parameters:,}, {sizes.vision_parameters:,} of them vision tower"),
-        ("layers", f"{sizes.layers} of width {sizes.hidden}, vocabulary {sizes.vocab:,}"),
-    ]
+    peak = _bytes(sum(parts.values()) - min(rollout, update))
+    rows = {name: _bytes(size) for name, size in parts.items()}
+    return rows | {"peak": f"{peak} (the update and the KV cache are not there at once)"}
 
 
 def _data(config: RunConfig) -> tuple[list[str], int | None]:
@@ -284,7 +299,7 @@ def _data(config: RunConfig) -> tuple[list[str], int | None]:
 
 
 def _rewards(config: RunConfig) -> list[Any]:
-    """The reward functions; none where a package of theirs is missing, which is said already."""
+    """The reward functions; none if a package is missing, which the report says already."""
     try:
         return trainer_options(config)[0]
     except ImportError:
@@ -311,8 +326,8 @@ def _first_question(config: RunConfig, rows: Any) -> tuple[str, int | None]:
     return render(processor, first[0]) + suffix, max(lengths)
 
 
-def _table(*rows: tuple[str, str]) -> list[str]:
-    return [f"{name:<22} {value}" for name, value in rows]
+def _table(title: str, rows: dict[str, str]) -> str:
+    return "\n".join([title, *(f"{name:<22} {value}" for name, value in rows.items())])
 
 
 def _bytes(size: float) -> str:

@@ -29,17 +29,17 @@ PARTS = {
 
 
 def default_device() -> str:
-    """The device of a command that has none named: a GPU where there is one."""
+    """Return the device of a command that names none: a GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def ops_line(device: Any, *, obey: bool = True) -> str:
-    """One line for the start of a run: which backends its ops use on a device, and why no better.
+    """Return a line for the start of a run: which backends its ops use on a device, and why.
 
     Args:
         device: a torch.device or its name.
         obey: whether CPPO_BACKEND counts; `cppo bench` calls each backend by its name.
-    Returns: "ops: cpp (avx512) on cpu"; of ops that are left to plain PyTorch also the reason.
+    Returns: "ops: cpp (avx512) on cpu"; for ops that run in plain PyTorch also the reason.
     Raises: ConfigError for a CPPO_BACKEND that does not exist or cannot run there.
     """
     kind = torch.device(device).type
@@ -64,7 +64,7 @@ def ops_line(device: Any, *, obey: bool = True) -> str:
 
 
 def _why_reference(ops: list[str], kind: str) -> str:
-    """Why no backend that is made for a device runs these ops."""
+    """Why no backend made for a device runs these ops."""
     reasons = []
     for name in {"cpu": ("cpp",), "cuda": ("triton", "cuda")}.get(kind, ()):
         own = [op for op in ops if name in backends.BACKENDS[op]]
@@ -87,7 +87,7 @@ def _version(package: str) -> str:
 
 
 def collect() -> dict[str, Any]:
-    """Everything `cppo info` shows, as plain data: versions, build, devices, attention, ops.
+    """Return everything `cppo info` shows, as plain data: versions, build, devices, ops.
 
     Returns: a dict that json can write; `ops` is {device: {op: {backend: why not, or ''}}}.
     """
@@ -112,7 +112,7 @@ def collect() -> dict[str, Any]:
 
 
 def _op_table(device: str, matrix: dict[str, dict[str, str]], notes: list[str]) -> Table:
-    """One row per op; a number in a cell points at the reason in `notes`, which grows."""
+    """One row per op; a number in a cell refers to a reason, which is appended to `notes`."""
     table = Table(title=f"ops on {device}", title_justify="left")
     table.add_column("op")
     for name in backends.NAMES:
@@ -142,7 +142,7 @@ def _fact_table(title: str, facts: dict[str, str]) -> Table:
 
 
 def render(facts: dict[str, Any], console: Console) -> None:
-    """Prints what `collect` returned as tables."""
+    """Print what `collect` returned as tables."""
     notes: list[str] = []
     for device, matrix in facts["ops"].items():
         console.print(_op_table(device, matrix, notes))
@@ -164,7 +164,7 @@ def render(facts: dict[str, Any], console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `cppo info [--json]`; returns the exit status."""
+    """Run `cppo info [--json]`; return the exit status."""
     parser = argparse.ArgumentParser(prog="cppo info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     arguments = parser.parse_args(argv)

@@ -5,38 +5,49 @@
     rewards: [name or place, {name: {parameters}, weight: 0.9}, ...]
     trainer: CPPOConfig, with `loss:` (LossConfig) and `lora:` (LoraConfig) inside
 
-A place is a function of one's own: "my_code.py:function", relative to the working directory, or
-"package.module:function" (`cppo.places`).
+A place names a function of the user's: "my_code.py:function", relative to the working directory,
+or "package.module:function" (`cppo.places`). `extends: other.yaml` (relative to the file) starts
+from another file.
 
 Every mistake is a ConfigError that names the dotted key, the value, what is allowed, and the file
-or the command line. `extends: other.yaml` (relative to the file) starts from another file.
+or the command line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cppo.cli import config_file
-from cppo.cli.config_file import ConfigError
-from cppo.config import WRITTEN_BY_A_RUN, CPPOConfig, _Checked
+from cppo.cli.config_file import ConfigError, apply_overrides, build, plain, read
+from cppo.config import WRITTEN_BY_A_RUN, CPPOConfig
 from cppo.places import is_place, load_object
+from cppo.values import CheckedFields, one_of
 
-BUILDERS = ("tiny_digits", "tiny_arithmetic")
-LOADERS = ("gsm8k", "math", "geometry3k", "virl39k", "rows", "digits", "arithmetic")
-GENERATED = ("digits", "arithmetic")  # loaders of the demo tasks: they need no path
+CONFIG_NAME = "config.yaml"  # the configuration of a run, in its folder
+# Names for what ships with the package: loaders by their place, and folders of models.
+LOADERS = {
+    "gsm8k": "cppo.questions:load_gsm8k",
+    "math": "cppo.questions:load_math",
+    "geometry3k": "cppo.questions:load_geometry3k",
+    "virl39k": "cppo.questions:load_virl39k",
+    "rows": "cppo.questions:load_rows",
+    "digits": "cppo.demo.digits:load_digit_sums",
+    "arithmetic": "cppo.demo.arithmetic:load_arithmetic",
+}
+_CHECKPOINTS = Path(__file__).parents[1] / "demo" / "checkpoints"
+BUILDERS = {"tiny_digits": _CHECKPOINTS / "digits", "tiny_arithmetic": _CHECKPOINTS / "arithmetic"}
 
 
-def _one_of_or_place(names: Sequence[str], example: str) -> str:
-    return f"one of {', '.join(map(repr, names))}, or a function's place such as {example!r}"
+def _one_of_or_place(names: Iterable[str], example: str) -> str:
+    return f"{one_of(names)}, or a function's place such as {example!r}"
 
 
 @dataclass(frozen=True)
-class ModelConfig(_Checked):
+class ModelConfig(CheckedFields):
     """Which model is trained."""
 
     path: str | None = None
@@ -45,7 +56,7 @@ class ModelConfig(_Checked):
     """Instead of path: a demo checkpoint that ships with the package, or the place of a function
     that is called without arguments and returns (model, processor)."""
     architecture: dict[str, Any] | None = None
-    """Keys of a hub model's config.json, for `--dry-run` where the model is not at hand."""
+    """Keys of a hub model's config.json, for `--dry-run` where the model is not downloaded."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.builder is None):
@@ -60,46 +71,49 @@ class ModelConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class DatasetConfig(_Checked):
+class DatasetConfig(CheckedFields):
     """Where the questions of one dataset come from."""
 
     loader: str = "rows"
-    """What the files look like: a name of LOADERS. Or the place of a function that returns rows
-    (a list, or anything with len() and [i]); it is called with `path` and `split`, as far as they
-    are given."""
+    """A name of LOADERS, or the place of a function that returns rows (a list, or anything with
+    len() and [i]); it is called with `path` and `split`, as far as they are given."""
     path: str | None = None
-    """File or folder, relative to the working directory. The demo tasks and functions of one's own
-    need none."""
+    """File or folder, relative to the working directory. A demo task has none, a function of the
+    user's need not have one."""
     split: str | None = None
     """Split of the dataset: "train", "test", ...; of a demo task "train" or "heldout". None: the
     training split, of loader "rows" everything."""
     limit: int | None = None
-    """Use the first so many questions only. Demo tasks: how many are made (None: 100 000)."""
+    """Use the first `limit` questions only. None: all, of a demo task 100,000."""
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether a demo task makes the questions: these need no file and no check."""
+        return LOADERS.get(self.loader, "").startswith("cppo.demo.")
 
     def __post_init__(self) -> None:
-        is_own = is_place(self.loader)
-        if self.loader not in LOADERS and not is_own:
+        if self.loader not in LOADERS and not is_place(self.loader):
             self._fail("loader", _one_of_or_place(LOADERS, "my_loader.py:load"))
         if self.limit is not None:
             self._integer("limit", at_least=1)
         if self.loader == "virl39k" and self.split not in (None, "train"):
             self._fail("split", "'train', the only one that ViRL39K has")
-        if self.loader in GENERATED and self.path is not None:
+        if self.is_demo and self.path is not None:
             self._fail("path", f"left out: loader {self.loader!r} makes its own questions")
-        if self.loader not in GENERATED and not is_own and self.path is None:
+        if not (self.is_demo or is_place(self.loader)) and self.path is None:
             self._fail("path", f"a file or folder for loader {self.loader!r}")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Training questions, held-out questions, and the instruction put before them."""
+    """Training questions, held-out questions, and their system prompt."""
 
     train: DatasetConfig
     """Questions to train on."""
     eval: DatasetConfig | None = None
     """Held-out questions. None: no evaluation."""
     system_prompt: str | None = None
-    """Takes the place of each question's system message. None: what the loader gives."""
+    """Replaces each question's system message. None: the loader's."""
 
 
 @dataclass(frozen=True)
@@ -152,17 +166,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
         path: the file.
         overrides: "trainer.loss.tau=0.2" and the like, values parsed as YAML, set after the file.
-    Returns: the checked configuration; rewards, perturbations and places are there.
+    Returns: the checked configuration, whose rewards, perturbations and places exist.
     Raises: ConfigError for a file that cannot be read or holds an unknown, repeated, mistyped or
         impossible key.
     """
-    tree = config_file.read(path)
+    tree = read(path)
     given: list[str] = []
     source = "command line"
     try:
-        given = config_file.apply_overrides(tree, overrides)
+        given = apply_overrides(tree, overrides)
         source = str(path)
-        config = config_file.build(RunConfig, tree)
+        config = build(RunConfig, tree)
         _check_names(config)
     except ConfigError as error:
         if any(f"{error.key}.".startswith(f"{key}.") for key in given) or _is_good(path, given):
@@ -172,7 +186,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _is_good(path: str | Path, given: Sequence[str]) -> bool:
-    """Whether the file alone is right, so that a mistake must be in what was given over it."""
+    """Whether the file alone is right, so that the mistake is in the overrides."""
     try:
         return bool(given) and load(path) is not None
     except ConfigError:
@@ -181,13 +195,13 @@ def _is_good(path: str | Path, given: Sequence[str]) -> bool:
 
 def dump(config: RunConfig) -> str:
     """Return the YAML text of a configuration, every default written out; `load` reads it back."""
-    tree = config_file.plain(config)
+    tree = plain(config)
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
     return f"{WRITTEN_BY_A_RUN}\n{text}"
 
 
 def _check_names(config: RunConfig) -> None:
-    """Build rewards and perturbations and import places once, to find a misspelt one at once."""
+    """Import places and build rewards and perturbations, so that a misspelt name is found now."""
     from cppo import rewards, views
 
     evaluated = config.data.eval and config.data.eval.loader
@@ -201,15 +215,15 @@ def _check_names(config: RunConfig) -> None:
                 load_object(str(place), key.rpartition(".")[2])
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{key}: {error}", key) from error
-    for key, build, names in (
+    for key, from_names, names in (
         ("rewards", rewards.from_names, config.rewards),
         ("trainer.positive_views", views.views_from_names, config.trainer.positive_views),
         ("trainer.negative_views", views.views_from_names, config.trainer.negative_views),
     ):
         try:
             if names:
-                build(list(names))
+                from_names(list(names))
         except ImportError:
-            pass  # `check_packages` says so, where a run depends on it
+            pass  # `check_packages` says so if a run depends on it
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{key}: {error}", key) from None

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cppo.cli.config_file import ConfigError
-from cppo.cli.run_config import GENERATED, DatasetConfig, ModelConfig, RunConfig
+from cppo.cli.run_config import BUILDERS, LOADERS, DatasetConfig, ModelConfig, RunConfig
 from cppo.extras import require_package
 from cppo.places import is_place, load_object
-from cppo.questions import loaders
-from cppo.questions.loaders import Rows
+from cppo.questions import Rows
 
-CHECKED_ROWS = 32  # of each data set, spread evenly, are read before anything starts
-READ_ROWS = 10_000  # of text alone are all read: in a second or two
-DEMO_ROWS = 100_000  # of a demo task without a limit; rows are made when they are taken
+CHECKED_ROWS = 32  # rows of each dataset that are read before anything starts, spread evenly
+READ_ROWS = 10_000  # the same for text alone, which takes a second or two
 
 if TYPE_CHECKING:
     from cppo.config import CPPOConfig
@@ -25,17 +23,10 @@ if TYPE_CHECKING:
 
 
 def model_path(model: ModelConfig) -> str:
-    """Return the folder or hub name of a model; a builder's is the checkpoint that ships here.
-
-    A function of one's own has none: its place is returned.
-    """
+    """Return the folder or hub name of a model; of a function that builds one its place."""
     if model.path is not None:
         return str(Path(model.path).expanduser())
-    if is_place(model.builder):
-        return str(model.builder)
-    from cppo.demo.warmup import CHECKPOINTS
-
-    return str(CHECKPOINTS / str(model.builder).removeprefix("tiny_"))
+    return str(BUILDERS.get(str(model.builder), model.builder))
 
 
 def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tuple[Any, Any]:
@@ -44,7 +35,7 @@ def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tup
     Args:
         model: which.
         checkpoint: a folder that the trainer wrote, instead of the configured weights; if it holds
-            adapters only, they are put on the configured model.
+            adapters only, they go onto the configured model.
     Returns: (model, processor).
     Raises: ValueError if the weights or the processor are not there.
     """
@@ -53,7 +44,7 @@ def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tup
     from cppo.model.load import load_model, load_processor
     from cppo.train.checkpoint import check_files
 
-    logging.disable_progress_bar()  # a bar of a moment, between our own lines
+    logging.disable_progress_bar()  # a bar that flashes between our own lines
     if checkpoint is None:
         if is_place(model.builder):
             return _build(str(model.builder))
@@ -76,7 +67,7 @@ def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tup
 
 
 def _build(place: str) -> tuple[Any, Any]:
-    """What a function of one's own makes: a model and its processor."""
+    """The model and processor that a function of the user's returns."""
     from torch import nn
 
     built = load_object(place, "builder")()
@@ -92,7 +83,7 @@ def load_questions(data: DatasetConfig, system_prompt: str | None, key: str) -> 
 
     Args:
         data: which.
-        system_prompt: takes the place of each question's system message; None: nothing changes.
+        system_prompt: replaces each question's system message; None: nothing changes.
         key: its place in the configuration file, for errors: "data.train".
     Raises: ConfigError if the files, the split or a column are missing.
     """
@@ -115,30 +106,10 @@ def load_questions(data: DatasetConfig, system_prompt: str | None, key: str) -> 
 
 
 def _load(data: DatasetConfig) -> Any:
-    if data.loader in GENERATED:
-        # imported here: they need numpy and scikit-learn, which other data do not
-        from cppo.demo.arithmetic import ArithmeticProblems
-        from cppo.demo.digits import DigitSums, handwriting
-
-        split, size = data.split or "train", data.limit or DEMO_ROWS
-        if data.loader == "arithmetic":
-            return ArithmeticProblems(split, size)
-        rows = DigitSums(split, size)
-        handwriting(split)  # says at once if scikit-learn is missing
-        return rows
-    if is_place(data.loader):
-        return _rows_of(data)
-    path = str(data.path)
-    if data.loader == "virl39k":
-        return loaders.load_virl39k(path)
-    load = getattr(loaders, f"load_{data.loader}")
-    return load(path) if data.split is None else load(path, data.split)
-
-
-def _rows_of(data: DatasetConfig) -> Any:
-    """What a loader of one's own returns, called like ours: `split` only where it is given."""
+    """What the loader returns; it is called with `path` and `split` as far as they are given."""
+    place = LOADERS.get(data.loader, data.loader)
     arguments = (data.path,) if data.split is None else (data.path, data.split)
-    rows = load_object(data.loader, "loader")(*(() if arguments == (None,) else arguments))
+    rows = load_object(place, "loader")(*(() if arguments == (None,) else arguments))
     is_sequence = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
     if not is_sequence or isinstance(rows, (Mapping, str)):
         raise TypeError(
@@ -155,7 +126,7 @@ def check_packages(config: RunConfig, *, training: bool = True) -> None:
 
     Args:
         config: the configuration.
-        training: whether the trainer's options count; an evaluation needs the rewards' alone.
+        training: whether the trainer's options count; an evaluation needs only the rewards'.
     Raises: ImportError naming the key and what to install; ValueError for an unknown tracker.
     """
     from cppo.train.arguments import check_trackers
@@ -171,7 +142,7 @@ def check_packages(config: RunConfig, *, training: bool = True) -> None:
 
 
 def trainer_options(config: RunConfig) -> tuple[list[Any], CPPOConfig]:
-    """Return the reward functions, and the trainer's options with their weights filled in."""
+    """Return the reward functions, and the trainer's options with the rewards' weights."""
     from cppo.rewards import from_names
 
     functions, weights = from_names(list(config.rewards))
@@ -181,7 +152,7 @@ def trainer_options(config: RunConfig) -> tuple[list[Any], CPPOConfig]:
 
 
 def check_rows(rows: Dataset, spec: DatasetConfig, functions: list[Any]) -> None:
-    """Read the rows of a dataset, all where that decodes no images, up to a limit.
+    """Read rows of a dataset, more of them where that decodes no images.
 
     Raises: ValueError or TypeError naming a row that is no question, or whose ground truth one of
         the reward functions cannot read.
@@ -190,11 +161,11 @@ def check_rows(rows: Dataset, spec: DatasetConfig, functions: list[Any]) -> None
     from cppo.questions.rows import question_at
 
     try:
-        is_text = spec.loader not in GENERATED and not question_at(rows, 0).images
+        is_text = not spec.is_demo and not question_at(rows, 0).images
     except (TypeError, ValueError):  # `check_dataset` says what is wrong with it
         is_text = False
     limit = READ_ROWS if is_text else CHECKED_ROWS
-    # A reward of one's own may read any ground truth.
+    # A reward of the user's may read any ground truth.
     check_dataset(rows, limit=limit, read_answer=False, rewards=functions)
 
 
@@ -236,7 +207,7 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
 
 
 def _in_keys(message: str) -> str:
-    """A message with options as they are called in a configuration file."""
+    """A message with options named as in a configuration file."""
     for name, key in (("CPPO", ""), ("Lora", "lora."), ("Loss", "loss.")):
         message = re.sub(rf"\b{name}Config\.(?=[a-z])", f"trainer.{key}", message)
     return message

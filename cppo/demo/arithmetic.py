@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cppo.demo.digits import SPLITS, check_split
+from cppo.demo.digits import NUM_QUESTIONS, DemoRows
 from cppo.rewards import boxed
 
 QUESTION = "How many are left?"
@@ -19,7 +19,12 @@ _THINGS = ("apples", "pens", "books", "coins", "cards", "shells")
 _VERBS = {"+": ("finds", "buys"), "-": ("gives away", "loses")}
 
 
-class ArithmeticProblems:
+def load_arithmetic(path: None = None, split: str = "train") -> ArithmeticProblems:
+    """The demo's 100,000 questions of a split, as the loader "arithmetic" of a configuration."""
+    return ArithmeticProblems(split, NUM_QUESTIONS)
+
+
+class ArithmeticProblems(DemoRows):
     """A dataset of word problems of one or two steps, in the form of `DigitSums` without images.
 
     Row i depends on (split, seed, i) only. Columns: `prompt`, `answer`, and two right completions,
@@ -41,21 +46,16 @@ class ArithmeticProblems:
             num_steps: fewest and most calculation steps, within 1 to 2, each equally likely.
         Raises: ValueError for an unknown split, size < 0 or a bad range.
         """
-        check_split("ArithmeticProblems", split, size)
+        super().__init__(split, size, seed)
         low, high = num_steps
         if not 1 <= low <= high <= 2:
             raise ValueError(
                 f"ArithmeticProblems: num_steps must be within (1, 2), got {num_steps}"
             )
-        self.split, self.size, self.seed, self.num_steps = split, size, seed, (low, high)
-
-    def __len__(self) -> int:
-        return self.size
+        self.num_steps = (low, high)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < self.size:
-            raise IndexError(f"ArithmeticProblems: index must be in [0, {self.size}), got {index}")
-        rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
+        rng = self._rng(index)
         while True:
             question, steps, total = _problem(
                 rng, int(rng.integers(*self.num_steps, endpoint=True))

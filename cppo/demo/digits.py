@@ -2,7 +2,7 @@
 
 The 1,797 scans are scikit-learn's (`load_digits`, 8 x 8 pixels, the test set of UCI's "optical
 recognition of handwritten digits"). 500 of them are held out: no held-out scan is ever in a
-training image (writers are in both parts: the data does not name them).
+training image. The data does not name the writers, so they may be in both parts.
 """
 
 from __future__ import annotations
@@ -19,10 +19,42 @@ from cppo.rewards import boxed
 QUESTION = "What is the sum of the digits?"
 SPLITS = ("train", "heldout")
 SLOT = 24  # pixels: one digit per slot, one image token per slot
+NUM_QUESTIONS = 100_000  # of a loader; a question is made when it is taken
 _NUM_HELDOUT = 500
 
 
-class DigitSums:
+def load_digit_sums(path: None = None, split: str = "train") -> DigitSums:
+    """The demo's 100,000 questions of a split, as the loader "digits" of a configuration.
+
+    Raises: ImportError if scikit-learn, which holds the scans, is not installed.
+    """
+    rows = DigitSums(split, NUM_QUESTIONS)
+    handwriting(split)
+    return rows
+
+
+class DemoRows:
+    """What the datasets of the demo share: a split, a size, and a random stream for each row."""
+
+    def __init__(self, split: str, size: int, seed: int) -> None:
+        owner = type(self).__name__
+        if split not in SPLITS:
+            raise ValueError(f"{owner}: split must be one of {SPLITS}, got {split!r}")
+        if size < 0:
+            raise ValueError(f"{owner}: size must be >= 0, got {size}")
+        self.split, self.size, self.seed = split, size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def _rng(self, index: int) -> np.random.Generator:
+        if not 0 <= index < self.size:
+            owner = type(self).__name__
+            raise IndexError(f"{owner}: index must be in [0, {self.size}), got {index}")
+        return np.random.default_rng((self.seed, SPLITS.index(self.split), index))
+
+
+class DigitSums(DemoRows):
     """A dataset of scenes of digits side by side, each with the question of their sum.
 
     Row i depends on (split, seed, i) only. Its columns are `prompt` (chat messages with one image
@@ -48,7 +80,7 @@ class DigitSums:
             noise: standard deviation of the pixel noise, for pixels in [0, 1].
         Raises: ValueError for an unknown split, size < 0, a bad range or negative noise.
         """
-        check_split("DigitSums", split, size)
+        super().__init__(split, size, seed)
         low, high = num_digits
         if not 1 <= low <= high:
             raise ValueError(
@@ -56,11 +88,7 @@ class DigitSums:
             )
         if noise < 0:
             raise ValueError(f"DigitSums: noise must be >= 0, got {noise}")
-        self.split, self.size, self.seed = split, size, seed
         self.num_digits, self.noise = (low, high), noise
-
-    def __len__(self) -> int:
-        return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = self._rng(index)
@@ -74,13 +102,6 @@ class DigitSums:
             "worked": worked_answer(digits),
             "direct": direct_answer(digits),
         }
-
-    def _rng(self, index: int) -> np.random.Generator:
-        if not 0 <= index < self.size:
-            raise IndexError(
-                f"{type(self).__name__}: index must be in [0, {self.size}), got {index}"
-            )
-        return np.random.default_rng((self.seed, SPLITS.index(self.split), index))
 
     def _scene(self, rng: np.random.Generator) -> tuple[list[int], Image.Image]:
         scans, labels = handwriting(self.split)
@@ -153,11 +174,3 @@ def digit_sum_accuracy(
 ) -> list[float]:
     """Reward 1 for the right sum in the last box, else 0: `cppo.rewards.boxed` on this task."""
     return boxed(completions, answer=answer)
-
-
-def check_split(owner: str, split: str, size: int) -> None:
-    """Raise ValueError unless split is a known one and size is not negative."""
-    if split not in SPLITS:
-        raise ValueError(f"{owner}: split must be one of {SPLITS}, got {split!r}")
-    if size < 0:
-        raise ValueError(f"{owner}: size must be >= 0, got {size}")

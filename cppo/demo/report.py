@@ -1,7 +1,8 @@
 """One self-contained HTML page about a run: curves, time, the three views, tokens by entropy shift.
 
-Plots what the records hold and leaves out what they do not; no script, no network, no dependency
-besides PIL. Colours follow the reader's light or dark theme.
+The page is report.html.jinja; here is what goes into it. It shows what the records hold and leaves
+out what they do not. It has no script and loads nothing; its colours follow the reader's light or
+dark theme.
 """
 
 from __future__ import annotations
@@ -10,24 +11,21 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 from PIL import Image
 
 from cppo.demo.svg import Series, line_chart, stacked_chart
 
+_FOLDER = Path(__file__).parent
 _TIME_PARTS = (
-    "rollout",
-    "reward",
-    "old_logps",
-    "ref_logps",
-    "views",
-    "forward",
-    "backward",
-    "optimizer",
+    *("rollout", "reward", "old_logps", "ref_logps"),
+    *("views", "forward", "backward", "optimizer"),
 )
+_TOKEN_LISTS = ("tokens", "entropy_shift", "selected")
 _IMAGE_HEIGHT = 96  # CSS pixels of a small image; larger ones keep their size
 _CURVES: tuple[tuple[str, str, dict[str, str], float | None], ...] = (
     # heading, what it shows, {key of the history: label}, upper end of the axis (None: the data)
@@ -70,7 +68,7 @@ def write_report(
     completions: Sequence[Mapping[str, Any]] = (),
     config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the page and return its path.
+    """Write the page and return its path. What a record lacks is left out.
 
     Args:
         path: of the HTML file; its folder is made.
@@ -84,26 +82,42 @@ def write_report(
             if wanted, `answer`.
         completions: one mapping each: `question`, `image` (PIL or None), `tokens` (list of str),
             `entropy_shift` (nats, one per token), `selected` (bool, one per token: the perception
-            tokens),
-            `reward`, `advantage`, and `answer` if wanted.
+            tokens), `reward`, `advantage`, and `answer` if wanted.
         config: what the run was made with, in order; nested options get dotted names.
     Raises: ValueError if a completion's tokens, entropy_shift and selected differ in length.
     """
-    history = _with_derived(history)
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    body = [_header(title, summary), _curves(history), _time(history), _views(views)]
-    body += [_completions(completions), _config(config or {})]
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main>\n</body>\n</html>\n"
+    history, facts = _with_derived(history), []
+    changes = []
+    for name, value in summary.items():
+        if isinstance(value, Mapping) and {"before", "after"} <= set(value):
+            changes.append(_change(name, value["before"], value["after"]))
+        else:
+            facts.append((name, _text(name, value)))
+    scale = _largest_shift(completions)
+    page = _template().render(
+        title=title,
+        style=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
+        changes=changes,
+        facts=facts,
+        curves=_curves(history),
+        times=_times(history),
+        views=[{"question": "", "answer": None, **view} for view in views],
+        completions=[{"answer": None, **c, "tokens": _tokens(c)} for c in completions],
+        scale=scale,
+        config=_flat(config or {}).items(),
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _template() -> Any:
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"png": _png, "tint": _tint, "visible": _visible, "number": _number}
+    return environment.get_template("report.html.jinja")
 
 
 def _with_derived(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -123,166 +137,76 @@ def _with_derived(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _header(title: str, summary: Mapping[str, Any]) -> str:
-    """Title, the before/after cards and the facts."""
-    cards, facts = [], []
-    for name, value in summary.items():
-        if isinstance(value, Mapping) and {"before", "after"} <= set(value):
-            cards.append(_before_after(name, value["before"], value["after"]))
-        else:
-            facts.append(f"<div><dt>{escape(name)}</dt><dd>{escape(_text(name, value))}</dd></div>")
-    return (
-        f"<header><h1>{escape(title)}</h1></header>\n"
-        + (f'<section class="cards">{"".join(cards)}</section>\n' if cards else "")
-        + (f'<dl class="facts">{"".join(facts)}</dl>' if facts else "")
-    )
+def _change(name: str, before: float, after: float) -> dict[str, Any]:
+    """A before/after card; accuracies and shares also get a bar."""
+    is_share = _is_share(name)
+    change = (after - before) * (100 if is_share else 1)
+    low, high = sorted((before, after))
+    return {
+        "name": name,
+        "before": _text(name, before),
+        "after": _text(name, after),
+        "mood": "up" if change > 0 else "down" if change < 0 else "same",
+        "words": f"{change:+.1f} points" if is_share else f"{change:+.1f}",
+        "bar": (f"{100 * low:.1f}", f"{100 * (high - low):.1f}") if is_share else None,
+    }
 
 
-def _before_after(name: str, before: float, after: float) -> str:
-    percent = "accuracy" in name.lower() or "share" in name.lower()
-    change = (after - before) * (100 if percent else 1)
-    unit = " points" if percent else ""
-    mood = "up" if change > 0 else "down" if change < 0 else "same"
-    bar = ""
-    if percent:
-        low, high = sorted((before, after))
-        bar = (
-            f'<div class="bar"><i class="base" style="width:{100 * low:.1f}%"></i>'
-            f'<i class="{mood}" style="width:{100 * (high - low):.1f}%"></i></div>'
-        )
-    return (
-        f'<div class="card"><h3>{escape(name)}</h3><p class="figures"><span class="before">'
-        f'{_text(name, before)}</span><span class="arrow">&rarr;</span><span class="after">'
-        f"{_text(name, after)}</span></p>{bar}"
-        f'<p class="change {mood}">{change:+.1f}{unit}</p></div>'
-    )
-
-
-def _curves(history: Sequence[Mapping[str, Any]]) -> str:
+def _curves(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Markup]]:
     figures = []
     for heading, note, keys, top in _CURVES:
         series = [Series(label, _points(history, key)) for key, label in keys.items()]
         series = [s for s in series if s.points]
         if series:
-            figures.append(_figure(heading, note, line_chart(series, top=top)))
-    return (
-        f'<section><h2>Curves</h2><div class="grid">{"".join(figures)}</div></section>'
-        if figures
-        else ""
-    )
+            figures.append((heading, note, Markup(line_chart(series, top=top))))
+    return figures
 
 
-def _time(history: Sequence[Mapping[str, Any]]) -> str:
-    """Where a step's time goes, stacked."""
+def _times(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Where a step's time goes: seconds by part, stacked for each step, and in total."""
     named = [k.removeprefix("time/") for row in history for k in row if k.startswith("time/")]
     known = [part for part in _TIME_PARTS if part in named]
     parts = known + sorted(set(named) - set(known) - {"step", "total"})
     series = [Series(part, _points(history, f"time/{part}")) for part in parts]
     series = [s for s in series if any(y > 0 for _, y in s.points)]
     if not series:
-        return ""
-    totals = {s.label: sum(y for _, y in s.points) for s in series}
-    whole = sum(totals.values())
-    rows = "".join(
-        f'<tr><td><i class="key c{i % 8}"></i>{escape(label)}</td><td>{total:.1f} s</td>'
-        f"<td>{100 * total / whole:.0f} %</td></tr>"
-        for i, (label, total) in enumerate(totals.items())
-    )
-    rows += f"<tr><td>all</td><td>{whole:.1f} s</td><td>100 %</td></tr>"
-    table = f'<div class="panel"><table><tbody>{rows}</tbody></table></div>'
-    figure = _figure("Seconds per step", "by part, stacked", stacked_chart(series))
-    return (
-        f'<section><h2>Where the time goes</h2><div class="split">{figure}{table}</div></section>'
-    )
+        return None
+    totals = [(s.label, sum(y for _, y in s.points)) for s in series]
+    return {
+        "chart": Markup(stacked_chart(series)),
+        "parts": totals,
+        "total": sum(seconds for _, seconds in totals),
+    }
 
 
-def _views(views: Sequence[Mapping[str, Any]]) -> str:
-    """A few images, each as anchor, positive and negative."""
-    if not views:
-        return ""
-    items = []
-    for view in views:
-        pictures = "".join(
-            f'<figure class="view"><div class="frame">{_image(view[name])}</div>'
-            f'<figcaption class="{name}">{name}</figcaption></figure>'
-            for name in ("anchor", "positive", "negative")
-            if view.get(name) is not None
-        )
-        question = escape(str(view.get("question", "")))
-        if view.get("answer") is not None:
-            question += f" <b>{escape(str(view['answer']))}</b>"
-        items.append(f'<div class="views"><p>{question}</p><div>{pictures}</div></div>')
-    return (
-        "<section><h2>Three views of an image</h2><p>The <b>anchor</b> is the image as it is. The "
-        "<b>positive</b> view keeps what it says, the <b>negative</b> view takes some of it away: "
-        "where the model grows less certain under it, it was looking.</p>"
-        f'<div class="grid">{"".join(items)}</div></section>'
-    )
+def _tokens(completion: Mapping[str, Any]) -> list[tuple[str, float, bool]]:
+    return list(zip(*(completion[name] for name in _TOKEN_LISTS), strict=True))
 
 
-def _completions(completions: Sequence[Mapping[str, Any]]) -> str:
-    """Completions with each token coloured by how far its entropy rises under the negative view."""
-    if not completions:
-        return ""
+def _largest_shift(completions: Sequence[Mapping[str, Any]]) -> float:
+    """The shift with the full colour.
+
+    Raises: ValueError if the lists of a completion differ in length.
+    """
     for number, completion in enumerate(completions):
-        lengths = [len(completion[k]) for k in ("tokens", "entropy_shift", "selected")]
+        lengths = [len(completion[name]) for name in _TOKEN_LISTS]
         if len(set(lengths)) != 1:
             raise ValueError(
                 "write_report: tokens, entropy_shift and selected must be equally long, "
                 f"completion {number} has {lengths}"
             )
     shifts = [abs(x) for c in completions for x in c["entropy_shift"] if math.isfinite(x)]
-    scale = max([*shifts, 1e-6])
-    ramp = "".join(f'<i style="background:{_tint(i / 5)}"></i>' for i in range(-5, 6))
-    legend = (
-        f'<p class="legend">entropy shift, nats <span>{-scale:.1f}</span>'
-        f'<span class="ramp">{ramp}</span><span>+{scale:.1f}</span>'
-        '<span class="token selected">perception token</span></p>'
-    )
-    cards = "".join(_completion(completion, scale) for completion in completions)
-    return (
-        "<section><h2>Which tokens look at the image</h2><p>Each token of a completion, coloured "
-        "by how much its entropy changes when the negative view replaces the image. The outlined "
-        "tokens are the perception tokens that the contrastive loss acts on.</p>"
-        f'{legend}<div class="stack">{cards}</div></section>'
-    )
+    return max([*shifts, 1e-6])
 
 
-def _completion(completion: Mapping[str, Any], scale: float) -> str:
-    tokens = "".join(
-        f'<span class="token{" selected" if selected else ""}" title="{shift:+.2f} nats" '
-        f'style="background:{_tint(shift / scale)}">{_token(token)}</span>'
-        for token, shift, selected in zip(
-            completion["tokens"], completion["entropy_shift"], completion["selected"], strict=True
-        )
-    )
-    facts = [
-        f"reward {_number(completion.get('reward'))}",
-        f"advantage {_number(completion.get('advantage'), '+')}",
-    ]
-    if completion.get("answer") is not None:
-        facts.append(f"right answer {escape(str(completion['answer']))}")
-    good = (completion.get("reward") or 0) > 0
-    badge = f'<span class="badge {"right" if good else "wrong"}">{" &middot; ".join(facts)}</span>'
-    image = (
-        f'<div class="frame">{_image(completion["image"])}</div>' if completion.get("image") else ""
-    )
-    return (
-        f'<div class="completion">{image}<div><p class="question">'
-        f"{escape(str(completion['question']))} {badge}</p>"
-        f'<p class="tokens">{tokens}</p></div></div>'
-    )
-
-
-def _config(config: Mapping[str, Any]) -> str:
-    if not config:
-        return ""
-    rows = "".join(
-        f"<tr><td>{escape(str(k))}</td><td><code>{escape(str(v))}</code></td></tr>"
-        for k, v in _flat(config).items()
-    )
-    table = f'<table class="config"><tbody>{rows}</tbody></table>'
-    return f"<section><h2>Configuration</h2>{table}</section>"
+def _points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) wherever the history holds a finite number under the key."""
+    points = []
+    for index, row in enumerate(history):
+        value = row.get(key)
+        if value is not None and math.isfinite(float(value)):
+            points.append((float(row.get("step", index)), float(value)))
+    return points
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -296,28 +220,14 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _figure(heading: str, note: str, svg: str) -> str:
-    return f'<figure class="chart"><h3>{escape(heading)}</h3><p>{escape(note)}</p>{svg}</figure>'
-
-
-def _points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) wherever the history holds a finite number under the key."""
-    points = []
-    for index, row in enumerate(history):
-        value = row.get(key)
-        if value is not None and math.isfinite(float(value)):
-            points.append((float(row.get("step", index)), float(value)))
-    return points
-
-
-def _image(image: Image.Image) -> str:
-    """An <img> with the PNG inside, small ones enlarged by a whole factor without smoothing."""
+def _png(image: Image.Image) -> dict[str, Any]:
+    """An image's source, and its size: small ones are enlarged by a whole factor."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     factor = max(1, _IMAGE_HEIGHT // image.height)
-    width, height = image.width * factor, image.height * factor
-    return f'<img alt="" width="{width}" height="{height}" src="data:image/png;base64,{data}">'
+    size = {"width": image.width * factor, "height": image.height * factor}
+    return size | {"source": f"data:image/png;base64,{data}"}
 
 
 def _tint(shift: float) -> str:
@@ -327,17 +237,21 @@ def _tint(shift: float) -> str:
     return f"color-mix(in srgb, var(--{name}) {100 * strength:.0f}%, transparent)"
 
 
-def _token(token: str) -> str:
+def _visible(token: str) -> str:
     """A token's text; blanks at its ends and line breaks stay visible."""
-    text = escape(token).replace("\n", "&#8629;")
-    return text.replace(" ", "&nbsp;") if text.strip() != text else text
+    text = token.replace("\n", "\u21b5")
+    return text.replace(" ", "\u00a0") if text.strip() != text else text
+
+
+def _is_share(name: str) -> bool:
+    return "accuracy" in name.lower() or "share" in name.lower()
 
 
 def _text(name: str, value: Any) -> str:
     """A summary value in words: percent for accuracies and shares, else at most 4 digits."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    if "accuracy" in name.lower() or "share" in name.lower():
+    if _is_share(name):
         return f"{100 * value:.1f} %"
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 

@@ -1,6 +1,7 @@
-"""Two small charts as inline SVG: lines, and stacked bars.
+"""Two small charts as inline SVG, lines and stacked bars.
 
-Colours are classes c0..c7 of the page's style sheet.
+matplotlib would draw fixed colours; these follow the page's theme by its classes c0..c7, and a
+pointer over a value shows it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-r"""The supervised warm-up that gives each demo its starting point, and the shipped checkpoints.
+r"""The supervised warm-up that gives each demo its starting point.
 
-A curriculum (one digit, then one or two, then two or three: without it the model does not learn to
-look within this budget) on completions that show their work, then a corpus in mixed style: 60 % of
-the completions give the answer alone, also rightly. A model that samples both styles is right about
-three times in ten, and RL can find out that showing the work pays.
+First comes a curriculum of completions that show their work (one digit, then one or two, then two
+or three: without it the model does not learn to read images within this budget). Then come
+completions of mixed style: 60 % give the right answer alone. A model that samples both styles is
+right about three times in ten, and RL can find out that showing the work pays.
 
 `python cppo/demo/warmup.py digits OUT` makes a checkpoint folder; the shipped ones are seed 0.
 """
@@ -15,121 +15,84 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from cppo.demo.arithmetic import ArithmeticProblems
-from cppo.demo.digits import DigitSums
-from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
+from cppo.demo.tasks import CHECKPOINTS, TASKS, Task
 from cppo.model.load import is_vision_language, special_token_ids_to_suppress
 from cppo.rewards import boxed
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
+__all__ = [
+    "CHECKPOINTS",
+    "encode",
+    "generated_accuracy",
+    "save_checkpoint",
+    "supervise",
+    "warm_up",
+]
+
 MAX_NEW_TOKENS = 40
 _BATCH_SIZE = 64
-_PEAK_LR = 2e-3
-
-
-class Phase(NamedTuple):
-    """A stretch of the curriculum.
-
-    steps: optimizer steps; parts: fewest and most digits (or calculation steps) of a question;
-    direct_fraction: share of completions that give the answer without its work.
-    """
-
-    steps: int
-    parts: tuple[int, int]
-    direct_fraction: float
-
-
-class Task(NamedTuple):
-    """A demo task: how to build its model, its rows and its curriculum."""
-
-    build: Callable[[int], tuple[PreTrainedModel, Any]]
-    rows: Callable[[str, int, int, tuple[int, int]], Any]  # (split, size, seed, parts)
-    phases: tuple[Phase, ...]
-
-
-TASKS = {
-    "digits": Task(
-        build=lambda seed: build_tiny_vlm("qwen2_5_vl", seed),
-        rows=lambda split, size, seed, parts: DigitSums(split, size, seed=seed, num_digits=parts),
-        phases=(
-            Phase(80, (1, 1), 0.0),
-            Phase(60, (1, 2), 0.0),
-            Phase(150, (2, 3), 0.0),
-            Phase(90, (2, 3), 0.6),
-        ),
-    ),
-    "arithmetic": Task(
-        build=build_tiny_text_model,
-        rows=lambda split, size, seed, parts: ArithmeticProblems(
-            split, size, seed=seed, num_steps=parts
-        ),
-        phases=(Phase(100, (1, 1), 0.0), Phase(200, (1, 2), 0.0), Phase(80, (2, 2), 0.6)),
-    ),
-}
 
 
 def warm_up(
     task: str, seed: int = 0, *, report: Callable[[str], None] = lambda line: None
 ) -> tuple[PreTrainedModel, Any]:
-    """Train a demo's tiny model from random weights up to where RL starts.
+    """Train a demo's tiny model up to where RL starts.
 
     Args:
-        task: "digits" or "arithmetic".
+        task: "digits", "shortcut" or "arithmetic".
         seed: of the weights and of the questions.
-        report: is called with a line of progress now and then.
+        report: called with a line of progress now and then.
     Returns: (model in eval mode, fp32; processor or tokenizer).
     Raises: ValueError for an unknown task.
     """
     if task not in TASKS:
         raise ValueError(f"warm_up: task must be one of {sorted(TASKS)}, got {task!r}")
-    build, rows, phases = TASKS[task]
-    model, processor = build(seed)
-    supervise(model, processor, phases, rows, seed=seed, report=report)
+    model, processor = TASKS[task].build(seed)
+    supervise(model, processor, TASKS[task], seed=seed, report=report)
     return model, processor
 
 
 def supervise(
     model: PreTrainedModel,
     processor: Any,
-    phases: tuple[Phase, ...],
-    rows: Callable[[str, int, int, tuple[int, int]], Any],
+    task: Task,
     *,
     seed: int,
-    peak_lr: float = _PEAK_LR,
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Train a model in place on the right completions of training rows, phase after phase.
 
-    AdamW, one cosine from peak_lr to 0 over all phases after 10 steps of linear rise, gradients
-    clipped at norm 1; the loss is the mean over completion tokens.
+    AdamW; after 10 steps of linear warm-up one cosine from `task.peak_lr` to 0 over all phases;
+    gradients clipped at norm 1; the loss is the mean over completion tokens.
     Args:
         model, processor: as `warm_up` returns them.
-        phases: the curriculum.
-        rows: makes a dataset with columns `worked` and `direct` from (split, size, seed, parts).
+        task: its rows, with columns `worked` and `direct`, its phases and its peak_lr.
         seed: of the rows and of the choice between the two styles.
-        peak_lr: the highest learning rate.
-        report: is called with a line of progress now and then.
+        report: called with a line of progress now and then.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), peak_lr, betas=(0.9, 0.98), weight_decay=0.0)
-    total, done, start = sum(phase.steps for phase in phases), 0, time.perf_counter()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), task.peak_lr, betas=(0.9, 0.98), weight_decay=0.0
+    )
+    total, done, start = sum(phase.steps for phase in task.phases), 0, time.perf_counter()
     rng = np.random.default_rng(seed)
     model.train()
-    for number, phase in enumerate(phases):
+    for number, phase in enumerate(task.phases):
         # A seed per phase, far from those of RL and evaluation, so that no scene repeats.
-        data = rows("train", phase.steps * _BATCH_SIZE, 1000 * (seed + 1) + number, phase.parts)
+        data = task.rows(
+            "train", phase.steps * _BATCH_SIZE, seed=1000 * (seed + 1) + number, **phase.rows
+        )
         for step in range(phase.steps):
             chosen = [data[step * _BATCH_SIZE + i] for i in range(_BATCH_SIZE)]
             styles = np.where(rng.random(_BATCH_SIZE) < phase.direct_fraction, "direct", "worked")
             targets = [row[style] for row, style in zip(chosen, styles, strict=True)]
             rise, progress = min(1.0, (done + 1) / 10), done / total
             for group in optimizer.param_groups:
-                group["lr"] = peak_lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
+                group["lr"] = task.peak_lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
             loss = model(**encode(processor, chosen, targets), use_cache=False).loss
             optimizer.zero_grad()
             loss.backward()
@@ -227,16 +190,14 @@ def save_checkpoint(model: PreTrainedModel, processor: Any, folder: str | Path) 
 
 def main() -> None:
     """Make a warm-up checkpoint and print how often it is right on held-out questions."""
-    from cppo.demo.run import TASKS as DEMOS  # which imports this module
-
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("task", choices=sorted(DEMOS))
+    parser.add_argument("task", choices=sorted(TASKS))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    model, processor = DEMOS[args.task].warm_up(args.seed, report=print)
+    model, processor = warm_up(args.task, args.seed, report=print)
     save_checkpoint(model, processor, args.folder)
-    rows = DEMOS[args.task].rows("heldout", 500)
+    rows = TASKS[args.task].rows("heldout", 500)
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         accuracy, completions = generated_accuracy(model, processor, rows, temperature=temperature)
         worked = [text for text in completions if not text.startswith("\\boxed")]

@@ -1,7 +1,7 @@
-"""Contrastive perception from log-probabilities and entropies, where a trainer has nothing else.
+"""Contrastive perception from log-probabilities and entropies alone.
 
-`cppo.cppo_loss` takes logits and `cppo.linear_cppo_loss` hidden states; a trainer with a fused LM
-head of its own gives neither.
+`cppo.cppo_loss` takes logits and `cppo.linear_cppo_loss` hidden states; a trainer with its own
+fused LM head exposes neither.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cppo import reference
 from cppo.config import LossConfig
 from cppo.records import Views
 
-# Fields of LossConfig that say how images are contrasted; the others are the trainer's to decide.
+# Fields of LossConfig that say how images are contrasted; the trainer decides the others.
 FIELDS = (
     "cpl_coef",
     "divergence",

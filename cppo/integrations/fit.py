@@ -1,4 +1,4 @@
-"""How an adapter says what of the trainer it adapts still is what it was written for."""
+"""Whether the installed trainer is still what an adapter was written for, in words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Fit(NamedTuple):
 
 
 def installed(package: str) -> tuple[str, tuple[int, ...]]:
-    """Version of a package and its first two numbers; "" and none if it is not installed."""
+    """Return a package's version and its first two numbers; "" and () if it is not installed."""
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -34,5 +34,14 @@ def installed(package: str) -> tuple[str, tuple[int, ...]]:
 
 
 def parameters(function: Any) -> list[str]:
-    """Names of the parameters of a function; none if there is no function."""
+    """Return the names of a function's parameters; none if there is no function."""
     return list(inspect.signature(function).parameters) if function else []
+
+
+def mismatch(function: Any, wanted: str) -> str:
+    """Return how a function's first parameters differ from those wanted, "" if they do not.
+
+    Args: wanted: names, separated by spaces.
+    """
+    found, names = parameters(function), wanted.split()
+    return "" if found[: len(names)] == names else f"expected ({wanted}), found ({' '.join(found)})"

@@ -4,19 +4,19 @@
 
     trainer = CPPOGRPOTrainer(model, rewards, args=GRPOConfig(...), cppo=CPPO(prune_rate=0.75))
 
-No code of TRL is copied. Three of its methods are wrapped; each calls `super()` and works on what
-goes in and what comes out:
+No code of TRL is copied. Three of its methods are wrapped; each calls `super()` and changes only
+its arguments and its result:
 
-    _generate_and_score_completions     gives a scored rollout, a dict of rows: the pruned ones are
-                                        taken out of it
-    _get_per_token_logps_and_entropies  every forward. Those of a rollout (old and reference
-                                        log-probabilities) are put off until it is pruned; that of
-                                        the loss is remembered
-    _compute_loss                       a micro-batch: its padding is cut off before; after it, the
-                                        remembered forward is repeated on perturbed images
+    _generate_and_score_completions     returns a scored rollout, a dict of rows; the pruned rows
+                                        are taken out of it
+    _get_per_token_logps_and_entropies  runs every forward. In a rollout (old and reference
+                                        log-probabilities) it waits until the rollout is pruned;
+                                        in the loss its arguments are remembered
+    _compute_loss                       the loss of a micro-batch. Its padding is cut off before;
+                                        then the remembered forward is repeated on perturbed images
 
-`check()` says in words whether the installed TRL has what is wrapped here, `patch_trl()` gives TRL
-our kernel for log-probabilities, and what cannot work is refused when the trainer is made.
+`check()` says whether the installed TRL has what is wrapped here, `patch_trl()` gives TRL our
+kernel for log-probabilities, and runs that cannot work are refused when the trainer is made.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ _Call = dict[str, Any]  # the arguments of a forward
 
 
 class CPPOMixin(AnyTrainer):
-    """Put before any GRPOTrainer: `class Mine(CPPOMixin, TheirGRPOTrainer): ...`.
+    """Goes before any GRPOTrainer: `class Mine(CPPOMixin, TheirGRPOTrainer): ...`.
 
     Args: those of the trainer, and `cppo`, a `CPPO`.
-    Raises: RuntimeError if the installed TRL does not fit; ValueError for a run in which rows would
-        be lost or numbers wrong.
+    Raises: RuntimeError if the installed TRL does not fit; ValueError for a run that would lose
+        rows or compute wrong numbers.
     """
 
     def __init__(self, *args: Any, cppo: CPPO = CPPO(), **kwargs: Any) -> None:  # noqa: B008
@@ -70,7 +70,7 @@ class CPPOMixin(AnyTrainer):
         if unfit:
             raise RuntimeError("cppo.integrations.trl: " + "; ".join(unfit))
         self.cppo = cppo
-        self._put_off: list[tuple[_Call, AbstractContextManager[Any], Tensor]] | None = None
+        self._postponed: list[tuple[_Call, AbstractContextManager[Any], Tensor]] | None = None
         self._remembered: list[tuple[_Call, Any]] | None = None
         super().__init__(*args, **kwargs)
         check_run(self)
@@ -78,15 +78,15 @@ class CPPOMixin(AnyTrainer):
     # A rollout
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's rollout, then pruning, then the forwards that were put off, on what is left."""
+        """TRL's rollout, then pruning, then the postponed forwards on the rows that are left."""
         options = self.cppo
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        self._put_off = [] if options.early and options.prune_rate > 0 else None
+        self._postponed = [] if options.early and options.prune_rate > 0 else None
         try:
             rollout = super()._generate_and_score_completions(inputs)
         finally:
-            put_off, self._put_off = self._put_off or [], None
+            postponed, self._postponed = self._postponed or [], None
         if "image_grid_thw" in rollout and options.loss.cpl_coef > 0:
             rollout["cppo_seed"] = self._view_seeds(rollout["advantages"])
         if options.prune_rate == 0:
@@ -99,18 +99,18 @@ class CPPOMixin(AnyTrainer):
             prune=options.prune,
         )
         pruned = _take_rows(rollout, kept)
-        for call, adapters, placeholder in put_off:
+        for call, adapters, placeholder in postponed:
             (name,) = (name for name, value in rollout.items() if value is placeholder)
             with torch.no_grad(), adapters:
                 pruned[name] = self._forward(call, kept)[0]
-        # The denominator of "dapo", "cispo" and "vespo": tokens of the completions that are left.
+        # The denominator of "dapo", "cispo" and "vespo": tokens of the remaining completions.
         tokens = pruned["completion_mask"] * pruned.get("tool_mask", 1)
         pruned["num_items_in_batch"] = self.accelerator.gather(tokens.sum()).sum()
         self._metrics["train"]["cppo/kept_share"].append(len(kept) / len(rollout["advantages"]))
         return pruned
 
     def _view_seeds(self, advantages: Tensor) -> Tensor:
-        """(B,) a seed per completion, the same for all completions of a question."""
+        """(B,) seeds, one per completion and the same for all completions of a question."""
         first = self.accelerator.process_index * len(advantages)
         step = (self.args.seed, self.state.global_step, self._step)
         rows = range(first, first + len(advantages))
@@ -131,9 +131,9 @@ class CPPOMixin(AnyTrainer):
         """TRL's forward, or a placeholder while a rollout waits to be pruned."""
         call = dict(kwargs, model=model, input_ids=input_ids, attention_mask=attention_mask)
         call |= dict(logits_to_keep=logits_to_keep, batch_size=batch_size)
-        if self._put_off is not None:
+        if self._postponed is not None:
             placeholder = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
-            self._put_off.append((call, self._adapters(), placeholder))
+            self._postponed.append((call, self._adapters(), placeholder))
             return placeholder, None, None
         result = super()._get_per_token_logps_and_entropies(**call)
         if self._remembered is not None:
@@ -141,7 +141,7 @@ class CPPOMixin(AnyTrainer):
         return result
 
     def _forward(self, call: _Call, kept: Tensor) -> Any:
-        """A forward that was put off, on the rows that are left."""
+        """A postponed forward, on the rows that are left."""
         size = min(call["batch_size"] or len(kept), len(kept))
         # Equal parts: older TRL reads past the last image in a smaller one.
         size = next(part for part in range(size, 0, -1) if len(kept) % part == 0)
@@ -149,7 +149,7 @@ class CPPOMixin(AnyTrainer):
         return super()._get_per_token_logps_and_entropies(**call)
 
     def _adapters(self) -> AbstractContextManager[Any]:
-        """Puts the LoRA adapters back as they are now, for a forward that runs later."""
+        """Sets the LoRA adapters as they are now, for a forward that runs later."""
         model = self.accelerator.unwrap_model(self.model)
         if not hasattr(model, "peft_config"):
             return nullcontext()
@@ -249,7 +249,7 @@ class CPPOMixin(AnyTrainer):
 
 
 def _per_completion(advantages: Tensor) -> Tensor:
-    """(B,) advantages; of a subclass's (B, T) the largest of each completion."""
+    """(B,) advantages; where a subclass has (B, T), each completion's largest in size."""
     if advantages.dim() == 1:
         return advantages
     return advantages.gather(1, advantages.abs().argmax(1, keepdim=True))[:, 0]

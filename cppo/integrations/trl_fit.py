@@ -1,4 +1,4 @@
-"""Whether the installed TRL is one that `cppo.integrations.trl` knows, and its kernel swapped."""
+"""Whether `cppo.integrations.trl` fits the installed TRL; and TRL's kernel replaced by ours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 import cppo
-from cppo.integrations.fit import Fit, installed, parameters
+from cppo.integrations.fit import Fit, installed, mismatch, parameters
 
 METHODS = {
     "_generate_and_score_completions": "self inputs",
@@ -39,12 +39,8 @@ def check() -> list[Fit]:
     from trl.trainer import utils
 
     for name, wanted in METHODS.items():
-        found = parameters(getattr(GRPOTrainer, name, None))
-        as_wanted = found[: len(wanted.split())] == wanted.split()
-        why = (
-            "called as expected" if as_wanted else f"expected ({wanted}), found ({' '.join(found)})"
-        )
-        fits.append(Fit(name, as_wanted, why))
+        why = mismatch(getattr(GRPOTrainer, name, None), wanted)
+        fits.append(Fit(name, not why, why or "called as expected"))
     missing = [name for name in HELPERS if not hasattr(utils, name)]
     why = f"missing: {', '.join(missing)}" if missing else "has all helpers"
     fits.append(Fit("trl.trainer.utils", not missing, why))
@@ -60,11 +56,11 @@ def check() -> list[Fit]:
 
 
 def patch_trl(backend: str = "auto") -> Callable[[], None]:
-    """Put `cppo.linear_token_stats` in the place of the kernel of TRL's fused LM head.
+    """Replace the kernel of TRL's fused LM head by `cppo.linear_token_stats`.
 
-    TRL looks one global up at every call, so this reaches GRPO, RLOO, DPO, KTO and SFT alike. TRL's
-    stay: statistics other than log-probability and entropy, and a weight of DeepSpeed ZeRO-3 in
-    another dtype than the hidden states.
+    TRL looks its kernel up in one global at every call, so this reaches GRPO, RLOO, DPO, KTO and
+    SFT alike. TRL's own kernel still computes statistics other than log-probability and entropy,
+    and takes a DeepSpeed ZeRO-3 weight whose dtype is not that of the hidden states.
     Args: backend: of `cppo.linear_token_stats`.
     Returns: a function that puts TRL's kernel back.
     Raises: RuntimeError if the installed TRL has no such kernel, or one that is called otherwise.

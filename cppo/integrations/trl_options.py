@@ -61,8 +61,8 @@ def per_device_train_batch_size(
 ) -> int:
     """Return the GRPOConfig.per_device_train_batch_size whose micro-batches keep `rows` rows.
 
-    Dynamic allocation in TRL: pruning leaves b (1 - P) rows of a micro-batch of b; more questions
-    fill the freed room again (arXiv 2503.22342, section 3.4).
+    This is dynamic allocation in TRL: pruning leaves b (1 - P) rows of a micro-batch of b, and more
+    questions fill the freed room (arXiv 2503.22342, section 3.4).
     Args:
         rows: completions of a micro-batch after pruning.
         num_generations, steps_per_generation: as in GRPOConfig, where the latter is by default
@@ -82,7 +82,7 @@ def per_device_train_batch_size(
 
 
 def check_run(trainer: Any) -> None:
-    """Raise ValueError for a run in which rows would be lost or numbers wrong without a word."""
+    """Raise ValueError for a run that would silently lose rows or compute wrong numbers."""
     options, args = trainer.cppo, trainer.args
     steps, group_size = args.steps_per_generation, trainer.num_generations
     rows = args.per_device_train_batch_size * steps

@@ -1,8 +1,8 @@
 """Completion pruning and contrastive perception in verl >= 0.9, which loads this module itself.
 
-verl imports every entry point of the group "verl.plugins" in each of its processes; this module is
-ours. It imports nothing of verl and copies none of its code: when verl imports one of the modules
-below, and what is used of it still has the parameters known here, this is added to it:
+verl imports every entry point of the group "verl.plugins" in each of its processes, and so this
+module. It imports nothing of verl and copies none of its code. When verl imports one of the modules
+below, and the functions used there still have the parameters known here, this is added:
 
     trainer.ppo.core_algos                  policy loss "cppo", advantage estimator "cppo"
     workers.engine.fsdp.transformer_impl    around the forward step of the FSDP engine: contrastive
@@ -13,7 +13,7 @@ below, and what is used of it still has the parameters known here, this is added
                                             `cppo.linear_token_stats`
     trainer.ppo.v1.trainer_sync             trainer "cppo": the synchronous one, which prunes
 
-`check()` says in words what of the installed verl fits. Options are those of `PolicyLossConfig` and
+`check()` says what of the installed verl fits. Options are those of `PolicyLossConfig` and
 `Pruning`; docs/verl.md shows a command line with all of them.
 """
 
@@ -108,10 +108,10 @@ def _fuse_statistics(torch_functional: Any) -> None:
 
 
 class CompletionPruning(AnyTrainer):
-    """Put before verl's `PPOTrainerSync`: drops completions before the old and reference forwards.
+    """Goes before verl's `PPOTrainerSync`: drops completions before the old and reference forwards.
 
     verl balances a step's completions over the ranks, computes old and reference log-probabilities,
-    then advantages, and updates. Here the advantages come first, and what goes on is what is kept.
+    then advantages, and updates. Here the advantages come first, and only kept completions go on.
     Options: trainer.v1.cppo, see `Pruning`.
     """
 
@@ -119,7 +119,7 @@ class CompletionPruning(AnyTrainer):
         self.pruning = Pruning(**dict(config.trainer.v1.get("cppo", None) or {}))
         if self.pruning.prune_rate:
             check_run(config)
-        # verl asks for the mode by its name in other places too.
+        # Other parts of verl compare the mode with the names they know.
         config.trainer.v1.trainer_mode = "sync"
         super().__init__(config)
 
@@ -128,7 +128,7 @@ class CompletionPruning(AnyTrainer):
         batch = super()._step_once(metrics, timing_raw, sample_batch_size)
         if self._dropped is None:
             return batch
-        # Rewards and lengths are reported of all, and all are taken out of the queue.
+        # Metrics are of all completions, and all are taken out of the queue.
         keys, tags = batch.keys + self._dropped.keys, batch.tags + self._dropped.tags
         return type(batch)(keys, tags, batch.partition_id, extra_info=batch.extra_info)
 
@@ -166,8 +166,8 @@ class CompletionPruning(AnyTrainer):
         keys = [key for key, tag in pairs if not tag.get("is_padding", False)]
         where: dict[str, Any] = dict(keys=keys, partition_id=batch.partition_id)
         whole = tq.kv_batch_get(**where, select_fields=["advantages", "returns"])
-        # verl's turn: rollout correction, and the rows that balancing added. Its advantages are
-        # those of groups with gaps; the ones of the whole groups go back in their place.
+        # verl's own call does the rollout correction and handles the rows that balancing added. It
+        # also computes advantages of the pruned groups; those of the whole groups replace them.
         batch = super()._compute_advantage(batch, metrics)
         tq.kv_batch_put(**where, fields=whole)
         return batch
@@ -177,7 +177,7 @@ class CompletionPruning(AnyTrainer):
             return super()._update_actor(batch, metrics)
 
     def _kept_per_question(self) -> Any:
-        """verl multiplies mini-batches of questions by rollout.n, of which fewer are left."""
+        """Sets rollout.n, by which verl multiplies mini-batches of questions, to what is kept."""
         rollout = self.config.actor_rollout_ref.rollout
         return _with(rollout, n=reference.kept_per_unit(rollout.n, self.pruning.prune_rate))
 
@@ -275,7 +275,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from verl.workers.config import PolicyLossConfig as Base
 
-    # Made when Hydra asks for it (policy_loss._target_), because its base class is verl's.
+    # Made when Hydra asks for it (policy_loss._target_): its base class is verl's.
     made = type(name, (Options, Base), {"__module__": __name__, "__doc__": Options.__doc__})
     globals()[name] = dataclass(made)
     return globals()[name]

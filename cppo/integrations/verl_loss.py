@@ -1,6 +1,6 @@
 """What `cppo.integrations.verl` computes in verl: policy loss, advantages, the contrastive term.
 
-Imported without verl; what is needed of it is imported where it is used.
+Importing this module does not import verl; each function imports what it needs.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def loss_with_contrast(
     looking = looks.nonzero()[:, 0]
     cpl = num_selected = loss.new_zeros(())
     if _any_rank(len(looking) > 0, dp_group, loss.device):
-        # Every rank runs the views if one does, or FSDP would wait for it: here on a row that
-        # selects nothing.
+        # Every rank runs the views if one does, or FSDP would wait: here on a row that selects
+        # nothing.
         rows = looking if len(looking) else looks.new_zeros(1, dtype=torch.int64)
         part = index_select_tensor_dict(data, rows)
         positive, _ = _view(engine, part, "positive", options.positive_views)
@@ -166,8 +166,8 @@ def _view(engine: Any, data: Any, name: str, perturbations: Sequence[Any]) -> tu
     for inputs, prompt in zip(_multi_modal(data), data["prompts"].unbind(), strict=True):
         images = _images(inputs)
         if images is not None:
-            # The completions of a question see the same perturbation; other images of the same
-            # words see another one, as does the next step.
+            # Completions of a question share a perturbation. Another image with the same words
+            # gets another one, and so does the next step.
             content = str(images[0].sum(dtype=torch.float64).item())
             where = (engine.lr_scheduler.last_epoch, name, content, *prompt.tolist())
             pixel_values = perturb_pixel_values(

@@ -103,7 +103,7 @@ class Pruning:
             seed: of prune="random".
         """
         units: dict[str, list[str]] = {}
-        # In the order of their numbers, not of their arrival: of equal ones the first stay.
+        # By number, not by arrival: of equal completions the first stay.
         for question, number in sorted((q, int(n)) for q, n in (s.rsplit("_", 1) for s in sizes)):
             unit = question if self.prune_scope == "group" else ""
             units.setdefault(unit, []).append(f"{question}_{number}")
@@ -119,7 +119,7 @@ class Pruning:
 
 
 def check_run(config: Any) -> None:
-    """Raise ValueError where advantages cannot be known before old and reference log-probabilities.
+    """Raise ValueError for a run whose advantages need old or reference log-probabilities.
 
     Args: config: the configuration of a verl run.
     """

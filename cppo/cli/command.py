@@ -1,0 +1,114 @@
+"""Which command of `cppo` runs, with which arguments, and how its errors are shown.
+
+A mistake in a configuration or in data is one line on stderr and exit status 2; CPPO_DEBUG=1 shows
+where it was raised. transformers is imported only once there is something to run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from cppo.cli import evaluate, train
+from cppo.cli.config_file import ConfigError
+
+_FORWARDED = {
+    "info": "which backend of each op runs here, and why another does not",
+    "bench": "measure every op against the peers that are installed and the machine's limits",
+    "demo": "train a tiny vision-language model on handwritten digits, with a report",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C.
+
+    Args:
+        argv: the arguments without the program's name. None: those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else ""
+    try:
+        return _run(command, arguments, is_process=argv is None)
+    except ConfigError as error:
+        if os.environ.get("CPPO_DEBUG") == "1":
+            raise
+        print(f"cppo {command}: error: {str(error).removeprefix('cppo: ')}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        words = f"; {error}" if str(error) else ""
+        print(f"\ncppo {command}: interrupted{words}", file=sys.stderr)
+        return 130
+
+
+def _run(command: str, arguments: list[str], is_process: bool) -> int:
+    if command == "info":
+        from cppo.cli import info
+
+        return info.main(arguments[1:])
+    if command == "demo":
+        from cppo.cli import demo
+
+        return demo.main(arguments[1:])
+    if command == "bench":
+        from cppo.cli import bench
+
+        return bench.main(arguments[1:], may_restart=is_process)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    # argparse takes positionals in one stretch only: overrides may also stand behind an option
+    options.overrides += [word for word in rest if not word.startswith("-")]
+    if unknown := [word for word in rest if word.startswith("-")]:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cppo", description="Completion pruning and contrastive perception for RL finetuning."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_train_options(
+        commands.add_parser("train", help="train from a YAML file", description=train.main.__doc__)
+    )
+    _add_eval_options(
+        commands.add_parser(
+            "eval",
+            help="accuracy of a run, a checkpoint or a model",
+            description=evaluate.main.__doc__,
+        )
+    )
+    for name, text in _FORWARDED.items():
+        commands.add_parser(name, help=text)
+    return parser
+
+
+def _add_train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="print what it would take and stop")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint; without a folder from the newest in trainer.output_dir",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="remove the run that trainer.output_dir holds"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[])
+    parser.set_defaults(run=train.main, parser=parser)
+
+
+def _add_eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN|CHECKPOINT|CONFIG.yaml")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run")
+    parser.add_argument("--samples", type=int, metavar="N", help="completions per question")
+    parser.add_argument("--data", choices=("eval", "train"), default="eval")
+    parser.add_argument("--csv", metavar="FILE", help="append here (eval.csv beside the run)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[])
+    parser.set_defaults(run=evaluate.main, parser=parser)

@@ -1,0 +1,103 @@
+"""`cppo train --dry-run`: every recipe, and the arithmetic of its estimates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli_cases import RECIPES, cppo
+
+from cppo.cli import dry_run, run_config
+from cppo.config import CPPOConfig, LoraConfig, LossConfig
+from cppo.demo.run import demo_config
+
+# As published on the models' hub pages.
+PARAMETERS = {
+    "gsm8k_qwen2.5_1.5b": "1,543,714,304",
+    "math_qwen2.5_7b": "7,615,616,512",
+    "virl39k_qwen2.5_vl_3b": "3,754,622,976",
+    "virl39k_qwen2.5_vl_7b": "8,292,166,656",
+    "geometry3k_qwen2.5_vl_3b": "3,754,622,976",
+    "geometry3k_qwen2.5_vl_7b": "8,292,166,656",
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_dry_runs(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # no data here, and nothing may be written
+    status, out, _ = cppo(capsys, "train", str(recipe), "--dry-run")
+    assert status == 0 and not list(tmp_path.iterdir())
+    resolved, rest = out.split("\n# data\n")
+    Path("resolved.yaml").write_text(resolved)
+    assert run_config.load("resolved.yaml") == run_config.load(recipe)
+    if recipe.stem in PARAMETERS:
+        assert f"{PARAMETERS[recipe.stem]}, " in rest
+        assert "train: not here, a real run would stop: data.train: " in rest
+        assert "sizes from model.architecture" in rest
+    else:
+        assert "first question:" in rest and "is not on this machine" not in rest
+    assert "peak" in rest
+
+
+def test_recipes_are_listed_and_that_of_the_demo_is_the_same_run():
+    listed = RECIPES[0].with_name("README.md").read_text()
+    assert all(recipe.stem.removesuffix("_7b") in listed for recipe in RECIPES)
+    recipe = run_config.load(RECIPES[0].with_name("digits.yaml"))
+    assert recipe.trainer == demo_config("digits", output_dir="runs/digits")
+
+
+def test_step_sizes_by_hand():
+    config = CPPOConfig(
+        batch_size=64,
+        group_size=16,
+        prune_rate=0.75,
+        max_completion_tokens=100,
+        max_tokens_per_microbatch=480,
+        optimizer_steps=2,
+        num_iterations=3,
+    )
+    step = dry_run.step_sizes(config, prompt_tokens=20)
+    assert (step.questions, step.sampled, step.kept) == (16, 256, 64)
+    assert (step.sampled_tokens, step.trained_tokens) == (25_600, 64 * 120)
+    # 480 // 120 = 4 completions per part, 32 per optimizer step: 8 parts x 2 steps x 3 passes
+    assert (step.microbatches, step.microbatch_tokens, step.microbatch_rows) == (48, 480, 400)
+    fixed = CPPOConfig(batch_size=64, group_size=16, prune_rate=0.75, dynamic_allocation=False)
+    step = dry_run.step_sizes(fixed, prompt_tokens=1)
+    assert (step.questions, step.sampled, step.kept) == (4, 64, 16)
+
+
+def test_memory_by_hand():
+    sizes = dry_run.ModelSizes("toy", 1000, 300, 50, 10, 20, 3, 4, 7)
+    step = dry_run.StepSizes(1, 8, 4, 80, 48, 1, 12, 10)
+    fp32 = CPPOConfig(max_completion_tokens=10, loss=LossConfig(kl_coef=0.1, cpl_coef=0.1))
+    assert dry_run.memory(fp32, sizes, step, prompt_tokens=2) == {
+        "weights": 4000,
+        "gradients": 4000,
+        "AdamW state": 8000,
+        "reference copy": 4000,
+        "activations (rough)": 4 * 12 * 3 * (80 + 80) * 3,
+        "KV cache of a rollout": 2 * 4 * 3 * 4 * 8 * 12,
+        "logits, a tile": 3 * 4 * 10 * 7 * 3,
+        "gradient of the LM head": 4 * 7 * 10,
+    }
+    lora = CPPOConfig(
+        max_completion_tokens=10,
+        precision="bf16",
+        gradient_checkpointing=True,
+        lora=LoraConfig(),
+        loss=LossConfig(kl_coef=0.1, cpl_coef=0.0),
+    )
+    assert dry_run.memory(lora, sizes, step, prompt_tokens=2) == {
+        "weights": 6000,
+        "gradients": 200,
+        "AdamW state": 400,
+        "reference copy": 0,
+        "activations (rough)": 2 * 12 * (30 + 160),
+        "KV cache of a rollout": 2 * 2 * 3 * 4 * 8 * 12,
+        "logits, a tile": 3 * 4 * 10 * 7,
+        "gradient of the LM head": 0,
+    }
+    frozen = CPPOConfig(max_completion_tokens=10, freeze_vision_tower=True)
+    assert dry_run.memory(frozen, sizes, step, 2)["gradients"] == 4 * 700
+    many = step._replace(microbatch_rows=10**8)
+    assert dry_run.memory(fp32, sizes, many, 2)["logits, a tile"] == 2**30  # of the fused head

@@ -1,0 +1,201 @@
+"""The TRL adapter and the installed TRL: what fits, what is refused, and the kernel."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
+
+from trainer_cases import relative_difference, weights_of
+from trl import GRPOTrainer
+from trl.trainer import utils
+from trl_cases import HALF, LOOK, OFF, late, trained, trainer_of
+
+import cppo
+from cppo.config import LossConfig
+from cppo.integrations import trl as adapter
+from cppo.integrations.trl import CPPO, check, patch_trl
+from cppo.integrations.trl_options import check_run
+
+TRL = tuple(int(part) for part in importlib.metadata.version("trl").split(".")[:2])
+HAS_KERNEL = check()[-1].fits
+with_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="trl before 1.15 has no fused LM head")
+
+
+# What the installed TRL has
+
+
+def test_check_says_what_fits():
+    fits = check()
+    assert [str(fit) for fit in fits if not fit.fits and fit.part != "patch_trl"] == []
+    assert fits[0].why.startswith(f"version {importlib.metadata.version('trl')}")
+    assert fits[-1].part == "patch_trl" and fits[-1].fits == (TRL >= (1, 15))
+
+
+def test_check_says_what_does_not_fit(monkeypatch):
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, inputs: None)
+    monkeypatch.delattr(utils, "use_adapter")
+    words = "\n".join(map(str, check()))
+    found = "_compute_loss: does not fit (expected (self model inputs), found (self inputs))"
+    assert found in words and "trl.trainer.utils: does not fit (missing: use_adapter)" in words
+    with pytest.raises(RuntimeError, match="_compute_loss: does not fit"):
+        trainer_of(cppo=HALF)
+
+    def not_there(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_there)
+    assert str(check()[0]) == "trl: does not fit (not installed: pip install 'trl>=1.7')"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.6.2")
+    assert str(check()[0]) == "trl: does not fit (version 1.6.2; 1.7 to 1.x are known)"
+
+
+def test_the_trainer_is_trls_with_the_mixin_before_it_and_is_imported_late():
+    code = "import cppo, sys; assert cppo.integrations.trl.CPPO; assert 'trl' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    assert adapter.CPPOGRPOTrainer.__mro__[1:3] == (adapter.CPPOMixin, GRPOTrainer)
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+        _ = adapter.Trainer
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "words"),
+    [
+        (
+            HALF,
+            dict(use_vllm=True, vllm_importance_sampling_correction=True),
+            "vLLM's importance sampling",
+        ),
+        (HALF, dict(tools=[print]), "tool calls and environments bring images and state of their"),
+        (HALF, dict(environments=[object()]), "tool calls and environments"),
+        # Two processes of eight completions, of which a question has sixteen.
+        (HALF, dict(num_generations=16), "= 8 must be a multiple of num_generations = 16"),
+        # TRL before 1.14
+        (
+            HALF,
+            {"args.use_liger_kernel": True, "compute_liger_loss": print},
+            "use_liger_kernel=True computes the loss elsewhere",
+        ),
+        (
+            LOOK,
+            dict(processing_class=SimpleNamespace(image_processor=SimpleNamespace())),
+            "with another vision-language model set loss=",
+        ),
+    ],
+)
+def test_what_would_give_wrong_numbers_is_refused(options, changes, words, monkeypatch):
+    trainer = trainer_of("qwen2_5_vl" if options is LOOK else "text", cppo=options)
+    for name, value in changes.items():
+        owner, name = (trainer.args, name[5:]) if name.startswith("args.") else (trainer, name)
+        # An error if this TRL has no such attribute.
+        monkeypatch.setattr(owner, name, value, raising=name != "compute_liger_loss")
+    with pytest.raises(ValueError, match=words):
+        check_run(trainer)
+    # Late pruning has every old log-probability; without contrast no image is perturbed; without
+    # both there is nothing to refuse.
+    allowed = {"use_vllm": late(HALF), "processing_class": HALF}
+    for trainer.cppo in (allowed.get(next(iter(changes)), OFF), OFF):
+        check_run(trainer)
+
+
+def test_runs_that_would_lose_rows_are_refused():
+    parts = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match="2 of 8 completions are kept, which do not divide over"):
+        trainer_of(cppo=CPPO(prune_rate=0.75), **parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(prune_rate=1.0), r"prune_rate must be a number in \[0, 1\), got 1.0"),
+        (dict(prune_scope="rank"), "prune_scope must be one of 'group', 'batch', got 'rank'"),
+        (dict(prune="best"), "prune must be one of"),
+        (dict(loss=LossConfig(divergence="full")), "loss.divergence must be one of 'k3', 'k1'"),
+        (dict(loss=LossConfig(kl_coef=0.1)), "loss.kl_coef = 0.1 would have no effect; TRL has"),
+        (dict(negative_views=("blurr",)), "unknown perturbation 'blurr'"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        CPPO(**options)
+
+
+# The kernel
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of cppo.linear_token_stats."""
+    noted, stats = [], cppo.linear_token_stats
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        noted.append(kwargs)
+        return stats(*args, **kwargs)
+
+    monkeypatch.setattr(cppo, "linear_token_stats", watch)
+    return noted
+
+
+@pytest.mark.skipif(HAS_KERNEL, reason="this TRL has the kernel that patch_trl swaps")
+def test_patch_trl_leaves_an_older_trl_alone():
+    with pytest.raises(RuntimeError, match="cppo.patch_trl: patch_trl: does not fit"):
+        patch_trl()
+
+
+@with_kernel
+def test_patch_trl_trains_the_same_and_can_be_undone(calls):
+    theirs, options = utils._ChunkedLogProbFunction, dict(temperature=0.7, top_entropy_quantile=0.5)
+    undo = patch_trl("reference")
+    try:
+        patch_trl("reference")  # twice is once
+        ours = weights_of(trained(**options).model)
+    finally:
+        undo()
+    assert utils._ChunkedLogProbFunction is theirs
+    assert calls and calls[0]["temperature"] == 0.7 and calls[0]["backend"] == "reference"
+    del calls[:]
+    assert relative_difference(ours, weights_of(trained(**options).model)) < 1e-6
+    assert not calls
+
+
+@with_kernel
+@pytest.mark.parametrize(
+    ("softcap", "scale", "outputs", "is_ours"),
+    [
+        (None, 1.0, ("log_probs", "entropy"), True),
+        (None, 2.0, ("log_probs",), True),
+        (3.0, 1.0, ("log_probs", "entropy"), True),
+        (3.0, 0.25, ("log_probs", "entropy"), True),
+        (None, 1.0, ("log_probs", "entropy", "mean_logits", "is_top1"), False),
+    ],
+)
+def test_patch_trl_computes_what_trl_computes(softcap, scale, outputs, is_ours, calls):
+    generator = torch.Generator().manual_seed(0)
+    head = [torch.randn(n, 4, generator=generator, requires_grad=True) for n in (5, 9)]
+    bias = torch.randn(9, generator=generator, requires_grad=True)
+    usual = (*head, bias, torch.tensor([0, 8, 3, 3, 1]), 0.5, 4, softcap, scale, outputs)
+    expected = utils._ChunkedLogProbFunction.apply(*usual)
+    undo = patch_trl("reference")
+    try:
+        found = utils._ChunkedLogProbFunction.apply(*usual)
+    finally:
+        undo()
+    assert len(calls) == is_ours
+    assert len(found) == len(expected) == 5
+    for ours, exact in zip(found, expected, strict=True):
+        assert (ours is None) == (exact is None)
+        assert exact is None or torch.allclose(ours.float(), exact.float(), atol=1e-5)
+    both = [torch.autograd.grad(each[0].sum(), [*head, bias]) for each in (found, expected)]
+    for ours, exact in zip(*both, strict=True):
+        assert torch.allclose(ours, exact, atol=1e-5)

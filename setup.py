@@ -43,7 +43,6 @@ CPU_SOURCES = (
     "csrc/cpu/advantages_and_prune.cpp",
     "csrc/cpu/cppo_loss.cpp",
     "csrc/cpu/head.cpp",
-    "csrc/cpu/kept_memory.cpp",
     "csrc/cpu/loss_terms.cpp",
     "csrc/cpu/pack_completions.cpp",
     "csrc/cpu/perception_mask.cpp",

@@ -334,8 +334,13 @@ if not EXTENSIONS and flag("CPPO_FORCE_BUILD"):
     )
 
 setup(
-    # Listed here, not in pyproject.toml, because cppo's packages are found and two are mapped.
-    packages=[*find_packages(include=["cppo", "cppo.*"]), "cppo.triton_kernels", "cppo.benchmarks"],
+    # Listed here, not in pyproject.toml, because cppo's packages are found and two folders are mapped.
+    packages=[
+        *find_packages(include=["cppo", "cppo.*"]),
+        "cppo.triton_kernels",
+        "cppo.benchmarks",
+        "cppo.benchmarks.experiments",
+    ],
     package_dir={"cppo.triton_kernels": "triton_kernels", "cppo.benchmarks": "benchmarks"},
     ext_modules=EXTENSIONS,
     cmdclass={"bdist_wheel": BdistWheel, "build_ext": BuildExt, "build_py": BuildPy},

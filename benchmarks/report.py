@@ -301,7 +301,7 @@ def _value(rows: Sequence[Row], column: str, *conditions: str) -> str:
 
 def _set(rows: Sequence[Row], file: str) -> str:
     def all_of(column: str) -> str:
-        return ", ".join(sorted({row.get(column, "") for row in rows} - {""}))
+        return " and ".join(sorted({row.get(column, "") for row in rows} - {""}))
 
     words = [all_of("device"), f"torch {all_of('torch')}", f"allocator {all_of('allocator')}"]
     return "; ".join([*words, all_of("date"), f"`{file}`"])

@@ -17,21 +17,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-import cppo
 from cppo import backends
-from cppo.benchmarks import calls, peers, timing
+from cppo.benchmarks import accuracy, calls, peers, timing
+from cppo.benchmarks.accuracy import Variant, Verdict, first_line
 from cppo.benchmarks.calls import Call, Outputs
 from cppo.benchmarks.cases import Case
-from cppo.benchmarks.inputs import Inputs, part_of, restorer
+from cppo.benchmarks.inputs import Inputs, restorer
 from cppo.benchmarks.peers import Competitor
 from cppo.benchmarks.timing import Ceilings
-from cppo.records import Views
-from cppo.testing import assert_as_accurate, in_fp64
 
 
 @dataclass(frozen=True)
@@ -74,18 +71,6 @@ class Pass(NamedTuple):
     @classmethod
     def of(cls, samples: list[float]) -> Pass:
         return cls(len(samples), *(timing.percentile(samples, share) for share in (0.2, 0.5, 0.8)))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One of our backends, or a peer, whose name is then in the competitor."""
-
-    backend: str
-    competitor: Competitor
-
-    @property
-    def name(self) -> str:
-        return self.backend or self.competitor.peer
 
 
 @dataclass(eq=False)
@@ -132,15 +117,6 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the check on a part of the inputs found of one variant."""
-
-    status: str = "ok"
-    error: float = math.nan
-    error_of: str = ""
-
-
-@dataclass(frozen=True)
 class Selection:
     """Which variants and modes of a case are measured; empty tuples mean all."""
 
@@ -165,7 +141,7 @@ def measure(
     too_long = {v.name: _too_long(case, v, budget, ceilings, modes[-1]) for v in variants}
     verdicts = {name: Verdict(reason) for name, reason in too_long.items() if reason}
     todo = [v for v in variants if v.name not in verdicts]
-    exact, checked = check(case, inputs, todo, budget, modes[-1])
+    exact, checked = accuracy.check(case, inputs, todo, budget.check_rows, modes[-1])
     verdicts |= checked
     for mode in modes:
         results = []
@@ -244,89 +220,6 @@ def variants_of(
     return variants + [Variant("", competitor) for competitor in found], absent
 
 
-# Correctness
-
-
-def check(
-    case: Case, inputs: Inputs, variants: list[Variant], budget: Budget, mode: str = "both"
-) -> tuple[Outputs, dict[str, Verdict]]:
-    """The fp64 results on a part of the inputs, and what they say of each variant."""
-    part = inputs
-    if case.sizes is None:
-        mode = "forward"
-    else:
-        part = part_of(inputs, max(2, budget.check_rows // case.sizes.length))
-    restore = restorer(part)
-    exact = calls.run(case, mode, in_fp64(part), calls.ours(case, "reference"))
-    eager = calls.run(case, mode, part, _specification(case, part))
-    verdicts = {}
-    for variant in variants:
-        if variant.competitor.fixed_shape:
-            continue
-        restore()
-        try:
-            outputs = calls.run(case, mode, part, variant.competitor.call)
-        except Exception as error:
-            verdicts[variant.name] = Verdict(f"failed: {_line(error)}")
-            continue
-        status = _law(outputs, eager, exact) if variant.backend else "ok"
-        verdicts[variant.name] = Verdict(status, *largest_error(outputs, exact))
-    restore()
-    return exact, verdicts
-
-
-def _specification(case: Case, part: Inputs) -> Call:
-    """The specification in the inputs' dtype.
-
-    On a CPU without bf16 instructions torch takes minutes for a product in bf16. There logits are
-    multiplied in fp32 and rounded once, which is what a bf16 GEMM gives.
-    """
-    if "weight" not in part or part["weight"].dtype != torch.bfloat16 or part["weight"].is_cuda:
-        return calls.ours(case, "reference")
-
-    def from_logits(inputs: Inputs) -> Any:
-        rest = {k: v for k, v in inputs.items() if k not in ("hidden", "weight")}
-        weight = inputs["weight"].float()
-
-        def logits(hidden: Tensor | None) -> Any:
-            return None if hidden is None else (hidden.float() @ weight.t()).to(hidden.dtype)
-
-        hidden = inputs["hidden"]
-        views = Views(*map(logits, hidden)) if isinstance(hidden, Views) else logits(hidden)
-        op = getattr(cppo, case.op.removeprefix("linear_"))
-        return op(logits=views, **rest, backend="reference")
-
-    return from_logits
-
-
-def _law(outputs: Outputs, eager: Outputs, exact: Outputs) -> str:
-    """'ok', or the first output that breaks the accuracy law."""
-    try:
-        for name in exact:
-            if exact[name].dtype.is_floating_point:
-                assert_as_accurate(name, outputs[name], eager[name], exact[name])
-            elif not torch.equal(outputs[name].cpu(), exact[name].cpu()):
-                return f"wrong: {name} differs"
-    except (AssertionError, KeyError) as error:
-        return f"wrong: {_line(error)}"
-    return "ok"
-
-
-def largest_error(outputs: Outputs, exact: Outputs) -> tuple[float, str]:
-    """max|x - exact| / max|exact| of the worst output, and its name; inf where not finite."""
-    worst, of = 0.0, ""
-    for name in outputs.keys() & exact.keys():
-        truth = exact[name].double()
-        if truth.numel() == 0:
-            continue
-        difference = (outputs[name].detach().double() - truth).abs().max()
-        error = float(difference / truth.abs().max().clamp(min=1e-30))
-        error = math.inf if math.isnan(error) else error
-        if error > worst or not of:
-            worst, of = error, name
-    return worst, of
-
-
 # The first whole call
 
 
@@ -361,7 +254,7 @@ def _first_call(
             call()  # compiles, outside of the measured memory
         m.peak_bytes = timing.peak_growth(first, device)
     except Exception as error:
-        m.status = f"failed: {_line(error)}"
+        m.status = f"failed: {first_line(error)}"
         return
     gradients = [value for name, value in kept.items() if name.startswith("grad.")]
     m.gradient_bytes = sum(g.numel() * g.element_size() for g in gradients)
@@ -374,7 +267,7 @@ def _compare_whole(m: Measured, kept: Outputs, exact: Outputs, is_only_check: bo
     rows = {name: kept[name][: len(exact[name])] for name in known}
     if not rows:
         return
-    error, of = largest_error(rows, exact)
+    error, of = accuracy.largest_error(rows, exact)
     if is_only_check:
         m.error, m.error_of = error, f"{of} (rows alone)"
     elif m.backend and not error <= 2 * m.error + 1e-5:
@@ -406,8 +299,3 @@ def _too_long(case: Case, variant: Variant, budget: Budget, ceilings: Ceilings, 
     return (
         f"not run: about {seconds / 60:.0f} min at torch's {rate / 1e9:.2g} GFLOP/s in {case.dtype}"
     )
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:160]

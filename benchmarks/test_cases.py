@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cppo.benchmarks import calls, harness
+from cppo.benchmarks import accuracy, calls, harness
 from cppo.benchmarks.cases import Case, cases
 from cppo.benchmarks.inputs import restorer
 from cppo.benchmarks.run import BUDGETS
@@ -30,10 +30,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @lru_cache(maxsize=1)
 def _prepared(case: Case, shapes: str) -> tuple[Any, list[Any]]:
-    budget = BUDGETS[shapes]
     variants, _ = harness.variants_of(case, DEVICE, harness.Selection(("eager",)))
     inputs = case.make(DEVICE)
-    _, verdicts = harness.check(case, inputs, variants, budget)
+    _, verdicts = accuracy.check(case, inputs, variants, BUDGETS[shapes].check_rows)
     assert all(verdict.status == "ok" for verdict in verdicts.values()), verdicts
     return inputs, variants
 

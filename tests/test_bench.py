@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cppo import backends
-from cppo.benchmarks import calls, harness, inputs, peers, report, timing
+from cppo.benchmarks import accuracy, calls, harness, inputs, peers, report, timing
 from cppo.benchmarks.cases import SHAPES, Case, cases
 from cppo.benchmarks.harness import Budget, Measured, Pass, Selection
 from cppo.benchmarks.inputs import Sizes
@@ -106,7 +106,7 @@ def test_a_peer_is_timed_whatever_its_error_is_and_the_error_stands_beside() -> 
     assert found["eager"].error < 1e-5 and found["eager"].passes
     exact = calls.run(case, "forward", case.make(CPU), calls.ours(case, "reference"))
     off = {name: value + 1 for name, value in exact.items()}
-    error, of = harness.largest_error(off, exact)
+    error, of = accuracy.largest_error(off, exact)
     assert error == pytest.approx(1 / float(exact[of].abs().max()), rel=1e-5)
 
 

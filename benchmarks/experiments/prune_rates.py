@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import re
 import sys
@@ -182,7 +183,6 @@ def rectangles(batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
 
 
 def padded_hidden(setting: Setting, ids: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states of a padded micro-batch."""
     hidden: Tensor = setting.model.model(
         input_ids=ids,
         attention_mask=mask.long(),
@@ -244,9 +244,8 @@ def measure_updates(
         everything = Lengths(repetition, options).rollouts(
             questions_at(max(RATES), "yes", options.questions)
         )
-        for rate, packing, allocation in (
-            (r, p, a) for a in ("no", "yes") for r in RATES for p in LOSSES
-        ):
+        variants = itertools.product(("no", "yes"), RATES, LOSSES)
+        for allocation, rate, packing in variants:
             if (rate, allocation) == (0.0, "yes"):
                 continue
             count = questions_at(rate, allocation, options.questions)
@@ -392,8 +391,8 @@ def main() -> None:
     check(updates, setting.half)
     rows = rows_of(updates, measure_rollouts(setting, options), options)
     print(summary(rows))
-    spent, load_now = time.perf_counter() - start, load_per_core()
-    print(f"{spent:.0f} s; load {load_now:.2f} per core", file=sys.stderr)
+    spent = time.perf_counter() - start
+    print(f"{spent:.0f} s; load {load_per_core():.2f} per core", file=sys.stderr)
     if not options.smoke:
         path = options.output or results_folder(options.record) / "prune_rates.csv"
         report.write(path, [row | environment(options.device) for row in rows])

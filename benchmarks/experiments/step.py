@@ -232,17 +232,6 @@ def make_rows(
     return made
 
 
-def table(made: list[report.Row]) -> str:
-    """The schemes side by side, in seconds."""
-    names = ("rollout", "pack", "forward", "loss", "backward", "optimizer", "update", "step")
-    lines = ["scheme          " + "".join(f"{name:>10}" for name in names) + "  tokens/s  peak MiB"]
-    for row in made:
-        cells = "".join(f"{float(row[f'{name}_s']):>10.3g}" for name in names)
-        scheme = row["backend"] or row["peer"]
-        lines.append(f"{scheme:<16}{cells}{float(row['tokens_per_s']):>10.0f}{row['peak_mib']:>10}")
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> int:
     began = time.perf_counter()
     options = _parser().parse_args(argv)
@@ -267,17 +256,16 @@ def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> i
     ]
     print(f"{options.model}: ready after {time.perf_counter() - began:.0f} s", file=sys.stderr)
     for found in measure(update, ways, options.repeats, device):
-        tables = []
+        made = []
         for rate in options.prune_rate:
             # What does not prune is the same at every rate.
             own = {s: found[s, rate if s in PRUNED else 0.0] for s in options.schemes}
-            made = make_rows(own, update, {"shape": f"{shape} P={rate:g}", **shared})
-            if not options.model.startswith("toy") or options.output:
-                report.merge(path, made)
-            tables.append(f"P = {rate:g}\n{table(made)}")
+            made += make_rows(own, update, {"shape": f"{shape} P={rate:g}", **shared})
+        if not options.model.startswith("toy") or options.output:
+            report.merge(path, made)
         seconds = time.perf_counter() - began
         print(f"{options.model}: rows after {seconds:.0f} s", file=sys.stderr)
-    say("\n".join(tables))
+    say(report.summary(made, "steps"))
     return 0
 
 

@@ -336,10 +336,8 @@ def rows_of(
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows, measured or read, as a Markdown table; and padded against packed at rate 0."""
-    names = (
-        *("prune_rate", "packing", "allocation", "questions", "trained", "update_s", "rollout_s"),
-        *("step_s", "update_speedup", "step_speedup", "target", "paper_speedup"),
-    )
+    names = "prune_rate packing allocation questions trained update_s rollout_s step_s".split()
+    names += ["update_speedup", "step_speedup", "target", "paper_speedup"]
     table = report.markdown(names, [[str(row[name]) for name in names] for row in rows])
     packed, padded = (
         next(r for r in rows if float(r["prune_rate"]) == 0 and r["packing"] == packing)

@@ -93,7 +93,8 @@ class Recorder:
                 recorder.compiled.append((self.__name__.lstrip("_"), kernel))
             return kernel
 
-        # Attributes of Triton 3.6 to 3.9 and of our launcher; `patch` fails where one has moved.
+        # Attributes of Triton, checked with 3.6 and 3.9, and of our launcher; `patch` raises where
+        # one has moved, and tests/test_triton_compile.py where it means something else.
         self._replaced = contextlib.ExitStack()
         self._replaced.enter_context(patch.object(JITFunction, "run", warm_up))
         self._replaced.enter_context(patch.object(rows, "_compiled", KeepsNothing()))

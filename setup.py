@@ -28,6 +28,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -38,24 +39,10 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI_VERSION = (2, 11)
 DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0")
-CPU_SOURCES = (
-    "csrc/cppo.cpp",
-    "csrc/cpu/advantages_and_prune.cpp",
-    "csrc/cpu/cppo_loss.cpp",
-    "csrc/cpu/head.cpp",
-    "csrc/cpu/kept_memory.cpp",
-    "csrc/cpu/loss_terms.cpp",
-    "csrc/cpu/pack_completions.cpp",
-    "csrc/cpu/perception_mask.cpp",
-    "csrc/cpu/row_kernels.cpp",
-    "csrc/cpu/row_kernels_avx2.cpp",
-    "csrc/cpu/row_kernels_avx512.cpp",
-    "csrc/cpu/row_kernels_default.cpp",
-    "csrc/cpu/rows.cpp",
-    "csrc/cpu/token_stats.cpp",
-)
-CUDA_SOURCES = ("csrc/cuda/advantages_and_prune.cu", "csrc/cuda/pack_completions.cu")
+CPU_SOURCES = ["csrc/cppo.cpp", *sorted(glob("csrc/cpu/*.cpp", root_dir=ROOT))]
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
 CUDA_TABLE = "csrc/cuda/cuda.cpp"
+HOST_SOURCES = ["csrc/host/planners.cpp"]
 # No contraction: the CPU and the CUDA kernel round alike.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
 # The row kernels choose their instruction set at run time, and want multiply-adds contracted.
@@ -63,16 +50,12 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=o
 ROW_KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-wrapv"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-# With 32 registers instructions may be ordered before registers are given out: 3 % of a row's time.
-# GCC's own flags, left out for other compilers.
-GCC_FLAGS = ("-fschedule-insns", "-fsched-pressure")
 X86 = platform.machine() in ("x86_64", "AMD64")
 SOURCE_FLAGS = {
     "csrc/cpu/row_kernels_default.cpp": ROW_KERNEL_FLAGS,
     "csrc/cpu/row_kernels_avx2.cpp": ROW_KERNEL_FLAGS + (AVX2_FLAGS if X86 else []),
     "csrc/cpu/row_kernels_avx512.cpp": ROW_KERNEL_FLAGS + (AVX512_FLAGS if X86 else []),
 }
-HOST_SOURCES = ("csrc/host/planners.cpp",)
 # No import: under PEP 517 the folder of setup.py is not on the path.
 find_torch = runpy.run_path(str(ROOT / "csrc" / "find_torch.py"))["find_torch"]
 PARTS = {"cppo._C": "cpp", "cppo._cuda": "cuda", "cppo._host": "host"}
@@ -99,13 +82,6 @@ def cxx() -> str:
         if shutil.which(candidate):
             return candidate
     return ""
-
-
-def source_flags(source: str) -> list[str]:
-    """The flags of one file, for the compiler that is here."""
-    flags = SOURCE_FLAGS.get(source, [])
-    is_gcc = "clang" not in first_line([cxx(), "--version"]).lower()
-    return [*flags, *GCC_FLAGS] if is_gcc and "-mavx512f" in flags else flags
 
 
 def extra_flags() -> list[str]:
@@ -139,27 +115,39 @@ def pybind11_include() -> str | None:
     return str(pybind11.get_include())
 
 
+def why_not(compiler: str, torch: str | None) -> str:
+    """Why no extension can be built here, or ''. torch: its version, None without any."""
+    if flag("CPPO_SKIP_BUILD"):
+        return "CPPO_SKIP_BUILD is set"
+    if os.name == "nt":
+        return "the extension is not built on Windows"
+    if not compiler:
+        return "no C++ compiler was found"
+    if torch is None:
+        return "the build found no installed torch: install torch, then cppo again"
+    if tuple(int(part) for part in re.findall(r"\d+", torch)[:2]) < STABLE_ABI_VERSION:
+        return f"torch {torch} is older than 2.11"
+    return ""
+
+
+def why_no_cuda(version: str, torch_cuda: str | None, nvcc: str | None) -> str:
+    """Why no CUDA kernels are built, or ''."""
+    if not nvcc:
+        return "nvcc was not found"
+    if torch_cuda or flag("CPPO_FORCE_CUDA") or os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return ""
+    return f"torch {version} is a CPU build and CPPO_FORCE_CUDA is not set"
+
+
 def plan() -> tuple[list[Extension], dict]:
     """The extensions to build here and the record that becomes cppo/build_info.json."""
-    compiler, torch, nvcc = cxx(), find_torch(), find_nvcc()
+    compiler, torch = cxx(), find_torch()
     info: dict = {"python": sys.version.split()[0], "torch": torch and torch[1], "cuda_archs": []}
     info["compiler"] = first_line([compiler, "--version"]) if compiler else ""
-    why_not = ""
-    if flag("CPPO_SKIP_BUILD"):
-        why_not = "CPPO_SKIP_BUILD is set"
-    elif os.name == "nt":
-        why_not = "the extension is not built on Windows"
-    elif not compiler:
-        why_not = "no C++ compiler was found"
-    elif torch is None:
-        why_not = "the build found no installed torch: install torch, then cppo again"
-    elif tuple(int(part) for part in re.findall(r"\d+", torch[1])[:2]) < STABLE_ABI_VERSION:
-        why_not = f"torch {torch[1]} is older than 2.11"
-    for part in ("cpp", "cuda", "host"):
-        info[part] = why_not
-    if why_not or torch is None:
+    reason = why_not(compiler, torch and torch[1])
+    info.update(dict.fromkeys(PARTS.values(), reason))
+    if reason:
         return [], info
-
     folder, version, torch_cuda = torch
     target = "0x{:02x}{:02x}000000000000".format(*STABLE_ABI_VERSION)
     stable = {
@@ -172,22 +160,19 @@ def plan() -> tuple[list[Extension], dict]:
     }
     # First, because the others are not built without it.
     extensions = [
-        Extension("cppo._C", list(CPU_SOURCES), libraries=["torch_cpu", "torch", "c10"], **stable)
+        Extension("cppo._C", CPU_SOURCES, libraries=["torch_cpu", "torch", "c10"], **stable)
     ]
     host_include = pybind11_include()
     if host_include:
         options = {"extra_compile_args": CXX_FLAGS, "language": "c++"}
         extensions.append(
-            Extension("cppo._host", list(HOST_SOURCES), include_dirs=[host_include], **options)
+            Extension("cppo._host", HOST_SOURCES, include_dirs=[host_include], **options)
         )
     else:
         info["host"] = "pybind11 is not installed"
-    asked = torch_cuda or flag("CPPO_FORCE_CUDA") or os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if not nvcc:
-        info["cuda"] = "nvcc was not found"
-    elif not asked:
-        info["cuda"] = f"torch {version} is a CPU build and CPPO_FORCE_CUDA is not set"
-    else:
+    nvcc = find_nvcc()
+    info["cuda"] = why_no_cuda(version, torch_cuda, nvcc)
+    if not info["cuda"]:
         info["cuda_archs"] = cuda_archs(nvcc)
         info["nvcc"] = first_line([nvcc, "--version"])
         stable["define_macros"] = [*stable["define_macros"], ("USE_CUDA", "1")]
@@ -271,7 +256,7 @@ class BuildExt(build_ext):
         record(ROOT / "cppo" if in_place else Path(self.build_lib) / "cppo")
 
     def compile_objects(self, ext: Extension) -> list[str]:
-        cu = list(CUDA_SOURCES) if ext.name == "cppo._cuda" else []
+        cu = CUDA_SOURCES if ext.name == "cppo._cuda" else []
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(max(1, jobs)) as pool:
             waiting = [pool.submit(self.compile_one, ext, source) for source in ext.sources]
@@ -285,7 +270,7 @@ class BuildExt(build_ext):
             macros=ext.define_macros,
             include_dirs=ext.include_dirs,
             # Last, so that they win over ours.
-            extra_postargs=[*ext.extra_compile_args, *source_flags(source), *extra_flags()],
+            extra_postargs=[*ext.extra_compile_args, *SOURCE_FLAGS.get(source, []), *extra_flags()],
             depends=[str(path) for path in sorted(Path("csrc").rglob("*.h"))],
         )
         return str(built)
@@ -335,8 +320,13 @@ if not EXTENSIONS and flag("CPPO_FORCE_BUILD"):
     )
 
 setup(
-    # Listed here, not in pyproject.toml, because cppo's packages are found and two are mapped.
-    packages=[*find_packages(include=["cppo", "cppo.*"]), "cppo.triton_kernels", "cppo.benchmarks"],
+    # Here and not in pyproject.toml: cppo's packages are found, and two folders are mapped.
+    packages=[
+        *find_packages(include=["cppo", "cppo.*"]),
+        "cppo.triton_kernels",
+        "cppo.benchmarks",
+        "cppo.benchmarks.experiments",
+    ],
     package_dir={"cppo.triton_kernels": "triton_kernels", "cppo.benchmarks": "benchmarks"},
     ext_modules=EXTENSIONS,
     cmdclass={"bdist_wheel": BdistWheel, "build_ext": BuildExt, "build_py": BuildPy},

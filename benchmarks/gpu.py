@@ -5,8 +5,9 @@
     python benchmarks/gpu.py --toy --device cpu    the whole script at toy size, to see that it runs
 
 Rows are written as they are measured, to <device>_correctness.csv, <device>.csv and
-<device>_steps.csv in --output. Run again, a part goes on with the rows that are not there yet;
-`--fresh` measures all of them anew. Nothing is written of a case that was cut in the middle.
+<device>_steps.csv in ./cppo-bench, --output, or benchmarks/results with --record. Run again, a
+part goes on with the rows that are not there yet; `--fresh` measures all of them anew. Nothing is
+written of a case that was cut in the middle.
 """
 
 from __future__ import annotations
@@ -22,13 +23,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from cppo import backends
-from cppo.benchmarks import peers, plots, rows, run, step
-from cppo.benchmarks.environment import environment, file_stem, results_folder
+from cppo.benchmarks import charts, peers, report, run
+from cppo.benchmarks.environment import (
+    add_record_option,
+    environment,
+    file_stem,
+    results_folder,
+)
+from cppo.benchmarks.experiments import step
+from cppo.records import Views
 from cppo.testing import ROW_CASES, assert_op_as_accurate, make_inputs
 
 PARTS = ("correctness", "kernels", "steps")
@@ -96,23 +105,23 @@ def _start_tests() -> subprocess.Popen[bytes]:
 def _check_all(plan: Plan) -> bool:
     """Writes a row for each check; False if the time was too short for all."""
     path = plan.path("_correctness")
-    known = [] if plan.fresh else rows.read(path)
-    done = {rows.key(row) for row in known if row["status"] == "ok"}
+    known = [] if plan.fresh else report.read(path)
+    done = {report.key(row) for row in known if row["status"] == "ok"}
     shared = environment(plan.device)
     for op, backend, case, dtype, vocabulary in _checks(plan):
         shape = f"{case} V={vocabulary}"
         row = {"op": op, "shape": shape, "dtype": dtype, "mode": "both", "backend": backend}
         row |= {"peer": "", **shared}
-        if rows.key(row) in done:
+        if report.key(row) in done:
             continue
         if plan.is_over:
             return False
         row["status"] = _law(op, backend, case, dtype, vocabulary, plan.device)
-        rows.merge(path, [row])
+        report.merge(path, [row])
         if row["status"] != "ok":
             plan.faults.append(f"{op} {backend} {shape} {dtype}")
             plan.console.print(f"[red]{plan.faults[-1]}: {row['status']}[/]")
-    plan.console.print(f"correctness: {len(rows.read(path))} rows in {path}")
+    plan.console.print(f"correctness: {len(report.read(path))} rows in {path}")
     return True
 
 
@@ -135,12 +144,21 @@ def _law(
 ) -> str:
     inputs = make_inputs(op, case, dtype=DTYPES[dtype], vocabulary=vocabulary or 37)
     try:
-        assert_op_as_accurate(op, backend, run.on_device(inputs, device))
+        assert_op_as_accurate(op, backend, _on_device(inputs, device))
     except AssertionError as error:
         return f"wrong: {str(error).splitlines()[0]}"
     except Exception as error:
         return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     return "ok"
+
+
+def _on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    def move(value: Any) -> Any:
+        if isinstance(value, Views):
+            return Views(*map(move, value))
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    return {name: move(value) for name, value in inputs.items()}
 
 
 def kernels(plan: Plan) -> bool:
@@ -159,7 +177,7 @@ def kernels(plan: Plan) -> bool:
     run.report_wrong(plan.console, wrong)
     plan.faults.extend(m.case.name for m in wrong)
     try:
-        plots.draw(plan.path())
+        charts.draw(plan.path())
     except ImportError as error:
         plan.console.print(str(error))
     return not plan.is_over
@@ -169,7 +187,7 @@ def steps(plan: Plan) -> bool:
     """One training step of Qwen2.5-VL-3B's shape, phase by phase, at three prune rates."""
     path = plan.path("_steps")
     model, rates = ("toy-vl", ["0.5"]) if plan.toy else ("qwen2.5-vl-3b", ["0.5", "0.75", "0.875"])
-    whole = [row for row in rows.read(path) if row["shape"].startswith(model)]
+    whole = [row for row in report.read(path) if row["shape"].startswith(model)]
     if not plan.fresh and any(row["rollout_s"] != "nan" for row in whole):
         return True
     sizes = {"--prompt": "6", "--completion": "8", "--at-once": "4", "--repeats": "1"}
@@ -191,6 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=9.0, help="of each part")
     parser.add_argument("--output", type=Path, help="folder of the rows")
+    add_record_option(parser)
     parser.add_argument("--fresh", action="store_true", help="measure what has rows again")
     parser.add_argument("--toy", action="store_true", help="toy sizes, also on a CPU")
     arguments = parser.parse_args(argv)
@@ -200,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv is None else 1
     if device.type == "cpu" and not arguments.toy:
         parser.error("--device cpu needs --toy")
-    folder = arguments.output or results_folder()
+    folder = arguments.output or results_folder(arguments.record)
     unfinished, faults = [], []
     for part in arguments.part:
         deadline = time.monotonic() + 60 * arguments.minutes

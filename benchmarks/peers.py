@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cppo.benchmarks import eager
+from cppo.benchmarks.calls import Call, Outputs, ours
 from cppo.benchmarks.cases import Case
 from cppo.benchmarks.environment import version
 from cppo.benchmarks.inputs import Inputs
 
-Outputs = dict[str, Tensor]
-Call = Callable[[Inputs], Any]
 LINEAR_CHUNK = 32_768  # TRL's own chunk of the vocabulary
 COMPILED_ROWS = 8192  # on a GPU
 
@@ -206,7 +205,7 @@ def competitors(
 def _eager(case: Case) -> list[Competitor]:
     if case.sizes is None:
         # Indices and entropies: the specification is the plain PyTorch (or Python) way.
-        found = [Competitor("eager", lambda inputs: case.run(inputs, "reference"))]
+        found = [Competitor("eager", ours(case, "reference"))]
         if case.op == "unpack":
             found.append(Competitor("eager, mask", _unpack_by_mask))
         return found
@@ -350,23 +349,6 @@ def _of_library(peer: Peer, case: Case, device: torch.device) -> list[Competitor
         return {"logps": logps} if entropy is None else {"logps": logps, "entropy": entropy}
 
     return [Competitor(peer.name, both, peer.note)]
-
-
-def named(case: Case, result: Any) -> Outputs:
-    """The result of an op as outputs by name."""
-    if isinstance(result, dict):
-        return result
-    if isinstance(result, Tensor):
-        return {case.op: result}
-    if hasattr(result, "_asdict"):
-        return {k: v for k, v in result._asdict().items() if isinstance(v, Tensor)}
-    if isinstance(result, tuple):
-        return {f"{case.op}[{i}]": value for i, value in enumerate(result)}
-    if isinstance(result, list):
-        # Bins and ranks: lists of indices, one tensor each.
-        return {f"{case.op}[{i}]": torch.tensor(part) for i, part in enumerate(result)}
-    tensors = {k: v for k, v in vars(result).items() if isinstance(v, Tensor)}
-    return tensors | {f"per_token.{k}": v for k, v in result.per_token.items()}
 
 
 def installed() -> dict[str, str]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
-from cppo.benchmarks import peers, rows, timing
+from cppo.benchmarks import peers, report
 from cppo.benchmarks.cases import Case, cases
-from cppo.benchmarks.ceilings import Ceilings, measure_ceilings
 from cppo.benchmarks.environment import (
     device_name,
     environment,
@@ -25,9 +26,8 @@ from cppo.benchmarks.environment import (
     results_folder,
     version,
 )
-from cppo.benchmarks.harness import Budget, Measured, measure, measure_again
-from cppo.benchmarks.show import LiveTables
-from cppo.records import Views
+from cppo.benchmarks.harness import Budget, Measured, Selection, measure, measure_again
+from cppo.benchmarks.timing import Ceilings, measure_ceilings
 
 BUSY = 0.25  # load per core above which the machine is doing something else
 BUDGETS = {
@@ -42,11 +42,13 @@ BUDGETS = {
 class Options:
     """What `cppo bench` was asked for; empty tuples mean everything.
 
-    match: a part of the case's shape. output: the CSV file. None: a file named after the device, in
-    a clone's benchmarks/results, else in ./cppo-bench; "toy" writes only when asked. seconds,
-    passes: in place of the budget's. missing_only: cases that have a row there are left out.
-    deadline: time.monotonic() after which no case is begun. allocator: "keep" reuses freed memory
-    on a CPU, "system" leaves the C library as it is.
+    Args:
+        match: a part of the case's shape.
+        output: the CSV file. None: a file named after the device in ./cppo-bench, or in
+            benchmarks/results with `record`. "toy" writes only with `output`.
+        seconds, passes: in place of the budget's.
+        missing_only: leaves out cases that have a row in the file.
+        deadline: time.monotonic() after which no case is begun.
     """
 
     shapes: str = "small"
@@ -58,17 +60,19 @@ class Options:
     against: tuple[str, ...] = peers.NAMES
     device: str = "cpu"
     output: Path | None = None
+    record: bool = False
     seconds: float | None = None
     passes: int | None = None
     missing_only: bool = False
     deadline: float = math.inf
-    allocator: str = "keep"
 
     @property
     def path(self) -> Path:
-        # Times under the two allocators are not comparable: no file holds both.
-        suffix = "_system" if self.allocator == "system" else ""
-        return self.output or results_folder() / f"{file_stem(self.device)}{suffix}.csv"
+        return self.output or results_folder(self.record) / f"{file_stem(self.device)}.csv"
+
+    @property
+    def writes(self) -> bool:
+        return self.shapes != "toy" or self.output is not None
 
     @property
     def budget(self) -> Budget:
@@ -78,6 +82,10 @@ class Options:
         if self.passes is not None:
             budget = replace(budget, passes=self.passes)
         return budget
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.against, self.backends, self.modes)
 
 
 def selected(options: Options) -> list[Case]:
@@ -92,97 +100,165 @@ def selected(options: Options) -> list[Case]:
     ]
 
 
-def bench(options: Options, console: Console) -> tuple[list[rows.Row], list[Measured]]:
-    """Measures every selected case, and the quick ones in further passes; a wrong result of ours is
-    shown and has no time.
+def bench(options: Options, console: Console) -> tuple[list[report.Row], list[Measured]]:
+    """Measures every selected case, and the quick ones in further passes.
 
-    Returns: the new rows, and the wrong results.
+    Returns: the new rows, and the wrong results, which have no time.
     """
-    device = torch.device(options.device)
-    budget = options.budget
-    allocator = "torch" if device.type == "cuda" else "system"
-    if device.type == "cpu" and options.allocator == "keep" and timing.keep_freed_memory():
-        allocator = "keep"
-
-    def ceilings_now() -> Ceilings:
-        return measure_ceilings(device, min(1.0, budget.seconds), toy=options.shapes == "toy")
-
-    tables = LiveTables(console, ceilings_now())
-    shared = {**environment(device), **_peer_versions()}
-    shared |= {"shapes": options.shapes, "allocator": allocator}
-    _opening(console, options, tables.ceilings)
+    session = _Session(options, console)
+    _opening(console, options, session.tables.ceilings)
     todo = selected(options)
-    done = {rows.key(row)[:4] for row in rows.read(options.path)} if options.missing_only else set()
-    new: dict[tuple[str, ...], rows.Row] = {}
-    known: dict[str, list[Measured]] = {}
-    loads: dict[str, str] = {}
-
-    def write(case: Case) -> None:
-        common = {**shared, **tables.ceilings.columns(), "load": loads[case.name]}
-        by_mode = [[m for m in known[case.name] if m.mode == mode] for mode in case.modes]
-        found = [
-            {**row, **common} for some in by_mode for row in rows.make_rows(some, tables.ceilings)
-        ]
-        new.update({rows.key(row): row for row in found})
-        if options.shapes != "toy" or options.output is not None:
-            rows.merge(options.path, found)
-
+    if options.missing_only:
+        done = {report.key(row)[:4] for row in report.read(options.path)}
+        todo = [c for c in todo if (c.op, c.shape, c.dtype, c.modes[-1]) not in done]
     for number, case in enumerate(todo, 1):
-        if (case.op, case.shape, case.dtype, case.modes[-1]) in done:
-            continue
         if time.monotonic() > options.deadline:
             console.print(f"[yellow]out of time before {case.name}[/]")
             break
-        tables.heading(case, number, len(todo))
-        loads[case.name] = f"{load_per_core():.2f}"
-        known[case.name] = _measure(case, device, options, tables)
-        write(case)
-    for turn in range(2, budget.passes + 1):
-        if time.monotonic() <= options.deadline:
-            tables.ceilings = tables.ceilings.or_better(ceilings_now())
+        session.tables.heading(case, f"{number} of {len(todo)}")
+        session.measure(case)
+    for turn in range(2, options.budget.passes + 1):
+        session.another_pass(todo, turn)
+    for case in session.known:  # every row against the same, last known ceilings
+        session.write(case)
+    return list(session.rows.values()), [m for m in session.all_measured() if m.is_bad]
+
+
+class _Session:
+    """One run: what is known of each case so far, and the file that it is written to."""
+
+    def __init__(self, options: Options, console: Console) -> None:
+        self.options, self.device = options, torch.device(options.device)
+        self.tables = LiveTables(console, self._ceilings())
+        versions = {name: version(name) for name in ("triton", "trl", "liger-kernel", "verl")}
+        self.shared = {**environment(self.device), **versions, "shapes": options.shapes}
+        self.known: dict[Case, list[Measured]] = {}
+        self.loads: dict[Case, str] = {}
+        self.rows: dict[tuple[str, ...], report.Row] = {}
+
+    def _ceilings(self) -> Ceilings:
+        seconds = min(1.0, self.options.budget.seconds)
+        return measure_ceilings(self.device, seconds, toy=self.options.shapes == "toy")
+
+    def all_measured(self) -> Iterator[Measured]:
+        for measured in self.known.values():
+            yield from (m for m in measured if m.backend)
+
+    def measure(self, case: Case) -> None:
+        options, known = self.options, self.known.setdefault(case, [])
+        self.loads[case] = f"{load_per_core():.2f}"
+        with _quiet_peers(), self.tables.case() as show:
+
+            def heard(measured: Measured) -> None:
+                known.append(measured)
+                show(known)
+
+            ceilings, selection = self.tables.ceilings, options.selection
+            for m in measure(case, self.device, options.budget, ceilings, selection, heard):
+                if m not in known:
+                    known.append(m)
+            show(known)
+        self.tables.console.print()
+        self.write(case)
+
+    def another_pass(self, todo: Sequence[Case], turn: int) -> None:
+        if time.monotonic() <= self.options.deadline:
+            self.tables.ceilings = self.tables.ceilings.or_better(self._ceilings())
         for number, case in enumerate(todo, 1):
-            if case.name not in known or time.monotonic() > options.deadline:
+            if case not in self.known or time.monotonic() > self.options.deadline:
                 continue
             load = f"{load_per_core():.2f}"
             with _quiet_peers():
-                if not measure_again(known[case.name], device, budget):
+                if not measure_again(self.known[case], self.device, self.options.budget):
                     continue
-            tables.heading(case, number, len(todo), f", pass {turn}")
-            tables.show(known[case.name])
-            loads[case.name] = load
-            write(case)
-        timing.return_freed_memory()  # a heap that is kept grows a little with every case
-    if budget.passes > 1:  # all rows against the same, last known ceilings
-        for case in todo:
-            if case.name in known:
-                write(case)
-    wrong = [
-        m
-        for measured in known.values()
-        for m in measured
-        if m.backend and m.status.startswith(("wrong", "failed"))
-    ]
-    return list(new.values()), wrong
+            self.tables.heading(case, f"{number} of {len(todo)}, pass {turn}")
+            self.tables.show(self.known[case])
+            self.loads[case] = load
+            self.write(case)
+
+    def write(self, case: Case) -> None:
+        ceilings = self.tables.ceilings
+        common = {**self.shared, **ceilings.columns(), "load": self.loads[case]}
+        by_mode = [[m for m in self.known[case] if m.mode == mode] for mode in case.modes]
+        found = [{**row, **common} for some in by_mode for row in report.make_rows(some, ceilings)]
+        self.rows.update({report.key(row): row for row in found})
+        if self.options.writes:
+            report.merge(self.options.path, found)
 
 
-def _measure(
-    case: Case, device: torch.device, options: Options, tables: LiveTables
-) -> list[Measured]:
-    known: list[Measured] = []
-    with _quiet_peers(), tables.case() as show:
+class LiveTables:
+    """The table of the case that is being measured, redrawn as its variants come in."""
 
-        def heard(measured: Measured) -> None:
-            known.append(measured)
-            show(known)
+    def __init__(self, console: Console, ceilings: Ceilings) -> None:
+        self.console = console
+        self.ceilings = ceilings
 
-        variants = (options.against, options.backends, options.modes)
-        results = measure(case, device, options.budget, tables.ceilings, *variants, heard)
-        for measured in results:
-            if measured not in known:
-                known.append(measured)
-        show(known)
-    tables.console.print()
-    return known
+    def heading(self, case: Case, place: str) -> None:
+        self.console.print(f"[bold]{case.name}[/]  [dim]{place}[/]", highlight=False)
+
+    @contextmanager
+    def case(self) -> Iterator[Callable[[Sequence[Measured]], None]]:
+        """Shows what is known of one case; called again with more of it."""
+        with Live(console=self.console, auto_refresh=False) as live:
+
+            def show(measured: Sequence[Measured]) -> None:
+                live.update(self._tables(measured), refresh=self.console.is_terminal)
+
+            yield show
+
+    def show(self, measured: Sequence[Measured]) -> None:
+        """The same for a case that is already measured."""
+        self.console.print(self._tables(measured), "", sep="\n")
+
+    def _tables(self, measured: Sequence[Measured]) -> Group:
+        modes = dict.fromkeys(m.mode for m in measured)
+        tables = (self._table([m for m in measured if m.mode == mode]) for mode in modes)
+        # Once, not for each mode: the column beside the numbers is narrow.
+        reasons = {f"{m.variant}: {m.status}": m.is_bad for m in measured if _is_long(m.status)}
+        said = (Text(reason, "bold red" if bad else "dim") for reason, bad in reasons.items())
+        return Group(*tables, *said)
+
+    def _table(self, measured: Sequence[Measured]) -> Table:
+        """The variants of one mode; ours stands out where it is the fastest."""
+        case, mode = measured[0].case, measured[0].mode
+        timed = [m for m in measured if m.passes]
+        eager = next((m.ms() for m in timed if m.peer == "eager"), math.nan)
+        fastest = min((m.ms() for m in timed), default=math.nan)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        title = report.MODES[mode] if case.sizes else ""
+        table.add_column(title, min_width=26, no_wrap=True)
+        for title in ("ms", "p20 - p80", "vs eager", case.unit or " ", "ceiling", "MiB", "error"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("", style="dim", no_wrap=True, overflow="ellipsis")
+        for m in measured:
+            name = f"cppo {m.backend}" if m.backend else m.peer
+            style = "bold" if m.backend else ""
+            if m.passes:
+                cells = [*self._numbers(m, eager), m.note]
+                style = "bold green" if m.backend and m.ms() == fastest else style
+            else:
+                text = "..." if m.status == "ok" else m.status
+                text = text.partition(":")[0] + " (below)" if _is_long(text) else text
+                error = f"{m.error:.0e}" if m.error > 0 else ""
+                cells = [*[""] * 6, error, f"[{'bold red' if m.is_bad else 'dim'}]{text}[/]"]
+            table.add_row(name, *cells, style=style)
+        return table
+
+    def _numbers(self, m: Measured, eager_ms: float) -> list[str]:
+        rate, share = report.rate_of(m, self.ceilings)
+        return [
+            f"{m.ms():.4g}",
+            f"{m.ms('p20'):.3g} - {m.ms('p80'):.3g}",
+            "" if math.isnan(eager_ms) else f"{eager_ms / m.ms():.2f}x",
+            "" if math.isnan(rate) else report.three_digits(rate),
+            "" if math.isnan(share) else f"{share:.0f} %",
+            "" if m.peak_bytes is None else f"{m.peak_bytes / 2**20:,.0f}",
+            "" if math.isnan(m.error) else f"{m.error:.0e}",
+        ]
+
+
+def _is_long(status: str) -> bool:
+    return len(status) > 16
 
 
 @contextmanager
@@ -191,10 +267,6 @@ def _quiet_peers() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _peer_versions() -> dict[str, str]:
-    return {name: version(name) for name in ("triton", "trl", "liger-kernel", "verl")}
 
 
 def _opening(console: Console, options: Options, ceilings: Ceilings) -> None:
@@ -218,17 +290,6 @@ def _opening(console: Console, options: Options, ceilings: Ceilings) -> None:
         "[dim]bytes and operations are those of the best plan, so that a slower plan shows as a "
         "smaller share of the ceiling; error: against fp64, relative to the largest value[/]\n"
     )
-
-
-def on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The same inputs with every tensor on `device`."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Views):
-            return Views(*map(move, value))
-        return value.to(device) if isinstance(value, torch.Tensor) else value
-
-    return {name: move(value) for name, value in inputs.items()}
 
 
 def report_wrong(console: Console, wrong: Sequence[Measured]) -> None:

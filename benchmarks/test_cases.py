@@ -12,14 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from cppo.benchmarks import harness, peers
+from cppo.benchmarks import accuracy, calls, harness
 from cppo.benchmarks.cases import Case, cases
-from cppo.benchmarks.ceilings import Ceilings
 from cppo.benchmarks.inputs import restorer
 from cppo.benchmarks.run import BUDGETS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-UNKNOWN = Ceilings(1.0, 1.0, 1.0, 1.0)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -32,12 +30,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @lru_cache(maxsize=1)
 def _prepared(case: Case, shapes: str) -> tuple[Any, list[Any]]:
-    budget = BUDGETS[shapes]
-    variants, _ = harness.variants_of(case, DEVICE, ("eager",))
+    variants, _ = harness.variants_of(case, DEVICE, harness.Selection(("eager",)))
     inputs = case.make(DEVICE)
-    judged: harness.Judged = {}
-    harness.check(case, inputs, variants, budget, judged)
-    assert not [text for text, *_ in judged.values() if text != "ok"], judged
+    _, verdicts = accuracy.check(case, inputs, variants, BUDGETS[shapes].check_rows)
+    assert all(verdict.status == "ok" for verdict in verdicts.values()), verdicts
     return inputs, variants
 
 
@@ -46,9 +42,9 @@ def test_case(case: Case, mode: str, variant: str, benchmark: Any, request: Any)
     chosen = [v for v in variants if bool(v.backend) == (variant == "cppo")]
     if not chosen:
         pytest.skip(f"no fast backend of {case.op} runs here")
-    call = harness.timed(case, mode, inputs, chosen[0].competitor.call)
+    call = calls.timed(case, mode, inputs, chosen[0].competitor.call)
     if case.sizes is not None and case.sizes.inplace:
         result = benchmark.pedantic(call, setup=restorer(inputs), rounds=3)
     else:
         result = benchmark(call)
-    assert peers.named(case, result)
+    assert calls.named(case, result)

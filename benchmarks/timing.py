@@ -1,138 +1,39 @@
-"""Clocks and memory: the only file that knows how a call is timed on a device."""
+"""Clocks, memory and the limits of the machine: how a call is measured on a device."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
+import json
 import math
 import os
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from cppo import _ext
+from cppo.benchmarks.inputs import DTYPES
 
 Call = Callable[[], Any]
 _FLUSH_BYTES = 2**28  # larger than any L2
 _QUEUED = 100  # calls that a GPU is given at most before it is waited for
 _flush_buffers: dict[torch.device, torch.Tensor] = {}
-_keeps_freed_memory = False
-
-
-# The C library keeps small freed blocks aside: among them what is left before and after a large one
-# of 64-byte alignment. They keep large neighbours apart, and a heap that is kept grows for it.
-_TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
-
-
-def restart_with_joined_blocks() -> None:
-    """Starts the process anew, on Linux, with a C library that joins freed blocks at once; it only
-    hears of that when it starts. Comes back where nothing is to be changed."""
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = _TUNABLES
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def keep_freed_memory() -> bool:
-    """Makes the C library reuse large freed blocks instead of returning them to the kernel.
-
-    Otherwise each call's gradients and temporaries are fresh pages, and on many machines the kernel
-    needs several times longer to zero them than the ops to fill them. On a GPU PyTorch's own
-    allocator does the same. It holds for every variant alike. Returns: whether it could be set.
-    """
-    global _keeps_freed_memory
-    try:
-        library = ctypes.CDLL("libc.so.6")
-        # No block is a mapping of its own, and the heap is never trimmed.
-        _keeps_freed_memory = bool(library.mallopt(-4, 0) and library.mallopt(-1, -1))
-    except (OSError, AttributeError):
-        _keeps_freed_memory = False
-    return _keeps_freed_memory
-
-
-def reserve_memory(size: int) -> None:
-    """Where freed memory is kept: room for `size` bytes on the heap, and a page behind all of it.
-
-    A block that was freed seldom fits the next one of its size (both are moved to a multiple of 64
-    bytes), so for many calls more the heap would still grow by new pages. And what
-    `return_freed_memory` took from between two blocks would come back page by page, in the first
-    calls that are timed.
-    """
-    if not _keeps_freed_memory or size <= 0:
-        return
-    room = torch.empty(size if _free_on_heap() < size else 0, dtype=torch.int8)
-    if not _populate_heap():
-        room.fill_(0)
-
-
-class _MallInfo(ctypes.Structure):
-    """What mallinfo2 of the GNU C library returns (2.33 and later)."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-        )
-    ]
-
-
-def _free_on_heap() -> int:
-    """Bytes of the heap that no block takes; 0 where the C library does not say."""
-    try:
-        ask = ctypes.CDLL("libc.so.6").mallinfo2
-    except (OSError, AttributeError):
-        return 0
-    ask.restype = _MallInfo
-    return int(ask().fordblks)
-
-
-def _populate_heap() -> bool:
-    """Has the kernel put a page behind every address of the heap. Returns: whether it did; from
-    Linux 5.14 on it can."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, *_, name = line.split()
-        if name != "[heap]":
-            continue
-        first, end = (int(place, 16) for place in span.split("-"))
-        if end - first > free_memory() // 2:
-            return False
-        populate = 23  # MADV_POPULATE_WRITE
-        size = ctypes.c_size_t(end - first)
-        return ctypes.CDLL("libc.so.6").madvise(ctypes.c_void_p(first), size, populate) == 0
-    return False
-
-
-def return_freed_memory() -> bool:
-    """Gives freed memory back to the kernel. Returns: whether the C library can.
-
-    Otherwise a heap that is kept grows from case to case, each finding the others' gaps too small,
-    and gradients find the memory that cppo's own ops keep for them already there.
-    """
-    gc.collect()
-    if not _ext.missing["cpp"]:
-        torch.ops.cppo.empty_cache()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return False
-    return True
 
 
 def percentile(samples: list[float], share: float) -> float:
     """The value below which `share` of the samples lie, interpolated."""
-    values = torch.tensor(samples, dtype=torch.float64)
-    return float(torch.quantile(values, share))
+    return float(torch.quantile(torch.tensor(samples, dtype=torch.float64), share))
 
 
 def time_calls(call: Call, count: int, device: torch.device, restore: Call) -> list[float]:
-    """Milliseconds of so many calls in a row.
+    """Milliseconds of `count` calls in a row.
 
-    On a GPU by events, its L2 cache flushed before each; all are queued before any is waited for,
-    as in training: a call takes as long as the slower of host and GPU.
+    On a GPU they are timed by events, with the L2 cache flushed before each. All are queued before
+    any is waited for, as in training: a call takes as long as the slower of host and GPU.
     """
     if device.type != "cuda":
         samples = []
@@ -167,12 +68,12 @@ def time_interleaved(
     """Milliseconds of each call, in rounds, so that a slow moment hits all of them.
 
     A round gives every call the same time: a fast one is repeated for as long as the slowest takes.
-    So all are measured in the same minutes, of which a shared machine has good and bad ones.
+    A shared machine has good and bad minutes, and this way all calls are measured in the same ones.
 
     Args:
         calls: what is compared; each ran at least once before.
         seconds: a call leaves the rounds once it has used up this much time.
-        min_rounds: {call: rounds that it takes part in at least}.
+        min_rounds: {call: the least number of rounds that it takes part in}.
         restore: brings back what a call overwrites; not timed.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -201,48 +102,107 @@ def time_interleaved(
         turn = min(longest_turn, max(samples[name][-1] for name in waiting))
 
 
-def peak_growth(call: Call, device: torch.device) -> int | None:
-    """Bytes that one call holds at its peak beyond what was there before; None if not known.
-
-    On a GPU what the allocator handed out; on Linux the growth of the resident set, from the
-    kernel's own high-water mark.
-    """
-    returned = return_freed_memory()
+def peak_growth(call: Call, device: torch.device) -> int:
+    """Bytes that PyTorch's allocator hands out at the peak of one call, beyond what was in use."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        result = call()
+        call()
         torch.cuda.synchronize(device)
-        del result
         return int(torch.cuda.max_memory_allocated(device)) - before
-    if not returned:
-        return None
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    except OSError:
-        return None
-    before = _status_kib("VmRSS")
-    result = call()
-    peak = _status_kib("VmHWM")
-    del result
-    return max(0, peak - before) * 1024
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes two lines for each call
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event["args"] for event in events if event["name"] == "[memory]"]
+    if not changes:
+        return 0
+    before = changes[0]["Total Allocated"] - changes[0]["Bytes"]
+    return max(0, *(change["Total Allocated"] - before for change in changes))
 
 
-def free_memory() -> int:
-    """Bytes of memory that a process could still have, caches of files included; all of the
-    machine's where the system does not say."""
-    if Path("/proc/meminfo").exists():
-        return _kib("/proc/meminfo", "MemAvailable") * 1024
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process could still have; caches of files count as free."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _status_kib(field: str) -> int:
-    return _kib("/proc/self/status", field)
+# The limits of the machine
 
 
-def _kib(file: str, field: str) -> int:
-    for line in Path(file).read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise RuntimeError(f"{file} has no {field}")
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates of the machine: bytes in GB/s, matrix products in TFLOP/s."""
+
+    copy_gb_s: float
+    read_gb_s: float
+    gemm_fp32_tflop_s: float
+    gemm_bf16_tflop_s: float
+
+    def of(self, unit: str, dtype: str) -> float:
+        """The ceiling that a rate in `unit` is a share of."""
+        if unit == "GB/s":
+            return self.copy_gb_s
+        # A CPU without bf16 instructions multiplies bf16 faster by widening it.
+        return max(self.gemm(dtype), self.gemm_fp32_tflop_s)
+
+    def gemm(self, dtype: str) -> float:
+        """What torch's own matrix product reaches in a dtype, in TFLOP/s."""
+        return self.gemm_bf16_tflop_s if dtype == "bf16" else self.gemm_fp32_tflop_s
+
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The larger of each rate: whatever disturbed a probe only lowered it."""
+        return Ceilings(*map(max, astuple(self), astuple(other)))
+
+    def columns(self) -> dict[str, float]:
+        return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
+
+
+def measure_ceilings(device: torch.device, seconds: float, toy: bool = False) -> Ceilings:
+    """The best of several calls of each probe, interleaved for `seconds` each.
+
+    Copy: bytes read plus bytes written by `Tensor.copy_` of arrays far larger than the caches.
+    Read: bytes read by a sum. GEMM: 2 n^3 operations of a square `torch.mm`.
+    """
+    on_gpu = device.type == "cuda"
+    floats = 2**18 if toy else 2**30 if on_gpu else 2**26
+    # Without bf16 instructions a larger product would take minutes.
+    sizes = {"fp32": 8192, "bf16": 8192} if on_gpu else {"fp32": 2048, "bf16": 512}
+    if toy:
+        sizes = {"fp32": 128, "bf16": 128}
+    source = torch.ones(floats, device=device)
+    target = torch.empty_like(source)
+
+    def gemm(dtype: str) -> Call:
+        shape = (2, sizes[dtype], sizes[dtype])
+        left, right = torch.randn(shape, device=device).to(DTYPES[dtype])
+        out = torch.empty_like(left)
+        # As a linear layer has it: the second factor transposed.
+        return lambda: torch.mm(left, right.t(), out=out)
+
+    probes: dict[str, Call] = {
+        "copy": lambda: target.copy_(source),
+        "read": lambda: source.sum(),
+        "fp32": gemm("fp32"),
+        "bf16": gemm("bf16"),
+    }
+    for probe in probes.values():
+        probe()
+    times = time_interleaved(probes, seconds, dict.fromkeys(probes, 5), device)
+    best = {name: min(samples) / 1e3 for name, samples in times.items()}
+    return Ceilings(
+        copy_gb_s=2 * 4 * floats / best["copy"] / 1e9,
+        read_gb_s=4 * floats / best["read"] / 1e9,
+        gemm_fp32_tflop_s=2 * sizes["fp32"] ** 3 / best["fp32"] / 1e12,
+        gemm_bf16_tflop_s=2 * sizes["bf16"] ** 3 / best["bf16"] / 1e12,
+    )

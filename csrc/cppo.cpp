@@ -76,17 +76,13 @@ STABLE_TORCH_LIBRARY(cppo, m) {
       "float cpl_coef, "
       "str divergence, float tau, float fraction, bool gating, bool detach_anchor, "
       "str cpl_reduction) -> (Tensor, Tensor, Tensor)");
-  // Of the LM head: memory for its tiles, and tile[:, first + j] = product[j, :rows].
-  m.def("kept_memory(int bytes) -> Tensor");
+  // Of the LM head: tile[:, first + j] = product[j, :rows].
   m.def("place_transposed_(Tensor(a!) tile, Tensor product, int first) -> ()");
-  m.def("empty_cache() -> ()");
   m.def("row_capability() -> str");
   m.def("row_power(Tensor t) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cppo, CompositeExplicitAutograd, m) {
-  m.impl("kept_memory", TORCH_BOX(&cppo::cpu::kept_memory));
-  m.impl("empty_cache", TORCH_BOX(&cppo::cpu::empty_cache));
   m.impl("row_capability", TORCH_BOX(&cppo::cpu::row_capability));
 }
 

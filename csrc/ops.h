@@ -75,11 +75,8 @@ void cppo_loss_backward_(Tensor grad_loss, Tensor anchor, std::optional<Tensor> 
                          std::optional<Tensor> cu_seqlens, Tensor saved, Tensor coefficients,
                          double temperature, std::string divergence, bool gating,
                          bool detach_anchor);
-// Of the LM head: memory of its tiles (kept_memory.h); a product turned around into a tile.
-Tensor kept_memory(int64_t bytes);
+// Of the LM head: writes the transpose of a product into a tile.
 void place_transposed_(Tensor tile, Tensor product, int64_t first);
-// Gives the memory that is kept back to the system.
-void empty_cache();
 // Of the row kernels: their instruction set, and their powers for the error bound.
 std::string row_capability();
 Tensor row_power(Tensor t);

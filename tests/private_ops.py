@@ -125,9 +125,7 @@ def extension_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
         ),
         "unpack": ([torch.randn(6), torch.randn(6)], index, 2, 6),
         "gather_tokens": ([whole, whole.double()], index),
-        "kept_memory": (64,),
         "place_transposed_": (torch.zeros(17, 40), torch.randn(20, 18), 3),
-        "empty_cache": (),
         "row_capability": (),
         "row_power": (torch.randn(7),),
     }

@@ -20,8 +20,7 @@ builds=("$@")
 
 ops=(test_row_kernels.py test_token_stats.py test_cppo_loss.py test_logits_ops.py
     test_inplace.py test_private_ops.py test_perception_mask.py
-    test_pack_completions.py test_advantages.py test_planners.py test_heads.py
-    test_kept_memory.py)
+    test_pack_completions.py test_advantages.py test_planners.py test_heads.py)
 
 flags_of() {
     case "$1" in

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cppo.benchmarks import rows, step, step_models
-from cppo.benchmarks.step_batch import make_batch
+from cppo.benchmarks import report
+from cppo.benchmarks.experiments import step, step_models
+from cppo.benchmarks.experiments.step_batch import make_batch
 
 CPU = torch.device("cpu")
 
@@ -38,7 +39,7 @@ def test_every_phase_of_every_scheme_is_a_row(tmp_path: Path) -> None:
     arguments += ["--prune-rate", "0.5", "0.75", "--device", "cpu", "--output", str(path)]
     printed: list[str] = []
     step.main(arguments, printed.append)
-    written = rows.read(path)
+    written = report.read(path)
     assert [row["backend"] or row["peer"] for row in written] == 2 * list(step.SCHEMES)
     assert [row["shape"][-6:].strip() for row in written] == 5 * ["P=0.5"] + 5 * ["P=0.75"]
     assert all(scheme in printed[0] for scheme in step.SCHEMES)

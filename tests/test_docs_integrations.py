@@ -85,8 +85,7 @@ def test_the_trl_examples_run(
 
 def test_the_trl_table_is_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    script = importlib.import_module("trl_update")
+    script = importlib.import_module("cppo.benchmarks.experiments.trl_update")
     with (ROOT / "benchmarks" / "results" / "trl_update.csv").open() as file:
         rows = list(csv.DictReader(file))
     page = (ROOT / "docs" / "trl.md").read_text()

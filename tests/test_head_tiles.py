@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from hypothesis import given
@@ -78,20 +76,6 @@ def test_a_product_is_turned_around_in_its_place(columns, rows, dtype):
 def test_what_does_not_fit_is_refused(tile, product, first, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.cppo.place_transposed_(tile, product, first)
-
-
-@needs_cpp
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is kept on Linux")
-def test_a_tile_is_made_in_the_memory_of_the_last():
-    torch.ops.cppo.empty_cache()
-    head = Head(torch.randn(40_000, 8), None)
-    hidden = torch.randn(32, 8)
-    first = head.logits(hidden)  # 4.9 MiB
-    address = first.data_ptr()
-    assert first.shape == (32, 40_000) and address % 2**21 == 0
-    del first
-    assert head.logits(hidden).data_ptr() == address
-    torch.ops.cppo.empty_cache()
 
 
 def test_nothing_of_the_last_call_is_in_the_gradient_of_the_weight():

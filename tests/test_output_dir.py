@@ -229,11 +229,3 @@ def test_a_demo_does_not_go_on_in_the_folder_of_another(tmp_path, capsys):
     assert json.loads((folder / "summary.json").read_text())["held-out questions"] == 4
     assert cli.main(["eval", str(folder), "--checkpoint", "last"]) == 0
     assert "checkpoint-000001 on 4 questions" in capsys.readouterr().out
-
-
-def test_rows_of_two_allocators_are_two_files():
-    """Their times are not comparable, so a bench without --output does not merge them."""
-    run = pytest.importorskip("cppo.benchmarks.run")
-    keep, system = (run.Options(allocator=name).path for name in ("keep", "system"))
-    assert system == keep.with_name(f"{keep.stem}_system.csv")
-    assert run.Options(allocator="system", output=Path("a.csv")).path == Path("a.csv")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cppo.benchmarks import readme
+from cppo.benchmarks import report
 from cppo.demo.tiny import build_tiny_text_model
 from cppo.demo.warmup import CHECKPOINTS
 
@@ -85,45 +85,15 @@ def test_the_trainer_block_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", TEXTS, ids=[path.name for path in TEXTS])
 def test_measured_numbers_are_the_committed_rows(path: Path) -> None:
-    # `python benchmarks/readme.py README.md docs/*.md` writes them anew.
-    assert path.read_text() == readme.rendered(path.read_text())
+    # `python benchmarks/report.py README.md docs/*.md` writes them anew.
+    assert path.read_text() == report.rendered(path.read_text())
 
 
 def test_a_changed_number_is_caught() -> None:
     row = re.search(r"-->\n\|.*\n\|.*\n.*\| (\S+) \|\n", README)
     assert row is not None
     changed = README[: row.start(1)] + "0.123" + README[row.end(1) :]
-    assert readme.rendered(changed) == README
-
-
-def test_a_ratio_is_the_quotient_of_two_rows() -> None:
-    row = {"op": "a", "shape": "s", "dtype": "fp32", "mode": "both", "backend": "", "peer": ""}
-    rows = [row | {"backend": "cpp", "ms_p50": "2"}, row | {"peer": "eager", "ms_p50": "50"}]
-    assert readme.ratio(rows, ["a", "s", "fp32", "both", "eager"]) == 25
-    with pytest.raises(ValueError, match="no committed rows"):
-        readme.ratio(rows, ["a", "s", "bf16", "both", "eager"])
-
-
-def test_two_runs_agree_where_their_ratios_do() -> None:
-    def run(ours: float, eager: float, compiled: float) -> list[dict[str, str]]:
-        row = dict(op="cppo_loss", shape="s", dtype="fp32", mode="both", unit="GB/s")
-        times = [("cpp", "", ours), ("", "eager", eager), ("", "compile", compiled)]
-        return [
-            row | {"backend": backend, "peer": peer, "ms_p50": str(ms)}
-            for backend, peer, ms in times
-        ]
-
-    # Eager is 10x and 11x slower, torch.compile 5x and 6x.
-    assert readme.agreeing(run(1, 10, 5), run(2, 22, 12)) == "1 of 2"
-    assert readme.agreeing(run(1, 10, 5), run(2, 22, 11)) == "2 of 2"
-
-
-def test_agreement_is_of_the_brief_table_where_that_is_asked_for() -> None:
-    files = "cpu_amd_epyc_avx2_2_of_2_threads; cpu_amd_epyc_avx2_2_of_2_threads_second"
-    all_, brief = (
-        readme.rendered(f"<!-- agree: {files}{kind} -->x<!-- /agree -->") for kind in ("", " brief")
-    )
-    assert ">64 of 66<" in all_ and ">37 of 38<" in brief
+    assert report.rendered(changed) == README
 
 
 def test_every_result_file_is_named_in_a_text() -> None:

@@ -1,7 +1,7 @@
 """Triton's real code without a GPU: what kernels compile to, and that they compile once.
 
 Every compilation happens in a process of its own, where nothing is interpreted; see
-benchmarks/triton_registers.py for how launches compile for a GPU that is not there.
+benchmarks/experiments/triton_registers.py for how launches compile for a GPU that is not there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "benchmarks" / "triton_registers.py"
+SCRIPT = ROOT / "benchmarks" / "experiments" / "triton_registers.py"
 TABLE = ROOT / "benchmarks" / "results" / "triton_registers.csv"
 ARCHITECTURES = ("80", "90", "100")
 # Kernels that read logits, and the dtypes that the table has.

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else ""
     try:
-        return _run(command, arguments, is_process=argv is None)
+        return _run(command, arguments)
     except ConfigError as error:
         if os.environ.get("CPPO_DEBUG") == "1":
             raise
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(command: str, arguments: list[str], is_process: bool) -> int:
+def _run(command: str, arguments: list[str]) -> int:
     if command == "info":
         from cppo.cli import info
 
@@ -54,7 +54,7 @@ def _run(command: str, arguments: list[str], is_process: bool) -> int:
     if command == "bench":
         from cppo.cli import bench
 
-        return bench.main(arguments[1:], may_restart=is_process)
+        return bench.main(arguments[1:])
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:

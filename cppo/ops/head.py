@@ -113,18 +113,11 @@ class Head:
             part = slice(first, first + step)
             yield part, self.weight[part].to(self.accumulator)
 
-    def _new_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """On a CPU in memory that is kept when freed, as PyTorch does on a GPU."""
-        if not self.on_cpu or _ext.missing["cpp"]:
-            return self.weight.new_empty(shape, dtype=dtype)
-        memory: Tensor = torch.ops.cppo.kept_memory(math.prod(shape) * dtype.itemsize)
-        return memory.view(dtype).view(shape)
-
     def _new_tile(self, rows: int, dtype: torch.dtype) -> Tensor:
         """(rows, V), every row at a multiple of 16 bytes: GPUs read and write others slowly."""
         size = self.weight.shape[0]
         if not self.weight.is_cuda:
-            return self._new_empty((rows, size), dtype)
+            return self.weight.new_empty(rows, size, dtype=dtype)
         unit = 16 // dtype.itemsize
         return self.weight.new_empty(rows, -(-size // unit) * unit, dtype=dtype)[:, :size]
 
@@ -213,7 +206,7 @@ class Head:
     def _add_weight_gradient(self, grad_logits: Tensor, hidden: Tensor) -> None:
         columns, is_first = grad_logits.t(), self._grad_weight is None
         if self._grad_weight is None:
-            self._grad_weight = self._new_empty(self.weight.shape, self.accumulator)
+            self._grad_weight = self.weight.new_empty(self.weight.shape, dtype=self.accumulator)
         total = self._grad_weight
         if grad_logits.dtype == self.accumulator:
             states = hidden.to(self.accumulator)

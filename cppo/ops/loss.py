@@ -217,9 +217,7 @@ def cppo_loss(
         config: every coefficient.
         inplace: lets the backward write the gradients into the logits instead of new memory, and
             bump their version: who still needs their values gets autograd's error. Backends that
-            have no use for it, and torch.compile, ignore it. (New memory of 4 MiB or more is kept
-            for the next call on a CPU with Linux, which takes it when it runs short;
-            `torch.ops.cppo.empty_cache()` gives it back.)
+            have no use for it, and torch.compile, ignore it.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
     Returns: a `LossOutput`. The loss is exactly 0, and attached, where nothing counts.
     Raises:

@@ -44,9 +44,7 @@ def token_stats(
         mask: like targets, 1 or True at the rows that count. None: all.
         inplace: lets the backward write the gradient into the logits instead of new memory, and
             bump their version: who still needs their values gets autograd's error. Backends that
-            have no use for it, and torch.compile, ignore it. (New memory of 4 MiB or more is kept
-            for the next call on a CPU with Linux, which takes it when it runs short;
-            `torch.ops.cppo.empty_cache()` gives it back.)
+            have no use for it, and torch.compile, ignore it.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
     Returns: TokenStats(logps, entropy), each like targets, fp32 (fp64 for fp64 logits), 0 at
         masked rows, to which no gradient flows.

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "kept_memory.h"
 #include "ops.h"
 
 namespace cppo::cpu {
@@ -54,7 +53,9 @@ LogitRows::LogitRows(const char* op, const char* argument, const Tensor& logits)
 }
 
 LogitRows LogitRows::new_like(const char* op, const LogitRows& logits) {
-  return LogitRows(op, "gradient", new_gradient(logits.tensor_));
+  const Tensor& like = logits.tensor_;
+  return LogitRows(op, "gradient",
+                   torch::stable::new_empty(like, like.sizes(), like.scalar_type()));
 }
 
 void LogitRows::check_like(const char* op, const char* argument, const LogitRows& anchor) const {

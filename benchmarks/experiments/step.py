@@ -1,8 +1,8 @@
 """One training step at the shape of a real model, phase by phase, for four ways to do it.
 
-    python benchmarks/step.py --model qwen2.5-0.5b                    on a CPU
-    python benchmarks/step.py --model qwen2.5-vl-3b --device cuda     on a GPU
-    python benchmarks/step.py --model toy                             shows that it runs
+    python benchmarks/experiments/step.py --model qwen2.5-0.5b                    on a CPU
+    python benchmarks/experiments/step.py --model qwen2.5-vl-3b --device cuda     on a GPU
+    python benchmarks/experiments/step.py --model toy                             shows that it runs
 
 All of them get the same rollouts (lengths as spread as a reasoning task's), rewards and weights:
 
@@ -34,9 +34,16 @@ import torch
 from torch import Tensor, nn
 
 import cppo
-from cppo.benchmarks import eager, rows, step_models, timing
-from cppo.benchmarks.environment import environment, file_stem, load_per_core, results_folder
-from cppo.benchmarks.step_batch import StepBatch, make_batch
+from cppo.benchmarks import eager, report, timing
+from cppo.benchmarks.environment import (
+    add_record_option,
+    environment,
+    file_stem,
+    load_per_core,
+    results_folder,
+)
+from cppo.benchmarks.experiments import step_models
+from cppo.benchmarks.experiments.step_batch import StepBatch, make_batch
 from cppo.config import LossConfig
 from cppo.model.check import check_model
 from cppo.model.forward import choose_attention, lm_head, packed_hidden, set_attention
@@ -179,7 +186,7 @@ def measure(
                     optimizer.zero_grad()
 
             peak = timing.peak_growth(once, device)
-            found[way]["peak_mib"] = "" if peak is None else f"{peak / 2**20:.0f}"
+            found[way]["peak_mib"] = f"{peak / 2**20:.0f}"
             taken[way].append(clock.seconds)
         for way in ways:
             found[way]["repeats"] = len(taken[way])
@@ -197,7 +204,7 @@ def measure(
 
 def make_rows(
     found: dict[str, dict[str, Any]], update: Update, shared: dict[str, Any]
-) -> list[rows.Row]:
+) -> list[report.Row]:
     """One row per scheme; update_s leaves out rollout and reward."""
     made = []
     for scheme, values in found.items():
@@ -225,23 +232,12 @@ def make_rows(
     return made
 
 
-def table(made: list[rows.Row]) -> str:
-    """The schemes side by side, in seconds."""
-    names = ("rollout", "pack", "forward", "loss", "backward", "optimizer", "update", "step")
-    lines = ["scheme          " + "".join(f"{name:>10}" for name in names) + "  tokens/s  peak MiB"]
-    for row in made:
-        cells = "".join(f"{float(row[f'{name}_s']):>10.3g}" for name in names)
-        scheme = row["backend"] or row["peer"]
-        lines.append(f"{scheme:<16}{cells}{float(row['tokens_per_s']):>10.0f}{row['peak_mib']:>10}")
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> int:
     began = time.perf_counter()
     options = _parser().parse_args(argv)
     device = torch.device(options.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    path = options.output or results_folder() / f"{file_stem(device)}_steps.csv"
+    path = options.output or results_folder(options.record) / f"{file_stem(device)}_steps.csv"
     model = step_models.build(options.model, device, dtype)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -260,17 +256,16 @@ def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> i
     ]
     print(f"{options.model}: ready after {time.perf_counter() - began:.0f} s", file=sys.stderr)
     for found in measure(update, ways, options.repeats, device):
-        tables = []
+        made = []
         for rate in options.prune_rate:
             # What does not prune is the same at every rate.
             own = {s: found[s, rate if s in PRUNED else 0.0] for s in options.schemes}
-            made = make_rows(own, update, {"shape": f"{shape} P={rate:g}", **shared})
-            if not options.model.startswith("toy") or options.output:
-                rows.merge(path, made)
-            tables.append(f"P = {rate:g}\n{table(made)}")
+            made += make_rows(own, update, {"shape": f"{shape} P={rate:g}", **shared})
+        if not options.model.startswith("toy") or options.output:
+            report.merge(path, made)
         seconds = time.perf_counter() - began
         print(f"{options.model}: rows after {seconds:.0f} s", file=sys.stderr)
-    say("\n".join(tables))
+    say(report.summary(made, "steps"))
     return 0
 
 
@@ -290,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     add("--gradient-checkpointing", action="store_true")
     add("--output", type=Path)
+    add_record_option(parser)
     return parser
 
 

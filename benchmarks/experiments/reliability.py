@@ -1,7 +1,7 @@
 """What it costs to be able to go on: checksums, the journal of a step, fingerprints.
 
-    python benchmarks/reliability.py            this machine, results/reliability.csv
-    python benchmarks/reliability.py --smoke    toy size, writes nothing
+    python benchmarks/experiments/reliability.py            this machine
+    python benchmarks/experiments/reliability.py --smoke    toy size, writes nothing
 
 A checkpoint of a model of 135 M parameters with AdamW's state is written with and without its
 checksums, in turns, and compared with them; a row holds the median, in seconds.
@@ -10,23 +10,23 @@ checksums, in turns, and compared with them; a row holds the median, in seconds.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from cppo.benchmarks.environment import environment, results_folder
+from cppo.benchmarks import report
+from cppo.benchmarks.environment import add_record_option, environment, results_folder
 from cppo.model.load import quiet
 from cppo.train import checkpoint, fingerprint
 from cppo.train.journal import Journal
 
-RESULTS = results_folder() / "reliability.csv"
 _ROWS = 7473  # of GSM8K's training data
 
 
@@ -65,18 +65,14 @@ def checkpoints(smoke: bool, repeats: int) -> dict[str, list[float]]:
         with quiet():
             model.save_pretrained(folder)
 
-    stock = checkpoint._hash
+    hashed = checkpoint._hash
     times: dict[str, list[float]] = {"save": [], "save without checksums": [], "check": []}
     with tempfile.TemporaryDirectory() as folder:
         for step in range(1, 2 * repeats + 3):
             has_checksums = step % 2 == 0
-            checkpoint._hash = stock if has_checksums else lambda path: ""
-
-            def save(step: int = step) -> None:
-                written = (write_model, state, {"metric": None}, 1)
-                checkpoint.write_checkpoint(folder, step, *written)
-
-            took = seconds(save)
+            written = (folder, step, write_model, state, {"metric": None}, 1)
+            with patch.object(checkpoint, "_hash", hashed if has_checksums else lambda path: ""):
+                took = seconds(partial(checkpoint.write_checkpoint, *written))
             if step > 2:  # the first of each makes the files' pages
                 times["save" if has_checksums else "save without checksums"].append(took)
             if has_checksums:
@@ -91,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="toy size, writes nothing")
     parser.add_argument("--repeats", type=int, default=10)
+    add_record_option(parser)
     options = parser.parse_args()
     times = checkpoints(options.smoke, options.repeats)
     journal = Journal()
@@ -107,10 +104,7 @@ def main() -> None:
     for row in table:
         print(f"{row['what']:<28} {row['median_s']:>9} s  ({row['calls']})")
     if not options.smoke:
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(table)
+        report.write(results_folder(options.record) / "reliability.csv", table)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """How much of TRL's own update phase pruning saves.
 
-    python benchmarks/trl_update.py            # writes results/trl_update.csv
-    python benchmarks/trl_update.py --smoke    # one small round, writes nothing
+    python benchmarks/experiments/trl_update.py            # this machine
+    python benchmarks/experiments/trl_update.py --smoke    # one small round, writes nothing
+    python benchmarks/experiments/trl_update.py --table    # the committed rows
 
 The update phase is an optimizer step of TRL without the sampling and the rewards: reference
 log-probabilities, forward, backward, optimizer. Prompts are GSM8K's questions and completions its
@@ -15,7 +16,6 @@ median over the rounds.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import random
 import statistics
@@ -37,14 +37,18 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from cppo.benchmarks.environment import environment, version
+from cppo.benchmarks import report
+from cppo.benchmarks.environment import (
+    add_record_option,
+    data_folder,
+    environment,
+    results_folder,
+    version,
+)
 from cppo.demo.tiny import CHAT_TEMPLATE
 from cppo.integrations.trl import CPPO, CPPOMixin
 from cppo.questions import load_rows
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results" / "trl_update.csv"
-DATA = Path(os.environ.get("CPPO_DATA_DIR", ROOT.parent / "shared" / "data")) / "gsm8k"
 GROUP = 16
 MICRO_BATCH = 8  # rows
 # TRL alone, the adapter's trimming alone, and trimming with pruning.
@@ -57,7 +61,7 @@ VARIANTS: dict[str, CPPO | None] = {
 
 def read_texts(count: int) -> tuple[list[str], list[str]]:
     """Questions and worked answers of GSM8K."""
-    rows = load_rows(DATA, "train")
+    rows = load_rows(data_folder() / "gsm8k", "train")
     extra = [rows[i]["extra_info"] for i in range(min(count, len(rows)))]
     return [row["question"] for row in extra], [row["answer"] for row in extra]
 
@@ -226,7 +230,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def summary(rows: list[dict[str, str]]) -> str:
     """The rows as a table: seconds of an update, and how many times TRL's that is."""
-    lines = ["| | update s | | with a reference model, s | |", "|---|---|---|---|---|"]
+    lines = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         cells = [variant if variant != "trl" else "TRL alone"]
         for row in rows:
@@ -235,8 +239,9 @@ def summary(rows: list[dict[str, str]]) -> str:
                     f"{float(row['update_seconds']):.2f}",
                     f"{float(row['times_faster']):.1f}x",
                 ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    columns = ["", "update s", "times faster", "update s with a reference model", "times faster"]
+    return report.markdown(columns, lines)
 
 
 def main() -> None:
@@ -247,20 +252,17 @@ def main() -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="one small round, writes nothing")
     parser.add_argument("--table", action="store_true", help="print the committed rows")
-    arguments = parser.parse_args()
-    if arguments.table:
-        with RESULTS.open() as file:
-            print(summary(list(csv.DictReader(file))))
+    add_record_option(parser)
+    options = parser.parse_args()
+    if options.table:
+        print(summary(report.read(report.committed("trl_update"))))
         return
-    if arguments.smoke:
-        arguments.rounds = 1
-    rows = measure(arguments)
+    if options.smoke:
+        options.rounds = 1
+    rows = measure(options)
     print(summary([{k: str(v) for k, v in row.items()} for row in rows]))
-    if not arguments.smoke:
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    if not options.smoke:
+        report.write(results_folder(options.record) / "trl_update.csv", rows)
 
 
 if __name__ == "__main__":

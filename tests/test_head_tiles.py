@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cppo
-from cppo import _ext
+from cppo.fused import extension
 from cppo.ops.head import Head, even
 
-needs_cpp = pytest.mark.skipif(bool(_ext.missing["cpp"]), reason=_ext.missing["cpp"])
+needs_cpp = pytest.mark.skipif(bool(extension.missing["cpp"]), reason=extension.missing["cpp"])
 
 
 @given(st.integers(0, 5000), st.integers(1, 600))
@@ -33,7 +33,7 @@ def test_rows_are_in_the_fewest_pieces_about_equally_large(count, room):
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_cpp)])
 def test_logits_are_the_product_for_any_number_of_rows(compiled, dtype, rows, monkeypatch):
     if not compiled:
-        monkeypatch.setitem(_ext.missing, "cpp", "not built")
+        monkeypatch.setitem(extension.missing, "cpp", "not built")
     generator = torch.Generator().manual_seed(rows)
     hidden, weight = (
         torch.randn(n, 24, generator=generator, dtype=torch.float64).to(dtype) for n in (rows, 1037)

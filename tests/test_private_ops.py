@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cppo import _ext, backends
+from cppo import backends
+from cppo.fused import extension
 from cppo.testing import make_inputs
 
 FUZZ = Path(__file__).with_name("private_ops.py")
@@ -51,9 +52,9 @@ def test_the_error_names_op_argument_and_sizes(backend: str) -> None:
 
 
 def test_planners_refuse_what_overflows() -> None:
-    if _ext.missing["host"]:
-        pytest.skip(_ext.missing["host"])
-    host = _ext._host
+    if extension.missing["host"]:
+        pytest.skip(extension.missing["host"])
+    host = extension._host
     for lengths in ([2**62] * 3, [2**63 - 1, 1]):
         with pytest.raises(ValueError, match="lengths must add up to less than 2\\^63"):
             host.balance_ranks(lengths, 2)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import cppo
-from cppo import _ext, backends
+from cppo import backends
+from cppo.fused import extension
 from cppo.testing import assert_as_accurate, evaluate, make_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +22,7 @@ COMPILER = shutil.which("g++") or shutil.which("c++")
 
 pytestmark = pytest.mark.skipif(
     "cpp" not in backends.available("token_stats"),
-    reason=f"the extension is not built: {_ext.missing['cpp']}",
+    reason=f"the extension is not built: {extension.missing['cpp']}",
 )
 
 # What a machine may have, the least first; each can be asked for below what it has.

@@ -69,6 +69,40 @@ PRIMITIVES = {
 }
 
 
+_VIEWS = "Tensor anchor, Tensor? positive, Tensor? negative"
+_HEAD = "Tensor weight, Tensor? bias"
+_ROWS = (
+    "Tensor targets, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? mask, "
+    "Tensor? cu_seqlens, Tensor denominators, bool per_selected, str config"
+)
+# loss, logps, entropy, selected, TERMS, and the number of selected and of gated rows.
+_LOSS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
+_GIVEN_BACKWARD = (
+    "Tensor targets, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, Tensor saved_anchor, "
+    "Tensor saved_positive, Tensor saved_negative, Tensor coefficients, str config"
+)
+
+# `wants`: gradients of anchor, positive, negative, weight, bias.
+COMPOSED = {
+    "cppo_loss": f"({_VIEWS}, {_ROWS}, bool inplace) -> ({_LOSS}, Tensor, Tensor, Tensor, Tensor)",
+    "cppo_loss_backward": f"(Tensor grad_loss, {_VIEWS}, {_GIVEN_BACKWARD}) "
+    "-> (Tensor, Tensor, Tensor)",
+    "cppo_loss_backward_": "(Tensor grad_loss, Tensor(a!) anchor, Tensor(b!)? positive, "
+    f"Tensor(c!)? negative, {_GIVEN_BACKWARD}) -> ()",
+    "linear_token_stats": f"(Tensor hidden, {_HEAD}, Tensor targets, Tensor? mask, "
+    "float temperature, float? softcap) -> (Tensor, Tensor)",
+    "linear_token_stats_backward": f"({_STATS_GRADIENTS}, Tensor hidden, {_HEAD}, Tensor targets, "
+    "Tensor? mask, float temperature, float? softcap, bool[] wants) -> (Tensor, Tensor, Tensor)",
+    # Then the rows that were multiplied and those that were resident, the coefficients, and with
+    # `resident` the gradients for a unit upstream gradient.
+    "linear_cppo_loss": f"({_VIEWS}, {_HEAD}, {_ROWS}, float? softcap, bool[] wants, "
+    f"bool resident) -> ({_LOSS}, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_cppo_loss_backward": f"(Tensor grad_loss, {_VIEWS}, {_HEAD}, Tensor targets, "
+    "Tensor advantages, Tensor? cu_seqlens, Tensor coefficients, str config, float? softcap, "
+    "bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+}
+
+
 @lru_cache(maxsize=256)
 def as_text(config: LossConfig) -> str:
     """A `LossConfig` as the one argument of a schema: "temperature=1.0 clip_low=0.2 ..."."""
@@ -78,11 +112,13 @@ def as_text(config: LossConfig) -> str:
 @lru_cache(maxsize=256)
 def from_text(text: str) -> LossConfig:
     """The `LossConfig` that `as_text` wrote."""
-    return LossConfig(**{name: _value(value) for name, value in _pairs(text)})
-
-
-def _pairs(text: str) -> list[list[str]]:
-    return [pair.split("=") for pair in text.split(" ")]
+    try:
+        pairs = (pair.split("=") for pair in text.split(" "))
+        return LossConfig(**{name: _value(value) for name, value in pairs})
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"config must be the text of a LossConfig, got {text!r}: {error}"
+        ) from None
 
 
 def _value(text: str) -> float | int | bool | str | None:

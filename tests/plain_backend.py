@@ -95,11 +95,9 @@ def contrast_backward(
     views, places = (anchor, positive, negative), (of_positive, of_negative)
     gradients = [torch.zeros_like(view) for view in views]
     flat = [gradient.view(-1, gradient.shape[-1]) for gradient in gradients]
-    own = ((coefficients[0] != 0) | (coefficients[1] != 0)).nonzero()[:, 0]
-    statistics = (targets, None, None, saved, temperature)
-    flat[0][own] = token_stats_backward(
-        coefficients[0], coefficients[1], anchor, *statistics
-    ).flatten(0, -2)[own]
+    own = (coefficients[0] != 0) | (coefficients[1] != 0)
+    given = (anchor, targets, own, None, saved, temperature)
+    gradients[0].copy_(token_stats_backward(coefficients[0], coefficients[1], *given))
     at = (coefficients[2] != 0).nonzero()[:, 0]
     rows = [row.requires_grad_() for row in _three(views, places, at)]
     used = [rows[0].detach() if detach_anchor else rows[0], *rows[1:]]

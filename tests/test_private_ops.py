@@ -43,10 +43,10 @@ def test_the_error_names_op_argument_and_sizes(backend: str) -> None:
     short = torch.ones(len(targets) - 2, dtype=torch.bool)
     expected = rf"cppo.token_stats: mask must .*{len(targets)} entries.*\({len(short)},\)"
     with pytest.raises((RuntimeError, ValueError), match=expected):
-        ops.token_stats(logits, targets, short, 1.0, False)
-    *_, saved = ops.token_stats(logits, targets, None, 1.0, False)
+        ops.token_stats(logits, targets, short, None, 1.0, False)
+    *_, saved = ops.token_stats(logits, targets, None, None, 1.0, False)
     with pytest.raises((RuntimeError, ValueError), match="cppo.token_stats: saved must be"):
-        ops.token_stats_backward(None, None, logits, targets, None, saved[:, 1:], 1.0)
+        ops.token_stats_backward(None, None, logits, targets, None, None, saved[:, 1:], 1.0)
     with pytest.raises((RuntimeError, ValueError), match=r"fraction must be in \[0, 1\], got 2"):
         ops.perception_mask(saved, saved, 2.0, None, None)
 

@@ -86,9 +86,9 @@ def test_opcheck():
 def shared_rows(monkeypatch):
     """So many multiprocessors that each row is cut into as many parts as it has tiles."""
     kernels()
-    from cppo.triton_kernels import rows
+    from cppo.triton_kernels import launch
 
-    monkeypatch.setattr(rows, "multiprocessors", lambda device: 10_000)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 10_000)
 
 
 def _with_hole(inputs, name, first, last):
@@ -126,9 +126,9 @@ def test_aligned_rows_of_any_length(vocabulary, divergence):
     for view, logits in zip(views, inputs["logits"], strict=True):
         view.copy_(logits)
     kernels()
-    from cppo.triton_kernels import rows
+    from cppo.triton_kernels import launch
 
-    assert rows.as_rows(views.anchor).alignment == (1 if vocabulary == 37 else 2)
+    assert launch.as_rows(views.anchor).alignment == (1 if vocabulary == 37 else 2)
     assert_op_as_accurate("cppo_loss", "triton", {**inputs, "logits": views})
 
 

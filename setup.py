@@ -41,9 +41,7 @@ DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0")
 CPU_SOURCES = (
     "csrc/cppo.cpp",
     "csrc/cpu/advantages_and_prune.cpp",
-    "csrc/cpu/cppo_loss.cpp",
-    "csrc/cpu/head.cpp",
-    "csrc/cpu/kept_memory.cpp",
+    "csrc/cpu/contrast.cpp",
     "csrc/cpu/loss_terms.cpp",
     "csrc/cpu/pack_completions.cpp",
     "csrc/cpu/perception_mask.cpp",
@@ -53,6 +51,7 @@ CPU_SOURCES = (
     "csrc/cpu/row_kernels_default.cpp",
     "csrc/cpu/rows.cpp",
     "csrc/cpu/token_stats.cpp",
+    "csrc/cpu/unpack.cpp",
 )
 CUDA_SOURCES = ("csrc/cuda/advantages_and_prune.cu", "csrc/cuda/pack_completions.cu")
 CUDA_TABLE = "csrc/cuda/cuda.cpp"

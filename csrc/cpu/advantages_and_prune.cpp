@@ -8,10 +8,9 @@
 #include <tuple>
 #include <vector>
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "check.h"
-#include "ops.h"
 #include "parse.h"
 
 namespace cppo::cpu {
@@ -88,7 +87,9 @@ std::vector<double> scores(const T* advantages, int64_t total, const PruneArgs& 
     return score;
   }
   const double sign = args.prune == Prune::kSmallest ? 1.0 : -1.0;
-  for (int64_t i = 0; i < total; ++i) score[i] = sign * std::fabs(static_cast<double>(advantages[i]));
+  for (int64_t i = 0; i < total; ++i) {
+    score[i] = sign * std::fabs(static_cast<double>(advantages[i]));
+  }
   return score;
 }
 
@@ -125,8 +126,6 @@ Tensor advantages_of(const char* op, const Tensor& rewards, int64_t group_size,
   return out;
 }
 
-}  // namespace
-
 Tensor group_advantages(Tensor rewards, int64_t group_size, std::string scale, double eps) {
   return advantages_of("group_advantages", rewards, group_size, scale, eps);
 }
@@ -152,4 +151,11 @@ std::tuple<Tensor, Tensor> advantages_and_prune(Tensor rewards, int64_t group_si
   return {advantages, kept};
 }
 
+STABLE_TORCH_LIBRARY_IMPL(cppo, CPU, m) {
+  m.impl("group_advantages", TORCH_BOX(&group_advantages));
+  m.impl("prune_completions", TORCH_BOX(&prune_completions));
+  m.impl("advantages_and_prune", TORCH_BOX(&advantages_and_prune));
+}
+
+}  // namespace
 }  // namespace cppo::cpu

@@ -55,13 +55,9 @@ struct RowKernels {
   void (*clear)(void* row, int64_t size);
   double (*load)(const void* row, int64_t index);
   void (*store)(void* row, int64_t index, double value);
-  // The terms' power function in the accumulation type of the row, for its error bound: 2^t for
-  // t < 128 in float, e^t in double.
-  void (*power)(const void* t, void* out, int64_t size);
 };
 
-// "avx512", "avx2" or "default": what this machine has, at most what ATEN_CPU_CAPABILITY names.
-const char* cpu_capability();
+// Those of the instruction set that is chosen, once per process.
 const RowKernels& row_kernels(Element element);
 
 // One table per translation unit that compiles row_kernels_impl.h, indexed by Element.

@@ -487,19 +487,10 @@ void clear(void* row, int64_t size) {
   });
 }
 
-template <class A>
-void power_all(const void* from, void* to, int64_t size) {
-  using E = Dense<A>;
-  for_each_step<E>(size, kNever, [&](int64_t i, const auto& load, const auto& put) {
-    const Pair<A> t = load(row_of<E>(from, size), i);
-    put(row_of<E>(to, size), i, {term(lift<A>(-t.first)), term(lift<A>(-t.second))});
-  });
-}
-
 template <class E>
 constexpr RowKernels table() {
-  return {stats<E>, contrast_stats<E>, gradient<E>,  contrast_gradient<E>,
-          clear<E>, load_one<E>,       store_one<E>, power_all<typename E::A>};
+  return {stats<E>, contrast_stats<E>, gradient<E>, contrast_gradient<E>,
+          clear<E>, load_one<E>,       store_one<E>};
 }
 
 }  // namespace

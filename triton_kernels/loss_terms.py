@@ -198,7 +198,7 @@ def _loss_kernel(
         share = 1.0 / tl.maximum(count, 1).to(tl.float64)
     weight = (share / tl.load(denominators_ptr)).to(ACC)
     cpl_share = tl.full((), 1.0, tl.float64)
-    if CPL_REDUCTION == "sequence" and selected_ptr is not None:
+    if CPL_REDUCTION == "sequence" and positive_ptr is not None:
         num_selected = _count(selected_ptr, start, end, BLOCK)
         cpl_share = 1.0 / tl.maximum(num_selected, 1).to(tl.float64)
     cpl_weight = (cpl_share / tl.load(denominators_ptr + 1) * cpl_coef / tau).to(ACC)
@@ -245,7 +245,7 @@ def _loss_kernel(
         d_logp *= weight
         d_positive = tl.zeros((BLOCK,), ACC)
         d_negative = tl.zeros((BLOCK,), ACC)
-        if selected_ptr is not None:
+        if positive_ptr is not None:
             selected = valid & (tl.load(selected_ptr + row, inside, 0) != 0)
             statistics = (positive_ptr, negative_ptr)
             cpl, d_positive, d_negative, d_anchor = _contrast(

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cppo import __version__, backends
-from cppo.fused import extension
 from cppo.cli.config_file import ConfigError
+from cppo.fused import extension
 
 # Read from the installed metadata: importing triton or transformers only to print a version
 # would take seconds.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cppo.fused.schema import from_text
+from cppo.fused.schema import ARGUMENTS, RESULTS, from_text
 from cppo.ops.checks import under_transform
 
 # As long as somebody holds them, what they registered stays.
@@ -47,7 +47,7 @@ def refuse_transforms(name: str, inputs: Iterable[Any]) -> None:
 def _differentiable(
     namespace: str,
     op_name: str,
-    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    setup_context: Callable[[Any, Any, Any], None],
     backward: Callable[..., Any],
 ) -> None:
     """Gives an op its gradient, as `torch.library.register_autograd` does.
@@ -57,14 +57,14 @@ def _differentiable(
     defaults here.
     """
     op = getattr(getattr(torch.ops, namespace), op_name).default
-    name = f"{namespace}.{op_name}"
+    name, arguments = f"{namespace}.{op_name}", ARGUMENTS[op_name]
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*inputs)
         ctx.set_materialize_grads(False)
         ctx.num_inputs = len(inputs)
-        setup_context(ctx, inputs, output)
+        setup_context(ctx, arguments(*inputs), output)
         return output
 
     def reverse(ctx: Any, *gradients: Any) -> Any:
@@ -100,69 +100,71 @@ def _written(*logits: Tensor | None) -> None:
 def _token_stats(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
-    def setup(ctx, inputs, output):
-        logits, targets, mask, places, ctx.temperature, ctx.inplace = inputs
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(logits, targets, mask, places, output[2])
+    def setup(ctx, given, output):
+        ctx.temperature, ctx.inplace = given.temperature, given.inplace
+        saved = output[2]
+        ctx.mark_non_differentiable(saved)
+        ctx.save_for_backward(given.logits, given.targets, given.mask, given.places, saved)
 
     def backward(ctx, grad_logps, grad_entropy, _):
-        arguments = (grad_logps, grad_entropy, *ctx.saved_tensors, ctx.temperature)
+        logits, *rows = ctx.saved_tensors
+        arguments = (grad_logps, grad_entropy, logits, *rows, ctx.temperature)
         if not ctx.inplace:
             return (ops.token_stats_backward(*arguments),)
         ops.token_stats_backward_(*arguments)
-        logits = ctx.saved_tensors[0]
         _written(logits)
         return (logits,)
 
     _differentiable(namespace, "token_stats", setup, backward)
 
 
+def _wanted(gradients: Iterable[Any], wants: Iterable[bool]) -> list[Any]:
+    return [g if want else None for g, want in zip(gradients, wants, strict=True)]
+
+
 def _cppo_loss(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
-    def setup(ctx, inputs, output):
-        *_, ctx.config, ctx.inplace = inputs
+    def setup(ctx, given, output):
+        ctx.config, ctx.inplace = given.config, given.inplace
         ctx.mark_non_differentiable(*output[1:])
-        mask, cu_seqlens = inputs[7:9]
-        ctx.save_for_backward(*inputs[:5], mask, cu_seqlens, *output[6:])
+        views = (given.anchor, given.positive, given.negative)
+        rows = (given.targets, given.advantages, given.mask, given.cu_seqlens)
+        kept = RESULTS["cppo_loss"](*output)
+        saved = (kept.saved_anchor, kept.saved_positive, kept.saved_negative)
+        ctx.save_for_backward(*views, *rows, *saved, kept.coefficients)
 
     def backward(ctx, grad_loss, *_):
-        anchor, *views = ctx.saved_tensors[:3]
+        anchor, *perturbed = ctx.saved_tensors[:3]
         wants = ctx.needs_input_grad[:3]
         if from_text(ctx.config).divergence != "full":
             # A view on its own is differentiated on its own.
-            views = [view if want else None for view, want in zip(views, wants[1:], strict=True)]
-        arguments = (grad_loss, anchor, *views, *ctx.saved_tensors[3:], ctx.config)
-        if ctx.inplace:
-            ops.cppo_loss_backward_(*arguments)
-            _written(anchor, *views)
-            gradients = (anchor, *views)
-        else:
-            gradients = ops.cppo_loss_backward(*arguments)
-        given = [
-            want and view is not None for want, view in zip(wants, (anchor, *views), strict=True)
-        ]
-        return _wanted(gradients, given)
+            perturbed = _wanted(perturbed, wants[1:])
+        views = (anchor, *perturbed)
+        arguments = (grad_loss, *views, *ctx.saved_tensors[3:], ctx.config)
+        if not ctx.inplace:
+            return _wanted(ops.cppo_loss_backward(*arguments), wants)
+        ops.cppo_loss_backward_(*arguments)
+        _written(*views)
+        return _wanted(views, wants)
 
     _differentiable(namespace, "cppo_loss", setup, backward)
-
-
-def _wanted(gradients: Iterable[Tensor], wants: Iterable[bool]) -> list[Tensor | None]:
-    return [g if want else None for g, want in zip(gradients, wants, strict=True)]
 
 
 def _linear_token_stats(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
-    def setup(ctx, inputs, output):
-        *tensors, ctx.temperature, ctx.softcap = inputs
+    def setup(ctx, given, output):
+        ctx.options = (given.temperature, given.softcap)
+        tensors = (given.hidden, given.weight, given.bias, given.targets, given.mask)
         ctx.save_for_backward(*tensors)
 
-    def backward(ctx, *gradients):
+    def backward(ctx, grad_logps, grad_entropy):
         wants = list(ctx.needs_input_grad[:3])
-        options = (ctx.temperature, ctx.softcap, wants)
-        found = ops.linear_token_stats_backward(*gradients, *ctx.saved_tensors, *options)
-        return _wanted(found, wants)
+        gradients = ops.linear_token_stats_backward(
+            grad_logps, grad_entropy, *ctx.saved_tensors, *ctx.options, wants
+        )
+        return _wanted(gradients, wants)
 
     _differentiable(namespace, "linear_token_stats", setup, backward)
 
@@ -170,21 +172,23 @@ def _linear_token_stats(namespace: str) -> None:
 def _linear_cppo_loss(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
-    def setup(ctx, inputs, output):
-        *_, ctx.config, ctx.softcap, ctx.wants, ctx.resident = inputs
+    def setup(ctx, given, output):
+        ctx.options, ctx.wants = (given.config, given.softcap), given.wants
         ctx.mark_non_differentiable(*output[1:])
-        ctx.dtype = inputs[0].dtype
-        cu_seqlens, coefficients = inputs[10], output[7]
-        kept = output[8:] if ctx.resident else (*inputs[:7], cu_seqlens, coefficients)
-        ctx.save_for_backward(*kept)
+        ctx.resident, ctx.dtype = given.resident, given.anchor.dtype
+        inputs = (given.anchor, given.positive, given.negative, given.weight, given.bias)
+        rows = (given.targets, given.advantages, given.cu_seqlens)
+        kept = RESULTS["linear_cppo_loss"](*output)
+        gradients = kept[-len(inputs) :]
+        ctx.save_for_backward(*gradients if ctx.resident else (*inputs, *rows, kept.coefficients))
 
     def backward(ctx, grad_loss, *_):
         wants = [a and b for a, b in zip(ctx.wants, ctx.needs_input_grad[:5], strict=True)]
         if ctx.resident:
             return _wanted(_scaled(ctx.saved_tensors, grad_loss, ctx.dtype), wants)
-        options = (ctx.config, ctx.softcap, wants)
-        found = ops.linear_cppo_loss_backward(grad_loss, *ctx.saved_tensors, *options)
-        return _wanted(found, wants)
+        return _wanted(
+            ops.linear_cppo_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options, wants), wants
+        )
 
     _differentiable(namespace, "linear_cppo_loss", setup, backward)
 

@@ -15,7 +15,7 @@ from cppo.fused import autograd, linear, loss
 from cppo.fused.checks import checked
 from cppo.fused.denominators import Denominators, denominators
 from cppo.fused.fakes import fake
-from cppo.fused.schema import COMPOSED, PRIMITIVES, TERMS, as_text
+from cppo.fused.schema import ARGUMENTS, COMPOSED, PRIMITIVES, RESULTS, TERMS, as_text
 from cppo.ops.checks import under_transform
 from cppo.records import LossOutput, NumItems, TokenStats, Views
 
@@ -26,10 +26,9 @@ _MEANS = ("entropy", "clip_fraction", "kl")
 def _without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
     """The op with products in the dtypes that it chose: its inputs were cast already."""
 
-    def run(*inputs: Any) -> Any:
-        device = next(value.device.type for value in inputs if isinstance(value, Tensor))
-        with torch.autocast(device, enabled=False):
-            return op(*inputs)
+    def run(given: Any) -> Any:
+        with torch.autocast(given.weight.device.type, enabled=False):
+            return op(given)
 
     return run
 
@@ -44,7 +43,11 @@ def _compositions(kernels: Any) -> dict[str, Callable[..., Any]]:
     for op in COMPOSED:
         if op.startswith("linear"):
             functions[op] = _without_autocast(partial(getattr(linear, op), kernels))
-    return functions
+    return {op: _by_name(op, function) for op, function in functions.items()}
+
+
+def _by_name(op: str, function: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda *inputs: function(ARGUMENTS[op](*inputs))
 
 
 def _define(namespace: str, op: str, schema: str, implementation: Callable[..., Any]) -> None:
@@ -129,10 +132,9 @@ class Backend:
     ) -> LossOutput:
         by = denominators(targets, mask, cu_seqlens, num_items, config)
         rows = (targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
-        found = self._ops.cppo_loss(
-            *views, *rows, by.values, by.per_selected, as_text(config), inplace
-        )
-        metrics = _metrics(*found[4:6], views, ref_logps, by)
+        options = (by.values, by.per_selected, as_text(config), inplace)
+        found = RESULTS["cppo_loss"](*self._ops.cppo_loss(*views, *rows, *options))
+        metrics = _metrics(found, views, ref_logps, by)
         return LossOutput(*found[:4], metrics)
 
     def linear_cppo_loss(
@@ -164,26 +166,27 @@ class Backend:
         resident = known and any(wants) and config.divergence != "full" and not waits
         rows = (targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
         options = (by.values, by.per_selected, as_text(config), softcap, wants, resident)
-        found = self._ops.linear_cppo_loss(*inputs, *rows, *options)
-        metrics = _metrics(*found[4:6], views, ref_logps, by)
+        found = RESULTS["linear_cppo_loss"](*self._ops.linear_cppo_loss(*inputs, *rows, *options))
+        metrics = _metrics(found, views, ref_logps, by)
         # Divided by the rows that count they are GEMM units, and the share that was resident.
-        metrics["head_gemm_rows"], metrics["head_resident_rows"] = found[6].to(found[4]).unbind()
+        work = found.work.to(found.metrics.dtype)
+        metrics["head_gemm_rows"], metrics["head_resident_rows"] = work.unbind()
         return LossOutput(*found[:4], metrics)
 
 
 def _metrics(
-    values: Tensor, counts: Tensor, views: Views, ref_logps: Tensor | None, by: Denominators
+    found: Any, views: Views, ref_logps: Tensor | None, by: Denominators
 ) -> dict[str, Tensor]:
     """The metrics by name, those that make sense for what was given."""
-    metrics = dict(zip(TERMS, values.unbind(), strict=True))
+    metrics, dtype = dict(zip(TERMS, found.metrics.unbind(), strict=True)), found.metrics.dtype
     if by.metric_scale is not None:
-        metrics |= {name: (metrics[name] * by.metric_scale).to(values.dtype) for name in _MEANS}
+        metrics |= {name: (metrics[name] * by.metric_scale).to(dtype) for name in _MEANS}
     if ref_logps is None:
         del metrics["kl"]
     if views.positive is None:
         del metrics["cpl_loss"]
     if views.negative is not None:
-        selected, gated = counts.unbind()
-        metrics["perception_share"] = (selected / gated.clamp(min=1)).to(values.dtype)
+        selected, gated = found.counts.unbind()
+        metrics["perception_share"] = (selected / gated.clamp(min=1)).to(dtype)
         metrics["num_selected"] = selected
     return metrics

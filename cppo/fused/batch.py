@@ -82,13 +82,13 @@ def make_batch(
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
     gating: bool | None,
-    logps: tuple[Tensor | None, Tensor | None] = (None, None),
+    logps: tuple[Tensor | None, ...] = (),
 ) -> Batch:
     """The batch of a call in either layout.
 
     Args:
         gating: of the `LossConfig`; None: the call has no perturbed views.
-        logps: of the policy that sampled, and of the reference policy.
+        logps: those of the policy that sampled and of the reference policy, where needed.
     """
     counts, in_view, gated = flat(mask), None, None
     if gating is not None:
@@ -99,7 +99,7 @@ def make_batch(
         ends = length * len(targets) + 1
         cu_seqlens = torch.arange(0, ends, max(1, length), device=targets.device)
         cu_seqlens = cu_seqlens if length else cu_seqlens.new_zeros(len(targets) + 1)
-    old_logps, ref_logps = map(flat, logps)
+    old_logps, ref_logps = map(flat, logps or (None, None))
     return Batch(
         targets.reshape(-1), advantages, cu_seqlens, old_logps, ref_logps, counts, in_view, gated
     )

@@ -149,12 +149,14 @@ class Hidden:
             self._gradients[view] = gradient
         return gradient
 
-    def gradients(self, inputs: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor]:
+    def gradients(
+        self, inputs: tuple[Tensor | None, ...], wants: list[bool], dtype: torch.dtype
+    ) -> list[Tensor]:
         """Those of the views, weight and bias, shaped like `inputs`; empty where none is wanted."""
         self._flush()
         sums = [*self._gradients, self.head.grad_weight, self.head.grad_bias]
         found = []
-        for total, like, want in zip(sums, inputs, self.wants, strict=True):
+        for total, like, want in zip(sums, inputs, wants, strict=True):
             if like is None or not want:
                 found.append(self.head.weight.new_empty(0, dtype=dtype))
             elif total is None:
@@ -187,13 +189,13 @@ class HeadTiles:
         temperature: float,
         keeps: bool = False,
     ) -> None:
-        self._kernels, self._hidden, self.batch, self._first = kernels, hidden, batch, first
+        self._kernels, self.hidden, self.batch, self._first = kernels, hidden, batch, first
         self._sizes = {ANCHOR: sizes[0], NEGATIVE: sizes[1]}
         self._temperature, self._keeps = temperature, keeps
         self._kept: dict[int, Tile] = {}
 
     def has(self, view: int) -> bool:
-        return self._hidden.has(view)
+        return self.hidden.has(view)
 
     def _index(self, view: int, where: Tensor | None) -> Tensor:
         if where is None:
@@ -212,10 +214,10 @@ class HeadTiles:
     def statistics(self, view: int, where: Tensor | None) -> Statistics:
         """As of `cppo.fused.loss.Tiles`; what the backward needs stays with the tile."""
         index, rows = self._index(view, where), len(self.batch.targets)
-        dtype = self._hidden.head.accumulator
+        dtype = self.hidden.head.accumulator
         logps, entropy = self.batch.targets.new_zeros((2, rows), dtype=dtype)
         for some in self._pieces(index):
-            tile = self._hidden.tile([Rows(view, some)], self._first)
+            tile = self.hidden.tile([Rows(view, some)], self._first)
             logps[some], entropy[some] = self._token_stats(tile)
             if self._keeps:
                 self._kept[view] = tile
@@ -226,11 +228,11 @@ class HeadTiles:
         """Rows of which so many views fit a tile."""
         if not len(index):
             return ()  # a product of no rows reads the whole weight all the same
-        room = max(1, self._hidden.head.rows_per_tile // views)
+        room = max(1, self.hidden.head.rows_per_tile // views)
         return index.split(len(index) if self._keeps else even(len(index), room))
 
     def _three(self, index: Tensor) -> Tile:
-        return self._hidden.tile(
+        return self.hidden.tile(
             [Rows(view, index) for view in (ANCHOR, POSITIVE, NEGATIVE)], self._first
         )
 
@@ -270,7 +272,7 @@ class HeadTiles:
         rest = []
         for view in (ANCHOR,) if full else (ANCHOR, NEGATIVE, POSITIVE):
             rows = Rows(view, index[view])
-            if not len(rows.index) or not self._hidden.wants_logits(view):
+            if not len(rows.index) or not self.hidden.wants_logits(view):
                 continue
             tile = self._kept_rows(rows)
             if tile is None:
@@ -278,8 +280,8 @@ class HeadTiles:
             else:
                 self._gradient(tile, coefficients)
             del tile  # the logits of a view go before those of the next get a gradient
-        for some in _filled(rest, self._hidden.head.rows_per_tile):
-            tile = self._hidden.tile(some, self._first)
+        for some in _filled(rest, self.hidden.head.rows_per_tile):
+            tile = self.hidden.tile(some, self._first)
             self._token_stats(tile)
             self._gradient(tile, coefficients)
             del tile
@@ -296,7 +298,7 @@ class HeadTiles:
         place[kept.index] = torch.arange(len(kept.index), device=place.device)
         at = place[rows.index]
         assert tile.saved is not None
-        logits = self._hidden.head.rows_of(tile.logits, at)
+        logits = self.hidden.head.rows_of(tile.logits, at)
         return Tile([rows], tile.hidden[at], logits, tile.saved[:, at])
 
     def _gradient(self, tile: Tile, coefficients: Tensor) -> None:
@@ -313,7 +315,7 @@ class HeadTiles:
 
         d_logps, d_entropy = map(torch.cat, zip(*map(upstream, tile.rows), strict=True))
         targets = self.batch.targets[torch.cat([rows.index for rows in tile.rows])]
-        slope = self._hidden.head.slope(tile.logits)
+        slope = self.hidden.head.slope(tile.logits)
         self._kernels.token_stats_backward_(
             d_logps,
             d_entropy if any(rows.view == ANCHOR for rows in tile.rows) else None,
@@ -326,7 +328,7 @@ class HeadTiles:
         )
         if slope is not None:
             tile.logits.mul_(slope)
-        self._hidden.add(tile, self._first)
+        self.hidden.add(tile, self._first)
 
     def _gradient_of_three(self, index: Tensor, coefficients: Tensor, detach_anchor: bool) -> None:
         """Adds the gradients of rows that have a margin, in the three views together."""
@@ -340,7 +342,7 @@ class HeadTiles:
             saved = self._kernels.token_stats(
                 views[ANCHOR], targets, None, None, self._temperature, False
             )[2]
-            contrasts, slope = self._contrast(tile), self._hidden.head.slope(tile.logits)
+            contrasts, slope = self._contrast(tile), self.hidden.head.slope(tile.logits)
             self._kernels.contrast_backward_(
                 *views,
                 targets,
@@ -357,7 +359,7 @@ class HeadTiles:
             if detach_anchor:
                 perturbed = slice(len(some), None)
                 tile = Tile(tile.rows[1:], tile.hidden[perturbed], tile.logits[perturbed])
-            self._hidden.add(tile, self._first)
+            self.hidden.add(tile, self._first)
             del tile, views, slope  # before the next is there
 
 

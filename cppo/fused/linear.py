@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from cppo.config import LossConfig
-from cppo.fused.batch import ANCHOR, Batch, flat, make_batch
+from cppo.fused.batch import ANCHOR, Batch, flat
 from cppo.fused.head import Head
 from cppo.fused.head_tiles import HeadTiles, Hidden
-from cppo.fused.loss import OF_ENTROPY, OF_LOGP, Terms, outputs, terms
+from cppo.fused.loss import OF_ENTROPY, OF_LOGP, Terms, batch_of, outputs, terms
 from cppo.fused.schema import COEFFICIENTS, from_text
 from cppo.records import Views
 
@@ -71,55 +71,29 @@ def _ranges(sums: list[int], room: int | None) -> Iterator[tuple[int, int]]:
         yield first, last
 
 
-def linear_cppo_loss(
-    kernels: Any,
-    anchor: Tensor,
-    positive: Tensor | None,
-    negative: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    advantages: Tensor,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    denominators: Tensor,
-    per_selected: bool,
-    config: str,
-    softcap: float | None,
-    wants: list[bool],
-    resident: bool,
-) -> tuple[Tensor, ...]:
-    """The op of this name; after the kernels the arguments of its schema.
-
-    Returns: the outputs of the loss; how many rows were multiplied with the head, once for each
-        product, and how many were resident (2,); the coefficients; then the gradients of what wants
-        one, for a unit upstream gradient, if `resident`.
-    """
-    options, views = from_text(config), Views(anchor, positive, negative)
-    gating = options.gating if negative is not None else None
-    batch = make_batch(targets, advantages, cu_seqlens, mask, gating, (old_logps, ref_logps))
-    head = Head(weight, bias, softcap, wants[3], wants[4])
-    hidden = _hidden(head, views, batch, wants)
+def linear_cppo_loss(kernels: Any, given: Any) -> Any:
+    """The op of this name; given: its `ARGUMENTS`."""
+    config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
+    batch = batch_of(given, config, views, given.old_logps, given.ref_logps)
+    head = Head(given.weight, given.bias, given.softcap, *given.wants[3:])
+    hidden = _hidden(head, views, batch, given.wants)
     found, num_resident = [], 0
-    for part, first, sizes, fits in _parts(batch, head.rows_per_tile if resident else None):
-        tiles = HeadTiles(kernels, hidden, part, first, sizes, options.temperature, keeps=fits)
-        found.append(terms(kernels, tiles, denominators, per_selected, options))
-        if resident:
+    for part, first, sizes, fits in _parts(batch, head.rows_per_tile if given.resident else None):
+        tiles = HeadTiles(kernels, hidden, part, first, sizes, config.temperature, keeps=fits)
+        found.append(terms(kernels, tiles, given.denominators, given.per_selected, config))
+        if given.resident:
             tiles.backward(found[-1].coefficients)
             num_resident += sizes[0]
-    whole = _joined(found)
-    multiplied = hidden.rows_multiplied
-    if not resident:
-        multiplied += _backward_rows(whole.coefficients, options, positive is not None, wants)
-    work = _counts(targets, multiplied, num_resident)
-    inputs = (anchor, positive, negative, weight, bias)
-    if resident:
-        gradients = hidden.gradients(inputs, head.accumulator)
-    else:
-        gradients = [weight.new_empty(0, dtype=head.accumulator) for _ in inputs]
-    return *outputs(batch, targets.shape, whole), work, whole.coefficients, *gradients
+    whole, multiplied = _joined(found), hidden.rows_multiplied
+    if not given.resident:
+        multiplied += _backward_rows(whole.coefficients, config, views, given.wants)
+    # Filled, not copied: a copy from the host waits for it.
+    work = given.targets.new_zeros(2, dtype=torch.int64)
+    work[0], work[1] = multiplied, num_resident
+    inputs = (*views, given.weight, given.bias)
+    wants = given.wants if given.resident else [False] * len(inputs)
+    gradients = hidden.gradients(inputs, wants, head.accumulator)
+    return *outputs(batch, given.targets.shape, whole), work, whole.coefficients, *gradients
 
 
 def _joined(found: list[Terms]) -> Terms:
@@ -138,105 +112,61 @@ def _joined(found: list[Terms]) -> Terms:
     )
 
 
-def _counts(like: Tensor, multiplied: int | Tensor, resident: int) -> Tensor:
-    """(2,) int64, filled without a copy from the host."""
-    counts = like.new_zeros(2, dtype=torch.int64)
-    counts[0] = multiplied
-    counts[1] = resident
-    return counts
-
-
 def _backward_rows(
-    coefficients: Tensor, config: LossConfig, contrasted: bool, wants: list[bool]
+    coefficients: Tensor, config: LossConfig, views: Views, wants: list[bool]
 ) -> Tensor:
     """Rows that a recomputing backward will multiply, once for each product."""
     products = [1 + wants[view] + wants[3] for view in range(3)]
     counts = [coefficients[OF_LOGP[view]] != 0 for view in range(3)]
     counts[ANCHOR] = counts[ANCHOR] | (coefficients[OF_ENTROPY[ANCHOR]] != 0)
-    if config.divergence == "full" and contrasted:
+    if config.divergence == "full" and views.positive is not None:
         own = counts[ANCHOR] if config.detach_anchor else counts[ANCHOR] & ~counts[1]
         return counts[1].sum() * sum(products) + own.sum() * products[ANCHOR]
     return torch.stack([n.sum() * k for n, k in zip(counts, products, strict=True)]).sum()
 
 
-def linear_cppo_loss_backward(
-    kernels: Any,
-    grad_loss: Tensor,
-    anchor: Tensor,
-    positive: Tensor | None,
-    negative: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor | None,
-    coefficients: Tensor,
-    config: str,
-    softcap: float | None,
-    wants: list[bool],
-) -> tuple[Tensor, ...]:
-    """The gradients of the recompute plan."""
-    options, views = from_text(config), Views(anchor, positive, negative)
-    gating = options.gating if negative is not None else None
-    batch = make_batch(targets, advantages, cu_seqlens, None, gating)
-    hidden = _hidden(Head(weight, bias, softcap, wants[3], wants[4]), views, batch, wants)
-    tiles = HeadTiles(kernels, hidden, batch, 0, (0, 0), options.temperature)
-    full = options.divergence == "full" and positive is not None
-    tiles.backward(coefficients * grad_loss, full, options.detach_anchor)
-    return tuple(hidden.gradients((anchor, positive, negative, weight, bias), anchor.dtype))
+def linear_cppo_loss_backward(kernels: Any, given: Any) -> Any:
+    """The gradients of the recompute plan; given: its `ARGUMENTS`."""
+    config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
+    batch = batch_of(given, config, views)
+    head = Head(given.weight, given.bias, given.softcap, *given.wants[3:])
+    hidden = _hidden(head, views, batch, given.wants)
+    tiles = HeadTiles(kernels, hidden, batch, 0, (0, 0), config.temperature)
+    full = config.divergence == "full" and views.positive is not None
+    tiles.backward(given.coefficients * given.grad_loss, full, config.detach_anchor)
+    inputs = (*views, given.weight, given.bias)
+    return tuple(hidden.gradients(inputs, given.wants, views.anchor.dtype))
 
 
-def linear_token_stats(
-    kernels: Any,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """The op of this name; after the kernels the arguments of its schema."""
-    head, wants = Head(weight, bias, softcap), [False] * 5
-    batch = _rows_alone(targets, flat(mask))
-    num_rows = targets.numel() if mask is None else int(mask.sum())
-    rows = _hidden(head, Views(hidden), batch, wants)
-    tiles = HeadTiles(kernels, rows, batch, 0, (num_rows, 0), temperature)
-    logps, entropy, _ = tiles.statistics(ANCHOR, batch.mask)
-    return logps.view(targets.shape), entropy.view(targets.shape)
+def linear_token_stats(kernels: Any, given: Any) -> tuple[Tensor, Tensor]:
+    """The op of this name; given: its `ARGUMENTS`."""
+    tiles = _tiles_of_rows(kernels, given, [False] * 5)
+    logps, entropy, _ = tiles.statistics(ANCHOR, tiles.batch.mask)
+    return logps.view(given.targets.shape), entropy.view(given.targets.shape)
 
 
-def linear_token_stats_backward(
-    kernels: Any,
-    grad_logps: Tensor | None,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    wants: list[bool],
-) -> tuple[Tensor, ...]:
+def linear_token_stats_backward(kernels: Any, given: Any) -> tuple[Tensor, ...]:
     """Gradients of hidden, weight and bias: those of a loss that has these derivatives."""
-    wants = [wants[0], False, False, *wants[1:]]
-    head = Head(weight, bias, softcap, wants[3], wants[4])
-    batch = _rows_alone(targets, flat(mask))
-    rows = _hidden(head, Views(hidden), batch, wants)
-    coefficients = hidden.new_zeros(len(COEFFICIENTS), targets.numel(), dtype=head.accumulator)
-    for row, gradient in enumerate((grad_logps, grad_entropy)):
+    wants = [given.wants[0], False, False, *given.wants[1:]]
+    tiles = _tiles_of_rows(kernels, given, wants)
+    shape = (len(COEFFICIENTS), given.targets.numel())
+    coefficients = given.hidden.new_zeros(shape, dtype=tiles.hidden.head.accumulator)
+    for row, gradient in enumerate((given.grad_logps, given.grad_entropy)):
         if gradient is not None:
             coefficients[row] = gradient.reshape(-1)
-    if batch.mask is not None:
-        coefficients.masked_fill_(~batch.mask, 0)
-    tiles = HeadTiles(kernels, rows, batch, 0, (0, 0), temperature)
+    if tiles.batch.mask is not None:
+        coefficients.masked_fill_(~tiles.batch.mask, 0)
     tiles.backward(coefficients)
-    anchor, _, _, *of_head = rows.gradients((hidden, None, None, weight, bias), hidden.dtype)
+    inputs = (given.hidden, None, None, given.weight, given.bias)
+    anchor, _, _, *of_head = tiles.hidden.gradients(inputs, wants, given.hidden.dtype)
     return anchor, *of_head
 
 
-def _rows_alone(targets: Tensor, mask: Tensor | None) -> Batch:
-    """Rows of no completion in particular."""
-    nothing = targets.new_empty(0)
-    return Batch(targets.reshape(-1), nothing, nothing, mask=mask)
+def _tiles_of_rows(kernels: Any, given: Any, wants: list[bool]) -> HeadTiles:
+    """The rows of `linear_token_stats`, which belong to no completion."""
+    nothing, mask = given.targets.new_empty(0), flat(given.mask)
+    batch = Batch(given.targets.reshape(-1), nothing, nothing, mask=mask)
+    head = Head(given.weight, given.bias, given.softcap, *wants[3:])
+    hidden = _hidden(head, Views(given.hidden), batch, wants)
+    num_rows = len(batch.targets) if mask is None else int(mask.sum())
+    return HeadTiles(kernels, hidden, batch, 0, (num_rows, 0), given.temperature)

@@ -154,80 +154,61 @@ class GivenTiles:
         return self._kernels.contrast(*self._views, where, *places, self._temperature)
 
 
-def _gating(views: Views, config: LossConfig) -> bool | None:
-    return config.gating if views.negative is not None else None
+def batch_of(given: Any, config: LossConfig, views: Views, *logps: Tensor | None) -> Batch:
+    """The batch of the arguments of a loss, or of its backward."""
+    has_perturbed = views.positive is not None or views.negative is not None
+    gating = config.gating if has_perturbed else None
+    return make_batch(
+        given.targets,
+        given.advantages,
+        given.cu_seqlens,
+        getattr(given, "mask", None),
+        gating,
+        logps,
+    )
 
 
-def cppo_loss(
-    kernels: Any,
-    anchor: Tensor,
-    positive: Tensor | None,
-    negative: Tensor | None,
-    targets: Tensor,
-    advantages: Tensor,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    denominators: Tensor,
-    per_selected: bool,
-    config: str,
-    inplace: bool,
-) -> tuple[Tensor, ...]:
-    """The op of this name on logits; after the kernels the arguments of its schema."""
-    options, views = from_text(config), Views(anchor, positive, negative)
-    logps = (old_logps, ref_logps)
-    batch = make_batch(targets, advantages, cu_seqlens, mask, _gating(views, options), logps)
-    tiles = GivenTiles(kernels, views, batch, options.temperature)
-    found = terms(kernels, tiles, denominators, per_selected, options)
-
-    saved = (anchor.new_empty(0) if kept is None else kept for kept in found.saved)
-    return *outputs(batch, targets.shape, found), *saved, found.coefficients
+def cppo_loss(kernels: Any, given: Any) -> Any:
+    """The op of this name; given: its `ARGUMENTS`."""
+    config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
+    batch = batch_of(given, config, views, given.old_logps, given.ref_logps)
+    tiles = GivenTiles(kernels, views, batch, config.temperature)
+    found = terms(kernels, tiles, given.denominators, given.per_selected, config)
+    saved = (views.anchor.new_empty(0) if kept is None else kept for kept in found.saved)
+    return *outputs(batch, given.targets.shape, found), *saved, found.coefficients
 
 
-def cppo_loss_backward(
-    kernels: Any,
-    inplace: bool,
-    grad_loss: Tensor,
-    anchor: Tensor,
-    positive: Tensor | None,
-    negative: Tensor | None,
-    targets: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    saved_anchor: Tensor,
-    saved_positive: Tensor,
-    saved_negative: Tensor,
-    coefficients: Tensor,
-    config: str,
-) -> tuple[Tensor, ...] | None:
-    """Gradients of the views, as new tensors or written over them; a view that wants none may be
-    left out."""
-    options, views = from_text(config), Views(anchor, positive, negative)
-    has_perturbed = positive is not None or negative is not None
-    gating = options.gating if has_perturbed else None
-    batch = make_batch(targets, advantages, cu_seqlens, mask, gating)
-    places = [None if view is None else batch.places(view, anchor) for view in views]
-    coefficients, temperature = coefficients * grad_loss, options.temperature
-    ending = "_backward_" if inplace else "_backward"
-    if options.divergence == "full" and positive is not None and negative is not None:
+def cppo_loss_backward(kernels: Any, inplace: bool, given: Any) -> Any:
+    """Gradients of the views, as new tensors or written over them.
+
+    Args:
+        given: the `ARGUMENTS`; a view that wants no gradient may be left out.
+    """
+    config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
+    batch = batch_of(given, config, views)
+    places = [None if view is None else batch.places(view, views.anchor) for view in views]
+    coefficients, ending = (
+        given.coefficients * given.grad_loss,
+        "_backward_" if inplace else "_backward",
+    )
+    if config.divergence == "full" and views.positive is not None:
         return getattr(kernels, "contrast" + ending)(
             *views,
             batch.targets,
             *places[1:],
-            saved_anchor,
-            saved_positive,
+            given.saved_anchor,
+            given.saved_positive,
             coefficients,
-            temperature,
-            options.detach_anchor,
+            config.temperature,
+            config.detach_anchor,
         )
     gradients = []
-    for view, saved in enumerate((saved_anchor, saved_positive, saved_negative)):
-        logits, of_entropy = views[view], OF_ENTROPY[view]
+    saved = (given.saved_anchor, given.saved_positive, given.saved_negative)
+    for view, logits in enumerate(views):
         if logits is None:
-            gradients.append(anchor.new_empty(0))
+            gradients.append(views.anchor.new_empty(0))
             continue
+        of_entropy = OF_ENTROPY[view]
         gradient = getattr(kernels, "token_stats" + ending)(
             coefficients[OF_LOGP[view]],
             None if of_entropy is None else coefficients[of_entropy],
@@ -235,8 +216,8 @@ def cppo_loss_backward(
             batch.targets,
             batch.mask if view == ANCHOR else batch.gated,
             places[view],
-            saved,
-            temperature,
+            saved[view],
+            config.temperature,
         )
         gradients.append(gradient)
     return None if inplace else tuple(gradients)

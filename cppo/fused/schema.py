@@ -18,8 +18,10 @@ where row i of the batch lies in it; a row without a place is never named by a m
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import fields
 from functools import lru_cache
+from typing import Any
 
 from cppo.config import LossConfig
 
@@ -75,16 +77,20 @@ _ROWS = (
     "Tensor targets, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? mask, "
     "Tensor? cu_seqlens, Tensor denominators, bool per_selected, str config"
 )
-# loss, logps, entropy, selected, TERMS, and the number of selected and of gated rows.
-_LOSS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
+# `metrics` are TERMS; `counts` are the numbers of selected and of gated rows.
+_LOSS = "Tensor loss, Tensor logps, Tensor entropy, Tensor selected, Tensor metrics, Tensor counts"
+_SAVED = "Tensor saved_anchor, Tensor saved_positive, Tensor saved_negative, Tensor coefficients"
+_GRADIENTS = (
+    "Tensor grad_anchor, Tensor grad_positive, Tensor grad_negative, Tensor grad_weight, "
+    "Tensor grad_bias"
+)
 _GIVEN_BACKWARD = (
-    "Tensor targets, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, Tensor saved_anchor, "
-    "Tensor saved_positive, Tensor saved_negative, Tensor coefficients, str config"
+    f"Tensor targets, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, {_SAVED}, str config"
 )
 
 # `wants`: gradients of anchor, positive, negative, weight, bias.
 COMPOSED = {
-    "cppo_loss": f"({_VIEWS}, {_ROWS}, bool inplace) -> ({_LOSS}, Tensor, Tensor, Tensor, Tensor)",
+    "cppo_loss": f"({_VIEWS}, {_ROWS}, bool inplace) -> ({_LOSS}, {_SAVED})",
     "cppo_loss_backward": f"(Tensor grad_loss, {_VIEWS}, {_GIVEN_BACKWARD}) "
     "-> (Tensor, Tensor, Tensor)",
     "cppo_loss_backward_": "(Tensor grad_loss, Tensor(a!) anchor, Tensor(b!)? positive, "
@@ -93,13 +99,27 @@ COMPOSED = {
     "float temperature, float? softcap) -> (Tensor, Tensor)",
     "linear_token_stats_backward": f"({_STATS_GRADIENTS}, Tensor hidden, {_HEAD}, Tensor targets, "
     "Tensor? mask, float temperature, float? softcap, bool[] wants) -> (Tensor, Tensor, Tensor)",
-    # Then the rows that were multiplied and those that were resident, the coefficients, and with
-    # `resident` the gradients for a unit upstream gradient.
+    # `work` is how many rows were multiplied and how many were resident. With `resident` there
+    # are gradients, for a unit upstream gradient.
     "linear_cppo_loss": f"({_VIEWS}, {_HEAD}, {_ROWS}, float? softcap, bool[] wants, "
-    f"bool resident) -> ({_LOSS}, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool resident) -> ({_LOSS}, Tensor work, Tensor coefficients, {_GRADIENTS})",
     "linear_cppo_loss_backward": f"(Tensor grad_loss, {_VIEWS}, {_HEAD}, Tensor targets, "
     "Tensor advantages, Tensor? cu_seqlens, Tensor coefficients, str config, float? softcap, "
-    "bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool[] wants) -> ({_GRADIENTS})",
+}
+
+
+def _record(op: str, text: str) -> Any:
+    return namedtuple(op, [part.split(" ")[-1] for part in text.strip("()").split(", ")])  # noqa: PYI024
+
+
+# Arguments of every op, and results of those that name them, as records: nothing below reads them
+# by position.
+ARGUMENTS = {
+    op: _record(op, schema.split(" -> ")[0]) for op, schema in (PRIMITIVES | COMPOSED).items()
+}
+RESULTS = {
+    op: _record(op, COMPOSED[op].split(" -> ")[1]) for op in ("cppo_loss", "linear_cppo_loss")
 }
 
 

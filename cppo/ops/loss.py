@@ -24,12 +24,12 @@ from cppo.ops.checks import (
     check_targets,
     check_tensor,
     check_vector,
-    checked_inplace,
     checked_mask,
     checked_scale,
     may_read,
     to,
 )
+from cppo.ops.memory import checked_inplace
 from cppo.ops.sharded import gathered
 from cppo.records import LossOutput, NumItems, Views
 
@@ -215,11 +215,9 @@ def cppo_loss(
         num_items: what the policy terms are divided by instead of this batch's own count, > 0;
             or a `NumItems`, so that the losses of the parts of a batch add up to the whole's.
         config: every coefficient.
-        inplace: lets the backward write the gradients into the logits instead of new memory, and
-            bump their version: who still needs their values gets autograd's error. Backends that
-            have no use for it, and torch.compile, ignore it. (New memory of 4 MiB or more is kept
-            for the next call on a CPU with Linux, which takes it when it runs short;
-            `torch.ops.cppo.empty_cache()` gives it back.)
+        inplace: write the gradients into `logits`. Their version counter is bumped, so that
+            autograd raises if anything else still needs the values. Ignored by "reference" and
+            under torch.compile.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
     Returns: a `LossOutput`. The loss is exactly 0, and attached, where nothing counts.
     Raises:

@@ -20,12 +20,10 @@ from torch import Tensor
 import cppo
 from cppo import LossConfig, backends
 from cppo.fused.denominators import denominators
-from cppo.fused.schema import as_text
 from cppo.testing import make_inputs
 
 # A shorter tensor fits too: another batch, other units, other places.
 MAY_BE_SHORTER = {
-    ("row_power", "t"),
     ("pack_sizes", "kept"),
     ("unpack", "target_index"),
     ("gather_tokens", "target_index"),
@@ -65,7 +63,7 @@ def calls(namespace: str) -> dict[str, tuple[Any, ...]]:
         config = LossConfig(divergence=divergence, kl_coef=0.1, cpl_coef=0.5)
         by = denominators(targets, mask, bounds, None, config)
         of_rows = (targets, *of_completions)
-        loss = (*views, *of_rows, by.values, True, as_text(config), False)
+        loss = (*views, *of_rows, by.values, True, config.temperature, config.text, False)
         found[f"cppo_loss {divergence}"] = loss
         kept = ops.cppo_loss(*loss)[6:]
         backward = (
@@ -76,13 +74,13 @@ def calls(namespace: str) -> dict[str, tuple[Any, ...]]:
             mask,
             bounds,
             *kept,
-            as_text(config),
+            config.temperature, config.text,
         )
         found[f"cppo_loss_backward {divergence}"] = backward
         found[f"cppo_loss_backward_ {divergence}"] = backward
         margin = logps if divergence == "full" else None
         terms = (logps, entropy, logps - 0.1, logps - 0.2, margin, mask, *of_completions)
-        found[f"loss_terms {divergence}"] = (*terms, by.values, as_text(config))
+        found[f"loss_terms {divergence}"] = (*terms, by.values, config.text)
     if namespace == "cppo":
         found |= extension_calls(ops) | head_calls(ops)
     return found
@@ -98,7 +96,7 @@ def head_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
     config = LossConfig(kl_coef=0.1, cpl_coef=0.5)
     by = denominators(targets, mask, bounds, None, config)
     head, wants = (weight, bias), [True] * 5
-    rows = (targets, advantages, logps, logps, mask, bounds, by.values, False, as_text(config))
+    rows = (targets, advantages, logps, logps, mask, bounds, by.values, False, config.temperature, config.text)
     loss = (*views, *head, *rows, 30.0, wants)
     coefficients = ops.linear_cppo_loss(*loss, False)[7]
     backward = (torch.ones(()), *views, *head, targets, advantages, bounds, coefficients)
@@ -108,7 +106,7 @@ def head_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
         "linear_token_stats_backward": (logps, logps, *stats, [True] * 3),
         "linear_cppo_loss": (*loss, False),
         "linear_cppo_loss resident": (*loss, True),
-        "linear_cppo_loss_backward": (*backward, as_text(config), 30.0, wants),
+        "linear_cppo_loss_backward": (*backward, config.temperature, config.text, 30.0, wants),
     }
 
 
@@ -141,7 +139,6 @@ def extension_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
         "unpack": ([torch.randn(6), torch.randn(6)], index, 2, 6),
         "gather_tokens": ([whole, whole.double()], index),
         "row_capability": (),
-        "row_power": (torch.randn(7),),
     }
 
 

@@ -54,7 +54,7 @@ CPU_SOURCES = (
     "csrc/cpu/unpack.cpp",
 )
 CUDA_SOURCES = ("csrc/cuda/advantages_and_prune.cu", "csrc/cuda/pack_completions.cu")
-CUDA_TABLE = "csrc/cuda/cuda.cpp"
+CUDA_MODULE = "csrc/cuda/cuda.cpp"
 # No contraction: the CPU and the CUDA kernel round alike.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
 # The row kernels choose their instruction set at run time, and want multiply-adds contracted.
@@ -190,7 +190,7 @@ def plan() -> tuple[list[Extension], dict]:
         info["cuda_archs"] = cuda_archs(nvcc)
         info["nvcc"] = first_line([nvcc, "--version"])
         stable["define_macros"] = [*stable["define_macros"], ("USE_CUDA", "1")]
-        cuda = Extension("cppo._cuda", [CUDA_TABLE], libraries=["torch_cpu", "torch"], **stable)
+        cuda = Extension("cppo._cuda", [CUDA_MODULE], libraries=["torch_cpu", "torch"], **stable)
         cuda.nvcc, cuda.archs = nvcc, info["cuda_archs"]
         # The CPU build of torch has no torch_cuda to link; the kernels still compile and link.
         cuda.libraries += ["torch_cuda"] if (folder / "lib" / "libtorch_cuda.so").exists() else []

@@ -14,10 +14,9 @@
 #include <cuda_runtime.h>
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "check.h"
-#include "ops.h"
 #include "parse.h"
 
 namespace cppo::cuda {
@@ -188,8 +187,6 @@ Args advantage_args(const char* op, const Tensor& rewards, const Tensor& exact,
   return args;
 }
 
-}  // namespace
-
 Tensor group_advantages(Tensor rewards, int64_t group_size, std::string scale, double eps) {
   const char* op = "group_advantages";
   const Tensor exact = dense(rewards, ScalarType::Double);
@@ -227,4 +224,11 @@ std::tuple<Tensor, Tensor> advantages_and_prune(Tensor rewards, int64_t group_si
   return {advantages, kept};
 }
 
+STABLE_TORCH_LIBRARY_IMPL(cppo, CUDA, m) {
+  m.impl("group_advantages", TORCH_BOX(&group_advantages));
+  m.impl("prune_completions", TORCH_BOX(&prune_completions));
+  m.impl("advantages_and_prune", TORCH_BOX(&advantages_and_prune));
+}
+
+}  // namespace
 }  // namespace cppo::cuda

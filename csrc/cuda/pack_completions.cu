@@ -9,10 +9,10 @@
 #include <cuda_runtime.h>
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "check.h"
-#include "ops.h"
 #include "pack_kernels.cuh"
 
 namespace cppo::cuda {
@@ -124,8 +124,6 @@ std::vector<Tensor> moved(const char* op, const Moves& moves, const Tensor& targ
   return moves.outputs;
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor> pack_sizes(Tensor attention_mask, Tensor completion_mask,
                                               Tensor kept) {
   check_dim(kOp, "attention_mask", attention_mask, 2);
@@ -152,6 +150,8 @@ std::tuple<Tensor, Tensor, Tensor> pack_sizes(Tensor attention_mask, Tensor comp
   Launch::check(kOp);
   return {cu_seqlens, row_cu_seqlens, sizes};
 }
+
+using Packed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 Packed pack_completions(Tensor input_ids, Tensor attention_mask, Tensor completion_mask,
                         Tensor kept, Tensor cu_seqlens, Tensor row_cu_seqlens,
@@ -226,4 +226,12 @@ std::vector<Tensor> gather_tokens(std::vector<Tensor> values, Tensor target_inde
   return moved<false>(op, moves, target_index, values.empty() ? 0 : values.front().numel());
 }
 
+STABLE_TORCH_LIBRARY_IMPL(cppo, CUDA, m) {
+  m.impl("pack_sizes", TORCH_BOX(&pack_sizes));
+  m.impl("pack_completions", TORCH_BOX(&pack_completions));
+  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("gather_tokens", TORCH_BOX(&gather_tokens));
+}
+
+}  // namespace
 }  // namespace cppo::cuda

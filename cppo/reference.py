@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -655,8 +656,10 @@ def linear_cppo_loss(
     num_items: int | float | Tensor | NumItems | None = None,
     config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
     softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> LossOutput:
-    """`cppo_loss` of z = hidden @ weight^T + bias, or of softcap * tanh(z / softcap)."""
+    """`cppo_loss` of logit_scale * z, with z = hidden @ weight^T + bias, capped by softcap."""
+    config = replace(config, temperature=config.temperature / logit_scale)
     return _cppo_loss(
         lambda rows: _linear(rows, weight, bias, softcap),
         _as_views(hidden),

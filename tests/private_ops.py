@@ -74,7 +74,8 @@ def calls(namespace: str) -> dict[str, tuple[Any, ...]]:
             mask,
             bounds,
             *kept,
-            config.temperature, config.text,
+            config.temperature,
+            config.text,
         )
         found[f"cppo_loss_backward {divergence}"] = backward
         found[f"cppo_loss_backward_ {divergence}"] = backward
@@ -96,8 +97,8 @@ def head_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
     config = LossConfig(kl_coef=0.1, cpl_coef=0.5)
     by = denominators(targets, mask, bounds, None, config)
     head, wants = (weight, bias), [True] * 5
-    rows = (targets, advantages, logps, logps, mask, bounds, by.values, False, config.temperature, config.text)
-    loss = (*views, *head, *rows, 30.0, wants)
+    options = (by.values, False, 1.0, config.text, 30.0, wants)
+    loss = (*views, *head, targets, advantages, logps, logps, mask, bounds, *options)
     coefficients = ops.linear_cppo_loss(*loss, False)[7]
     backward = (torch.ones(()), *views, *head, targets, advantages, bounds, coefficients)
     stats = (views.anchor, *head, targets, mask, 0.7, 30.0)
@@ -106,7 +107,7 @@ def head_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
         "linear_token_stats_backward": (logps, logps, *stats, [True] * 3),
         "linear_cppo_loss": (*loss, False),
         "linear_cppo_loss resident": (*loss, True),
-        "linear_cppo_loss_backward": (*backward, config.temperature, config.text, 30.0, wants),
+        "linear_cppo_loss_backward": (*backward, 1.0, config.text, 30.0, wants),
     }
 
 

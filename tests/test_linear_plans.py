@@ -12,7 +12,7 @@ import cppo
 from cppo import LossConfig, NumItems, Views, backends
 from cppo.fused import head, linear
 from cppo.fused.denominators import denominators
-from cppo.fused.schema import PRIMITIVES, as_text
+from cppo.fused.schema import ARGUMENTS, PRIMITIVES
 from cppo.testing import assert_op_as_accurate, evaluate, in_fp64, make_inputs
 
 FUSED = [name for name in backends.available("linear_cppo_loss") if name != "reference"]
@@ -124,7 +124,7 @@ def test_opcheck(config, backend, softcap):
     views = [view.requires_grad_() for view in inputs["hidden"]]
     rows = [inputs[name] for name in ("targets", "advantages", "old_logps", "ref_logps")]
     by = denominators(rows[0], None, inputs["cu_seqlens"], None, config)
-    options = (by.values, by.per_selected, as_text(config), softcap, [True] * 5)
+    options = (by.values, by.per_selected, config.temperature, config.text, softcap, [True] * 5)
     arguments = (*views, *heads, *rows, None, inputs["cu_seqlens"], *options)
     for resident in (False, True) if config.cpl_reduction == "sequence" else (False,):
         op = _ops(backend).linear_cppo_loss.default
@@ -170,9 +170,10 @@ def test_the_host_waits_once_and_twice_a_group(layout, monkeypatch):
         monkeypatch.setitem(head.TILE_BYTES, "cpu", rows_per_tile * 37 * 4)
         config = CONFIGS[plan]
         by = denominators(rows[0], rows[4], rows[5], None, config)
-        options = (by.values, by.per_selected, as_text(config), None, [True] * 5)
+        options = (by.values, by.per_selected, config.temperature, config.text, None, [True] * 5)
         with _Waits(monkeypatch) as mode:
-            linear.linear_cppo_loss(kernels, *given, *options, plan == "resident")
+            arguments = ARGUMENTS["linear_cppo_loss"](*given, *options, plan == "resident")
+            linear.linear_cppo_loss(kernels, arguments)
         return mode.count
 
     # Completions of 5, 2, 7, 0, 3 and 4 rows, of which 5, 7 and 0 count twice.

@@ -126,7 +126,7 @@ def _cppo_loss(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
     def setup(ctx, given, output):
-        ctx.config, ctx.inplace = given.config, given.inplace
+        ctx.options, ctx.inplace = (given.temperature, given.config), given.inplace
         ctx.mark_non_differentiable(*output[1:])
         views = (given.anchor, given.positive, given.negative)
         rows = (given.targets, given.advantages, given.mask, given.cu_seqlens)
@@ -135,13 +135,14 @@ def _cppo_loss(namespace: str) -> None:
         ctx.save_for_backward(*views, *rows, *saved, kept.coefficients)
 
     def backward(ctx, grad_loss, *_):
-        anchor, *perturbed = ctx.saved_tensors[:3]
+        anchor, positive, negative, *rows = ctx.saved_tensors
+        perturbed = [positive, negative]
         wants = ctx.needs_input_grad[:3]
-        if from_text(ctx.config).divergence != "full":
+        if from_text(ctx.options[1]).divergence != "full":
             # A view on its own is differentiated on its own.
             perturbed = _wanted(perturbed, wants[1:])
         views = (anchor, *perturbed)
-        arguments = (grad_loss, *views, *ctx.saved_tensors[3:], ctx.config)
+        arguments = (grad_loss, *views, *rows, *ctx.options)
         if not ctx.inplace:
             return _wanted(ops.cppo_loss_backward(*arguments), wants)
         ops.cppo_loss_backward_(*arguments)
@@ -173,7 +174,8 @@ def _linear_cppo_loss(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
     def setup(ctx, given, output):
-        ctx.options, ctx.wants = (given.config, given.softcap), given.wants
+        ctx.options = (given.temperature, given.config, given.softcap)
+        ctx.wants = given.wants
         ctx.mark_non_differentiable(*output[1:])
         ctx.resident, ctx.dtype = given.resident, given.anchor.dtype
         inputs = (given.anchor, given.positive, given.negative, given.weight, given.bias)

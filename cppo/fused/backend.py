@@ -15,7 +15,7 @@ from cppo.fused import autograd, linear, loss
 from cppo.fused.checks import checked
 from cppo.fused.denominators import Denominators, denominators
 from cppo.fused.fakes import fake
-from cppo.fused.schema import ARGUMENTS, COMPOSED, PRIMITIVES, RESULTS, TERMS, as_text
+from cppo.fused.schema import ARGUMENTS, COMPOSED, PRIMITIVES, RESULTS, TERMS
 from cppo.ops.checks import under_transform
 from cppo.records import LossOutput, NumItems, TokenStats, Views
 
@@ -132,7 +132,7 @@ class Backend:
     ) -> LossOutput:
         by = denominators(targets, mask, cu_seqlens, num_items, config)
         rows = (targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
-        options = (by.values, by.per_selected, as_text(config), inplace)
+        options = (by.values, by.per_selected, config.temperature, config.text, inplace)
         found = RESULTS["cppo_loss"](*self._ops.cppo_loss(*views, *rows, *options))
         metrics = _metrics(found, views, ref_logps, by)
         return LossOutput(*found[:4], metrics)
@@ -151,6 +151,7 @@ class Backend:
         num_items: float | Tensor | NumItems | None = None,
         config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
         softcap: float | None = None,
+        logit_scale: float = 1.0,
     ) -> LossOutput:
         inputs = (*views, weight, bias)
         # The tensors of torch.func do not say what those in them require: the backward knows.
@@ -159,13 +160,14 @@ class Backend:
             torch.is_grad_enabled() and value is not None and (value.requires_grad or not known)
             for value in inputs
         ]
+        temperature = config.temperature / logit_scale
         by = denominators(targets, mask, cu_seqlens, num_items, config)
         # Three views at once are too many for tiles that stay, and a loss of which the denominator
         # is counted on the way is known when the last tile is gone.
         waits = by.per_selected and views.positive is not None
         resident = known and any(wants) and config.divergence != "full" and not waits
         rows = (targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
-        options = (by.values, by.per_selected, as_text(config), softcap, wants, resident)
+        options = (by.values, by.per_selected, temperature, config.text, softcap, wants, resident)
         found = RESULTS["linear_cppo_loss"](*self._ops.linear_cppo_loss(*inputs, *rows, *options))
         metrics = _metrics(found, views, ref_logps, by)
         # Divided by the rows that count they are GEMM units, and the share that was resident.

@@ -26,7 +26,8 @@ def _like(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
 
 def token_stats(logits, targets, mask, places, temperature, inplace):
     shape = targets.shape
-    return _new(logits, *shape), _new(logits, *shape), _new(logits, len(SAVED), shape.numel())
+    saved = _new(logits, len(SAVED), targets.numel())
+    return _new(logits, *shape), _new(logits, *shape), saved
 
 
 def token_stats_backward(grad_logps, grad_entropy, logits, *rest):

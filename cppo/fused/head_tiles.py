@@ -215,7 +215,7 @@ class HeadTiles:
         """As of `cppo.fused.loss.Tiles`; what the backward needs stays with the tile."""
         index, rows = self._index(view, where), len(self.batch.targets)
         dtype = self.hidden.head.accumulator
-        logps, entropy = self.batch.targets.new_zeros((2, rows), dtype=dtype)
+        logps, entropy = (self.batch.targets.new_zeros(rows, dtype=dtype) for _ in range(2))
         for some in self._pieces(index):
             tile = self.hidden.tile([Rows(view, some)], self._first)
             logps[some], entropy[some] = self._token_stats(tile)

@@ -79,7 +79,7 @@ def linear_cppo_loss(kernels: Any, given: Any) -> Any:
     hidden = _hidden(head, views, batch, given.wants)
     found, num_resident = [], 0
     for part, first, sizes, fits in _parts(batch, head.rows_per_tile if given.resident else None):
-        tiles = HeadTiles(kernels, hidden, part, first, sizes, config.temperature, keeps=fits)
+        tiles = HeadTiles(kernels, hidden, part, first, sizes, given.temperature, keeps=fits)
         found.append(terms(kernels, tiles, given.denominators, given.per_selected, config))
         if given.resident:
             tiles.backward(found[-1].coefficients)
@@ -131,7 +131,7 @@ def linear_cppo_loss_backward(kernels: Any, given: Any) -> Any:
     batch = batch_of(given, config, views)
     head = Head(given.weight, given.bias, given.softcap, *given.wants[3:])
     hidden = _hidden(head, views, batch, given.wants)
-    tiles = HeadTiles(kernels, hidden, batch, 0, (0, 0), config.temperature)
+    tiles = HeadTiles(kernels, hidden, batch, 0, (0, 0), given.temperature)
     full = config.divergence == "full" and views.positive is not None
     tiles.backward(given.coefficients * given.grad_loss, full, config.detach_anchor)
     inputs = (*views, given.weight, given.bias)

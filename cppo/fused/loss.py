@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cppo.config import LossConfig
 from cppo.fused.batch import ANCHOR, NEGATIVE, POSITIVE, Batch, make_batch
-from cppo.fused.schema import CONTRASTS, as_text, from_text
+from cppo.fused.schema import CONTRASTS, from_text
 from cppo.records import Views
 
 # Rows of the coefficients that belong to a view: the derivatives by its logps and by its entropy.
@@ -107,7 +107,7 @@ def terms(
         batch.mask,
         batch.cu_seqlens,
         denominators,
-        as_text(config),
+        config.text,
     )
     saved = anchor.saved, positive.saved if contrasts is None else contrasts, negative.saved
     return Terms(loss, metrics, coefficients, anchor.logps, anchor.entropy, selected, saved)
@@ -172,7 +172,7 @@ def cppo_loss(kernels: Any, given: Any) -> Any:
     """The op of this name; given: its `ARGUMENTS`."""
     config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
     batch = batch_of(given, config, views, given.old_logps, given.ref_logps)
-    tiles = GivenTiles(kernels, views, batch, config.temperature)
+    tiles = GivenTiles(kernels, views, batch, given.temperature)
     found = terms(kernels, tiles, given.denominators, given.per_selected, config)
     saved = (views.anchor.new_empty(0) if kept is None else kept for kept in found.saved)
     return *outputs(batch, given.targets.shape, found), *saved, found.coefficients
@@ -199,7 +199,7 @@ def cppo_loss_backward(kernels: Any, inplace: bool, given: Any) -> Any:
             given.saved_anchor,
             given.saved_positive,
             coefficients,
-            config.temperature,
+            given.temperature,
             config.detach_anchor,
         )
     gradients = []
@@ -217,7 +217,7 @@ def cppo_loss_backward(kernels: Any, inplace: bool, given: Any) -> Any:
             batch.mask if view == ANCHOR else batch.gated,
             places[view],
             saved[view],
-            config.temperature,
+            given.temperature,
         )
         gradients.append(gradient)
     return None if inplace else tuple(gradients)

@@ -12,6 +12,9 @@ kernels. A backend is its primitives; everything else is composed of them in Pyt
 
 T rows of logits, one per token; B completions. Per-row tensors are fp32 (fp64 for fp64 logits).
 
+The options of the loss are one argument, `LossConfig.text`: "temperature=1.0 clip_low=0.2 ...".
+The temperature of the logits is an argument of its own: that of a scaled head is another one.
+
 A perturbed view of logits may hold the rows of gated completions alone. `places` (T,) int64 says
 where row i of the batch lies in it; a row without a place is never named by a mask.
 """
@@ -19,7 +22,6 @@ where row i of the batch lies in it; a row without a place is never named by a m
 from __future__ import annotations
 
 from collections import namedtuple
-from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
@@ -75,7 +77,8 @@ _VIEWS = "Tensor anchor, Tensor? positive, Tensor? negative"
 _HEAD = "Tensor weight, Tensor? bias"
 _ROWS = (
     "Tensor targets, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? mask, "
-    "Tensor? cu_seqlens, Tensor denominators, bool per_selected, str config"
+    "Tensor? cu_seqlens, Tensor denominators, bool per_selected, float temperature, "
+    "str config"
 )
 # `metrics` are TERMS; `counts` are the numbers of selected and of gated rows.
 _LOSS = "Tensor loss, Tensor logps, Tensor entropy, Tensor selected, Tensor metrics, Tensor counts"
@@ -85,7 +88,8 @@ _GRADIENTS = (
     "Tensor grad_bias"
 )
 _GIVEN_BACKWARD = (
-    f"Tensor targets, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, {_SAVED}, str config"
+    f"Tensor targets, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, {_SAVED}, "
+    "float temperature, str config"
 )
 
 # `wants`: gradients of anchor, positive, negative, weight, bias.
@@ -104,8 +108,8 @@ COMPOSED = {
     "linear_cppo_loss": f"({_VIEWS}, {_HEAD}, {_ROWS}, float? softcap, bool[] wants, "
     f"bool resident) -> ({_LOSS}, Tensor work, Tensor coefficients, {_GRADIENTS})",
     "linear_cppo_loss_backward": f"(Tensor grad_loss, {_VIEWS}, {_HEAD}, Tensor targets, "
-    "Tensor advantages, Tensor? cu_seqlens, Tensor coefficients, str config, float? softcap, "
-    f"bool[] wants) -> ({_GRADIENTS})",
+    "Tensor advantages, Tensor? cu_seqlens, Tensor coefficients, float temperature, str config, "
+    f"float? softcap, bool[] wants) -> ({_GRADIENTS})",
 }
 
 
@@ -124,14 +128,8 @@ RESULTS = {
 
 
 @lru_cache(maxsize=256)
-def as_text(config: LossConfig) -> str:
-    """A `LossConfig` as the one argument of a schema: "temperature=1.0 clip_low=0.2 ..."."""
-    return " ".join(f"{field.name}={getattr(config, field.name)}" for field in fields(config))
-
-
-@lru_cache(maxsize=256)
 def from_text(text: str) -> LossConfig:
-    """The `LossConfig` that `as_text` wrote."""
+    """The `LossConfig` of a `LossConfig.text`."""
     try:
         pairs = (pair.split("=") for pair in text.split(" "))
         return LossConfig(**{name: _value(value) for name, value in pairs})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -294,7 +293,6 @@ def linear_cppo_loss(
     _check_views(op, "hidden", views, rows, config)
     _check_num_items(op, num_items, rows, config)
     scale, softcap = checked_scale(op, logit_scale, softcap)
-    config = dataclasses.replace(config, temperature=config.temperature / scale)
     home = views.anchor.device
     dtype = autocast_dtype(home)
     views = Views(*cast(dtype, *views))
@@ -304,7 +302,7 @@ def linear_cppo_loss(
         implementation = backends.pick(op, weight, backend)
         views, rows = Views(*to(weight.device, *views)), _Rows(*to(weight.device, *rows))
         output = implementation.linear_cppo_loss(
-            views, weight, *rows[:2], bias, *rows[2:], num_items, config, softcap
+            views, weight, *rows[:2], bias, *rows[2:], num_items, config, softcap, scale
         )
     metrics = {name: value.to(home) for name, value in output.metrics.items()}
     loss, logps, entropy, selected = to(home, *output[:4])

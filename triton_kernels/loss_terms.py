@@ -28,50 +28,47 @@ from cppo.triton_kernels.rows import as_scalar
 # Rows per step of a program: two per thread, so that the sums stay in registers.
 BLOCK = 512
 CHUNK = 1024
-# What is summed over rows: the loss without the contrastive term, the metrics, and that term.
-NUM_SUMS = tl.constexpr(6)
+NUM_TERMS = tl.constexpr(len(TERMS))
+
+
+@triton.jit
+def _named(mask_ptr, row, end):
+    """The rows before `end` that a mask names; all of them without one."""
+    named = row < end
+    if mask_ptr is not None:
+        named = named & (tl.load(mask_ptr + row, named, 0) != 0)
+    return named
 
 
 @triton.jit
 def _count(mask_ptr, start, end, BLOCK: tl.constexpr):
-    """How many rows of a completion a mask names."""
+    """How many rows of a completion a mask names, at least 1, in fp64."""
     column = tl.arange(0, BLOCK)
     count = tl.zeros((BLOCK,), tl.int32)
     for first in range(start, end, BLOCK):
-        row = first + column
-        count += (tl.load(mask_ptr + row, row < end, 0) != 0).to(tl.int32)
-    return tl.sum(count, 0)
+        count += _named(mask_ptr, first + column, end).to(tl.int32)
+    return tl.maximum(tl.sum(count, 0), 1).to(tl.float64)
 
 
 @triton.jit
-def _load(ptr, row, valid, other, ACC: tl.constexpr):
-    """A statistic of the rows that count, in the dtype ACC; `other` where there is none."""
-    if ptr is not None:
-        return tl.load(ptr + row, valid, 0.0).to(ACC)
+def _old_logp(old_logps_ptr, row, valid, logp):
+    """The logp of the policy that sampled: this one, where nothing else is known."""
+    if old_logps_ptr is not None:
+        return tl.load(old_logps_ptr + row, valid, 0.0).to(logp.dtype)
     else:
-        return other
+        return logp
 
 
 @triton.jit
-def _valid_rows(mask_ptr, row, end):
-    valid = row < end
-    if mask_ptr is not None:
-        valid = valid & (tl.load(mask_ptr + row, valid, 0) != 0)
-    return valid
-
-
-@triton.jit
-def _mean_log_ratio(
-    logps_ptr, old_logps_ptr, mask_ptr, start, end, count, ACC: tl.constexpr, BLOCK: tl.constexpr
-):
+def _mean_log_ratio(logps_ptr, old_logps_ptr, mask_ptr, start, end, count, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(start, end, BLOCK):
         row = first + column
-        valid = _valid_rows(mask_ptr, row, end)
+        valid = _named(mask_ptr, row, end)
         logp = tl.load(logps_ptr + row, valid, 0.0)
-        total += (logp - _load(old_logps_ptr, row, valid, logp, ACC)).to(tl.float64)
-    return (tl.sum(total, 0) / tl.maximum(count, 1).to(tl.float64)).to(ACC)
+        total += (logp - _old_logp(old_logps_ptr, row, valid, logp)).to(tl.float64)
+    return tl.sum(total, 0) / count
 
 
 @triton.jit
@@ -189,28 +186,24 @@ def _loss_kernel(
     completion = tl.program_id(0)
     start = tl.load(cu_seqlens_ptr + completion).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + completion + 1).to(tl.int64)
-    count = end - start
-    if mask_ptr is not None:
-        count = _count(mask_ptr, start, end, BLOCK).to(tl.int64)
+    count = _count(mask_ptr, start, end, BLOCK)
     # Of a row in the sum over its completion, and of that sum.
     share = tl.full((), 1.0, tl.float64)
     if REDUCTION == "grpo":
-        share = 1.0 / tl.maximum(count, 1).to(tl.float64)
+        share = 1.0 / count
     weight = (share / tl.load(denominators_ptr)).to(ACC)
     cpl_share = tl.full((), 1.0, tl.float64)
     if CPL_REDUCTION == "sequence" and positive_ptr is not None:
-        num_selected = _count(selected_ptr, start, end, BLOCK)
-        cpl_share = 1.0 / tl.maximum(num_selected, 1).to(tl.float64)
+        cpl_share = 1.0 / _count(selected_ptr, start, end, BLOCK)
     cpl_weight = (cpl_share / tl.load(denominators_ptr + 1) * cpl_coef / tau).to(ACC)
 
     advantage = tl.zeros((BLOCK,), ACC) + tl.load(advantages_ptr + completion).to(ACC)
-    mean_log_ratio = tl.full((), 0.0, ACC)
+    mean_log_ratio = tl.full((), 0.0, tl.float64)
     if IMPORTANCE == "sequence":
         mean_log_ratio = _mean_log_ratio(
-            logps_ptr, old_logps_ptr, mask_ptr, start, end, count, ACC, BLOCK
+            logps_ptr, old_logps_ptr, mask_ptr, start, end, count, BLOCK
         )
     column = tl.arange(0, BLOCK)
-    sum_loss = tl.zeros((BLOCK,), tl.float64)
     sum_policy = tl.zeros((BLOCK,), tl.float64)
     sum_entropy = tl.zeros((BLOCK,), tl.float64)
     sum_clipped = tl.zeros((BLOCK,), tl.float64)
@@ -219,25 +212,19 @@ def _loss_kernel(
     for first in range(start, end, BLOCK):
         row = first + column
         inside = row < end
-        valid = _valid_rows(mask_ptr, row, end)
+        valid = _named(mask_ptr, row, end)
         logp = tl.load(logps_ptr + row, valid, 0.0)
         entropy = tl.load(entropy_ptr + row, valid, 0.0)
-        log_ratio = logp - _load(old_logps_ptr, row, valid, logp, ACC)
+        log_ratio = logp - _old_logp(old_logps_ptr, row, valid, logp)
         if IMPORTANCE == "sequence":
-            log_ratio = tl.zeros((BLOCK,), ACC) + mean_log_ratio
+            log_ratio = tl.zeros((BLOCK,), ACC) + mean_log_ratio.to(ACC)
         bound = dual_clip if HAS_DUAL_CLIP else None
         policy, d_logp, clipped = _policy(log_ratio, advantage, clip_low, clip_high, bound)
-        loss = policy
-        # An infinite entropy must not become 0 * inf where there is no entropy term.
-        if entropy_coef != 0:
-            loss -= entropy * as_scalar(entropy_coef, ACC)
         if ref_logps_ptr is not None:
-            ref = _load(ref_logps_ptr, row, valid, logp, ACC)
+            ref = tl.load(ref_logps_ptr + row, valid, 0.0).to(ACC)
             kl, slope = _k3(ref, logp, as_scalar(kl_clamp, ACC))
-            loss += kl * as_scalar(kl_coef, ACC)
             d_logp -= slope * as_scalar(kl_coef, ACC)
             sum_kl += _where(valid, kl)
-        sum_loss += _where(valid, loss)
         sum_policy += _where(valid, policy)
         sum_entropy += _where(valid, entropy)
         sum_clipped += _where(valid & clipped, 1.0)
@@ -246,7 +233,7 @@ def _loss_kernel(
         d_positive = tl.zeros((BLOCK,), ACC)
         d_negative = tl.zeros((BLOCK,), ACC)
         if positive_ptr is not None:
-            selected = valid & (tl.load(selected_ptr + row, inside, 0) != 0)
+            selected = valid & _named(selected_ptr, row, end)
             statistics = (positive_ptr, negative_ptr)
             cpl, d_positive, d_negative, d_anchor = _contrast(
                 statistics, row, selected, logp, as_scalar(tau, ACC), cpl_weight, DIVERGENCE
@@ -262,22 +249,23 @@ def _loss_kernel(
         tl.store(coefficients_ptr + 2 * num_rows + row, d_positive, inside)
         tl.store(coefficients_ptr + 3 * num_rows + row, d_negative, inside)
 
-    at = sums_ptr + completion * NUM_SUMS
-    tl.store(at, tl.sum(sum_loss, 0) * share)
-    tl.store(at + 1, tl.sum(sum_policy, 0) * share)
-    tl.store(at + 2, tl.sum(sum_entropy, 0) * share)
-    tl.store(at + 3, tl.sum(sum_clipped, 0) * share)
-    tl.store(at + 4, tl.sum(sum_kl, 0) * share)
-    tl.store(at + 5, tl.sum(sum_cpl, 0) * cpl_share)
+    # In the order of TERMS.
+    at = sums_ptr + completion * NUM_TERMS
+    tl.store(at, tl.sum(sum_policy, 0) * share)
+    tl.store(at + 1, tl.sum(sum_entropy, 0) * share)
+    tl.store(at + 2, tl.sum(sum_clipped, 0) * share)
+    tl.store(at + 3, tl.sum(sum_kl, 0) * share)
+    tl.store(at + 4, tl.sum(sum_cpl, 0) * cpl_share)
 
 
 @triton.jit
-def _over_completions(sums_ptr, which, num_completions, CHUNK: tl.constexpr):
+def _term(sums_ptr, which, num_completions, CHUNK: tl.constexpr):
+    """The sum of a term over completions."""
     column = tl.arange(0, CHUNK)
     total = tl.zeros((CHUNK,), tl.float64)
     for first in range(0, num_completions, CHUNK):
         at = first + column
-        total += tl.load(sums_ptr + at * NUM_SUMS + which, at < num_completions, 0.0)
+        total += tl.load(sums_ptr + at * NUM_TERMS + which, at < num_completions, 0.0)
     return tl.sum(total, 0)
 
 
@@ -288,19 +276,28 @@ def _finish_kernel(
     loss_ptr,
     metrics_ptr,
     num_completions: tl.int32,
+    kl_coef: tl.float64,
+    entropy_coef: tl.float64,
     cpl_coef: tl.float64,
     CHUNK: tl.constexpr,
 ):
-    """The sums over completions, in one order: the loss and its terms."""
+    """The loss and its terms: sums over completions, always in the same order."""
     denominator = tl.load(denominators_ptr)
-    loss = _over_completions(sums_ptr, 0, num_completions, CHUNK) / denominator
-    for i in tl.static_range(1, NUM_SUMS - 1):
-        term = _over_completions(sums_ptr, i, num_completions, CHUNK)
-        tl.store(metrics_ptr + i - 1, term / denominator)
-    cpl = _over_completions(sums_ptr, NUM_SUMS - 1, num_completions, CHUNK)
-    cpl = cpl / tl.load(denominators_ptr + 1)
-    tl.store(metrics_ptr + NUM_SUMS - 2, cpl)
-    tl.store(loss_ptr, loss + cpl * cpl_coef)
+    policy = _term(sums_ptr, 0, num_completions, CHUNK) / denominator
+    entropy = _term(sums_ptr, 1, num_completions, CHUNK) / denominator
+    clipped = _term(sums_ptr, 2, num_completions, CHUNK) / denominator
+    kl = _term(sums_ptr, 3, num_completions, CHUNK) / denominator
+    cpl = _term(sums_ptr, 4, num_completions, CHUNK) / tl.load(denominators_ptr + 1)
+    loss = policy + kl_coef * kl + cpl_coef * cpl
+    # An infinite entropy must not become 0 * inf where there is no entropy term.
+    if entropy_coef != 0:
+        loss -= entropy_coef * entropy
+    tl.store(loss_ptr, loss)
+    tl.store(metrics_ptr, policy)
+    tl.store(metrics_ptr + 1, entropy)
+    tl.store(metrics_ptr + 2, clipped)
+    tl.store(metrics_ptr + 3, kl)
+    tl.store(metrics_ptr + 4, cpl)
 
 
 def loss_terms(
@@ -325,7 +322,7 @@ def loss_terms(
         return torch.empty(size, dtype=dtype, device=logps.device)
 
     loss, metrics, coefficients = new(), new(len(TERMS)), new(len(COEFFICIENTS), num_rows)
-    sums = new(num_completions, NUM_SUMS.value, dtype=torch.float64)
+    sums = new(num_completions, NUM_TERMS.value, dtype=torch.float64)
     denominators = denominators.contiguous()
     if num_completions:
         launch(
@@ -372,6 +369,8 @@ def loss_terms(
         loss_ptr=loss,
         metrics_ptr=metrics,
         num_completions=num_completions,
+        kl_coef=options.kl_coef,
+        entropy_coef=options.entropy_coef,
         cpl_coef=options.cpl_coef,
         CHUNK=CHUNK,
     )

@@ -29,7 +29,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from cppo import reference
 from cppo.config import LossConfig
 from cppo.fused import triton as ops
 from cppo.records import Views
@@ -201,11 +200,11 @@ def _full_loss(dtype: torch.dtype, vocabulary: int = VOCABULARY) -> None:
 
 
 def _advantages(dtype: torch.dtype) -> None:
-    rewards = torch.zeros(32, dtype=dtype)
-    keep = reference.kept_per_unit(16, 0.5)
+    rewards = torch.zeros(4096, dtype=dtype)
     ops.advantages_and_prune(rewards, 16, 0.5)
-    ops.prune_completions(rewards, 16, 0.5)
-    assert keep == 8
+    options = {"scale": "batch", "scope": "batch", "prune": "random", "noise": rewards.float()}
+    ops.advantages_and_prune(rewards, 16, 0.5, **options)
+    ops.prune_completions(rewards, 16, 0.5, prune="largest")
 
 
 CASES: dict[str, Callable[[torch.dtype], None]] = {

@@ -80,12 +80,15 @@ def test_the_table_is_complete_and_free_of_spills() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_compiles_for_every_architecture(arch: str, tmp_path: Path) -> None:
     dtype = {"80": "fp16", "90": "bf16", "100": "fp32"}[arch]
-    cases = ("stats split", "loss full split") if arch == "90" else ("loss full",)
+    cases = [
+        "advantages",
+        *(("stats split", "loss full split") if arch == "90" else ("loss full",)),
+    ]
     printed = _python(tmp_path, str(SCRIPT), "--arch", arch, "--dtype", dtype, "--case", *cases)
     rows = list(csv.DictReader(printed.splitlines()))
     assert [row for row in rows if not _is_good(row)] == []
     compiled = {row["kernel"] for row in rows}
-    assert {"contrast_kernel", "contrast_backward_kernel", "loss_kernel"} <= compiled
+    assert {*OTHERS, "contrast_kernel", "contrast_backward_kernel"} <= compiled
     if arch == "90":
         assert {*ROW_KERNELS, *MERGES} <= compiled
 
@@ -98,7 +101,6 @@ import torch
 sys.path.insert(0, sys.argv[1])
 import triton_registers as registers
 from cppo.config import LossConfig
-from cppo.fused.schema import as_text
 from cppo.triton_kernels import PRIMITIVES
 
 
@@ -119,7 +121,7 @@ def step(num_rows, cu_seqlens, config):
     advantages = torch.ones(len(cu_seqlens) - 1)
     rows = (selected, advantages, logps, None, mask, cu_seqlens)
     _, _, coefficients = PRIMITIVES["loss_terms"](
-        logps, entropy, None, None, contrasts[4], *rows, torch.ones(2).double(), as_text(config)
+        logps, entropy, None, None, contrasts[4], *rows, torch.ones(2).double(), config.text
     )
     rows = (targets, *places, saved, contrasts, coefficients, temperature, False)
     PRIMITIVES["contrast_backward"](*views, *rows)

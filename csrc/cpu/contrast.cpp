@@ -1,5 +1,5 @@
-// The contrast over the whole vocabulary on the CPU: KL(anchor || positive) - KL(anchor || negative)
-// of three rows that are read together (specification: cppo/reference.py).
+// The contrast over the whole vocabulary on the CPU, of three rows that are read together:
+// KL(anchor || positive) - KL(anchor || negative) (specification: cppo/reference.py).
 
 #include <array>
 #include <cmath>

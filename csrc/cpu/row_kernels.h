@@ -53,8 +53,6 @@ struct RowKernels {
                             bool past_caches);
   // A row of zeros, past the caches.
   void (*clear)(void* row, int64_t size);
-  double (*load)(const void* row, int64_t index);
-  void (*store)(void* row, int64_t index, double value);
 };
 
 // Those of the instruction set that is chosen, once per process.

@@ -5,9 +5,14 @@
 #include <algorithm>
 #include <cmath>
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 namespace cppo::cpu {
 namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
 Element element_of(const char* op, const char* argument, const Tensor& logits) {
   switch (logits.scalar_type()) {
@@ -73,6 +78,37 @@ void LogitRows::check_like(const char* op, const char* argument, const LogitRows
   CPPO_CHECK(size_ == anchor.size_ && tensor_.scalar_type() == anchor.tensor_.scalar_type(), op,
              argument, " must have the V and dtype of the anchor ", shape_of(anchor.tensor_),
              ", got ", shape_of(tensor_));
+}
+
+double LogitRows::at(int64_t i, int64_t v) const {
+  const void* from = row(i);
+  switch (tensor_.scalar_type()) {
+    case ScalarType::Float:
+      return static_cast<const float*>(from)[v];
+    case ScalarType::Double:
+      return static_cast<const double*>(from)[v];
+    case ScalarType::BFloat16:
+      return static_cast<const BFloat16*>(from)[v];
+    default:
+      return static_cast<const Half*>(from)[v];
+  }
+}
+
+void LogitRows::set(int64_t i, int64_t v, double value) const {
+  void* to = row(i);
+  switch (tensor_.scalar_type()) {
+    case ScalarType::Float:
+      static_cast<float*>(to)[v] = static_cast<float>(value);
+      break;
+    case ScalarType::Double:
+      static_cast<double*>(to)[v] = value;
+      break;
+    case ScalarType::BFloat16:
+      static_cast<BFloat16*>(to)[v] = static_cast<float>(value);
+      break;
+    default:
+      static_cast<Half*>(to)[v] = static_cast<float>(value);
+  }
 }
 
 void LogitRows::clear(int64_t i) const {

@@ -118,8 +118,8 @@ class LogitRows {
   void* row(int64_t i) const {
     return data_ + (i / inner_ * outer_stride_ + i % inner_ * inner_stride_) * element_bytes_;
   }
-  double at(int64_t i, int64_t v) const { return kernels_->load(row(i), v); }
-  void set(int64_t i, int64_t v, double value) const { kernels_->store(row(i), v, value); }
+  double at(int64_t i, int64_t v) const;
+  void set(int64_t i, int64_t v, double value) const;
   void clear(int64_t i) const;
   // Whether the rows are too large to be found in a cache by who reads them next.
   bool past_caches() const { return count_ * size_ * element_bytes_ > kCacheBytes; }

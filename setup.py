@@ -293,6 +293,7 @@ class BuildExt(build_ext):
         built = Path(self.build_temp) / Path(source).with_suffix(".cu.o")
         built.parent.mkdir(parents=True, exist_ok=True)
         options = ["-c", source, "-o", str(built), "-O3", "-std=c++20", "--expt-relaxed-constexpr"]
+        options += ["--fmad=false"]
         options += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
         options += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ext.archs]
         options += [f"-I{folder}" for folder in ext.include_dirs]

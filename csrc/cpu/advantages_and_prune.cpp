@@ -11,31 +11,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "parse.h"
+#include "advantages.h"
 
 namespace cppo::cpu {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-double mean_of(const double* values, int64_t count) {
-  return std::accumulate(values, values + count, 0.0) / static_cast<double>(count);
-}
-
-// With n - 1, as torch.std; two passes, because one pass cancels for large rewards.
-double std_of(const double* values, int64_t count) {
-  const double mean = mean_of(values, count);
-  double sum = 0.0;
-  for (int64_t i = 0; i < count; ++i) sum += (values[i] - mean) * (values[i] - mean);
-  return std::sqrt(sum / static_cast<double>(count - 1));
-}
-
-// Within the rounding error of the mean a difference is zero, and no advantage (equal rewards).
-double mean_error(const double* values, int64_t count) {
-  double largest = 0.0;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(values[i]));
-  return static_cast<double>(count) * 0x1p-52 * largest;
-}
 
 void advantages_into(const double* rewards, float* out, int64_t total, int64_t group_size,
                      Scale scale, double eps) {
@@ -53,17 +34,6 @@ void advantages_into(const double* rewards, float* out, int64_t total, int64_t g
     }
   }
 }
-
-// Larger score first; a NaN counts as the largest, as in torch.sort, so that the order is total.
-struct Better {
-  const double* score;
-  bool operator()(int64_t a, int64_t b) const {
-    const bool nan_a = std::isnan(score[a]), nan_b = std::isnan(score[b]);
-    if (nan_a != nan_b) return nan_a;
-    if (nan_a || score[a] == score[b]) return a < b;
-    return score[a] > score[b];
-  }
-};
 
 struct PruneArgs {
   const char* op;
@@ -102,8 +72,9 @@ Tensor prune(const Tensor& like, const T* advantages, int64_t total, const Prune
   kept.reserve(total / args.unit_size * args.keep);
   for (int64_t first = 0; first < total; first += args.unit_size) {
     std::iota(unit.begin(), unit.end(), first);
-    std::nth_element(unit.begin(), unit.begin() + (args.keep - 1), unit.end(),
-                     Better{score.data()});
+    std::nth_element(
+        unit.begin(), unit.begin() + (args.keep - 1), unit.end(),
+        [&](int64_t a, int64_t b) { return stays_before(score[a], a, score[b], b); });
     std::sort(unit.begin(), unit.begin() + args.keep);
     std::copy_if(unit.begin(), unit.begin() + args.keep, std::back_inserter(kept),
                  [&](int64_t i) { return !args.drop_zero || advantages[i] != 0; });

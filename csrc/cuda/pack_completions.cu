@@ -6,13 +6,10 @@
 #include <tuple>
 #include <vector>
 
-#include <cuda_runtime.h>
-
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "check.h"
+#include "launch.h"
 #include "pack_kernels.cuh"
 
 namespace cppo::cuda {
@@ -23,23 +20,6 @@ using torch::headeronly::ScalarType;
 constexpr const char* kOp = "pack_completions";
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 16;
-
-// The device of a tensor for as long as it lives, and the stream that torch uses there.
-struct Launch {
-  torch::stable::accelerator::DeviceGuard guard;
-  void* stream = nullptr;
-
-  explicit Launch(const Tensor& tensor) : guard(tensor.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  }
-  cudaStream_t on() const { return static_cast<cudaStream_t>(stream); }
-
-  static void check(const char* op) {
-    const cudaError_t error = cudaGetLastError();
-    CPPO_CHECK(error == cudaSuccess, op, "the launch failed: ", cudaGetErrorString(error));
-  }
-};
 
 void check_cuda(const char* op, const char* argument, const Tensor& tensor, const Tensor& like) {
   CPPO_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), op,

@@ -145,9 +145,9 @@ struct Range {
 };
 
 // The term of a lifted depth > -128: 2^-n 2^-f, where f is so small that a polynomial gives 2^-f.
-// What is added to the depth to round it to n leaves n at the end of the mantissa; from there it goes
-// into the exponent. 2^-n of a broken n is one of a few numbers, which a table holds: the finer n is,
-// the shorter the polynomial.
+// What is added to the depth to round it to n leaves n at the end of the mantissa; from there it
+// goes into the exponent. 2^-n of a broken n is one of a few numbers, which a table holds: the finer
+// n is, the shorter the polynomial.
 #if CPPO_LANE_BYTES == 64
 // n in parts of 32. At most 1.9 ulp.
 inline Lanes<float> term(Lanes<float> depth) {
@@ -210,8 +210,8 @@ inline Lanes<double> term(Lanes<double> depth) {
 }
 
 // A store. Past the caches, where the machine can, a line is written without being read before: a
-// third of the traffic of a gradient. `to` is aligned then, and `settle` comes before another thread
-// may read.
+// third of the traffic of a gradient. `to` is aligned then, and `settle` comes before another
+// thread may read.
 template <bool kPastCaches, class Lane>
 inline void store(void* to, Lane x) {
 #if defined(__SSE2__)

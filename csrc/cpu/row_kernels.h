@@ -1,9 +1,9 @@
 // What the CPU computes on one row of V logits, in the instruction set of the machine.
 //
-// A row is z / temperature; with a reference m (a logit, the largest or one at most 4 below it in x),
-// x = (z - m) / temperature and s = sum e^x it is described by (m, s, mean = sum e^x x / s), from
-// which lse = m / temperature + ln s and H = ln s - mean follow. Sums are shifted by m and never by
-// lse: nothing cancels.
+// A row is z / temperature. Its reference m is a logit: the largest, or one at most 4 below it in x.
+// With x = (z - m) / temperature and s = sum e^x it is described by (m, s, mean = sum e^x x / s),
+// from which lse = m / temperature + ln s and H = ln s - mean follow. Sums are shifted by m and
+// never by lse: nothing cancels.
 #pragma once
 
 #include <cstdint>

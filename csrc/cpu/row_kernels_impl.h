@@ -68,9 +68,9 @@ int64_t aligned(std::initializer_list<void*> rows) {
 }
 
 // Calls step(i, load, put) at each step of a row; the two are functions of (row, i) and of
-// (row, i, pair), others for the step that the end of the row cuts. From `streamed` on, unless it is
-// kNever, `put` goes past the caches; what lies before it is part of a step of its own, which the
-// next one overlaps.
+// (row, i, pair), others for the step that the end of the row cuts. From `streamed` on, unless it
+// is kNever, `put` goes past the caches; what lies before it is part of a step of its own, which
+// the next one overlaps.
 template <class E, class Step>
 void for_each_step(int64_t size, int64_t streamed, const Step& step) {
   constexpr int kStep = Row<E>::kStep;

@@ -131,7 +131,8 @@ Row<E> row_of(const void* data, int64_t size) {
 }
 
 // The terms of a row in one vector: how far below the origin its logits are (the logit is what is
-// subtracted, so an instruction may take it from memory), their lifted depths, and e = kBase^-depth.
+// subtracted, so an instruction may take it from memory), their lifted depths, and
+// e = kBase^-depth.
 template <class A>
 struct Terms {
   Lanes<A> below, depth, e;
@@ -192,9 +193,9 @@ BlockSums<kViews> sum_block(const Row<E> (&views)[kViews], int64_t begin, int64_
   return block;
 }
 
-// The same of a whole block but the first, whose depths `term` takes as they are: nothing is lifted,
-// and no maximum is looked for. False, and nothing written, where a logit is too far from its
-// reference.
+// The same of a whole block but the first, whose depths `term` takes as they are: nothing is
+// lifted, and no maximum is looked for. False, and nothing written, where a logit is too far from
+// its reference.
 //
 // Depths are measured from about kSlack above it, which makes one test of the two. They are rounded
 // once: rounded twice, logits far from zero would lose their digits.

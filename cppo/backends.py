@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cppo import _ext, reference
+from cppo import reference
+from cppo.fused import extension
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -48,12 +49,12 @@ def why_not(op: str, backend: str, device: str = "cpu") -> str:
     if backend == "reference":
         return ""
     if op in HOST_OPS:
-        return _ext.missing["host"]
+        return extension.missing["host"]
     if backend == "triton":
         return _why_not_triton(device)
     if device != {"cpp": "cpu", "cuda": "cuda"}[backend]:
         return f"tensors are on {device}"
-    return _ext.missing[backend]
+    return extension.missing[backend]
 
 
 def _why_not_triton(device: str) -> str:
@@ -100,10 +101,10 @@ def pick(op: str, tensor: Tensor | None, backend: str = "auto") -> Any:
     """
     backend = choose(op, "cpu" if tensor is None else tensor.device.type, backend)
     if backend == "triton":
-        from cppo import triton_kernels
+        from cppo.fused import triton
 
-        return triton_kernels
-    return reference if backend == "reference" else _ext
+        return triton
+    return reference if backend == "reference" else extension
 
 
 def with_inplace(implementation: Any, inplace: bool) -> dict[str, bool]:

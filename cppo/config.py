@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 IMPORTANCE = ("token", "sequence")
 REDUCTIONS = ("grpo", "dapo", "dr_grpo")
@@ -103,8 +103,10 @@ WRITTEN_BY_A_RUN = "# All options of this run, as `cppo train` took them."
 
 @dataclass(frozen=True)
 class LossConfig(_Checked):
-    """Coefficients of `cppo_loss` and `linear_cppo_loss` (DESIGN of the losses: README)."""
+    """Coefficients of `cppo_loss` and `linear_cppo_loss`."""
 
+    text: ClassVar[str]
+    """All fields as "name=value name=value ...": one argument of a compiled op."""
     temperature: float = 1.0
     """Divides the logits everywhere: sampling, log-probabilities, entropies. > 0."""
     clip_low: float = 0.2
@@ -160,6 +162,8 @@ class LossConfig(_Checked):
         self._one_of("divergence", DIVERGENCES)
         self._one_of("cpl_reduction", CPL_REDUCTIONS)
         self._boolean("gating", "detach_anchor")
+        # Made here, and not where torch.compile would trace it.
+        self._set("text", " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self)))
 
 
 @dataclass(frozen=True)

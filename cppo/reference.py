@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -453,12 +454,12 @@ def _reduce(
 ) -> Tensor:
     if reduction == "grpo":
         per_row = _mean_per_completion(per_row, owner, num_completions)
-    return per_row.sum() / denominator
+    return (per_row.sum() / denominator).to(per_row)
 
 
 def _at_least_one(count: float | Tensor) -> float | Tensor:
     """A denominator that an empty batch cannot make zero."""
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    return count.double().clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def _denominators(
@@ -599,7 +600,7 @@ def _cppo_loss(
     if views.positive is not None:
         if config.cpl_reduction == "sequence":
             cpl = _mean_per_completion(cpl, owner[selected], num_completions)
-        cpl_loss = cpl.sum() / cpl_denominator
+        cpl_loss = (cpl.sum() / cpl_denominator).to(logps)
         metrics["cpl_loss"] = cpl_loss.detach()
         loss = loss + config.cpl_coef * cpl_loss
     if views.negative is not None:
@@ -655,8 +656,10 @@ def linear_cppo_loss(
     num_items: int | float | Tensor | NumItems | None = None,
     config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
     softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> LossOutput:
-    """`cppo_loss` of z = hidden @ weight^T + bias, or of softcap * tanh(z / softcap)."""
+    """`cppo_loss` of logit_scale * z, with z = hidden @ weight^T + bias, capped by softcap."""
+    config = replace(config, temperature=config.temperature / logit_scale)
     return _cppo_loss(
         lambda rows: _linear(rows, weight, bias, softcap),
         _as_views(hidden),

@@ -19,18 +19,15 @@ from torch import Tensor
 
 import cppo
 from cppo import LossConfig, backends
-from cppo.ops.library import CONFIG_FIELDS
+from cppo.fused.denominators import denominators
 from cppo.testing import make_inputs
 
 # A shorter tensor fits too: another batch, other units, other places.
 MAY_BE_SHORTER = {
-    ("row_power", "t"),
     ("pack_sizes", "kept"),
     ("unpack", "target_index"),
     ("gather_tokens", "target_index"),
     ("gather_tokens", "values"),
-    ("place_transposed_", "tile"),
-    ("place_transposed_", "product"),
 }
 # Of Triton's kernels, whose interpreter takes a second for ten calls: what makes them raise, and
 # the numbers that a kernel takes for an address.
@@ -48,26 +45,43 @@ def calls(namespace: str) -> dict[str, tuple[Any, ...]]:
     mask = torch.ones(count, dtype=torch.bool)
     mask[1] = False
     found: dict[str, tuple[Any, ...]] = {}
-    found["token_stats"] = (anchor, targets, mask, 0.7, False)
+    found["token_stats"] = (anchor, targets, mask, None, 0.7, False)
     logps, entropy, saved = ops.token_stats(*found["token_stats"])
-    stats = (logps, entropy, anchor, targets, mask, saved, 0.7)
+    stats = (logps, entropy, anchor, targets, mask, None, saved, 0.7)
     found["token_stats_backward"] = found["token_stats_backward_"] = stats
+    places = torch.arange(count).roll(1)
+    found["token_stats placed"] = (anchor, targets, mask, places, 0.7, False)
+    found["token_stats_backward placed"] = (*stats[:5], places, *stats[6:])
     found["perception_mask"] = (entropy, entropy + 0.5, 0.5, mask, bounds)
+    views = (anchor, positive, negative)
+    found["contrast"] = (*views, mask, places, places, 0.7)
+    contrasts, coefficients = ops.contrast(*found["contrast"]), torch.ones(4, count)
+    backward = (*views, targets, places, places, saved, contrasts, coefficients, 0.7, False)
+    found["contrast_backward"] = found["contrast_backward_"] = backward
+    of_completions = (advantages, logps, logps, mask, bounds)
     for divergence in ("k3", "full"):
         config = LossConfig(divergence=divergence, kl_coef=0.1, cpl_coef=0.5)
-        options = tuple(getattr(config, field) for field in CONFIG_FIELDS)
-        items = torch.full((4,), 5.0, dtype=torch.float64)
-        of_rows = (targets, advantages, logps, logps, mask, bounds, items)
-        loss = (anchor, positive, negative, *of_rows, *options, False)
+        by = denominators(targets, mask, bounds, None, config)
+        of_rows = (targets, *of_completions)
+        loss = (*views, *of_rows, by.values, True, config.temperature, config.text, False)
         found[f"cppo_loss {divergence}"] = loss
-        *_, kept, coefficients = ops.cppo_loss(*loss)
-        backward = (torch.ones(()), anchor, positive, negative, targets, advantages, bounds, kept)
-        backward += (coefficients, 1.0, divergence, True, False)
+        kept = ops.cppo_loss(*loss)[6:]
+        backward = (
+            torch.ones(()),
+            *views,
+            targets,
+            advantages,
+            mask,
+            bounds,
+            *kept,
+            config.temperature,
+            config.text,
+        )
         found[f"cppo_loss_backward {divergence}"] = backward
         found[f"cppo_loss_backward_ {divergence}"] = backward
         margin = logps if divergence == "full" else None
-        terms = (logps, entropy, logps - 0.1, logps - 0.2, margin, mask, advantages, logps, logps)
-        found[f"loss_terms {divergence}"] = (*terms, bounds, 3.0, 2.0, *options)
+        terms = (logps, entropy, logps - 0.1, logps - 0.2, margin, mask, *of_completions)
+        found[f"loss_terms {divergence}"] = (*terms, by.values, config.text)
     if namespace == "cppo":
         found |= extension_calls(ops) | head_calls(ops)
     return found
@@ -81,19 +95,19 @@ def head_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
     bias, mask = weight[:, 0].clone(), torch.ones(len(targets), dtype=torch.bool)
     logps = torch.zeros(len(targets))
     config = LossConfig(kl_coef=0.1, cpl_coef=0.5)
-    options = tuple(getattr(config, field) for field in CONFIG_FIELDS)
-    items = torch.full((4,), 5.0, dtype=torch.float64)
+    by = denominators(targets, mask, bounds, None, config)
     head, wants = (weight, bias), [True] * 5
-    loss = (*views, *head, targets, advantages, logps, logps, mask, bounds, items, *options, 30.0)
-    coefficients = ops.linear_cppo_loss(*loss, wants)[-1]
-    backward = (torch.ones(()), *views, *head, targets, advantages, mask, bounds, coefficients)
+    options = (by.values, False, 1.0, config.text, 30.0, wants)
+    loss = (*views, *head, targets, advantages, logps, logps, mask, bounds, *options)
+    coefficients = ops.linear_cppo_loss(*loss, False)[7]
+    backward = (torch.ones(()), *views, *head, targets, advantages, bounds, coefficients)
     stats = (views.anchor, *head, targets, mask, 0.7, 30.0)
     return {
         "linear_token_stats": stats,
         "linear_token_stats_backward": (logps, logps, *stats, [True] * 3),
-        "linear_cppo_loss": (*loss, wants),
-        "linear_cppo_loss_backward": (*backward, 1.0, "k3", True, False, 30.0, wants),
-        "linear_cppo_loss_gradients": (*loss, wants),
+        "linear_cppo_loss": (*loss, False),
+        "linear_cppo_loss resident": (*loss, True),
+        "linear_cppo_loss_backward": (*backward, 1.0, config.text, 30.0, wants),
     }
 
 
@@ -125,9 +139,7 @@ def extension_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
         ),
         "unpack": ([torch.randn(6), torch.randn(6)], index, 2, 6),
         "gather_tokens": ([whole, whole.double()], index),
-        "place_transposed_": (torch.zeros(17, 40), torch.randn(20, 18), 3),
         "row_capability": (),
-        "row_power": (torch.randn(7),),
     }
 
 

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cppo import _ext, backends, reference
+from cppo import backends, reference
+from cppo.fused import extension
 
-needs_cpp = pytest.mark.skipif(bool(_ext.missing["cpp"]), reason=_ext.missing["cpp"])
-needs_host = pytest.mark.skipif(bool(_ext.missing["host"]), reason=_ext.missing["host"])
+needs_cpp = pytest.mark.skipif(bool(extension.missing["cpp"]), reason=extension.missing["cpp"])
+needs_host = pytest.mark.skipif(bool(extension.missing["host"]), reason=extension.missing["host"])
 needs_cuda = pytest.mark.skipif(
-    bool(_ext.missing["cuda"]) or not torch.cuda.is_available(),
-    reason=_ext.missing["cuda"] or "no CUDA device",
+    bool(extension.missing["cuda"]) or not torch.cuda.is_available(),
+    reason=extension.missing["cuda"] or "no CUDA device",
 )
 
 SCALES, SCOPES, SIDES = ("group", "batch", "none"), ("group", "batch"), ("smallest", "largest")
@@ -32,7 +33,7 @@ def test_every_op_has_a_reference_of_its_name():
         assert names[-1] == "reference" and set(names) <= set(backends.NAMES)
         assert callable(getattr(reference, op))
         if "cpp" in names:
-            assert callable(getattr(_ext, op))
+            assert callable(getattr(extension, op))
 
 
 @needs_cpp
@@ -40,14 +41,14 @@ def test_auto_takes_the_fastest_that_runs_here():
     rewards = torch.zeros(4)
     assert backends.available("pack_completions", rewards.device) == ["cpp", "reference"]
     assert backends.available("unpack", rewards.device) == ["cpp", "reference"]
-    assert backends.pick("advantages_and_prune", rewards, "auto") is _ext
-    assert backends.pick("cppo_loss", rewards, "auto") is _ext
-    assert backends.pick("linear_cppo_loss", rewards, "auto") is _ext
+    assert backends.pick("advantages_and_prune", rewards, "auto") is extension
+    assert backends.pick("cppo_loss", rewards, "auto") is extension
+    assert backends.pick("linear_cppo_loss", rewards, "auto") is extension
     assert backends.pick("advantages_and_prune", rewards, "reference") is reference
 
 
 def test_auto_falls_back_to_the_reference_without_the_extension(monkeypatch):
-    monkeypatch.setattr(_ext, "missing", dict.fromkeys(_ext.missing, "not built"))
+    monkeypatch.setattr(extension, "missing", dict.fromkeys(extension.missing, "not built"))
     for op in backends.BACKENDS:
         assert backends.pick(op, torch.zeros(2), "auto") is reference
         assert backends.pick(op, None, "auto") is reference
@@ -55,7 +56,7 @@ def test_auto_falls_back_to_the_reference_without_the_extension(monkeypatch):
 
 def test_an_explicit_choice_that_cannot_run_names_op_backend_and_reason(monkeypatch):
     monkeypatch.setattr(
-        _ext, "missing", {"cpp": "no C++ compiler was found", "cuda": "", "host": ""}
+        extension, "missing", {"cpp": "no C++ compiler was found", "cuda": "", "host": ""}
     )
     message = "cppo.pack_completions: backend 'cpp' cannot run here: no C++ compiler was found"
     with pytest.raises(RuntimeError) as caught:
@@ -92,7 +93,7 @@ def test_an_unknown_backend_lists_the_known_ones():
 def test_the_environment_variable_replaces_auto_only(monkeypatch):
     monkeypatch.setenv("CPPO_BACKEND", "reference")
     assert backends.pick("advantages_and_prune", torch.zeros(2), "auto") is reference
-    assert backends.pick("advantages_and_prune", torch.zeros(2), "cpp") is _ext
+    assert backends.pick("advantages_and_prune", torch.zeros(2), "cpp") is extension
     monkeypatch.setenv("CPPO_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match=r"'cuda' \(from CPPO_BACKEND\) cannot run here"):
         backends.pick("advantages_and_prune", torch.zeros(2), "auto")
@@ -104,7 +105,7 @@ def test_the_environment_variable_replaces_auto_only(monkeypatch):
 @needs_host
 def test_planners_ignore_a_forced_backend_that_they_lack(monkeypatch):
     monkeypatch.setenv("CPPO_BACKEND", "cuda")
-    assert backends.pick("plan_microbatches", None, "auto") is _ext
+    assert backends.pick("plan_microbatches", None, "auto") is extension
 
 
 def test_support_matrix_gives_a_reason_for_everything_that_does_not_run():
@@ -146,7 +147,7 @@ def check_advantages_and_prune(device, dtype, seed):
     noise = torch.rand(rewards.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     rate = (seed % 13) / 13
     for scale in SCALES:
-        ours = _ext.group_advantages(rewards, group_size, scale, 1e-4)
+        ours = extension.group_advantages(rewards, group_size, scale, 1e-4)
         spec = reference.group_advantages(rewards, group_size, scale, 1e-4)
         torch.testing.assert_close(ours, spec, rtol=2e-7, atol=1e-12)
         assert torch.equal(ours == 0, spec == 0)
@@ -154,11 +155,11 @@ def check_advantages_and_prune(device, dtype, seed):
             for prune in (*SIDES, "random"):
                 for drop_zero in (False, True):
                     options = (scope, prune, drop_zero, noise)
-                    advantages, kept = _ext.advantages_and_prune(
+                    advantages, kept = extension.advantages_and_prune(
                         rewards, group_size, rate, scale, 1e-4, *options
                     )
                     expected = reference.prune_completions(spec, group_size, rate, *options)
-                    again = _ext.prune_completions(spec, group_size, rate, *options)
+                    again = extension.prune_completions(spec, group_size, rate, *options)
                     assert torch.equal(advantages, ours)
                     assert torch.equal(kept, expected) and torch.equal(again, expected)
                     assert kept.dtype == torch.int64
@@ -185,7 +186,7 @@ def test_rounding_of_the_mean_makes_no_advantage():
     # 0.1 summed three times is not 0.3; (0, 1/3, 2/3) has its middle at its mean.
     equal = torch.full((3,), 0.1, dtype=torch.float64)
     middle = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64) / 3
-    for implementation in (reference, _ext):
+    for implementation in (reference, extension):
         assert implementation.group_advantages(equal, 3).tolist() == [0.0, 0.0, 0.0]
         assert implementation.group_advantages(middle, 3)[1] == 0.0
         kept = implementation.advantages_and_prune(middle, 3, 0.0, drop_zero=True)[1]
@@ -195,14 +196,14 @@ def test_rounding_of_the_mean_makes_no_advantage():
 @needs_cpp
 def test_nan_advantages_rank_first_and_do_not_crash():
     advantages = torch.tensor([0.5, float("nan"), 2.0, float("nan")])
-    assert _ext.prune_completions(advantages, 4, 0.5).tolist() == [1, 3]
+    assert extension.prune_completions(advantages, 4, 0.5).tolist() == [1, 3]
     assert reference.prune_completions(advantages, 4, 0.5).tolist() == [1, 3]
 
 
 @needs_cpp
 def test_float64_advantages_are_ranked_as_float64():
     advantages = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
-    assert _ext.prune_completions(advantages, 2, 0.5).tolist() == [1]
+    assert extension.prune_completions(advantages, 2, 0.5).tolist() == [1]
 
 
 @needs_cpp
@@ -222,12 +223,12 @@ def test_pack_completions_cpp_equals_reference(seed, mask_dtype):
     order = torch.randperm(num_completions, generator=generator)
     kept = order[: seed % (num_completions + 1)]
     along = [torch.rand(size).to(dtype) for dtype in (torch.float64, torch.bfloat16, torch.bool)]
-    ours = _ext.pack_completions(input_ids, attention, response, kept, along)
+    ours = extension.pack_completions(input_ids, attention, response, kept, along)
     spec = reference.pack_completions(input_ids, attention, response, kept, along)
     assert ours[9:] == spec[9:]  # the longest, and the first completion without a prompt
     for one, other in zip([*ours[:8], *ours[8]], [*spec[:8], *spec[8]], strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
-    placed = [_ext.unpack(ours[8], ours[7], *size), reference.unpack(ours[8], ours[7], *size)]
+    placed = [extension.unpack(ours[8], ours[7], *size), reference.unpack(ours[8], ours[7], *size)]
     for one, other in zip(*placed, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
 
@@ -307,7 +308,7 @@ lengths = st.lists(st.integers(0, 40), max_size=60)
 @given(lengths, st.integers(40, 120))
 @settings(max_examples=100, deadline=None)
 def test_plan_microbatches_cpp_equals_reference(lengths, max_tokens):
-    bins = _ext.plan_microbatches(lengths, max_tokens)
+    bins = extension.plan_microbatches(lengths, max_tokens)
     assert bins == reference.plan_microbatches(lengths, max_tokens)
     assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in members) <= max_tokens for members in bins)
@@ -317,7 +318,7 @@ def test_plan_microbatches_cpp_equals_reference(lengths, max_tokens):
 @given(lengths, st.integers(1, 9))
 @settings(max_examples=100, deadline=None)
 def test_balance_ranks_cpp_equals_reference(lengths, world_size):
-    ranks = _ext.balance_ranks(lengths, world_size)
+    ranks = extension.balance_ranks(lengths, world_size)
     assert ranks == reference.balance_ranks(lengths, world_size)
     assert sorted(i for members in ranks for i in members) == list(range(len(lengths)))
     counts = [len(members) for members in ranks]
@@ -327,8 +328,8 @@ def test_balance_ranks_cpp_equals_reference(lengths, world_size):
 @needs_host
 def test_planner_errors_name_index_and_length():
     with pytest.raises(ValueError, match="index 1 has 9 tokens, more than max_tokens = 8"):
-        _ext.plan_microbatches([8, 9], 8)
+        extension.plan_microbatches([8, 9], 8)
     with pytest.raises(ValueError, match="must not be negative, got -2 at index 0"):
-        _ext.balance_ranks([-2], 2)
+        extension.balance_ranks([-2], 2)
     with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
-        _ext.balance_ranks([2], 0)
+        extension.balance_ranks([2], 0)

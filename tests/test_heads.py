@@ -15,7 +15,7 @@ import torch
 
 import cppo
 from cppo import LossConfig, Views, backends
-from cppo.ops import head
+from cppo.fused import head
 from cppo.testing import assert_op_as_accurate, make_inputs
 
 OPS = ("linear_token_stats", "linear_cppo_loss")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cppo
 from cppo import LossConfig, Views, backends
-from cppo.ops.checks import share_memory, shares_own_memory
+from cppo.ops.memory import share_memory, shares_own_memory
 
 every_backend = pytest.mark.parametrize("backend", backends.available("cppo_loss"))
 V = 37

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cppo
 from cppo import LossConfig, NumItems, Views, backends
-from cppo.ops import head, linear_plans
+from cppo.fused import head, linear
+from cppo.fused.denominators import denominators
+from cppo.fused.schema import ARGUMENTS, PRIMITIVES
 from cppo.testing import assert_op_as_accurate, evaluate, in_fp64, make_inputs
 
 FUSED = [name for name in backends.available("linear_cppo_loss") if name != "reference"]
@@ -18,8 +22,8 @@ pytestmark = [
 ]
 CONFIGS = {
     "resident": LossConfig(cpl_reduction="sequence", cpl_coef=0.5, entropy_coef=0.01),
-    "deferred": LossConfig(cpl_reduction="token", cpl_coef=0.5, entropy_coef=0.01),
-    "recompute": LossConfig(cpl_reduction="token", cpl_coef=0.5, fraction=1.0),
+    "recompute": LossConfig(cpl_reduction="token", cpl_coef=0.5, entropy_coef=0.01),
+    "all rising": LossConfig(cpl_reduction="token", cpl_coef=0.5, fraction=1.0),
     "full": LossConfig(divergence="full", cpl_coef=0.5),
     "full, detached": LossConfig(divergence="full", cpl_coef=0.5, detach_anchor=True),
 }
@@ -81,19 +85,18 @@ def test_the_plan_and_its_gemm_rows_are_in_the_metrics(backend):
     # 21 rows; A > 0 in completions of 5, 7 and 0 tokens: f = 12 / 21.
     inputs = make_inputs("linear_cppo_loss")
     sampled = inputs["mask"].sum(1)
-    seeing = int(sampled[inputs["advantages"] > 0].sum())
-    bounds = {"resident": (3, 5), "deferred": (3, 9), "recompute": (4, 7)}
+    gated = int(sampled[inputs["advantages"] > 0].sum())
+    bounds = {"resident": (3, 5), "recompute": (4, 7), "all rising": (4, 7)}
     selected = {}
     for name, (all_rows, selected_rows) in bounds.items():
         metrics = _metrics(backend, CONFIGS[name])
         count = selected[name] = int(metrics["num_selected"])
-        assert 0 < count <= seeing < 21
+        assert 0 < count <= gated < 21
         # An entropy bonus gives every row a gradient; clamped divergences can only save more.
-        least = all_rows * 21 + seeing if name != "recompute" else 0
-        assert least < metrics["head_gemm_rows"] <= all_rows * 21 + seeing + selected_rows * count
-        resident = {"resident": 21, "deferred": 21 - count, "recompute": 0}
-        assert metrics["head_resident_rows"] == resident[name]
-    for name in ("deferred", "recompute"):
+        least = all_rows * 21 + gated if name != "all rising" else 0
+        assert least < metrics["head_gemm_rows"] <= all_rows * 21 + gated + selected_rows * count
+        assert metrics["head_resident_rows"] == (21 if name == "resident" else 0)
+    for name in ("recompute", "all rising"):
         known = _metrics(backend, CONFIGS[name], num_items=NumItems(6, 21, selected[name]))
         assert known["head_resident_rows"] == 21
 
@@ -120,23 +123,12 @@ def test_opcheck(config, backend, softcap):
     heads = [inputs[name].requires_grad_() for name in ("weight", "bias")]
     views = [view.requires_grad_() for view in inputs["hidden"]]
     rows = [inputs[name] for name in ("targets", "advantages", "old_logps", "ref_logps")]
-    options = [getattr(config, name) for name in config.__dataclass_fields__]
-    arguments = (
-        *views,
-        *heads,
-        *rows,
-        None,
-        inputs["cu_seqlens"],
-        None,
-        *options,
-        softcap,
-        [True] * 5,
-    )
-    names = ["linear_cppo_loss"]
-    if config.cpl_reduction == "sequence":
-        names.append("linear_cppo_loss_gradients")
-    for name in names:
-        outcome = torch.library.opcheck(getattr(_ops(backend), name).default, arguments)
+    by = denominators(rows[0], None, inputs["cu_seqlens"], None, config)
+    options = (by.values, by.per_selected, config.temperature, config.text, softcap, [True] * 5)
+    arguments = (*views, *heads, *rows, None, inputs["cu_seqlens"], *options)
+    for resident in (False, True) if config.cpl_reduction == "sequence" else (False,):
+        op = _ops(backend).linear_cppo_loss.default
+        outcome = torch.library.opcheck(op, (*arguments, resident))
         assert set(outcome.values()) == {"SUCCESS"}
 
 
@@ -168,27 +160,26 @@ class _Waits(TorchDispatchMode):
 def test_the_host_waits_once_and_twice_a_group(layout, monkeypatch):
     inputs = make_inputs("linear_cppo_loss", layout=layout)
     rows = [inputs[name] for name in ("targets", "advantages", "old_logps", "ref_logps")]
-    rows += [inputs.get("mask"), inputs.get("cu_seqlens"), None]
+    rows += [inputs.get("mask"), inputs.get("cu_seqlens")]
     given = (*inputs["hidden"], inputs["weight"], None, *rows)
+    kernels = SimpleNamespace(**{op: getattr(torch.ops.cppo, op) for op in PRIMITIVES})
 
     monkeypatch.setattr(head, "VECTOR", 1)  # else tiles are of 16 rows
 
-    def waits(plan, config, rows_per_tile):
+    def waits(plan, rows_per_tile):
         monkeypatch.setitem(head.TILE_BYTES, "cpu", rows_per_tile * 37 * 4)
-        options = [getattr(config, name) for name in config.__dataclass_fields__]
+        config = CONFIGS[plan]
+        by = denominators(rows[0], rows[4], rows[5], None, config)
+        options = (by.values, by.per_selected, config.temperature, config.text, None, [True] * 5)
         with _Waits(monkeypatch) as mode:
-            getattr(linear_plans, plan)(torch.ops.cppo, *given, *options, None, [True] * 5)
+            arguments = ARGUMENTS["linear_cppo_loss"](*given, *options, plan == "resident")
+            linear.linear_cppo_loss(kernels, arguments)
         return mode.count
 
     # Completions of 5, 2, 7, 0, 3 and 4 rows, of which 5, 7 and 0 count twice.
-    resident = "linear_cppo_loss_gradients"
-    assert waits(resident, CONFIGS["resident"], 100) == 1 + 2
-    assert waits(resident, CONFIGS["resident"], 14) == 1 + 2 * 3
-    # Each division by the number of selected rows reads a number that is on the host.
-    assert waits("linear_cppo_loss", CONFIGS["deferred"], 14) == 2 + 1
-    # Two groups for the policy terms; three views of all selected rows fit a tile, and how many
-    # they are is known.
-    assert waits(resident, CONFIGS["deferred"], 21) == 1 + 2 + 1 + 2
+    assert waits("resident", 100) == 1 + 2
+    assert waits("resident", 14) == 1 + 2 * 3
+    assert waits("recompute", 14) == 1 + 1
 
 
 @every_config

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cppo
 from cppo import LossConfig, NumItems, Views, backends
+from cppo.fused.denominators import denominators
 from cppo.testing import assert_op_as_accurate, compact_views, evaluate, make_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -46,7 +47,8 @@ def test_opcheck_of_token_stats(backend, dtype):
     inputs = make_inputs("token_stats", dtype=dtype)
     logits = inputs["logits"].requires_grad_()
     op = ops_of(backend).token_stats.default
-    outcome = torch.library.opcheck(op, (logits, inputs["targets"], inputs["mask"], 0.7, False))
+    rows = (inputs["targets"], inputs["mask"], None)
+    outcome = torch.library.opcheck(op, (logits, *rows, 0.7, False))
     assert set(outcome.values()) == {"SUCCESS"}
 
 
@@ -54,11 +56,12 @@ def test_opcheck_of_token_stats(backend, dtype):
 @every_config
 def test_opcheck_of_the_loss(backend, config):
     inputs = make_inputs("cppo_loss", layout="packed")
-    options = [getattr(config, name) for name in config.__dataclass_fields__]
     rows = [inputs[name] for name in ("targets", "advantages", "old_logps", "ref_logps")]
-    arguments = (*leaves(inputs["logits"]), *rows, None, inputs["cu_seqlens"], None, *options)
+    by = denominators(rows[0], None, inputs["cu_seqlens"], None, config)
+    options = (by.values, by.per_selected, config.temperature, config.text, False)
     op = ops_of(backend).cppo_loss.default
-    outcome = torch.library.opcheck(op, (*arguments, False))
+    arguments = (*leaves(inputs["logits"]), *rows, None, inputs["cu_seqlens"], *options)
+    outcome = torch.library.opcheck(op, arguments)
     assert set(outcome.values()) == {"SUCCESS"}
 
 

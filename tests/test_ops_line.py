@@ -8,8 +8,9 @@ import pytest
 import torch
 from cli_cases import DIGITS, TINY
 
-from cppo import _ext, backends
+from cppo import backends
 from cppo.cli import info, main, run_config
+from cppo.fused import extension
 
 
 def lines_of(text: str) -> list[str]:
@@ -21,14 +22,14 @@ def pure(monkeypatch: pytest.MonkeyPatch) -> str:
     """As if the package had been built without torch; returns the line that says so."""
     reason = "the build found no installed torch"
     loaded = {"cpp": reason, "host": reason, "cuda": f"cppo._C is missing: {reason}"}
-    monkeypatch.setattr(_ext, "missing", loaded)
+    monkeypatch.setattr(extension, "missing", loaded)
     missing = f"the compiled extension is missing: {reason}"
     return f"ops: reference ({missing}; see cppo info) on cpu"
 
 
 def test_the_line_of_a_compiled_install() -> None:
-    if _ext.missing["cpp"]:
-        pytest.skip(_ext.missing["cpp"])
+    if extension.missing["cpp"]:
+        pytest.skip(extension.missing["cpp"])
     vectors = torch.ops.cppo.row_capability()
     assert (
         info.ops_line("cpu") == info.ops_line(torch.device("cpu")) == f"ops: cpp ({vectors}) on cpu"
@@ -50,7 +51,7 @@ def test_the_line_says_why_ops_are_left_to_pytorch(
     monkeypatch.setattr(backends, "_HAS_TRITON", False)
     both = f"no triton: triton is not installed; {none}"
     assert info.ops_line("cuda") == f"ops: reference ({both}; see cppo info) on cuda"
-    monkeypatch.setattr(_ext, "missing", {"cpp": "", "host": "", "cuda": ""})
+    monkeypatch.setattr(extension, "missing", {"cpp": "", "host": "", "cuda": ""})
     assert info.ops_line("cuda").startswith("ops: cuda, reference (for token_stats, ")
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
     assert info.ops_line("cuda") == "ops: cuda, triton on cuda"

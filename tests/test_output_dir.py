@@ -26,7 +26,14 @@ OF_A_RUN = (
     *("cppo/1700.5/events.out.tfevents.17.host.1.1", ".checkpoint-000009.partial/model"),
 )
 NOT_OF_A_RUN = (
-    *("notes.txt", "config.yml", "data.csv", "checkpoint-last/x", "checkpoints/a", "cppo/_ext.py"),
+    *(
+        "notes.txt",
+        "config.yml",
+        "data.csv",
+        "checkpoint-last/x",
+        "checkpoints/a",
+        "cppo/backends.py",
+    ),
     *("cppo/demo/hparams.json", "checkpoint-500/trainer_state.json", "sub/metrics.jsonl"),
 )
 

@@ -25,14 +25,13 @@ ARCHITECTURES = ("80", "90", "100")
 ROW_KERNELS = (
     "token_stats_kernel",
     "token_stats_backward_kernel",
-    "full_statistics_kernel",
-    "full_backward_kernel",
+    "contrast_kernel",
+    "contrast_backward_kernel",
 )
-MERGES = ("merge_token_stats_kernel", "merge_full_statistics_kernel")
+MERGES = ("merge_token_stats_kernel", "merge_contrast_kernel")
 # These see no logits: the table has them once, whatever the dtype.
 OTHERS = (
     "perception_mask_kernel",
-    "plan_kernel",
     "loss_kernel",
     "finish_kernel",
     "advantages_and_prune_kernel",
@@ -81,14 +80,17 @@ def test_the_table_is_complete_and_free_of_spills() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_compiles_for_every_architecture(arch: str, tmp_path: Path) -> None:
     dtype = {"80": "fp16", "90": "bf16", "100": "fp32"}[arch]
-    cases = ("stats split", "loss full split") if arch == "90" else ("loss full",)
+    cases = [
+        "advantages",
+        *(("stats split", "loss full split") if arch == "90" else ("loss full",)),
+    ]
     printed = _python(tmp_path, str(SCRIPT), "--arch", arch, "--dtype", dtype, "--case", *cases)
     rows = list(csv.DictReader(printed.splitlines()))
     assert [row for row in rows if not _is_good(row)] == []
     compiled = {row["kernel"] for row in rows}
-    assert {"full_statistics_kernel", "full_backward_kernel", "loss_kernel"} <= compiled
+    assert {*OTHERS, "contrast_kernel", "contrast_backward_kernel"} <= compiled
     if arch == "90":
-        assert set(ROW_KERNELS) | {"merge_full_statistics_kernel"} <= compiled
+        assert {*ROW_KERNELS, *MERGES} <= compiled
 
 
 COUNT = """
@@ -99,33 +101,41 @@ import torch
 sys.path.insert(0, sys.argv[1])
 import triton_registers as registers
 from cppo.config import LossConfig
-from cppo.ops import library
-from cppo.triton_kernels import ops
+from cppo.triton_kernels import PRIMITIVES
 
 
-def step(num_rows, cu_seqlens, temperature, config):
-    vocabulary = 1024
-    logits = torch.empty(num_rows + 1, vocabulary, dtype=torch.bfloat16)
+def step(num_rows, cu_seqlens, config):
+    temperature = config.temperature
+    logits = torch.empty(num_rows + 1, 1024, dtype=torch.bfloat16)[1:]
     targets = torch.zeros(num_rows, dtype=torch.int64)
-    stats = ops["token_stats"](logits[1:], targets, None, temperature, False)
-    ops["token_stats_backward"](*stats[:2], logits[1:], targets, None, stats[2], temperature)
+    mask = torch.ones(num_rows, dtype=torch.bool)
     cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
-    ops["perception_mask"](stats[1], stats[1], config.fraction, None, cu_seqlens)
+    logps, entropy, saved = PRIMITIVES["token_stats"](
+        logits, targets, mask, targets, temperature, False
+    )
+    rows = (logits, targets, mask, targets, saved, temperature)
+    PRIMITIVES["token_stats_backward"](logps, entropy, *rows)
+    selected = PRIMITIVES["perception_mask"](entropy, entropy, config.fraction, mask, cu_seqlens)
+    views, places = (logits,) * 3, (targets, None)
+    contrasts = PRIMITIVES["contrast"](*views, selected, *places, temperature)
     advantages = torch.ones(len(cu_seqlens) - 1)
-    options = [getattr(config, name) for name in library.CONFIG_FIELDS]
-    rows = (targets, advantages, None, None, None, cu_seqlens, None)
-    views = (logits[1:],) * 3
-    loss, *_, saved, coefficients = ops["cppo_loss"](*views, *rows, *options, False)
-    kept = (targets, advantages, cu_seqlens, saved, coefficients)
-    ops["cppo_loss_backward"](loss, *views, *kept, temperature, config.divergence, True, False)
+    rows = (selected, advantages, logps, None, mask, cu_seqlens)
+    _, _, coefficients = PRIMITIVES["loss_terms"](
+        logps, entropy, None, None, contrasts[4], *rows, torch.ones(2).double(), config.text
+    )
+    rows = (targets, *places, saved, contrasts, coefficients, temperature, False)
+    PRIMITIVES["contrast_backward"](*views, *rows)
 
 
 with registers.Recorder(90) as recorder:
-    step(6, [0, 2, 6], 1.0, LossConfig())
+    step(6, [0, 2, 6], LossConfig(divergence="full"))
     first = len(recorder.compiled)
-    step(1, [0, 1], 0.7, LossConfig(temperature=0.7, fraction=0.1, tau=0.3, clip_low=0.0))
-    step(16, [0, 16], 1.3, LossConfig(temperature=1.3, cpl_coef=1.0, entropy_coef=1.0))
-    step(32, [0, 1, 1, 17, 32], 1.0, LossConfig(max_length=16, kl_coef=1.0, clip_high=1.0))
+    others = dict(divergence="full", temperature=0.7, fraction=0.1, tau=0.3, clip_low=0.0)
+    step(1, [0, 1], LossConfig(**others))
+    others |= dict(temperature=1.3, cpl_coef=1.0, entropy_coef=1.0)
+    step(16, [0, 16], LossConfig(**others))
+    others |= dict(max_length=16, kl_coef=1.0, clip_high=1.0)
+    step(32, [0, 1, 1, 17, 32], LossConfig(**others))
     print(first, len(recorder.compiled), recorder.num_launches)
 """
 
@@ -164,5 +174,5 @@ print(len(kernels), "kernels")
 
 
 def test_no_kernel_that_is_found_again_is_specialised_on_a_number(tmp_path: Path) -> None:
-    """What `rows.launch` relies on: constants are in capitals, all else is of one type."""
-    assert _python(tmp_path, "-c", _NUMBERS).split("\n") == ["10 kernels", ""]
+    """What `launch` relies on: constants are in capitals, all else is of one type."""
+    assert _python(tmp_path, "-c", _NUMBERS).split("\n") == ["7 kernels", ""]

@@ -10,7 +10,7 @@ import torch
 import cppo
 from cppo import LossConfig, Views, backends
 from cppo.benchmarks.inputs import Sizes, row_inputs
-from cppo.ops import head
+from cppo.fused import head
 from cppo.testing import (
     ROW_CASES,
     assert_as_accurate,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from cppo.triton_kernels import rows
+from cppo.triton_kernels import launch
 
 
 class Compiled:
@@ -40,13 +43,13 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(rows, "_compiled", {})
+    monkeypatch.setattr(launch, "_compiled", {})
     return Kernel()
 
 
 def _launch(kernel: Kernel, programs: int = 3, num_warps: int = 4, **changed: Any) -> None:
     given = {"x_ptr": torch.zeros(2), "mask_ptr": None, "length": 5, "scale": 0.5, "BLOCK": 64}
-    rows.launch(kernel, programs, num_warps, **{**given, **changed})
+    launch.launch(kernel, programs, num_warps, **{**given, **changed})
 
 
 def test_a_second_launch_finds_what_was_compiled_and_keeps_the_order(kernel: Kernel) -> None:
@@ -82,11 +85,79 @@ def test_another_kernel_is_another(kernel: Kernel) -> None:
     assert len(kernel.compiled) == len(other.compiled) == 1
 
 
+LAUNCH_TWICE = """
+from types import SimpleNamespace
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from cppo.triton_kernels import PRIMITIVES, launch
+
+
+class Driver:
+    # Compiles for a GPU that is not there, and notes what it would be told to launch.
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 1 << 20},
+        load_binary=lambda *code: ("module", "function", 1, 0, 1024),
+        unload_module=lambda module: None,
+    )
+    launches = []
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return "stream"
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, source, metadata):
+        return lambda *arguments: self.launches.append(arguments)
+
+
+driver.set_active(Driver())
+logits, targets = torch.zeros(9, 8), torch.zeros(9, dtype=torch.int64)
+for temperature in (0.5, 2.0):
+    PRIMITIVES["token_stats"](logits, targets, None, None, temperature, False)
+by_triton, by_us = Driver.launches
+assert len(launch._compiled) == 1
+assert by_us[:6] == by_triton[:6] and by_us[:5] == (9, 1, 1, "stream", "function")
+names = next(iter(launch._compiled.values())).src.fn.arg_names
+assert len(by_us) == len(by_triton) == 9 + len(names)
+for name, ours, theirs in zip(names, by_us[9:], by_triton[9:]):
+    if name in ("scale", "inverse_temperature"):
+        assert ours == theirs / 4, name
+    elif name in ("logits_ptr", "targets_ptr"):
+        assert ours is not None and ours.data_ptr() == theirs.data_ptr(), name
+    elif not name.endswith("_ptr"):
+        assert ours == theirs, name
+print("the same")
+"""
+CHECKED = "3.6, 3.7, 3.8 and 3.9"
+
+
+def test_triton_is_told_the_same_by_a_compiled_kernel(tmp_path: Any) -> None:
+    """`launch` calls what `kernel[grid](...)` returns, with the kernel's arguments in order.
+
+    Triton's tutorial on softmax does so, but no page promises it.
+    """
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH_TWICE], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "the same\n", (
+        f"an interface of Triton has moved that cppo.triton_kernels.launch was checked with in "
+        f"Triton {CHECKED}: {done.stderr}"
+    )
+
+
 @pytest.mark.parametrize("vocabulary", [1, 2048, 8192, 8193, 151_936])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_pieces_of_a_gradient_cover_the_row_once(dtype: torch.dtype, vocabulary: int) -> None:
-    shape = rows.launch_shape("gradient", torch.empty(0, dtype=dtype))
-    split = rows.split_for_writing(vocabulary, shape)
+    shape = launch.launch_shape("token_stats_backward", torch.empty(0, dtype=dtype))
+    split = launch.split_for_writing(vocabulary, shape)
     assert split.chunk % shape.size == 0
     assert (split.splits - 1) * split.chunk < vocabulary <= split.splits * split.chunk
     assert split.chunk * dtype.itemsize == 16 << 10

@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cppo.reference import ENTROPY_ERROR
-from cppo.triton_kernels import rows
-from cppo.triton_kernels.rows import completion_rows
+from cppo.triton_kernels.launch import bytes_of, contiguous, kernel, launch, tl_accumulator
 
 BLOCK = 2048
 # One thread per bin of the histogram.
@@ -32,11 +31,11 @@ ERROR = tl.constexpr(ENTROPY_ERROR)
 
 
 @triton.jit
-def _rises_and_keys(anchor_ptr, negative_ptr, reads_ptr, row, end, ACC: tl.constexpr):
+def _rises_and_keys(anchor_ptr, negative_ptr, mask_ptr, row, end, ACC: tl.constexpr):
     """Whether the entropy of each token rises, and its score as an unsigned integer."""
     inside = row < end
-    if reads_ptr is not None:
-        inside = inside & (tl.load(reads_ptr + row, inside, 0) != 0)
+    if mask_ptr is not None:
+        inside = inside & (tl.load(mask_ptr + row, inside, 0) != 0)
     anchor = tl.load(anchor_ptr + row, inside, 0.0).to(ACC)
     negative = tl.load(negative_ptr + row, inside, 0.0).to(ACC)
     rise = negative - anchor
@@ -61,123 +60,75 @@ def _rises_and_keys(anchor_ptr, negative_ptr, reads_ptr, row, end, ACC: tl.const
 
 
 @triton.jit
-def select_tokens(
-    anchor_ptr,
-    negative_ptr,
-    reads_ptr,
-    selected_ptr,
-    start,
-    end,
-    fraction,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _number_that_rise(
+    anchor_ptr, negative_ptr, mask_ptr, start, end, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Stores which rows of [start, end) are selected; returns how many.
-
-    The entropies at rows that `reads_ptr` excludes are not read.
-    """
     column = tl.arange(0, BLOCK)
     counts = tl.zeros((BLOCK,), tl.int32)
     for first in range(start, end, BLOCK):
-        rises, _, _ = _rises_and_keys(anchor_ptr, negative_ptr, reads_ptr, first + column, end, ACC)
+        rises, _, _ = _rises_and_keys(anchor_ptr, negative_ptr, mask_ptr, first + column, end, ACC)
         counts += rises.to(tl.int32)
-    count = tl.sum(counts, 0)
-    rank = tl.maximum(1, tl.floor(count.to(tl.float64) * fraction).to(tl.int32))
-
-    digits = tl.arange(0, 256)
-    threshold = tl.full((), 0, tl.uint64 if ACC == tl.float64 else tl.uint32)
-    if count > 0:
-        passes: tl.constexpr = 8 if ACC == tl.float64 else 4
-        for i in range(passes):
-            shift = (passes - 1 - i) * 8
-            histogram = tl.zeros((256,), tl.int32)
-            for first in range(start, end, BLOCK):
-                rises, _, key = _rises_and_keys(
-                    anchor_ptr, negative_ptr, reads_ptr, first + column, end, ACC
-                )
-                digit = key >> shift.to(key.dtype)
-                # In two steps: a shift by the whole width is undefined.
-                candidate = rises & ((digit >> 8) == threshold)
-                histogram += tl.histogram((digit & 255).to(tl.int32), 256, candidate)
-            at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram
-            # The largest digit that `rank` of the candidates reach.
-            found = tl.sum((at_least >= rank).to(tl.int32), 0) - 1
-            rank -= tl.sum(tl.where(digits == found + 1, at_least, 0), 0)
-            threshold = (threshold << 8) | found.to(threshold.dtype)
-
-    counts = tl.zeros((BLOCK,), tl.int32)
-    for first in range(start, end, BLOCK):
-        row = first + column
-        rises, is_number, key = _rises_and_keys(anchor_ptr, negative_ptr, reads_ptr, row, end, ACC)
-        selected = (rises & is_number & (key >= threshold)).to(tl.int32)
-        counts += selected
-        tl.store(selected_ptr + row, selected.to(tl.uint8), row < end)
     return tl.sum(counts, 0)
 
 
-@triton.jit(
-    do_not_specialize=(
-        "anchor_ptr",
-        "negative_ptr",
-        "reads_ptr",
-        "cu_seqlens_ptr",
-        "selected_ptr",
-        "count_ptr",
-        "length",
-    )
-)
+@triton.jit
+def _largest_key(
+    anchor_ptr, negative_ptr, mask_ptr, start, end, rank, ACC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The `rank`-th largest key of the tokens of [start, end) that rise."""
+    passes: tl.constexpr = 8 if ACC == tl.float64 else 4
+    column = tl.arange(0, BLOCK)
+    digits = tl.arange(0, 256)
+    threshold = tl.full((), 0, tl.uint64 if ACC == tl.float64 else tl.uint32)
+    for i in range(passes):
+        shift = (passes - 1 - i) * 8
+        histogram = tl.zeros((256,), tl.int32)
+        for first in range(start, end, BLOCK):
+            rises, _, key = _rises_and_keys(
+                anchor_ptr, negative_ptr, mask_ptr, first + column, end, ACC
+            )
+            digit = key >> shift.to(key.dtype)
+            # In two steps: a shift by the whole width is undefined.
+            candidate = rises & ((digit >> 8) == threshold)
+            histogram += tl.histogram((digit & 255).to(tl.int32), 256, candidate)
+        at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram
+        # The largest digit that `rank` of the candidates reach.
+        found = tl.sum((at_least >= rank).to(tl.int32), 0) - 1
+        rank -= tl.sum(tl.where(digits == found + 1, at_least, 0), 0)
+        threshold = (threshold << 8) | found.to(threshold.dtype)
+    return threshold
+
+
+@kernel
 def _perception_mask_kernel(
     anchor_ptr,
     negative_ptr,
-    reads_ptr,
+    mask_ptr,
     cu_seqlens_ptr,
     selected_ptr,
-    count_ptr,
     length: tl.int64,
     fraction: tl.float64,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     completion = tl.program_id(0)
-    start, end = completion_rows(cu_seqlens_ptr, completion, length)
-    count = select_tokens(
-        anchor_ptr, negative_ptr, reads_ptr, selected_ptr, start, end, fraction, ACC, BLOCK
-    )
-    if count_ptr is not None:
-        tl.store(count_ptr + completion, count)
-
-
-# Launchers
-
-
-def launch_selection(
-    anchor_entropy: Tensor,
-    negative_entropy: Tensor,
-    reads: Tensor | None,
-    cu_seqlens: Tensor | None,
-    fraction: float,
-    selected: Tensor,
-    counts: Tensor | None,
-    num_completions: int,
-) -> None:
-    """Writes selected (R,) uint8 and, if wanted, the number per completion (B,) int32."""
-    if num_completions == 0:
-        return
-    rows.launch(
-        _perception_mask_kernel,
-        num_completions,
-        NUM_WARPS,
-        anchor_ptr=anchor_entropy,
-        negative_ptr=negative_entropy,
-        reads_ptr=reads,
-        cu_seqlens_ptr=cu_seqlens,
-        selected_ptr=selected,
-        count_ptr=counts,
-        length=selected.shape[-1],
-        fraction=fraction,
-        ACC=rows.tl_accumulator(anchor_entropy, negative_entropy),
-        BLOCK=BLOCK,
-    )
+    if cu_seqlens_ptr is not None:
+        start = tl.load(cu_seqlens_ptr + completion).to(tl.int64)
+        end = tl.load(cu_seqlens_ptr + completion + 1).to(tl.int64)
+    else:
+        start = completion.to(tl.int64) * length
+        end = start + length
+    count = _number_that_rise(anchor_ptr, negative_ptr, mask_ptr, start, end, ACC, BLOCK)
+    rank = tl.maximum(1, tl.floor(count.to(tl.float64) * fraction).to(tl.int32))
+    threshold = tl.full((), 0, tl.uint64 if ACC == tl.float64 else tl.uint32)
+    if count > 0:
+        threshold = _largest_key(anchor_ptr, negative_ptr, mask_ptr, start, end, rank, ACC, BLOCK)
+    column = tl.arange(0, BLOCK)
+    for first in range(start, end, BLOCK):
+        row = first + column
+        rises, is_number, key = _rises_and_keys(anchor_ptr, negative_ptr, mask_ptr, row, end, ACC)
+        selected = rises & is_number & (key >= threshold)
+        tl.store(selected_ptr + row, selected.to(tl.uint8), row < end)
 
 
 def perception_mask(
@@ -188,15 +139,20 @@ def perception_mask(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     selected = torch.empty(anchor_entropy.shape, dtype=torch.bool, device=anchor_entropy.device)
-    packed = cu_seqlens is not None
-    launch_selection(
-        anchor_entropy.contiguous(),
-        negative_entropy.contiguous(),
-        rows.bytes_of(mask),
-        rows.contiguous(cu_seqlens),
-        fraction,
-        selected.view(torch.uint8),
-        None,
-        cu_seqlens.numel() - 1 if packed else selected.shape[0],
-    )
+    num_completions = selected.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if num_completions:
+        launch(
+            _perception_mask_kernel,
+            num_completions,
+            NUM_WARPS,
+            anchor_ptr=anchor_entropy.contiguous(),
+            negative_ptr=negative_entropy.contiguous(),
+            mask_ptr=bytes_of(mask),
+            cu_seqlens_ptr=contiguous(cu_seqlens),
+            selected_ptr=selected.view(torch.uint8),
+            length=selected.shape[-1],
+            fraction=fraction,
+            ACC=tl_accumulator(anchor_entropy, negative_entropy),
+            BLOCK=BLOCK,
+        )
     return selected

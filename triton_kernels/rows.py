@@ -1,4 +1,4 @@
-"""What every kernel on rows of logits shares: online statistics, row addresses, launch shapes.
+"""What every kernel on rows of logits shares: online statistics and the addresses of rows.
 
 A row of logits z / temperature is summarised, relative to its maximum m and in base 2, by
 
@@ -16,25 +16,15 @@ never arises. Summaries of tiles of a row compose by `merge_lanes`.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2.0))
 # 2^LOWEST is 0 in fp32 and fp64 alike, and LOWEST * 0 is 0.
 LOWEST = tl.constexpr(-16384.0)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-# Helpers of kernels
 
 
 @triton.jit
@@ -62,6 +52,15 @@ def row_pointer(base_ptr, row, length, stride_b, stride_l, ALIGNMENT: tl.constex
     if ALIGNMENT:
         row_ptr = tl.multiple_of(row_ptr, 16)
     return row_ptr
+
+
+@triton.jit
+def place_of(places_ptr, row):
+    """The row of a view where a row of the batch lies, -1 for nowhere; without places, the same."""
+    if places_ptr is not None:
+        return tl.load(places_ptr + row)
+    else:
+        return row
 
 
 @triton.jit
@@ -151,219 +150,3 @@ def row_statistics(
         tile = tl.load(row_ptr + whole + column, inside, float("-inf")).to(ACC)
         m, s, w = fold(m, s, w, tile, scale)
     return merge_lanes(m, s, w, scale)
-
-
-@triton.jit
-def target_logit(row_ptr, target, vocabulary, ACC: tl.constexpr):
-    """The logit of the target; NaN where the target lies outside the vocabulary."""
-    inside = (target >= 0) & (target < vocabulary)
-    return tl.load(row_ptr + target, inside, float("nan")).to(ACC)
-
-
-@triton.jit
-def token_statistics(m, s, w, z_target, inverse_temperature, ACC: tl.constexpr):
-    """(log-probability of the target, entropy, mean of x in nats) from a row's summary.
-
-    Without a finite logit the first two are NaN: m = -inf.
-    """
-    mean = w / s * LN2
-    log_sum = tl.log(s)
-    # In fp64, once per row: x of the target may be large and 1 / temperature is rounded.
-    x_target = ((z_target - m).to(tl.float64) * inverse_temperature).to(ACC)
-    return x_target - log_sum, log_sum - mean, mean
-
-
-@triton.jit
-def completion_rows(cu_seqlens_ptr, completion, length):
-    """[start, end) of a completion's rows: packed by cu_seqlens, or `length` rows each."""
-    if cu_seqlens_ptr is not None:
-        start = tl.load(cu_seqlens_ptr + completion).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + completion + 1).to(tl.int64)
-    else:
-        start = completion.to(tl.int64) * length
-        end = start + length
-    return start, end
-
-
-# Launching
-
-
-class Rows(NamedTuple):
-    """A view of logits as kernels see it: row r starts at (r // length, r % length) strides."""
-
-    tensor: Tensor
-    length: int
-    stride_b: int
-    stride_l: int
-
-    @property
-    def alignment(self) -> int:
-        """1: every row starts at a multiple of 16 bytes; 2: and is one long. 0: neither."""
-        size = self.tensor.element_size()
-        if self.tensor.data_ptr() % 16 or self.stride_b * size % 16 or self.stride_l * size % 16:
-            return 0
-        return 1 if self.tensor.shape[-1] * size % 16 else 2
-
-
-def as_rows(logits: Tensor) -> Rows:
-    """(B, L, V) or (T, V) without a copy, unless the vocabulary is strided."""
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        logits = logits.contiguous()
-    if logits.ndim == 2:
-        return Rows(logits, max(1, logits.shape[0]), 0, logits.stride(0))
-    return Rows(logits, max(1, logits.shape[1]), logits.stride(0), logits.stride(1))
-
-
-def accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def tl_accumulator(*tensors: Tensor) -> tl.dtype:
-    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return tl.float64 if is_double else tl.float32
-
-
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU. In the interpreter programs run one after the other: 1."""
-    if device.type != "cuda":
-        return 1
-    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
-
-
-# Programs per multiprocessor that keep enough loads in flight; with fewer rows, rows are split.
-PROGRAMS_PER_MULTIPROCESSOR = 8
-MAX_SPLITS = 64
-
-
-class Shape(NamedTuple):
-    """The tile of a program: LANES x WIDTH logits by num_warps warps."""
-
-    lanes: int
-    width: int
-    num_warps: int
-
-    @property
-    def size(self) -> int:
-        return self.lanes * self.width
-
-
-# The one table of launch shapes: loads of 16 bytes in flight per thread and tensor, and warps.
-# The fastest of five to ten on an H200; the next ones are within 3 %.
-_SHAPES = {
-    "statistics": (4, 8),
-    "gradient": (1, 8),
-    "margin": (2, 4),
-    "margin_gradient": (1, 8),
-}
-# Programs that write read as much: one after the other in memory, in pieces of 16 KiB, they reach
-# 97 % of a copy's rate on an H200, and 92 % with a row each.
-_TILES_PER_WRITER = 4
-
-
-def launch_shape(kind: str, tensor: Tensor) -> Shape:
-    loads, num_warps = _SHAPES[kind]
-    return Shape(loads * 32 * num_warps, 16 // tensor.element_size(), num_warps)
-
-
-class Split(NamedTuple):
-    """Rows are cut into `splits` parts of `chunk` columns, a multiple of the tile."""
-
-    splits: int
-    chunk: int
-
-
-def _cdiv(a: int, b: int) -> int:
-    # Triton's own takes ten times as long.
-    return -(-a // b)
-
-
-def split_rows(num_rows: int, vocabulary: int, shape: Shape, device: torch.device) -> Split:
-    """One program per row, or several where the rows alone would leave the GPU idle."""
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
-    tiles = _cdiv(vocabulary, shape.size)
-    splits = max(1, min(MAX_SPLITS, _cdiv(wanted, max(1, num_rows)), tiles))
-    tiles_per_split = _cdiv(tiles, splits)
-    return Split(_cdiv(tiles, tiles_per_split), tiles_per_split * shape.size)
-
-
-def split_for_writing(vocabulary: int, shape: Shape) -> Split:
-    """Several programs per row, each of a few tiles."""
-    chunk = _TILES_PER_WRITER * shape.size
-    return Split(_cdiv(vocabulary, chunk), chunk)
-
-
-class _Parameters(NamedTuple):
-    """The names of a kernel's parameters: all in order, tensors (`x_ptr`), constants (`X`)."""
-
-    every: tuple[str, ...]
-    tensors: tuple[str, ...]
-    constants: tuple[str, ...]
-
-
-@functools.cache
-def _parameters(names: tuple[str, ...]) -> _Parameters:
-    pointers = tuple(name for name in names if name.endswith("_ptr"))
-    return _Parameters(names, pointers, tuple(name for name in names if name.isupper()))
-
-
-# {what a launch depends on: the compiled kernel}
-_compiled: dict[tuple[Any, ...], Any] = {}
-
-
-def launch(kernel: Any, programs: int, num_warps: int, **arguments: Any) -> None:
-    """Launches so many programs of a kernel that is specialised on no number.
-
-    Triton looks up what it compiled by the value of every argument, which takes as long as many of
-    these kernels do. Here it depends on constants, on which tensors are given, and on their dtypes
-    alone.
-    """
-    names = _parameters(tuple(kernel.arg_names))
-    tensors = [arguments[name] for name in names.tensors]
-    key = (
-        id(kernel),
-        num_warps,
-        next(tensor for tensor in tensors if tensor is not None).get_device(),
-        *[arguments[name] for name in names.constants],
-        *[None if tensor is None else tensor.dtype for tensor in tensors],
-    )
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[programs, 1, 1](*[arguments[name] for name in names.every])
-        return
-    compiled = kernel[programs, 1, 1](**arguments, num_warps=num_warps)
-    if compiled is not None:  # the interpreter compiles nothing
-        _compiled[key] = compiled
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """Upstream gradients may be expanded; they are one number per row."""
-    return None if tensor is None else tensor.contiguous()
-
-
-def new_gradient(logits: Tensor) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-@contextlib.contextmanager
-def written_over(logits: Tensor) -> Iterator[Tensor]:
-    """Where a gradient that replaces `logits` is written: they themselves, if kernels can."""
-    if logits.stride(-1) == 1 or logits.shape[-1] == 1:
-        yield logits
-        return
-    gradient = new_gradient(logits)
-    yield gradient
-    logits.copy_(gradient)
-
-
-def bytes_of(mask: Tensor | None) -> Tensor | None:
-    """A bool tensor as contiguous uint8, which kernels load without conversions."""
-    return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def run_args(temperature: float) -> dict[str, Any]:
-    return {"scale": LOG2E / temperature, "inverse_temperature": 1.0 / temperature}

@@ -34,7 +34,9 @@ from triton.runtime.jit import JITFunction
 from cppo.benchmarks import report
 from cppo.benchmarks.environment import add_record_option, results_folder
 from cppo.config import LossConfig
-from cppo.triton_kernels import rows
+from cppo.fused import triton as ops
+from cppo.records import Views
+from cppo.triton_kernels import PRIMITIVES, launch
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {
@@ -90,14 +92,15 @@ class Recorder:
             }
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
             if id(kernel) not in known:
-                recorder.compiled.append((self.__name__.lstrip("_"), kernel))
+                prefix = "merge_" if kwargs.get("STEP") == "merge" else ""
+                recorder.compiled.append((prefix + self.__name__.lstrip("_"), kernel))
             return kernel
 
         # Attributes of Triton, checked with 3.6 and 3.9, and of our launcher; `patch` raises where
         # one has moved, and tests/test_triton_compile.py where it means something else.
         self._replaced = contextlib.ExitStack()
         self._replaced.enter_context(patch.object(JITFunction, "run", warm_up))
-        self._replaced.enter_context(patch.object(rows, "_compiled", KeepsNothing()))
+        self._replaced.enter_context(patch.object(launch, "_compiled", KeepsNothing()))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -113,19 +116,18 @@ def _logits(dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _token_stats(dtype: torch.dtype, vocabulary: int = VOCABULARY, masked: bool = True) -> None:
-    from cppo.triton_kernels import ops
-
     logits, targets = _logits(dtype, 2, 3, vocabulary), torch.zeros(2, 3, dtype=torch.int64)
     mask = torch.ones(2, 3, dtype=torch.bool) if masked else None
-    logps, entropy, saved = ops["token_stats"](logits, targets, mask, 1.0, False)
-    ops["token_stats_backward"](logps, entropy, logits, targets, mask, saved, 1.0)
+    logps, entropy, saved = PRIMITIVES["token_stats"](logits, targets, mask, None, 1.0, False)
+    rows = (logits, targets, mask, None, saved, 1.0)
+    PRIMITIVES["token_stats_backward"](logps, entropy, *rows)
 
 
 def _split(call: Callable[..., None]) -> Callable[..., None]:
     """The call on a GPU of so many multiprocessors that rows are split."""
 
     def split_call(dtype: torch.dtype) -> None:
-        with patch.object(rows, "multiprocessors", lambda device: 132):
+        with patch.object(launch, "multiprocessors", lambda device: 132):
             call(dtype)
 
     return split_call
@@ -137,19 +139,16 @@ def _unaligned(dtype: torch.dtype) -> None:
 
 def _padded_rows(dtype: torch.dtype) -> None:
     """Unaligned, but rows start at multiples of 16 bytes: as the tiles of the fused head."""
-    from cppo.triton_kernels import ops
-
     logits, targets = _logits(dtype, 6, 50_264)[:, :50_257], torch.zeros(6, dtype=torch.int64)
-    logps, entropy, saved = ops["token_stats"](logits, targets, None, 1.0, False)
-    ops["token_stats_backward_"](logps, entropy, logits, targets, None, saved, 1.0)
+    logps, entropy, saved = PRIMITIVES["token_stats"](logits, targets, None, None, 1.0, False)
+    rows = (logits, targets, None, None, saved, 1.0)
+    PRIMITIVES["token_stats_backward_"](logps, entropy, *rows)
 
 
 def _perception_mask(dtype: torch.dtype) -> None:
-    from cppo.triton_kernels import ops
-
     entropy = torch.zeros(6, dtype=dtype)
     mask = torch.ones(6, dtype=torch.bool)
-    ops["perception_mask"](entropy, entropy, 0.5, mask, torch.tensor([0, 2, 6]))
+    PRIMITIVES["perception_mask"](entropy, entropy, 0.5, mask, torch.tensor([0, 2, 6]))
 
 
 def _loss(
@@ -159,23 +158,24 @@ def _loss(
     packed: bool = True,
     vocabulary: int = VOCABULARY,
 ) -> None:
-    from cppo.ops import library
-    from cppo.triton_kernels import ops
-
-    anchor = _logits(dtype, 6, vocabulary) if packed else _logits(dtype, 2, 3, vocabulary)
-    rows = torch.zeros(anchor.shape[:-1])
+    shape = (6, vocabulary) if packed else (2, 3, vocabulary)
+    anchor = _logits(dtype, *shape).requires_grad_()
     # Compact: the rows of the completion with A > 0 alone.
     other = anchor[:4] if packed and config.gating else anchor
-    tensors = (anchor, *((other, other) if views == 3 else (None, None)))
-    advantages = torch.tensor([1.0, -1.0])
+    rows = torch.zeros(shape[:-1])
     cu_seqlens = torch.tensor([0, 4, 6], dtype=torch.int32) if packed else None
     mask = None if packed else torch.ones(2, 3, dtype=torch.bool)
-    options = tuple(getattr(config, name) for name in library.CONFIG_FIELDS)
-    inputs = (rows.long(), advantages, rows, rows, mask, cu_seqlens, None, *options, False)
-    loss, *_, saved, coefficients = ops["cppo_loss"](*tensors, *inputs)
-    chosen = (config.temperature, config.divergence, config.gating, config.detach_anchor)
-    kept = (rows.long(), advantages, cu_seqlens, saved, coefficients)
-    ops["cppo_loss_backward"](loss, *tensors, *kept, *chosen)
+    out = ops.cppo_loss(
+        Views(anchor, *((other, other) if views == 3 else (None, None))),
+        rows.long(),
+        torch.tensor([1.0, -1.0]),
+        rows,
+        rows,
+        mask,
+        cu_seqlens,
+        config=config,
+    )
+    torch.autograd.grad(out.loss, anchor)
 
 
 def _padded_loss(dtype: torch.dtype) -> None:
@@ -187,23 +187,12 @@ def _full_loss(dtype: torch.dtype, vocabulary: int = VOCABULARY) -> None:
     _loss(dtype, LossConfig(divergence="full", dual_clip=3.0), vocabulary=vocabulary)
 
 
-def _loss_terms(dtype: torch.dtype) -> None:
-    """What the fused head calls, where the denominators are given."""
-    from cppo.ops import library
-    from cppo.triton_kernels.loss_terms import loss_terms
-
-    rows, advantages = torch.zeros(6), torch.tensor([1.0, -1.0])
-    options = tuple(getattr(LossConfig(), name) for name in library.CONFIG_FIELDS)
-    given = (rows, rows, rows, rows, None, rows > 0, advantages, rows, rows)
-    loss_terms(*given, torch.tensor([0, 4, 6]), 2.0, 1.0, *options)
-
-
 def _advantages(dtype: torch.dtype) -> None:
-    from cppo import triton_kernels
-
-    rewards = torch.zeros(32, dtype=dtype)
-    triton_kernels.advantages_and_prune(rewards, 16, 0.5)
-    triton_kernels.prune_completions(rewards, 16, 0.5)
+    rewards = torch.zeros(4096, dtype=dtype)
+    ops.advantages_and_prune(rewards, 16, 0.5)
+    options = {"scale": "batch", "scope": "batch", "prune": "random", "noise": rewards.float()}
+    ops.advantages_and_prune(rewards, 16, 0.5, **options)
+    ops.prune_completions(rewards, 16, 0.5, prune="largest")
 
 
 CASES: dict[str, Callable[[torch.dtype], None]] = {
@@ -218,7 +207,6 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "loss full": _full_loss,
     "loss full unaligned": lambda dtype: _full_loss(dtype, 50_257),
     "loss full split": _split(_full_loss),
-    "loss terms": _loss_terms,
     "advantages": _advantages,
 }
 

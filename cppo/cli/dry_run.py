@@ -113,7 +113,7 @@ def memory(
         prompt_tokens: of the longest prompt.
     Returns: {part: bytes}.
     """
-    from cppo.ops.head import TILE_BYTES
+    from cppo.fused.head import TILE_BYTES
 
     width = 2 if config.precision == "bf16" else 4
     trained = model.parameters

@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cppo import __version__, _ext, backends
+from cppo import __version__, backends
 from cppo.cli.config_file import ConfigError
+from cppo.fused import extension
 
 # Read from the installed metadata: importing triton or transformers only to print a version
 # would take seconds.
@@ -76,7 +77,7 @@ def _why_reference(ops: list[str], kind: str) -> str:
 
 def _vectors() -> str:
     """The instruction set of the compiled ops on the CPU; '' without them."""
-    return "" if _ext.missing["cpp"] else str(torch.ops.cppo.row_capability())
+    return "" if extension.missing["cpp"] else str(torch.ops.cppo.row_capability())
 
 
 def _version(package: str) -> str:
@@ -104,7 +105,7 @@ def collect() -> dict[str, Any]:
             **{package: _version(package) for package in PACKAGES},
             "CUDA of torch": torch.version.cuda or "none (CPU build)",
         },
-        "build": {"missing": _ext.missing, **_ext.build_info},
+        "build": {"missing": extension.missing, **extension.build_info},
         "devices": devices,
         "attention": {device: choose_attention("auto", device) for device in devices},
         "ops": {device: backends.support_matrix(device) for device in devices},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -24,12 +23,12 @@ from cppo.ops.checks import (
     check_targets,
     check_tensor,
     check_vector,
-    checked_inplace,
     checked_mask,
     checked_scale,
     may_read,
     to,
 )
+from cppo.ops.memory import checked_inplace
 from cppo.ops.sharded import gathered
 from cppo.records import LossOutput, NumItems, Views
 
@@ -215,9 +214,9 @@ def cppo_loss(
         num_items: what the policy terms are divided by instead of this batch's own count, > 0;
             or a `NumItems`, so that the losses of the parts of a batch add up to the whole's.
         config: every coefficient.
-        inplace: lets the backward write the gradients into the logits instead of new memory, and
-            bump their version: who still needs their values gets autograd's error. Backends that
-            have no use for it, and torch.compile, ignore it.
+        inplace: write the gradients into `logits`. Their version counter is bumped, so that
+            autograd raises if anything else still needs the values. Ignored by "reference" and
+            under torch.compile.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
     Returns: a `LossOutput`. The loss is exactly 0, and attached, where nothing counts.
     Raises:
@@ -294,7 +293,6 @@ def linear_cppo_loss(
     _check_views(op, "hidden", views, rows, config)
     _check_num_items(op, num_items, rows, config)
     scale, softcap = checked_scale(op, logit_scale, softcap)
-    config = dataclasses.replace(config, temperature=config.temperature / scale)
     home = views.anchor.device
     dtype = autocast_dtype(home)
     views = Views(*cast(dtype, *views))
@@ -304,7 +302,7 @@ def linear_cppo_loss(
         implementation = backends.pick(op, weight, backend)
         views, rows = Views(*to(weight.device, *views)), _Rows(*to(weight.device, *rows))
         output = implementation.linear_cppo_loss(
-            views, weight, *rows[:2], bias, *rows[2:], num_items, config, softcap
+            views, weight, *rows[:2], bias, *rows[2:], num_items, config, softcap, scale
         )
     metrics = {name: value.to(home) for name, value in output.metrics.items()}
     loss, logps, entropy, selected = to(home, *output[:4])

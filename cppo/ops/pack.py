@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cppo import backends
+from cppo.fused.pack import Lengths
 from cppo.ops.checks import (
     check_integer,
     check_same_device,
@@ -16,7 +17,6 @@ from cppo.ops.checks import (
     check_tensor,
     may_read,
 )
-from cppo.ops.pack_library import Lengths
 from cppo.records import PackedBatch
 
 

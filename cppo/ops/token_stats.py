@@ -13,11 +13,11 @@ from cppo.ops.checks import (
     check_rows,
     check_same_device,
     check_targets,
-    checked_inplace,
     checked_mask,
     checked_scale,
     to,
 )
+from cppo.ops.memory import checked_inplace
 from cppo.ops.sharded import gathered
 from cppo.records import TokenStats
 
@@ -42,9 +42,9 @@ def token_stats(
         targets: (B, L) or (T,) integer in [0, V) where not masked, anything elsewhere.
         temperature: divides the logits, > 0.
         mask: like targets, 1 or True at the rows that count. None: all.
-        inplace: lets the backward write the gradient into the logits instead of new memory, and
-            bump their version: who still needs their values gets autograd's error. Backends that
-            have no use for it, and torch.compile, ignore it.
+        inplace: write the gradient into `logits`. Their version counter is bumped, so that
+            autograd raises if anything else still needs the values. Ignored by "reference" and
+            under torch.compile.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
     Returns: TokenStats(logps, entropy), each like targets, fp32 (fp64 for fp64 logits), 0 at
         masked rows, to which no gradient flows.
@@ -84,9 +84,6 @@ def linear_token_stats(
     Specification: `cppo.reference.linear_token_stats`. logits = logit_scale * (hidden @ weight^T
     + bias), capped as softcap * tanh(logits / softcap) where the model does that (Gemma 2,
     arXiv 2408.00118); a bias of -inf rules a token out in either case.
-
-    On a CPU with Linux the memory of a tile is kept for the next call, as that of new gradients is
-    (`token_stats`, `inplace`).
 
     Args:
         hidden: (B, L, D) or (T, D), fp16, bf16, fp32 or fp64; gradients flow.

@@ -8,35 +8,15 @@
 #include <tuple>
 #include <vector>
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "check.h"
-#include "ops.h"
-#include "parse.h"
+#include "advantages.h"
 
 namespace cppo::cpu {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-double mean_of(const double* values, int64_t count) {
-  return std::accumulate(values, values + count, 0.0) / static_cast<double>(count);
-}
-
-// With n - 1, as torch.std; two passes, because one pass cancels for large rewards.
-double std_of(const double* values, int64_t count) {
-  const double mean = mean_of(values, count);
-  double sum = 0.0;
-  for (int64_t i = 0; i < count; ++i) sum += (values[i] - mean) * (values[i] - mean);
-  return std::sqrt(sum / static_cast<double>(count - 1));
-}
-
-// Within the rounding error of the mean a difference is zero, and no advantage (equal rewards).
-double mean_error(const double* values, int64_t count) {
-  double largest = 0.0;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(values[i]));
-  return static_cast<double>(count) * 0x1p-52 * largest;
-}
 
 void advantages_into(const double* rewards, float* out, int64_t total, int64_t group_size,
                      Scale scale, double eps) {
@@ -54,17 +34,6 @@ void advantages_into(const double* rewards, float* out, int64_t total, int64_t g
     }
   }
 }
-
-// Larger score first; a NaN counts as the largest, as in torch.sort, so that the order is total.
-struct Better {
-  const double* score;
-  bool operator()(int64_t a, int64_t b) const {
-    const bool nan_a = std::isnan(score[a]), nan_b = std::isnan(score[b]);
-    if (nan_a != nan_b) return nan_a;
-    if (nan_a || score[a] == score[b]) return a < b;
-    return score[a] > score[b];
-  }
-};
 
 struct PruneArgs {
   const char* op;
@@ -88,7 +57,9 @@ std::vector<double> scores(const T* advantages, int64_t total, const PruneArgs& 
     return score;
   }
   const double sign = args.prune == Prune::kSmallest ? 1.0 : -1.0;
-  for (int64_t i = 0; i < total; ++i) score[i] = sign * std::fabs(static_cast<double>(advantages[i]));
+  for (int64_t i = 0; i < total; ++i) {
+    score[i] = sign * std::fabs(static_cast<double>(advantages[i]));
+  }
   return score;
 }
 
@@ -101,8 +72,9 @@ Tensor prune(const Tensor& like, const T* advantages, int64_t total, const Prune
   kept.reserve(total / args.unit_size * args.keep);
   for (int64_t first = 0; first < total; first += args.unit_size) {
     std::iota(unit.begin(), unit.end(), first);
-    std::nth_element(unit.begin(), unit.begin() + (args.keep - 1), unit.end(),
-                     Better{score.data()});
+    std::nth_element(
+        unit.begin(), unit.begin() + (args.keep - 1), unit.end(),
+        [&](int64_t a, int64_t b) { return stays_before(score[a], a, score[b], b); });
     std::sort(unit.begin(), unit.begin() + args.keep);
     std::copy_if(unit.begin(), unit.begin() + args.keep, std::back_inserter(kept),
                  [&](int64_t i) { return !args.drop_zero || advantages[i] != 0; });
@@ -124,8 +96,6 @@ Tensor advantages_of(const char* op, const Tensor& rewards, int64_t group_size,
                   parse_scale(op, scale), eps);
   return out;
 }
-
-}  // namespace
 
 Tensor group_advantages(Tensor rewards, int64_t group_size, std::string scale, double eps) {
   return advantages_of("group_advantages", rewards, group_size, scale, eps);
@@ -152,4 +122,11 @@ std::tuple<Tensor, Tensor> advantages_and_prune(Tensor rewards, int64_t group_si
   return {advantages, kept};
 }
 
+STABLE_TORCH_LIBRARY_IMPL(cppo, CPU, m) {
+  m.impl("group_advantages", TORCH_BOX(&group_advantages));
+  m.impl("prune_completions", TORCH_BOX(&prune_completions));
+  m.impl("advantages_and_prune", TORCH_BOX(&advantages_and_prune));
+}
+
+}  // namespace
 }  // namespace cppo::cpu

@@ -145,9 +145,9 @@ struct Range {
 };
 
 // The term of a lifted depth > -128: 2^-n 2^-f, where f is so small that a polynomial gives 2^-f.
-// What is added to the depth to round it to n leaves n at the end of the mantissa; from there it goes
-// into the exponent. 2^-n of a broken n is one of a few numbers, which a table holds: the finer n is,
-// the shorter the polynomial.
+// What is added to the depth to round it to n leaves n at the end of the mantissa; from there it
+// goes into the exponent. 2^-n of a broken n is one of a few numbers, which a table holds: the finer
+// n is, the shorter the polynomial.
 #if CPPO_LANE_BYTES == 64
 // n in parts of 32. At most 1.9 ulp.
 inline Lanes<float> term(Lanes<float> depth) {
@@ -210,8 +210,8 @@ inline Lanes<double> term(Lanes<double> depth) {
 }
 
 // A store. Past the caches, where the machine can, a line is written without being read before: a
-// third of the traffic of a gradient. `to` is aligned then, and `settle` comes before another thread
-// may read.
+// third of the traffic of a gradient. `to` is aligned then, and `settle` comes before another
+// thread may read.
 template <bool kPastCaches, class Lane>
 inline void store(void* to, Lane x) {
 #if defined(__SSE2__)
@@ -246,22 +246,11 @@ struct Pair {
   Lanes<A> first, second;
 };
 
-inline float as_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-inline uint32_t as_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
 template <class T>
 struct Dense {
   using Stored = T;
   using A = T;
+  static constexpr T kMinusInfinity = -__builtin_inf();
   static Pair<T> load(const T* from) {
     Lanes<T> first, second;
     std::memcpy(&first, from, sizeof first);
@@ -273,8 +262,6 @@ struct Dense {
     store<kPastCaches>(to, x.first);
     store<kPastCaches>(to + Vector<T>::kSize, x.second);
   }
-  static T to_one(T x) { return x; }
-  static T from_one(double x) { return static_cast<T>(x); }
 };
 using Float = Dense<float>;
 using Double = Dense<double>;
@@ -283,6 +270,7 @@ using Double = Dense<double>;
 struct BFloat16 {
   using Stored = uint16_t;
   using A = float;
+  static constexpr uint16_t kMinusInfinity = 0xff80;
   typedef uint32_t Words __attribute__((vector_size(kLaneBytes)));
 
   static Pair<float> load(const uint16_t* from) {
@@ -311,37 +299,14 @@ struct BFloat16 {
     const Words words = (rounded(x.first) >> 16) | (rounded(x.second) & 0xffff0000u);
     store<kPastCaches>(to, words);
   }
-  static float to_one(uint16_t x) { return as_float(static_cast<uint32_t>(x) << 16); }
-  static uint16_t from_one(double x) {
-    const uint32_t bits = as_bits(static_cast<float>(x));
-    if (x != x) return 0x7fc0;
-    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-  }
 };
 
 struct Half {
   using Stored = uint16_t;
   using A = float;
+  using Bits = Vector<float>::bits;
+  static constexpr uint16_t kMinusInfinity = 0xfc00;
   static constexpr int kSize = Vector<float>::kSize;
-
-  static float to_one(uint16_t x) {
-    const uint32_t sign = (x & 0x8000u) << 16, magnitude = x & 0x7fffu;
-    if (magnitude >= 0x7c00u) return as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-    // As an exponent of fp32 it is 112 too small; the product is right for subnormals too.
-    return as_float(sign | as_bits(as_float(magnitude << 13) * as_float(0x77800000u)));
-  }
-  static uint16_t from_one(double exact) {
-    const float x = static_cast<float>(exact);
-    const uint32_t bits = as_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-    if (magnitude >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);
-    if (magnitude < 0x38800000u) {
-      // A subnormal: adding 0.5 moves its bits to the end of the mantissa and rounds them.
-      return static_cast<uint16_t>(sign | (as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u));
-    }
-    const uint32_t odd = (magnitude >> 13) & 1u;
-    return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
-  }
 
   static Lanes<float> load_lanes(const uint16_t* from) {
 #if CPPO_LANE_BYTES == 64
@@ -349,9 +314,14 @@ struct Half {
 #elif CPPO_LANE_BYTES == 32
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
-    Lanes<float> x;
-    for (int i = 0; i < kSize; ++i) x[i] = to_one(from[i]);
-    return x;
+    Bits bits;
+    for (int i = 0; i < kSize; ++i) bits[i] = from[i];
+    const Bits sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
+    // As an exponent of fp32 it is 112 too small; the product is right for subnormals too.
+    const Lanes<float> exact = reinterpret_cast<Lanes<float>>(magnitude) * 0x1p112f;
+    const Bits finite = reinterpret_cast<Bits>(exact);
+    return reinterpret_cast<Lanes<float>>(
+        sign | (magnitude < 0x0f800000u ? finite : magnitude | 0x7f800000u));
 #endif
   }
   template <bool kPastCaches>
@@ -361,7 +331,17 @@ struct Half {
 #elif CPPO_LANE_BYTES == 32
     store<kPastCaches>(to, _mm256_cvtps_ph(x, 0));
 #else
-    for (int i = 0; i < kSize; ++i) to[i] = from_one(x[i]);
+    const Bits bits = reinterpret_cast<Bits>(x), sign = (bits >> 16) & 0x8000u;
+    const Bits magnitude = bits & 0x7fffffffu;
+    // To the nearest, ties to even. A subnormal: adding 0.5 moves its bits to the end of the
+    // mantissa and rounds them.
+    const Bits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const Bits small =
+        reinterpret_cast<Bits>(reinterpret_cast<Lanes<float>>(magnitude) + 0.5f) - 0x3f000000u;
+    const Bits infinite = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
+    const Bits finite = magnitude < 0x38800000u ? small : normal;
+    const Bits half = sign | (magnitude < 0x47800000u ? finite : infinite);
+    for (int i = 0; i < kSize; ++i) to[i] = static_cast<uint16_t>(half[i]);
 #endif
   }
   static Pair<float> load(const uint16_t* from) {

@@ -1,43 +1,22 @@
-// The loss from statistics, in double (specification: cppo/reference.py, `_cppo_loss`).
-
-#include "loss_terms.h"
+// The loss from the statistics of every row, and its derivative by each of them; in double
+// (specification: cppo/reference.py, `_cppo_loss`).
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "loss_config.h"
+#include "rows.h"
 
 namespace cppo::cpu {
 namespace {
 
-double at_least_one(double count) { return std::max(count, 1.0); }
-
-}  // namespace
-
-Denominators denominators(const LossRows& rows, const LossConfig& config,
-                          const std::optional<std::array<double, 4>>& num_items) {
-  const double longest = static_cast<double>(config.max_length.value_or(rows.longest));
-  const auto policy = [&](double completions, double tokens) {
-    if (config.reduction == Reduction::kGrpo) return completions;
-    return config.reduction == Reduction::kDapo ? tokens : completions * longest;
-  };
-  const bool per_sequence = config.cpl_reduction == CplReduction::kSequence;
-  const double completions = static_cast<double>(rows.of_completion.size());
-  const double own = at_least_one(policy(completions, static_cast<double>(rows.num_rows)));
-  const double own_contrast =
-      at_least_one(per_sequence ? completions : static_cast<double>(rows.num_selected));
-  if (!num_items) return {own, own_contrast};
-  const auto& [given, all_completions, all_tokens, all_selected] = *num_items;
-  double whole = given;
-  if (std::isnan(given)) {
-    whole = at_least_one(policy(all_completions, all_tokens));
-    if (per_sequence) return {whole, at_least_one(all_completions)};
-    if (!std::isnan(all_selected)) return {whole, at_least_one(all_selected)};
-  }
-  // Only the share of the whole is known: the part's contrastive mean is weighted by it.
-  return {whole, own_contrast * (whole / own)};
-}
-
-namespace {
+constexpr const char* kOp = "loss_terms";
 
 struct Term {
   double value, slope;
@@ -78,55 +57,75 @@ Surrogate surrogate(double log_ratio, double advantage, const LossConfig& config
 double softplus(double x) { return x > 20.0 ? x : std::log1p(std::exp(x)); }
 double sigmoid(double x) { return x > 20.0 ? 1.0 : 1.0 / (1.0 + std::exp(-x)); }
 
-// One completion's share of every sum.
-struct Sums {
-  std::array<double, 4> policy{};  // policy loss, entropy, clip fraction, kl; weighted
-  double contrast = 0.0;
+// One number per row, for every statistic that is given.
+struct Statistics {
+  Values logps, entropy;
+  std::optional<Values> positive_logps, negative_logps, margin, old_logps, ref_logps;
+  Mask selected;
+  bool has_contrast;
+
+  void check(Divergence divergence) const {
+    if (!has_contrast) return;
+    CPPO_CHECK(selected.values.has_value(), kOp, "selected must be given with perturbed views");
+    if (divergence == Divergence::kFull) {
+      CPPO_CHECK(margin.has_value(), kOp, "margin must be given with divergence = 'full'");
+    } else {
+      CPPO_CHECK(positive_logps && negative_logps, kOp,
+                 "positive_logps and negative_logps must be given without margin");
+    }
+  }
 };
 
+// What the sums of the policy terms and of the contrastive term are divided by.
+struct Denominators {
+  double policy, contrast;
+};
+
+// Sums of the terms, or one completion's share of them.
+using Terms = std::array<double, 5>;
+
+// The terms of one completion. Derivatives go to `coefficients` (4, T).
 class Completion {
  public:
-  Completion(const RowTerms& terms, const LossRows& rows, int64_t index, const LossConfig& config,
-             const Values& coefficients)
-      : terms_(terms),
-        all_(rows),
-        rows_(rows.of_completion[index]),
-        advantage_(rows.advantages[index]),
+  Completion(const Statistics& of, std::vector<int64_t> rows, double advantage,
+             const LossConfig& config, const Denominators& by, const Values& coefficients)
+      : of_(of),
+        rows_(std::move(rows)),
+        advantage_(advantage),
         config_(config),
+        by_(by),
         coefficients_(coefficients) {}
 
-  Sums reduce(const Denominators& by) const {
-    Sums sums;
+  Terms sum() const {
+    Terms sums{};
     if (rows_.empty()) return sums;
-    const double count = static_cast<double>(rows_.size());
-    const double weight = config_.reduction == Reduction::kGrpo ? 1.0 / count : 1.0;
-    const bool per_sequence = config_.importance == Importance::kSequence;
-    const double mean_log_ratio = per_sequence ? mean_of_log_ratios() : 0.0;
+    const double weight = config_.mean_of_tokens ? 1.0 / static_cast<double>(rows_.size()) : 1.0;
+    const double mean_log_ratio = config_.sequence_importance ? mean_of_log_ratios() : 0.0;
     const double kl_bound = config_.kl_clamp.value_or(std::numeric_limits<double>::infinity());
     for (const int64_t i : rows_) {
-      const Surrogate policy =
-          surrogate(per_sequence ? mean_log_ratio : log_ratio(i), advantage_, config_);
+      const Surrogate policy = surrogate(
+          config_.sequence_importance ? mean_log_ratio : log_ratio(i), advantage_, config_);
       // A ratio per sequence: each row moves the mean by 1 / count, which moves `count` rows.
       double d_logp = policy.slope;
-      sums.policy[0] += weight * policy.value;
-      sums.policy[1] += weight * terms_.entropy[i];
-      sums.policy[2] += policy.clipped ? weight : 0.0;
-      if (!terms_.ref_logps.empty()) {
-        const Term kl = k3(terms_.ref_logps[i] - terms_.logps[i], kl_bound);
-        sums.policy[3] += weight * kl.value;
+      sums[0] += weight * policy.value;
+      sums[1] += weight * of_.entropy[i];
+      sums[2] += policy.clipped ? weight : 0.0;
+      if (of_.ref_logps) {
+        const Term kl = k3((*of_.ref_logps)[i] - of_.logps[i], kl_bound);
+        sums[3] += weight * kl.value;
         if (config_.kl_coef != 0.0) d_logp -= config_.kl_coef * kl.slope;
       }
-      add(0, i, d_logp * weight / by.policy);
-      add(1, i, -config_.entropy_coef * weight / by.policy);
+      add(0, i, d_logp * weight / by_.policy);
+      add(1, i, -config_.entropy_coef * weight / by_.policy);
     }
-    if (terms_.has_positive) sums.contrast = contrast(by.contrast);
+    if (of_.has_contrast) sums[4] = contrast();
     return sums;
   }
 
  private:
   double log_ratio(int64_t i) const {
-    const double old = terms_.old_logps.empty() ? terms_.logps[i] : terms_.old_logps[i];
-    return terms_.logps[i] - old;
+    const Values& old = of_.old_logps ? *of_.old_logps : of_.logps;
+    return of_.logps[i] - old[i];
   }
 
   double mean_of_log_ratios() const {
@@ -136,32 +135,31 @@ class Completion {
   }
 
   void add(int64_t which, int64_t i, double value) const {
-    const int64_t at = which * static_cast<int64_t>(terms_.logps.size()) + i;
+    const int64_t at = which * static_cast<int64_t>(of_.logps.tensor().numel()) + i;
     coefficients_.set(at, coefficients_[at] + value);
   }
 
-  double contrast(double denominator) const {
-    int64_t count = 0;
-    for (const int64_t i : rows_) count += all_.selected[i];
-    const bool per_sequence = config_.cpl_reduction == CplReduction::kSequence;
-    const double weight = per_sequence && count > 0 ? 1.0 / static_cast<double>(count) : 1.0;
-    double sum = 0.0;
+  double contrast() const {
+    std::vector<int64_t> chosen;
     for (const int64_t i : rows_) {
-      if (!all_.selected[i]) continue;
+      if (of_.selected[i]) chosen.push_back(i);
+    }
+    const double weight =
+        config_.mean_of_selected ? 1.0 / static_cast<double>(chosen.size()) : 1.0;
+    double sum = 0.0;
+    for (const int64_t i : chosen) {
       const double margin = margin_of(i) / config_.tau;
       sum += weight * softplus(margin);
       if (config_.cpl_coef == 0.0) continue;
-      const double step =
-          config_.cpl_coef * sigmoid(margin) / config_.tau * weight / denominator;
-      differentiate(i, step);
+      differentiate(i, config_.cpl_coef * sigmoid(margin) / config_.tau * weight / by_.contrast);
     }
     return sum;
   }
 
   double margin_of(int64_t i) const {
-    const double anchor = terms_.logps[i], positive = terms_.positive_logps[i];
-    const double negative = terms_.negative_logps[i];
-    if (config_.divergence == Divergence::kFull) return terms_.margin[i];
+    if (config_.divergence == Divergence::kFull) return (*of_.margin)[i];
+    const double anchor = of_.logps[i];
+    const double positive = (*of_.positive_logps)[i], negative = (*of_.negative_logps)[i];
     if (config_.divergence == Divergence::kK1) return (anchor - positive) - (anchor - negative);
     return divergence_k3(positive - anchor).value - divergence_k3(negative - anchor).value;
   }
@@ -173,45 +171,79 @@ class Completion {
       add(2, i, -step);
       return add(3, i, step);
     }
-    const double positive = divergence_k3(terms_.positive_logps[i] - terms_.logps[i]).slope;
-    const double negative = divergence_k3(terms_.negative_logps[i] - terms_.logps[i]).slope;
+    const double positive = divergence_k3((*of_.positive_logps)[i] - of_.logps[i]).slope;
+    const double negative = divergence_k3((*of_.negative_logps)[i] - of_.logps[i]).slope;
     add(2, i, step * positive);
     add(3, i, -step * negative);
     if (!config_.detach_anchor) add(0, i, step * (negative - positive));
   }
 
-  const RowTerms& terms_;
-  const LossRows& all_;
-  const std::vector<int64_t>& rows_;
+  const Statistics& of_;
+  std::vector<int64_t> rows_;
   double advantage_;
   const LossConfig& config_;
+  const Denominators& by_;
   const Values& coefficients_;
 };
 
-}  // namespace
-
-LossResult reduce_loss(const RowTerms& terms, const LossRows& rows, const Denominators& by,
-                       const LossConfig& config, const Values& coefficients) {
-  const int64_t completions = static_cast<int64_t>(rows.of_completion.size());
-  std::vector<Sums> sums(completions);
-  torch::stable::parallel_for(0, completions, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      sums[c] = Completion(terms, rows, c, config, coefficients).reduce(by);
-    }
-  });
-  LossResult result;
-  for (const Sums& part : sums) {
-    for (int k = 0; k < 4; ++k) result.metrics[k] += part.policy[k] / by.policy;
-    result.metrics[4] += part.contrast / by.contrast;
-  }
-  const double looking = at_least_one(static_cast<double>(rows.num_looking));
-  result.metrics[5] = static_cast<double>(rows.num_selected) / looking;
-  const auto& [policy, entropy, clip_fraction, kl, cpl, share] = result.metrics;
-  result.loss = policy;
-  if (config.entropy_coef != 0.0) result.loss -= config.entropy_coef * entropy;
-  if (!terms.ref_logps.empty()) result.loss += config.kl_coef * kl;
-  if (terms.has_positive) result.loss += config.cpl_coef * cpl;
-  return result;
+double loss_of(const Terms& terms, const Statistics& of, const LossConfig& config) {
+  double loss = terms[0];
+  if (config.entropy_coef != 0.0) loss -= config.entropy_coef * terms[1];
+  if (of.ref_logps) loss += config.kl_coef * terms[3];
+  if (of.has_contrast) loss += config.cpl_coef * terms[4];
+  return loss;
 }
 
+std::tuple<Tensor, Tensor, Tensor> loss_terms(
+    Tensor logps, Tensor entropy, std::optional<Tensor> positive_logps,
+    std::optional<Tensor> negative_logps, std::optional<Tensor> margin,
+    std::optional<Tensor> selected, Tensor advantages, std::optional<Tensor> old_logps,
+    std::optional<Tensor> ref_logps, std::optional<Tensor> mask, Tensor cu_seqlens,
+    Tensor denominators, std::string config_text) {
+  const LossConfig config(ConfigText(kOp, config_text));
+  const ScalarType type = accumulator(logps);
+  const int64_t count = logps.numel();
+  const auto of_rows = [&](const char* name, const std::optional<Tensor>& values) {
+    return values ? std::optional(read(kOp, name, *values, type, count)) : std::nullopt;
+  };
+  const Statistics statistics = {read(kOp, "logps", logps, type, count),
+                                 read(kOp, "entropy", entropy, type, count),
+                                 of_rows("positive_logps", positive_logps),
+                                 of_rows("negative_logps", negative_logps),
+                                 of_rows("margin", margin),
+                                 of_rows("old_logps", old_logps),
+                                 of_rows("ref_logps", ref_logps),
+                                 Mask(kOp, "selected", selected, count),
+                                 positive_logps.has_value() || margin.has_value()};
+  statistics.check(config.divergence);
+  const Mask valid(kOp, "mask", mask, count);
+  const Completions completions(kOp, logps, cu_seqlens);
+  const Values advantage =
+      read(kOp, "advantages", advantages, ScalarType::Double, completions.count());
+  const Values divisors = read(kOp, "denominators", denominators, ScalarType::Double, 2);
+  const Denominators by = {divisors[0], divisors[1]};
+
+  const Values coefficients = new_zeros(logps, {4, count}, type);
+  std::vector<Terms> shares(completions.count());
+  torch::stable::parallel_for(0, completions.count(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      shares[c] = Completion(statistics, completions.rows(c, valid), advantage[c], config, by,
+                             coefficients)
+                      .sum();
+    }
+  });
+  Terms terms{};
+  for (const Terms& share : shares) {
+    for (int k = 0; k < 4; ++k) terms[k] += share[k] / by.policy;
+    terms[4] += share[4] / by.contrast;
+  }
+  const Values loss = new_zeros(logps, {}, type), metrics = new_zeros(logps, {5}, type);
+  loss.set(0, loss_of(terms, statistics, config));
+  for (int k = 0; k < 5; ++k) metrics.set(k, terms[k]);
+  return {loss.tensor(), metrics.tensor(), coefficients.tensor()};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cppo, CPU, m) { m.impl("loss_terms", TORCH_BOX(&loss_terms)); }
+
+}  // namespace
 }  // namespace cppo::cpu

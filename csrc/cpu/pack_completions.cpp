@@ -1,4 +1,4 @@
-// Packing and unpacking on the CPU (specification: cppo/reference.py).
+// Packing on the CPU (specification: cppo/reference.py).
 //
 // Masks are runs in practice: padding, prompt, response, padding. A row is read as runs, so that
 // everything but its bounds is copied by memcpy; holes make the runs shorter, nothing else.
@@ -11,25 +11,19 @@
 #include <tuple>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
-#include "check.h"
-#include "ops.h"
+#include "pack.h"
 
 namespace cppo::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 constexpr const char* kOp = "pack_completions";
 constexpr int64_t kRowsPerThread = 8;
-constexpr int64_t kTokensPerThread = 16384;
 
-bool is_integer_of(const Tensor& tensor, size_t bytes) {
-  const ScalarType type = tensor.scalar_type();
-  if (bytes == 4) return type == ScalarType::Int;
-  if (bytes == 8) return type == ScalarType::Long;
-  return type == ScalarType::Bool || type == ScalarType::Byte || type == ScalarType::Char;
+bool is_mask(ScalarType type) {
+  return type == ScalarType::Bool || type == ScalarType::Byte || type == ScalarType::Char ||
+         type == ScalarType::Int || type == ScalarType::Long;
 }
 
 // A mask of 1, 4 or 8 byte integers, read row by row as "is it nonzero".
@@ -43,7 +37,7 @@ struct Mask {
       : tensor(torch::stable::contiguous(source)), bytes(source.element_size()) {
     check_cpu(kOp, argument, source);
     check_same_shape(kOp, argument, source, like, other);
-    CPPO_CHECK(is_integer_of(source, bytes), kOp, argument, " must be bool, int32 or int64");
+    CPPO_CHECK(is_mask(source.scalar_type()), kOp, argument, " must be bool, int32 or int64");
     data = static_cast<const char*>(tensor.const_data_ptr());
     length = source.size(1);
   }
@@ -102,26 +96,9 @@ struct Row {
   }
 };
 
-Tensor like(const Tensor& source, std::vector<int64_t> size, ScalarType type) {
-  return torch::stable::new_empty(source, size, type);
-}
-
-template <class T>
-T* data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 void iota(int64_t* out, int64_t count, int64_t first) {
   for (int64_t i = 0; i < count; ++i) out[i] = first + i;
 }
-
-// A tensor that is taken along: bytes copied from one layout into the other.
-struct Column {
-  Tensor tensor;
-  const char* from;
-  char* to;
-  int64_t bytes;
-};
 
 // Turns counts at [1, K] into running sums, and returns the total.
 int64_t accumulate(int32_t* counts, int64_t size) {
@@ -140,7 +117,7 @@ int64_t accumulate(int32_t* counts, int64_t size) {
 Tensor checked_kept(const Tensor& kept, int64_t num_completions) {
   check_dim(kOp, "kept", kept, 1);
   check_cpu(kOp, "kept", kept);
-  CPPO_CHECK(is_integer_of(kept, 8), kOp, "kept must be int64");
+  CPPO_CHECK(kept.scalar_type() == ScalarType::Long, kOp, "kept must be int64");
   const Tensor rows = torch::stable::contiguous(kept);
   const int64_t* row_of = static_cast<const int64_t*>(rows.const_data_ptr());
   for (int64_t k = 0; k < kept.size(0); ++k) {
@@ -153,8 +130,8 @@ Tensor checked_kept(const Tensor& kept, int64_t num_completions) {
 const int32_t* checked_bounds(const char* argument, const Tensor& bounds, int64_t num_kept,
                               int64_t total) {
   check_cpu(kOp, argument, bounds);
-  CPPO_CHECK(is_integer_of(bounds, 4) && bounds.dim() == 1 && bounds.size(0) == num_kept + 1 &&
-                 bounds.is_contiguous(),
+  CPPO_CHECK(bounds.scalar_type() == ScalarType::Int && bounds.dim() == 1 &&
+                 bounds.size(0) == num_kept + 1 && bounds.is_contiguous(),
              kOp, argument, " must be (K+1,) = (", num_kept + 1, ",) int32, contiguous");
   const int32_t* data = static_cast<const int32_t*>(bounds.const_data_ptr());
   bool rises = data[0] == 0 && data[num_kept] == total;
@@ -162,8 +139,6 @@ const int32_t* checked_bounds(const char* argument, const Tensor& bounds, int64_
   CPPO_CHECK(rises, kOp, argument, " must rise from 0 to ", total);
   return data;
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> pack_sizes(Tensor attention_mask, Tensor completion_mask,
                                               Tensor kept) {
@@ -198,13 +173,59 @@ std::tuple<Tensor, Tensor, Tensor> pack_sizes(Tensor attention_mask, Tensor comp
   return {cu_seqlens, row_cu_seqlens, sizes};
 }
 
+// The streams of a batch, and the per-token tensors at its response tokens.
+struct Streams {
+  Tensor input_ids, position_ids, rows, token_index, target_index;
+  Column ids;
+  std::vector<Column> columns;  // targets, and what is taken along
+
+  Streams(const Tensor& source, const std::vector<Tensor>& per_token, int64_t num_tokens,
+          int64_t num_rows)
+      : input_ids(like(source, {num_tokens}, source.scalar_type())),
+        position_ids(like(source, {num_tokens}, ScalarType::Long)),
+        rows(like(source, {num_rows}, ScalarType::Long)),
+        token_index(like(source, {num_tokens}, ScalarType::Long)),
+        target_index(like(source, {num_rows}, ScalarType::Long)),
+        ids(kOp, "input_ids", source, input_ids) {
+    // Targets are input ids taken at the response tokens, like every other per-token tensor.
+    columns.emplace_back(kOp, "input_ids", source, like(source, {num_rows}, source.scalar_type()));
+    for (const Tensor& values : per_token) {
+      check_same_shape(kOp, "per_token", values, "input_ids", source);
+      columns.emplace_back(kOp, "per_token", values,
+                           like(values, {num_rows}, values.scalar_type()));
+    }
+  }
+
+  // Writes one completion from its first token and response token on. It starts at `base` of the
+  // padded tensors.
+  void write(const Row& row, int64_t base, const int64_t start, int64_t target) const {
+    int64_t token = start;
+    const int64_t length = static_cast<int64_t>(row.attended.size());
+    Row::runs(row.attended, 0, length, [&](int64_t first, int64_t last) {
+      const int64_t count = last - first;
+      iota(data_of<int64_t>(position_ids) + token, count, token - start);
+      iota(data_of<int64_t>(token_index) + token, count, base + first);
+      ids.copy(token, base + first, count);
+      Row::runs(row.response, first, last, [&](int64_t from, int64_t to) {
+        iota(data_of<int64_t>(rows) + target, to - from, token + from - first - 1);
+        iota(data_of<int64_t>(target_index) + target, to - from, base + from);
+        for (const Column& column : columns) column.copy(target, base + from, to - from);
+        target += to - from;
+      });
+      token += count;
+    });
+  }
+};
+
+using Packed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>;
+
 Packed pack_completions(Tensor input_ids, Tensor attention_mask, Tensor completion_mask,
                         Tensor kept, Tensor cu_seqlens, Tensor row_cu_seqlens,
                         std::vector<Tensor> per_token, int64_t num_tokens, int64_t num_rows) {
   check_dim(kOp, "input_ids", input_ids, 2);
   check_cpu(kOp, "input_ids", input_ids);
-  const int64_t id_bytes = input_ids.element_size();
-  CPPO_CHECK((id_bytes == 4 || id_bytes == 8) && is_integer_of(input_ids, id_bytes), kOp,
+  const ScalarType id_type = input_ids.scalar_type();
+  CPPO_CHECK(id_type == ScalarType::Int || id_type == ScalarType::Long, kOp,
              "input_ids must be int32 or int64");
   const Mask attention("attention_mask", attention_mask, "input_ids", input_ids);
   const Mask completion("completion_mask", completion_mask, "input_ids", input_ids);
@@ -215,28 +236,7 @@ Packed pack_completions(Tensor input_ids, Tensor attention_mask, Tensor completi
   const int32_t* row_seqlens =
       checked_bounds("row_cu_seqlens", row_cu_seqlens, num_kept, num_rows);
 
-  const ScalarType id_type = input_ids.scalar_type();
-  const Tensor packed_ids = like(input_ids, {num_tokens}, id_type);
-  const Tensor position_ids = like(input_ids, {num_tokens}, ScalarType::Long);
-  const Tensor token_index = like(input_ids, {num_tokens}, ScalarType::Long);
-  const Tensor rows = like(input_ids, {num_rows}, ScalarType::Long);
-  const Tensor target_index = like(input_ids, {num_rows}, ScalarType::Long);
-  const Tensor targets = like(input_ids, {num_rows}, id_type);
-  // Targets are input ids taken at the response tokens, like every other per-token tensor.
-  per_token.insert(per_token.begin(), input_ids);
-  std::vector<Column> columns;
-  std::vector<Tensor> gathered;
-  for (const Tensor& values : per_token) {
-    check_cpu(kOp, "per_token", values);
-    check_same_shape(kOp, "per_token", values, "input_ids", input_ids);
-    const Tensor out =
-        columns.empty() ? targets : like(values, {num_rows}, values.scalar_type());
-    const Tensor source = torch::stable::contiguous(values);
-    columns.push_back({source, static_cast<const char*>(source.const_data_ptr()),
-                       data_of<char>(out), static_cast<int64_t>(values.element_size())});
-    if (columns.size() > 1) gathered.push_back(out);
-  }
-
+  const Streams streams(input_ids, per_token, num_tokens, num_rows);
   std::atomic<bool> fits = true;
   torch::stable::parallel_for(0, num_kept, kRowsPerThread, [&](int64_t begin, int64_t end) {
     Row row(length);
@@ -247,156 +247,22 @@ Packed pack_completions(Tensor input_ids, Tensor attention_mask, Tensor completi
         fits = false;
         return;
       }
-      const int64_t base = row_of[k] * length, start = seqlens[k];
-      int64_t token = start, target = row_seqlens[k];
-      Row::runs(row.attended, 0, length, [&](int64_t first, int64_t last) {
-        const int64_t count = last - first;
-        iota(data_of<int64_t>(position_ids) + token, count, token - start);
-        iota(data_of<int64_t>(token_index) + token, count, base + first);
-        std::memcpy(data_of<char>(packed_ids) + token * id_bytes,
-                    columns[0].from + (base + first) * id_bytes, count * id_bytes);
-        Row::runs(row.response, first, last, [&](int64_t from, int64_t to) {
-          iota(data_of<int64_t>(rows) + target, to - from, token + from - first - 1);
-          iota(data_of<int64_t>(target_index) + target, to - from, base + from);
-          for (const Column& column : columns) {
-            std::memcpy(column.to + target * column.bytes,
-                        column.from + (base + from) * column.bytes, (to - from) * column.bytes);
-          }
-          target += to - from;
-        });
-        token += count;
-      });
+      streams.write(row, row_of[k] * length, seqlens[k], row_seqlens[k]);
     }
   });
   CPPO_CHECK(fits, kOp, "cu_seqlens and row_cu_seqlens must be those of the masks");
-  return {packed_ids, position_ids, rows, targets, token_index, target_index, gathered};
+  std::vector<Tensor> gathered;
+  for (const Column& column : streams.columns) gathered.push_back(column.out);
+  const Tensor targets = gathered.front();
+  gathered.erase(gathered.begin());
+  return {streams.input_ids, streams.position_ids, streams.rows, targets,
+          streams.token_index, streams.target_index, gathered};
 }
 
-namespace {
-
-// Rows [row, row + count) stand at the places [place, place + count).
-struct Run {
-  int64_t row, place, count;
-};
-
-// Where (T,) values stand in (B, L), as runs of neighbours: places rise by one within a response.
-struct Places {
-  std::vector<Run> runs;
-  int64_t num_rows, num_places;
-  bool rises = true;  // from first to last, so that a stretch of places is a stretch of runs
-
-  Places(const char* op, const Tensor& target_index, int64_t num_places)
-      : num_places(num_places) {
-    check_dim(op, "target_index", target_index, 1);
-    check_cpu(op, "target_index", target_index);
-    CPPO_CHECK(is_integer_of(target_index, 8), op, "target_index must be int64");
-    const Tensor contiguous = torch::stable::contiguous(target_index);
-    const int64_t* index = static_cast<const int64_t*>(contiguous.const_data_ptr());
-    num_rows = target_index.size(0);
-    for (int64_t i = 0; i < num_rows; ++i) {
-      CPPO_CHECK(index[i] >= 0 && index[i] < num_places, op, "target_index must be in [0, ",
-                 num_places, "), got ", index[i], " at ", i);
-    }
-    for (int64_t first = 0; first < num_rows;) {
-      int64_t last = first + 1;
-      while (last < num_rows && index[last] == index[last - 1] + 1) ++last;
-      const Run run = {first, index[first], last - first};
-      rises &= runs.empty() || run.place >= runs.back().place + runs.back().count;
-      runs.push_back(run);
-      first = last;
-    }
-  }
-};
-
-void copy(const Column& column, int64_t to, int64_t from, int64_t count) {
-  std::memcpy(column.to + to * column.bytes, column.from + from * column.bytes,
-              count * column.bytes);
-}
-
-// Zeros and values in one pass over the places [from, to).
-void unpack_stretch(const Column& column, const Places& places, int64_t from, int64_t to) {
-  int64_t clean = from;  // everything before it is written
-  const auto clear_until = [&](int64_t place) {
-    std::memset(column.to + clean * column.bytes, 0, (place - clean) * column.bytes);
-  };
-  const auto ends_before = [](const Run& run, int64_t place) {
-    return run.place + run.count <= place;
-  };
-  auto run = std::lower_bound(places.runs.begin(), places.runs.end(), from, ends_before);
-  for (; run != places.runs.end() && run->place < to; ++run) {
-    const int64_t begin = std::max(run->place, from);
-    const int64_t end = std::min(run->place + run->count, to);
-    clear_until(begin);
-    copy(column, begin, run->row + begin - run->place, end - begin);
-    clean = end;
-  }
-  clear_until(to);
-}
-
-void unpack_columns(const std::vector<Column>& columns, const Places& places) {
-  if (!places.rises) {
-    for (const Column& column : columns) {
-      std::memset(column.to, 0, places.num_places * column.bytes);
-      for (const Run& run : places.runs) copy(column, run.place, run.row, run.count);
-    }
-    return;
-  }
-  torch::stable::parallel_for(
-      0, places.num_places, kTokensPerThread, [&](int64_t from, int64_t to) {
-        for (const Column& column : columns) unpack_stretch(column, places, from, to);
-      });
-}
-
-Column column_of(const char* op, const Tensor& value, const Tensor& out) {
-  check_cpu(op, "values", value);
-  const Tensor source = torch::stable::contiguous(value);
-  return {source, static_cast<const char*>(source.const_data_ptr()), data_of<char>(out),
-          static_cast<int64_t>(value.element_size())};
+STABLE_TORCH_LIBRARY_IMPL(cppo, CPU, m) {
+  m.impl("pack_sizes", TORCH_BOX(&pack_sizes));
+  m.impl("pack_completions", TORCH_BOX(&pack_completions));
 }
 
 }  // namespace
-
-std::vector<Tensor> unpack(std::vector<Tensor> values, Tensor target_index,
-                           int64_t num_completions, int64_t length) {
-  const char* op = "unpack";
-  const int64_t most = std::numeric_limits<int64_t>::max() / std::max<int64_t>(length, 1);
-  CPPO_CHECK(num_completions >= 0 && length >= 0 && num_completions <= most, op,
-             "num_completions and length must be sizes, got ", num_completions, " and ", length);
-  const Places places(op, target_index, num_completions * length);
-  std::vector<Tensor> outputs;
-  std::vector<Column> columns;
-  for (const Tensor& value : values) {
-    check_same_shape(op, "values", value, "target_index", target_index);
-    outputs.push_back(like(value, {num_completions, length}, value.scalar_type()));
-    columns.push_back(column_of(op, value, outputs.back()));
-  }
-  unpack_columns(columns, places);
-  return outputs;
-}
-
-std::vector<Tensor> gather_tokens(std::vector<Tensor> values, Tensor target_index) {
-  const char* op = "gather_tokens";
-  const Places places(op, target_index, values.empty() ? 0 : values.front().numel());
-  std::vector<Tensor> outputs;
-  std::vector<Column> columns;
-  for (const Tensor& value : values) {
-    check_same_shape(op, "values", value, "the first of values", values.front());
-    outputs.push_back(like(value, {target_index.size(0)}, value.scalar_type()));
-    columns.push_back(column_of(op, value, outputs.back()));
-  }
-  const int64_t average = places.num_rows / std::max<int64_t>(1, places.runs.size());
-  const int64_t runs_per_thread = kTokensPerThread / std::max<int64_t>(1, average);
-  torch::stable::parallel_for(
-      0, places.runs.size(), std::max<int64_t>(1, runs_per_thread),
-      [&](int64_t begin, int64_t end) {
-        for (const Column& column : columns) {
-          for (int64_t r = begin; r < end; ++r) {
-            const Run& run = places.runs[r];
-            copy(column, run.row, run.place, run.count);
-          }
-        }
-      });
-  return outputs;
-}
-
 }  // namespace cppo::cpu

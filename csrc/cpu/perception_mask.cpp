@@ -1,32 +1,14 @@
 // Perception tokens on the CPU (specification: cppo/reference.py).
 
-#include "selection.h"
-
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
-#include "ops.h"
+#include <torch/csrc/stable/library.h>
+
+#include "rows.h"
 
 namespace cppo::cpu {
-
-Completions::Completions(const char* op, const Tensor& rows,
-                         const std::optional<Tensor>& cu_seqlens) {
-  const int64_t total = rows.numel();
-  if (!cu_seqlens.has_value()) {
-    CPPO_CHECK(rows.dim() == 2, op, "rows must be (B, L) without cu_seqlens, got ", shape_of(rows));
-    longest_ = rows.size(1);
-    for (int64_t b = 0; b <= rows.size(0); ++b) bounds_.push_back(b * longest_);
-    return;
-  }
-  check_dim(op, "cu_seqlens", *cu_seqlens, 1);
-  const Integers<int64_t> bounds(op, "cu_seqlens", *cu_seqlens, ScalarType::Long);
-  bounds_.assign(bounds.data, bounds.data + cu_seqlens->size(0));
-  CPPO_CHECK(!bounds_.empty() && bounds_.front() == 0 && bounds_.back() == total &&
-                 std::is_sorted(bounds_.begin(), bounds_.end()),
-             op, "cu_seqlens must go from 0 to T = ", total, " without decreasing");
-  for (int64_t c = 0; c < count(); ++c) longest_ = std::max(longest_, length(c));
-}
-
 namespace {
 
 // The rounding error of an entropy H in fp32, times 1 + H (cppo.reference.ENTROPY_ERROR).
@@ -39,8 +21,8 @@ bool larger(A a, A b) {
   return nan_a != nan_b ? nan_a : a > b;
 }
 
-}  // namespace
-
+// Marks, of the `rows` of one completion, those whose score reaches the k-th largest. A is the
+// dtype of the entropies: the arithmetic is the reference's, bit for bit.
 template <class A>
 void select(const std::vector<int64_t>& rows, const Values& anchor, const Values& negative,
             double fraction, bool* selected) {
@@ -52,7 +34,9 @@ void select(const std::vector<int64_t>& rows, const Values& anchor, const Values
   for (const int64_t row : rows) {
     const A before = static_cast<A>(anchor[row]), after = static_cast<A>(negative[row]);
     const A rise = after - before;
-    if (rise > static_cast<A>(kEntropyError) * (1 + after)) rising.push_back({row, rise / (after + static_cast<A>(1e-6))});
+    if (rise > static_cast<A>(kEntropyError) * (1 + after)) {
+      rising.push_back({row, rise / (after + static_cast<A>(1e-6))});
+    }
   }
   if (rising.empty()) return;
   const auto wanted = static_cast<int64_t>(static_cast<double>(rising.size()) * fraction);
@@ -64,15 +48,6 @@ void select(const std::vector<int64_t>& rows, const Values& anchor, const Values
   for (const Scored& item : rising) selected[item.row] = item.score >= threshold;
 }
 
-template void select<float>(const std::vector<int64_t>&, const Values&, const Values&, double,
-                            bool*);
-template void select<double>(const std::vector<int64_t>&, const Values&, const Values&, double,
-                             bool*);
-
-void check_fraction(const char* op, double fraction) {
-  CPPO_CHECK(fraction >= 0.0 && fraction <= 1.0, op, "fraction must be in [0, 1], got ", fraction);
-}
-
 Tensor perception_mask(Tensor anchor_entropy, Tensor negative_entropy, double fraction,
                        std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens) {
   const char* op = "perception_mask";
@@ -80,7 +55,7 @@ Tensor perception_mask(Tensor anchor_entropy, Tensor negative_entropy, double fr
   const bool wide = anchor_entropy.scalar_type() == ScalarType::Double ||
                     negative_entropy.scalar_type() == ScalarType::Double;
   const Completions completions(op, anchor_entropy, cu_seqlens);
-  check_fraction(op, fraction);
+  CPPO_CHECK(fraction >= 0.0 && fraction <= 1.0, op, "fraction must be in [0, 1], got ", fraction);
   const ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
   const int64_t count = anchor_entropy.numel();
   const Values anchor = read(op, "anchor_entropy", anchor_entropy, type, count);
@@ -88,19 +63,19 @@ Tensor perception_mask(Tensor anchor_entropy, Tensor negative_entropy, double fr
   const Mask valid(op, "mask", mask, count);
   Tensor out = torch::stable::new_empty(anchor_entropy, anchor_entropy.sizes(), ScalarType::Bool);
   bool* selected = static_cast<bool*>(out.mutable_data_ptr());
+  std::fill(selected, selected + count, false);
+  const auto choose = wide ? select<double> : select<float>;
   torch::stable::parallel_for(0, completions.count(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> rows;
     for (int64_t c = begin; c < end; ++c) {
-      rows.clear();
-      for (int64_t i = completions.begin(c); i < completions.end(c); ++i) {
-        selected[i] = false;
-        if (valid[i]) rows.push_back(i);
-      }
-      const auto choose = wide ? select<double> : select<float>;
-      choose(rows, anchor, negative, fraction, selected);
+      choose(completions.rows(c, valid), anchor, negative, fraction, selected);
     }
   });
   return out;
 }
 
+STABLE_TORCH_LIBRARY_IMPL(cppo, CPU, m) {
+  m.impl("perception_mask", TORCH_BOX(&perception_mask));
+}
+
+}  // namespace
 }  // namespace cppo::cpu

@@ -1,9 +1,13 @@
-// Which instruction set the row kernels run in.
+// Which instruction set the row kernels run in: what this machine has, at most what
+// ATEN_CPU_CAPABILITY names.
 
 #include "row_kernels.h"
 
 #include <cstdlib>
 #include <cstring>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
 
 namespace cppo::cpu {
 namespace {
@@ -35,12 +39,16 @@ Capability capability() {
   return chosen;
 }
 
-}  // namespace
-
-const char* cpu_capability() {
+std::string row_capability() {
   static const char* const names[] = {"default", "avx2", "avx512"};
   return names[static_cast<int>(capability())];
 }
+
+STABLE_TORCH_LIBRARY_IMPL(cppo, CompositeExplicitAutograd, m) {
+  m.impl("row_capability", TORCH_BOX(&row_capability));
+}
+
+}  // namespace
 
 const RowKernels& row_kernels(Element element) {
   const int index = static_cast<int>(element);

@@ -1,9 +1,9 @@
 // What the CPU computes on one row of V logits, in the instruction set of the machine.
 //
-// A row is z / temperature; with a reference m (a logit, the largest or one at most 4 below it in x),
-// x = (z - m) / temperature and s = sum e^x it is described by (m, s, mean = sum e^x x / s), from
-// which lse = m / temperature + ln s and H = ln s - mean follow. Sums are shifted by m and never by
-// lse: nothing cancels.
+// A row is z / temperature. Its reference m is a logit: the largest, or one at most 4 below it in x.
+// With x = (z - m) / temperature and s = sum e^x it is described by (m, s, mean = sum e^x x / s),
+// from which lse = m / temperature + ln s and H = ln s - mean follow. Sums are shifted by m and
+// never by lse: nothing cancels.
 #pragma once
 
 #include <cstdint>
@@ -53,15 +53,9 @@ struct RowKernels {
                             bool past_caches);
   // A row of zeros, past the caches.
   void (*clear)(void* row, int64_t size);
-  double (*load)(const void* row, int64_t index);
-  void (*store)(void* row, int64_t index, double value);
-  // The terms' power function in the accumulation type of the row, for its error bound: 2^t for
-  // t < 128 in float, e^t in double.
-  void (*power)(const void* t, void* out, int64_t size);
 };
 
-// "avx512", "avx2" or "default": what this machine has, at most what ATEN_CPU_CAPABILITY names.
-const char* cpu_capability();
+// Those of the instruction set that is chosen, once per process.
 const RowKernels& row_kernels(Element element);
 
 // One table per translation unit that compiles row_kernels_impl.h, indexed by Element.

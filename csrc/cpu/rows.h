@@ -107,16 +107,19 @@ struct Mask {
 class LogitRows {
  public:
   LogitRows(const char* op, const char* argument, const Tensor& logits);
-  // A new tensor like `logits`, to be written.
-  static LogitRows new_like(const char* op, const LogitRows& logits);
+  // A new tensor like these, to be written.
+  LogitRows new_like(const char* op) const;
+  // Those of a tensor that is to be written over, and the end of that.
+  static LogitRows to_overwrite(const char* op, const char* argument, const Tensor& logits);
+  void write_back(const Tensor& logits) const;
   // A view is read together with the anchor: both have the same V and dtype.
   void check_like(const char* op, const char* argument, const LogitRows& anchor) const;
 
   void* row(int64_t i) const {
     return data_ + (i / inner_ * outer_stride_ + i % inner_ * inner_stride_) * element_bytes_;
   }
-  double at(int64_t i, int64_t v) const { return kernels_->load(row(i), v); }
-  void set(int64_t i, int64_t v, double value) const { kernels_->store(row(i), v, value); }
+  double at(int64_t i, int64_t v) const;
+  void set(int64_t i, int64_t v, double value) const;
   void clear(int64_t i) const;
   // Whether the rows are too large to be found in a cache by who reads them next.
   bool past_caches() const { return count_ * size_ * element_bytes_ > kCacheBytes; }
@@ -135,18 +138,56 @@ class LogitRows {
   const RowKernels* kernels_;
 };
 
+// Where row i of a batch lies among the rows of logits: at places[i], or at i.
+class Places {
+ public:
+  Places(const char* op, const char* argument, const std::optional<Tensor>& places, int64_t rows,
+         const LogitRows& logits);
+  int64_t operator[](int64_t i) const { return values_ ? (*values_)[i] : i; }
+  // Whether the logits have the row; of one that counts it is checked.
+  bool has(int64_t i) const { return (*this)[i] >= 0 && (*this)[i] < count_; }
+  void check(const char* op, int64_t i) const;
+
+ private:
+  const char* argument_;
+  std::optional<Integers<int64_t>> values_;
+  int64_t count_;
+};
+
+// Which rows belong to which completion, padded or packed.
+class Completions {
+ public:
+  // Rows (B, L), or (T,) with cu_seqlens (B + 1,).
+  Completions(const char* op, const Tensor& rows, const std::optional<Tensor>& cu_seqlens);
+
+  int64_t count() const { return static_cast<int64_t>(bounds_.size()) - 1; }
+  // Those that a mask names.
+  std::vector<int64_t> rows(int64_t completion, const Mask& mask) const;
+
+ private:
+  std::vector<int64_t> bounds_;
+};
+
 // Log-probability of a target and entropy of its row, from the statistics.
 double logp_of(const RowStats& stats, double logit, double inv_temperature);
 double entropy_of(const RowStats& stats);
 
-// Writes d/dlogit of d_logp * logp + d_entropy * H over a row; `out` may be that row itself.
-void write_gradient(const LogitRows& logits, int64_t row, const LogitRows& out, int64_t out_row,
-                    int64_t target, const RowStats& stats, double d_logp, double d_entropy,
-                    double inv_temperature);
+// d/dlogit of logp * (the target's log-probability) + entropy * H.
+struct Upstream {
+  double logp, entropy;
+  bool is_zero() const { return logp == 0.0 && entropy == 0.0; }
+};
 
-// A target must name a token: that of every unmasked row, or of one.
-void check_targets(const char* op, const Targets& targets, const Mask& mask, int64_t count,
-                   int64_t vocabulary);
+// Writes it over a row; `out` may hold the logits themselves.
+void write_gradient(const LogitRows& logits, const LogitRows& out, int64_t row, int64_t target,
+                    const RowStats& stats, const Upstream& upstream, double inv_temperature);
+
+// Clears the rows of a gradient that are not written: of a new tensor all of them, of logits that
+// are written over those that the batch names.
+void clear_others(const LogitRows& out, const std::vector<int64_t>& written, const Places& places,
+                  int64_t rows, bool in_place);
+
+// The target of a row that counts must name a token.
 void check_target(const char* op, const Targets& targets, int64_t row, int64_t vocabulary);
 
 // Calls f(item) for each of the items, in parallel. A thread takes the next item when it has done

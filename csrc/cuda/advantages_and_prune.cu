@@ -11,14 +11,11 @@
 #include <string>
 #include <tuple>
 
-#include <cuda_runtime.h>
-
-#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "check.h"
-#include "ops.h"
-#include "parse.h"
+#include "advantages.h"
+#include "launch.h"
 
 namespace cppo::cuda {
 namespace {
@@ -40,30 +37,6 @@ struct Args {
   Prune prune;
 };
 
-__device__ double mean_of(const double* values, int64_t count) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < count; ++i) sum += values[i];
-  return sum / static_cast<double>(count);
-}
-
-__device__ double std_of(const double* values, int64_t count) {
-  const double mean = mean_of(values, count);
-  double sum = 0.0;
-  // Written without contraction to a fused multiply-add, which would differ from the CPU.
-  for (int64_t i = 0; i < count; ++i) {
-    const double delta = values[i] - mean;
-    sum = __dadd_rn(sum, __dmul_rn(delta, delta));
-  }
-  return sqrt(sum / static_cast<double>(count - 1));
-}
-
-// Within the rounding error of the mean a difference is zero, and no advantage (equal rewards).
-__device__ double mean_error(const double* values, int64_t count) {
-  double largest = 0.0;
-  for (int64_t i = 0; i < count; ++i) largest = fmax(largest, fabs(values[i]));
-  return static_cast<double>(count) * 0x1p-52 * largest;
-}
-
 __device__ float advantage_of(const Args& args, int64_t i, double batch_std) {
   const int64_t size = args.group_size;
   const double* group = args.rewards + i / size * size;
@@ -79,14 +52,6 @@ __device__ double score_of(const Args& args, int64_t i) {
   if (args.prune == Prune::kRandom) return args.noise[i];
   const double size = fabs(args.given != nullptr ? args.given[i] : args.advantages[i]);
   return args.prune == Prune::kSmallest ? size : -size;
-}
-
-// Whether completion j stays before completion i: larger score, NaN largest, then lower index.
-__device__ bool is_before(double score_j, int64_t j, double score_i, int64_t i) {
-  const bool nan_i = isnan(score_i), nan_j = isnan(score_j);
-  if (nan_i != nan_j) return nan_j;
-  if (nan_i || score_i == score_j) return j < i;
-  return score_j > score_i;
 }
 
 __global__ void advantages_and_prune_kernel(Args args) {
@@ -108,7 +73,7 @@ __global__ void advantages_and_prune_kernel(Args args) {
   for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) {
     const double score = score_of(args, i);
     int32_t rank = 0;
-    for (int64_t j = first; j < end; ++j) rank += is_before(score_of(args, j), j, score, i);
+    for (int64_t j = first; j < end; ++j) rank += stays_before(score_of(args, j), j, score, i);
     args.rank[i] = rank;
   }
   __syncthreads();
@@ -120,19 +85,15 @@ __global__ void advantages_and_prune_kernel(Args args) {
   }
 }
 
-void launch(const char* op, const Tensor& like, const Args& args) {
+void run(const char* op, const Tensor& like, const Args& args) {
   if (args.total == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  const Launch launch(like);
   const int64_t units = args.total / args.unit_size;
   CPPO_CHECK(units <= INT32_MAX, op, "at most 2^31 - 1 units fit one launch, got ", units);
   int threads = 32;
   while (threads < args.unit_size && threads < kMaxThreads) threads *= 2;
-  advantages_and_prune_kernel<<<static_cast<unsigned>(units), threads, 0,
-                                static_cast<cudaStream_t>(stream)>>>(args);
-  const cudaError_t error = cudaGetLastError();
-  CPPO_CHECK(error == cudaSuccess, op, "the launch failed: ", cudaGetErrorString(error));
+  advantages_and_prune_kernel<<<static_cast<unsigned>(units), threads, 0, launch.on()>>>(args);
+  Launch::check(op);
 }
 
 Tensor dense(const Tensor& tensor, ScalarType type) {
@@ -149,8 +110,8 @@ struct Pruning {
   std::optional<Tensor> noise;
 };
 
-// Fills the pruning half of `args` and launches; returns the kept indices.
-Tensor prune_and_launch(const char* op, const Tensor& like, Args args, const Pruning& pruning,
+// Fills the pruning half of `args` and runs the kernel; returns the kept indices.
+Tensor prune_and_run(const char* op, const Tensor& like, Args args, const Pruning& pruning,
                         bool drop_zero) {
   check_prune(op, args.total, pruning.unit_size, pruning.keep);
   CPPO_CHECK(!drop_zero, op, "drop_zero has no CUDA kernel, filter the kept indices instead");
@@ -170,7 +131,7 @@ Tensor prune_and_launch(const char* op, const Tensor& like, Args args, const Pru
   args.unit_size = pruning.unit_size;
   args.keep = pruning.keep;
   args.prune = pruning.prune;
-  launch(op, like, args);
+  run(op, like, args);
   return kept;
 }
 
@@ -188,14 +149,12 @@ Args advantage_args(const char* op, const Tensor& rewards, const Tensor& exact,
   return args;
 }
 
-}  // namespace
-
 Tensor group_advantages(Tensor rewards, int64_t group_size, std::string scale, double eps) {
   const char* op = "group_advantages";
   const Tensor exact = dense(rewards, ScalarType::Double);
   Tensor advantages = empty(rewards, rewards.numel(), ScalarType::Float);
-  launch(op, rewards,
-         advantage_args(op, rewards, exact, advantages, group_size, parse_scale(op, scale), eps));
+  run(op, rewards,
+      advantage_args(op, rewards, exact, advantages, group_size, parse_scale(op, scale), eps));
   return advantages;
 }
 
@@ -207,7 +166,7 @@ Tensor prune_completions(Tensor advantages, int64_t unit_size, int64_t keep, std
   Args args = {};
   args.given = static_cast<const double*>(exact.const_data_ptr());
   args.total = advantages.size(0);
-  return prune_and_launch(op, advantages, args, {unit_size, keep, parse_prune(op, prune), noise},
+  return prune_and_run(op, advantages, args, {unit_size, keep, parse_prune(op, prune), noise},
                           drop_zero);
 }
 
@@ -222,9 +181,16 @@ std::tuple<Tensor, Tensor> advantages_and_prune(Tensor rewards, int64_t group_si
   Tensor advantages = empty(rewards, rewards.numel(), ScalarType::Float);
   const Args args =
       advantage_args(op, rewards, exact, advantages, group_size, parse_scale(op, scale), eps);
-  Tensor kept = prune_and_launch(op, rewards, args,
+  Tensor kept = prune_and_run(op, rewards, args,
                                  {unit_size, keep, parse_prune(op, prune), noise}, drop_zero);
   return {advantages, kept};
 }
 
+STABLE_TORCH_LIBRARY_IMPL(cppo, CUDA, m) {
+  m.impl("group_advantages", TORCH_BOX(&group_advantages));
+  m.impl("prune_completions", TORCH_BOX(&prune_completions));
+  m.impl("advantages_and_prune", TORCH_BOX(&advantages_and_prune));
+}
+
+}  // namespace
 }  // namespace cppo::cuda

@@ -6,13 +6,10 @@
 #include <tuple>
 #include <vector>
 
-#include <cuda_runtime.h>
-
-#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "check.h"
-#include "ops.h"
+#include "launch.h"
 #include "pack_kernels.cuh"
 
 namespace cppo::cuda {
@@ -23,23 +20,6 @@ using torch::headeronly::ScalarType;
 constexpr const char* kOp = "pack_completions";
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 16;
-
-// The device of a tensor for as long as it lives, and the stream that torch uses there.
-struct Launch {
-  torch::stable::accelerator::DeviceGuard guard;
-  void* stream = nullptr;
-
-  explicit Launch(const Tensor& tensor) : guard(tensor.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  }
-  cudaStream_t on() const { return static_cast<cudaStream_t>(stream); }
-
-  static void check(const char* op) {
-    const cudaError_t error = cudaGetLastError();
-    CPPO_CHECK(error == cudaSuccess, op, "the launch failed: ", cudaGetErrorString(error));
-  }
-};
 
 void check_cuda(const char* op, const char* argument, const Tensor& tensor, const Tensor& like) {
   CPPO_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), op,
@@ -124,8 +104,6 @@ std::vector<Tensor> moved(const char* op, const Moves& moves, const Tensor& targ
   return moves.outputs;
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor> pack_sizes(Tensor attention_mask, Tensor completion_mask,
                                               Tensor kept) {
   check_dim(kOp, "attention_mask", attention_mask, 2);
@@ -152,6 +130,8 @@ std::tuple<Tensor, Tensor, Tensor> pack_sizes(Tensor attention_mask, Tensor comp
   Launch::check(kOp);
   return {cu_seqlens, row_cu_seqlens, sizes};
 }
+
+using Packed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 Packed pack_completions(Tensor input_ids, Tensor attention_mask, Tensor completion_mask,
                         Tensor kept, Tensor cu_seqlens, Tensor row_cu_seqlens,
@@ -226,4 +206,12 @@ std::vector<Tensor> gather_tokens(std::vector<Tensor> values, Tensor target_inde
   return moved<false>(op, moves, target_index, values.empty() ? 0 : values.front().numel());
 }
 
+STABLE_TORCH_LIBRARY_IMPL(cppo, CUDA, m) {
+  m.impl("pack_sizes", TORCH_BOX(&pack_sizes));
+  m.impl("pack_completions", TORCH_BOX(&pack_completions));
+  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("gather_tokens", TORCH_BOX(&gather_tokens));
+}
+
+}  // namespace
 }  // namespace cppo::cuda

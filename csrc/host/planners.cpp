@@ -33,8 +33,8 @@ void check_lengths(const std::string& op, const Lengths& lengths) {
                                   std::to_string(lengths[i]) + " at index " + std::to_string(i));
     }
     if (lengths[i] > room) {
-      throw std::invalid_argument("cppo." + op + ": lengths must add up to less than 2^63, got more " +
-                                  "at index " + std::to_string(i));
+      throw std::invalid_argument("cppo." + op + ": lengths must add up to less than 2^63, " +
+                                  "got more at index " + std::to_string(i));
     }
     room -= lengths[i];
   }

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cppo.ops.library import refuse_transforms
+from cppo.fused.autograd import refuse_transforms
 
 Lengths = tuple[Sequence[int], Sequence[int]]
 

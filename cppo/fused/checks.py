@@ -19,16 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cppo.fused.fakes import accumulator
+from cppo.fused.schema import COEFFICIENTS, CONTRASTS, SAVED, from_text
 from cppo.ops.checks import check_cu_seqlens, may_read
-from cppo.ops.library import COEFFICIENTS, LOSS_SAVED, STATS_SAVED
 
 # The tensor whose rows the others belong to: with columns of its own, or one entry per row.
 _LEADING = ("logits", "anchor", "hidden", "anchor_entropy", "logps")
 _PER_ROW = (
     *("targets", "mask", "selected", "logps", "entropy", "positive_logps", "negative_logps"),
     *("margin", "old_logps", "ref_logps", "grad_logps", "grad_entropy"),
-    *("anchor_entropy", "negative_entropy"),
+    *("anchor_entropy", "negative_entropy", "places", "positive_places", "negative_places"),
 )
+# What a forward leaves to its backward has so many rows.
+_KEPT = {
+    "saved": len(SAVED),
+    "saved_anchor": len(SAVED),
+    "contrasts": len(CONTRASTS),
+    "coefficients": len(COEFFICIENTS),
+}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -57,19 +65,18 @@ def _check_each(op: str, like: Tensor, count: int, **tensors: Tensor | None) -> 
         elif name == "targets":
             real = tensor.dtype.is_floating_point or tensor.dtype.is_complex
             _require(not real, op, name, "of integers", tensor)
+        elif name.endswith("places"):
+            _require(tensor.dtype == torch.int64, op, name, "int64", tensor)
         else:
             _require(tensor.dtype in _FLOATS, op, name, "floating", tensor)
 
 
-def _check_kept(op: str, like: Tensor, shape: tuple[int, int], **tensors: Tensor) -> None:
+def _check_kept(op: str, like: Tensor, shape: tuple[int, int], name: str, tensor: Tensor) -> None:
     """What a forward left to its backward, in the dtype of the statistics."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    for name, tensor in tensors.items():
-        fits = tuple(tensor.shape) == shape and tensor.dtype == dtype
-        fits = fits and tensor.device == like.device
-        _require(
-            fits, op, name, f"{shape} {dtype} on {like.device}, as the forward left it", tensor
-        )
+    dtype = accumulator(like)
+    fits = tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.device == like.device
+    expected = f"{shape} {dtype} on {like.device}, as the forward left it"
+    _require(fits, op, name, expected, tensor)
 
 
 def _check_completions(
@@ -87,7 +94,13 @@ def _check_completions(
         _check_each(op, rows, count, advantages=advantages)
 
 
-def _check_views(
+def _check_view(op: str, anchor: Tensor, name: str, view: Tensor) -> None:
+    same = view.ndim == anchor.ndim and view.shape[1:] == anchor.shape[1:]
+    same = same and view.dtype == anchor.dtype and view.device == anchor.device
+    _require(same, op, name, f"(rows, {anchor.shape[1:]}) like the anchor", view)
+
+
+def _check_whole_or_compact(
     op: str,
     anchor: Tensor,
     views: dict[str, Tensor | None],
@@ -95,19 +108,29 @@ def _check_views(
     cu_seqlens: Tensor | None,
     gating: bool,
 ) -> None:
+    """A view has all rows, or those of gated completions."""
     for name, view in views.items():
-        if view is None:
-            continue
-        same = view.ndim == anchor.ndim and view.shape[1:] == anchor.shape[1:]
-        same = same and view.dtype == anchor.dtype and view.device == anchor.device
-        _require(same, op, name, f"(rows, {anchor.shape[1:]}) like the anchor", view)
-        if len(view) == len(anchor):
+        if view is None or len(view) == len(anchor):
             continue
         _require(gating, op, name, f"of all {len(anchor)} rows without gating", view)
         if may_read(advantages, cu_seqlens):
-            looks = advantages > 0
-            counted = looks if cu_seqlens is None else cu_seqlens.diff()[looks]
+            gated = advantages > 0
+            counted = gated if cu_seqlens is None else cu_seqlens.diff()[gated]
             _require(len(view) == int(counted.sum()), op, name, "of the rows with A > 0", view)
+
+
+def _check_places(
+    op: str, name: str, places: Tensor | None, mask: Tensor | None, logits: Tensor
+) -> None:
+    """Every row has its logits: where no places are given as many as there are rows."""
+    if places is None or not places.numel() or not may_read(places, mask):
+        return
+    rows = logits.shape[:-1].numel()
+    _require(int(places.max()) < rows, op, name, f"below {rows}, the rows there are", places)
+    if mask is not None:
+        places = places.reshape(-1)[mask.reshape(-1)]
+    fits = not places.numel() or int(places.min()) >= 0
+    _require(fits, op, name, "those of rows that are there, where the mask is True", places)
 
 
 def _check(op: str, given: dict[str, Any]) -> None:
@@ -120,23 +143,44 @@ def _check(op: str, given: dict[str, Any]) -> None:
     if "weight" in given:
         _check_head(op, rows, given["weight"], given["bias"])
     count = rows.shape[:-1].numel() if has_columns else rows.numel()
+    if given.get("places") is not None:
+        count = given["targets"].numel()
     _check_each(op, rows, count, **{name: given.get(name) for name in _PER_ROW})
-    # The whole, or completions, tokens and selected (`num_items_tensor`).
-    _check_each(op, rows, 4, num_items=given.get("num_items"))
+    _check_each(op, rows, 2, denominators=given.get("denominators"))
     _check_each(op, rows, 1, grad_loss=given.get("grad_loss"))
     if "cu_seqlens" in given:
         shaped = given.get("targets", rows)
         _check_completions(op, shaped, given.get("advantages"), given["cu_seqlens"])
-    if "saved" in given:
-        kept = LOSS_SAVED if name == "anchor" else STATS_SAVED
-        _check_kept(op, rows, (len(kept), count), saved=given["saved"])
-    if "coefficients" in given:
-        _check_kept(op, rows, (len(COEFFICIENTS), count), coefficients=given["coefficients"])
+    for kept, size in _KEPT.items():
+        if kept in given:
+            _check_kept(op, rows, (size, count), kept, given[kept])
     if not 0 <= given.get("fraction", 0) <= 1:
         raise ValueError(f"cppo.{op}: fraction must be in [0, 1], got {given['fraction']}")
-    if "positive" in given:
-        views = {view: given[view] for view in ("positive", "negative")}
-        _check_views(op, rows, views, given["advantages"], given["cu_seqlens"], given["gating"])
+    config = from_text(given["config"]) if "config" in given else None
+    views = {view: given[view] for view in ("positive", "negative") if view in given}
+    for view, logits in views.items():
+        if logits is not None:
+            _check_view(op, rows, view, logits)
+    if "advantages" in given and views and config is not None:
+        whole = (given["advantages"], given["cu_seqlens"], config.gating)
+        _check_whole_or_compact(op, rows, views, *whole)
+        for view, logits in views.items():
+            if f"saved_{view}" in given and logits is not None:
+                is_contrast = view == "positive" and config.divergence == "full"
+                shape = (len(CONTRASTS if is_contrast else SAVED), count)
+                _check_kept(op, rows, shape, f"saved_{view}", given[f"saved_{view}"])
+    _check_given_places(op, rows, given)
+
+
+def _check_given_places(op: str, rows: Tensor, given: dict[str, Any]) -> None:
+    mask = given.get("mask")
+    _check_places(op, "places", given.get("places"), mask, rows)
+    for view in ("positive", "negative"):
+        places = given.get(f"{view}_places")
+        if places is not None:
+            _check_places(op, f"{view}_places", places, mask, given[view])
+        elif f"{view}_places" in given:
+            _require(len(given[view]) == len(rows), op, view, f"of {len(rows)} rows", given[view])
 
 
 def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

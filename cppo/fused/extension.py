@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cppo.ops import library, pack_library
-from cppo.ops.linear_library import LinearBackend
-from cppo.ops.pack_library import pack_completions, unpack  # noqa: F401  (this is a namespace)
+from cppo.fused import pack
+from cppo.fused.backend import Backend
+from cppo.fused.pack import pack_completions, unpack  # noqa: F401  (this is a namespace)
 from cppo.reference import kept_per_unit
 
 
 def _read_build_info() -> dict[str, Any]:
-    path = Path(__file__).with_name("build_info.json")
+    path = Path(__file__).parents[1] / "build_info.json"
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
@@ -133,15 +133,14 @@ def _register_fakes() -> None:
         advantages = rewards.new_empty(rewards.shape, dtype=torch.float32)
         return advantages, kept_like(rewards, unit_size, keep, drop_zero)
 
-    pack_library.register()
+    pack.register()
 
 
 if not missing["cpp"]:
     _register_fakes()
-    _on_logits = library.Backend("cppo")
-    token_stats = _on_logits.token_stats
-    perception_mask = _on_logits.perception_mask
-    cppo_loss = _on_logits.cppo_loss
-    _on_hidden = LinearBackend("cppo")
-    linear_token_stats = _on_hidden.linear_token_stats
-    linear_cppo_loss = _on_hidden.linear_cppo_loss
+    _fused = Backend("cppo")
+    token_stats = _fused.token_stats
+    linear_token_stats = _fused.linear_token_stats
+    perception_mask = _fused.perception_mask
+    cppo_loss = _fused.cppo_loss
+    linear_cppo_loss = _fused.linear_cppo_loss

@@ -18,8 +18,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cppo import _ext
-
 # On a GPU 1 GiB is 3500 rows of a vocabulary of 150,000 in bf16: enough that a product costs more
 # than the pass over the fp32 gradient of the weight that it is added to (twice V D 4 bytes; at the
 # rates of an H200 as long as the product of 750 rows). A tile for the L2 cache would have 150 rows.
@@ -117,7 +115,7 @@ class Head:
         """(rows, V), every row at a multiple of 16 bytes: GPUs read and write others slowly."""
         size = self.weight.shape[0]
         if not self.weight.is_cuda:
-            return self.weight.new_empty(rows, size, dtype=dtype)
+            return self.weight.new_empty((rows, size), dtype=dtype)
         unit = 16 // dtype.itemsize
         return self.weight.new_empty(rows, -(-size // unit) * unit, dtype=dtype)[:, :size]
 
@@ -150,11 +148,7 @@ class Head:
             states[:, :rows] = hidden.t()
             logits = self._new_tile(rows, self.accumulator)
             for part, weight in self._slices():
-                product = torch.mm(weight, states)
-                if _ext.missing["cpp"]:
-                    logits[:, part] = product[:, :rows].t()
-                else:
-                    torch.ops.cppo.place_transposed_(logits, product, part.start)
+                logits[:, part] = torch.mm(weight, states)[:, :rows].t()
         elif self.bias is None and self.softcap is None:
             return self._product(hidden, hidden.dtype)
         else:
@@ -206,7 +200,7 @@ class Head:
     def _add_weight_gradient(self, grad_logits: Tensor, hidden: Tensor) -> None:
         columns, is_first = grad_logits.t(), self._grad_weight is None
         if self._grad_weight is None:
-            self._grad_weight = self.weight.new_empty(self.weight.shape, dtype=self.accumulator)
+            self._grad_weight = torch.empty_like(self.weight, dtype=self.accumulator)
         total = self._grad_weight
         if grad_logits.dtype == self.accumulator:
             states = hidden.to(self.accumulator)

@@ -1,0 +1,1 @@
+"""The fused ops: primitives of a backend, and the one loss that is composed of them."""

@@ -1,0 +1,379 @@
+"""Tiles of logits from hidden states, and the sums of their gradients.
+
+A tile holds rows of one view or of several, (n, V), and lives as long as its statistics and its
+gradient take. Three numberings of rows meet here:
+
+    rows of the batch       (T,)   targets, masks, coefficients, and hidden states of a whole view
+    rows of a view          where `Batch.places` has them; a compact view holds gated rows alone
+    rows of a tile          (n,)   `Rows.index` says which row of its part of the batch each one is
+
+What needs no computing is not computed: masked rows, views of completions that are not gated, the
+positive away from the perception tokens, the backward of rows whose coefficients are zero. In GEMM
+units (one view's logits), with f the share of tokens in gated completions and r the selected share
+of those, three views in full take 12. Here a loss with its gradients takes
+
+    resident    3 + f + 5fr    completions that fit a tile at a time: statistics, loss and gradients
+                               while their logits are alive; a longer one is computed again
+    recompute   4 + f + 7fr    statistics of all rows, then the loss; then the logits of the rows
+                               that have a gradient once more
+
+Resident needs to know beforehand what the loss is divided by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cppo.fused.batch import ANCHOR, NEGATIVE, POSITIVE, Batch
+from cppo.fused.head import Head, even
+from cppo.fused.loss import OF_ENTROPY, OF_LOGP, Statistics
+from cppo.records import Views
+
+WEIGHT, BIAS = 3, 4  # of `wants`, after the views
+
+
+class Rows(NamedTuple):
+    """Some rows of a view: their places in a part of the batch, (n,)."""
+
+    view: int
+    index: Tensor
+
+
+@dataclass
+class Tile:
+    """Logits of rows that are multiplied together.
+
+    Args:
+        rows: whose rows, in order.
+        hidden, logits: (n, D) and (n, V); the logits become their gradient.
+        saved: (3, n), what `token_stats` saved of these very logits: another GEMM rounds them in
+            another way, and what should cancel in the gradient would not.
+    """
+
+    rows: list[Rows]
+    hidden: Tensor
+    logits: Tensor
+    saved: Tensor | None = None
+
+
+def index_of(mask: Tensor, size: int) -> Tensor:
+    """The places of the `size` entries of a mask that are true; nothing waits for the device."""
+    return torch.nonzero_static(mask, size=size)[:, 0]
+
+
+def _on_host(values: Tensor) -> Any:
+    """The numbers of a tensor: a wait for the device."""
+    return values.tolist()
+
+
+class Hidden:
+    """The hidden states of the views, and the sums of their gradients and the head's.
+
+    Args:
+        head: the LM head.
+        views: (rows, D) each.
+        places: of each view, as `Batch.places`.
+        wants: which gradients are wanted: of anchor, positive, negative, weight, bias.
+    """
+
+    def __init__(
+        self, head: Head, views: Views, places: list[Tensor | None], wants: list[bool]
+    ) -> None:
+        self.head, self.wants = head, wants
+        self._views, self._places = views, places
+        self._gradients: list[Tensor | None] = [None, None, None]
+        self.rows_multiplied: int | Tensor = 0
+        # Gradients of few rows, which are multiplied together: a product costs a pass over the
+        # gradient of the weight, however few rows it has.
+        self._waiting: list[tuple[Tile, int]] = []
+
+    def has(self, view: int) -> bool:
+        return self._views[view] is not None
+
+    def wants_logits(self, view: int) -> bool:
+        """Whether logits of this view need a gradient."""
+        return self.wants[view] or self.wants[WEIGHT] or self.wants[BIAS]
+
+    def _at(self, rows: Rows, first: int) -> Tensor:
+        """Where the rows lie in their view."""
+        places, index = self._places[rows.view], rows.index + first if first else rows.index
+        return index if places is None else places[index]
+
+    def tile(self, rows: list[Rows], first: int) -> Tile:
+        """The logits of rows of the part of the batch that begins at row `first`."""
+        states = [self._views[some.view][self._at(some, first)] for some in rows]
+        hidden = torch.cat(states) if len(states) > 1 else states[0]
+        self.rows_multiplied += len(hidden)
+        return Tile(rows, hidden, self.head.logits(hidden))
+
+    def add(self, tile: Tile, first: int) -> None:
+        """Adds the gradients that these gradients of logits give, now or with later ones."""
+        for view, index in tile.rows:
+            self.rows_multiplied += len(index) * (self.wants[view] + self.wants[WEIGHT])
+        room = self.head.rows_per_tile // 4
+        if len(tile.logits) > room:
+            self._multiply([(tile, first)])
+            return
+        if sum(len(other.logits) for other, _ in self._waiting) + len(tile.logits) > room:
+            self._flush()
+        self._waiting.append((tile, first))
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._multiply(waiting)
+
+    def _multiply(self, tiles: list[tuple[Tile, int]]) -> None:
+        rows = [(some, first) for tile, first in tiles for some in tile.rows]
+        gradients = self.head.backward(
+            self.head.stacked([tile.logits for tile, _ in tiles]),
+            torch.cat([tile.hidden for tile, _ in tiles]),
+            any(self.wants[some.view] for some, _ in rows),
+        )
+        if gradients is None:
+            return
+        sizes = [len(some.index) for some, _ in rows]
+        for (some, first), gradient in zip(rows, gradients.split(sizes), strict=True):
+            if self.wants[some.view]:
+                self._gradient_of(some.view)[self._at(some, first)] = gradient
+
+    def _gradient_of(self, view: int) -> Tensor:
+        gradient = self._gradients[view]
+        if gradient is None:
+            gradient = torch.zeros_like(self._views[view], dtype=self.head.accumulator)
+            self._gradients[view] = gradient
+        return gradient
+
+    def gradients(
+        self, inputs: tuple[Tensor | None, ...], wants: list[bool], dtype: torch.dtype
+    ) -> list[Tensor]:
+        """Those of the views, weight and bias, shaped like `inputs`; empty where none is wanted."""
+        self._flush()
+        sums = [*self._gradients, self.head.grad_weight, self.head.grad_bias]
+        found = []
+        for total, like, want in zip(sums, inputs, wants, strict=True):
+            if like is None or not want:
+                found.append(self.head.weight.new_empty(0, dtype=dtype))
+            elif total is None:
+                found.append(torch.zeros(like.shape, dtype=dtype, device=like.device))
+            else:
+                found.append(total.view(like.shape).to(dtype))
+        return found
+
+
+class HeadTiles:
+    """The logits of a part of the batch.
+
+    Args:
+        kernels: the primitives of a backend, by name.
+        hidden: of the whole batch.
+        batch: the part.
+        first: its first row in the whole batch.
+        sizes: how many of its rows count, and how many of those are gated.
+        temperature: divides the logits.
+        keeps: whether the logits stay for `backward`.
+    """
+
+    def __init__(
+        self,
+        kernels: Any,
+        hidden: Hidden,
+        batch: Batch,
+        first: int,
+        sizes: tuple[int, int],
+        temperature: float,
+        keeps: bool = False,
+    ) -> None:
+        self._kernels, self.hidden, self.batch, self._first = kernels, hidden, batch, first
+        self._sizes = {ANCHOR: sizes[0], NEGATIVE: sizes[1]}
+        self._temperature, self._keeps = temperature, keeps
+        self._kept: dict[int, Tile] = {}
+
+    def has(self, view: int) -> bool:
+        return self.hidden.has(view)
+
+    def _index(self, view: int, where: Tensor | None) -> Tensor:
+        if where is None:
+            return torch.arange(len(self.batch.targets), device=self.batch.targets.device)
+        size = self._sizes[view] if view in self._sizes else _on_host(where.sum())
+        return index_of(where, size)
+
+    def _token_stats(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of a tile, which keeps what its backward needs."""
+        index = torch.cat([rows.index for rows in tile.rows])
+        logps, entropy, tile.saved = self._kernels.token_stats(
+            tile.logits, self.batch.targets[index], None, None, self._temperature, False
+        )
+        return logps, entropy
+
+    def statistics(self, view: int, where: Tensor | None) -> Statistics:
+        """As of `cppo.fused.loss.Tiles`; what the backward needs stays with the tile."""
+        index, rows = self._index(view, where), len(self.batch.targets)
+        dtype = self.hidden.head.accumulator
+        logps, entropy = (self.batch.targets.new_zeros(rows, dtype=dtype) for _ in range(2))
+        for some in self._pieces(index):
+            tile = self.hidden.tile([Rows(view, some)], self._first)
+            logps[some], entropy[some] = self._token_stats(tile)
+            if self._keeps:
+                self._kept[view] = tile
+            del tile  # before the next is there
+        return Statistics(logps, entropy, None)
+
+    def _pieces(self, index: Tensor, views: int = 1) -> tuple[Tensor, ...]:
+        """Rows of which so many views fit a tile."""
+        if not len(index):
+            return ()  # a product of no rows reads the whole weight all the same
+        room = max(1, self.hidden.head.rows_per_tile // views)
+        return index.split(len(index) if self._keeps else even(len(index), room))
+
+    def _three(self, index: Tensor) -> Tile:
+        return self.hidden.tile(
+            [Rows(view, index) for view in (ANCHOR, POSITIVE, NEGATIVE)], self._first
+        )
+
+    def _contrast(self, tile: Tile) -> Tensor:
+        views = tile.logits.split(len(tile.logits) // 3)
+        every = torch.ones(len(views[0]), dtype=torch.bool, device=tile.logits.device)
+        return self._kernels.contrast(*views, every, None, None, self._temperature)
+
+    def contrast(self, where: Tensor) -> Tensor:
+        index = self._index(POSITIVE, where)
+        found = None
+        for some in self._pieces(index, views=3):
+            tile = self._three(some)
+            contrasts = self._contrast(tile)
+            if found is None:
+                found = contrasts.new_zeros(len(contrasts), len(self.batch.targets))
+            found[:, some] = contrasts
+            del tile  # before the next is there
+        return found
+
+    def backward(
+        self, coefficients: Tensor, full: bool = False, detach_anchor: bool = False
+    ) -> None:
+        """Adds the gradients of the rows whose coefficients (4, T) are not zero.
+
+        Args:
+            full: the third coefficient is that by the margin of the full divergence.
+            detach_anchor: which then does not reach the anchor.
+        """
+        own = (coefficients[OF_LOGP[ANCHOR]] != 0) | (coefficients[OF_ENTROPY[ANCHOR]] != 0)
+        of_positive = coefficients[OF_LOGP[POSITIVE]] != 0
+        if full and not detach_anchor:
+            own &= ~of_positive
+        masks = [own, of_positive, coefficients[OF_LOGP[NEGATIVE]] != 0]
+        sizes = _on_host(torch.stack([mask.sum() for mask in masks]))
+        index = [index_of(mask, size) for mask, size in zip(masks, sizes, strict=True)]
+        rest = []
+        for view in (ANCHOR,) if full else (ANCHOR, NEGATIVE, POSITIVE):
+            rows = Rows(view, index[view])
+            if not len(rows.index) or not self.hidden.wants_logits(view):
+                continue
+            tile = self._kept_rows(rows)
+            if tile is None:
+                rest.append(rows)
+            else:
+                self._gradient(tile, coefficients)
+            del tile  # the logits of a view go before those of the next get a gradient
+        for some in _filled(rest, self.hidden.head.rows_per_tile):
+            tile = self.hidden.tile(some, self._first)
+            self._token_stats(tile)
+            self._gradient(tile, coefficients)
+            del tile
+        if full:
+            self._gradient_of_three(index[POSITIVE], coefficients, detach_anchor)
+
+    def _kept_rows(self, rows: Rows) -> Tile | None:
+        """The rows of a tile that is still there; None: it is not."""
+        tile = self._kept.pop(rows.view, None)
+        if tile is None or len(rows.index) == len(tile.logits):
+            return tile
+        (kept,) = tile.rows
+        place = torch.empty_like(self.batch.targets, dtype=torch.int64)
+        place[kept.index] = torch.arange(len(kept.index), device=place.device)
+        at = place[rows.index]
+        assert tile.saved is not None
+        logits = self.hidden.head.rows_of(tile.logits, at)
+        return Tile([rows], tile.hidden[at], logits, tile.saved[:, at])
+
+    def _gradient(self, tile: Tile, coefficients: Tensor) -> None:
+        """Adds the gradients of a tile, whose logits become theirs."""
+
+        def upstream(rows: Rows) -> tuple[Tensor, Tensor]:
+            d_logps, of_entropy = (
+                coefficients[OF_LOGP[rows.view], rows.index],
+                OF_ENTROPY[rows.view],
+            )
+            if of_entropy is None:
+                return d_logps, torch.zeros_like(d_logps)
+            return d_logps, coefficients[of_entropy, rows.index]
+
+        d_logps, d_entropy = map(torch.cat, zip(*map(upstream, tile.rows), strict=True))
+        targets = self.batch.targets[torch.cat([rows.index for rows in tile.rows])]
+        slope = self.hidden.head.slope(tile.logits)
+        self._kernels.token_stats_backward_(
+            d_logps,
+            d_entropy if any(rows.view == ANCHOR for rows in tile.rows) else None,
+            tile.logits,
+            targets,
+            None,
+            None,
+            tile.saved,
+            self._temperature,
+        )
+        if slope is not None:
+            tile.logits.mul_(slope)
+        self.hidden.add(tile, self._first)
+
+    def _gradient_of_three(self, index: Tensor, coefficients: Tensor, detach_anchor: bool) -> None:
+        """Adds the gradients of rows that have a margin, in the three views together."""
+        for some in self._pieces(index, views=3):
+            tile = self._three(some)
+            views = tile.logits.split(len(some))
+            upstream = coefficients[:, some]
+            if detach_anchor:
+                upstream[:2] = 0  # of the anchor's own terms: they have rows of their own
+            targets = self.batch.targets[some]
+            saved = self._kernels.token_stats(
+                views[ANCHOR], targets, None, None, self._temperature, False
+            )[2]
+            contrasts, slope = self._contrast(tile), self.hidden.head.slope(tile.logits)
+            self._kernels.contrast_backward_(
+                *views,
+                targets,
+                None,
+                None,
+                saved,
+                contrasts,
+                upstream,
+                self._temperature,
+                detach_anchor,
+            )
+            if slope is not None:
+                tile.logits.mul_(slope)
+            if detach_anchor:
+                perturbed = slice(len(some), None)
+                tile = Tile(tile.rows[1:], tile.hidden[perturbed], tile.logits[perturbed])
+            self.hidden.add(tile, self._first)
+            del tile, views, slope  # before the next is there
+
+
+def _filled(rows: list[Rows], room: int) -> Iterator[list[Rows]]:
+    """The rows in the fewest tiles of at most `room`, as equal as can be."""
+    room = even(sum(len(some.index) for some in rows), room)
+    tile: list[Rows] = []
+    free = room
+    for view, index in rows:
+        while len(index):
+            tile.append(Rows(view, index[:free]))
+            index, free = index[free:], max(0, free - len(index))
+            if not free:
+                yield tile
+                tile, free = [], room
+    if tile:
+        yield tile

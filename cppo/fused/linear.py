@@ -1,0 +1,172 @@
+"""The ops on hidden states: the loss and the statistics of the logits of an LM head.
+
+Nothing of the loss is here: `cppo.fused.loss` composes it, `cppo.fused.head_tiles` makes the logits
+a tile at a time, and here the batch is cut into parts whose logits fit one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cppo.config import LossConfig
+from cppo.fused.batch import ANCHOR, Batch, flat
+from cppo.fused.head import Head
+from cppo.fused.head_tiles import HeadTiles, Hidden
+from cppo.fused.loss import OF_ENTROPY, OF_LOGP, Terms, batch_of, outputs, terms
+from cppo.fused.schema import COEFFICIENTS, from_text
+from cppo.records import Views
+
+
+def _hidden(head: Head, views: Views, batch: Batch, wants: list[bool]) -> Hidden:
+    anchor = views.anchor
+    places = [None if view is None else batch.places(view, anchor) for view in views]
+    rows = Views(*(None if view is None else view.reshape(-1, view.shape[-1]) for view in views))
+    return Hidden(head, rows, places, wants)
+
+
+def _sums_before(counts: Tensor | None, bounds: Tensor) -> Tensor:
+    """Of each bound the number of rows before it that count."""
+    if counts is None:
+        return bounds
+    sums = counts.cumsum(0)
+    return torch.cat([sums.new_zeros(1), sums])[bounds]
+
+
+def _parts(batch: Batch, room: int | None) -> Iterator[tuple[Batch, int, tuple[int, int], bool]]:
+    """The batch in ranges of completions whose logits fit `room` rows; None: in one.
+
+    Yields: the part, its first row in the batch, how many of its rows count and how many are gated,
+    and whether it fits: a completion of more rows does not.
+    """
+    bounds = batch.cu_seqlens
+    gated = bounds.new_zeros(bounds.shape)
+    if batch.gated is not None:
+        gated = _sums_before(batch.gated, bounds.long())
+    counted = _sums_before(batch.mask, bounds.long())
+    # The one wait for the device before the first product.
+    ends, counted, gated = torch.stack([bounds, counted, gated]).tolist()
+    for first, last in _ranges([a + b for a, b in zip(counted, gated, strict=True)], room):
+        rows = slice(ends[first], ends[last])
+        sizes = counted[last] - counted[first], gated[last] - gated[first]
+        fits = room is not None and sum(sizes) <= room
+        yield batch.of(slice(first, last), rows), rows.start, sizes, fits
+
+
+def _ranges(sums: list[int], room: int | None) -> Iterator[tuple[int, int]]:
+    """Ranges of completions of at most `room` rows, or of one; sums: rows before each."""
+    last = len(sums) - 1
+    if room is None:
+        yield 0, last
+        return
+    first = 0
+    for completion in range(last):
+        if first < completion and sums[completion + 1] - sums[first] > room:
+            yield first, completion
+            first = completion
+    if first < last or not last:
+        yield first, last
+
+
+def linear_cppo_loss(kernels: Any, given: Any) -> Any:
+    """The op of this name; given: its `ARGUMENTS`."""
+    config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
+    batch = batch_of(given, config, views, given.old_logps, given.ref_logps)
+    head = Head(given.weight, given.bias, given.softcap, *given.wants[3:])
+    hidden = _hidden(head, views, batch, given.wants)
+    found, num_resident = [], 0
+    for part, first, sizes, fits in _parts(batch, head.rows_per_tile if given.resident else None):
+        tiles = HeadTiles(kernels, hidden, part, first, sizes, given.temperature, keeps=fits)
+        found.append(terms(kernels, tiles, given.denominators, given.per_selected, config))
+        if given.resident:
+            tiles.backward(found[-1].coefficients)
+            num_resident += sizes[0]
+    whole, multiplied = _joined(found), hidden.rows_multiplied
+    if not given.resident:
+        multiplied += _backward_rows(whole.coefficients, config, views, given.wants)
+    # Filled, not copied: a copy from the host waits for it.
+    work = given.targets.new_zeros(2, dtype=torch.int64)
+    work[0], work[1] = multiplied, num_resident
+    inputs = (*views, given.weight, given.bias)
+    wants = given.wants if given.resident else [False] * len(inputs)
+    gradients = hidden.gradients(inputs, wants, head.accumulator)
+    return *outputs(batch, given.targets.shape, whole), work, whole.coefficients, *gradients
+
+
+def _joined(found: list[Terms]) -> Terms:
+    """The terms of the whole batch from those of its parts."""
+    if len(found) == 1:
+        return found[0]
+    has_views = found[0].selected is not None
+    return Terms(
+        torch.stack([part.loss for part in found]).sum(),
+        torch.stack([part.metrics for part in found]).sum(0),
+        torch.cat([part.coefficients for part in found], 1),
+        torch.cat([part.logps for part in found]),
+        torch.cat([part.entropy for part in found]),
+        torch.cat([part.selected for part in found]) if has_views else None,
+        found[0].saved,
+    )
+
+
+def _backward_rows(
+    coefficients: Tensor, config: LossConfig, views: Views, wants: list[bool]
+) -> Tensor:
+    """Rows that a recomputing backward will multiply, once for each product."""
+    products = [1 + wants[view] + wants[3] for view in range(3)]
+    counts = [coefficients[OF_LOGP[view]] != 0 for view in range(3)]
+    counts[ANCHOR] = counts[ANCHOR] | (coefficients[OF_ENTROPY[ANCHOR]] != 0)
+    if config.divergence == "full" and views.positive is not None:
+        own = counts[ANCHOR] if config.detach_anchor else counts[ANCHOR] & ~counts[1]
+        return counts[1].sum() * sum(products) + own.sum() * products[ANCHOR]
+    return torch.stack([n.sum() * k for n, k in zip(counts, products, strict=True)]).sum()
+
+
+def linear_cppo_loss_backward(kernels: Any, given: Any) -> Any:
+    """The gradients of the recompute plan; given: its `ARGUMENTS`."""
+    config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
+    batch = batch_of(given, config, views)
+    head = Head(given.weight, given.bias, given.softcap, *given.wants[3:])
+    hidden = _hidden(head, views, batch, given.wants)
+    tiles = HeadTiles(kernels, hidden, batch, 0, (0, 0), given.temperature)
+    full = config.divergence == "full" and views.positive is not None
+    tiles.backward(given.coefficients * given.grad_loss, full, config.detach_anchor)
+    inputs = (*views, given.weight, given.bias)
+    return tuple(hidden.gradients(inputs, given.wants, views.anchor.dtype))
+
+
+def linear_token_stats(kernels: Any, given: Any) -> tuple[Tensor, Tensor]:
+    """The op of this name; given: its `ARGUMENTS`."""
+    tiles = _tiles_of_rows(kernels, given, [False] * 5)
+    logps, entropy, _ = tiles.statistics(ANCHOR, tiles.batch.mask)
+    return logps.view(given.targets.shape), entropy.view(given.targets.shape)
+
+
+def linear_token_stats_backward(kernels: Any, given: Any) -> tuple[Tensor, ...]:
+    """Gradients of hidden, weight and bias: those of a loss that has these derivatives."""
+    wants = [given.wants[0], False, False, *given.wants[1:]]
+    tiles = _tiles_of_rows(kernels, given, wants)
+    shape = (len(COEFFICIENTS), given.targets.numel())
+    coefficients = given.hidden.new_zeros(shape, dtype=tiles.hidden.head.accumulator)
+    for row, gradient in enumerate((given.grad_logps, given.grad_entropy)):
+        if gradient is not None:
+            coefficients[row] = gradient.reshape(-1)
+    if tiles.batch.mask is not None:
+        coefficients.masked_fill_(~tiles.batch.mask, 0)
+    tiles.backward(coefficients)
+    inputs = (given.hidden, None, None, given.weight, given.bias)
+    anchor, _, _, *of_head = tiles.hidden.gradients(inputs, wants, given.hidden.dtype)
+    return anchor, *of_head
+
+
+def _tiles_of_rows(kernels: Any, given: Any, wants: list[bool]) -> HeadTiles:
+    """The rows of `linear_token_stats`, which belong to no completion."""
+    nothing, mask = given.targets.new_empty(0), flat(given.mask)
+    batch = Batch(given.targets.reshape(-1), nothing, nothing, mask=mask)
+    head = Head(given.weight, given.bias, given.softcap, *wants[3:])
+    hidden = _hidden(head, Views(given.hidden), batch, wants)
+    num_rows = len(batch.targets) if mask is None else int(mask.sum())
+    return HeadTiles(kernels, hidden, batch, 0, (num_rows, 0), given.temperature)

@@ -1,0 +1,223 @@
+"""The loss, composed once, of the primitives of a backend.
+
+    statistics of the anchor, and of the negative where a completion is gated
+    -> perception tokens -> statistics of the positive at those
+    -> the loss, and its derivative by every statistic
+    -> gradients of the rows whose derivative is not zero
+
+Logits come in tiles: they are given (`GivenTiles`, the whole batch is one tile), or made of hidden
+states a part of the batch at a time (`cppo.fused.head_tiles.HeadTiles`). With the full divergence
+the statistic of the positive is the difference of the two divergences: `contrast` reads the three
+views at the perception tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cppo.config import LossConfig
+from cppo.fused.batch import ANCHOR, NEGATIVE, POSITIVE, Batch, make_batch
+from cppo.fused.schema import CONTRASTS, from_text
+from cppo.records import Views
+
+# Rows of the coefficients that belong to a view: the derivatives by its logps and by its entropy.
+OF_LOGP = {ANCHOR: 0, POSITIVE: 2, NEGATIVE: 3}
+OF_ENTROPY = {ANCHOR: 1, POSITIVE: None, NEGATIVE: None}
+
+
+class Statistics(NamedTuple):
+    """Of every row of a batch, zero where a view was not read: (T,), (T,), and what the backward
+    of given logits needs, (3, T)."""
+
+    logps: Tensor | None
+    entropy: Tensor | None
+    saved: Tensor | None
+
+
+class Tiles(Protocol):
+    """The logits of a batch."""
+
+    batch: Batch
+
+    def has(self, view: int) -> bool:
+        """Whether the call has this view."""
+
+    def statistics(self, view: int, where: Tensor | None) -> Statistics:
+        """Reads the rows of a view that a mask names."""
+
+    def contrast(self, where: Tensor) -> Tensor:
+        """`contrast` of the three views at the rows that a mask names: (5, T)."""
+
+
+class Terms(NamedTuple):
+    """The loss of a batch, and what was found on the way to it.
+
+    selected: (T,) bool, None without perturbed views. saved: of the anchor, the positive (its
+    contrasts, with the full divergence) and the negative; None: not read.
+    """
+
+    loss: Tensor
+    metrics: Tensor
+    coefficients: Tensor
+    logps: Tensor
+    entropy: Tensor
+    selected: Tensor | None
+    saved: tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def terms(
+    kernels: Any, tiles: Tiles, denominators: Tensor, per_selected: bool, config: LossConfig
+) -> Terms:
+    """The loss and its derivatives by every statistic.
+
+    Args:
+        kernels: the primitives of a backend, by name.
+        denominators, per_selected: of `cppo.fused.denominators`.
+    """
+    batch = tiles.batch
+    anchor = tiles.statistics(ANCHOR, batch.mask)
+    positive = negative = Statistics(None, None, None)
+    contrasts = selected = None
+    if tiles.has(NEGATIVE):
+        negative = tiles.statistics(NEGATIVE, batch.gated)
+        selected = kernels.perception_mask(
+            anchor.entropy, negative.entropy, config.fraction, batch.gated, batch.cu_seqlens
+        )
+    if tiles.has(POSITIVE):
+        if config.divergence == "full":
+            contrasts = tiles.contrast(selected)
+        else:
+            positive = tiles.statistics(POSITIVE, selected)
+        if per_selected:
+            count = selected.sum().clamp(min=1)
+            denominators = torch.cat([denominators[:1], denominators[1:] * count])
+    loss, metrics, coefficients = kernels.loss_terms(
+        anchor.logps,
+        anchor.entropy,
+        positive.logps,
+        None if positive.logps is None else negative.logps,
+        None if contrasts is None else contrasts[CONTRASTS.index("margin")],
+        selected,
+        batch.advantages,
+        batch.old_logps,
+        batch.ref_logps,
+        batch.mask,
+        batch.cu_seqlens,
+        denominators,
+        config.text,
+    )
+    saved = anchor.saved, positive.saved if contrasts is None else contrasts, negative.saved
+    return Terms(loss, metrics, coefficients, anchor.logps, anchor.entropy, selected, saved)
+
+
+def outputs(
+    batch: Batch, shape: torch.Size, found: Terms
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What both losses return first, in the layout of the call: loss, logps, entropy, selected,
+    metrics, and how many rows are selected and gated (2,)."""
+    selected, counts = found.selected, batch.cu_seqlens.new_zeros(2, dtype=torch.int64)
+    if selected is None:
+        selected = torch.zeros_like(batch.targets, dtype=torch.bool)
+    else:
+        assert batch.gated is not None
+        torch.sum(torch.stack([selected, batch.gated]), 1, out=counts)
+    rows = (found.logps.view(shape), found.entropy.view(shape), selected.view(shape))
+    return found.loss, *rows, found.metrics, counts
+
+
+# The loss of logits that are given
+
+
+class GivenTiles:
+    """Logits of the caller, (B, L, V) or (T, V): one tile, of which masks say what is read."""
+
+    def __init__(self, kernels: Any, views: Views, batch: Batch, temperature: float) -> None:
+        self._kernels, self._views, self._temperature = kernels, views, temperature
+        self.batch = batch
+        self.places = [None if view is None else batch.places(view, views.anchor) for view in views]
+
+    def has(self, view: int) -> bool:
+        return self._views[view] is not None
+
+    def statistics(self, view: int, where: Tensor | None) -> Statistics:
+        places = self.places[view]
+        logits, targets = self._views[view], self.batch.targets
+        return Statistics(
+            *self._kernels.token_stats(logits, targets, where, places, self._temperature, False)
+        )
+
+    def contrast(self, where: Tensor) -> Tensor:
+        places = self.places[POSITIVE], self.places[NEGATIVE]
+        return self._kernels.contrast(*self._views, where, *places, self._temperature)
+
+
+def batch_of(given: Any, config: LossConfig, views: Views, *logps: Tensor | None) -> Batch:
+    """The batch of the arguments of a loss, or of its backward."""
+    has_perturbed = views.positive is not None or views.negative is not None
+    gating = config.gating if has_perturbed else None
+    return make_batch(
+        given.targets,
+        given.advantages,
+        given.cu_seqlens,
+        getattr(given, "mask", None),
+        gating,
+        logps,
+    )
+
+
+def cppo_loss(kernels: Any, given: Any) -> Any:
+    """The op of this name; given: its `ARGUMENTS`."""
+    config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
+    batch = batch_of(given, config, views, given.old_logps, given.ref_logps)
+    tiles = GivenTiles(kernels, views, batch, given.temperature)
+    found = terms(kernels, tiles, given.denominators, given.per_selected, config)
+    saved = (views.anchor.new_empty(0) if kept is None else kept for kept in found.saved)
+    return *outputs(batch, given.targets.shape, found), *saved, found.coefficients
+
+
+def cppo_loss_backward(kernels: Any, inplace: bool, given: Any) -> Any:
+    """Gradients of the views, as new tensors or written over them.
+
+    Args:
+        given: the `ARGUMENTS`; a view that wants no gradient may be left out.
+    """
+    config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
+    batch = batch_of(given, config, views)
+    places = [None if view is None else batch.places(view, views.anchor) for view in views]
+    coefficients, ending = (
+        given.coefficients * given.grad_loss,
+        "_backward_" if inplace else "_backward",
+    )
+    if config.divergence == "full" and views.positive is not None:
+        return getattr(kernels, "contrast" + ending)(
+            *views,
+            batch.targets,
+            *places[1:],
+            given.saved_anchor,
+            given.saved_positive,
+            coefficients,
+            given.temperature,
+            config.detach_anchor,
+        )
+    gradients = []
+    saved = (given.saved_anchor, given.saved_positive, given.saved_negative)
+    for view, logits in enumerate(views):
+        if logits is None:
+            gradients.append(views.anchor.new_empty(0))
+            continue
+        of_entropy = OF_ENTROPY[view]
+        gradient = getattr(kernels, "token_stats" + ending)(
+            coefficients[OF_LOGP[view]],
+            None if of_entropy is None else coefficients[of_entropy],
+            logits,
+            batch.targets,
+            batch.mask if view == ANCHOR else batch.gated,
+            places[view],
+            saved[view],
+            given.temperature,
+        )
+        gradients.append(gradient)
+    return None if inplace else tuple(gradients)

@@ -198,7 +198,7 @@ struct Streams {
 
   // Writes one completion from its first token and response token on. It starts at `base` of the
   // padded tensors.
-  void write(const Row& row, int64_t base, const int64_t start, int64_t target) const {
+  void write(const Row& row, int64_t base, int64_t start, int64_t target) const {
     int64_t token = start;
     const int64_t length = static_cast<int64_t>(row.attended.size());
     Row::runs(row.attended, 0, length, [&](int64_t first, int64_t last) {

@@ -20,12 +20,12 @@ struct Run {
 };
 
 // Where (T,) values stand in (B, L), as runs of neighbours: places rise by one within a response.
-struct Places {
+struct TargetPlaces {
   std::vector<Run> runs;
   int64_t num_rows, num_places;
   bool rises = true;  // from first to last, so that a stretch of places is a stretch of runs
 
-  Places(const char* op, const Tensor& target_index, int64_t num_places)
+  TargetPlaces(const char* op, const Tensor& target_index, int64_t num_places)
       : num_places(num_places) {
     check_dim(op, "target_index", target_index, 1);
     check_cpu(op, "target_index", target_index);
@@ -49,7 +49,7 @@ struct Places {
 };
 
 // Zeros and values in one pass over the places [from, to).
-void unpack_stretch(const Column& column, const Places& places, int64_t from, int64_t to) {
+void unpack_stretch(const Column& column, const TargetPlaces& places, int64_t from, int64_t to) {
   int64_t clean = from;  // everything before it is written
   const auto clear_until = [&](int64_t place) {
     std::memset(column.to + clean * column.bytes, 0, (place - clean) * column.bytes);
@@ -68,7 +68,7 @@ void unpack_stretch(const Column& column, const Places& places, int64_t from, in
   clear_until(to);
 }
 
-void unpack_columns(const std::vector<Column>& columns, const Places& places) {
+void unpack_columns(const std::vector<Column>& columns, const TargetPlaces& places) {
   if (!places.rises) {
     for (const Column& column : columns) {
       std::memset(column.to, 0, places.num_places * column.bytes);
@@ -94,7 +94,7 @@ std::vector<Tensor> unpack(std::vector<Tensor> values, Tensor target_index,
   const int64_t most = std::numeric_limits<int64_t>::max() / std::max<int64_t>(length, 1);
   CPPO_CHECK(num_completions >= 0 && length >= 0 && num_completions <= most, op,
              "num_completions and length must be sizes, got ", num_completions, " and ", length);
-  const Places places(op, target_index, num_completions * length);
+  const TargetPlaces places(op, target_index, num_completions * length);
   std::vector<Column> columns;
   for (const Tensor& value : values) {
     check_same_shape(op, "values", value, "target_index", target_index);
@@ -107,7 +107,7 @@ std::vector<Tensor> unpack(std::vector<Tensor> values, Tensor target_index,
 
 std::vector<Tensor> gather_tokens(std::vector<Tensor> values, Tensor target_index) {
   const char* op = "gather_tokens";
-  const Places places(op, target_index, values.empty() ? 0 : values.front().numel());
+  const TargetPlaces places(op, target_index, values.empty() ? 0 : values.front().numel());
   std::vector<Column> columns;
   for (const Tensor& value : values) {
     check_same_shape(op, "values", value, "the first of values", values.front());

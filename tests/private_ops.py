@@ -28,6 +28,14 @@ MAY_BE_SHORTER = {
     ("unpack", "target_index"),
     ("gather_tokens", "target_index"),
     ("gather_tokens", "values"),
+    # Read where a view is compact.
+    *(
+        (f"cppo_loss_backward{end}", name)
+        for end in ("", "_")
+        for name in ("advantages", "cu_seqlens")
+    ),
+    ("linear_cppo_loss_backward", "advantages"),
+    ("linear_cppo_loss_backward", "cu_seqlens"),
 }
 # Of Triton's kernels, whose interpreter takes a second for ten calls: what makes them raise, and
 # the numbers that a kernel takes for an address.
@@ -65,7 +73,7 @@ def calls(namespace: str) -> dict[str, tuple[Any, ...]]:
         of_rows = (targets, *of_completions)
         loss = (*views, *of_rows, by.values, True, config.temperature, config.text, False)
         found[f"cppo_loss {divergence}"] = loss
-        kept = ops.cppo_loss(*loss)[6:]
+        kept = ops.cppo_loss(*loss)[-4:]
         backward = (
             torch.ones(()),
             *views,
@@ -99,7 +107,7 @@ def head_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
     head, wants = (weight, bias), [True] * 5
     options = (by.values, False, 1.0, config.text, 30.0, wants)
     loss = (*views, *head, targets, advantages, logps, logps, mask, bounds, *options)
-    coefficients = ops.linear_cppo_loss(*loss, False)[7]
+    coefficients = ops.linear_cppo_loss(*loss, False)[8]
     backward = (torch.ones(()), *views, *head, targets, advantages, bounds, coefficients)
     stats = (views.anchor, *head, targets, mask, 0.7, 30.0)
     return {

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cppo.records import Views
+
 ANCHOR, POSITIVE, NEGATIVE = range(3)
 
 
@@ -46,11 +48,14 @@ class Batch:
     in_view: Tensor | None = None
     gated: Tensor | None = None
 
-    def places(self, view: Tensor, anchor: Tensor) -> Tensor | None:
-        """(T,) where the rows lie in a view, -1 for one that it does not have; None: as here."""
-        if self.in_view is None or len(view) == len(anchor):
-            return None
-        return torch.where(self.in_view, self.in_view.cumsum(0) - 1, -1)
+    def places(self, views: Views) -> list[Tensor | None]:
+        """(T,) where the rows lie in each view, -1 for one that it does not have; None: as here."""
+        found: list[Tensor | None] = [None, None, None]
+        if is_compact(views) and self.in_view is not None:
+            place = torch.where(self.in_view, self.in_view.cumsum(0) - 1, -1)
+            for view in (POSITIVE, NEGATIVE):
+                found[view] = place if _is_compact(views[view], views.anchor) else None
+        return found
 
     def of(self, completions: slice, rows: slice) -> Batch:
         """The batch of a range of completions, whose rows are `rows`."""
@@ -69,6 +74,15 @@ class Batch:
             part(self.in_view),
             part(self.gated),
         )
+
+
+def _is_compact(view: Tensor | None, anchor: Tensor) -> bool:
+    return view is not None and view.shape[0] != anchor.shape[0]
+
+
+def is_compact(views: Views) -> bool:
+    """Whether a view holds the rows of gated completions alone."""
+    return any(_is_compact(view, views.anchor) for view in views[1:])
 
 
 def flat(values: Tensor | None) -> Tensor | None:
@@ -95,10 +109,7 @@ def make_batch(
         in_view = _in_view(targets, advantages, cu_seqlens, gating)
         gated = in_view if counts is None else in_view & counts
     if cu_seqlens is None:
-        length = targets.shape[1]
-        ends = length * len(targets) + 1
-        cu_seqlens = torch.arange(0, ends, max(1, length), device=targets.device)
-        cu_seqlens = cu_seqlens if length else cu_seqlens.new_zeros(len(targets) + 1)
+        cu_seqlens = targets.shape[1] * torch.arange(len(targets) + 1, device=targets.device)
     old_logps, ref_logps = map(flat, logps or (None, None))
     return Batch(
         targets.reshape(-1), advantages, cu_seqlens, old_logps, ref_logps, counts, in_view, gated

@@ -58,7 +58,8 @@ def _loss(anchor: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         _new(anchor, *shape),
         anchor.new_empty(shape, dtype=torch.bool),
         _new(anchor, len(TERMS)),
-        anchor.new_empty(2, dtype=torch.int64),
+        anchor.new_empty((), dtype=torch.int64),
+        anchor.new_empty((), dtype=torch.int64),
     )
 
 

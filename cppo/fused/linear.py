@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cppo.config import LossConfig
-from cppo.fused.batch import ANCHOR, Batch, flat
+from cppo.fused.batch import ANCHOR, Batch, flat, is_compact
 from cppo.fused.head import Head
 from cppo.fused.head_tiles import HeadTiles, Hidden
 from cppo.fused.loss import OF_ENTROPY, OF_LOGP, Terms, batch_of, outputs, terms
@@ -22,10 +22,8 @@ from cppo.records import Views
 
 
 def _hidden(head: Head, views: Views, batch: Batch, wants: list[bool]) -> Hidden:
-    anchor = views.anchor
-    places = [None if view is None else batch.places(view, anchor) for view in views]
     rows = Views(*(None if view is None else view.reshape(-1, view.shape[-1]) for view in views))
-    return Hidden(head, rows, places, wants)
+    return Hidden(head, rows, batch.places(views), wants)
 
 
 def _sums_before(counts: Tensor | None, bounds: Tensor) -> Tensor:
@@ -74,7 +72,8 @@ def _ranges(sums: list[int], room: int | None) -> Iterator[tuple[int, int]]:
 def linear_cppo_loss(kernels: Any, given: Any) -> Any:
     """The op of this name; given: its `ARGUMENTS`."""
     config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
-    batch = batch_of(given, config, views, given.old_logps, given.ref_logps)
+    gating = config.gating if views.negative is not None else None
+    batch = batch_of(given, gating, given.old_logps, given.ref_logps)
     head = Head(given.weight, given.bias, given.softcap, *given.wants[3:])
     hidden = _hidden(head, views, batch, given.wants)
     found, num_resident = [], 0
@@ -128,7 +127,7 @@ def _backward_rows(
 def linear_cppo_loss_backward(kernels: Any, given: Any) -> Any:
     """The gradients of the recompute plan; given: its `ARGUMENTS`."""
     config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
-    batch = batch_of(given, config, views)
+    batch = batch_of(given, config.gating if is_compact(views) else None)
     head = Head(given.weight, given.bias, given.softcap, *given.wants[3:])
     hidden = _hidden(head, views, batch, given.wants)
     tiles = HeadTiles(kernels, hidden, batch, 0, (0, 0), given.temperature)

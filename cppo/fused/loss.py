@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cppo.config import LossConfig
-from cppo.fused.batch import ANCHOR, NEGATIVE, POSITIVE, Batch, make_batch
+from cppo.fused.batch import ANCHOR, NEGATIVE, POSITIVE, Batch, is_compact, make_batch
 from cppo.fused.schema import CONTRASTS, from_text
 from cppo.records import Views
 
@@ -113,19 +113,15 @@ def terms(
     return Terms(loss, metrics, coefficients, anchor.logps, anchor.entropy, selected, saved)
 
 
-def outputs(
-    batch: Batch, shape: torch.Size, found: Terms
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What both losses return first, in the layout of the call: loss, logps, entropy, selected,
-    metrics, and how many rows are selected and gated (2,)."""
-    selected, counts = found.selected, batch.cu_seqlens.new_zeros(2, dtype=torch.int64)
-    if selected is None:
-        selected = torch.zeros_like(batch.targets, dtype=torch.bool)
-    else:
-        assert batch.gated is not None
-        torch.sum(torch.stack([selected, batch.gated]), 1, out=counts)
-    rows = (found.logps.view(shape), found.entropy.view(shape), selected.view(shape))
-    return found.loss, *rows, found.metrics, counts
+def outputs(batch: Batch, shape: torch.Size, found: Terms) -> tuple[Tensor, ...]:
+    """What both losses return first, in the layout of the call."""
+    selected, gated = found.selected, batch.gated
+    if selected is None or gated is None:
+        selected = gated = torch.zeros_like(batch.targets, dtype=torch.bool)
+    rows = [
+        x if x.shape == shape else x.view(shape) for x in (found.logps, found.entropy, selected)
+    ]
+    return found.loss, *rows, found.metrics, selected.count_nonzero(), gated.count_nonzero()
 
 
 # The loss of logits that are given
@@ -137,7 +133,7 @@ class GivenTiles:
     def __init__(self, kernels: Any, views: Views, batch: Batch, temperature: float) -> None:
         self._kernels, self._views, self._temperature = kernels, views, temperature
         self.batch = batch
-        self.places = [None if view is None else batch.places(view, views.anchor) for view in views]
+        self.places = batch.places(views)
 
     def has(self, view: int) -> bool:
         return self._views[view] is not None
@@ -154,24 +150,17 @@ class GivenTiles:
         return self._kernels.contrast(*self._views, where, *places, self._temperature)
 
 
-def batch_of(given: Any, config: LossConfig, views: Views, *logps: Tensor | None) -> Batch:
-    """The batch of the arguments of a loss, or of its backward."""
-    has_perturbed = views.positive is not None or views.negative is not None
-    gating = config.gating if has_perturbed else None
-    return make_batch(
-        given.targets,
-        given.advantages,
-        given.cu_seqlens,
-        getattr(given, "mask", None),
-        gating,
-        logps,
-    )
+def batch_of(given: Any, gating: bool | None, *logps: Tensor | None) -> Batch:
+    """The batch of the arguments of a loss, or of its backward; as `make_batch`."""
+    mask = getattr(given, "mask", None)
+    return make_batch(given.targets, given.advantages, given.cu_seqlens, mask, gating, logps)
 
 
 def cppo_loss(kernels: Any, given: Any) -> Any:
     """The op of this name; given: its `ARGUMENTS`."""
     config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
-    batch = batch_of(given, config, views, given.old_logps, given.ref_logps)
+    gating = config.gating if views.negative is not None else None
+    batch = batch_of(given, gating, given.old_logps, given.ref_logps)
     tiles = GivenTiles(kernels, views, batch, given.temperature)
     found = terms(kernels, tiles, given.denominators, given.per_selected, config)
     saved = (views.anchor.new_empty(0) if kept is None else kept for kept in found.saved)
@@ -185,12 +174,10 @@ def cppo_loss_backward(kernels: Any, inplace: bool, given: Any) -> Any:
         given: the `ARGUMENTS`; a view that wants no gradient may be left out.
     """
     config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
-    batch = batch_of(given, config, views)
-    places = [None if view is None else batch.places(view, views.anchor) for view in views]
-    coefficients, ending = (
-        given.coefficients * given.grad_loss,
-        "_backward_" if inplace else "_backward",
-    )
+    batch = batch_of(given, config.gating if is_compact(views) else None)
+    places = batch.places(views)
+    coefficients = given.coefficients * given.grad_loss
+    ending = "_backward_" if inplace else "_backward"
     if config.divergence == "full" and views.positive is not None:
         return getattr(kernels, "contrast" + ending)(
             *views,
@@ -214,7 +201,7 @@ def cppo_loss_backward(kernels: Any, inplace: bool, given: Any) -> Any:
             None if of_entropy is None else coefficients[of_entropy],
             logits,
             batch.targets,
-            batch.mask if view == ANCHOR else batch.gated,
+            batch.mask if places[view] is None else batch.gated,
             places[view],
             saved[view],
             given.temperature,

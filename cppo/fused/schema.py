@@ -80,8 +80,11 @@ _ROWS = (
     "Tensor? cu_seqlens, Tensor denominators, bool per_selected, float temperature, "
     "str config"
 )
-# `metrics` are TERMS; `counts` are the numbers of selected and of gated rows.
-_LOSS = "Tensor loss, Tensor logps, Tensor entropy, Tensor selected, Tensor metrics, Tensor counts"
+# `metrics` are TERMS.
+_LOSS = (
+    "Tensor loss, Tensor logps, Tensor entropy, Tensor selected, Tensor metrics, "
+    "Tensor num_selected, Tensor num_gated"
+)
 _SAVED = "Tensor saved_anchor, Tensor saved_positive, Tensor saved_negative, Tensor coefficients"
 _GRADIENTS = (
     "Tensor grad_anchor, Tensor grad_positive, Tensor grad_negative, Tensor grad_weight, "

@@ -10,6 +10,7 @@ import math
 import numbers
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ def may_read(*tensors: Tensor | None) -> bool:
     """Whether looking at the values of these tensors is free (or asked for)."""
     if torch.compiler.is_compiling():
         return False
-    if os.environ.get("CPPO_DEBUG") == "1":
+    if all(tensor is None or tensor.is_cpu for tensor in tensors):
         return True
-    return all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
+    return os.environ.get("CPPO_DEBUG") == "1"
 
 
 def _of(shape: Sequence[int]) -> str:
@@ -128,8 +129,10 @@ def check_finite(op: str, name: str, tensor: Tensor) -> None:
     """ValueError with the index and value of the first entry that is NaN or infinite."""
     if not may_read(tensor) or not tensor.dtype.is_floating_point:
         return
+    if math.isfinite(tensor.sum()):
+        return  # as most are; a sum of large numbers may not be
     bad = (~torch.isfinite(tensor)).nonzero()
-    if len(bad):
+    if bad.numel():
         index = int(bad[0, 0])
         raise ValueError(
             f"cppo.{op}: {name} must be finite, got {tensor[index].item()} at index {index}"
@@ -165,19 +168,16 @@ def check_cu_seqlens(
         )
     if not may_read(cu_seqlens):
         return
-    if int(cu_seqlens[0]) != 0:
-        raise ValueError(f"cppo.{op}: cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
-    steps = cu_seqlens.diff()
-    if (steps < 0).any():
-        at = int((steps < 0).nonzero()[0, 0])
-        raise ValueError(
-            f"cppo.{op}: cu_seqlens must not decrease, got {int(cu_seqlens[at])} then "
-            f"{int(cu_seqlens[at + 1])} at index {at + 1}"
-        )
-    if int(cu_seqlens[-1]) != num_rows:
-        raise ValueError(
-            f"cppo.{op}: cu_seqlens must end at T = {num_rows}, got {int(cu_seqlens[-1])}"
-        )
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"cppo.{op}: cu_seqlens must start at 0, got {bounds[0]}")
+    for at, (start, end) in enumerate(pairwise(bounds), 1):
+        if end < start:
+            raise ValueError(
+                f"cppo.{op}: cu_seqlens must not decrease, got {start} then {end} at index {at}"
+            )
+    if bounds[-1] != num_rows:
+        raise ValueError(f"cppo.{op}: cu_seqlens must end at T = {num_rows}, got {bounds[-1]}")
 
 
 def check_layout(op: str, name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -197,11 +197,15 @@ def check_targets(op: str, targets: Tensor, mask: Tensor | None, vocabulary: int
     """ValueError with position and value of the first unmasked target outside [0, V)."""
     if not may_read(targets, mask):
         return
+    if targets.numel():
+        lowest, highest = targets.aminmax()
+        if 0 <= lowest and highest < vocabulary:
+            return
     outside = (targets < 0) | (targets >= vocabulary)
     if mask is not None:
         outside &= mask
     bad = outside.nonzero()
-    if len(bad):
+    if bad.numel():
         place = tuple(bad[0].tolist())
         where = place if len(place) > 1 else place[0]
         raise ValueError(

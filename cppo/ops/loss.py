@@ -78,7 +78,7 @@ def _check_views(op: str, name: str, views: Views, rows: _Rows, config: LossConf
                 f"{', '.join(map(str, anchor.shape[1:]))}) like {name}.anchor, "
                 f"got {tuple(view.shape)}"
             )
-        if len(view) == len(anchor):
+        if view.shape[0] == anchor.shape[0]:
             continue
         if not config.gating:
             raise ValueError(

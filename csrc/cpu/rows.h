@@ -20,6 +20,13 @@ inline ScalarType accumulator(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// The tensor itself where dtype and strides fit, else a copy. Each question to PyTorch takes a
+// microsecond or more even where it changes nothing.
+inline Tensor dense(const Tensor& tensor, ScalarType type) {
+  const Tensor typed = tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+}
+
 // A dense fp32 or fp64 tensor on the CPU, read and written as double.
 class Values {
  public:
@@ -58,7 +65,7 @@ inline Values read(const char* op, const char* argument, const Tensor& tensor, S
                    int64_t numel) {
   check_cpu(op, argument, tensor);
   check_numel(op, argument, tensor, numel);
-  return Values(torch::stable::contiguous(torch::stable::to(tensor, type)));
+  return Values(dense(tensor, type));
 }
 
 // What a forward left to its backward: (count, rows) of the accumulator's dtype.
@@ -77,7 +84,7 @@ struct Integers {
   Tensor tensor;
   const T* data;
   Integers(const char* op, const char* argument, const Tensor& source, ScalarType type)
-      : tensor(torch::stable::contiguous(torch::stable::to(source, type))),
+      : tensor(dense(source, type)),
         data(static_cast<const T*>(tensor.const_data_ptr())) {
     check_cpu(op, argument, source);
   }

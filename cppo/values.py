@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 import numbers
-import sys
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 
@@ -16,7 +18,10 @@ def is_number(value: Any) -> bool:
 
 def is_finite_number(value: Any) -> bool:
     """Whether a value is a real number that a float can hold; neither infinite nor NaN."""
-    return is_number(value) and abs(value) <= sys.float_info.max
+    try:
+        return is_number(value) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 def one_of(choices: Iterable[str]) -> str:
@@ -44,3 +49,63 @@ def unknown(what: str, name: Any, known: Iterable[str]) -> str:
     names = list(known)
     hint = suggestion(name, names)
     return f"unknown {what} {name!r}{hint} (allowed: {', '.join(names)})"
+
+
+def _plain(value: Any) -> Any:
+    """A list as a tuple, and a scalar of NumPy or torch as Python's own number."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    if isinstance(value, (int, float, str, type(None))):  # first: torch.compile asks no further
+        return value
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+class CheckedFields:
+    """A frozen dataclass whose errors name the class, the field, what is allowed and what came."""
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _take_plain(self) -> None:
+        for one in fields(self):  # type: ignore[arg-type]
+            self._set(one.name, _plain(getattr(self, one.name)))
+
+    def _fail(self, name: str, expected: str) -> None:
+        value = getattr(self, name)
+        raise ValueError(f"{type(self).__name__}.{name} must be {expected}, got {value!r}")
+
+    def _one_of(self, name: str, choices: Sequence[str]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in choices:
+            self._fail(name, one_of(choices))
+
+    def _number(
+        self,
+        *names: str,
+        at_least: float = -math.inf,
+        above: float = -math.inf,
+        at_most: float = math.inf,
+        below: float = math.inf,
+    ) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if is_finite_number(value) and at_least <= value <= at_most and above < value < below:
+                continue
+            bounds = ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
+            words = [f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)]
+            self._fail(name, "a number " + " and ".join(words))
+
+    def _integer(self, *names: str, at_least: int) -> None:
+        for name in names:
+            value = getattr(self, name)
+            is_one = hasattr(value, "__index__") and not isinstance(value, bool)
+            if not is_one or operator.index(value) < at_least:
+                self._fail(name, f"an integer >= {at_least}")
+            if operator.index(value) >= 2**63:  # torch has 64 bits for them
+                self._fail(name, f"an integer >= {at_least} and < 2**63")
+            self._set(name, operator.index(value))
+
+    def _boolean(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                self._fail(name, "true or false")

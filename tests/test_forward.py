@@ -27,7 +27,7 @@ import cppo
 from cppo.model import attention, forward
 from cppo.model.prompts import encode_questions
 from cppo.ops.pack import pack_completions
-from cppo.records import PackedBatch
+from cppo.packed_batch import PackedBatch
 from cppo.rollouts.sampler import _draw
 from cppo.train.step import Batch, _hidden, _images_of
 

@@ -17,7 +17,7 @@ import cppo
 from cppo.model import attention, forward
 from cppo.model import check as model_check
 from cppo.ops.pack import pack_completions
-from cppo.records import PackedBatch
+from cppo.packed_batch import PackedBatch
 
 
 def packed_family(family: str, **options: Any) -> Any:

@@ -6,7 +6,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from cppo.records import Views, map_tensors
 from cppo.values import is_finite_number, is_number, nearest, one_of, suggestion, unknown
 
 
@@ -37,3 +39,14 @@ def test_words() -> None:
     assert suggestion(3, ["accuracy"]) == ""
     words = "unknown reward 'acuracy'; did you mean 'accuracy'? (allowed: format, accuracy)"
     assert unknown("reward", "acuracy", iter(["format", "accuracy"])) == words
+
+
+def test_map_tensors_reaches_every_tensor_and_nothing_else() -> None:
+    words = ["kept as it is"]
+    views = Views(torch.zeros(2), None, torch.ones(2))
+    value = {"views": views, "list": [torch.ones(1), 3], "plain": words, "set": {1}}
+    doubled = map_tensors(value, lambda x: x + 1)
+    assert isinstance(doubled["views"], Views) and doubled["views"].positive is None
+    assert doubled["views"].negative.tolist() == [2, 2] and doubled["list"][1] == 3
+    assert doubled["list"][0].item() == 2 and doubled["plain"] == words
+    assert doubled["set"] is value["set"] and views.anchor.tolist() == [0, 0]

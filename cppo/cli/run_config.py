@@ -23,8 +23,9 @@ import yaml
 
 from cppo.cli import config_file
 from cppo.cli.config_file import ConfigError
-from cppo.config import WRITTEN_BY_A_RUN, CPPOConfig, _Checked
+from cppo.config import WRITTEN_BY_A_RUN, CPPOConfig
 from cppo.places import is_place, load_object
+from cppo.values import CheckedFields
 
 BUILDERS = ("tiny_digits", "tiny_arithmetic")
 LOADERS = ("gsm8k", "math", "geometry3k", "virl39k", "rows", "digits", "arithmetic")
@@ -36,7 +37,7 @@ def _one_of_or_place(names: Sequence[str], example: str) -> str:
 
 
 @dataclass(frozen=True)
-class ModelConfig(_Checked):
+class ModelConfig(CheckedFields):
     """Which model is trained."""
 
     path: str | None = None
@@ -60,7 +61,7 @@ class ModelConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class DatasetConfig(_Checked):
+class DatasetConfig(CheckedFields):
     """Where the questions of one dataset come from."""
 
     loader: str = "rows"

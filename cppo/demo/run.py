@@ -19,7 +19,7 @@ from transformers.utils import logging
 from cppo.cli.config_file import ConfigError
 from cppo.cli.info import ops_line
 from cppo.cli.run_config import DataConfig, DatasetConfig, ModelConfig, RunConfig, dump
-from cppo.config import DIVERGENCES, CPPOConfig, LossConfig
+from cppo.config import DIVERGENCES, CPPOConfig, LossConfig, kept_per_unit
 from cppo.demo.arithmetic import ArithmeticProblems, arithmetic_accuracy
 from cppo.demo.digits import DigitSums, digit_sum_accuracy, handwriting
 from cppo.demo.report import write_report
@@ -29,10 +29,9 @@ from cppo.model.load import load_model, load_processor
 from cppo.model.prompts import tokenizer_of
 from cppo.ops.perception_mask import perception_mask
 from cppo.ops.token_stats import linear_token_stats
-from cppo.reference import kept_per_unit
+from cppo.seeds import seed_from
 from cppo.train.output_dir import claim_output_dir
 from cppo.train.scoring import metric_name
-from cppo.train.seeds import seed_from
 from cppo.train.step import forward_views
 from cppo.train.trainer import CPPOTrainer
 from cppo.views import perturb, views_from_names
@@ -114,7 +113,7 @@ def demo_config(
             {"perspective": {"distortion_scale": 0.08}},
             {"rotation": {"degrees": 5}},
         ),
-        loss=LossConfig(cpl_coef=cpl_coef, divergence=divergence, cpl_reduction="sequence"),
+        loss=LossConfig(cpl_coef=cpl_coef, divergence=divergence),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from cppo.model.load import closing_token_ids
 from cppo.model.prompts import Prompts, tokenizer_of
 from cppo.questions import Question
 from cppo.rollouts.sampler import decode
-from cppo.train.journal import Once, now
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def sample_completions(
     temperature: float | None,
     suppressed: Sequence[int] = (),
     batch_size: int = 256,
-    once: Once = now,
+    once: Callable[[Callable[[], Tensor]], Tensor] = lambda generate: generate(),
 ) -> Rollouts:
     """Samples `group_size` completions of every question from the plain softmax of the model.
 
@@ -75,7 +74,7 @@ def sample_completions(
         suppressed: token ids that are never sampled. The ends of text are those of
             `cppo.model.load.closing_token_ids`.
         batch_size: completions generated at once.
-        once: runs the generation of such a batch, or knows what it came to (`cppo.train.journal`).
+        once: generates such a batch by calling its argument, or returns what an earlier call gave.
     Returns: Rollouts, padded to the longest completion.
     """
     tokenizer = tokenizer_of(processor)

@@ -16,10 +16,10 @@ from cppo.model.check import position_limit
 from cppo.model.prompts import encode_questions
 from cppo.questions import Question
 from cppo.rollouts.rollout import sample_completions
+from cppo.seeds import seed_from
 from cppo.train.arguments import reward_weights
 from cppo.train.draws import check_room
 from cppo.train.scoring import RewardFunction, score
-from cppo.train.seeds import seed_from
 
 
 @dataclass(frozen=True)

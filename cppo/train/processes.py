@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from cppo.train.stopping import Stopped, Stopping
 
@@ -157,15 +156,16 @@ class Processes:
         if self.size == 1:
             return
         self._ask_all()
-        gradients = []
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            gradients.append(p.grad)
-        flat = _flatten_dense_tensors(gradients)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # One exchange for all of them.
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         with self._waiting():
             dist.all_reduce(flat)
-        for own, total in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
-            own.copy_(total)
+        totals = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, total in zip(gradients, totals, strict=True):
+            gradient.copy_(total.view_as(gradient))
 
     def same_weights(self, model: nn.Module) -> None:
         """Gives every process the weights of the first."""

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from cppo.config import CPPOConfig, LossConfig
-from cppo.model.forward import ImageBatch, lm_head, packed_hidden
+from cppo.model.forward import ImageBatch, lm_head
+from cppo.model.packed import packed_hidden
 from cppo.model.shared_prompts import share_prompts
 from cppo.ops.loss import linear_cppo_loss
 from cppo.ops.pack import pack_completions, plan_microbatches
 from cppo.ops.token_stats import linear_token_stats
-from cppo.records import LossOutput, NumItems, PackedBatch, Views
+from cppo.packed_batch import PackedBatch
+from cppo.records import LossOutput, NumItems, Views
 from cppo.rollouts.rollout import Rollouts
+from cppo.seeds import seed_from
 from cppo.train.journal import Once, now
-from cppo.train.seeds import seed_from
 from cppo.views import perturb_pixel_values, views_from_names
 
 

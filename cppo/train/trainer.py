@@ -40,6 +40,7 @@ from cppo.questions.rows import Dataset
 from cppo.questions.stream import all_questions
 from cppo.records import NumItems
 from cppo.rollouts.rollout import Rollouts, sample_completions
+from cppo.seeds import seed_from
 from cppo.train import fingerprint, policy
 from cppo.train.arguments import (
     check_evaluation,
@@ -72,7 +73,6 @@ from cppo.train.progress import PhaseTimer, RunLog
 from cppo.train.regroup import balanced, merge, merge_scores
 from cppo.train.run_options import check_options, run_options
 from cppo.train.scoring import RewardFunction, Scores, check_signature, metric_name, score
-from cppo.train.seeds import seed_from
 from cppo.train.selection import cut_surplus, select_completions
 from cppo.train.step import Batch, microbatch_loss, token_logps
 from cppo.train.stopping import Stopped, Stopping

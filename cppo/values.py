@@ -6,6 +6,7 @@ import difflib
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -18,10 +19,11 @@ def is_number(value: Any) -> bool:
 
 def is_finite_number(value: Any) -> bool:
     """Whether a value is a real number that a float can hold; neither infinite nor NaN."""
-    try:
-        return is_number(value) and math.isfinite(value)
-    except OverflowError:  # an integer beyond the largest float
+    if not is_number(value):
         return False
+    plain = value if isinstance(value, (int, float)) else float(value)
+    # Comparisons, unlike math.isfinite, take an integer of any size, and torch.compile traces them.
+    return abs(plain) <= sys.float_info.max
 
 
 def one_of(choices: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ are random. Completions are sampled by the trainer's own decoding loop; each end
 probability that an answer of GSM8K has of ending there, so that their lengths are distributed like
 the answers', whatever the model would say.
 
-    packing     packed: `cppo.train.step`, no padding token. padded: the same loss on rows padded to
+    packing     packed: `cppo.train`, no padding token. padded: the same loss on rows padded to
                 the longest kept prompt and completion, in micro-batches of as many tokens.
     allocation  no: the same questions at every rate. yes: 1 / (1 - rate) times the questions, so
                 that the update is as large as without pruning.
@@ -55,7 +55,9 @@ from cppo.ops.loss import linear_cppo_loss
 from cppo.questions import Question
 from cppo.records import NumItems
 from cppo.rollouts.rollout import Rollouts, sample_completions
-from cppo.train.step import Batch, forward_views, microbatch_loss
+from cppo.train.algorithm import microbatch_loss
+from cppo.train.batch import Batch
+from cppo.train.views import forward_views
 
 RESULTS = results_folder() / "prune_rates.csv"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

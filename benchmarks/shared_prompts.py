@@ -30,7 +30,8 @@ from cppo.benchmarks.timing import keep_freed_memory
 from cppo.config import CPPOConfig
 from cppo.model.prompts import Prompts
 from cppo.questions import Question
-from cppo.train.step import Batch, _hidden
+from cppo.train.batch import Batch
+from cppo.train.views import anchor_hidden
 
 RESULTS = results_folder() / "shared_prompts.csv"
 QUESTIONS = 4
@@ -63,7 +64,7 @@ def gradients(setting: Setting, batch: Batch) -> Tensor:
     """Forward and backward of a fixed sum; the gradient of the embedding."""
     setting.model.zero_grad(set_to_none=True)
     with setting.autocast():
-        hidden = _hidden(setting.model, batch, batch.pack(batch.kept), None, list(range(QUESTIONS)))
+        hidden = anchor_hidden(setting.model, batch, batch.pack(batch.kept))
     hidden.float().square().mean().backward()
     return next(setting.model.parameters()).grad
 

@@ -38,7 +38,7 @@ from cppo.integrations.contrast import contrastive_perception
 from cppo.integrations.trl import CPPO, check, patch_trl, per_device_train_batch_size
 from cppo.integrations.trl_options import check_run
 from cppo.records import NumItems, Views
-from cppo.train.step import microbatch_loss
+from cppo.train.algorithm import microbatch_loss
 
 TRL = tuple(int(part) for part in importlib.metadata.version("trl").split(".")[:2])
 HAS_KERNEL = check()[-1].fits

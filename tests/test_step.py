@@ -26,15 +26,11 @@ from cppo.model.prompts import encode_questions
 from cppo.ops.advantages import advantages_and_prune
 from cppo.ops.loss import linear_cppo_loss
 from cppo.records import LossOutput, NumItems
+from cppo.seeds import seed_from
+from cppo.train.algorithm import microbatch_loss
+from cppo.train.batch import Batch
 from cppo.train.selection import cut_surplus
-from cppo.train.step import (
-    Batch,
-    forward_views,
-    microbatch_loss,
-    perturbed_images,
-    seed_from,
-    token_logps,
-)
+from cppo.train.views import forward_views, perturbed_images, token_logps
 
 FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the model
 CASES = ("text", "qwen2_5_vl", "qwen3_vl")
@@ -161,8 +157,8 @@ def test_the_gated_forward_is_the_full_one(family: str, divergence: str) -> None
     assert torch.equal(ours.perception_mask, expected.perception_mask)
     assert ours.perception_mask.any()
     hidden, _ = forward_views(model, batch, rows, options, processor)
-    looking = int(batch.rollouts.completion_mask[rows][advantages > 0].sum())
-    assert len(hidden.positive) == len(hidden.negative) == looking < len(hidden.anchor)
+    gated = int(batch.rollouts.completion_mask[rows][advantages > 0].sum())
+    assert len(hidden.positive) == len(hidden.negative) == gated < len(hidden.anchor)
 
 
 def test_completions_without_positive_advantage_run_no_view() -> None:

@@ -31,12 +31,14 @@ from cppo.questions import as_question
 from cppo.questions.stream import QuestionStream
 from cppo.rewards import completion_text
 from cppo.train import evaluate as evaluate_module
+from cppo.train.algorithm import cppo_update
+from cppo.train.batch import Batch
 from cppo.train.checkpoint import best_checkpoint, checkpoints, last_checkpoint, read_summary
 from cppo.train.evaluate import evaluate
 from cppo.train.progress import PhaseTimer, read_metrics
 from cppo.train.scoring import RewardError
-from cppo.train.step import token_logps
 from cppo.train.trainer import CPPOTrainer
+from cppo.train.views import token_logps
 
 
 def random_reward(completions: list[Any], **columns: Any) -> list[float]:
@@ -83,7 +85,7 @@ def test_several_passes_and_steps_take_old_log_probabilities(
 ) -> None:
     calls: list[Tensor] = []
     monkeypatch.setattr(
-        "cppo.train.trainer.token_logps", lambda *a: (calls.append(token_logps(*a)), calls[-1])[1]
+        "cppo.train.update.token_logps", lambda *a: (calls.append(token_logps(*a)), calls[-1])[1]
     )
     options = dict(rewards=random_reward, lr_scheduler="linear", learning_rate=1e-2)
     trainer = trainer_for(tmp_path, num_iterations=2, optimizer_steps=2, **options)
@@ -185,14 +187,14 @@ def test_gradient_checkpointing_trains_alike(tmp_path: Path) -> None:
 
 def test_bf16_keeps_fp32_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    from cppo.train.step import packed_hidden
+    from cppo.train.views import packed_hidden
 
     def watch(*arguments: Any) -> Tensor:
         hidden = packed_hidden(*arguments)
         seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
         return hidden
 
-    monkeypatch.setattr("cppo.train.step.packed_hidden", watch)
+    monkeypatch.setattr("cppo.train.views.packed_hidden", watch)
     trainer = trainer_for(tmp_path, "qwen2_5_vl", precision="bf16", rewards=random_reward)
     changes = moved(trainer)
     assert set(seen) == {torch.bfloat16}
@@ -264,8 +266,10 @@ def test_how_full_micro_batches_are_is_reported(share_prompts: bool, tmp_path: P
     options = dict(max_tokens_per_microbatch=budget, share_prompts=share_prompts, num_iterations=2)
     trainer = trainer_for(tmp_path, rewards=random_reward, **options)
     rollouts = trainer.sample(trainer.draw_questions())
-    batch = trainer.make_batch(rollouts, torch.tensor(random_reward(rollouts.texts)))
-    fill = trainer.update(batch, PhaseTimer())["microbatch_fill"]
+    batches: list[Batch] = []
+    update = trainer.new_update(PhaseTimer(), batches.append)
+    cppo_update(update, rollouts, torch.tensor(random_reward(rollouts.texts)))
+    fill, batch = update.metrics()["microbatch_fill"], batches[0]
     parts = [rows.tolist() for rows in batch.microbatches(batch.kept, budget)]
     assert len(parts) > 1
     prompts = (rollouts.attention_mask & ~rollouts.completion_mask).sum(1).tolist()

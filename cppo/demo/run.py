@@ -32,8 +32,8 @@ from cppo.ops.token_stats import linear_token_stats
 from cppo.seeds import seed_from
 from cppo.train.output_dir import claim_output_dir
 from cppo.train.scoring import metric_name
-from cppo.train.step import forward_views
 from cppo.train.trainer import CPPOTrainer
+from cppo.train.views import forward_views
 from cppo.views import perturb, views_from_names
 
 

@@ -12,7 +12,6 @@ the journal of a run that may be stopped.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from cppo.records import LossOutput, NumItems
 from cppo.rollouts.rollout import Rollouts
 from cppo.seeds import seed_from
 from cppo.train.batch import Batch
+from cppo.train.policy import Policy
 from cppo.train.processes import Processes
 from cppo.train.selection import cut_surplus, select_completions
 from cppo.train.update import Update
@@ -38,20 +38,22 @@ def cppo_update(run: Update, rollouts: Rollouts, rewards: Tensor) -> None:
         rollouts: B completions of this process, those of a question next to each other.
         rewards: (B,), NaN where a completion has none.
     """
-    policy, config = run.policy, run.policy.config
-    batch = run.prepared(select(rollouts, rewards, config, run.step, run.processes))
+    config = run.policy.config
+    # Rewards -> advantages -> prune.
+    batch = select(run.policy, rollouts, rewards, run.step, run.processes)
+    batch = run.prepared(batch)
+    # Pack -> forward the views -> token statistics -> perception mask -> loss -> gradients, which
+    # add up over the micro-batches of an optimizer step.
     for completions, num_items in run.optimizer_steps(batch):
         for part in batch.microbatches(completions, config.max_tokens_per_microbatch):
-            loss = partial(
-                *(microbatch_loss, policy.model, batch, part, num_items, config, policy.processor)
-            )
-            run.add_gradient(loss, batch, part)
+            run.add_gradient(microbatch_loss, batch, part, num_items)
 
 
 def select(
-    rollouts: Rollouts, rewards: Tensor, config: CPPOConfig, step: int, processes: Processes
+    policy: Policy, rollouts: Rollouts, rewards: Tensor, step: int, processes: Processes
 ) -> Batch:
     """Rewards -> advantages -> prune: the completions of this process that are kept. Collective."""
+    config = policy.config
     # A = (r - mean) / std within a question; of each question, the completions with the largest |A|
     # are kept. Every process works this out from the rewards of all.
     (everyones, truncated), own = processes.joined(rewards, rollouts.truncated)
@@ -66,6 +68,7 @@ def select(
         rollouts,
         advantages[own].to(device),
         (kept[places] - own.start).to(device),
+        suppressed=policy.suppressed,
         seed=seed_from(config.seed, "views", step, processes.rank),
         share_prompts=config.share_prompts,
         places=places,

@@ -11,7 +11,6 @@ from torch import Tensor
 from cppo.config import LossConfig
 from cppo.ops.pack import pack_completions, plan_microbatches
 from cppo.packed_batch import PackedBatch
-from cppo.records import NumItems
 from cppo.rollouts.rollout import Rollouts
 
 
@@ -96,10 +95,9 @@ class Batch:
         """Prompt and response tokens of each completion."""
         return self.rollouts.attention_mask[completions].sum(1).tolist()
 
-    def num_items(self, completions: Tensor) -> NumItems:
+    def counts(self, completions: Tensor) -> tuple[int, int]:
         """Completions and response tokens: the denominators of the loss."""
-        tokens = int(self.rollouts.completion_mask[completions].sum())
-        return NumItems(len(completions), tokens)
+        return len(completions), int(self.rollouts.completion_mask[completions].sum())
 
     def computed_tokens(self, completions: Tensor) -> int:
         """Tokens that the forward of a micro-batch runs: a shared prompt counts once."""

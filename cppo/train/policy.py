@@ -17,6 +17,7 @@ from cppo.extras import require_package
 from cppo.model import forward
 from cppo.model.check import check_model, check_training_mode
 from cppo.model.precision import hold_weights
+from cppo.train.checkpoint import last_checkpoint
 
 
 class Policy:
@@ -64,15 +65,20 @@ class Policy:
         with without_adapters:
             yield self.model if self.reference is None else self.reference
 
-    def optimizer_step(self) -> float:
+    def optimizer_step(self, step: int) -> float:
         """Clips the gradients and steps; returns their norm before clipping.
 
+        Args:
+            step: of the run, for the message.
         Raises: FloatingPointError for a gradient that is not finite; nothing has changed then.
         """
         limit = self.config.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
         if not norm < float("inf"):
-            raise FloatingPointError(f"the gradient is not finite (norm {norm})")
+            raise FloatingPointError(
+                f"cppo.CPPOTrainer: the gradient of step {step} is not finite (norm {norm}); "
+                f"the last checkpoint is {last_checkpoint(self.config.output_dir)}"
+            )
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -216,16 +222,11 @@ def schedule(optimizer: torch.optim.Optimizer, config: CPPOConfig) -> Any:
     """The learning rate's course over all optimizer steps of the run."""
     from transformers import get_scheduler
 
-    steps = optimizer_steps(config)
+    steps = config.max_steps * config.num_iterations * config.optimizer_steps
     try:
         return get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, steps)
     except ValueError as error:  # "polynomial" with a rate below its last one
         raise ValueError(f"CPPOConfig.lr_scheduler: {error}") from error
-
-
-def optimizer_steps(config: CPPOConfig) -> int:
-    """The number of optimizer steps in the whole run."""
-    return config.max_steps * config.num_iterations * config.optimizer_steps
 
 
 def restore_schedule(scheduler: Any, state: dict[str, Any]) -> None:

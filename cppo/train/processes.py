@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, nn
 
+from cppo.config import CPPOConfig
 from cppo.train.stopping import Stopped, Stopping
 
 _T = TypeVar("_T")
@@ -19,6 +22,18 @@ _T = TypeVar("_T")
 
 class ProcessError(RuntimeError):
     """Another process of the run has ended, or did not come within the time limit."""
+
+
+def accelerator_for(config: CPPOConfig) -> Accelerator:
+    """accelerate's view of the processes, devices and trackers of a run."""
+    timeout = timedelta(seconds=config.process_timeout)
+    return Accelerator(
+        # Left to itself, accelerate takes every process of a machine without a GPU for one.
+        cpu=not torch.accelerator.is_available(),
+        log_with=list(config.trackers) or None,
+        project_dir=config.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+    )
 
 
 class Processes:
@@ -35,6 +50,7 @@ class Processes:
     def __init__(self, accelerator: Accelerator, timeout: float) -> None:
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
+        self.is_local_main = accelerator.is_local_main_process
         self._device = accelerator.device
         self._timeout = timeout
         self._stopping: Stopping | None = None
@@ -115,6 +131,13 @@ class Processes:
         with self._waiting():
             dist.all_gather_object(values, value)
         return values
+
+    def joined(self, *tensors: Tensor) -> tuple[list[Tensor], slice]:
+        """Each tensor of all processes as one on the CPU, and where the entries of this one are."""
+        parts = self.gather([tensor.cpu() for tensor in tensors])
+        start = sum(len(part[0]) for part in parts[: self.rank])
+        own = slice(start, start + len(tensors[0]))
+        return [torch.cat(same) for same in zip(*parts, strict=True)], own
 
     def together(self, call: Callable[[], _T]) -> _T:
         """What `call` returns here. If it raises on one process, it raises on every one.

@@ -123,6 +123,25 @@ def score(
     return Scores(total, by_name, logged, extra)
 
 
+def merge_scores(parts: Sequence[Scores]) -> Scores:
+    """The scores of several rollouts as one, in the order of `merge`."""
+    columns = dict.fromkeys(column for part in parts for column in part.extra)
+    names = dict.fromkeys(name for part in parts for name in part.logged)
+    return Scores(
+        torch.cat([part.total for part in parts]),
+        {name: torch.cat([part.by_name[name] for part in parts]) for name in parts[0].by_name},
+        {name: [x for part in parts for x in part.logged.get(name, [])] for name in names},
+        {
+            column: [
+                value
+                for part in parts
+                for value in part.extra.get(column, [None] * len(part.total))
+            ]
+            for column in columns
+        },
+    )
+
+
 def reward_name(function: RewardFunction) -> str:
     """The name under which a reward function appears in errors, and mostly in metrics.
 

@@ -20,7 +20,7 @@ from transformers import TrainerState
 
 from cppo.rewards import completion_text, exact_match
 from cppo.rollouts.rollout import Rollouts
-from cppo.train import scoring
+from cppo.train import reward_call
 from cppo.train.scoring import RewardError, Scores, check_signature, metric_name, reward_name, score
 from cppo.train.stopping import Stopped
 
@@ -387,7 +387,7 @@ def test_the_culprit_is_found_by_halving(rollouts: Rollouts) -> None:
 def test_the_search_for_the_culprit_ends(
     rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "_SEARCH_SECONDS", 0.2)
+    monkeypatch.setattr(reward_call, "_SEARCH_SECONDS", 0.2)
     calls = []
 
     def slow(completions: list[str], **columns: Any) -> list[float]:
@@ -407,7 +407,7 @@ def test_a_reward_is_called_again_when_asked(
     rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch, is_async: bool
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(scoring.time, "sleep", waits.append)
+    monkeypatch.setattr(reward_call.time, "sleep", waits.append)
     said: list[str] = []
     calls = []
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -202,6 +204,11 @@ def trainer_for(output_dir: Any, family: str = "text", **options: Any) -> CPPOTr
         processor=processor,
         eval_dataset=eval_rows,
     )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

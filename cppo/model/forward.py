@@ -201,7 +201,7 @@ def image_token_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 def image_arguments(base: Any, images: ImageBatch | None, shown: Sequence[int]) -> dict[str, Any]:
-    """What the model is called with for its images; sequence k sees those of question `shown[k]`.
+    """What the model is called with for its images; sequence k gets those of question `shown[k]`.
 
     Each image is encoded once, however many sequences look at it.
     """

@@ -66,18 +66,15 @@ def decode(
     hidden = _last_hidden(base, cache, input_ids, mask, prompt_positions, **vision)
     head = lm_head(model, suppressed, hidden.dtype)
     cache.batch_repeat_interleave(group_size)
-
-    def per_completion(x: Tensor) -> Tensor:
-        return x.repeat_interleave(group_size, dim=0)
-
-    hidden, mask = per_completion(hidden), per_completion(mask)
     # All rotary rows of a text token are equal, and go on from the prompt's highest.
     last = text_positions if positions is None else positions.amax(0)
-    position = per_completion(last.amax(1)) + 1
-    end = torch.tensor(closing, device=input_ids.device)
-    tokens = torch.full((len(hidden), max_new_tokens), pad, device=input_ids.device)
-    numbers = torch.arange(len(hidden), device=input_ids.device)  # of the completions in the batch
-    is_open = torch.ones(len(hidden), dtype=torch.bool, device=input_ids.device)
+    of_prompts = hidden, mask, last.amax(1) + 1
+    hidden, mask, position = (x.repeat_interleave(group_size, 0) for x in of_prompts)
+    count, device = len(hidden), input_ids.device
+    end = torch.tensor(closing, device=device)
+    tokens = torch.full((count, max_new_tokens), pad, device=device)
+    numbers = torch.arange(count, device=device)  # of the completions in the batch
+    is_open = torch.ones(count, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         drawn = _draw(hidden, head, temperature)
         tokens[numbers[is_open], step] = drawn[is_open]

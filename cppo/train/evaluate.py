@@ -55,11 +55,8 @@ def evaluate(
     own = range(rank, len(questions), world_size)
     weights = reward_weights(list(reward_functions), config)
     limit = position_limit(model)
-    modes: list[tuple[str, float | None, int]] = [
-        ("sampled", config.loss.temperature, config.eval_samples)
-    ]
-    if config.eval_greedy:
-        modes.append(("greedy", None, 1))
+    sampled = ("sampled", config.loss.temperature, config.eval_samples)
+    modes = [sampled, ("greedy", None, 1)] if config.eval_greedy else [sampled]
     rows: list[dict[str, Any]] = []
     for mode, temperature, samples in modes:
         per_batch = max(1, config.generation_batch_size // samples)

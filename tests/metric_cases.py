@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from trainer_cases import trainer_for
+from trainer_cases import noise, trainer_for
 
 from cppo.rewards import completion_text
 from cppo.train import algorithm
 from cppo.train.batch import Batch
-
-
-def noise(completions: list[Any], **columns: Any) -> list[float]:
-    """A reward that depends on the completion alone and differs within groups."""
-    return [random.Random(completion_text(text)).random() for text in completions]
 
 
 def reward(completions: list[Any], log_metric: Any, **columns: Any) -> list[float | None]:

@@ -10,7 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
-from cppo.model.forward import packed_hidden, set_attention
+from cppo.model.forward import set_attention
+from cppo.model.packed import packed_hidden
 from cppo.ops.advantages import (
     advantages_and_prune,
     group_advantages,
@@ -21,7 +22,8 @@ from cppo.ops.loss import cppo_loss, linear_cppo_loss
 from cppo.ops.pack import balance_ranks, pack_completions, plan_microbatches
 from cppo.ops.perception_mask import perception_mask
 from cppo.ops.token_stats import linear_token_stats, token_stats
-from cppo.records import LossOutput, NumItems, PackedBatch, TokenStats, Views
+from cppo.packed_batch import PackedBatch
+from cppo.records import LossOutput, NumItems, TokenStats, Views
 
 if TYPE_CHECKING:
     from cppo.train.trainer import CPPOTrainer

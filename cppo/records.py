@@ -7,12 +7,13 @@ D hidden size. The three views of a question are called anchor, positive and neg
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, overload
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 class Views(NamedTuple):
@@ -66,62 +67,23 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class PackedBatch:
-    """Kept completions as one padding-free stream (the varlen form of flash-attn).
+def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
+    """A copy of `value` in which every tensor is replaced by `change(tensor)`.
 
     Args:
-        input_ids: (S,) the attended tokens of the kept completions, one after the other.
-        position_ids: (S,) int64, restarting at 0 in every completion.
-        cu_seqlens: (K+1,) int32, where each completion starts and ends in the stream.
-        max_seqlen: length of the longest completion with its prompt, in tokens.
-        kept: (K,) int64, the rows of the padded batch that are in the stream.
-        rows: (T,) int64, positions in the stream whose next token is a response token.
-        targets: (T,) int64, those response tokens.
-        row_cu_seqlens: (K+1,) int32, where each completion starts and ends among the rows.
-        token_index: (S,) int64, flat position of every packed token in the padded (B, L).
-        target_index: (T,) int64, flat position of every target in the padded (B, L).
-        shape: (B, L) of the padded batch.
-        per_token: {name: (T,)} the tensors that were packed along, at the target positions.
+        value: a tensor, or dataclasses, tuples, lists and dicts that hold some, however nested.
+            Everything else in it stays the same object.
+        change: for example `lambda x: x.to("cpu")`.
     """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    kept: Tensor
-    rows: Tensor
-    targets: Tensor
-    row_cu_seqlens: Tensor
-    token_index: Tensor
-    target_index: Tensor
-    shape: tuple[int, int]
-    per_token: dict[str, Tensor] = field(default_factory=dict)
-
-    @overload
-    def unpack(self, values: Tensor) -> Tensor: ...
-    @overload
-    def unpack(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
-
-    def unpack(self, values: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
-        """Puts per-target values back at their places in the padded batch.
-
-        Args:
-            values: (T,) any dtype, aligned with `targets`; gradients flow. A mapping of such
-                tensors is unpacked in one launch.
-        Returns: (B, L), zero everywhere else; a dict of them for a mapping.
-        Raises: ValueError if `values` is not (T,).
-        """
-        # Not at the top: the ops are written in terms of these records.
-        from cppo.ops.pack import unpack
-
-        return unpack(values, self.target_index, self.shape)
-
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with every tensor on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        moved["per_token"] = {name: value.to(device) for name, value in self.per_token.items()}
-        return PackedBatch(**moved)
+    result: Any = value
+    if isinstance(value, Tensor):
+        result = change(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
+        result = dataclasses.replace(value, **map_tensors(fields, change))
+    elif isinstance(value, dict):
+        result = {key: map_tensors(part, change) for key, part in value.items()}
+    elif isinstance(value, (list, tuple)):
+        parts = [map_tensors(part, change) for part in value]
+        result = type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return result

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cppo.config import LossConfig
+from cppo.config import LossConfig, kept_per_unit
 from cppo.records import LossOutput, NumItems, TokenStats, Views
 
 
@@ -66,11 +66,6 @@ def group_advantages(
     elif scale == "batch":
         centred = centred / (_std(groups, scored) + eps)
     return centred.flatten().float()
-
-
-def kept_per_unit(unit_size: int, prune_rate: float) -> int:
-    """Completions that stay of a unit of `unit_size`: n - floor(round(n * rate, 6)), at least 1."""
-    return max(1, unit_size - math.floor(round(unit_size * prune_rate, 6)))
 
 
 def prune_completions(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import cppo
 from cppo import reference
-from cppo.records import LossOutput, PackedBatch, Views
+from cppo.packed_batch import PackedBatch
+from cppo.records import LossOutput, Views
 
 Inputs = dict[str, Any]
 

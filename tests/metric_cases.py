@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-from trainer_cases import trainer_for
+from trainer_cases import noise, trainer_for
 
-import cppo.train.trainer
 from cppo.rewards import completion_text
-from cppo.rollouts.rollout import Rollouts
-from cppo.train.step import Batch
-
-
-def noise(completions: list[Any], **columns: Any) -> list[float]:
-    """A reward that depends on the completion alone and differs within groups."""
-    return [random.Random(completion_text(text)).random() for text in completions]
+from cppo.train import algorithm
+from cppo.train.batch import Batch
 
 
 def reward(completions: list[Any], log_metric: Any, **columns: Any) -> list[float | None]:
@@ -38,16 +32,16 @@ def recorded_run(folder: Path, family: str = "text", **options: Any) -> dict[str
     defaults = dict(rewards=[noise, reward], reward_weights=(1.0, 0.25), prune_rate=0.5)
     trainer = trainer_for(folder, family, **{**defaults, **options})
     steps: list[dict[str, Any]] = []
-    make_batch, stock = trainer.make_batch, cppo.train.trainer.microbatch_loss
+    select, microbatch_loss = algorithm.select, algorithm.microbatch_loss
 
-    def watch_batch(rollouts: Rollouts, rewards: Any) -> Batch:
-        batch = make_batch(rollouts, rewards)
-        records = [record(batch, row) for row in range(len(rollouts.texts))]
+    def watch_batch(*arguments: Any) -> Batch:
+        batch = select(*arguments)
+        records = [record(batch, row) for row in range(len(batch.rollouts.texts))]
         steps.append({"completions": records, "selected": 0, "entropy": [], "tokens": []})
         return batch
 
     def watch_loss(*arguments: Any) -> Any:
-        output = stock(*arguments)
+        output = microbatch_loss(*arguments)
         packed = arguments[1].pack(arguments[2])
         lengths = packed.row_cu_seqlens.diff().tolist()
         steps[-1]["entropy"] += [own.sum().item() for own in output.entropy.split(lengths)]
@@ -55,12 +49,8 @@ def recorded_run(folder: Path, family: str = "text", **options: Any) -> dict[str
         steps[-1]["selected"] += int(output.perception_mask.sum())
         return output
 
-    trainer.make_batch = watch_batch  # type: ignore[method-assign]
-    cppo.train.trainer.microbatch_loss = watch_loss
-    try:
+    with patch.multiple(algorithm, select=watch_batch, microbatch_loss=watch_loss):
         trainer.train()
-    finally:
-        cppo.train.trainer.microbatch_loss = stock
     return {"steps": steps, "history": trainer.history, "gating": trainer.config.loss.gating}
 
 
@@ -112,15 +102,15 @@ def expected_entropy(steps: list[dict[str, Any]], reduction: str) -> float:
 
 
 def expected_perception_share(steps: list[dict[str, Any]], gating: bool) -> float:
-    """Selected tokens among those of kept completions that look at an image."""
-    looking = sum(
+    """Selected tokens among those of kept completions whose perturbed views run."""
+    gated = sum(
         row["tokens"]
         for step in steps
         for row in step["completions"]
         if row["kept"] and row["images"] and (row["advantage"] > 0 or not gating)
     )
     selected = sum(step["selected"] for step in steps)
-    return selected / looking if looking else math.nan
+    return selected / gated if gated else math.nan
 
 
 def assert_metrics(row: dict[str, float], steps: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -28,12 +29,8 @@ MAY_BE_SHORTER = {
     ("unpack", "target_index"),
     ("gather_tokens", "target_index"),
     ("gather_tokens", "values"),
-    # Read where a view is compact.
-    *(
-        (f"cppo_loss_backward{end}", name)
-        for end in ("", "_")
-        for name in ("advantages", "cu_seqlens")
-    ),
+    # Read where a view is compact; the mask, where the divergence is on the sampled token.
+    *product(("cppo_loss_backward", "cppo_loss_backward_"), ("advantages", "cu_seqlens", "mask")),
     ("linear_cppo_loss_backward", "advantages"),
     ("linear_cppo_loss_backward", "cu_seqlens"),
 }

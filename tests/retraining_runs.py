@@ -11,6 +11,7 @@ import random
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from trainer_cases import image, small_run, tiny
 from cppo.config import LoraConfig
 from cppo.model.prompts import tokenizer_of
 from cppo.rewards import completion_text
+from cppo.train import algorithm
 from cppo.train.trainer import CPPOTrainer
 
 # Every coefficient is large, so that an error of 1 % in it shows.
@@ -148,14 +150,14 @@ def completed(trainer: CPPOTrainer, run: Run) -> Outcome:
 
     All that this file knows of the inside of a trainer is here and in `completions_of`.
     """
-    make_batch = trainer.make_batch
+    select = algorithm.select
 
-    def recording(rollouts: Any, rewards: Tensor) -> Any:
+    def recording(policy: Any, rollouts: Any, rewards: Tensor, *others: Any) -> Any:
         run.steps.append(completions_of(rollouts, rewards))
-        return make_batch(rollouts, rewards)
+        return select(policy, rollouts, rewards, *others)
 
-    trainer.make_batch = recording  # type: ignore[method-assign]
-    trainer.train()
+    with patch.object(algorithm, "select", recording):
+        trainer.train()
     state = trainer.optimizer.state
     moments = {n: state[p]["exp_avg"].double() for n, p in _trained_parameters(trainer).items()}
     norms = [row["grad_norm"] for row in trainer.history if "grad_norm" in row]

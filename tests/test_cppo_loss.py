@@ -249,7 +249,8 @@ def test_identical_views_leave_plain_grpo(op, backend):
 @pytest.mark.parametrize("divergence", ["k3", "k1", "full"])
 @every_run
 def test_equal_perturbations_have_margin_zero(op, backend, divergence):
-    inputs = {**make_inputs(op), "config": LossConfig(divergence=divergence)}
+    config = LossConfig(divergence=divergence, cpl_reduction="token")
+    inputs = {**make_inputs(op), "config": config}
     name = views_of(op)
     inputs[name] = inputs[name]._replace(positive=inputs[name].negative.clone())
     ours = evaluate(op, inputs, backend)

@@ -27,9 +27,10 @@ import cppo
 from cppo.model import attention, forward
 from cppo.model.prompts import encode_questions
 from cppo.ops.pack import pack_completions
-from cppo.records import PackedBatch
+from cppo.packed_batch import PackedBatch
 from cppo.rollouts.sampler import _draw
-from cppo.train.step import Batch, _hidden, _images_of
+from cppo.train.batch import Batch
+from cppo.train.views import anchor_hidden
 
 FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the model
 
@@ -37,7 +38,7 @@ FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the mode
 def packed_logps(model: Any, batch: Batch, rows: Tensor) -> tuple[Tensor, PackedBatch]:
     """(T,) log-probabilities of the targets by the packed forward."""
     stream = batch.pack(rows)
-    hidden = _hidden(model, batch, stream, *_images_of(batch, rows))
+    hidden = anchor_hidden(model, batch, stream)
     weight = forward.lm_head(model).weight
     logps = F.linear(hidden, weight).log_softmax(-1)
     return logps.gather(-1, stream.targets[:, None])[:, 0], stream

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from trainer_cases import noise, same, trainer_for, weights_of
 
-from cppo.train import checkpoint, policy
+from cppo.train import checkpoint, weights
 from cppo.train.checkpoint import CheckpointError, check_files, last_checkpoint
 from cppo.train.output_dir import Claim
 from cppo.train.progress import read_metrics
@@ -65,16 +65,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return weights_of(trainer.model)
 
 
-def at_step_two(disk: Disk) -> Callable[..., list[float]]:
-    """A reward in whose second call the disk gets full, and in whose third it has room again."""
+def reward_with(events: dict[int, Callable[[], Any]]) -> Callable[..., list[float]]:
+    """A reward whose n-th call first does `events[n]`."""
     calls = []
 
     def reward(completions: list[Any], **columns: Any) -> list[float]:
         calls.append(1)
-        if len(calls) == 2:
-            disk.fill()
-        if len(calls) == 3:
-            disk.free()
+        events.get(len(calls), lambda: None)()
         return noise(completions)
 
     return reward
@@ -93,7 +90,7 @@ def test_a_disk_that_is_full_during_a_step(
 ) -> None:
     run = disk.folder / "run"
     options = {**OPTIONS, "resume_with_changes": True}
-    trainer = trainer_for(run, rewards=at_step_two(disk), **options)
+    trainer = trainer_for(run, rewards=reward_with({2: disk.fill, 3: disk.free}), **options)
     trainer.train()
     said = " ".join(capsys.readouterr().out.split())
     assert f"the checkpoint of step 2 could not be written to {run}" in said
@@ -111,7 +108,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(
 ) -> None:
     run = disk.folder / "run"
     owner, name = {
-        "model": (policy, "save_model"),
+        "model": (weights, "save_model"),
         "state": (checkpoint, "write_tensors"),
         "summary": (checkpoint, "_seal_folder"),
     }[moment]
@@ -153,15 +150,7 @@ def test_a_disk_that_is_full_at_the_end_and_a_run_that_is_resumed(
     disk: Disk, undisturbed: dict[str, Any]
 ) -> None:
     run = disk.folder / "run"
-    calls = []
-
-    def reward(completions: list[Any], **columns: Any) -> list[float]:
-        calls.append(1)
-        if len(calls) == 3:
-            disk.fill()
-        return noise(completions)
-
-    trainer = trainer_for(run, rewards=reward, **OPTIONS)
+    trainer = trainer_for(run, rewards=reward_with({3: disk.fill}), **OPTIONS)
     with pytest.raises(CheckpointError, match="step 4 could not .*there is .*checkpoint-000002$"):
         trainer.train()
     check_files(last_checkpoint(run))
@@ -173,15 +162,12 @@ def test_a_disk_that_is_full_at_the_end_and_a_run_that_is_resumed(
 
 def test_a_signal_on_a_full_disk(disk: Disk, capsys: pytest.CaptureFixture[str]) -> None:
     run = disk.folder / "run"
-    calls = []
 
-    def reward(completions: list[Any], **columns: Any) -> list[float]:
-        calls.append(1)
-        if len(calls) == 2:
-            disk.fill()
-            os.kill(os.getpid(), signal.SIGTERM)
-        return noise(completions)
+    def fill_and_stop() -> None:
+        disk.fill()
+        os.kill(os.getpid(), signal.SIGTERM)
 
+    reward = reward_with({2: fill_and_stop})
     with pytest.raises(SystemExit) as ended:
         trainer_for(run, rewards=reward, **OPTIONS).train()
     assert ended.value.code == 143
@@ -192,11 +178,11 @@ def test_a_signal_on_a_full_disk(disk: Disk, capsys: pytest.CaptureFixture[str])
 
 def test_the_room_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_for(tmp_path, rewards=noise, max_steps=1)
-    weights = sum(p.nbytes for p in trainer.parameters)
-    usage = shutil.disk_usage(tmp_path)._replace(free=3 * weights - 1)
+    size = sum(p.nbytes for p in trainer.parameters)
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 * size - 1)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
     begun = []
-    monkeypatch.setattr(policy, "save_model", lambda *args: begun.append(args))
+    monkeypatch.setattr(weights, "save_model", lambda *args: begun.append(args))
     words = "it takes about 0.0[0-9]+ GB, and 0.0[0-9]+ GB are free"
     with pytest.raises(CheckpointError, match=words):
         trainer.train()
@@ -207,15 +193,7 @@ def test_a_folder_that_vanishes(
     tmp_path: Path, undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    calls = []
-
-    def reward(completions: list[Any], **columns: Any) -> list[float]:
-        calls.append(1)
-        if len(calls) == 3:
-            shutil.rmtree(run)
-        return noise(completions)
-
-    trainer = trainer_for(run, rewards=reward, **OPTIONS)
+    trainer = trainer_for(run, rewards=reward_with({3: lambda: shutil.rmtree(run)}), **OPTIONS)
     trainer.files["config.yaml"] = "options"
     trainer.train()
     check(run, trainer, undisturbed)
@@ -223,16 +201,21 @@ def test_a_folder_that_vanishes(
     assert "was removed during the run: it is made again" in capsys.readouterr().out
 
 
-def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
-    """As another user, to whom a folder of root's is closed."""
+def let_others_in(tmp_path: Path) -> None:
+    """Lets a process that becomes another user reach the test's folder."""
     if os.getuid() != 0:
         pytest.skip("needs the right to become another user")
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o755)
     for folder in tmp_path.parents:
         if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
             folder.chmod(folder.stat().st_mode | 0o011)
     tmp_path.chmod(0o755)
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    """As another user, to whom a folder of root's is closed."""
+    let_others_in(tmp_path)
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o755)
     script = (
         "import os, sys; from pathlib import Path\n"
         "from cppo.train.output_dir import claim_output_dir\n"
@@ -258,12 +241,7 @@ def test_a_folder_whose_name_is_too_long(tmp_path: Path) -> None:
 
 def test_what_another_user_closed_is_said(tmp_path: Path) -> None:
     """A checkpoint that may not be entered, and a folder below one that may not."""
-    if os.getuid() != 0:
-        pytest.skip("needs the right to become another user")
-    for folder in tmp_path.parents:
-        if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
-            folder.chmod(folder.stat().st_mode | 0o011)
-    tmp_path.chmod(0o755)
+    let_others_in(tmp_path)
     closed = tmp_path / "run" / "checkpoint-000002"
     closed.mkdir(parents=True)
     closed.chmod(0o700)

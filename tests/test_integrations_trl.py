@@ -46,7 +46,7 @@ from cppo.config import LossConfig
 from cppo.integrations.contrast import contrastive_perception
 from cppo.integrations.trl import CPPO, CPPOMixin, per_device_train_batch_size
 from cppo.records import NumItems, Views
-from cppo.train.step import microbatch_loss
+from cppo.train.algorithm import microbatch_loss
 
 HALF_LOOK = dataclasses.replace(HALF, loss=LOOK.loss)
 

@@ -25,7 +25,7 @@ from verl_cases import (  # noqa: E402
 )
 
 import cppo  # noqa: E402
-from cppo.train.seeds import seed_from  # noqa: E402
+from cppo.seeds import seed_from  # noqa: E402
 from cppo.views import perturb_pixel_values, views_from_names  # noqa: E402
 
 example = load_example()

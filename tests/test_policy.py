@@ -161,7 +161,10 @@ def test_layers_that_there_are_get_adapters(targets: Any) -> None:
     assert any("lora_A" in name for name, p in prepared.named_parameters() if p.requires_grad)
 
 
-def test_checkpointing_that_a_model_does_not_know_is_refused_by_its_option() -> None:
+def test_checkpointing_is_on_where_it_is_asked_for_and_the_model_knows_it() -> None:
+    for wanted in (False, True):
+        model = policy.prepare(tiny("text")[0], config(gradient_checkpointing=wanted), CPU)
+        assert model.is_gradient_checkpointing == wanted
     model, _ = tiny("text")
     model.supports_gradient_checkpointing = False
     words = "CPPOConfig.gradient_checkpointing must be False for this model: .* does not support"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from cppo.benchmarks import report
 from cppo.demo.tiny import build_tiny_text_model
 from cppo.demo.warmup import CHECKPOINTS
+from cppo.train.algorithm import cppo_update
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("CPPO_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -81,6 +83,12 @@ def test_the_trainer_block_runs(tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["trainer"].step == 1
+
+
+def test_the_algorithm_is_shown_as_it_runs() -> None:
+    shown = next(block for block in BLOCKS if "def cppo_update" in block)
+    code = inspect.getsource(cppo_update).replace(f'    """{cppo_update.__doc__}"""\n', "")
+    assert shown == code
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=[path.name for path in TEXTS])

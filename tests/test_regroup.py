@@ -8,17 +8,16 @@ import pytest
 import torch
 from trainer_cases import fixed_batch, fixed_rollouts, packed, questions_for, tiny
 
-from cppo.rollouts.rollout import Rollouts
-from cppo.train.regroup import _plan, balanced, merge, take_questions
-from cppo.train.step import _hidden, _images_of
+from cppo.rollouts.rollout import Rollouts, merge, take_questions
+from cppo.train.balance import _plan, balanced
+from cppo.train.views import anchor_hidden
 
 FAMILIES = ("text", "qwen2_5_vl")
 
 
 def hidden_of(model: Any, rollouts: Rollouts) -> torch.Tensor:
     batch = fixed_batch(rollouts)
-    images = _images_of(batch, batch.kept)
-    return _hidden(model, batch, batch.pack(batch.kept), *images)
+    return anchor_hidden(model, batch, batch.pack(batch.kept))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

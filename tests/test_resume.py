@@ -116,12 +116,9 @@ def test_a_schedule_with_warm_up_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def test_a_step_without_completions_moves_the_schedule_on(tmp_path: Path) -> None:
-    def equal(completions: list[Any], **columns: Any) -> list[float]:
-        return [1.0] * len(completions)
-
     trainer = trainer_for(
-        tmp_path, rewards=equal, drop_zero_variance=True, max_refills=0, lr_scheduler="linear",
-        learning_rate=1e-3, max_steps=4,
+        tmp_path, rewards=lambda completions, **_: [1.0] * len(completions), max_refills=0,
+        drop_zero_variance=True, lr_scheduler="linear", learning_rate=1e-3, max_steps=4,
     )  # fmt: skip
     trainer.train()
     rates = [row["learning_rate"] for row in trainer.history]
@@ -282,7 +279,7 @@ def test_a_helper_in_a_file_of_ones_own(tmp_path: Path) -> None:
         "from helper_of_mine import share\n"
         "def reward(completions, **kwargs):\n    return [share(c) for c in completions]\n"
     )
-    script = "import reward_of_mine as m; from cppo import fingerprint as f;"
+    script = "import reward_of_mine as m; from cppo.train import fingerprint as f;"
     script += "print(f.of_function(m.reward))"
     said = []
     for body in ("return 1.0", "return 2.0", "return 1.0"):
@@ -332,7 +329,7 @@ def test_a_function_is_the_same_in_the_next_process(tmp_path: Path) -> None:
         "made = functools.partial(reward, judge=Judge())\n"
     )
     script = (
-        "import theirs; from cppo import fingerprint, scoring;"
+        "import theirs; from cppo.train import fingerprint, scoring;"
         "print(fingerprint.of_function(theirs.made), scoring.metric_name(theirs.made),"
         "fingerprint.of_dataset([{'prompt': 'a', 'odd': theirs.Judge()}]))"
     )

@@ -11,7 +11,8 @@ from trainer_cases import config, packed, question, questions_for, tiny
 from cppo.model.prompts import encode_questions
 from cppo.questions import Question
 from cppo.rollouts.rollout import Rollouts, sample_completions
-from cppo.train.step import Batch, token_logps
+from cppo.train.batch import Batch
+from cppo.train.views import token_logps
 
 
 def sampled(model: Any, processor: Any, questions: list[Question], **options: Any) -> Rollouts:

@@ -11,7 +11,7 @@ from trainer_cases import tiny
 import cppo
 from cppo.model import forward
 from cppo.ops.pack import pack_completions
-from cppo.records import PackedBatch
+from cppo.packed_batch import PackedBatch
 
 
 def stream_of(lengths: list[int]) -> PackedBatch:

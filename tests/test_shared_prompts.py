@@ -25,13 +25,15 @@ from trainer_cases import (
 import cppo
 from cppo.model.shared_prompts import share_prompts
 from cppo.records import NumItems
-from cppo.train.step import Batch, _hidden, _images_of, microbatch_loss
+from cppo.train.algorithm import microbatch_loss
+from cppo.train.batch import Batch
+from cppo.train.views import anchor_hidden
 
 FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the model
 
 
 def hidden_of(model: Any, batch: Batch, rows: Tensor) -> Tensor:
-    return _hidden(model, batch, batch.pack(rows), *_images_of(batch, rows))
+    return anchor_hidden(model, batch, batch.pack(rows))
 
 
 # Of four questions with four completions each: 4, 1, 0 and 2 kept.

@@ -26,15 +26,11 @@ from cppo.model.prompts import encode_questions
 from cppo.ops.advantages import advantages_and_prune
 from cppo.ops.loss import linear_cppo_loss
 from cppo.records import LossOutput, NumItems
+from cppo.seeds import seed_from
+from cppo.train.algorithm import microbatch_loss
+from cppo.train.batch import Batch
 from cppo.train.selection import cut_surplus
-from cppo.train.step import (
-    Batch,
-    forward_views,
-    microbatch_loss,
-    perturbed_images,
-    seed_from,
-    token_logps,
-)
+from cppo.train.views import forward_views, perturbed_images, token_logps
 
 FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the model
 CASES = ("text", "qwen2_5_vl", "qwen3_vl")
@@ -161,8 +157,8 @@ def test_the_gated_forward_is_the_full_one(family: str, divergence: str) -> None
     assert torch.equal(ours.perception_mask, expected.perception_mask)
     assert ours.perception_mask.any()
     hidden, _ = forward_views(model, batch, rows, options, processor)
-    looking = int(batch.rollouts.completion_mask[rows][advantages > 0].sum())
-    assert len(hidden.positive) == len(hidden.negative) == looking < len(hidden.anchor)
+    gated = int(batch.rollouts.completion_mask[rows][advantages > 0].sum())
+    assert len(hidden.positive) == len(hidden.negative) == gated < len(hidden.anchor)
 
 
 def test_completions_without_positive_advantage_run_no_view() -> None:
@@ -182,52 +178,39 @@ def test_completions_without_positive_advantage_run_no_view() -> None:
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_without_pruning_and_contrast_it_is_plain_grpo(family: str) -> None:
+@pytest.mark.parametrize("kept_per_question", [4, 1])
+def test_without_contrast_it_is_grpo_over_the_kept(family: str, kept_per_question: int) -> None:
     model, processor = tiny(family, dtype=torch.float64)
     rollouts = fixed_rollouts(model, processor, questions_for(family), group_size=4)
     rewards = torch.rand(16, generator=torch.Generator().manual_seed(3))
-    mask = rollouts.completion_mask
-    noise = torch.randn(mask.shape, dtype=torch.float64)
-    old = padded_logps(model, rollouts).detach() + 0.4 * noise
+    old = padded_logps(model, rollouts).detach()
+    old += 0.4 * torch.randn(old.shape, dtype=torch.float64)
 
     groups = rewards.view(4, 4)
     centred = groups - groups.mean(1, keepdim=True)
-    advantages = (centred / (groups.std(1, keepdim=True) + 1e-4)).view(16, 1).double()
-    ratio = (padded_logps(model, rollouts) - old).exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    advantages = (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten().double()
+    best = advantages.abs().view(4, 4).topk(kept_per_question).indices.sort(1).values
+    chosen = (torch.arange(0, 16, 4)[:, None] + best).flatten()
+    mask, weight = rollouts.completion_mask[chosen], advantages[chosen, None]
+    ratio = (padded_logps(model, rollouts) - old)[chosen].exp()
+    surrogate = torch.minimum(ratio * weight, ratio.clamp(0.8, 1.2) * weight)
     grpo = -((surrogate * mask).sum(1) / mask.sum(1)).mean()
     expected = gradients(model, grpo)
     assert ((ratio - 1).abs() > 0.2)[mask].any()
 
     model = packed(model)
-    options = config(cpl_coef=0.0, prune_rate=0.0)
+    options = config(cpl_coef=0.0, prune_rate=1 - kept_per_question / 4)
     ours, kept = advantages_and_prune(rewards, 4, options.prune_rate)
+    assert kept.tolist() == chosen.tolist()
     batch = Batch(rollouts, ours, kept, per_token={"old_logps": old})
-    assert kept.tolist() == list(range(16))
     num_items = NumItems(*batch.counts(kept))
-    output = microbatch_loss(model, batch, kept, num_items, options, processor)
-    assert output.loss.item() == pytest.approx(grpo.item(), rel=FP64)
-    assert relative_difference(gradients(model, output.loss), expected) < FP64
-
-
-def test_pruned_grpo_is_grpo_over_the_kept_completions() -> None:
-    model, tokenizer = tiny("text", dtype=torch.float64)
-    rollouts = fixed_rollouts(model, tokenizer, questions_for("text", 2), group_size=4)
-    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0])
-    # One right among three wrong stands out, and so does one wrong among three right.
-    advantages, kept = advantages_and_prune(rewards, 4, 0.75)
-    assert kept.tolist() == [0, 7]
-    logps, mask = padded_logps(model, rollouts)[kept], rollouts.completion_mask[kept]
-    value = 0.75 / (0.5 + 1e-4)
-    weights = torch.tensor([value, -value], dtype=torch.float64)
-    ratio = (logps - logps.detach()).exp()
-    grpo = -((ratio * mask).sum(1) / mask.sum(1) * weights).mean()
-    expected = gradients(model, grpo)
-    model = packed(model)
-    batch = Batch(rollouts, advantages, kept)
-    output = microbatch_loss(model, batch, kept, NumItems(*batch.counts(kept)), config(), tokenizer)
-    assert output.loss.item() == pytest.approx(grpo.item(), abs=1e-6)
-    assert relative_difference(gradients(model, output.loss), expected) < FP64
+    losses = [
+        microbatch_loss(model, batch, part, num_items, options, processor).loss
+        for part in batch.microbatches(kept, 10**6)
+    ]
+    loss = torch.stack(losses).sum()
+    assert loss.item() == pytest.approx(grpo.item(), rel=FP64)
+    assert relative_difference(gradients(model, loss), expected) < FP64
 
 
 def dimmed(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -275,15 +258,6 @@ def test_permuting_questions_permutes_results(family: str) -> None:
     moved_loss, got, _ = in_parts(model, processor, moved, moved_parts, options)
     assert moved_loss == pytest.approx(loss, rel=FP64)
     assert relative_difference(got, expected) < FP64
-
-
-def test_permuting_questions_permutes_advantages_and_kept() -> None:
-    rewards = torch.rand(5, 8)
-    order = torch.tensor([3, 0, 4, 1, 2])
-    advantages, kept = advantages_and_prune(rewards.flatten(), 8, 0.75)
-    moved, moved_kept = advantages_and_prune(rewards[order].flatten(), 8, 0.75)
-    assert torch.equal(moved.view(5, 8), advantages.view(5, 8)[order])
-    assert torch.equal(moved_kept.view(5, 2) % 8, (kept.view(5, 2) % 8)[order])
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])

@@ -14,10 +14,12 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from trainer_cases import noise, same, trainer_for, weights_of
 
+from cppo.train import algorithm
 from cppo.train.checkpoint import last_checkpoint, read_summary
 from cppo.train.stopping import Stopping
 from cppo.train.trainer import CPPOTrainer
@@ -79,9 +81,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return weights_of(trainer.model)
 
 
-def stop_in_a_microbatch(trainer: CPPOTrainer, step: int) -> None:
+def stop_in_a_microbatch(trainer: CPPOTrainer, step: int) -> Any:
     """Sends SIGINT within the second micro-batch of a step."""
-    stock, calls = trainer._run_microbatch, []
+    stock, calls = algorithm.microbatch_loss, []
 
     def run(*args: Any) -> Any:
         calls.append(trainer.step)
@@ -89,18 +91,17 @@ def stop_in_a_microbatch(trainer: CPPOTrainer, step: int) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return stock(*args)
 
-    trainer._run_microbatch = run  # type: ignore[method-assign]
+    return patch.object(algorithm, "microbatch_loss", run)
 
 
 def test_the_same_trainer_goes_on(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     """As in a notebook: nothing of the step that was broken off is left in it."""
     for resume_from in ("auto", tmp_path / "run" / "checkpoint-000001"):
         trainer = trainer_for(tmp_path / "run", rewards=noise, **OPTIONS)
-        stop_in_a_microbatch(trainer, 2)
-        with pytest.raises(KeyboardInterrupt, match="checkpoint-000002"):
+        stopped = pytest.raises(KeyboardInterrupt, match="checkpoint-000002")
+        with stop_in_a_microbatch(trainer, 2), stopped:
             trainer.train(overwrite=True)
         assert any(p.grad is not None for p in trainer.parameters)
-        del trainer.__dict__["_run_microbatch"]
         trainer.train(resume_from=resume_from, overwrite=True)
         assert same(weights_of(trainer.model), undisturbed)
 
@@ -127,7 +128,7 @@ def test_a_reward_that_catches_everything(tmp_path: Path, undisturbed: dict[str,
     stopped.append(1)
     again = trainer_for(tmp_path, rewards=careful, resume_with_changes=True, **OPTIONS)
     trainer = again  # whose step the reward looks at
-    again._trained_on = read_summary(last_checkpoint(tmp_path))["options"] and {
+    again._run._trained_on = read_summary(last_checkpoint(tmp_path))["options"] and {
         name: read_summary(last_checkpoint(tmp_path))["options"][name]
         for name in ("train_dataset", "rewards", "chat_template")
     }

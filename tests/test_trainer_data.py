@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from trainer_cases import digit_share, image, small_run, text_rows, tiny, trainer_for
+from trainer_cases import digit_share, image, lines, small_run, text_rows, tiny, trainer_for
 
 from cppo.questions import QuestionError
 from cppo.rewards import completion_text
 from cppo.train.scoring import RewardError
 from cppo.train.trainer import CPPOTrainer
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def bad_rows(tmp_path: Path) -> list[dict[str, Any]]:

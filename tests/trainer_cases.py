@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from cppo.model.prompts import encode_questions, tokenizer_of
 from cppo.questions import Question
 from cppo.rewards import completion_text
 from cppo.rollouts.rollout import Rollouts, _assemble
-from cppo.train.step import Batch
+from cppo.train.batch import Batch
 from cppo.train.trainer import CPPOTrainer
 
 VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -66,7 +68,7 @@ def question(text: str, images: Sequence[Image.Image] = (), **columns: Any) -> Q
 
 
 def questions_for(family: str, count: int = 4) -> list[Question]:
-    """Questions of different length; for a model that sees: 1, 2, 0 and 1 images of all sizes."""
+    """Questions of different length; for a vision model: 1, 2, 0 and 1 images of all sizes."""
     texts = ["How many?", "What is the sum of the digits?", "Hi", "Which is larger, and why?"]
     if family == "text":
         return [question(text, answer=str(i)) for i, text in enumerate(texts[:count])]
@@ -202,6 +204,11 @@ def trainer_for(output_dir: Any, family: str = "text", **options: Any) -> CPPOTr
         processor=processor,
         eval_dataset=eval_rows,
     )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -31,9 +32,12 @@ from trainer_cases import (
     weights_of,
 )
 
+from cppo.rollouts.rollout import take_questions
+from cppo.train import algorithm
+from cppo.train.algorithm import cppo_update
+from cppo.train.balance import balanced
+from cppo.train.batch import Batch
 from cppo.train.progress import PhaseTimer
-from cppo.train.regroup import balanced, take_questions
-from cppo.train.step import Batch
 from cppo.train.trainer import CPPOTrainer
 
 FAMILIES = ("text", "qwen2_5_vl")
@@ -66,8 +70,15 @@ def updated(folder: Path, family: str, own: Sequence[int]) -> tuple[Any, Any, Ba
     whole = fixed_rollouts(trainer.model, processor, questions_for(family), group_size=4)
     rows = torch.tensor([4 * q + i for q in own for i in range(4)], dtype=torch.int64)
     advantages = fixed_batch(whole, dtype=torch.float64).advantages[rows]
-    batch = Batch(take_questions(whole, own), advantages, torch.arange(len(rows)))
-    return trainer, trainer.update(batch, PhaseTimer()), batch
+    batches: list[Batch] = []
+    update = trainer.new_update(PhaseTimer(), batches.append)
+
+    def keep_all(values: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return values, torch.arange(len(values))
+
+    with patch.object(algorithm, "select_completions", keep_all):
+        cppo_update(update, take_questions(whole, own), advantages)
+    return trainer, update.metrics(), batches[0]
 
 
 def dealt(folder: Path, own: Sequence[int]) -> Any:
@@ -90,8 +101,8 @@ def dealt(folder: Path, own: Sequence[int]) -> Any:
     rewards[torch.tensor([1, 6, 8, 9, 10, 11])] = math.nan
     whole.truncated[4] = True
     rows = torch.tensor([4 * q + i for q in own for i in range(4)], dtype=torch.int64)
-    batch = trainer.make_batch(take_questions(whole, own), rewards[rows])
-    trainer.update(batch, PhaseTimer())
+    update = trainer.new_update(PhaseTimer(), lambda batch: None)
+    cppo_update(update, take_questions(whole, own), rewards[rows])
     return trainer
 
 
@@ -141,15 +152,14 @@ def train(folder: Path) -> None:
     rank = trainer.processes.rank
     assert trainer.processes.size == 2 and rank == own_rank()
     seen = []
-    score = trainer.make_batch
+    select = algorithm.select
 
-    def watch(rollouts: Any, rewards: torch.Tensor) -> Batch:
-        batch = score(rollouts, rewards)
+    def watch(policy: Any, rollouts: Any, rewards: torch.Tensor, *others: Any) -> Batch:
         seen.append([rollouts.question_of(row).columns["answer"] for row in range(len(rewards))])
-        return batch
+        return select(policy, rollouts, rewards, *others)
 
-    trainer.make_batch = watch  # type: ignore[method-assign]
-    trainer.train()
+    with patch.object(algorithm, "select", watch):
+        trainer.train()
     digest = sum(value.double().sum().item() for value in weights_of(trainer.model).values())
     (folder.parent / f"rank{rank}.json").write_text(json.dumps({"seen": seen, "sum": digest}))
 

@@ -63,9 +63,10 @@ from cppo.ops.loss import linear_cppo_loss
 from cppo.questions import load_rows
 from cppo.records import NumItems
 from cppo.rollouts import sampler
-from cppo.rollouts.rollout import Rollouts, sample_completions
-from cppo.train.regroup import take_questions
-from cppo.train.step import Batch, forward_views, microbatch_loss
+from cppo.rollouts.rollout import Rollouts, sample_completions, take_questions
+from cppo.train.algorithm import microbatch_loss
+from cppo.train.batch import Batch
+from cppo.train.views import forward_views
 
 GROUP_SIZE = 16
 TEMPLATE = 20  # tokens that a chat template adds to a question

@@ -32,7 +32,8 @@ from cppo.benchmarks.experiments.small_models import (
     seconds,
 )
 from cppo.config import CPPOConfig
-from cppo.train.step import Batch, _hidden
+from cppo.train.batch import Batch
+from cppo.train.views import anchor_hidden
 
 QUESTIONS = 4
 
@@ -53,7 +54,7 @@ def gradients(setting: Setting, batch: Batch) -> Tensor:
     """Forward and backward of a fixed sum; the gradient of the embedding."""
     setting.model.zero_grad(set_to_none=True)
     with setting.autocast():
-        hidden = _hidden(setting.model, batch, batch.pack(batch.kept), None, list(range(QUESTIONS)))
+        hidden = anchor_hidden(setting.model, batch, batch.pack(batch.kept))
     hidden.float().square().mean().backward()
     gradient: Tensor = next(setting.model.parameters()).grad
     return gradient

@@ -46,7 +46,8 @@ from cppo.benchmarks.experiments import step_models
 from cppo.benchmarks.experiments.step_batch import StepBatch, make_batch
 from cppo.config import LossConfig
 from cppo.model.check import check_model
-from cppo.model.forward import choose_attention, lm_head, packed_hidden, set_attention
+from cppo.model.forward import choose_attention, lm_head, set_attention
+from cppo.model.packed import packed_hidden
 from cppo.records import NumItems, Views
 
 PHASES = ("rollout", "reward", "pack", "forward", "loss", "backward", "optimizer")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import cppo
 from cppo.model.forward import ImageBatch, has_vision, image_arguments, rotary_positions, unwrap
-from cppo.records import PackedBatch
+from cppo.packed_batch import PackedBatch
 from cppo.rollouts.sampler import decode
 
 _PATCHES = 16  # a side of an image, in patches: 64 image tokens

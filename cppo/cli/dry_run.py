@@ -67,7 +67,7 @@ def step_sizes(config: CPPOConfig, prompt_tokens: int) -> StepSizes:
         prompt_tokens: of the longest prompt.
     """
     from cppo import questions_needed
-    from cppo.reference import kept_per_unit
+    from cppo.config import kept_per_unit
 
     group = config.group_size
     kept_each = kept_per_unit(group, config.prune_rate)

@@ -59,7 +59,7 @@ def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tup
         return PeftModel.from_pretrained(base, str(checkpoint)), processor
     if not is_place(model.builder):
         return load_model(checkpoint), load_processor(checkpoint)
-    from cppo.train.policy import load_weights
+    from cppo.train.weights import load_weights
 
     built, processor = load_policy(model)
     load_weights(built, Path(checkpoint))

@@ -12,9 +12,9 @@ from cppo.model.forward import lm_head
 from cppo.model.prompts import tokenizer_of
 from cppo.ops.perception_mask import perception_mask
 from cppo.ops.token_stats import linear_token_stats
-from cppo.train.seeds import seed_from
-from cppo.train.step import forward_views
+from cppo.seeds import seed_from
 from cppo.train.trainer import CPPOTrainer
+from cppo.train.views import forward_views
 from cppo.views import perturb, views_from_names
 
 

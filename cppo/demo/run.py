@@ -7,14 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cppo.config import MODES, CPPOConfig, LossConfig
+from cppo.config import MODES, CPPOConfig, LossConfig, kept_per_unit
 from cppo.demo.digits import NUM_QUESTIONS, handwriting
 from cppo.demo.examples import example_completions, example_views
 from cppo.demo.report import write_report
 from cppo.demo.tasks import CHECKPOINTS, TASKS, Task
 from cppo.demo.warmup import warm_up
 from cppo.model.load import load_model, load_processor
-from cppo.reference import kept_per_unit
 from cppo.train.scoring import metric_name
 from cppo.train.trainer import CPPOTrainer
 
@@ -52,7 +51,7 @@ def demo_config(
             {"perspective": {"distortion_scale": 0.08}},
             {"rotation": {"degrees": 5}},
         ),
-        loss=LossConfig(cpl_coef=cpl_coef, divergence=divergence, cpl_reduction="sequence"),
+        loss=LossConfig(cpl_coef=cpl_coef, divergence=divergence),
     )
 
 

@@ -141,7 +141,7 @@ class Backend:
         options = (by.values, by.per_selected, config.temperature, config.text, inplace)
         found = RESULTS["cppo_loss"](*self._ops.cppo_loss(*views, *rows, *options))
         metrics = _metrics(found, views, ref_logps, by)
-        return LossOutput(*found[:4], metrics)
+        return LossOutput(found.loss, found.logps, found.entropy, found.selected, metrics)
 
     def linear_cppo_loss(
         self,
@@ -179,7 +179,7 @@ class Backend:
         # Divided by the rows that count they are GEMM units, and the share that was resident.
         work = found.work.to(found.metrics.dtype)
         metrics["head_gemm_rows"], metrics["head_resident_rows"] = work.unbind()
-        return LossOutput(*found[:4], metrics)
+        return LossOutput(found.loss, found.logps, found.entropy, found.selected, metrics)
 
 
 def _metrics(

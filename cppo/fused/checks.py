@@ -157,7 +157,9 @@ def _check(op: str, given: dict[str, Any]) -> None:
     if not 0 <= given.get("fraction", 0) <= 1:
         raise ValueError(f"cppo.{op}: fraction must be in [0, 1], got {given['fraction']}")
     config = from_text(given["config"]) if "config" in given else None
-    views = {view: given[view] for view in ("positive", "negative") if view in given}
+    views: dict[str, Tensor | None] = {
+        view: given[view] for view in ("positive", "negative") if view in given
+    }
     for view, logits in views.items():
         if logits is not None:
             _check_view(op, rows, view, logits)

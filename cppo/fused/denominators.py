@@ -5,7 +5,7 @@ Counts may be numbers or tensors on the device: nothing here waits for one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from cppo.config import LossConfig
 from cppo.records import NumItems
 
-Count = int | float | Tensor
+Count = Any  # int, float or a 0-dim tensor
 
 
 class Denominators(NamedTuple):
@@ -66,7 +66,9 @@ def denominators(
     """The denominators of a batch, or of a part of one whose counts are `num_items`."""
     counts, device = _Counts(targets, mask, cu_seqlens), targets.device
     if isinstance(num_items, NumItems):
-        num_items = NumItems(*(None if n is None else _on(device, n) for n in num_items))
+        completions, tokens, selected = num_items
+        selected = None if selected is None else _on(device, selected)
+        num_items = NumItems(_on(device, completions), _on(device, tokens), selected)
     elif num_items is not None:
         num_items = _on(device, num_items)
 

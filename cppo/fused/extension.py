@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cppo.config import kept_per_unit
 from cppo.fused import pack
 from cppo.fused.backend import Backend
 from cppo.fused.pack import pack_completions, unpack  # noqa: F401  (this is a namespace)
-from cppo.reference import kept_per_unit
 
 
 def _read_build_info() -> dict[str, Any]:

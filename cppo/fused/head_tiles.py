@@ -5,7 +5,7 @@ gradient take. Three numberings of rows meet here:
 
     rows of the batch       (T,)   targets, masks, coefficients, and hidden states of a whole view
     rows of a view          where `Batch.places` has them; a compact view holds gated rows alone
-    rows of a tile          (n,)   `Rows.index` says which row of its part of the batch each one is
+    rows of a tile          (n,)   `Rows.at` says which row of its part of the batch each one is
 
 What needs no computing is not computed: masked rows, views of completions that are not gated, the
 positive away from the perception tokens, the backward of rows whose coefficients are zero. In GEMM
@@ -32,7 +32,7 @@ from torch import Tensor
 from cppo.fused.batch import ANCHOR, NEGATIVE, POSITIVE, Batch
 from cppo.fused.head import Head, even
 from cppo.fused.loss import OF_ENTROPY, OF_LOGP, Statistics
-from cppo.records import Views
+from cppo.fused.schema import CONTRASTS
 
 WEIGHT, BIAS = 3, 4  # of `wants`, after the views
 
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     """Some rows of a view: their places in a part of the batch, (n,)."""
 
     view: int
-    index: Tensor
+    at: Tensor
 
 
 @dataclass
@@ -76,13 +76,17 @@ class Hidden:
 
     Args:
         head: the LM head.
-        views: (rows, D) each.
+        views: (rows, D) each, or None.
         places: of each view, as `Batch.places`.
         wants: which gradients are wanted: of anchor, positive, negative, weight, bias.
     """
 
     def __init__(
-        self, head: Head, views: Views, places: list[Tensor | None], wants: list[bool]
+        self,
+        head: Head,
+        views: list[Tensor | None],
+        places: list[Tensor | None],
+        wants: list[bool],
     ) -> None:
         self.head, self.wants = head, wants
         self._views, self._places = views, places
@@ -99,14 +103,19 @@ class Hidden:
         """Whether logits of this view need a gradient."""
         return self.wants[view] or self.wants[WEIGHT] or self.wants[BIAS]
 
+    def _view(self, view: int) -> Tensor:
+        hidden = self._views[view]
+        assert hidden is not None, view
+        return hidden
+
     def _at(self, rows: Rows, first: int) -> Tensor:
         """Where the rows lie in their view."""
-        places, index = self._places[rows.view], rows.index + first if first else rows.index
+        places, index = self._places[rows.view], rows.at + first if first else rows.at
         return index if places is None else places[index]
 
     def tile(self, rows: list[Rows], first: int) -> Tile:
         """The logits of rows of the part of the batch that begins at row `first`."""
-        states = [self._views[some.view][self._at(some, first)] for some in rows]
+        states = [self._view(some.view)[self._at(some, first)] for some in rows]
         hidden = torch.cat(states) if len(states) > 1 else states[0]
         self.rows_multiplied += len(hidden)
         return Tile(rows, hidden, self.head.logits(hidden))
@@ -137,7 +146,7 @@ class Hidden:
         )
         if gradients is None:
             return
-        sizes = [len(some.index) for some, _ in rows]
+        sizes = [len(some.at) for some, _ in rows]
         for (some, first), gradient in zip(rows, gradients.split(sizes), strict=True):
             if self.wants[some.view]:
                 self._gradient_of(some.view)[self._at(some, first)] = gradient
@@ -145,7 +154,7 @@ class Hidden:
     def _gradient_of(self, view: int) -> Tensor:
         gradient = self._gradients[view]
         if gradient is None:
-            gradient = torch.zeros_like(self._views[view], dtype=self.head.accumulator)
+            gradient = torch.zeros_like(self._view(view), dtype=self.head.accumulator)
             self._gradients[view] = gradient
         return gradient
 
@@ -205,7 +214,7 @@ class HeadTiles:
 
     def _token_stats(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of a tile, which keeps what its backward needs."""
-        index = torch.cat([rows.index for rows in tile.rows])
+        index = torch.cat([rows.at for rows in tile.rows])
         logps, entropy, tile.saved = self._kernels.token_stats(
             tile.logits, self.batch.targets[index], None, None, self._temperature, False
         )
@@ -242,14 +251,11 @@ class HeadTiles:
         return self._kernels.contrast(*views, every, None, None, self._temperature)
 
     def contrast(self, where: Tensor) -> Tensor:
-        index = self._index(POSITIVE, where)
-        found = None
-        for some in self._pieces(index, views=3):
+        shape = len(CONTRASTS), len(self.batch.targets)
+        found = self.batch.targets.new_zeros(shape, dtype=self.hidden.head.accumulator)
+        for some in self._pieces(self._index(POSITIVE, where), views=3):
             tile = self._three(some)
-            contrasts = self._contrast(tile)
-            if found is None:
-                found = contrasts.new_zeros(len(contrasts), len(self.batch.targets))
-            found[:, some] = contrasts
+            found[:, some] = self._contrast(tile)
             del tile  # before the next is there
         return found
 
@@ -272,7 +278,7 @@ class HeadTiles:
         rest = []
         for view in (ANCHOR,) if full else (ANCHOR, NEGATIVE, POSITIVE):
             rows = Rows(view, index[view])
-            if not len(rows.index) or not self.hidden.wants_logits(view):
+            if not len(rows.at) or not self.hidden.wants_logits(view):
                 continue
             tile = self._kept_rows(rows)
             if tile is None:
@@ -291,12 +297,12 @@ class HeadTiles:
     def _kept_rows(self, rows: Rows) -> Tile | None:
         """The rows of a tile that is still there; None: it is not."""
         tile = self._kept.pop(rows.view, None)
-        if tile is None or len(rows.index) == len(tile.logits):
+        if tile is None or len(rows.at) == len(tile.logits):
             return tile
         (kept,) = tile.rows
         place = torch.empty_like(self.batch.targets, dtype=torch.int64)
-        place[kept.index] = torch.arange(len(kept.index), device=place.device)
-        at = place[rows.index]
+        place[kept.at] = torch.arange(len(kept.at), device=place.device)
+        at = place[rows.at]
         assert tile.saved is not None
         logits = self.hidden.head.rows_of(tile.logits, at)
         return Tile([rows], tile.hidden[at], logits, tile.saved[:, at])
@@ -306,15 +312,15 @@ class HeadTiles:
 
         def upstream(rows: Rows) -> tuple[Tensor, Tensor]:
             d_logps, of_entropy = (
-                coefficients[OF_LOGP[rows.view], rows.index],
+                coefficients[OF_LOGP[rows.view], rows.at],
                 OF_ENTROPY[rows.view],
             )
             if of_entropy is None:
                 return d_logps, torch.zeros_like(d_logps)
-            return d_logps, coefficients[of_entropy, rows.index]
+            return d_logps, coefficients[of_entropy, rows.at]
 
         d_logps, d_entropy = map(torch.cat, zip(*map(upstream, tile.rows), strict=True))
-        targets = self.batch.targets[torch.cat([rows.index for rows in tile.rows])]
+        targets = self.batch.targets[torch.cat([rows.at for rows in tile.rows])]
         slope = self.hidden.head.slope(tile.logits)
         self._kernels.token_stats_backward_(
             d_logps,
@@ -365,7 +371,7 @@ class HeadTiles:
 
 def _filled(rows: list[Rows], room: int) -> Iterator[list[Rows]]:
     """The rows in the fewest tiles of at most `room`, as equal as can be."""
-    room = even(sum(len(some.index) for some in rows), room)
+    room = even(sum(len(some.at) for some in rows), room)
     tile: list[Rows] = []
     free = room
     for view, index in rows:

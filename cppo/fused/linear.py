@@ -22,7 +22,7 @@ from cppo.records import Views
 
 
 def _hidden(head: Head, views: Views, batch: Batch, wants: list[bool]) -> Hidden:
-    rows = Views(*(None if view is None else view.reshape(-1, view.shape[-1]) for view in views))
+    rows = [None if view is None else view.reshape(-1, view.shape[-1]) for view in views]
     return Hidden(head, rows, batch.places(views), wants)
 
 
@@ -99,14 +99,14 @@ def _joined(found: list[Terms]) -> Terms:
     """The terms of the whole batch from those of its parts."""
     if len(found) == 1:
         return found[0]
-    has_views = found[0].selected is not None
+    selected = [part.selected for part in found if part.selected is not None]
     return Terms(
         torch.stack([part.loss for part in found]).sum(),
         torch.stack([part.metrics for part in found]).sum(0),
         torch.cat([part.coefficients for part in found], 1),
         torch.cat([part.logps for part in found]),
         torch.cat([part.entropy for part in found]),
-        torch.cat([part.selected for part in found]) if has_views else None,
+        torch.cat(selected) if selected else None,
         found[0].saved,
     )
 

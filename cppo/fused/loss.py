@@ -32,8 +32,8 @@ class Statistics(NamedTuple):
     """Of every row of a batch, zero where a view was not read: (T,), (T,), and what the backward
     of given logits needs, (3, T)."""
 
-    logps: Tensor | None
-    entropy: Tensor | None
+    logps: Tensor
+    entropy: Tensor
     saved: Tensor | None
 
 
@@ -79,14 +79,13 @@ def terms(
     """
     batch = tiles.batch
     anchor = tiles.statistics(ANCHOR, batch.mask)
-    positive = negative = Statistics(None, None, None)
-    contrasts = selected = None
+    negative = positive = contrasts = selected = None
     if tiles.has(NEGATIVE):
         negative = tiles.statistics(NEGATIVE, batch.gated)
         selected = kernels.perception_mask(
             anchor.entropy, negative.entropy, config.fraction, batch.gated, batch.cu_seqlens
         )
-    if tiles.has(POSITIVE):
+    if tiles.has(POSITIVE) and selected is not None:
         if config.divergence == "full":
             contrasts = tiles.contrast(selected)
         else:
@@ -97,8 +96,8 @@ def terms(
     loss, metrics, coefficients = kernels.loss_terms(
         anchor.logps,
         anchor.entropy,
-        positive.logps,
-        None if positive.logps is None else negative.logps,
+        None if positive is None else positive.logps,
+        None if positive is None or negative is None else negative.logps,
         None if contrasts is None else contrasts[CONTRASTS.index("margin")],
         selected,
         batch.advantages,
@@ -109,7 +108,8 @@ def terms(
         denominators,
         config.text,
     )
-    saved = anchor.saved, positive.saved if contrasts is None else contrasts, negative.saved
+    of_positive = contrasts if positive is None else positive.saved
+    saved = anchor.saved, of_positive, None if negative is None else negative.saved
     return Terms(loss, metrics, coefficients, anchor.logps, anchor.entropy, selected, saved)
 
 

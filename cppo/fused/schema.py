@@ -142,7 +142,7 @@ def from_text(text: str) -> LossConfig:
         ) from None
 
 
-def _value(text: str) -> float | int | bool | str | None:
+def _value(text: str) -> Any:
     constants = {"None": None, "True": True, "False": False}
     if text in constants:
         return constants[text]

@@ -33,7 +33,7 @@ from cppo.integrations.fit import AnyTrainer
 from cppo.integrations.trl_fit import HAS_KERNEL, Fit, check, patch_trl
 from cppo.integrations.trl_options import CPPO, check_run, per_device_train_batch_size
 from cppo.records import Views
-from cppo.train.seeds import seed_from
+from cppo.seeds import seed_from
 from cppo.views import perturb_pixel_values, views_from_names
 
 __all__ = [

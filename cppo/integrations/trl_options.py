@@ -32,7 +32,7 @@ class CPPO:
     trim: bool = True
     """Cut each micro-batch to its own longest prompt and completion. For models with relative
     positions (rotary), which see the same distances."""
-    loss: LossConfig = LossConfig(cpl_reduction="sequence")
+    loss: LossConfig = LossConfig()
     """Contrastive perception, where there are images: cpl_coef (0: off), divergence, tau, fraction,
     gating, detach_anchor, cpl_reduction."""
     positive_views: tuple[Any, ...] = CPPOConfig.positive_views

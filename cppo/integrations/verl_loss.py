@@ -17,7 +17,7 @@ from cppo import reference
 from cppo.integrations.contrast import contrastive_perception
 from cppo.integrations.verl_options import Options, loss_config
 from cppo.records import Views
-from cppo.train.seeds import seed_from
+from cppo.seeds import seed_from
 from cppo.views import perturb_pixel_values, views_from_names
 
 

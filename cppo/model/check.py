@@ -42,7 +42,7 @@ from cppo.model.forward import (
 from cppo.model.left_as_found import left_as_found, model_configs
 from cppo.model.shared_prompts import share_prompts
 from cppo.ops.pack import pack_completions
-from cppo.records import PackedBatch
+from cppo.packed_batch import PackedBatch
 
 _T = TypeVar("_T")
 

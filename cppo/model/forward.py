@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from cppo.model.attention import NAMES, choose_attention, no_mask, register
 from cppo.model.shared_prompts import SharedStream
-from cppo.records import PackedBatch
+from cppo.packed_batch import PackedBatch
 
-__all__ = ["choose_attention", "packed_hidden", "set_attention"]
+__all__ = ["choose_attention", "set_attention"]
 
 VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
@@ -201,7 +201,7 @@ def image_token_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 def image_arguments(base: Any, images: ImageBatch | None, shown: Sequence[int]) -> dict[str, Any]:
-    """What the model is called with for its images; sequence k sees those of question `shown[k]`.
+    """What the model is called with for its images; sequence k gets those of question `shown[k]`.
 
     Each image is encoded once, however many sequences look at it.
     """
@@ -225,49 +225,6 @@ def cache_argument(base: Any, cache: Any) -> dict[str, Any]:
     return {"cache" if "cache" in names else "past_key_values": cache}
 
 
-def packed_hidden(
-    model: nn.Module,
-    batch: PackedBatch,
-    positions: Tensor | None = None,
-    images: ImageBatch | None = None,
-    image_of: Sequence[int] = (),
-    shared: SharedStream | None = None,
-) -> Tensor:
-    """Last hidden states at the rows of a packed stream that predict a response token.
-
-    Specification: row for row those of the model on each sequence by itself, in its mode
-    (`train`, `eval`), precision and with its adapters; gradients flow. The first call with a model
-    compares the two on a dozen tokens (`cppo.model.check`); later calls do not.
-    Args:
-        model: a transformers causal model, or a peft model around one, with the attention of
-            `cppo.set_attention`.
-        batch: the packed stream of `cppo.pack_completions`, on the model's device.
-        positions: (3, S) rotary positions of a vision-language model; None: batch.position_ids.
-        images: the images of some questions; None: the stream has none.
-        image_of: for each completion of the stream its question, as an index into `images`.
-        shared: `cppo.model.shared_prompts.share_prompts` of the batch; None: every completion
-            has its prompt to itself.
-    Returns: (T, D) in the dtype of the model's last norm.
-    Raises: ValueError if the model lacks the attention of `cppo.set_attention`, or computes
-        something else on packed sequences than on each of them alone; TypeError for another batch.
-    """
-    if not isinstance(batch, PackedBatch):
-        raise TypeError(
-            "cppo.packed_hidden: batch must be the PackedBatch of cppo.pack_completions, "
-            f"got {type(batch).__name__}"
-        )
-    if not is_packed(unwrap(model)):
-        raise ValueError(
-            "cppo.packed_hidden: model must have the attention of packed sequences: call "
-            'cppo.set_attention(model, "auto") once before the first packed forward'
-        )
-    if not torch.compiler.is_compiling():
-        from cppo.model.check import check_model
-
-        check_model(model, shares=shared is not None, longest=batch.max_seqlen)
-    return run_packed(model, batch, positions, images, image_of, shared)
-
-
 def run_packed(
     model: nn.Module,
     batch: PackedBatch,
@@ -276,7 +233,7 @@ def run_packed(
     image_of: Sequence[int] = (),
     shared: SharedStream | None = None,
 ) -> Tensor:
-    """`packed_hidden` of a model that has been checked."""
+    """`cppo.packed_hidden` of a model that has been checked."""
     base = unwrap(model)
     position_ids = batch.position_ids[None] if positions is None else positions
     input_ids, rows, options = batch.input_ids, batch.rows, _bounds(batch)

@@ -18,7 +18,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from cppo.records import PackedBatch
+from cppo.packed_batch import PackedBatch
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from cppo.ops.checks import (
     check_tensor,
     may_read,
 )
-from cppo.records import PackedBatch
+from cppo.packed_batch import PackedBatch
 
 
 def _check_kept(op: str, kept: Tensor, num_completions: int) -> None:
@@ -136,23 +135,6 @@ def pack_completions(
     if lengths is not None and known is None:
         _check_lengths(op, lengths, batch)
     return batch
-
-
-def unpack(
-    values: Tensor | Mapping[str, Tensor], target_index: Tensor, shape: tuple[int, int]
-) -> Any:
-    """What `PackedBatch.unpack` does, for one tensor or for several in one launch."""
-    several = values if isinstance(values, Mapping) else {"values": values}
-    for name, value in several.items():
-        if value.shape != target_index.shape:
-            label = f"values[{name!r}]" if isinstance(values, Mapping) else name
-            raise ValueError(
-                f"cppo.PackedBatch.unpack: {label} must be (T,) = {tuple(target_index.shape)}, "
-                f"got {tuple(value.shape)}"
-            )
-    implementation = backends.pick("unpack", target_index)
-    placed = implementation.unpack(list(several.values()), target_index, *shape)
-    return dict(zip(several, placed, strict=True)) if isinstance(values, Mapping) else placed[0]
 
 
 def _checked_lengths(op: str, lengths: Sequence[int] | Tensor) -> list[int]:

@@ -6,7 +6,7 @@ import torch
 
 from cppo.questions.question import Question
 from cppo.questions.rows import Dataset, question_at, require_dataset
-from cppo.train.seeds import seed_from
+from cppo.seeds import seed_from
 
 __all__ = ["Dataset", "QuestionStream", "all_questions"]
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cppo.model.forward import ImageBatch
 from cppo.model.load import closing_token_ids
 from cppo.model.prompts import Prompts, tokenizer_of
 from cppo.questions import Question
 from cppo.rollouts.sampler import decode
-from cppo.train.journal import Once, now
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def sample_completions(
     temperature: float | None,
     suppressed: Sequence[int] = (),
     batch_size: int = 256,
-    once: Once = now,
+    once: Callable[[Callable[[], Tensor]], Tensor] = lambda generate: generate(),
 ) -> Rollouts:
     """Samples `group_size` completions of every question from the plain softmax of the model.
 
@@ -75,7 +76,7 @@ def sample_completions(
         suppressed: token ids that are never sampled. The ends of text are those of
             `cppo.model.load.closing_token_ids`.
         batch_size: completions generated at once.
-        once: runs the generation of such a batch, or knows what it came to (`cppo.train.journal`).
+        once: generates such a batch by calling its argument, or returns what an earlier call gave.
     Returns: Rollouts, padded to the longest completion.
     """
     tokenizer = tokenizer_of(processor)
@@ -106,9 +107,7 @@ def sample_completions(
         parts.append(once(generate).to(prompts.input_ids.device))
     model.train(was_training)
     width = max(part.shape[1] for part in parts)
-    completions = torch.cat(
-        [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=pad) for part in parts]
-    )
+    completions = torch.cat([F.pad(part, (0, width - part.shape[1]), value=pad) for part in parts])
     ends = torch.isin(completions, torch.tensor(closing, device=completions.device))
     # A completion is its tokens up to and with the first closing one.
     mask = ends.cumsum(1) - ends.long() == 0
@@ -145,4 +144,87 @@ def _assemble(
         ids,
         tokenizer.batch_decode(ids, skip_special_tokens=True),
         truncated,
+    )
+
+
+def merge(parts: Sequence[Rollouts]) -> Rollouts:
+    """The questions of several rollouts as one, padded to the longest prompt and completion."""
+    if len(parts) == 1:
+        return parts[0]
+    widths = [part.prompts.input_ids.shape[1] for part in parts]
+    prompt = max(widths)
+    completion = max(
+        part.input_ids.shape[1] - width for part, width in zip(parts, widths, strict=True)
+    )
+
+    def joined(tensors: Sequence[Tensor], right: int) -> Tensor:
+        fitted = []
+        for x, width in zip(tensors, widths, strict=True):
+            end = right and right - (x.shape[-1] - width)
+            fitted.append(F.pad(x, (prompt - width, end)))
+        return torch.cat(fitted, dim=-2)
+
+    def joined_positions(tensors: Sequence[Tensor | None], right: int) -> Tensor | None:
+        known = [x for x in tensors if x is not None]
+        return joined(known, right) if known else None
+
+    prompts = Prompts(
+        [question for part in parts for question in part.prompts.questions],
+        joined([part.prompts.input_ids for part in parts], 0),
+        joined([part.prompts.attention_mask for part in parts], 0),
+        joined_positions([part.prompts.positions for part in parts], 0),
+        _merged_images([part.prompts for part in parts]),
+        [text for part in parts for text in part.prompts.generation_prompts],
+    )
+    return Rollouts(
+        prompts,
+        parts[0].group_size,
+        joined([part.input_ids for part in parts], completion),
+        joined([part.attention_mask for part in parts], completion),
+        joined([part.completion_mask for part in parts], completion),
+        joined_positions([part.positions for part in parts], completion),
+        [ids for part in parts for ids in part.completion_ids],
+        [text for part in parts for text in part.texts],
+        torch.cat([part.truncated for part in parts]),
+    )
+
+
+def _merged_images(prompts: Sequence[Prompts]) -> ImageBatch | None:
+    images = [own.images for own in prompts if own.images is not None]
+    if not images:
+        return None
+    counts = [
+        own.images.per_question if own.images is not None else (0,) * len(own.questions)
+        for own in prompts
+    ]
+    return ImageBatch(
+        torch.cat([own.pixel_values for own in images]),
+        torch.cat([own.image_grid_thw for own in images]),
+        tuple(count for own in counts for count in own),
+    )
+
+
+def take_questions(rollouts: Rollouts, questions: Sequence[int]) -> Rollouts:
+    """The rollouts of some questions, all their completions, in the order given."""
+    group, prompts = rollouts.group_size, rollouts.prompts
+    own = torch.tensor(list(questions), dtype=torch.int64, device=rollouts.input_ids.device)
+    rows = (own[:, None] * group + torch.arange(group, device=own.device)).flatten()
+    numbers = rows.tolist()
+    return Rollouts(
+        Prompts(
+            [prompts.questions[q] for q in questions],
+            prompts.input_ids[own],
+            prompts.attention_mask[own],
+            None if prompts.positions is None else prompts.positions[:, own],
+            None if prompts.images is None else prompts.images.of(list(questions)),
+            [prompts.generation_prompts[q] for q in questions],
+        ),
+        group,
+        rollouts.input_ids[rows],
+        rollouts.attention_mask[rows],
+        rollouts.completion_mask[rows],
+        None if rollouts.positions is None else rollouts.positions[:, rows],
+        [rollouts.completion_ids[row] for row in numbers],
+        [rollouts.texts[row] for row in numbers],
+        rollouts.truncated[rows.to(rollouts.truncated.device)],
     )

@@ -58,56 +58,54 @@ def decode(
     from transformers import DynamicCache
 
     base = unwrap(model)
-    device = input_ids.device
-    text_positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=base.config.get_text_config())
-
-    def last_hidden(ids: Tensor, mask: Tensor, position_ids: Tensor, **extra: Any) -> Tensor:
-        return base.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=True,
-            **cache_argument(base, cache),
-            **extra,
-        ).last_hidden_state[:, -1]
-
+    text_positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     prompt_positions = text_positions if positions is None else positions
     vision = image_arguments(base, images, range(len(input_ids)))
-    hidden = last_hidden(input_ids, attention_mask.long(), prompt_positions, **vision)
+    mask = attention_mask.long()
+    hidden = _last_hidden(base, cache, input_ids, mask, prompt_positions, **vision)
     head = lm_head(model, suppressed, hidden.dtype)
     cache.batch_repeat_interleave(group_size)
-
-    def per_completion(x: Tensor) -> Tensor:
-        return x.repeat_interleave(group_size, dim=0)
-
-    hidden, mask = per_completion(hidden), per_completion(attention_mask.long())
     # All rotary rows of a text token are equal, and go on from the prompt's highest.
     last = text_positions if positions is None else positions.amax(0)
-    position = per_completion(last.amax(1)) + 1
-    num_rows = len(hidden)
-    tokens = torch.full((num_rows, max_new_tokens), pad, device=device)
-    rows = torch.arange(num_rows, device=device)
-    is_open = torch.ones(num_rows, dtype=torch.bool, device=device)
+    of_prompts = hidden, mask, last.amax(1) + 1
+    hidden, mask, position = (x.repeat_interleave(group_size, 0) for x in of_prompts)
+    count, device = len(hidden), input_ids.device
     end = torch.tensor(closing, device=device)
+    tokens = torch.full((count, max_new_tokens), pad, device=device)
+    numbers = torch.arange(count, device=device)  # of the completions in the batch
+    is_open = torch.ones(count, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         drawn = _draw(hidden, head, temperature)
-        tokens[rows[is_open], step] = drawn[is_open]
+        tokens[numbers[is_open], step] = drawn[is_open]
         is_open &= ~torch.isin(drawn, end)
         num_open = int(is_open.sum())
         if num_open == 0 or step + 1 == max_new_tokens:
             return tokens[:, : step + 1]
-        if num_open < (1 - _DROP_SHARE) * len(rows):
+        if num_open < (1 - _DROP_SHARE) * len(numbers):
             left = is_open.nonzero()[:, 0]
             cache.batch_select_indices(left)
-            rows, drawn, mask, position = rows[left], drawn[left], mask[left], position[left]
-            is_open = is_open[left]
+            numbers, drawn, mask = numbers[left], drawn[left], mask[left]
+            position, is_open = position[left], is_open[left]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         place = (position + step)[:, None]
-        hidden = last_hidden(
-            drawn[:, None], mask, place if positions is None else place.expand(3, -1, -1)
-        )
+        place = place if positions is None else place.expand(3, -1, -1)
+        hidden = _last_hidden(base, cache, drawn[:, None], mask, place)
     raise AssertionError("max_new_tokens is at least 1")
+
+
+def _last_hidden(
+    base: Any, cache: Any, ids: Tensor, mask: Tensor, position_ids: Tensor, **extra: Any
+) -> Tensor:
+    """Hidden states of the last token, with a cache of the earlier ones."""
+    return base.model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=position_ids,
+        use_cache=True,
+        **cache_argument(base, cache),
+        **extra,
+    ).last_hidden_state[:, -1]
 
 
 def _draw(hidden: Tensor, head: LMHead, temperature: float | None) -> Tensor:

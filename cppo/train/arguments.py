@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,14 +9,43 @@ from torch import nn
 
 from cppo.config import CPPOConfig
 from cppo.model import forward
+from cppo.model.load import check_saveable, closing_token_ids
 from cppo.model.prompts import tokenizer_of
 from cppo.questions import Question, QuestionError
 from cppo.questions.rows import Dataset, question_at
-from cppo.train.scoring import RewardFunction, metric_name, reward_name
+from cppo.train.scoring import RewardFunction, check_signature, metric_name, reward_name
+from cppo.values import suggestion
+
+
+def check_model_and_processor(model: nn.Module, processor: Any) -> None:
+    """Raises for a model that cannot be trained or saved, and for another model's processor."""
+    forward.check_supported(model)
+    check_processor(model, processor)
+    check_saveable(model, processor)
+
+
+def warnings(model: nn.Module, processor: Any, config: CPPOConfig) -> list[str]:
+    """What a user should know before the run begins."""
+    two_ends = closing_token_ids(model, processor)[1]
+    found = [two_ends] if two_ends else []
+    steps = config.max_steps * config.num_iterations * config.optimizer_steps
+    if config.warmup_steps >= steps:
+        found.append(
+            f"warmup_steps = {config.warmup_steps} is no less than the {steps} optimizer "
+            "steps of the run: the learning rate does not reach its peak"
+        )
+    return found
+
+
+def check_signatures(functions: Sequence[RewardFunction], questions: Sequence[Question]) -> None:
+    """Raises for a reward function that cannot be called with the columns of the first question."""
+    for question in questions[:1]:
+        for function in functions:
+            check_signature(function, question)
 
 
 def check_processor(model: nn.Module, processor: Any) -> None:
-    """Raises for a processor that is not this model's, as far as one can see."""
+    """Raises if the processor visibly does not belong to the model."""
     kind = type(processor).__name__
     tokenizer = tokenizer_of(processor)
     if not hasattr(processor, "apply_chat_template") or not hasattr(tokenizer, "decode"):
@@ -116,8 +144,7 @@ def check_trackers(names: Sequence[Any], key: str = "CPPOConfig.trackers") -> No
         if isinstance(name, GeneralTracker):
             continue
         if name not in known:
-            close = difflib.get_close_matches(str(name).lower(), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = suggestion(str(name).lower(), known)
             raise ValueError(f"{key} must be of {', '.join(known)}, got {name!r}{hint}")
         if name == "all" and not installed:
             raise ImportError(f"{key}: 'all' finds no tracker: pip install 'cppo[tracking]'")

@@ -121,7 +121,7 @@ def read_summary(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"cppo: {path} is not a checkpoint of cppo (it has no {_SUMMARY})")
     try:
         summary = json.loads(file.read_bytes())
-        whole = type(summary["step"]) is int and _is_metric(summary["metric"])
+        whole = type(summary["step"]) is int and type(summary["metric"]) in (int, float, type(None))
         if "checksum" in summary or "files" in summary:
             whole = whole and summary.get("checksum") == _seal(summary)
     except OSError as error:
@@ -131,10 +131,6 @@ def read_summary(path: str | Path) -> dict[str, Any]:
     if not whole:
         raise CheckpointError(f"cppo: {file} is damaged: it is not what was written")
     return summary
-
-
-def _is_metric(value: Any) -> bool:
-    return value is None or type(value) in (int, float)
 
 
 def check_files(path: str | Path, *, contents: bool = True) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from cppo.config import CPPOConfig
 from cppo.model.check import position_limit
 from cppo.model.prompts import encode_questions
 from cppo.questions import Question
-from cppo.rollouts.rollout import sample_completions
+from cppo.rollouts.rollout import Rollouts, sample_completions
+from cppo.seeds import seed_from
 from cppo.train.arguments import reward_weights
 from cppo.train.draws import check_room
-from cppo.train.scoring import RewardFunction, score
-from cppo.train.seeds import seed_from
+from cppo.train.scoring import RewardFunction, Scores, score
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,9 @@ def evaluate(
     own = range(rank, len(questions), world_size)
     weights = reward_weights(list(reward_functions), config)
     limit = position_limit(model)
+    sampled = ("sampled", config.loss.temperature, config.eval_samples)
+    modes = [sampled, ("greedy", None, 1)] if config.eval_greedy else [sampled]
     rows: list[dict[str, Any]] = []
-    modes: list[tuple[str, float | None, int]] = [
-        ("sampled", config.loss.temperature, config.eval_samples)
-    ]
-    if config.eval_greedy:
-        modes.append(("greedy", None, 1))
     for mode, temperature, samples in modes:
         per_batch = max(1, config.generation_batch_size // samples)
         for start in range(0, len(own), per_batch):
@@ -89,22 +86,29 @@ def evaluate(
                 timeout=config.reward_timeout,
                 retries=config.reward_retries,
             )
-            lengths = rollouts.completion_mask.sum(1).tolist()
-            for row, text in enumerate(rollouts.texts):
-                rewards = {"reward": scores.total, **scores.by_name}
-                rows.append(
-                    {
-                        "mode": mode,
-                        "question": ids[row // samples],
-                        "sample": row % samples,
-                        "answer": rollouts.question_of(row).columns.get("answer"),
-                        "completion": text,
-                        "tokens": lengths[row],
-                        "rewards": {name: values[row].item() for name, values in rewards.items()},
-                    }
-                )
+            rows += _rows(mode, ids, rollouts, scores)
     rows = [row for part in gather(rows) for row in part]
     return Evaluation(_summary(rows), rows)
+
+
+def _rows(
+    mode: str, ids: Sequence[int], rollouts: Rollouts, scores: Scores
+) -> list[dict[str, Any]]:
+    """A row per completion; `ids` are the numbers of the questions."""
+    lengths = rollouts.completion_mask.sum(1).tolist()
+    samples, rewards = rollouts.group_size, {"reward": scores.total, **scores.by_name}
+    return [
+        {
+            "mode": mode,
+            "question": ids[i // samples],
+            "sample": i % samples,
+            "answer": rollouts.question_of(i).columns.get("answer"),
+            "completion": text,
+            "tokens": lengths[i],
+            "rewards": {name: values[i].item() for name, values in rewards.items()},
+        }
+        for i, text in enumerate(rollouts.texts)
+    ]
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cppo.train.stopping import Stopping
+
 _T = TypeVar("_T")
 Once = Callable[[Callable[[], _T]], _T]
 
@@ -31,16 +33,14 @@ class Journal:
     Args:
         step: steps that were finished before.
         position: the position in the data at which the step began.
-        check: is called after every piece, and may raise to stop there.
+        stopping: may stop the step after every piece.
     """
 
-    def __init__(
-        self, step: int = 0, position: int = 0, check: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, step: int = 0, position: int = 0, stopping: Stopping | None = None) -> None:
         self.step, self.position = step, position
         self.seconds: dict[str, float] = {}
         """What the phases of the step have taken before the run was stopped."""
-        self._check = check
+        self._stopping = Stopping(is_main=False) if stopping is None else stopping
         self._notes: list[Any] = []
         self._played = 0
         self._random = random_state()
@@ -70,8 +70,17 @@ class Journal:
         self._notes.append(value)
         self._played += 1
         self._random = random_state()
-        self._check()
+        self._stopping.check()
         return value
+
+    def once_breakable(self, call: Callable[[], _T]) -> _T:
+        """`once` for a piece that a signal may break off at any moment."""
+
+        def piece() -> _T:
+            with self._stopping.breaking():
+                return call()
+
+        return self.once(piece)
 
     def state(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
         """What `restored` needs, of types that `torch.load(weights_only=True)` reads.
@@ -89,9 +98,9 @@ class Journal:
         }
 
     @classmethod
-    def restored(cls, state: dict[str, Any], check: Callable[[], None]) -> Journal:
+    def restored(cls, state: dict[str, Any], stopping: Stopping) -> Journal:
         """The journal of a step that goes on."""
-        journal = cls(state["step"], state["position"], check)
+        journal = cls(state["step"], state["position"], stopping)
         journal._notes, journal._random = state["notes"], state["random"]
         journal.seconds = state["seconds"]
         return journal

@@ -6,15 +6,16 @@ several processes reports what one process would.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from cppo.config import CPPOConfig
+from cppo.train.batch import Batch
 from cppo.train.processes import Processes
 from cppo.train.scoring import Scores
-from cppo.train.step import Batch
 
 # What the micro-batches of all processes add up to. Which are there depends on the options.
 _OF_LOSS = ("loss", "policy_loss", "entropy", "clip_fraction", "kl", "cpl_loss")
@@ -95,6 +96,29 @@ def rollout_metrics(batch: Batch, scores: Scores) -> dict[str, Metric]:
     }
 
 
+def completion_rows(batch: Batch, scores: Scores, step: int, count: int) -> list[dict[str, Any]]:
+    """Some completions of a step, evenly chosen, as rows of completions.jsonl."""
+    rollouts, kept = batch.rollouts, set(batch.kept.tolist())
+    total = len(rollouts.texts)
+    count = min(count, total)
+    chosen = range(0, total, max(1, total // max(count, 1)))[:count]
+
+    def row(i: int) -> dict[str, Any]:
+        reward, question = scores.total[i].item(), rollouts.question_of(i)
+        return {
+            "step": step,
+            "question": question.messages,
+            "answer": question.columns.get("answer"),
+            "completion": rollouts.texts[i],
+            "reward": None if math.isnan(reward) else reward,
+            "advantage": batch.advantages[i].item(),
+            "kept": i in kept,
+            **{column: values[i] for column, values in scores.extra.items()},
+        }
+
+    return [row(i) for i in chosen]
+
+
 def update_metrics(
     total: Mapping[str, float], updates: int, config: CPPOConfig, processes: Processes
 ) -> dict[str, float]:
@@ -106,8 +130,8 @@ def update_metrics(
     sums = over_processes({name: Total(value) for name, value in total.items()}, processes)
     metrics = {"loss": 0.0}
     metrics |= {name: sums[name] / max(updates, 1) for name in _OF_LOSS if name in sums}
-    if sums.get("looking_tokens"):
-        metrics["perception_share"] = sums["num_selected"] / sums["looking_tokens"]
+    if sums.get("gated_tokens"):
+        metrics["perception_share"] = sums["num_selected"] / sums["gated_tokens"]
     if sums.get("microbatches"):
         budget = sums["microbatches"] * config.max_tokens_per_microbatch
         metrics["microbatch_fill"] = sums["computed_tokens"] / budget

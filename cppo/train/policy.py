@@ -1,25 +1,88 @@
-"""The model as the trainer uses it: attention, frozen parts, adapters, schedule, loading."""
+"""The policy in training: its model, reference, optimizer and schedule."""
 
 from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers.utils import logging
 
 from cppo.config import CPPOConfig
 from cppo.extras import require_package
 from cppo.model import forward
 from cppo.model.check import check_model, check_training_mode
-from cppo.model.load import quiet, save_processor
-from cppo.model.precision import hold_weights, whole, widest
-from cppo.train.checkpoint import CheckpointError
+from cppo.model.precision import hold_weights
+from cppo.train.checkpoint import last_checkpoint
+
+
+class Policy:
+    """A model in training: with its reference policy, its optimizer and its learning rate.
+
+    Args:
+        model: a transformers causal model; it is changed in place, as `prepare` does.
+        processor: of a vision-language model, or the tokenizer of a text model.
+        suppressed: token ids that are never sampled.
+    Raises: as `prepare`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        config: CPPOConfig,
+        device: torch.device,
+        suppressed: tuple[int, ...] = (),
+    ) -> None:
+        self.processor, self.config, self.suppressed = processor, config, suppressed
+        self.reference: nn.Module | None = None
+        if config.loss.kl_coef > 0 and config.lora is None:
+            self.reference = frozen_copy(model, config, device)
+        self.model: Any = prepare(model, config, device)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+        self.scheduler = schedule(self.optimizer, config)
+        self._device = device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic of `config.precision`."""
+        is_bf16 = self.config.precision == "bf16"
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=is_bf16)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[nn.Module]:
+        """The reference policy: a frozen copy, or the model without its adapters."""
+        without_adapters = self.model.disable_adapter() if self.config.lora else nullcontext()
+        with without_adapters:
+            yield self.model if self.reference is None else self.reference
+
+    def optimizer_step(self, step: int) -> float:
+        """Clips the gradients and steps; returns their norm before clipping.
+
+        Args:
+            step: of the run, for the message.
+        Raises: FloatingPointError for a gradient that is not finite; nothing has changed then.
+        """
+        limit = self.config.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
+        if not norm < float("inf"):
+            raise FloatingPointError(
+                f"cppo.CPPOTrainer: the gradient of step {step} is not finite (norm {norm}); "
+                f"the last checkpoint is {last_checkpoint(self.config.output_dir)}"
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
 
 def frozen_copy(model: nn.Module, config: CPPOConfig, device: torch.device) -> nn.Module:
@@ -159,16 +222,11 @@ def schedule(optimizer: torch.optim.Optimizer, config: CPPOConfig) -> Any:
     """The learning rate's course over all optimizer steps of the run."""
     from transformers import get_scheduler
 
-    steps = optimizer_steps(config)
+    steps = config.max_steps * config.num_iterations * config.optimizer_steps
     try:
         return get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, steps)
     except ValueError as error:  # "polynomial" with a rate below its last one
         raise ValueError(f"CPPOConfig.lr_scheduler: {error}") from error
-
-
-def optimizer_steps(config: CPPOConfig) -> int:
-    """The number of optimizer steps in the whole run."""
-    return config.max_steps * config.num_iterations * config.optimizer_steps
 
 
 def restore_schedule(scheduler: Any, state: dict[str, Any]) -> None:
@@ -184,81 +242,3 @@ def restore_schedule(scheduler: Any, state: dict[str, Any]) -> None:
     scheduler._last_lr = rates
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-
-
-def load_weights(model: Any, path: Path) -> None:
-    """Loads a checkpoint's weights, or its adapters, into a prepared model.
-
-    Raises: CheckpointError if the checkpoint lacks a weight, has one too many or of another shape.
-    """
-    try:
-        wrong = _load_adapters(model, path) if _is_adapted(model) else _load_whole(model, path)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"cppo: the weights of {path} cannot be loaded ({reason})") from error
-    if wrong:
-        raise CheckpointError(
-            f"cppo: the weights of {path} are not those of this {type(model).__name__}: "
-            + "; ".join(wrong)
-        )
-
-
-def _is_adapted(model: Any) -> bool:
-    return hasattr(model, "get_base_model")
-
-
-def _load_whole(model: Any, path: Path) -> list[str]:
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # our own error says what is wrong
-    try:
-        with quiet():
-            loaded, info = type(model).from_pretrained(
-                path,
-                config=copy.deepcopy(model.config),
-                dtype=widest(model),
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    finally:
-        logging.set_verbosity(verbosity)
-    wrong = [
-        f"{words} {', '.join(sorted(map(str, info[kind]))[:3])}"
-        for kind, words in (
-            ("missing_keys", "lacks"),
-            ("unexpected_keys", "has besides"),
-            ("mismatched_keys", "has another shape of"),
-        )
-        if info[kind]
-    ]
-    if not wrong:
-        model.load_state_dict(loaded.state_dict())
-    return wrong
-
-
-def _load_adapters(model: Any, path: Path) -> list[str]:
-    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-
-    weights = load_peft_weights(str(path), device="cpu")
-    with quiet():
-        own = get_peft_model_state_dict(model)
-    lacks, besides = own.keys() - weights.keys(), weights.keys() - own.keys()
-    shapes = {n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape}
-    found = (("lacks", lacks), ("has besides", besides), ("has another shape of", shapes))
-    wrong = [f"{words} {', '.join(sorted(names)[:3])}" for words, names in found if names]
-    if not wrong:
-        set_peft_model_state_dict(model, weights)
-    return wrong
-
-
-def saved_bytes(model: Any, optimizer: dict[str, Any]) -> int:
-    """What a checkpoint of a model and its optimizer's state will take on disk, about."""
-    weights = [p for p in model.parameters() if p.requires_grad or not _is_adapted(model)]
-    state = [v for one in optimizer["state"].values() for v in one.values()]
-    return sum(value.nbytes for value in (*weights, *state) if isinstance(value, Tensor))
-
-
-def save_model(model: Any, processor: Any, directory: Path) -> None:
-    """Writes a policy (its adapters, if it has any) and its processor for plain transformers."""
-    with quiet(), whole(model):
-        model.save_pretrained(directory)
-        save_processor(processor, directory)

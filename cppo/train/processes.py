@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, nn
 
+from cppo.config import CPPOConfig
 from cppo.train.stopping import Stopped, Stopping
 
 _T = TypeVar("_T")
@@ -20,6 +22,18 @@ _T = TypeVar("_T")
 
 class ProcessError(RuntimeError):
     """Another process of the run has ended, or did not come within the time limit."""
+
+
+def accelerator_for(config: CPPOConfig) -> Accelerator:
+    """accelerate's view of the processes, devices and trackers of a run."""
+    timeout = timedelta(seconds=config.process_timeout)
+    return Accelerator(
+        # Left to itself, accelerate takes every process of a machine without a GPU for one.
+        cpu=not torch.accelerator.is_available(),
+        log_with=list(config.trackers) or None,
+        project_dir=config.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+    )
 
 
 class Processes:
@@ -36,6 +50,7 @@ class Processes:
     def __init__(self, accelerator: Accelerator, timeout: float) -> None:
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
+        self.is_local_main = accelerator.is_local_main_process
         self._device = accelerator.device
         self._timeout = timeout
         self._stopping: Stopping | None = None
@@ -117,6 +132,13 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
+    def joined(self, *tensors: Tensor) -> tuple[list[Tensor], slice]:
+        """Each tensor of all processes as one on the CPU, and where the entries of this one are."""
+        parts = self.gather([tensor.cpu() for tensor in tensors])
+        start = sum(len(part[0]) for part in parts[: self.rank])
+        own = slice(start, start + len(tensors[0]))
+        return [torch.cat(same) for same in zip(*parts, strict=True)], own
+
     def together(self, call: Callable[[], _T]) -> _T:
         """What `call` returns here. If it raises on one process, it raises on every one.
 
@@ -157,15 +179,16 @@ class Processes:
         if self.size == 1:
             return
         self._ask_all()
-        gradients = []
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            gradients.append(p.grad)
-        flat = _flatten_dense_tensors(gradients)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # One exchange for all of them.
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         with self._waiting():
             dist.all_reduce(flat)
-        for own, total in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
-            own.copy_(total)
+        totals = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, total in zip(gradients, totals, strict=True):
+            gradient.copy_(total.view_as(gradient))
 
     def same_weights(self, model: nn.Module) -> None:
         """Gives every process the weights of the first."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cppo.config import CPPOConfig
+from cppo.questions.rows import Dataset
+from cppo.train import fingerprint
 from cppo.train.checkpoint import CheckpointError, read_summary
 
 # What may change when a run is resumed: how long it goes on and what is written.
@@ -39,6 +41,20 @@ def run_options(config: CPPOConfig, num_processes: int) -> dict[str, Any]:
     # A perturbation may be a function: its name, repr has the address in memory.
     named = json.dumps(options, default=lambda value: getattr(value, "__qualname__", repr(value)))
     return json.loads(named)
+
+
+def trained_on(
+    dataset: Dataset, held_out: Dataset | None, rewards: Iterable[Any], processor: Any
+) -> dict[str, Any]:
+    """Data, rewards and chat template, in words that a resumed run compares."""
+    words: dict[str, Any] = {
+        "train_dataset": fingerprint.of_dataset(dataset),
+        "rewards": [fingerprint.of_function(function) for function in rewards],
+        "chat_template": fingerprint.of_text(processor.chat_template),
+    }
+    if held_out:
+        words["eval_dataset"] = fingerprint.of_dataset(held_out)
+    return words
 
 
 def check_options(path: str | Path, now: dict[str, Any], data: dict[str, Any]) -> list[str]:

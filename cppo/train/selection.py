@@ -16,7 +16,7 @@ from torch import Tensor
 from cppo import reference
 from cppo.config import CPPOConfig
 from cppo.ops.advantages import advantages_and_prune
-from cppo.train.seeds import seed_from
+from cppo.seeds import seed_from
 
 
 def select_completions(rewards: Tensor, config: CPPOConfig, step: int) -> tuple[Tensor, Tensor]:

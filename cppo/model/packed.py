@@ -1,0 +1,54 @@
+"""`cppo.packed_hidden`: the forward of a packed stream, by a model that is checked first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cppo.model.check import check_model
+from cppo.model.forward import ImageBatch, is_packed, run_packed, unwrap
+from cppo.model.shared_prompts import SharedStream
+from cppo.packed_batch import PackedBatch
+
+
+def packed_hidden(
+    model: nn.Module,
+    batch: PackedBatch,
+    positions: Tensor | None = None,
+    images: ImageBatch | None = None,
+    image_of: Sequence[int] = (),
+    shared: SharedStream | None = None,
+) -> Tensor:
+    """Last hidden states at the rows of a packed stream that predict a response token.
+
+    Specification: row for row those of the model on each sequence by itself, in its mode
+    (`train`, `eval`), precision and with its adapters; gradients flow. The first call with a model
+    compares the two on a dozen tokens (`cppo.model.check`); later calls do not.
+    Args:
+        model: a transformers causal model, or a peft model around one, with the attention of
+            `cppo.set_attention`.
+        batch: the packed stream of `cppo.pack_completions`, on the model's device.
+        positions: (3, S) rotary positions of a vision-language model; None: batch.position_ids.
+        images: the images of some questions; None: the stream has none.
+        image_of: for each completion of the stream its question, as an index into `images`.
+        shared: `cppo.model.shared_prompts.share_prompts` of the batch; None: every completion
+            has its prompt to itself.
+    Returns: (T, D) in the dtype of the model's last norm.
+    Raises: ValueError if the model lacks the attention of `cppo.set_attention`, or computes
+        something else on packed sequences than on each of them alone; TypeError for another batch.
+    """
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(
+            "cppo.packed_hidden: batch must be the PackedBatch of cppo.pack_completions, "
+            f"got {type(batch).__name__}"
+        )
+    if not is_packed(unwrap(model)):
+        raise ValueError(
+            "cppo.packed_hidden: model must have the attention of packed sequences: call "
+            'cppo.set_attention(model, "auto") once before the first packed forward'
+        )
+    if not torch.compiler.is_compiling():
+        check_model(model, shares=shared is not None, longest=batch.max_seqlen)
+    return run_packed(model, batch, positions, images, image_of, shared)

@@ -1,0 +1,125 @@
+"""The first half of a step: questions are drawn, completions sampled, rewards computed."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerState
+
+from cppo.model.prompts import EncodedQuestion, collate
+from cppo.ops.advantages import questions_needed
+from cppo.rollouts.rollout import Rollouts, merge, sample_completions
+from cppo.train.draws import QuestionDraws
+from cppo.train.journal import Journal, Once, now
+from cppo.train.policy import Policy
+from cppo.train.processes import Processes
+from cppo.train.progress import PhaseTimer
+from cppo.train.scoring import RewardFunction, Scores, merge_scores, score
+from cppo.train.selection import select_completions
+
+
+class Collector:
+    """Collects the scored completions of a step from the current policy.
+
+    Args:
+        rewards: the reward functions, as many as `config.reward_weights`.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        questions: QuestionDraws,
+        rewards: Sequence[RewardFunction],
+        processes: Processes,
+        say: Callable[[str], None],
+    ) -> None:
+        self._policy, self._config = policy, policy.config
+        self._questions, self._rewards = questions, rewards
+        self._processes, self._say = processes, say
+        self._per_step = self._questions_per_step()
+
+    def _questions_per_step(self) -> int:
+        """Questions that each process draws; a surplus is cut off again after pruning."""
+        config = self._config
+        if not config.dynamic_allocation:
+            return self._processes.share("questions", config.batch_size // config.group_size)
+        needed = questions_needed(config.batch_size, config.group_size, config.prune_rate)
+        return math.ceil(needed / self._processes.size)
+
+    def collect(self, step: int, journal: Journal, timer: PhaseTimer) -> tuple[Rollouts, Scores]:
+        """Rollouts with their rewards, and more of them for the groups that `_missing` counts.
+
+        Args:
+            step: steps of the run that are finished.
+        """
+        rollouts: list[Rollouts] = []
+        scores: list[Scores] = []
+        once = journal.once_breakable
+        count = self._per_step
+        while count:
+            with timer("rollout"):
+                rollouts.append(self.sample(self.draw(count), once))
+            with timer("reward"):
+                call = functools.partial(self._scored, rollouts[-1], step)
+                scores.append(Scores(**once(call)))
+            rewards = torch.cat([part.total for part in scores])
+            count = self._missing(rewards, step, len(scores) - 1)
+        return merge(rollouts), merge_scores(scores)
+
+    def draw(self, count: int | None = None) -> list[EncodedQuestion]:
+        """This process's next questions; None: as many as a step begins with."""
+        return self._questions.draw(self._per_step if count is None else count)
+
+    def sample(self, questions: Sequence[EncodedQuestion], once: Once = now) -> Rollouts:
+        """`group_size` completions of each question."""
+        policy, config = self._policy, self._config
+        with policy.autocast():
+            return sample_completions(
+                policy.model,
+                policy.processor,
+                collate(policy.model, questions),
+                group_size=config.group_size,
+                max_new_tokens=config.max_completion_tokens,
+                temperature=config.loss.temperature,
+                suppressed=policy.suppressed,
+                batch_size=config.generation_batch_size,
+                once=once,
+            )
+
+    def _scored(self, rollouts: Rollouts, step: int) -> dict[str, Any]:
+        """The fields of `Scores` as a dict, because a checkpoint holds no class of ours."""
+        config = self._config
+        assert config.reward_weights is not None
+        return score(
+            self._rewards,
+            config.reward_weights,
+            rollouts,
+            state=TrainerState(global_step=step, max_steps=config.max_steps),
+            timeout=config.reward_timeout,
+            retries=config.reward_retries,
+            say=self._say,
+        )._asdict()
+
+    def _missing(self, rewards: Tensor, step: int, refills: int) -> int:
+        """Questions that every process should draw in place of those with equal rewards."""
+        config = self._config
+        if not (config.drop_zero_variance and config.dynamic_allocation and config.max_refills):
+            return 0
+        (everyones,), _ = self._processes.joined(rewards)
+        kept = len(select_completions(everyones, config, step)[1])
+        lacking = max(0, config.batch_size - kept)
+        missing = questions_needed(lacking, config.group_size, config.prune_rate)
+        if missing and refills == config.max_refills:
+            self._say(
+                f"step {step + 1}: {kept} of {config.batch_size} completions after "
+                f"{refills} refills ({len(everyones) // config.group_size} questions): most "
+                "groups have equal rewards; use easier or harder questions, or raise max_refills"
+            )
+            return 0
+        return math.ceil(missing / self._processes.size)

@@ -1,0 +1,127 @@
+"""What surrounds one update: the other processes, the optimizer, the clock and the journal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from cppo.records import LossOutput, NumItems
+from cppo.train.balance import balanced
+from cppo.train.batch import Batch
+from cppo.train.journal import Journal
+from cppo.train.metrics import update_metrics
+from cppo.train.policy import Policy
+from cppo.train.processes import Processes
+from cppo.train.progress import PhaseTimer
+from cppo.train.views import token_logps
+
+
+class Update:
+    """One update in progress, for `cppo.train.algorithm.cppo_update`.
+
+    Args:
+        policy: is trained.
+        step: steps of the run that are finished.
+        journal: remembers the pieces of the update that are done.
+        report: is called with the batch that was selected.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        step: int,
+        processes: Processes,
+        journal: Journal,
+        timer: PhaseTimer,
+        *,
+        report: Callable[[Batch], None] = lambda batch: None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.policy, self.step, self.processes = policy, step, processes
+        self._journal, self._timer = journal, timer
+        self._report, self._say = report, say
+        self._totals: dict[str, float] = {}
+        self._grad_norms: list[float] = []
+        self._learning_rate = 0.0
+
+    def prepared(self, batch: Batch) -> Batch:
+        """The batch with what its losses need beside it, shared evenly over the processes.
+
+        These are old log-probabilities if the policy moves within the update, and those of the
+        reference policy if the loss has a KL term.
+        """
+        self._report(batch)
+        policy, config = self.policy, self.policy.config
+        if config.balance_processes and self.processes.size > 1:
+            with self._timer("balance"):
+                batch = balanced(batch, self.processes)
+        per_token: dict[str, Tensor] = {}
+        once = self._journal.once_breakable
+        policy.model.eval()
+        if config.num_iterations * config.optimizer_steps > 1:
+            with self._timer("old_logps"), policy.autocast():
+                per_token["old_logps"] = token_logps(policy.model, batch, config, once)
+        if config.loss.kl_coef > 0:
+            with self._timer("ref_logps"), policy.autocast(), policy.as_reference() as reference:
+                per_token["ref_logps"] = token_logps(reference, batch, config, once)
+        policy.model.train()
+        return dataclasses.replace(batch, per_token=per_token)
+
+    def optimizer_steps(self, batch: Batch) -> Iterator[tuple[Tensor, NumItems]]:
+        """The completions of each optimizer step, and their number over all processes.
+
+        The optimizer steps when the caller asks for the next completions.
+        """
+        policy, config, once = self.policy, self.policy.config, self._journal.once
+        for _ in range(config.num_iterations):
+            for completions in batch.dealt(config.optimizer_steps):
+                num_items = NumItems(*map(int, self.processes.sum(batch.counts(completions))))
+                self._learning_rate = once(lambda: policy.optimizer.param_groups[0]["lr"])
+                if num_items.completions == 0:
+                    words = "no completion is left, nothing to learn"
+                    self._say(f"step {self.step + 1}: {words}")
+                    once(policy.scheduler.step)
+                    continue
+                yield completions, num_items
+                with self._timer("optimizer"):
+                    self._grad_norms.append(once(self._optimizer_step))
+
+    def add_gradient(
+        self, loss: Callable[..., LossOutput], batch: Batch, part: Tensor, num_items: NumItems
+    ) -> None:
+        """Adds the gradient of a micro-batch's loss, and its metrics.
+
+        Args:
+            loss: `cppo.train.algorithm.microbatch_loss`.
+        """
+        policy, config = self.policy, self.policy.config
+
+        def run() -> dict[str, float]:
+            with self._timer("forward"), policy.autocast():
+                output = loss(policy.model, batch, part, num_items, config, policy.processor)
+            with self._timer("backward"):
+                output.loss.backward()
+            gated = batch.gated(part, config.loss)
+            return {name: value.item() for name, value in output.metrics.items()} | {
+                "loss": output.loss.item(),
+                "microbatches": 1.0,
+                "computed_tokens": batch.computed_tokens(part),
+                "gated_tokens": batch.counts(gated)[1],
+            }
+
+        for name, value in self._journal.once(run).items():
+            self._totals[name] = self._totals.get(name, 0.0) + value
+
+    def metrics(self) -> dict[str, float]:
+        """The loss's metrics, over all optimizer steps and processes. Collective."""
+        steps = len(self._grad_norms)
+        metrics = update_metrics(self._totals, steps, self.policy.config, self.processes)
+        metrics["grad_norm"] = sum(self._grad_norms) / max(steps, 1)
+        return metrics | {"learning_rate": self._learning_rate}
+
+    def _optimizer_step(self) -> float:
+        self.processes.sum_gradients(self.policy.parameters)
+        return self.policy.optimizer_step(self.step)

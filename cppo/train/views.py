@@ -1,0 +1,122 @@
+"""The forward of a batch's completions: under their own images and under perturbed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cppo.config import CPPOConfig
+from cppo.model.forward import ImageBatch, lm_head
+from cppo.model.packed import packed_hidden
+from cppo.model.shared_prompts import share_prompts
+from cppo.ops.token_stats import linear_token_stats
+from cppo.packed_batch import PackedBatch
+from cppo.records import Views
+from cppo.seeds import seed_from
+from cppo.train.batch import Batch
+from cppo.train.journal import Once, now
+from cppo.views import perturb_pixel_values, views_from_names
+
+
+def forward_views(
+    model: nn.Module, batch: Batch, completions: Tensor, config: CPPOConfig, processor: Any
+) -> tuple[Views, PackedBatch]:
+    """Hidden states of the completions, and of the gated ones under both perturbed views.
+
+    Returns: the views, and the stream of the anchor.
+    """
+    packed = batch.pack(completions)
+    anchor = anchor_hidden(model, batch, packed)
+    gated = batch.gated(completions, config.loss)
+    if len(gated) == 0:
+        return Views(anchor), packed
+    images, questions = _images_of(batch, gated)
+    assert images is not None
+    perturbed = perturbed_images(batch, images, questions, config, processor)
+    stream = batch.pack(gated)
+    positive, negative = (_hidden(model, batch, stream, view, questions) for view in perturbed)
+    return Views(anchor, positive, negative), packed
+
+
+def anchor_hidden(model: nn.Module, batch: Batch, packed: PackedBatch) -> Tensor:
+    """Hidden states of a stream of the batch's completions, under their own images."""
+    return _hidden(model, batch, packed, *_images_of(batch, packed.kept))
+
+
+@torch.no_grad()
+def token_logps(model: nn.Module, batch: Batch, config: CPPOConfig, once: Once = now) -> Tensor:
+    """Log-probabilities of the kept completions' response tokens: (B, L) fp32, zero elsewhere.
+
+    Args:
+        once: runs a micro-batch, or returns what it gave before (`cppo.train.journal`).
+    """
+    logps = torch.zeros(batch.rollouts.input_ids.shape, device=batch.kept.device)
+    for completions in batch.microbatches(batch.kept, config.max_tokens_per_microbatch):
+        packed = batch.pack(completions)
+
+        def compute(packed: PackedBatch = packed) -> Tensor:
+            hidden = anchor_hidden(model, batch, packed)
+            return linear_token_stats(
+                hidden,
+                targets=packed.targets,
+                **lm_head(model, batch.suppressed, hidden.dtype)._asdict(),
+                temperature=config.loss.temperature,
+            ).logps.float()
+
+        logps += packed.unpack(once(compute).to(logps.device))
+    return logps
+
+
+def perturbed_images(
+    batch: Batch, images: ImageBatch, questions: Sequence[int], config: CPPOConfig, processor: Any
+) -> tuple[ImageBatch, ImageBatch]:
+    """The positive and the negative view of the images of some questions.
+
+    A perturbation depends on the batch's seed and on the question, not on the micro-batch.
+    """
+
+    def view(name: str, perturbations: Sequence[Any]) -> ImageBatch:
+        seeds = [
+            seed_from(batch.seed, name, question, number)
+            for question, count in zip(questions, images.per_question, strict=True)
+            for number in range(count)
+        ]
+        pixel_values = perturb_pixel_values(
+            images.pixel_values,
+            images.image_grid_thw,
+            views_from_names(list(perturbations)),
+            seeds=seeds,
+            image_processor=processor.image_processor,
+        )
+        return ImageBatch(pixel_values, images.image_grid_thw, images.per_question)
+
+    return view("positive", config.positive_views), view("negative", config.negative_views)
+
+
+def _images_of(batch: Batch, completions: Tensor) -> tuple[ImageBatch | None, list[int]]:
+    """The images of some completions, and the questions that these images belong to."""
+    group_size = batch.rollouts.group_size
+    questions = sorted({completion // group_size for completion in completions.tolist()})
+    images = batch.rollouts.prompts.images
+    return (None if images is None else images.of(questions)), questions
+
+
+def _hidden(
+    model: nn.Module,
+    batch: Batch,
+    packed: PackedBatch,
+    images: ImageBatch | None,
+    image_questions: list[int],
+) -> Tensor:
+    """Hidden states of a stream, under the images of the questions `image_questions`."""
+    positions = batch.rollouts.positions
+    if positions is not None:
+        positions = positions.flatten(1)[:, packed.token_index]
+    group_size = batch.rollouts.group_size
+    questions = [completion // group_size for completion in packed.kept.tolist()]
+    image_of = [image_questions.index(question) for question in questions]
+    shared = share_prompts(packed, questions) if batch.share_prompts else None
+    return packed_hidden(model, packed, positions, images, image_of, shared)

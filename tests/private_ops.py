@@ -30,7 +30,10 @@ MAY_BE_SHORTER = {
     ("gather_tokens", "target_index"),
     ("gather_tokens", "values"),
     # Read where a view is compact; the mask, where the divergence is on the sampled token.
-    *product(("cppo_loss_backward", "cppo_loss_backward_"), ("advantages", "cu_seqlens", "mask")),
+    *product(
+        ("cppo_loss_backward", "cppo_loss_backward_"),
+        ("advantages", "cu_seqlens", "mask", "saved_negative"),
+    ),
     ("linear_cppo_loss_backward", "advantages"),
     ("linear_cppo_loss_backward", "cu_seqlens"),
 }

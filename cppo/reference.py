@@ -550,10 +550,10 @@ def _cppo_loss(
     selected = torch.zeros_like(owner, dtype=torch.bool)
     cpl = logps.new_zeros(0)
     if views.negative is not None:
-        looks = advantages > 0 if config.gating else torch.ones_like(advantages, dtype=torch.bool)
-        in_view = looks[completion]
-        rows, use = valid & in_view, looks[owner]
-        compact = valid[looks] if cu_seqlens is None else valid[in_view]
+        gated = advantages > 0 if config.gating else torch.ones_like(advantages, dtype=torch.bool)
+        in_view = gated[completion]
+        rows, use = valid & in_view, gated[owner]
+        compact = valid[gated] if cu_seqlens is None else valid[in_view]
 
         def view_logp_all(view: Tensor) -> Tensor:
             # A view comes whole, or as the rows of the completions with A > 0 alone.

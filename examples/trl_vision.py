@@ -53,5 +53,5 @@ trainer = CPPOGRPOTrainer(
 )
 trainer.train()
 logged = [row for row in trainer.state.log_history if "reward" in row]
-for name in ("reward", "cppo/cpl_loss", "cppo/perception_share", "cppo/looking_share"):
+for name in ("reward", "cppo/cpl_loss", "cppo/perception_share", "cppo/gated_share"):
     print(f"{name}: {logged[0][name]:.3f} in the first steps, {logged[-1][name]:.3f} in the last")

@@ -80,7 +80,7 @@ def test_the_trl_examples_run(
     assert row["cppo/kept_share"] == 0.25
     assert rewards_in(capsys.readouterr().out) == pytest.approx([row["reward"]], abs=1e-3)
     if name == "trl_vision.py":
-        assert row["cppo/cpl_loss"] > 0 and 0 < row["cppo/looking_share"] < 1
+        assert row["cppo/cpl_loss"] > 0 and 0 < row["cppo/gated_share"] < 1
 
 
 def test_the_trl_table_is_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -341,7 +341,7 @@ def test_perturbed_views_run_only_where_the_advantage_is_positive():
     trainer.train()
     positive = [int((micro["advantages"] > 0).sum()) for micro in seen["micro"]]
     assert shown == positive and 0 < shown[0] < 8
-    assert logged(trainer, "cppo/looking_share") == [n / 8 for n in positive]
+    assert logged(trainer, "cppo/gated_share") == [n / 8 for n in positive]
     assert all(value > 0 for value in logged(trainer, "cppo/cpl_loss"))
     assert all(0 < value < 1 for value in logged(trainer, "cppo/perception_share"))
     assert not same(weights_of(trainer.model), plain_weights("qwen2_5_vl", num_iterations=1))

@@ -54,7 +54,7 @@ def batch(engine):
 
 def test_two_optimizer_steps_with_the_loss_and_the_views(capsys):
     history = example.main(steps=2)
-    assert [row["actor/looking_completions"] > 0 for row in history] == [True, True]
+    assert [row["actor/gated_completions"] > 0 for row in history] == [True, True]
     for row in history:
         assert 0 < row["actor/perception_tokens"] and 0 < row["actor/cpl_loss"] < 5
         assert 0 < row["grad_norm"] < 100
@@ -241,7 +241,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     found = [torch.load(tmp_path / f"out{rank}.pt", weights_only=False) for rank in range(2)]
     assert all(worst(own, expected) < 2e-4 for own, _ in found)
-    assert [own["looking_completions"] > 0 for _, own in found] == [True, False]
+    assert [own["gated_completions"] > 0 for _, own in found] == [True, False]
     for name, value in metrics.items():
         # verl reports the mean over the ranks.
         assert (found[0][1][name] + found[1][1][name]) / 2 == pytest.approx(value, rel=1e-4)

@@ -48,7 +48,7 @@ ZERO3 = {
         "auto",
     ),
 }
-METRICS = ("cppo/kept_share", "cppo/looking_share", "cppo/cpl_loss")
+METRICS = ("cppo/kept_share", "cppo/gated_share", "cppo/cpl_loss")
 
 
 def run(name: str, processes: int, **options: Any) -> Any:

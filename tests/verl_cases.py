@@ -78,7 +78,7 @@ def gradients_and_metrics(
         }
         engine.optimizer_zero_grad()
     metrics = output["metrics"]
-    names = ("cpl_loss", "perception_tokens", "looking_completions")
+    names = ("cpl_loss", "perception_tokens", "gated_completions")
     return found, {x: metrics[f"actor/{x}"].aggregate() for x in names if f"actor/{x}" in metrics}
 
 

@@ -202,37 +202,37 @@ class CPPOMixin(AnyTrainer):
         """The contrastive loss of a micro-batch; both perturbed views in one forward."""
         config = self.cppo.loss
         mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
-        looks = torch.tensor(inputs["num_images"], device=mask.device) > 0
+        gated = torch.tensor(inputs["num_images"], device=mask.device) > 0
         if config.gating:
-            looks &= _per_completion(inputs["advantages"]) > 0
+            gated &= _per_completion(inputs["advantages"]) > 0
         log = self._metrics["train"]
-        looking = self.accelerator.gather(looks.float()).mean().item()
-        log["cppo/looking_share"].append(looking)
+        gated_share = self.accelerator.gather(gated.float()).mean().item()
+        log["cppo/gated_share"].append(gated_share)
         # Every process runs the forward if one does: DDP and FSDP wait for each other in it.
-        if looking == 0:
+        if gated_share == 0:
             log["cppo/cpl_loss"].append(0.0)
             return 0.0
-        rows = looks.nonzero()[:, 0] if looks.any() else looks[:1].long() * 0
+        rows = gated.nonzero()[:, 0] if gated.any() else gated[:1].long() * 0
         views = self._both_views(call, inputs["cppo_seed"], rows)
         logps, entropies, *_ = super()._get_per_token_logps_and_entropies(**views)
         contrast = contrastive_perception(
             Views(anchor[0][rows], *logps.chunk(2)),
             anchor[1][rows],
             entropies.chunk(2)[1],
-            mask[rows] & looks[rows, None],
-            len(looks),
+            mask[rows] & gated[rows, None],
+            len(gated),
             config,
         )
         log["cppo/cpl_loss"].append(self.accelerator.gather(contrast.loss.detach()).mean().item())
-        counts = torch.stack([contrast.selected.sum(), mask[looks].sum()])
+        counts = torch.stack([contrast.selected.sum(), mask[gated].sum()])
         selected, tokens = self.accelerator.gather(counts[None]).sum(0).tolist()
         log["cppo/perception_share"].append(selected / max(tokens, 1))
         return contrast.loss
 
-    def _both_views(self, call: _Call, seeds: Tensor, looking: Tensor) -> _Call:
-        """The rows `looking` twice: with their images under the positive and the negative view."""
-        views = _take_rows(call, looking)
-        counts = zip(seeds[looking].tolist(), views["num_images"], strict=True)
+    def _both_views(self, call: _Call, seeds: Tensor, rows: Tensor) -> _Call:
+        """These rows twice: with their images under the positive and the negative view."""
+        views = _take_rows(call, rows)
+        counts = zip(seeds[rows].tolist(), views["num_images"], strict=True)
         images = [(seed, number) for seed, count in counts for number in range(count)]
         pixels = [
             perturb_pixel_values(

@@ -118,16 +118,18 @@ def loss_with_contrast(
 
     padded = data.select("response_mask", "advantages").to_padded_tensor()
     mask = padded["response_mask"].bool()
-    looks = mask.any(1)
+    is_gated = mask.any(1)
     if config.gating:
-        looks &= (padded["advantages"] * mask).sum(1) > 0
-    looks &= torch.tensor([_images(row) is not None for row in _multi_modal(data)]).to(looks.device)
-    looking = looks.nonzero()[:, 0]
+        is_gated &= (padded["advantages"] * mask).sum(1) > 0
+    is_gated &= torch.tensor([_images(row) is not None for row in _multi_modal(data)]).to(
+        is_gated.device
+    )
+    gated_rows = is_gated.nonzero()[:, 0]
     cpl = num_selected = loss.new_zeros(())
-    if _any_rank(len(looking) > 0, dp_group, loss.device):
+    if _any_rank(len(gated_rows) > 0, dp_group, loss.device):
         # Every rank runs the views if one does, or FSDP would wait: here on a row that selects
         # nothing.
-        rows = looking if len(looking) else looks.new_zeros(1, dtype=torch.int64)
+        rows = gated_rows if len(gated_rows) else is_gated.new_zeros(1, dtype=torch.int64)
         part = index_select_tensor_dict(data, rows)
         positive, _ = _view(engine, part, "positive", options.positive_views)
         negative, negative_entropy = _view(engine, part, "negative", options.negative_views)
@@ -142,7 +144,7 @@ def loss_with_contrast(
             Views(anchor, positive, negative),
             entropy.detach(),
             negative_entropy.detach(),
-            mask[rows, :width] & looks[rows, None],
+            mask[rows, :width] & is_gated[rows, None],
             completions,
             config,
         )
@@ -151,7 +153,7 @@ def loss_with_contrast(
     for name, value in (
         ("cpl_loss", cpl),
         ("perception_tokens", num_selected * dp_size),
-        ("looking_completions", len(looking) * dp_size),
+        ("gated_completions", len(gated_rows) * dp_size),
     ):
         metrics[f"actor/{name}"] = Metric(AggregationType.SUM, value)
     return loss + config.cpl_coef * cpl, metrics

@@ -31,63 +31,47 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--interpret-all", action="store_true", help="every case of Triton's kernels")
 
 
-# They call an op hundreds of times, or trace it again and again.
-NOT_INTERPRETED = ("gradcheck", "any_shape", "torch_compile", "new_length", "distributed")
-# The ops on hidden states are PyTorch around the ops on logits, whatever the kernels: of them these
-# are run, on the random case.
-LINEAR_INTERPRETED = (
-    "test_accuracy[",
-    "test_accuracy_of_every_option",
-    "test_accuracy_in_small_tiles[triton-dtype0",
-    "test_gating_and_a_masked_nan",
-    "test_compact_views_equal_full_views[linear_cppo_loss-triton-both-packed]",
-    "costs_less[triton-resident]",
-)
-# Of a test that combines what kernels do not connect (layouts, reductions, configurations) these
-# cases have been through every branch of a kernel.
-COMBINATIONS = {
-    "test_a_number_of_items": ("triton-dr_grpo",),
-    "test_parts_add_up": ("triton-grpo-token-True", "dapo-sequence-False", "dr_grpo-token-False"),
-    "test_compact_views": ("both-padded", "both-packed", "negative-packed"),
-    "test_packed_equals_padded[cppo_loss": ("default", "full"),
-    "test_no_completion_with": ("padded-full", "packed-compact"),
-    "test_in_place_gradients": ("padded-k3", "packed-detached", "compact-full", "compact-k1"),
-    "test_only_the_views": ("k3-wants0", "k3-wants2", "full-wants1"),
-    "test_opcheck_of_the_loss": ("k3", "full"),
-    "test_opcheck_of_token_stats": ("dtype0",),
-    "test_no_old_logps": ("triton-sequence",),
-}
-
-
 def _is_not_interpreted(item: pytest.Item) -> bool:
     """Whether a case of a Triton kernel is left to compiled backends and to GPUs.
 
     Interpreted, a kernel takes a thousand times its time. What a dtype changes (loads, stores and
-    the accumulator) is run on the random case, every other case in fp32.
+    the accumulator) is run on the random case, every other case in fp32. `interpreted` on a test
+    names the cases that run: those that have been through every branch of a kernel. The ops on
+    hidden states are PyTorch around the others, whatever the kernels: only named cases run.
     """
     parameters = getattr(item, "callspec", None)
     if parameters is None or parameters.params.get("backend") != "triton":
         return False
-    if any(word in item.name for word in NOT_INTERPRETED):
+    marker = item.get_closest_marker("interpreted")
+    if "linear" in parameters.params.get("op", ""):
+        cases = marker.kwargs.get("linear", ()) if marker else ()
+    else:
+        cases = marker.args if marker else ("",)
+    if not any(case in parameters.id for case in cases):
         return True
-    for test, cases in COMBINATIONS.items():
-        if item.name.startswith(test) and not any(case in item.name for case in cases):
-            return True
     is_random = parameters.params.get("case", "random") == "random"
-    linear_module = item.path.name in ("test_linear_plans.py", "test_heads.py")
-    if linear_module or "linear" in parameters.params.get("op", ""):
-        if not (is_random and any(name in item.name for name in LINEAR_INTERPRETED)):
-            return True
-    dtype = parameters.params.get("dtype", torch.float32)
-    return dtype != torch.float32 and not is_random
+    return parameters.params.get("dtype", torch.float32) != torch.float32 and not is_random
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not INTERPRETS or config.getoption("--interpret-all"):
         return
     left_out = [item for item in items if _is_not_interpreted(item)]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not _is_not_interpreted(item)]
+    kept = {item.nodeid for item in items} - {item.nodeid for item in left_out}
+    items[:] = [item for item in items if item.nodeid in kept]
+    _check_that_cases_are_there(items, left_out)
+
+
+def _check_that_cases_are_there(kept: list[pytest.Item], left_out: list[pytest.Item]) -> None:
+    """A renamed parameter must not take a case away in silence."""
+    interpreted = {item.nodeid.split("[")[0] for item in kept if "triton" in item.name}
+    for item in left_out:
+        test, marker = item.nodeid.split("[")[0], item.get_closest_marker("interpreted")
+        named = marker is not None and (marker.args or marker.kwargs.get("linear"))
+        if named and test not in interpreted:
+            raise pytest.UsageError(f"{test}: interpreted names no case of this test: {marker}")
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,7 @@ def results(outputs):
     return [n for n in names if not n.startswith("metrics.head_")]
 
 
+@pytest.mark.interpreted("", linear=["random"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ROW_CASES)
 @every_run
@@ -62,6 +63,7 @@ def test_accuracy(op, backend, case, dtype):
     assert_op_as_accurate(op, backend, to_packed(inputs))
 
 
+@pytest.mark.interpreted("", linear=[""])
 @every_config
 @every_run
 def test_accuracy_of_every_option(op, backend, config):
@@ -103,6 +105,7 @@ def test_the_vocabulary_of_qwen(backend):
 # Layouts
 
 
+@pytest.mark.interpreted("default", "full")
 @every_config
 @every_run
 def test_packed_equals_padded(op, backend, config):
@@ -122,6 +125,7 @@ def test_packed_equals_padded(op, backend, config):
         assert not padded[field][~mask].any(), field
 
 
+@pytest.mark.interpreted("both-padded", "both-packed", "negative-packed", linear=["both-packed"])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("which", ["both", "positive", "negative"])
 @every_run
@@ -143,6 +147,7 @@ def test_compact_views_equal_full_views(op, backend, layout, which):
         )
 
 
+@pytest.mark.interpreted("padded-full", "packed-compact")
 @pytest.mark.parametrize("rows", ["full", "compact"])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @every_run
@@ -173,6 +178,7 @@ def part(inputs, op, rows):
     return {k: v if k in shared else take(v) for k, v in inputs.items()}
 
 
+@pytest.mark.interpreted("triton-grpo-token-True", "dapo-sequence-False", "dr_grpo-token-False")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("cpl_reduction", ["token", "sequence"])
 @pytest.mark.parametrize("reduction", ["grpo", "dapo", "dr_grpo"])
@@ -201,6 +207,7 @@ def test_parts_add_up_to_the_whole(op, backend, reduction, cpl_reduction, packed
     close(total, whole, total.keys())
 
 
+@pytest.mark.interpreted("triton-dr_grpo")
 @pytest.mark.parametrize("reduction", ["grpo", "dapo", "dr_grpo"])
 @every_run
 def test_a_number_of_items_replaces_the_denominator(op, backend, reduction):
@@ -268,6 +275,7 @@ def test_coefficient_zero_is_plain_grpo(op, backend):
     assert torch.equal(evaluate(op, alone, backend)["perception_mask"], ours["perception_mask"])
 
 
+@pytest.mark.interpreted("triton-sequence")
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 @every_run
 def test_no_old_logps_means_on_policy(op, backend, importance):
@@ -291,6 +299,7 @@ def test_statistics_are_those_of_token_stats(op, backend):
     close(evaluate(op, inputs, backend), stats, ("logps", "entropy"))
 
 
+@pytest.mark.interpreted("", linear=[""])
 @every_run
 def test_gating_and_a_masked_nan_leave_no_trace(op, backend):
     inputs = make_inputs(op)

@@ -41,6 +41,7 @@ def capped_by_hand(inputs, logit_scale, softcap):
     return {"logits": views, **inputs}
 
 
+@pytest.mark.interpreted()
 @pytest.mark.parametrize("backend", backends.available("linear_cppo_loss"))
 @pytest.mark.parametrize("softcap", [None, 2.0], ids=["uncapped", "capped"])
 @pytest.mark.parametrize("op", OPS)
@@ -55,6 +56,7 @@ def test_scaled_and_capped_logits_are_those_of_the_model(op, softcap, backend):
     assert not torch.allclose(plain.logps, ours.logps)
 
 
+@pytest.mark.interpreted()
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,6 +71,7 @@ def test_accuracy_of_a_capped_head(config, layout, dtype, backend, monkeypatch):
     assert_op_as_accurate("linear_token_stats", backend, inputs)
 
 
+@pytest.mark.interpreted()
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", backends.available("linear_cppo_loss"))
 @every_config

@@ -43,6 +43,7 @@ def tile(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.interpreted()
 @every_config
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @every_backend
@@ -53,6 +54,7 @@ def test_tiles_of_any_size_give_the_same(config, layout, tile, backend):
         torch.testing.assert_close(ours[name], exact[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.interpreted("triton-dtype0")
 @every_config
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_backend
@@ -63,6 +65,7 @@ def test_accuracy_in_small_tiles(config, dtype, backend, monkeypatch):
     assert_op_as_accurate("linear_token_stats", backend, make_inputs("linear_token_stats"))
 
 
+@pytest.mark.interpreted()
 @every_backend
 def test_slices_of_the_weight_give_the_same(monkeypatch, backend):
     """A CPU without bf16 arithmetic multiplies slices of the weight in fp32."""
@@ -80,6 +83,7 @@ def _metrics(backend, config, **changes):
     return cppo.linear_cppo_loss(**{**inputs, "hidden": views}, backend=backend).metrics
 
 
+@pytest.mark.interpreted()
 @every_backend
 def test_the_plan_and_its_gemm_rows_are_in_the_metrics(backend):
     # 21 rows; A > 0 in completions of 5, 7 and 0 tokens: f = 12 / 21.
@@ -101,6 +105,7 @@ def test_the_plan_and_its_gemm_rows_are_in_the_metrics(backend):
         assert known["head_resident_rows"] == 21
 
 
+@pytest.mark.interpreted("triton-resident")
 @every_config
 @every_backend
 def test_a_frozen_head_gets_no_gradient_and_costs_less(config, backend):
@@ -115,6 +120,7 @@ def test_a_frozen_head_gets_no_gradient_and_costs_less(config, backend):
         torch.testing.assert_close(view.grad * scale, everything[f"grad.hidden.{name}"])
 
 
+@pytest.mark.interpreted()
 @every_config
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @every_backend
@@ -182,6 +188,7 @@ def test_the_host_waits_once_and_twice_a_group(layout, monkeypatch):
     assert waits("recompute", 14) == 1 + 1
 
 
+@pytest.mark.interpreted()
 @every_config
 @every_backend
 def test_torch_compile_in_one_graph(config, backend):
@@ -202,6 +209,7 @@ def test_torch_compile_in_one_graph(config, backend):
         assert torch.equal(eager, compiled)
 
 
+@pytest.mark.interpreted()
 @every_backend
 def test_statistics_opcheck_and_scaled_upstream_gradients(backend):
     inputs = make_inputs("linear_token_stats")

@@ -41,6 +41,7 @@ def leaves(views):
 # torch.library
 
 
+@pytest.mark.interpreted("dtype0")
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_of_token_stats(backend, dtype):
@@ -52,6 +53,7 @@ def test_opcheck_of_token_stats(backend, dtype):
     assert set(outcome.values()) == {"SUCCESS"}
 
 
+@pytest.mark.interpreted("k3", "full")
 @every_backend
 @every_config
 def test_opcheck_of_the_loss(backend, config):
@@ -74,6 +76,7 @@ def test_opcheck_of_the_perception_mask(backend):
     assert set(outcome.values()) == {"SUCCESS"}
 
 
+@pytest.mark.interpreted()
 @every_backend
 @every_config
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -100,6 +103,7 @@ def test_torch_compile_in_one_graph(backend, config, layout):
         assert torch.equal(one.grad, other.grad)
 
 
+@pytest.mark.interpreted()
 @every_backend
 def test_a_new_length_is_not_a_new_compilation(backend):
     compilations = []
@@ -133,6 +137,7 @@ def test_a_second_derivative_is_refused_in_words(backend):
         torch.autograd.grad(loss, views, create_graph=True)
 
 
+@pytest.mark.interpreted("padded-k3", "packed-detached", "compact-full", "compact-k1")
 @every_backend
 @every_config
 @pytest.mark.parametrize("layout", ["padded", "packed", "compact"])
@@ -192,6 +197,7 @@ def test_in_place_with_strides_and_refusals(backend):
         cppo.cppo_loss(**inputs, inplace=1)
 
 
+@pytest.mark.interpreted("k3-wants0", "k3-wants2", "full-wants1")
 @every_backend
 @pytest.mark.parametrize("wants", [(True, False, False), (False, True, True), (True, False, True)])
 @pytest.mark.parametrize("divergence", ["k3", "full"])
@@ -235,6 +241,7 @@ def test_gradient_checkpointing_and_autocast(backend):
     torch.testing.assert_close(half, expected.loss, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.interpreted()
 @every_backend
 def test_under_distributed_data_parallel(backend, tmp_path):
     inputs = make_inputs("cppo_loss", layout="packed")
@@ -254,6 +261,7 @@ def test_under_distributed_data_parallel(backend, tmp_path):
     torch.testing.assert_close(gradient, head.weight.grad)
 
 
+@pytest.mark.interpreted()
 @every_backend
 @pytest.mark.parametrize("config", CONFIGS[:3], ids=["k3", "full", "k1"])
 def test_gradcheck_in_fp64(backend, config):
@@ -266,6 +274,7 @@ def test_gradcheck_in_fp64(backend, config):
     assert torch.autograd.gradcheck(loss, tuple(leaves(inputs["logits"])), atol=1e-7)
 
 
+@pytest.mark.interpreted()
 @every_backend
 def test_gradcheck_of_token_stats(backend):
     inputs = make_inputs("token_stats", dtype=torch.float64, lengths=(3, 2), vocabulary=7)
@@ -280,6 +289,7 @@ def test_gradcheck_of_token_stats(backend):
 # Any shape
 
 
+@pytest.mark.interpreted()
 @every_backend
 @settings(max_examples=25)
 @given(data=st.data())

@@ -19,6 +19,7 @@ BACKENDS = backends.available("token_stats")
 HALF = (torch.bfloat16, torch.float16)
 
 
+@pytest.mark.interpreted("", linear=["random"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 @pytest.mark.parametrize("case", ROW_CASES)
 @pytest.mark.parametrize(("op", "backend"), RUNS)

@@ -7,13 +7,12 @@
         --vocabulary 49152
 
 Prompts and completions have the lengths of GSM8K's questions and answers (CPPO_DATA_DIR, default
-../shared/data) in words, digits and marks, which is close to a language model's tokens; their ids
-are random. Completions are sampled by the trainer's own decoding loop; each ends with the
-probability that an answer of GSM8K has of ending there, so that their lengths are distributed like
-the answers', whatever the model would say.
+../shared/data) in words, digits and marks, about as many as tokens; their ids are random.
+Completions are sampled by the trainer's own decoding loop; each ends with the probability that an
+answer of GSM8K has of ending there, so that their lengths are distributed like the answers'.
 
-    packing     packed: `cppo.train.step`, no padding token. padded: the same loss on rows padded to
-                the longest kept prompt and completion, in micro-batches of as many tokens.
+    packing     packed: no padding token. padded: the same loss on rows padded to the longest kept
+                prompt and completion, in micro-batches of as many tokens.
     allocation  no: the same questions at every rate. yes: 1 / (1 - rate) times the questions, so
                 that the update is as large as without pruning.
     speedup     seconds per question at rate 0 without allocation, over seconds per question.

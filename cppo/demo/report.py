@@ -19,6 +19,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from cppo.demo.svg import Series, line_chart, stacked_chart
+from cppo.values import is_number
 
 _FOLDER = Path(__file__).parent
 _TIME_PARTS = (
@@ -249,7 +250,7 @@ def _is_share(name: str) -> bool:
 
 def _text(name: str, value: Any) -> str:
     """A summary value in words: percent for accuracies and shares, else at most 4 digits."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         return str(value)
     if _is_share(name):
         return f"{100 * value:.1f} %"

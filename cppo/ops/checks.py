@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cppo.values import is_number
+
 
 def may_read(*tensors: Tensor | None) -> bool:
     """Whether looking at the values of these tensors is free (or asked for)."""
@@ -94,13 +96,9 @@ def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None
         raise ValueError(f"cppo.{op}: {name} must be one of {allowed}, got {value!r}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def check_positive(op: str, name: str, value: Any) -> None:
     """ValueError unless `value` is a finite number > 0 (TypeError: not a number)."""
-    if not _is_number(value):
+    if not is_number(value):
         raise TypeError(f"cppo.{op}: {name} must be a number > 0, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"cppo.{op}: {name} must be finite and > 0, got {value!r}")
@@ -111,7 +109,7 @@ def check_interval(
 ) -> None:
     """ValueError unless low <= value <= high (value < high if not `closed`)."""
     words = f"a number in [{low:g}, {high:g}" + ("]" if closed else ")")
-    if not _is_number(value):
+    if not is_number(value):
         raise TypeError(f"cppo.{op}: {name} must be {words}, got {type(value).__name__}")
     if not (low <= value <= high and (closed or value < high)):
         raise ValueError(f"cppo.{op}: {name} must be {words}, got {value!r}")

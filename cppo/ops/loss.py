@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -31,6 +30,7 @@ from cppo.ops.checks import (
 from cppo.ops.memory import checked_inplace
 from cppo.ops.sharded import gathered
 from cppo.records import LossOutput, NumItems, Views
+from cppo.values import is_number
 
 
 class _Rows(NamedTuple):
@@ -100,7 +100,7 @@ def _check_count(op: str, name: str, value: Any, *, zero: bool) -> None:
         if not may_read(value):
             return
         value = value.item()
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if not is_number(value):
         raise TypeError(f"cppo.{op}: {name} must be {expected}, got {type(value).__name__}")
     if not 0 <= float(value) < math.inf or (value == 0 and not zero):
         raise ValueError(f"cppo.{op}: {name} must be {expected}, got {value!r}")

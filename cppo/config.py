@@ -10,7 +10,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from cppo.values import CheckedFields, is_finite_number
 
@@ -44,8 +44,9 @@ WRITTEN_BY_A_RUN = "# All options of this run, as `cppo train` took them."
 class LossConfig(CheckedFields):
     """Coefficients of `cppo_loss` and `linear_cppo_loss`; `cppo.reference` has the formulas."""
 
-    text: ClassVar[str]
-    """All fields as "name=value name=value ...": one argument of a compiled op."""
+    # All fields as "name=value name=value ...", which is one argument of a compiled op. No field.
+    text = ""
+
     temperature: float = 1.0
     """Divides the logits everywhere: sampling, log-probabilities, entropies. > 0."""
     clip_low: float = 0.2

@@ -174,14 +174,17 @@ def cppo_loss_backward(kernels: Any, inplace: bool, given: Any) -> Any:
         given: the `ARGUMENTS`; a view that wants no gradient may be left out.
     """
     config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
-    batch = batch_of(given, config.gating if is_compact(views) else None)
-    places = batch.places(views)
+    masks: list[Tensor | None] = [given.mask] * 3
+    places: list[Tensor | None] = [None] * 3
+    if is_compact(views):
+        batch = batch_of(given, config.gating)
+        masks, places = [batch.mask, batch.gated, batch.gated], batch.places(views)
     coefficients = given.coefficients * given.grad_loss
     ending = "_backward_" if inplace else "_backward"
     if config.divergence == "full" and views.positive is not None:
         return getattr(kernels, "contrast" + ending)(
             *views,
-            batch.targets,
+            given.targets,
             *places[1:],
             given.saved_anchor,
             given.saved_positive,
@@ -189,22 +192,14 @@ def cppo_loss_backward(kernels: Any, inplace: bool, given: Any) -> Any:
             given.temperature,
             config.detach_anchor,
         )
-    gradients = []
+    d_anchor, d_entropy, d_positive, d_negative = coefficients.unbind()
+    upstream = ((d_anchor, d_entropy), (d_positive, None), (d_negative, None))
     saved = (given.saved_anchor, given.saved_positive, given.saved_negative)
+    backward, gradients = getattr(kernels, "token_stats" + ending), []
     for view, logits in enumerate(views):
         if logits is None:
             gradients.append(views.anchor.new_empty(0))
             continue
-        of_entropy = OF_ENTROPY[view]
-        gradient = getattr(kernels, "token_stats" + ending)(
-            coefficients[OF_LOGP[view]],
-            None if of_entropy is None else coefficients[of_entropy],
-            logits,
-            batch.targets,
-            batch.mask if places[view] is None else batch.gated,
-            places[view],
-            saved[view],
-            given.temperature,
-        )
-        gradients.append(gradient)
+        rows = (given.targets, masks[view], places[view], saved[view])
+        gradients.append(backward(*upstream[view], logits, *rows, given.temperature))
     return None if inplace else tuple(gradients)

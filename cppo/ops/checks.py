@@ -197,7 +197,7 @@ def check_targets(op: str, targets: Tensor, mask: Tensor | None, vocabulary: int
         return
     if targets.numel():
         lowest, highest = targets.aminmax()
-        if 0 <= lowest and highest < vocabulary:
+        if lowest.item() >= 0 and highest.item() < vocabulary:
             return
     outside = (targets < 0) | (targets >= vocabulary)
     if mask is not None:

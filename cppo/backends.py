@@ -38,6 +38,11 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_cppo_loss": ("triton", "cpp", "reference"),
 }
 
+# The ops that are composed of primitives (`cppo.fused`), the same way for every backend.
+FUSED_OPS = (
+    *("token_stats", "linear_token_stats", "perception_mask"),
+    *("cppo_loss", "linear_cppo_loss"),
+)
 # Planners see no tensor and take no `backend`: CPPO_BACKEND counts only where they have it.
 HOST_OPS = ("plan_microbatches", "balance_ranks")
 
@@ -102,11 +107,14 @@ def pick(op: str, tensor: Tensor | None, backend: str = "auto") -> Any:
     Raises: ValueError for an unknown name; RuntimeError if an explicit choice cannot run here.
     """
     backend = choose(op, "cpu" if tensor is None else tensor.device.type, backend)
+    if backend == "reference":
+        return reference
+    module: Any = extension
     if backend == "triton":
         from cppo.fused import triton
 
-        return triton
-    return reference if backend == "reference" else extension
+        module = triton
+    return module.fused if op in FUSED_OPS else module
 
 
 def with_inplace(implementation: Any, inplace: bool) -> dict[str, bool]:

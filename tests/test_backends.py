@@ -33,7 +33,8 @@ def test_every_op_has_a_reference_of_its_name():
         assert names[-1] == "reference" and set(names) <= set(backends.NAMES)
         assert callable(getattr(reference, op))
         if "cpp" in names:
-            assert callable(getattr(extension, op))
+            namespace = extension.fused if op in backends.FUSED_OPS else extension
+            assert callable(getattr(namespace, op))
 
 
 @needs_cpp
@@ -42,8 +43,8 @@ def test_auto_takes_the_fastest_that_runs_here():
     assert backends.available("pack_completions", rewards.device) == ["cpp", "reference"]
     assert backends.available("unpack", rewards.device) == ["cpp", "reference"]
     assert backends.pick("advantages_and_prune", rewards, "auto") is extension
-    assert backends.pick("cppo_loss", rewards, "auto") is extension
-    assert backends.pick("linear_cppo_loss", rewards, "auto") is extension
+    assert backends.pick("cppo_loss", rewards, "auto") is extension.fused
+    assert backends.pick("linear_cppo_loss", rewards, "auto") is extension.fused
     assert backends.pick("advantages_and_prune", rewards, "reference") is reference
 
 

@@ -165,7 +165,7 @@ def _loss(
     rows = torch.zeros(shape[:-1])
     cu_seqlens = torch.tensor([0, 4, 6], dtype=torch.int32) if packed else None
     mask = None if packed else torch.ones(2, 3, dtype=torch.bool)
-    out = ops.cppo_loss(
+    out = ops.fused.cppo_loss(
         Views(anchor, *((other, other) if views == 3 else (None, None))),
         rows.long(),
         torch.tensor([1.0, -1.0]),

@@ -138,9 +138,4 @@ def _register_fakes() -> None:
 
 if not missing["cpp"]:
     _register_fakes()
-    _fused = Backend("cppo")
-    token_stats = _fused.token_stats
-    linear_token_stats = _fused.linear_token_stats
-    perception_mask = _fused.perception_mask
-    cppo_loss = _fused.cppo_loss
-    linear_cppo_loss = _fused.linear_cppo_loss
+    fused = Backend("cppo")

@@ -169,8 +169,7 @@ def test_nothing_waits_for_the_host():
 
 HEAD_CONFIGS = {
     "resident": LossConfig(cpl_reduction="sequence", cpl_coef=1.0, entropy_coef=0.01),
-    "deferred": LossConfig(cpl_coef=1.0),
-    "recompute": LossConfig(cpl_coef=1.0, fraction=1.0),
+    "recompute": LossConfig(cpl_reduction="token", cpl_coef=1.0),
     "k1": LossConfig(divergence="k1", cpl_reduction="sequence", cpl_coef=1.0),
     "full": LossConfig(divergence="full", cpl_coef=1.0),
 }
@@ -243,7 +242,7 @@ def test_the_fused_head_waits_for_the_host_a_few_times():
     inputs = on_gpu(make_inputs("linear_cppo_loss", layout="packed", lengths=(30, 20, 10, 0, 3)))
     inputs["advantages"] = inputs["advantages"].contiguous()
     views = Views(*(view.requires_grad_() for view in inputs["hidden"]))
-    for name, most in (("resident", 3), ("deferred", 4), ("recompute", 3)):
+    for name, most in (("resident", 3), ("recompute", 3)):
         given = {**inputs, "hidden": views, "config": HEAD_CONFIGS[name]}
         for measured in (False, True):
             torch.cuda.set_sync_debug_mode("warn" if measured else "default")

@@ -120,13 +120,16 @@ def _check_whole_or_compact(
 
 
 def _check_places(
-    op: str, name: str, places: Tensor | None, mask: Tensor | None, logits: Tensor
+    op: str, name: str, places: Tensor | None, logits: Tensor, given: dict[str, Any]
 ) -> None:
-    """Every row has its logits: where no places are given as many as there are rows."""
+    """No place is past the last row of the logits, and a row that is read has one."""
+    mask = given.get("mask")
     if places is None or not places.numel() or not may_read(places, mask):
         return
     rows = logits.shape[:-1].numel()
     _require(int(places.max()) < rows, op, name, f"below {rows}, the rows there are", places)
+    if "mask" not in given:
+        return  # of a backward, which reads the rows that have a coefficient
     if mask is not None:
         places = places.reshape(-1)[mask.reshape(-1)]
     fits = not places.numel() or int(places.min()) >= 0
@@ -175,12 +178,11 @@ def _check(op: str, given: dict[str, Any]) -> None:
 
 
 def _check_given_places(op: str, rows: Tensor, given: dict[str, Any]) -> None:
-    mask = given.get("mask")
-    _check_places(op, "places", given.get("places"), mask, rows)
+    _check_places(op, "places", given.get("places"), rows, given)
     for view in ("positive", "negative"):
         places = given.get(f"{view}_places")
         if places is not None:
-            _check_places(op, f"{view}_places", places, mask, given[view])
+            _check_places(op, f"{view}_places", places, given[view], given)
         elif f"{view}_places" in given:
             _require(len(given[view]) == len(rows), op, view, f"of {len(rows)} rows", given[view])
 
@@ -199,7 +201,7 @@ def checked(name: str, schema: str, launch: Callable[..., Any]) -> Callable[...,
     """The launcher of a schema, after a look at the sizes, dtypes and devices of its tensors."""
     arguments_of_schema = schema.partition(" -> ")[0].strip("()").split(", ")
     names = [argument.split(" ")[-1] for argument in arguments_of_schema]
-    op = re.sub(r"_(backward_?|gradients)$", "", name)
+    op = re.sub(r"_backward_?$", "", name)
 
     @wraps(launch)
     def launch_checked(*arguments: Any) -> Any:

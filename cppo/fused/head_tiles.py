@@ -12,8 +12,8 @@ positive away from the perception tokens, the backward of rows whose coefficient
 units (one view's logits), with f the share of tokens in gated completions and r the selected share
 of those, three views in full take 12. Here a loss with its gradients takes
 
-    resident    3 + f + 5fr    completions that fit a tile at a time: statistics, loss and gradients
-                               while their logits are alive; a longer one is computed again
+    resident    3 + f + 5fr    as many completions at a time as fit one tile: their gradients are
+                               computed before the logits are freed; a longer one is recomputed
     recompute   4 + f + 7fr    statistics of all rows, then the loss; then the logits of the rows
                                that have a gradient once more
 
@@ -265,8 +265,8 @@ class HeadTiles:
         """Adds the gradients of the rows whose coefficients (4, T) are not zero.
 
         Args:
-            full: the third coefficient is that by the margin of the full divergence.
-            detach_anchor: which then does not reach the anchor.
+            full: the third coefficient is the derivative with respect to the margin.
+            detach_anchor: the margin's gradient stops at the anchor.
         """
         own = (coefficients[OF_LOGP[ANCHOR]] != 0) | (coefficients[OF_ENTROPY[ANCHOR]] != 0)
         of_positive = coefficients[OF_LOGP[POSITIVE]] != 0

@@ -2,7 +2,7 @@
 
     statistics of the anchor, and of the negative where a completion is gated
     -> perception tokens -> statistics of the positive at those
-    -> the loss, and its derivative by every statistic
+    -> the loss, and its derivative with respect to every statistic
     -> gradients of the rows whose derivative is not zero
 
 Logits come in tiles: they are given (`GivenTiles`, the whole batch is one tile), or made of hidden
@@ -29,8 +29,8 @@ OF_ENTROPY = {ANCHOR: 1, POSITIVE: None, NEGATIVE: None}
 
 
 class Statistics(NamedTuple):
-    """Of every row of a batch, zero where a view was not read: (T,), (T,), and what the backward
-    of given logits needs, (3, T)."""
+    """Of every row of a batch, zero where a view was not read: (T,), (T,); and (3, T) for the
+    backward, when logits are given."""
 
     logps: Tensor
     entropy: Tensor

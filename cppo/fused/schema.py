@@ -6,14 +6,14 @@ kernels. A backend is its primitives; everything else is composed of them in Pyt
     token_stats        log-probability and entropy of every row of logits
     perception_mask    the tokens whose entropy rises most
     contrast           KL(anchor || positive) - KL(anchor || negative) over the whole vocabulary
-    loss_terms         the loss of the statistics, and its derivative by each of them
+    loss_terms         the loss of the statistics, and its derivatives
     *_backward         the gradient of the logits, in one pass over them
     *_backward_        the same, written into the logits
 
 T rows of logits, one per token; B completions. Per-row tensors are fp32 (fp64 for fp64 logits).
 
 The options of the loss are one argument, `LossConfig.text`: "temperature=1.0 clip_low=0.2 ...".
-The temperature of the logits is an argument of its own: that of a scaled head is another one.
+The temperature of the logits is an argument of its own, because a scaled head divides by another.
 
 A perturbed view of logits may hold the rows of gated completions alone. `places` (T,) int64 says
 where row i of the batch lies in it; a row without a place is never named by a mask.

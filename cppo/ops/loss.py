@@ -217,7 +217,7 @@ def cppo_loss(
         inplace: write the gradients into `logits`. Their version counter is bumped, so that
             autograd raises if anything else still needs the values. Ignored by "reference" and
             under torch.compile.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp" or "triton".
     Returns: a `LossOutput`. The loss is exactly 0, and attached, where nothing counts.
     Raises:
         ValueError: shapes or devices that disagree; a positive without a negative (or the other
@@ -278,7 +278,7 @@ def linear_cppo_loss(
         bias: (V,) of hidden's dtype; gradients flow. None: 0.
         old_logps, ref_logps, mask, cu_seqlens, num_items, config: as in `cppo_loss`.
         logit_scale, softcap: of the model's logits, > 0.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp" or "triton".
     Under torch.autocast hidden, weight and bias are cast to its dtype, as F.linear does.
     Returns: a `LossOutput`. The loss is exactly 0, and attached, where nothing counts.
     Raises:

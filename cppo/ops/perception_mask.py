@@ -43,7 +43,7 @@ def perception_mask(
         mask: like anchor_entropy, 1 or True at response tokens. None: all.
         cu_seqlens: (completions + 1,) int32 or int64, where the packed completions start and
             end; from 0 to T, not decreasing.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp" or "triton".
     Returns: bool, like anchor_entropy. A token whose entropy is NaN is not selected.
     Raises:
         ValueError: shapes or devices that disagree, a fraction outside [0, 1], cu_seqlens with

@@ -45,7 +45,7 @@ def token_stats(
         inplace: write the gradient into `logits`. Their version counter is bumped, so that
             autograd raises if anything else still needs the values. Ignored by "reference" and
             under torch.compile.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp" or "triton".
     Returns: TokenStats(logps, entropy), each like targets, fp32 (fp64 for fp64 logits), 0 at
         masked rows, to which no gradient flows.
     Raises:
@@ -97,7 +97,7 @@ def linear_token_stats(
         logit_scale: the model's factor on its logits, > 0 (Cohere; Granite divides by it).
         softcap: the model's final-logit softcap, > 0. None: none.
         mask: like targets, 1 or True at the rows that count. None: all.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp" or "triton".
     Under torch.autocast hidden, weight and bias are cast to its dtype, as F.linear does.
     Returns: TokenStats(logps, entropy), each like targets, fp32 (fp64 for fp64 input), 0 at
         masked rows, to which no gradient flows.

@@ -96,7 +96,7 @@ def microbatch_loss(
     # perception mask, of the tokens whose entropy rises most in the negative view; the clipped
     # policy loss of all tokens, and the contrastive loss of the selected ones.
     head = lm_head(model, batch.suppressed, hidden.anchor.dtype)
-    # "dr_grpo" divides by one length in every part of a batch.
+    # "dr_grpo" divides by the same length in every micro-batch.
     max_length = config.loss.max_length or config.max_completion_tokens
     return linear_cppo_loss(
         hidden,

@@ -1,5 +1,5 @@
-// The fields of cppo.LossConfig that the terms of the loss depend on, read from its text (`as_text`
-// of cppo/fused/schema.py): "temperature=1.0 clip_low=0.2 dual_clip=None ...".
+// The fields of cppo.LossConfig that the terms of the loss depend on, read from its text
+// (`LossConfig.text`): "temperature=1.0 clip_low=0.2 dual_clip=None ...".
 #pragma once
 
 #include <charconv>

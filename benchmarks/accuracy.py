@@ -80,10 +80,13 @@ def _specification(case: Case, part: Inputs) -> Call:
 
     def from_logits(inputs: Inputs) -> Any:
         rest = {k: v for k, v in inputs.items() if k not in ("hidden", "weight")}
-        weight = inputs["weight"].float()
 
         def logits(hidden: Tensor | None) -> Any:
-            return None if hidden is None else (hidden.float() @ weight.t()).to(hidden.dtype)
+            if hidden is None:
+                return None
+            # Here, so that the gradients of the weight add up in bf16, as those of a bf16 GEMM do.
+            weight = inputs["weight"].float()
+            return (hidden.float() @ weight.t()).to(hidden.dtype)
 
         hidden = inputs["hidden"]
         views = Views(*map(logits, hidden)) if isinstance(hidden, Views) else logits(hidden)

@@ -200,7 +200,7 @@ def _logit_rows(shapes: str, on_gpu: bool) -> tuple[int, ...]:
 def _linear_sizes(shapes: str, on_gpu: bool) -> tuple[tuple[int, int], ...]:
     """(T, D) of the ops on hidden states."""
     if shapes == "toy":
-        return ((24, 16),)
+        return ((32, 32),)
     if on_gpu:
         paper = ((8192, 2048), (8192, 3584), (16384, 2048))
         return {"small": ((2048, 2048),), "paper": paper}.get(

@@ -23,8 +23,8 @@ if [ -z "${VERL_VENV:-}" ]; then
   install --no-deps "${VERL:-verl==0.9.1}"
   install "$TORCH" "transformers>=5.5.3,!=5.6.0,<5.11" "tensordict>=0.8,!=0.9,<=0.10" "numpy>=2" \
     accelerate cachetools codetiming datasets dill fastapi hydra-core msgspec packaging pandas peft \
-    pillow "pyarrow>=19" pylatexenc pyyaml pyzmq "ray[default]" rich scikit-learn tensorboard \
-    torchdata "TransferQueue>=0.1.10" uvicorn \
+    jinja2 pillow "pyarrow>=19" pylatexenc pyyaml pyzmq "ray[default]" rich scikit-learn tensorboard \
+    torchdata "TransferQueue>=0.1.10" uvicorn xxhash \
     expecttest hypothesis pybind11 pytest pytest-timeout "setuptools>=77" wheel
   install --no-build-isolation --no-deps .
 fi

@@ -185,5 +185,5 @@ def test_selection_of_a_long_completion_to_the_last_bit(dtype):
     negative[1] = (negative[1] * 4).round()
     mask = torch.rand(2, 5000, generator=generator) < 0.8
     entropies = (anchor.to(DEVICE), negative.to(DEVICE))
-    ours = kernels().perception_mask(*entropies, 0.3, mask.to(DEVICE))
+    ours = kernels().fused.perception_mask(*entropies, 0.3, mask.to(DEVICE))
     assert torch.equal(ours, reference.perception_mask(*entropies, 0.3, mask.to(DEVICE)))

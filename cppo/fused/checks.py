@@ -129,7 +129,7 @@ def _check_places(
     rows = logits.shape[:-1].numel()
     _require(int(places.max()) < rows, op, name, f"below {rows}, the rows there are", places)
     if "mask" not in given:
-        return  # of a backward, which reads the rows that have a coefficient
+        mask = given["coefficients"][COEFFICIENTS.index("positive_logp")] != 0  # rows of the margin
     if mask is not None:
         places = places.reshape(-1)[mask.reshape(-1)]
     fits = not places.numel() or int(places.min()) >= 0

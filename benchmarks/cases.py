@@ -25,7 +25,6 @@ from cppo.benchmarks.inputs import DTYPES, Inputs, Sizes
 SHAPES = ("toy", "small", "paper", "full")
 QWEN = 151_936  # the vocabulary of Qwen2, Qwen2.5 and their vision-language models
 GPT2 = 50_257
-ROW_OPS = ("token_stats", "cppo_loss", "linear_token_stats", "linear_cppo_loss")
 FLOPS_PER_LOGIT = 8  # of one pass: subtract, exp, three sums
 
 

@@ -6,8 +6,9 @@ the weight is accumulated over the tiles in fp32 and cast once, that of a hidden
 over the whole vocabulary.
 
 On a CPU without bf16 arithmetic a slice of the weight at a time is copied to fp32; the weight is
-never copied whole. Logits are there slices times hidden^T, turned around in the cache, in fp32 as
-well: with the few rows of a tile that is faster than hidden times the whole weight^T.
+never copied whole. Each slice is multiplied with hidden^T, and the product, transposed, becomes a
+part of the logits, in fp32. With the few rows of a tile that is faster than one product with the
+whole weight^T.
 """
 
 from __future__ import annotations

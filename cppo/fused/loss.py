@@ -23,7 +23,7 @@ from cppo.fused.batch import ANCHOR, NEGATIVE, POSITIVE, Batch, is_compact, make
 from cppo.fused.schema import CONTRASTS, from_text
 from cppo.records import Views
 
-# Rows of the coefficients that belong to a view: the derivatives by its logps and by its entropy.
+# The coefficients of a view: derivatives with respect to its logps, and to its entropy.
 OF_LOGP = {ANCHOR: 0, POSITIVE: 2, NEGATIVE: 3}
 OF_ENTROPY = {ANCHOR: 1, POSITIVE: None, NEGATIVE: None}
 
@@ -71,7 +71,7 @@ class Terms(NamedTuple):
 def terms(
     kernels: Any, tiles: Tiles, denominators: Tensor, per_selected: bool, config: LossConfig
 ) -> Terms:
-    """The loss and its derivatives by every statistic.
+    """The loss and its derivatives with respect to every statistic.
 
     Args:
         kernels: the primitives of a backend, by name.

@@ -87,7 +87,7 @@ def is_compact(views: Views) -> bool:
 
 def flat(values: Tensor | None) -> Tensor | None:
     """(T,) of (B, L) or (T,)."""
-    return None if values is None else values.reshape(-1)
+    return values if values is None or values.ndim == 1 else values.reshape(-1)
 
 
 def make_batch(
@@ -104,6 +104,8 @@ def make_batch(
         gating: of the `LossConfig`; None: the call has no perturbed views.
         logps: those of the policy that sampled and of the reference policy, where needed.
     """
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.long()  # once: every kernel reads them as such
     counts, in_view, gated = flat(mask), None, None
     if gating is not None:
         in_view = _in_view(targets, advantages, cu_seqlens, gating)

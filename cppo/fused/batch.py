@@ -104,8 +104,6 @@ def make_batch(
         gating: of the `LossConfig`; None: the call has no perturbed views.
         logps: those of the policy that sampled and of the reference policy, where needed.
     """
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.long()  # once: every kernel reads them as such
     counts, in_view, gated = flat(mask), None, None
     if gating is not None:
         in_view = _in_view(targets, advantages, cu_seqlens, gating)

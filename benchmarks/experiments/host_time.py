@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import torch
@@ -24,6 +24,7 @@ from cppo import LossConfig, Views
 from cppo.benchmarks import report
 from cppo.benchmarks.environment import add_record_option, environment, results_folder
 
+_OPS = ("cppo_loss", "linear_cppo_loss")
 _TOKENS, _VOCABULARY, _WIDTH = 8, 64, 16
 
 
@@ -76,10 +77,17 @@ def _microseconds(call: Callable[[], None], runs: int, calls: int) -> list[float
 def measure(runs: int, calls: int) -> Iterator[report.Row]:
     """One row per op, views and mode."""
     here = environment()
-    for op, views, mode in product(("cppo_loss", "linear_cppo_loss"), (1, 3), ("forward", "both")):
+    for op, views, mode in product(_OPS, (1, 3), ("forward", "both")):
         spent = _microseconds(_call(op, views, mode), runs, calls)
         times = {"us_min": f"{min(spent):.0f}", "us_p50": f"{statistics.median(spent):.0f}"}
         yield {"op": op, "views": str(views), "mode": mode, **times, **here}
+
+
+def summary(rows: Sequence[report.Row]) -> str:
+    """The table of the docs."""
+    columns = ("microseconds", "anchor, forward", "both", "three views, forward", "both")
+    lines = [[f"`{op}`", *(row["us_min"] for row in rows if row["op"] == op)] for op in _OPS]
+    return report.markdown(columns, lines)
 
 
 def main() -> None:

@@ -260,9 +260,9 @@ def test_compiled_checks_name_op_argument_expected_and_got():
          "group_size must divide B = 5, got 4"),
         ("group_advantages", (torch.zeros(4), 4, "median", 1e-4),
          "scale must be 'group', 'batch' or 'none', got 'median'"),
-        ("prune_completions", (torch.zeros(4), 4, 2, "random", False, None),
+        ("prune_completions", (torch.zeros(4), 4, 2, "random", None),
          "noise (B,) is needed for prune = 'random'"),
-        ("prune_completions", (torch.zeros(4), 4, 5, "smallest", False, None),
+        ("prune_completions", (torch.zeros(4), 4, 5, "smallest", None),
          "keep must be in [1, unit_size = 4], got 5"),
     ]  # fmt: skip
     for op, arguments, message in cases:
@@ -281,10 +281,10 @@ def test_opcheck():
     values = torch.rand(3, requires_grad=True)
     samples = [
         (ops.group_advantages, (rewards, 4, "group", 1e-4)),
-        (ops.prune_completions, (rewards, 4, 2, "smallest", False, None)),
-        (ops.prune_completions, (rewards, 4, 2, "random", True, noise)),
-        (ops.advantages_and_prune, (rewards, 4, 8, 3, "batch", 1e-4, "largest", False, None)),
-        (ops.advantages_and_prune, (rewards, 4, 4, 3, "none", 1e-4, "smallest", True, None)),
+        (ops.prune_completions, (rewards, 4, 2, "smallest", None)),
+        (ops.prune_completions, (rewards, 4, 2, "random", noise)),
+        (ops.advantages_and_prune, (rewards, 4, 8, 3, "batch", 1e-4, "largest", None)),
+        (ops.advantages_and_prune, (rewards, 4, 4, 3, "none", 1e-4, "smallest", None)),
         (ops.pack_sizes, (mask, mask, kept)),
         (ops.pack_completions, (ids, mask, mask, kept, *bounds, [], 8, 6)),
         (ops.pack_completions, (ids, mask, mask, kept, *bounds, [weights.detach(), ids], 8, 6)),

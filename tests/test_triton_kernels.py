@@ -74,7 +74,7 @@ def test_opcheck():
         outcome = torch.library.opcheck(op, (rewards, 4, unit_size, 2, "group", 1e-4, prune, noise))
         assert set(outcome.values()) == {"SUCCESS"}
         prune_op = torch.ops.cppo_triton.prune_completions.default
-        outcome = torch.library.opcheck(prune_op, (rewards, unit_size, 2, prune))
+        outcome = torch.library.opcheck(prune_op, (rewards, unit_size, 2, prune, noise))
         assert set(outcome.values()) == {"SUCCESS"}
 
 

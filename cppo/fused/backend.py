@@ -191,7 +191,7 @@ def _metrics(
     if views.positive is None:
         del metrics["cpl_loss"]
     if views.negative is not None:
-        share = found.num_selected / found.num_gated.clamp(min=1)
+        share = found.num_selected / found.num_gated.clamp_min(1)
         metrics["perception_share"] = share.to(dtype)
         metrics["num_selected"] = found.num_selected
     return metrics

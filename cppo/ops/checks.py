@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -37,19 +37,24 @@ def under_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+
+
+_KINDS: dict[str, Callable[[torch.dtype], bool]] = {
+    "any": lambda dtype: True,
+    "real": lambda dtype: not dtype.is_complex,
+    "floating": lambda dtype: dtype.is_floating_point,
+    "integer": _is_integer,
+}
+
+
 def check_tensor(op: str, name: str, value: Any, kind: str = "any") -> None:
     """TypeError unless `value` is a tensor of the kind "any", "real", "floating" or "integer"."""
     if not isinstance(value, Tensor):
         raise TypeError(f"cppo.{op}: {name} must be a Tensor, got {type(value).__name__}")
-    dtype = value.dtype
-    fits = {
-        "any": True,
-        "real": not dtype.is_complex,
-        "floating": dtype.is_floating_point,
-        "integer": not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool,
-    }[kind]
-    if not fits:
-        raise TypeError(f"cppo.{op}: {name} must be of {kind} dtype, got {dtype}")
+    if not _KINDS[kind](value.dtype):
+        raise TypeError(f"cppo.{op}: {name} must be of {kind} dtype, got {value.dtype}")
 
 
 def check_ndim(op: str, name: str, tensor: Tensor, *symbols: str) -> None:
@@ -79,13 +84,16 @@ def check_shape(
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """ValueError unless all of the tensors are where the first one is (TypeError: no tensor)."""
-    given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    for name, tensor in given:
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
         check_tensor(op, name, tensor)
-        if tensor.device != given[0][1].device:
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
             raise ValueError(
-                f"cppo.{op}: {name} must be on {given[0][1].device} like {given[0][0]}, "
-                f"got {tensor.device}"
+                f"cppo.{op}: {name} must be on {device} like {first}, got {tensor.device}"
             )
 
 

@@ -306,24 +306,20 @@ lengths = st.lists(st.integers(0, 40), max_size=60)
 
 
 @needs_host
-@given(lengths, st.integers(40, 120))
+@given(lengths, st.integers(40, 120), st.integers(1, 9))
 @settings(max_examples=100, deadline=None)
-def test_plan_microbatches_cpp_equals_reference(lengths, max_tokens):
+def test_planners_cpp_equal_the_reference(lengths, max_tokens, world_size):
     bins = extension.plan_microbatches(lengths, max_tokens)
     assert bins == reference.plan_microbatches(lengths, max_tokens)
-    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in members) <= max_tokens for members in bins)
 
-
-@needs_host
-@given(lengths, st.integers(1, 9))
-@settings(max_examples=100, deadline=None)
-def test_balance_ranks_cpp_equals_reference(lengths, world_size):
     ranks = extension.balance_ranks(lengths, world_size)
     assert ranks == reference.balance_ranks(lengths, world_size)
-    assert sorted(i for members in ranks for i in members) == list(range(len(lengths)))
     counts = [len(members) for members in ranks]
     assert len(ranks) == world_size and max(counts) - min(counts) <= 1
+
+    for plan in (bins, ranks):
+        assert sorted(i for members in plan for i in members) == list(range(len(lengths)))
 
 
 @needs_host

@@ -71,9 +71,11 @@ def test_rate_zero_keeps_everything(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e8, -7.7])
-def test_equal_rewards_are_worth_nothing(backend, value):
+@pytest.mark.parametrize("scale", ["group", "none", "batch"])
+def test_equal_rewards_are_worth_nothing(backend, scale, value):
     rewards = torch.full((15,), value)
-    advantages, kept = cppo.advantages_and_prune(rewards, 5, 0.5, drop_zero=True, backend=backend)
+    options = {"scale": scale, "drop_zero": True, "backend": backend}
+    advantages, kept = cppo.advantages_and_prune(rewards, 5, 0.5, **options)
     assert torch.equal(advantages, torch.zeros(15)) and kept.numel() == 0
 
 

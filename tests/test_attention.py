@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cppo.model import attention
@@ -111,10 +112,21 @@ def test_a_sequence_sees_what_is_gathered_for_it_up_to_its_own_place(
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("lengths", [[9, 8, 9], [40, 1, 2, 1]], ids=["padded", "one by one"])
-def test_a_window_in_a_packed_stream(lengths: list[int], window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "calls"),
+    [([9, 8, 9], 1), ([40, 1, 2, 1], 4), ([3], 1), ([4, 0, 4], 1)],
+    ids=["padded", "one by one", "one", "an empty one"],
+)
+def test_a_window_in_a_packed_stream(
+    lengths: list[int], calls: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     total = sum(lengths)
     query, key, value = torch.randn(3, 1, 2, total, 8, dtype=torch.float64)
+    seen_calls = []
+    stock = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: (seen_calls.append(1), stock(*a, **k))[1]
+    )
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(total)
     behind = place[:, None] - place
@@ -126,6 +138,7 @@ def test_a_window_in_a_packed_stream(lengths: list[int], window: int | None) -> 
     options: dict[str, Any] = {**bounds, **longest, "scaling": 0.3, "sliding_window": window}
     out, _ = attention.attend(None, torch.nn.Identity(), query, key, value, **options)
     torch.testing.assert_close(out, expected)
+    assert len(seen_calls) == calls
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

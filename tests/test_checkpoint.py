@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trainer_cases import same, text_rows, trainer_for, weights_of
+from trainer_cases import text_rows, trainer_for
 
 from cppo.config import LoraConfig
 from cppo.train.checkpoint import (
@@ -138,16 +138,6 @@ def test_what_may_change_when_resuming(copied: Path) -> None:
     )  # fmt: skip
     trainer.train(resume_from="auto")
     assert trainer.step == 3
-
-
-def test_lora_goes_on_where_it_was(tmp_path: Path) -> None:
-    options = dict(lora=LoraConfig(r=2, alpha=4), max_steps=3)
-    whole = trainer_for(tmp_path / "whole", save_every=1, **options)
-    whole.train()
-    resumed = trainer_for(tmp_path / "resumed", **options)
-    resumed.train(resume_from=checkpoints(tmp_path / "whole")[0])
-    assert len(resumed.history) == 3
-    assert same(weights_of(resumed.model), weights_of(whole.model))
 
 
 def test_perturbations_given_as_functions_can_be_saved(tmp_path: Path) -> None:

@@ -125,9 +125,3 @@ def test_processes_with_nothing_to_learn_or_shares_that_do_not_divide(launched: 
     # Both draw once more for the one that got nothing: the other one fills the batch.
     assert [row["kept_share"] for row in told["filled"]] == [8 / 16] * 2
     assert all(row["grad_norm"] > 0 for row in told["filled"])
-
-
-@pytest.mark.slow
-def test_torchrun_starts_it_too(tmp_path: Path) -> None:
-    launch("torchrun", tmp_path, "train")
-    assert [row["step"] for row in read_metrics(tmp_path / "train")] == [0, 1, 2]

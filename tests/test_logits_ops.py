@@ -124,19 +124,6 @@ def test_a_new_length_is_not_a_new_compilation(backend):
 # Autograd
 
 
-@every_backend
-def test_a_second_derivative_is_refused_in_words(backend):
-    inputs = make_inputs("token_stats", layout="packed")
-    logits = inputs["logits"].requires_grad_()
-    entropy = cppo.token_stats(**inputs, backend=backend).entropy.sum()
-    with pytest.raises(RuntimeError, match="no second derivative; backend='reference'"):
-        torch.autograd.grad(entropy, logits, create_graph=True)
-    views = leaves(make_inputs("cppo_loss")["logits"])
-    loss = cppo.cppo_loss(**{**make_inputs("cppo_loss"), "logits": views}, backend=backend).loss
-    with pytest.raises(RuntimeError, match="no second derivative; backend='reference'"):
-        torch.autograd.grad(loss, views, create_graph=True)
-
-
 @pytest.mark.interpreted("padded-k3", "packed-detached", "compact-full", "compact-k1")
 @every_backend
 @every_config
@@ -259,31 +246,6 @@ def test_under_distributed_data_parallel(backend, tmp_path):
     views = Views(*(head(view) for view in inputs["logits"]))
     cppo.cppo_loss(**{**inputs, "logits": views}, backend="reference").loss.backward()
     torch.testing.assert_close(gradient, head.weight.grad)
-
-
-@pytest.mark.interpreted()
-@every_backend
-@pytest.mark.parametrize("config", CONFIGS[:3], ids=["k3", "full", "k1"])
-def test_gradcheck_in_fp64(backend, config):
-    inputs = make_inputs("cppo_loss", dtype=torch.float64, lengths=(3, 2, 2), vocabulary=7)
-    rest = {k: v for k, v in inputs.items() if k != "logits"}
-
-    def loss(*views):
-        return cppo.cppo_loss(Views(*views), **rest, config=config, backend=backend).loss
-
-    assert torch.autograd.gradcheck(loss, tuple(leaves(inputs["logits"])), atol=1e-7)
-
-
-@pytest.mark.interpreted()
-@every_backend
-def test_gradcheck_of_token_stats(backend):
-    inputs = make_inputs("token_stats", dtype=torch.float64, lengths=(3, 2), vocabulary=7)
-    logits = inputs.pop("logits").requires_grad_()
-
-    def stats(z):
-        return tuple(cppo.token_stats(z, **inputs, temperature=0.8, backend=backend))
-
-    assert torch.autograd.gradcheck(stats, (logits,), atol=1e-7)
 
 
 # Any shape

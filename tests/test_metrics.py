@@ -15,7 +15,7 @@ from metric_cases import (
     recorded_run,
 )
 from test_distributed import launch
-from trainer_cases import image, text_rows, trainer_for
+from trainer_cases import image, trainer_for
 
 from cppo.train.metrics import Largest, Mean, Total, over_processes
 
@@ -75,13 +75,6 @@ def test_a_mean_over_processes_is_no_mean_of_means() -> None:
     combined = over_processes(first, Together(first, second))  # type: ignore[arg-type]
     # What only one process knows counts; a mean of nothing is left out.
     assert combined == {"a": 8 / 5, "b": 7.0, "c": 5.0, "e": 3.5}
-
-
-def test_the_rate_of_a_step_is_the_one_it_was_made_with(tmp_path: Path) -> None:
-    options = dict(lr_scheduler="linear", learning_rate=1e-3, rows=text_rows(4))
-    told = recorded_run(tmp_path, **options)
-    rates = [row["learning_rate"] for row in told["history"]]
-    assert rates == pytest.approx([1e-3, 0.5e-3])
 
 
 def test_rewards_that_differ_by_their_rounding_are_equal(tmp_path: Path) -> None:

@@ -85,23 +85,6 @@ def test_the_update_is_that_of_the_model_without_dropout(name: str, tmp_path: Pa
     assert same(*after)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_nothing_is_clipped_where_the_policy_does_not_move(name: str, tmp_path: Path) -> None:
-    trainer = trainer_for(
-        tmp_path,
-        model=family(name, noisy=True),
-        rewards=length,
-        max_steps=2,
-        optimizer_steps=2,
-        learning_rate=1e-12,
-        clip_low=1e-4,
-        clip_high=1e-4,
-    )
-    trainer.train()
-    steps = [row for row in trainer.history if "clip_fraction" in row]
-    assert [row["clip_fraction"] for row in steps] == [0.0, 0.0]
-
-
 @pytest.mark.parametrize("start", ["lora", "PeftModel"])
 def test_the_dropout_of_adapters_stays(start: str) -> None:
     model, options = family("phi", noisy=True), config()

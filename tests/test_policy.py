@@ -38,16 +38,6 @@ def test_adapters_are_not_added_to_adapters(kind: str, tmp_path: Path) -> None:
         assert not list(tmp_path.glob("**/*.jsonl"))
 
 
-def test_lora_without_peft_names_the_pip_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cppo.extras.find_spec", lambda name: None)
-    words = r"CPPOConfig.lora needs the package peft: pip install 'cppo\[peft\]'"
-    with pytest.raises(ImportError, match=words):
-        trainer_for(tmp_path, **LORA)
-    trainer_for(tmp_path)
-
-
 def test_a_model_with_nothing_to_train_is_refused(tmp_path: Path) -> None:
     model, _ = tiny("text")
     words = "model must have parameters to train, but all are frozen"

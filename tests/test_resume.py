@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trainer_cases import digit_share, image, same, text_rows, trainer_for, weights_of
+from trainer_cases import digit_share, image, text_rows, trainer_for
 
 from cppo.rewards import (
     Combined,
@@ -101,18 +101,6 @@ def test_the_schedule_is_that_of_the_run_that_goes_on(tmp_path: Path) -> None:
     rates = [row["learning_rate"] for row in longer.history]
     # 1 and 1/2 of the rate in the run of two steps; 2/4 and 1/4 in that of four.
     assert rates == pytest.approx([1e-3, 0.5e-3, 0.5e-3, 0.25e-3])
-
-
-def test_a_schedule_with_warm_up_goes_on_where_it_was(tmp_path: Path) -> None:
-    options = dict(lr_scheduler="cosine", warmup_steps=2, num_iterations=2, save_every=1)
-    whole = trainer_for(tmp_path / "whole", max_steps=3, keep_checkpoints=3, **options)
-    whole.train()
-    rest = trainer_for(tmp_path / "rest", max_steps=3, **options)
-    rest.train(resume_from=tmp_path / "whole" / "checkpoint-000001")
-    assert [row["learning_rate"] for row in rest.history] == [
-        row["learning_rate"] for row in whole.history
-    ]
-    assert same(weights_of(rest.model), weights_of(whole.model))
 
 
 def test_a_step_without_completions_moves_the_schedule_on(tmp_path: Path) -> None:

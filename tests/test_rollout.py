@@ -91,19 +91,6 @@ def test_suppressed_tokens_never_come(family: str) -> None:
     assert not torch.isin(held.input_ids[mask_held], torch.tensor(letters)).any()
 
 
-def test_greedy_is_the_argmax_and_repeats() -> None:
-    model, tokenizer = tiny("text")
-    model = peaked(model)
-    first = sampled(model, tokenizer, questions_for("text"), group_size=1, temperature=None)
-    second = sampled(model, tokenizer, questions_for("text"), group_size=1, temperature=None)
-    assert torch.equal(first.input_ids, second.input_ids)
-    width = first.prompts.input_ids.shape[1]
-    alone = first.input_ids[0][first.attention_mask[0]][None]
-    logits = model(input_ids=alone).logits[0]
-    start = int(first.attention_mask[0, :width].sum())
-    assert logits[start - 1 : -1].argmax(-1).tolist() == alone[0, start:].tolist()
-
-
 def test_a_completion_ends_with_its_closing_token() -> None:
     model, tokenizer = tiny("text")
     eos = tokenizer.eos_token_id
@@ -170,9 +157,3 @@ def test_sampling_leaves_the_model_in_its_mode() -> None:
         model.train(mode)
         sampled(model, tokenizer, questions_for("text"))
         assert model.training == mode
-
-
-def test_images_for_a_text_model_are_an_error() -> None:
-    model, tokenizer = tiny("text")
-    with pytest.raises(ValueError, match="questions have images, but the model takes none"):
-        encode_questions(model, tokenizer, questions_for("qwen2_vl"))

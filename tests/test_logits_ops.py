@@ -167,21 +167,14 @@ def test_in_place_is_an_error_for_who_still_needs_the_logits(backend):
 
 
 @every_backend
-def test_in_place_with_strides_and_refusals(backend):
+def test_in_place_with_strides_and_a_wrong_flag(backend):
     inputs = make_inputs("token_stats", layout="packed")
     plain = evaluate("token_stats", inputs, backend)["grad.logits"]
     transposed = inputs["logits"].T.contiguous().T
     ours = evaluate("token_stats", {**inputs, "logits": transposed, "inplace": True}, backend)
     torch.testing.assert_close(ours["grad.logits"], plain)
-    expanded = inputs["logits"][:1].expand(len(inputs["targets"]), -1)
-    with pytest.raises(ValueError, match="its own memory for every entry with inplace=True"):
-        cppo.token_stats(expanded, inputs["targets"], inplace=True)
-    inputs = make_inputs("cppo_loss")
-    same = Views(*(inputs["logits"].anchor,) * 3)
-    with pytest.raises(ValueError, match="must not share memory with inplace=True"):
-        cppo.cppo_loss(**{**inputs, "logits": same}, inplace=True)
     with pytest.raises(TypeError, match="inplace must be True or False, got 1"):
-        cppo.cppo_loss(**inputs, inplace=1)
+        cppo.cppo_loss(**make_inputs("cppo_loss"), inplace=1)
 
 
 @pytest.mark.interpreted("k3-wants0", "k3-wants2", "full-wants1")
@@ -283,10 +276,11 @@ def test_a_nan_row_poisons_only_itself_in_every_dtype(backend):
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         logits = torch.randn(3, 2500).to(dtype)
         clean = cppo.token_stats(logits, torch.tensor([1, 2, 3]), backend=backend)
-        for bad in (math.nan, math.inf):
+        for bad in (math.nan, math.inf, -math.inf):
             stained = logits.clone()
-            stained[1, 2100] = bad
+            stained[1, slice(2100, 2101) if bad != -math.inf else slice(None)] = bad
             stats = cppo.token_stats(stained, torch.tensor([1, 2, 3]), backend=backend)
             assert stats.logps[1].isnan() and stats.entropy[1].isnan()
             for row in (0, 2):
                 assert stats.logps[row] == clean.logps[row]
+                assert stats.entropy[row] == clean.entropy[row]

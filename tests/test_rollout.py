@@ -55,30 +55,6 @@ def test_sampling_is_on_policy_whatever_the_checkpoint_asks_for() -> None:
     assert 0.9 < probability.sum() <= 1 + 1e-5
 
 
-def test_the_log_probabilities_are_those_of_the_distribution_that_generate_used() -> None:
-    model, tokenizer = tiny("text")
-    model = packed(peaked(model))
-    prompts = encode_questions(model, tokenizer, questions_for("text"))
-    options: Any = {"temperature": 0.7, "suppressed": (0, 1)}
-    rollouts = sample_completions(
-        model, tokenizer, prompts, group_size=2, max_new_tokens=5, **options
-    )
-    batch = Batch(rollouts, torch.ones(8), torch.arange(8), suppressed=(0, 1))
-    logps = token_logps(model, batch, config(temperature=0.7))
-    width = prompts.input_ids.shape[1]
-    logits = model(
-        input_ids=rollouts.input_ids,
-        attention_mask=rollouts.attention_mask.long(),
-        position_ids=(rollouts.attention_mask.long().cumsum(1) - 1).clamp(min=0),
-    ).logits
-    logits[..., [0, 1]] = -torch.inf
-    expected = (logits / 0.7).log_softmax(-1)[:, width - 1 : -1]
-    expected = expected.gather(-1, rollouts.input_ids[:, width:, None])[..., 0]
-    mask = rollouts.completion_mask[:, width:]
-    torch.testing.assert_close(logps[:, width:][mask], expected[mask], rtol=1e-4, atol=1e-5)
-    assert logps[~rollouts.completion_mask].eq(0).all()
-
-
 @pytest.mark.parametrize("family", ["text", "qwen2_5_vl"])
 def test_suppressed_tokens_never_come(family: str) -> None:
     model, processor = tiny(family)

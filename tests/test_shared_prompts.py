@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from trainer_cases import (
     FAMILIES,
-    config,
     fixed_batch,
     fixed_rollouts,
     gradients,
@@ -24,8 +23,6 @@ from trainer_cases import (
 
 import cppo
 from cppo.model.shared_prompts import share_prompts
-from cppo.records import NumItems
-from cppo.train.algorithm import microbatch_loss
 from cppo.train.batch import Batch
 from cppo.train.views import anchor_hidden
 
@@ -64,31 +61,6 @@ def test_hidden_states_and_gradients_are_those_of_the_packed_stream(family: str)
     repeated = 3 * prompts[0] + prompts[12]
     assert len(shared.token_index) == len(stream.input_ids) - repeated
     assert shared.first == [0, 4, 5]
-
-
-@pytest.mark.parametrize("family", ["text", "qwen2_5_vl"])
-def test_the_loss_of_an_update_is_the_same(family: str) -> None:
-    model, processor = tiny(family, dtype=torch.float64)
-    model = packed(model)
-    rollouts = fixed_rollouts(model, processor, questions_for(family), group_size=4)
-    batch = fixed_batch(rollouts, dtype=torch.float64)
-    options = config(cpl_coef=0.5)
-    whole = NumItems(*batch.counts(batch.kept))
-    results = []
-    for sharing, budget in ((False, 10**6), (True, 10**6), (True, 60)):
-        one = dataclasses.replace(batch, share_prompts=sharing)
-        parts = one.microbatches(batch.kept, budget)
-        assert sorted(torch.cat(parts).tolist()) == batch.kept.tolist()
-        model.zero_grad()
-        total = 0.0
-        for rows in parts:
-            output = microbatch_loss(model, one, rows, whole, options, processor)
-            output.loss.backward()
-            total += output.loss.item()
-        results.append((total, {n: p.grad.clone() for n, p in model.named_parameters()}))
-    for loss, grads in results[1:]:
-        assert loss == pytest.approx(results[0][0], abs=FP64)
-        assert relative_difference(grads, results[0][1]) < FP64
 
 
 @pytest.mark.parametrize("family", ["text", "qwen2_vl"])

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +11,7 @@ import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
 
+from launching import torchrun
 from trainer_cases import (
     fixed_batch,
     fixed_rollouts,
@@ -360,24 +357,9 @@ def test_a_question_has_one_seed_and_another_one_at_every_step():
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
-    script = Path(__file__).with_name("trl_two_processes.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    variables = {
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
-        "TORCH_COMPILE_DISABLE": "1",  # DeepSpeed compiles optimizers that nobody asked for
-    }
-    done = subprocess.run(
-        [*torchrun, "--nproc_per_node", "2", str(script), str(tmp_path)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | variables,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    # DeepSpeed compiles optimizers that nobody asked for.
+    variables = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "TORCH_COMPILE_DISABLE": "1"}
+    torchrun("trl_two_processes.py", str(tmp_path), **variables)
     from trl_two_processes import CASES, KINDS, METRICS, run
 
     for name in CASES:

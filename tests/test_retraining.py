@@ -17,8 +17,6 @@ import ast
 import dataclasses
 import functools
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,11 @@ from typing import Any
 import pytest
 import retraining
 import torch
+from launching import torchrun
 from retraining import Completion, Outcome, Policy, Run, Weights, retrain
 from retraining_runs import ONE_PROCESS, TWO_PROCESSES, completed, prepared
 
 BOUND = 3e-4
-SCRIPT = str(Path(__file__).with_name("retraining_runs.py"))
-TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node=2"]
 
 
 def errors(trained: Outcome, expected: Outcome, reach: Weights) -> dict[str, float]:
@@ -90,8 +87,7 @@ def test_a_run(recorded: Any, setting: str) -> None:
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    command = [*TORCHRUN, SCRIPT, str(folder), *TWO_PROCESSES]
-    subprocess.run(command, check=True, timeout=300)
+    torchrun("retraining_runs.py", str(folder), *TWO_PROCESSES)
     return folder
 
 

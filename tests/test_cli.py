@@ -1,7 +1,5 @@
 """The command line: what it prints, its exit statuses, and what it leaves on disk."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

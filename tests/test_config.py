@@ -1,11 +1,8 @@
 """Configuration files: what is read, and every mistake with the words that answer it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +26,7 @@ trainer:
 
 
 @pytest.fixture
-def good(tmp_path: Path) -> Path:
+def good(tmp_path):
     path = tmp_path / "good.yaml"
     path.write_text(GOOD)
     return path
@@ -120,7 +117,7 @@ BAD_OVERRIDES = [
 
 
 @pytest.mark.parametrize(("override", "words"), BAD_OVERRIDES, ids=[o for o, _ in BAD_OVERRIDES])
-def test_a_bad_override_is_answered(good: Path, override: str, words: str) -> None:
+def test_a_bad_override_is_answered(good, override, words):
     with pytest.raises(ConfigError, match="^command line: .*" + words):
         load(good, [override])
 
@@ -167,7 +164,7 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("text", "words"), BAD_FILES, ids=[words for _, words in BAD_FILES])
-def test_a_bad_file_is_answered(tmp_path: Path, text: str, words: str) -> None:
+def test_a_bad_file_is_answered(tmp_path, text, words):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=words) as caught:
@@ -175,7 +172,7 @@ def test_a_bad_file_is_answered(tmp_path: Path, text: str, words: str) -> None:
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_file_that_cannot_be_read_is_answered(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_answered(tmp_path):
     with pytest.raises(ConfigError, match="missing.yaml: no such file"):
         load(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
@@ -185,7 +182,7 @@ def test_a_file_that_cannot_be_read_is_answered(tmp_path: Path) -> None:
         load(tmp_path / "binary.yaml")
 
 
-def test_values_take_the_type_of_their_field(good: Path) -> None:
+def test_values_take_the_type_of_their_field(good):
     config = load(
         good,
         [
@@ -273,18 +270,18 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "words"), BAD_OPTIONS, ids=[str(o) for o, _ in BAD_OPTIONS])
-def test_a_bad_option_is_answered(options: dict[str, Any], words: str) -> None:
+def test_a_bad_option_is_answered(options, words):
     with pytest.raises(ValueError, match=f"^CPPOConfig.{words}"):
         CPPOConfig(**options)
 
 
 @pytest.mark.parametrize("targets", [5, (1,), (), "", ("",), None, ["q_proj", 2], {"q_proj": 1}])
-def test_layers_that_are_no_names_are_answered(targets: Any) -> None:
+def test_layers_that_are_no_names_are_answered(targets):
     with pytest.raises(ValueError, match="LoraConfig.target_modules must be 'all-linear', a regu"):
         LoraConfig(target_modules=targets)
 
 
-def test_numbers_of_other_libraries_are_taken_as_plain_ones() -> None:
+def test_numbers_of_other_libraries_are_taken_as_plain_ones():
     config = CPPOConfig(
         group_size=np.int64(4),
         batch_size=torch.tensor(16),
@@ -311,7 +308,7 @@ def test_numbers_of_other_libraries_are_taken_as_plain_ones() -> None:
         assert type(value) in (int, float, bool, str, tuple, dict, type(None))
 
 
-def test_steps_that_the_completions_just_fill_are_taken() -> None:
+def test_steps_that_the_completions_just_fill_are_taken():
     assert CPPOConfig(batch_size=8, group_size=4, optimizer_steps=8).completions_kept() == 8
     few = dict(batch_size=8, group_size=4, prune_rate=0.75, dynamic_allocation=False)
     assert CPPOConfig(**few, optimizer_steps=2).completions_kept() == 2
@@ -322,20 +319,20 @@ def test_steps_that_the_completions_just_fill_are_taken() -> None:
     check_optimizer_steps(CPPOConfig(batch_size=2, group_size=2), 4)
 
 
-def test_a_partial_loss_keeps_the_defaults_of_the_trainer(good: Path) -> None:
+def test_a_partial_loss_keeps_the_defaults_of_the_trainer(good):
     assert CPPOConfig().loss == LossConfig()
     config = load(good, ["trainer.loss.tau=0.3"])
     assert config.trainer.loss == dataclasses.replace(CPPOConfig().loss, tau=0.3)
 
 
-def test_later_overrides_win_and_reach_through_empty_sections(good: Path) -> None:
+def test_later_overrides_win_and_reach_through_empty_sections(good):
     config = load(
         good, ["trainer.seed=1", "trainer.seed=2", "trainer.lora=null", "trainer.lora.r=2"]
     )
     assert config.trainer.seed == 2 and config.trainer.lora == LoraConfig(r=2)
 
 
-def test_extends_merges_key_by_key(tmp_path: Path, good: Path) -> None:
+def test_extends_merges_key_by_key(tmp_path, good):
     child = tmp_path / "child.yaml"
     child.write_text("extends: good.yaml\nmodel: {path: other}\ntrainer: {batch_size: 12}\n")
     grandchild = tmp_path / "grandchild.yaml"
@@ -356,9 +353,7 @@ def test_extends_merges_key_by_key(tmp_path: Path, good: Path) -> None:
         ["model={builder: tiny_digits}", "data.train={loader: digits, limit: 10}"],
     ],
 )
-def test_dump_reads_back_to_the_same_configuration(
-    good: Path, tmp_path: Path, overrides: list[str]
-) -> None:
+def test_dump_reads_back_to_the_same_configuration(good, tmp_path, overrides):
     config = load(good, overrides)
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump(config))

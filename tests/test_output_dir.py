@@ -1,7 +1,5 @@
 """One folder, one run: what is refused, what --overwrite removes, and what it leaves alone."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

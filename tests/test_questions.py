@@ -1,7 +1,5 @@
 """Dataset rows as questions: TRL's and verl's format, images in every place, worded errors."""
 
-from __future__ import annotations
-
 import base64
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The rewards: hand-computed values, the papers' combinations, fuzzed texts, worded errors."""
 
-from __future__ import annotations
-
 import math
 import threading
 import time

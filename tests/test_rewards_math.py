@@ -1,7 +1,5 @@
 """math-verify in its process: limits, threads, forks, interrupts, and what it is asked."""
 
-from __future__ import annotations
-
 import builtins
 import functools
 import os

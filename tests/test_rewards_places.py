@@ -1,7 +1,5 @@
 """Where an answer stands in a text, and the one spelling in which answers are compared."""
 
-from __future__ import annotations
-
 import pytest
 from reward_cases import one, pairs, reward_of, spread
 

@@ -1,7 +1,5 @@
 """A packed forward needs its attention: without it nothing runs, and every wrapper gets it."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
@@ -11,10 +9,9 @@ from trainer_cases import tiny
 import cppo
 from cppo.model import forward
 from cppo.ops.pack import pack_completions
-from cppo.packed_batch import PackedBatch
 
 
-def stream_of(lengths: list[int]) -> PackedBatch:
+def stream_of(lengths):
     """Sequences of different tokens, every token but the first a response."""
     width = max(lengths)
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
@@ -22,7 +19,7 @@ def stream_of(lengths: list[int]) -> PackedBatch:
     return pack_completions(ids, mask, mask & (torch.arange(width) >= 1))
 
 
-def test_without_the_packed_attention_a_stream_is_refused() -> None:
+def test_without_the_packed_attention_a_stream_is_refused():
     model, _ = tiny("text")
     batch = stream_of([6, 4])
     words = r"must have the attention of packed .* cppo\.set_attention\(model, \"auto\"\) once"
@@ -38,10 +35,10 @@ def test_without_the_packed_attention_a_stream_is_refused() -> None:
     with pytest.raises(ValueError, match=words):
         cppo.packed_hidden(torch.nn.Linear(2, 2), batch)
     with pytest.raises(TypeError, match="batch must be the PackedBatch of .* got dict"):
-        cppo.packed_hidden(model, {"input_ids": batch.input_ids})  # type: ignore[arg-type]
+        cppo.packed_hidden(model, {"input_ids": batch.input_ids})
 
 
-def test_set_attention_through_wrappers_and_its_errors() -> None:
+def test_set_attention_through_wrappers_and_its_errors():
     from peft import LoraConfig, PeftMixedModel, get_peft_model
     from transformers import BloomConfig, BloomForCausalLM
 

@@ -1,15 +1,11 @@
 """A prompt that stands in the stream once gives the numbers of one that is repeated."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from trainer_cases import (
     FAMILIES,
     fixed_batch,
@@ -23,13 +19,12 @@ from trainer_cases import (
 
 import cppo
 from cppo.model.shared_prompts import share_prompts
-from cppo.train.batch import Batch
 from cppo.train.views import anchor_hidden
 
 FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the model
 
 
-def hidden_of(model: Any, batch: Batch, rows: Tensor) -> Tensor:
+def hidden_of(model, batch, rows):
     return anchor_hidden(model, batch, batch.pack(rows))
 
 
@@ -38,7 +33,7 @@ KEPT = torch.tensor([0, 1, 2, 3, 6, 12, 15])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hidden_states_and_gradients_are_those_of_the_packed_stream(family: str) -> None:
+def test_hidden_states_and_gradients_are_those_of_the_packed_stream(family):
     model, processor = tiny(family, dtype=torch.float64)
     model = packed(model)
     lengths = [3, 9, 1, 5, 2, 4, 6, 1, 7, 2, 2, 3, 30, 4, 1, 2]
@@ -64,7 +59,7 @@ def test_hidden_states_and_gradients_are_those_of_the_packed_stream(family: str)
 
 
 @pytest.mark.parametrize("family", ["text", "qwen2_vl"])
-def test_micro_batches_keep_a_question_together_as_far_as_the_budget_goes(family: str) -> None:
+def test_micro_batches_keep_a_question_together_as_far_as_the_budget_goes(family):
     model, processor = tiny(family)
     rollouts = fixed_rollouts(model, processor, questions_for(family), group_size=4)
     batch = dataclasses.replace(fixed_batch(rollouts), share_prompts=True)
@@ -82,7 +77,7 @@ def test_micro_batches_keep_a_question_together_as_far_as_the_budget_goes(family
 
 
 @st.composite
-def batches(draw: Any) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def batches(draw):
     """Questions with prompts of any length and completions of any, also none; holes in both."""
     ids, attention, marks, questions = [], [], [], []
     for question in range(draw(st.integers(1, 4))):
@@ -101,7 +96,7 @@ def batches(draw: Any) -> tuple[Tensor, Tensor, Tensor, list[int]]:
 
 
 @given(batch=batches())
-def test_every_token_is_there_and_sees_what_it_saw(batch: Any) -> None:
+def test_every_token_is_there_and_sees_what_it_saw(batch):
     ids, attention, marks, questions = batch
     stream = cppo.pack_completions(ids, attention, marks)
     shared = share_prompts(stream, questions)
@@ -132,7 +127,7 @@ def test_every_token_is_there_and_sees_what_it_saw(batch: Any) -> None:
     assert len(tokens) <= len(stream.input_ids)
 
 
-def test_prompts_that_differ_are_refused() -> None:
+def test_prompts_that_differ_are_refused():
     ids = torch.tensor([[1, 2, 7], [1, 3, 7]])
     marks = torch.tensor([[0, 0, 1], [0, 0, 1]])
     stream = cppo.pack_completions(ids, torch.ones_like(ids), marks)

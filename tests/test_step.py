@@ -1,13 +1,9 @@
 """Invariants of the update: how a batch is cut, ordered or gated changes nothing it computes."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from trainer_cases import (
     FAMILIES,
     VISION_FAMILIES,
@@ -21,13 +17,11 @@ from trainer_cases import (
     tiny,
 )
 
-from cppo.config import CPPOConfig
 from cppo.model.forward import lm_head
 from cppo.ops.loss import linear_cppo_loss
-from cppo.records import LossOutput, NumItems
+from cppo.records import NumItems
 from cppo.seeds import seed_from
 from cppo.train.algorithm import microbatch_loss
-from cppo.train.batch import Batch
 from cppo.train.selection import cut_surplus
 from cppo.train.views import forward_views, perturbed_images, token_logps
 
@@ -35,7 +29,7 @@ FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the mode
 CASES = ("text", "qwen2_5_vl", "qwen3_vl")
 
 
-def case(family: str, **options: Any) -> tuple[Any, Any, Batch]:
+def case(family, **options):
     """An fp64 model, its processor, and a batch with old and reference log-probabilities."""
     model, processor = tiny(family, dtype=torch.float64)
     model = packed(model)
@@ -47,14 +41,12 @@ def case(family: str, **options: Any) -> tuple[Any, Any, Batch]:
     return model, processor, dataclasses.replace(batch, per_token=per_token)
 
 
-def in_parts(
-    model: Any, processor: Any, batch: Batch, parts: list[Tensor], options: CPPOConfig
-) -> tuple[float, dict[str, Tensor], list[LossOutput]]:
+def in_parts(model, processor, batch, parts, options):
     """Loss, gradients and outputs of the batch when it runs in these parts."""
     num_items = NumItems(*batch.counts(batch.kept))
     outputs = []
 
-    def run() -> None:
+    def run():
         for rows in parts:
             output = microbatch_loss(model, batch, rows, num_items, options, processor)
             output.loss.backward()
@@ -64,23 +56,23 @@ def in_parts(
     return sum(output.loss.item() for output in outputs), got, outputs
 
 
-def totals(outputs: list[LossOutput]) -> dict[str, float]:
+def totals(outputs):
     """Sums of the metrics over the parts, without those that are no sums."""
-    total: dict[str, float] = {}
+    total = {}
     for output in outputs:
         for name, value in output.metrics.items():
             total[name] = total.get(name, 0.0) + value.item()
     return {name: value for name, value in total.items() if name != "perception_share"}
 
 
-def all_terms(**loss: Any) -> CPPOConfig:
+def all_terms(**loss):
     """Every term of the loss at a weight at which a mistake in it shows."""
     return config(**{"cpl_coef": 1.0, "kl_coef": 0.5, "entropy_coef": 0.1, "max_length": 9, **loss})
 
 
 @pytest.mark.parametrize("reduction", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("family", CASES)
-def test_one_batch_is_its_halves_is_its_microbatches(family: str, reduction: str) -> None:
+def test_one_batch_is_its_halves_is_its_microbatches(family, reduction):
     model, processor, batch = case(family)
     options = all_terms(reduction=reduction, importance="sequence")
     whole = batch.microbatches(batch.kept, 10**6)
@@ -101,7 +93,7 @@ def test_one_batch_is_its_halves_is_its_microbatches(family: str, reduction: str
         assert totals(outputs) == pytest.approx(metrics, rel=FP64)
 
 
-def test_the_contrastive_mean_over_tokens_is_weighted_by_each_parts_share() -> None:
+def test_the_contrastive_mean_over_tokens_is_weighted_by_each_parts_share():
     model, processor, batch = case("qwen2_5_vl")
     options = config(cpl_coef=1.0, cpl_reduction="token")
     rows = batch.microbatches(batch.kept, 10**6)[0]  # those with images
@@ -126,7 +118,7 @@ def test_the_contrastive_mean_over_tokens_is_weighted_by_each_parts_share() -> N
 
 @pytest.mark.parametrize("divergence", ["k3", "full"])
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_the_gated_forward_is_the_full_one(family: str, divergence: str) -> None:
+def test_the_gated_forward_is_the_full_one(family, divergence):
     model, processor, batch = case(family)
     options = all_terms(divergence=divergence)
     every = dataclasses.replace(options, loss=dataclasses.replace(options.loss, gating=False))
@@ -134,7 +126,7 @@ def test_the_gated_forward_is_the_full_one(family: str, divergence: str) -> None
     advantages = batch.advantages[rows]
     num_items = NumItems(*batch.counts(rows))
 
-    def full() -> LossOutput:
+    def full():
         hidden, stream = forward_views(model, batch, rows, every, processor)
         assert len(hidden.positive) == len(hidden.negative) == len(hidden.anchor)
         return linear_cppo_loss(
@@ -160,7 +152,7 @@ def test_the_gated_forward_is_the_full_one(family: str, divergence: str) -> None
     assert len(hidden.positive) == len(hidden.negative) == gated < len(hidden.anchor)
 
 
-def test_completions_without_positive_advantage_run_no_view() -> None:
+def test_completions_without_positive_advantage_run_no_view():
     model, processor, batch = case("qwen2_5_vl")
     rows = batch.kept[batch.advantages < 0]
     hidden, _ = forward_views(model, batch, rows, config(), processor)
@@ -177,19 +169,19 @@ def test_completions_without_positive_advantage_run_no_view() -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_a_questions_views_do_not_depend_on_its_microbatch(family: str) -> None:
+def test_a_questions_views_do_not_depend_on_its_microbatch(family):
     model, processor = tiny(family)
     batch = fixed_batch(fixed_rollouts(model, processor, questions_for(family)))
     images = batch.rollouts.prompts.images
 
-    def views(questions: list[int], seed: int = 7) -> list[dict[int, tuple[Tensor, ...]]]:
+    def views(questions, seed=7):
         moved = dataclasses.replace(batch, seed=seed)
         both = perturbed_images(moved, images.of(questions), questions, config(), processor)
         result = []
         for view in both:
             patches = view.pixel_values.split(view.image_grid_thw.prod(1).tolist())
             assert view.per_question == tuple(images.per_question[q] for q in questions)
-            split: dict[int, tuple[Tensor, ...]] = {}
+            split = {}
             for question, count in zip(questions, view.per_question, strict=True):
                 split[question], patches = patches[:count], patches[count:]
             result.append(split)
@@ -210,14 +202,12 @@ def test_a_questions_views_do_not_depend_on_its_microbatch(family: str) -> None:
 
 @pytest.mark.parametrize("budget", [10**6, 260])
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_images_are_encoded_once_per_question_and_view(
-    family: str, budget: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_encoded_once_per_question_and_view(family, budget, monkeypatch):
     model, processor, batch = case(family)
-    encoded: list[int] = []
+    encoded = []
     stock = model.model.get_image_features
 
-    def encode(pixels: Tensor, grid: Tensor, **options: Any) -> Any:
+    def encode(pixels, grid, **options):
         encoded.append(len(grid))
         return stock(pixels, grid, **options)
 
@@ -230,7 +220,7 @@ def test_images_are_encoded_once_per_question_and_view(
     assert sum(encoded) == 3 * 4
 
 
-def test_seeds_depend_on_every_part() -> None:
+def test_seeds_depend_on_every_part():
     parts = [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), ("0", "a", 1), (0, "a1"), (0, "a")]
     seeds = [seed_from(*values) for values in parts]
     assert len(set(seeds)) == len(parts)
@@ -251,15 +241,13 @@ def test_seeds_depend_on_every_part() -> None:
         ([], [1.0, 1.0, 1.0, 1.0], 2, []),
     ],
 )
-def test_cutting_the_surplus(
-    kept: list[int], advantages: list[float], size: int, left: list[int]
-) -> None:
+def test_cutting_the_surplus(kept, advantages, size, left):
     rows = torch.tensor(kept, dtype=torch.int64)
     result = cut_surplus(rows, torch.tensor(advantages), 2, size)
     assert result.tolist() == left and result.dtype == torch.int64
 
 
-def test_microbatches_hold_every_row_once_within_the_budget() -> None:
+def test_microbatches_hold_every_row_once_within_the_budget():
     # A budget below the longest completion counts as that completion's length.
     model, tokenizer = tiny("text")
     batch = fixed_batch(fixed_rollouts(model, tokenizer, questions_for("text"), group_size=4))
@@ -275,7 +263,7 @@ def test_microbatches_hold_every_row_once_within_the_budget() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_passs_ratio_is_exactly_one(family: str, precision: str) -> None:
+def test_the_first_passs_ratio_is_exactly_one(family, precision):
     model, processor = tiny(family)
     model = packed(model)
     batch = fixed_batch(fixed_rollouts(model, processor, questions_for(family), group_size=4))

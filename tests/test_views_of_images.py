@@ -1,7 +1,5 @@
 """Views of PIL images and of processor-ready patches: the same picture, seeds, round trips."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -19,7 +17,7 @@ from cppo.views import (
 from cppo.views.patches import PatchLayout, images_from_patches, patches_from_images
 
 
-def pil_scene(mode: str = "RGB", size: tuple[int, int] = (56, 40), seed: int = 0) -> Image.Image:
+def pil_scene(mode="RGB", size=(56, 40), seed=0):
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
     return Image.fromarray(values).convert(mode)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from trainer_cases import (
     FAMILIES,
     fixed_batch,
+    fixed_case,
     fixed_rollouts,
     gradients,
     packed,
@@ -78,10 +79,8 @@ def test_packed_equals_padded_in_logps_and_gradients(family: str, lengths: str) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_order_and_padding_side_of_the_batch_do_not_matter(family: str) -> None:
-    model, processor = tiny(family, dtype=torch.float64)
-    model = packed(model)
-    rollouts = fixed_rollouts(model, processor, questions_for(family))
-    batch = fixed_batch(rollouts)
+    model, _, batch = fixed_case(family, dtype=torch.float64)
+    rollouts = batch.rollouts
     straight, stream = packed_logps(model, batch, batch.kept)
     whole = stream.unpack(straight)
 
@@ -108,11 +107,10 @@ def test_order_and_padding_side_of_the_batch_do_not_matter(family: str) -> None:
 def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
     results = []
     for enabled in (False, True):
-        model, processor = tiny(family, dtype=torch.float64)
-        model = packed(model).train()
+        model, _, batch = fixed_case(family, dtype=torch.float64)
+        model.train()
         if enabled:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        batch = fixed_batch(fixed_rollouts(model, processor, questions_for(family)))
         values, _ = packed_logps(model, batch, batch.kept)
         results.append(gradients(model, weighted(values, torch.ones_like(values))))
     assert relative_difference(results[1], results[0]) < 1e-12

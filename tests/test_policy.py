@@ -34,6 +34,13 @@ def test_adapters_are_not_added_to_adapters(kind, tmp_path):
         assert not list(tmp_path.glob("**/*.jsonl"))
 
 
+def test_lora_without_peft_names_the_pip_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("cppo.extras.find_spec", lambda name: None)
+    words = r"CPPOConfig.lora needs the package peft: pip install 'cppo\[peft\]'"
+    with pytest.raises(ImportError, match=words):
+        trainer_for(tmp_path, **LORA)
+
+
 def test_a_model_with_nothing_to_train_is_refused(tmp_path):
     model, _ = tiny("text")
     words = "model must have parameters to train, but all are frozen"

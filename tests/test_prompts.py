@@ -36,7 +36,6 @@ from cppo.demo.digits import DigitSums
 from cppo.model.prompts import PromptEncoder, encode_questions, render
 from cppo.questions import Question, QuestionError, as_question
 from cppo.questions.messages import with_images
-from cppo.rollouts.rollout import sample_completions
 from cppo.train.trainer import CPPOTrainer
 
 # ---- Ids
@@ -174,26 +173,6 @@ def test_training_with_a_bos_and_without_a_pad_token(family, tmp_path):
     prompts = trainer.sample(trainer.draw_questions()).prompts
     assert (prompts.input_ids == tokenizer.bos_token_id).sum(1).tolist() == [1] * 2
     assert tokenizer.pad_token is None
-
-
-def test_sampling_without_a_pad_token():
-    model, tokenizer = tiny("text")
-    tokenizer.pad_token = None
-    questions = questions_for("text")
-    prompts = encode_questions(model, tokenizer, questions)
-    rollouts = sample_completions(
-        model, tokenizer, prompts, group_size=1, max_new_tokens=4, temperature=None
-    )
-    for row, question in enumerate(questions):
-        alone = sample_completions(
-            model,
-            tokenizer,
-            encode_questions(model, tokenizer, [question]),
-            group_size=1,
-            max_new_tokens=4,
-            temperature=None,
-        )
-        assert rollouts.completion_ids[row] == alone.completion_ids[0]
 
 
 # ---- Special tokens in the text

@@ -18,19 +18,6 @@ def test_plain_prompt():
     assert question.images == [] and question.columns == {"answer": "4", "level": 1}
 
 
-def test_messages_keep_roles_and_order():
-    prompt = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "1?"},
-        {"role": "assistant", "content": "1."},
-        {"role": "user", "content": "2?", "name": None},
-    ]
-    question = as_question({"prompt": prompt})
-    assert [m["role"] for m in question.messages] == ["system", "user", "assistant", "user"]
-    assert all(set(message) == {"role", "content"} for message in question.messages)
-    assert "answer" not in question.columns
-
-
 def test_messages_keep_what_a_template_reads():
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     prompt = [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from trainer_cases import fixed_batch, fixed_rollouts, packed, questions_for, tiny
+from trainer_cases import fixed_batch, fixed_case, fixed_rollouts, packed, questions_for, tiny
 
 from cppo.rollouts.rollout import merge, take_questions
 from cppo.train.balance import _plan, balanced
@@ -18,9 +18,8 @@ def hidden_of(model, rollouts):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_taken_apart_and_merged_in_another_order(family):
-    model, processor = tiny(family)
-    model = packed(model)
-    whole = fixed_rollouts(model, processor, questions_for(family))
+    model, _, batch = fixed_case(family)
+    whole = batch.rollouts
     parts = [take_questions(whole, [2]), take_questions(whole, [0, 3]), take_questions(whole, [1])]
     merged = merge(parts)
     again = take_questions(merged, [1, 3, 0, 2])
@@ -52,8 +51,7 @@ def test_merged_rollouts_of_different_width_give_the_same_numbers(family):
 
 
 def test_no_question_at_all():
-    model, processor = tiny("qwen2_5_vl")
-    whole = fixed_rollouts(model, processor, questions_for("qwen2_5_vl"))
+    whole = fixed_case("qwen2_5_vl")[2].rollouts
     none = take_questions(whole, [])
     assert none.texts == [] and len(none.input_ids) == 0
     assert merge([none, whole]).texts == whole.texts
@@ -75,6 +73,5 @@ def test_one_process_keeps_its_batch():
     class Alone:
         size = 1
 
-    model, processor = tiny("text")
-    batch = fixed_batch(fixed_rollouts(model, processor, questions_for("text")))
+    batch = fixed_case("text")[2]
     assert balanced(batch, Alone()) is batch

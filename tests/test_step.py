@@ -8,13 +8,9 @@ from trainer_cases import (
     FAMILIES,
     VISION_FAMILIES,
     config,
-    fixed_batch,
-    fixed_rollouts,
+    fixed_case,
     gradients,
-    packed,
-    questions_for,
     relative_difference,
-    tiny,
 )
 
 from cppo.model.forward import lm_head
@@ -31,10 +27,7 @@ CASES = ("text", "qwen2_5_vl", "qwen3_vl")
 
 def case(family, **options):
     """An fp64 model, its processor, and a batch with old and reference log-probabilities."""
-    model, processor = tiny(family, dtype=torch.float64)
-    model = packed(model)
-    rollouts = fixed_rollouts(model, processor, questions_for(family), group_size=4)
-    batch = fixed_batch(rollouts, dtype=torch.float64)
+    model, processor, batch = fixed_case(family, dtype=torch.float64, group_size=4)
     logps = token_logps(model, batch, config()).double()
     noise = torch.randn(2, *logps.shape, dtype=torch.float64) * 0.3
     per_token = {"old_logps": logps + noise[0], "ref_logps": logps + noise[1]}
@@ -170,8 +163,7 @@ def test_completions_without_positive_advantage_run_no_view():
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_a_questions_views_do_not_depend_on_its_microbatch(family):
-    model, processor = tiny(family)
-    batch = fixed_batch(fixed_rollouts(model, processor, questions_for(family)))
+    _, processor, batch = fixed_case(family)
     images = batch.rollouts.prompts.images
 
     def views(questions, seed=7):
@@ -249,8 +241,7 @@ def test_cutting_the_surplus(kept, advantages, size, left):
 
 def test_microbatches_hold_every_row_once_within_the_budget():
     # A budget below the longest completion counts as that completion's length.
-    model, tokenizer = tiny("text")
-    batch = fixed_batch(fixed_rollouts(model, tokenizer, questions_for("text"), group_size=4))
+    _, _, batch = fixed_case("text", group_size=4)
     lengths = batch.lengths(batch.kept)
     for budget in (1, 30, 100, 10**6):
         parts = batch.microbatches(batch.kept, budget)
@@ -264,9 +255,7 @@ def test_microbatches_hold_every_row_once_within_the_budget():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_passs_ratio_is_exactly_one(family, precision):
-    model, processor = tiny(family)
-    model = packed(model)
-    batch = fixed_batch(fixed_rollouts(model, processor, questions_for(family), group_size=4))
+    model, processor, batch = fixed_case(family, group_size=4)
     options = config(max_tokens_per_microbatch=150)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         old = token_logps(model.eval(), batch, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -173,9 +174,8 @@ ERRORS = [
 
 @pytest.mark.parametrize(("call", "error", "message"), ERRORS, ids=[e[2] for e in ERRORS])
 def test_bad_input(call, error, message):
-    with pytest.raises(error) as caught:
+    with pytest.raises(error, match=rf"^cppo\..*{re.escape(message)}"):
         call()
-    assert str(caught.value).startswith("cppo.") and message in str(caught.value)
 
 
 def test_masked_targets_may_be_anything():

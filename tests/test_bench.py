@@ -1,15 +1,20 @@
 """The benchmark harness: what it refuses and what it counts."""
 
+from __future__ import annotations
+
 import itertools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from cppo import backends
 from cppo.benchmarks import accuracy, calls, harness, inputs, peers, report, timing
 from cppo.benchmarks.cases import SHAPES, Case, cases
-from cppo.benchmarks.harness import Budget, Pass, Selection
+from cppo.benchmarks.harness import Budget, Measured, Pass, Selection
 from cppo.benchmarks.inputs import Sizes
 from cppo.benchmarks.timing import Ceilings, measure_ceilings
 from cppo.records import TokenStats
@@ -20,19 +25,21 @@ TINY = Budget(seconds=0.0, rounds=3)
 SIZES = Sizes(4, 5, 37)
 
 
-def _case(op, sizes=SIZES, dtype="fp32"):
-    def make(device):
+def _case(op: str, sizes: Sizes = SIZES, dtype: str = "fp32") -> Case:
+    def make(device: torch.device) -> inputs.Inputs:
         return inputs.row_inputs(op, sizes, dtype, device)
 
     return Case(op, "tiny", dtype, make, ("forward", "both"), sizes)
 
 
-def _measure(case, *against, budget=TINY, **chosen):
+def _measure(case: Case, *against: str, budget: Budget = TINY, **chosen: Any) -> list[Measured]:
     selection = Selection(against, **chosen)
     return list(harness.measure(case, CPU, budget, CEILINGS, selection))
 
 
-def _plant(monkeypatch, op, change):
+def _plant(
+    monkeypatch: pytest.MonkeyPatch, op: str, change: Callable[[TokenStats], TokenStats]
+) -> None:
     """Changes what our fastest backend of `op` returns."""
     backend = backends.available(op)[0]
     # The fp64 truth is the specification, whatever is planted in a backend.
@@ -47,8 +54,10 @@ def _plant(monkeypatch, op, change):
 
 
 @pytest.mark.parametrize("part", ["value", "gradient"])
-def test_a_wrong_result_is_reported_and_never_timed(part, monkeypatch):
-    def wrong(stats):
+def test_a_wrong_result_is_reported_and_never_timed(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(stats: TokenStats) -> TokenStats:
         shift = 1e-3 * (stats.logps if part == "value" else stats.logps - stats.logps.detach())
         return TokenStats(stats.logps + shift, stats.entropy)
 
@@ -60,10 +69,10 @@ def test_a_wrong_result_is_reported_and_never_timed(part, monkeypatch):
     assert {row["peer"] for row in report.make_rows(found, CEILINGS)} == {"eager"}
 
 
-def test_an_error_at_full_size_alone_is_caught(monkeypatch):
+def test_an_error_at_full_size_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     checked_rows = 2 * SIZES.length
 
-    def wrong(stats):
+    def wrong(stats: TokenStats) -> TokenStats:
         is_whole = stats.logps.numel() > checked_rows
         return TokenStats(stats.logps + 0.1 * is_whole, stats.entropy)
 
@@ -73,12 +82,12 @@ def test_an_error_at_full_size_alone_is_caught(monkeypatch):
     assert found and all("whole call" in m.status and not m.passes for m in found)
 
 
-def test_a_slow_backend_is_seen_and_flagged(monkeypatch):
+def test_a_slow_backend_is_seen_and_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
     case = _case("token_stats")
     before = report.make_rows(_measure(case, "eager")[:2], CEILINGS)
     shared = {"device": "here"}
 
-    def slow(stats):
+    def slow(stats: TokenStats) -> TokenStats:
         time.sleep(0.3)
         return stats
 
@@ -91,7 +100,7 @@ def test_a_slow_backend_is_seen_and_flagged(monkeypatch):
     assert report.slower(before, before) == []
 
 
-def test_a_peer_is_timed_whatever_its_error_is_and_the_error_stands_beside():
+def test_a_peer_is_timed_whatever_its_error_is_and_the_error_stands_beside() -> None:
     case = _case("token_stats")
     found = {m.variant: m for m in _measure(case, "eager") if m.mode == "forward"}
     assert found["eager"].error < 1e-5 and found["eager"].passes
@@ -104,7 +113,7 @@ def test_a_peer_is_timed_whatever_its_error_is_and_the_error_stands_beside():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("op", ["cppo_loss", "linear_cppo_loss"])
 @pytest.mark.parametrize("gating", [True, False])
-def test_eager_is_the_same_loss_as_ours(op, gating, dtype):
+def test_eager_is_the_same_loss_as_ours(op: str, gating: bool, dtype: str) -> None:
     hidden = 64 if op.startswith("linear") else 0
     found = _measure(_case(op, Sizes(4, 10, 2011, hidden, gating=gating), dtype), "eager")
     names = {m.variant for m in found}
@@ -116,7 +125,7 @@ def test_eager_is_the_same_loss_as_ours(op, gating, dtype):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("op", ["cppo_loss", "linear_cppo_loss"])
-def test_the_share_of_rows_is_what_the_formulas_count(op, dtype):
+def test_the_share_of_rows_is_what_the_formulas_count(op: str, dtype: str) -> None:
     sizes = Sizes(8, 10, 2011, 64 if op.startswith("linear") else 0, selected_share=0.2)
     case = _case(op, sizes, dtype)
     drawn = case.make(CPU)
@@ -125,7 +134,7 @@ def test_the_share_of_rows_is_what_the_formulas_count(op, dtype):
     assert float(output.perception_mask.float().mean()) == pytest.approx(sizes.selected)
 
 
-def test_formulas_by_hand():
+def test_formulas_by_hand() -> None:
     view = 20 * 37 * 4
     case = _case("cppo_loss", Sizes(4, 5, 37, selected_share=0.2))
     # f = 0.5, r = 0.2: anchor, half of the negatives, a tenth of the positives; then the gradient:
@@ -144,8 +153,8 @@ def test_formulas_by_hand():
 # What is counted
 
 
-def test_interleaved_samples_respect_rounds_and_time():
-    order = []
+def test_interleaved_samples_respect_rounds_and_time() -> None:
+    order: list[str] = []
     timed = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     samples = timing.time_interleaved(timed, 0.0, {"a": 4, "b": 2}, CPU)
     assert {name: len(taken) for name, taken in samples.items()} == {"a": 4, "b": 2}
@@ -154,9 +163,9 @@ def test_interleaved_samples_respect_rounds_and_time():
 
 
 def test_a_fast_call_is_measured_for_as_long_as_a_slow_one_goes_on(
-    monkeypatch,
-):
-    order = []
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
     milliseconds = {"fast": 1.0, "slow": 30.0}
     timed = {name: lambda name=name: order.append(name) for name in milliseconds}
     monkeypatch.setattr(
@@ -170,10 +179,10 @@ def test_a_fast_call_is_measured_for_as_long_as_a_slow_one_goes_on(
     assert all(order.count(name) >= 200 / ms for name, ms in milliseconds.items())
 
 
-def test_a_mode_that_nobody_asked_for_is_not_run(monkeypatch):
+def test_a_mode_that_nobody_asked_for_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     modes, original = set(), calls.run
 
-    def heard(case, mode, *rest):
+    def heard(case: Case, mode: str, *rest: Any) -> Any:
         modes.add(mode)
         return original(case, mode, *rest)
 
@@ -182,7 +191,7 @@ def test_a_mode_that_nobody_asked_for_is_not_run(monkeypatch):
     assert {m.mode for m in found} == modes == {"forward"}
 
 
-def test_later_passes_time_the_same_calls_again(monkeypatch):
+def test_later_passes_time_the_same_calls_again(monkeypatch: pytest.MonkeyPatch) -> None:
     found = _measure(_case("token_stats"), "eager")
     assert [len(m.passes) for m in found] == [1] * 4
     clock = itertools.count(1.0)
@@ -200,7 +209,7 @@ def test_later_passes_time_the_same_calls_again(monkeypatch):
     assert {row["passes"] for row in report.make_rows(found, CEILINGS)} == {"8"}
 
 
-def test_what_a_call_in_place_overwrites_is_there_again():
+def test_what_a_call_in_place_overwrites_is_there_again() -> None:
     sizes = Sizes(4, 5, 37, inplace=True)
     drawn, given = (inputs.row_inputs("cppo_loss", sizes, "fp32", CPU) for _ in range(2))
     case = Case("cppo_loss", "tiny", "fp32", lambda _: given, ("both",), sizes)
@@ -213,8 +222,8 @@ def test_what_a_call_in_place_overwrites_is_there_again():
     assert not torch.equal(given["logits"].anchor, drawn["logits"].anchor)
 
 
-def test_peak_memory_sees_what_is_freed_again():
-    def call():
+def test_peak_memory_sees_what_is_freed_again() -> None:
+    def call() -> Tensor:
         return torch.ones(2**24).mul(2)[:1].clone()  # two times 64 MiB, both gone at the end
 
     for _ in range(2):  # whatever the allocator of the process keeps of the first
@@ -224,14 +233,14 @@ def test_peak_memory_sees_what_is_freed_again():
     assert 2**22 <= timing.peak_growth(lambda: held + 1, CPU) < 2**22 + 2**16
 
 
-def test_ceilings_are_rates():
+def test_ceilings_are_rates() -> None:
     measured = measure_ceilings(CPU, 0.0, toy=True)
     assert all(value > 0 for value in measured.columns().values())
     wide = Ceilings(1.0, 1.0, 5.0, 2.0)
     assert wide.of("TFLOP/s", "bf16") == 5.0 and wide.gemm("bf16") == 2.0
 
 
-def test_what_nobody_would_wait_for_is_not_run():
+def test_what_nobody_would_wait_for_is_not_run() -> None:
     case = _case("linear_cppo_loss", Sizes(4, 5, 37, 8))
     crawling = Ceilings(1.0, 1.0, 1e-12, 1e-12)
     selection = Selection(("eager",), ("reference",))
@@ -239,7 +248,7 @@ def test_what_nobody_would_wait_for_is_not_run():
     assert found and all(m.status.startswith("not run: about") for m in found)
 
 
-def test_every_op_has_a_case_in_every_shape_set():
+def test_every_op_has_a_case_in_every_shape_set() -> None:
     special = {"group_advantages", "prune_completions"}  # timed as parts of others
     for shapes in SHAPES:
         ops = {case.op for case in cases(shapes, CPU)}
@@ -249,13 +258,13 @@ def test_every_op_has_a_case_in_every_shape_set():
         assert len(set(named)) == len(named)
 
 
-def test_a_peer_that_is_absent_says_why(monkeypatch):
+def test_a_peer_that_is_absent_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "version", lambda name: "")
     _, absent = peers.competitors(_case("token_stats"), CPU, ("trl", "flash-attn"))
     assert absent["trl"] == "not installed" and absent["flash-attn"] == "not installed"
 
 
 @pytest.mark.slow
-def test_torch_compile_is_a_peer():
+def test_torch_compile_is_a_peer() -> None:
     compiled = [m for m in _measure(_case("token_stats"), "compile") if m.peer == "compile"]
     assert len(compiled) == 2 and all(m.passes and m.error < 1e-5 for m in compiled)

@@ -1,5 +1,7 @@
 """What the benchmarks write: rows, charts, the numbers of a text, and never over committed rows."""
 
+from __future__ import annotations
+
 import shutil
 import subprocess
 import sys
@@ -18,16 +20,16 @@ from cppo.cli import main
 CPU = torch.device("cpu")
 SCRIPTS = Path(environment.__file__).parent / "experiments"
 COLUMNS = ("ms_p20", "ms_p50", "ms_p80", "samples", "passes", "gbytes", "gflop", "rate", "unit")
-COLUMNS += ("percent_of_ceiling", "speedup_over_eager", "peak_mib", "gradient_mib", "max_error")
+COLUMNS += ("percent_of_ceiling", "speedup_over_eager", "peak_mib", "gradient_mib", "max_error")  # type: ignore[assignment]
 
 
-def _row(**values):
+def _row(**values: str) -> report.Row:
     row = dict(op="cppo_loss", shape="T=1 V=2 three views, all rows", dtype="fp32", mode="both")
     zero = dict(percent_of_ceiling="50", peak_mib="12", gradient_mib="10", device="d", unit="GB/s")
     return {**row, "backend": "", "peer": "", **zero, **values}
 
 
-def test_rows_replace_those_of_the_same_key(tmp_path):
+def test_rows_replace_those_of_the_same_key(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     report.merge(path, [_row(device="x", ms_p50="1")])
     report.merge(path, [_row(device="y", ms_p50="2", new="3")])
@@ -36,7 +38,9 @@ def test_rows_replace_those_of_the_same_key(tmp_path):
     assert found == [("x", "4", ""), ("y", "2", "3")]
 
 
-def test_ceilings_are_the_best_of_all_passes(tmp_path, monkeypatch):
+def test_ceilings_are_the_best_of_all_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     probed = iter([Ceilings(10.0, 2.0, 5.0, 2.0), Ceilings(20.0, 1.0, 5.0, 2.0)])
     monkeypatch.setattr(run, "measure_ceilings", lambda *_, **__: next(probed))
     path = tmp_path / "toy.csv"
@@ -51,7 +55,9 @@ def test_ceilings_are_the_best_of_all_passes(tmp_path, monkeypatch):
             assert float(row["percent_of_ceiling"]) == pytest.approx(share, rel=0.01)
 
 
-def test_the_command_writes_rows_pictures_and_a_page(tmp_path, capsys):
+def test_the_command_writes_rows_pictures_and_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib", reason="charts need matplotlib")
     path = tmp_path / "toy.csv"
     command = ["bench", "--shapes", "toy", "--op", "cppo_loss", "plan_microbatches"]
@@ -82,7 +88,7 @@ def test_the_command_writes_rows_pictures_and_a_page(tmp_path, capsys):
     assert "| `cppo_loss` | T=48 V=193 anchor only | fp32 forward + backward |" in table
 
 
-def test_a_typing_mistake_is_one_line(capsys):
+def test_a_typing_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--against", "trll"]) == 2
     assert "unknown peer trll; choose from eager, compile, trl" in capsys.readouterr().err
 
@@ -90,7 +96,9 @@ def test_a_typing_mistake_is_one_line(capsys):
 # Where rows go
 
 
-def test_committed_rows_are_only_written_over_when_asked(tmp_path, monkeypatch):
+def test_committed_rows_are_only_written_over_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     committed = Path(environment.__file__).parent / "results"
     assert run.Options().path.parent == tmp_path / "cppo-bench"
@@ -104,7 +112,9 @@ def test_committed_rows_are_only_written_over_when_asked(tmp_path, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in committed.iterdir()} == before
 
 
-def test_there_is_nothing_to_record_into_outside_of_a_clone(tmp_path, monkeypatch, capsys):
+def test_there_is_nothing_to_record_into_outside_of_a_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(environment, "HERE", tmp_path / "site-packages")
     assert main(["bench", "--record"]) == 2
@@ -114,14 +124,14 @@ def test_there_is_nothing_to_record_into_outside_of_a_clone(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "script", sorted(path.name for path in SCRIPTS.glob("*.py") if "def main" in path.read_text())
 )
-def test_every_script_asks_before_it_writes_over_committed_rows(script):
+def test_every_script_asks_before_it_writes_over_committed_rows(script: str) -> None:
     """None of them names the folder of committed rows but through `results_folder(record)`."""
     text = (SCRIPTS / script).read_text()
     assert "add_record_option(" in text and "results_folder(options.record)" in text
     assert text.count("results_folder(") == 1
 
 
-def test_a_file_is_named_after_its_device_and_allocator(monkeypatch):
+def test_a_file_is_named_after_its_device_and_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = torch.backends.cpu.get_cpu_capability().lower()
     stem = environment.file_stem()
     assert environment.allocator() == "system"
@@ -131,7 +141,7 @@ def test_a_file_is_named_after_its_device_and_allocator(monkeypatch):
     assert environment.environment()["allocator"] == "jemalloc"
 
 
-def test_a_preloaded_allocator_is_seen(tmp_path):
+def test_a_preloaded_allocator_is_seen(tmp_path: Path) -> None:
     if not sys.platform.startswith("linux") or not shutil.which("cc"):
         pytest.skip("needs Linux and a C compiler")
     library = tmp_path / "libjemalloc.so.2"
@@ -148,8 +158,10 @@ def test_a_preloaded_allocator_is_seen(tmp_path):
     assert done.stdout.strip() == "jemalloc", done.stderr
 
 
-def test_the_gpu_script_goes_on_where_it_was_cut(tmp_path, monkeypatch):
-    def case(op):
+def test_the_gpu_script_goes_on_where_it_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def case(op: str) -> Case:
         sizes = Sizes(4, 5, 37)
         make = lambda device: inputs.row_inputs(op, sizes, "fp32", device)  # noqa: E731
         return Case(op, "tiny", "fp32", make, ("forward", "both"), sizes)
@@ -178,12 +190,12 @@ def test_the_gpu_script_goes_on_where_it_was_cut(tmp_path, monkeypatch):
 # Numbers of a text
 
 
-def test_numbers_are_written_without_an_exponent():
+def test_numbers_are_written_without_an_exponent() -> None:
     found = [report.three_digits(value) for value in (0.01234, 12.34, 999.4, 4246.0)]
     assert found == ["0.0123", "12.3", "999", "4,246"]
 
 
-def test_what_texts_are_made_of(tmp_path, monkeypatch):
+def test_what_texts_are_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gated = "T=1 V=2 three views, f=0.5 r=0.2"
     rows = [_row(backend="cpp", ms_p50="2000"), _row(peer="eager", ms_p50="50000")]
     rows += [_row(backend="cpp", ms_p50="1", shape=gated, peak_mib="3")]
@@ -192,7 +204,7 @@ def test_what_texts_are_made_of(tmp_path, monkeypatch):
     report.write(tmp_path / "cpu_here.csv", rows)
     report.write(tmp_path / "cpu_here_steps.csv", rows)  # is no second set of the device
 
-    def made(place):
+    def made(place: str) -> str:
         kind = place.partition(":")[0]
         text = report.rendered(f"<!-- {place} -->old<!-- /{kind} -->")
         return text.removeprefix(f"<!-- {place} -->").removesuffix(f"<!-- /{kind} -->").strip()

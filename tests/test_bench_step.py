@@ -1,5 +1,9 @@
 """The step benchmark compares like with like: the same loss and gradients."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("model_name", ["toy", "toy-vl"])
-def test_ours_without_pruning_is_the_three_view_scheme(model_name):
+def test_ours_without_pruning_is_the_three_view_scheme(model_name: str) -> None:
     model = step_models.build(model_name, CPU, torch.float32)
     batch = make_batch(model, questions=2, group_size=4, prompt=6, completion=9)
     step.set_attention(model, "sdpa")
@@ -29,11 +33,11 @@ def test_ours_without_pruning_is_the_three_view_scheme(model_name):
     assert not torch.allclose(gradients["cppo"], theirs, atol=1e-3 * float(theirs.abs().max()))
 
 
-def test_every_phase_of_every_scheme_is_a_row(tmp_path):
+def test_every_phase_of_every_scheme_is_a_row(tmp_path: Path) -> None:
     path = tmp_path / "steps.csv"
     arguments = ["--model", "toy", "--prompt", "4", "--completion", "5", "--repeats", "1"]
     arguments += ["--prune-rate", "0.5", "0.75", "--device", "cpu", "--output", str(path)]
-    printed = []
+    printed: list[str] = []
     step.main(arguments, printed.append)
     written = report.read(path)
     assert [row["backend"] or row["peer"] for row in written] == 2 * list(step.SCHEMES)

@@ -5,7 +5,10 @@ result is finite and close, ours must be as close (up to the accuracy law's own 
 fails or is wrong, ours must still be right. Peers that are not installed are skipped.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,21 +28,21 @@ LOGIT_CASES = ("random", "bf16", "low", "large", "minus_inf", "strided", "shared
 HIDDEN_CASES = ("random", "bf16", "low", "large", "expanded")
 
 
-def _ours(op, backend):
-    def stats(*rows):
+def _ours(op: str, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def stats(*rows: Tensor) -> tuple[Tensor, Tensor]:
         result = getattr(cppo, op)(*rows, backend=backend)
         return result.logps, result.entropy
 
     return stats
 
 
-def _eager(rows, *more):
+def _eager(rows: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
     function = eager.token_stats if len(more) == 1 else eager.linear_token_stats
     found = function(rows, *more)
     return found["logps"], found["entropy"]
 
 
-def _library(name, kind):
+def _library(name: str, kind: str) -> Stats:
     peer = next(peer for peer in peers.PEERS if peer.name == name)
     pytest.importorskip(
         {"liger": "liger_kernel"}.get(name, name), reason=f"{peer.distribution} is not installed"
@@ -48,11 +51,11 @@ def _library(name, kind):
         pytest.importorskip("verl.utils.experimental.torch_functional", reason="verl has no part")
     load = peer.logits if kind == "logits" else peer.linear
     assert load is not None
-    stats = load()
+    stats: Any = load()
     return lambda *rows: stats(*rows, True)
 
 
-def _logits(case):
+def _logits(case: str) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     logits = 2 * torch.randn(*SHAPE, VOCABULARY, generator=generator)
     if case == "bf16":
@@ -70,11 +73,11 @@ def _logits(case):
     return logits
 
 
-def _targets():
+def _targets() -> Tensor:
     return torch.randint(0, VOCABULARY - 7, SHAPE, generator=torch.Generator().manual_seed(2))
 
 
-def _upstream(case):
+def _upstream(case: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     if case == "expanded":
         return torch.ones(()).expand(SHAPE), torch.full((), -0.5).expand(SHAPE)
@@ -82,7 +85,7 @@ def _upstream(case):
     return first, second
 
 
-def _evaluate(stats, leaves, targets, case):
+def _evaluate(stats: Stats, leaves: list[Tensor], targets: Tensor, case: str) -> list[Tensor]:
     """Both outputs and the gradient of every leaf."""
     leaves = [x.detach().requires_grad_() for x in leaves]
     logps, entropy = stats(*leaves, targets)
@@ -95,14 +98,14 @@ def _evaluate(stats, leaves, targets, case):
     return [logps.detach(), entropy.detach(), *found]
 
 
-def _exact(leaves, targets, case):
+def _exact(leaves: list[Tensor], targets: Tensor, case: str) -> list[Tensor]:
     function = reference.token_stats if len(leaves) == 1 else reference.linear_token_stats
     return _evaluate(
         lambda *rows: tuple(function(*rows)), [x.double() for x in leaves], targets, case
     )
 
 
-def _error(value, exact):
+def _error(value: Tensor, exact: Tensor) -> float:
     """Relative to the largest value; inf where a number is missing."""
     finite = exact.isfinite()
     if not torch.equal(value.isfinite(), finite):
@@ -111,7 +114,7 @@ def _error(value, exact):
     return float(difference / exact[finite].abs().max().clamp(min=1.0))
 
 
-def _compare(ours, theirs, leaves, case):
+def _compare(ours: Stats, theirs: Stats, leaves: list[Tensor], case: str) -> None:
     targets = _targets()
     exact = _exact(leaves, targets, case)
     mine = _evaluate(ours, leaves, targets, case)
@@ -128,14 +131,14 @@ def _compare(ours, theirs, leaves, case):
         assert error <= own_limit, f"{name}: off by {error:.2g}"
 
 
-def _fast(op):
+def _fast(op: str) -> list[str]:
     return [name for name in backends.available(op) if name != "triton"]
 
 
 @pytest.mark.parametrize("case", LOGIT_CASES)
 @pytest.mark.parametrize("name", ["eager", "trl"])
 @pytest.mark.parametrize("backend", _fast("token_stats"))
-def test_logits(backend, name, case):
+def test_logits(backend: str, name: str, case: str) -> None:
     theirs = _eager if name == "eager" else _library(name, "logits")
     _compare(_ours("token_stats", backend), theirs, [_logits(case)], case)
 
@@ -143,7 +146,7 @@ def test_logits(backend, name, case):
 @pytest.mark.parametrize("case", HIDDEN_CASES)
 @pytest.mark.parametrize("name", ["eager", "trl", "liger", "verl"])
 @pytest.mark.parametrize("backend", _fast("linear_token_stats"))
-def test_hidden_states(backend, name, case):
+def test_hidden_states(backend: str, name: str, case: str) -> None:
     theirs = _eager if name == "eager" else _library(name, "linear")
     generator = torch.Generator().manual_seed(4)
     hidden = torch.randn(*SHAPE, HIDDEN, generator=generator)
@@ -159,13 +162,13 @@ def test_hidden_states(backend, name, case):
 
 
 @pytest.mark.parametrize("backend", _fast("linear_token_stats"))
-def test_torch_linear_cross_entropy(backend):
+def test_torch_linear_cross_entropy(backend: str) -> None:
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(*SHAPE, HIDDEN, generator=generator)
     weight = torch.randn(VOCABULARY, HIDDEN, generator=generator) / HIDDEN**0.5
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
-    stats = peers._torch_linear()
+    stats: Any = peers._torch_linear()
     exact = reference.linear_token_stats(hidden.double(), weight.double(), _targets()).logps
     theirs = _error(stats(hidden, weight, _targets(), False)[0], exact)
     ours = _error(_ours("linear_token_stats", backend)(hidden, weight, _targets())[0], exact)
@@ -173,7 +176,7 @@ def test_torch_linear_cross_entropy(backend):
 
 
 @pytest.mark.parametrize("backend", _fast("linear_cppo_loss"))
-def test_liger_grpo_loss(backend):
+def test_liger_grpo_loss(backend: str) -> None:
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
@@ -185,16 +188,16 @@ def test_liger_grpo_loss(backend):
     mask[0, 7:] = 0
     loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="grpo")
 
-    def theirs(hidden, weight):
-        value = loss(hidden, weight, targets, mask, advantages)[0]
+    def theirs(hidden: Tensor, weight: Tensor) -> Tensor:
+        value: Tensor = loss(hidden, weight, targets, mask, advantages)[0]
         return value
 
-    def ours(hidden, weight):
+    def ours(hidden: Tensor, weight: Tensor) -> Tensor:
         return cppo.linear_cppo_loss(
             hidden, weight, targets, advantages, mask=mask.bool(), backend=backend
         ).loss
 
-    def exact(hidden, weight):
+    def exact(hidden: Tensor, weight: Tensor) -> Tensor:
         return reference.linear_cppo_loss(
             hidden, weight, targets, advantages.double(), mask=mask.bool()
         ).loss

@@ -1,28 +1,33 @@
 """Sampling from exactly the distribution that is trained, and scoring what was sampled."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
 from trainer_cases import config, packed, question, questions_for, tiny
 
 from cppo.model.prompts import encode_questions
-from cppo.rollouts.rollout import sample_completions
+from cppo.questions import Question
+from cppo.rollouts.rollout import Rollouts, sample_completions
 from cppo.train.batch import Batch
 from cppo.train.views import token_logps
 
 
-def sampled(model, processor, questions, **options):
+def sampled(model: Any, processor: Any, questions: list[Question], **options: Any) -> Rollouts:
     prompts = encode_questions(model, processor, questions)
     defaults = {"group_size": 4, "max_new_tokens": 6, "temperature": 1.0}
     return sample_completions(model, processor, prompts, **(defaults | options))
 
 
-def peaked(model, factor=4.0):
+def peaked(model: Any, factor: float = 4.0) -> Any:
     """The model with larger embeddings: a distribution far from uniform."""
     model.get_input_embeddings().weight.data *= factor
     return model
 
 
-def test_sampling_is_on_policy_whatever_the_checkpoint_asks_for():
+def test_sampling_is_on_policy_whatever_the_checkpoint_asks_for() -> None:
     model, tokenizer = tiny("text")
     model = packed(peaked(model))
     # What checkpoints ship with; any of it would make another distribution.
@@ -51,7 +56,7 @@ def test_sampling_is_on_policy_whatever_the_checkpoint_asks_for():
 
 
 @pytest.mark.parametrize("family", ["text", "qwen2_5_vl"])
-def test_suppressed_tokens_never_come(family):
+def test_suppressed_tokens_never_come(family: str) -> None:
     model, processor = tiny(family)
     letters = list(range(9, 60))
     torch.manual_seed(0)
@@ -62,7 +67,7 @@ def test_suppressed_tokens_never_come(family):
     assert not torch.isin(held.input_ids[mask_held], torch.tensor(letters)).any()
 
 
-def test_a_completion_ends_with_its_closing_token():
+def test_a_completion_ends_with_its_closing_token() -> None:
     model, tokenizer = tiny("text")
     eos = tokenizer.eos_token_id
     # A head that makes closing likely: completions of every length.
@@ -94,7 +99,9 @@ def test_a_completion_ends_with_its_closing_token():
 
 @pytest.mark.parametrize("family", ["text", "qwen2_vl"])
 @pytest.mark.parametrize("batch_size", [1, 5, 8, 100])
-def test_generating_in_chunks_gives_every_question_its_completions(family, batch_size):
+def test_generating_in_chunks_gives_every_question_its_completions(
+    family: str, batch_size: int
+) -> None:
     model, processor = tiny(family)
     questions = questions_for(family)
     whole = sampled(model, processor, questions, temperature=None, group_size=1)
@@ -120,7 +127,7 @@ def test_generating_in_chunks_gives_every_question_its_completions(family, batch
             assert rollouts.texts == whole.texts
 
 
-def test_sampling_leaves_the_model_in_its_mode():
+def test_sampling_leaves_the_model_in_its_mode() -> None:
     model, tokenizer = tiny("text")
     for mode in (True, False):
         model.train(mode)

@@ -20,7 +20,7 @@ from cppo.questions import as_question
 from cppo.questions.stream import QuestionStream
 from cppo.train import evaluate as evaluate_module
 from cppo.train.checkpoint import best_checkpoint, checkpoints, last_checkpoint, read_summary
-from cppo.train.evaluate import evaluate
+from cppo.train.evaluate import Share, evaluate
 from cppo.train.progress import read_metrics
 from cppo.train.trainer import CPPOTrainer
 
@@ -180,6 +180,17 @@ def test_evaluation_averages_over_questions_then_over_passes(
         *[("greedy", q, 0) for q in range(3)],
     ]
     assert [r["rewards"]["stub"] for r in result.completions[:6]] == sum(table.values(), [])
+
+
+def test_each_process_evaluates_its_share_of_the_questions():
+    model, tokenizer = tiny("text")
+    questions = [as_question(row) for row in text_rows(3)]
+    options = config(eval_greedy=False, max_completion_tokens=3)
+    shares = []
+    for rank in (0, 1):
+        share = Share(rank, 2, lambda rows: shares.append(rows) or [rows])
+        evaluate(model, tokenizer, [noise], questions, config=options, share=share)
+    assert [[row["question"] for row in rows] for rows in shares] == [[0, 2], [1]]
 
 
 def test_evaluation_repeats_and_leaves_training_alone(tmp_path):

@@ -221,26 +221,6 @@ def test_gradient_checkpointing_and_autocast(backend):
     torch.testing.assert_close(half, expected.loss, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.interpreted()
-@every_backend
-def test_under_distributed_data_parallel(backend, tmp_path):
-    inputs = make_inputs("cppo_loss", layout="packed")
-    head = torch.nn.Linear(37, 37)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(head)
-        views = Views(*wrapped(torch.stack(list(inputs["logits"]))))
-        cppo.cppo_loss(**{**inputs, "logits": views}, backend=backend).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    gradient, head.weight.grad = head.weight.grad, None
-    views = Views(*(head(view) for view in inputs["logits"]))
-    cppo.cppo_loss(**{**inputs, "logits": views}, backend="reference").loss.backward()
-    torch.testing.assert_close(gradient, head.weight.grad)
-
-
 # Any shape
 
 

@@ -63,9 +63,7 @@ def base_folder(folder, family, video="none"):
 def trained(folder, output, family, **options):
     """A checkpoint after one step from a folder, by cppo's own loaders."""
     model, processor = load_model(folder), load_processor(folder)
-    trainer = trainer_for(
-        output, family, model=model, processor=processor, max_steps=1, **options
-    )  # fmt: skip
+    trainer = trainer_for(output, family, model=model, processor=processor, max_steps=1, **options)
     trainer.train()
     checkpoint = last_checkpoint(output)
     assert checkpoint is not None

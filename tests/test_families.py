@@ -31,9 +31,7 @@ def decoded_logits(model, sequences):
     """Logits of the last four tokens: two prompts padded on the left, then token by token."""
     longest = max(len(s) for s in sequences)
     ids = torch.stack([torch.cat([s.new_zeros(longest - len(s)), s]) for s in sequences])
-    mask = torch.stack(
-        [torch.arange(longest) >= longest - len(s) for s in sequences]
-    ).long()  # fmt: skip
+    mask = torch.stack([torch.arange(longest) >= longest - len(s) for s in sequences]).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config.get_text_config())
     rows = []

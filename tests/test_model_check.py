@@ -26,9 +26,7 @@ def packed_family(family, **options):
 def a_batch(lengths=(7, 5)):
     ids = torch.arange(max(lengths)) % 50 + 3
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return pack_completions(
-        ids.expand_as(mask), mask, mask & (torch.arange(max(lengths)) >= 2)
-    )  # fmt: skip
+    return pack_completions(ids.expand_as(mask), mask, mask & (torch.arange(max(lengths)) >= 2))
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "mistral", "olmo3", "cohere2", "exaone4"])

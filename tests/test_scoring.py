@@ -37,9 +37,9 @@ def test_rewards_are_called_as_trl_calls_them():
     scores_of(talks, watch)
     scores_of(strings(talks), watch)
     first, second = (question.messages for question in talks.prompts.questions)
-    ids = [row[mask].tolist() for row, mask in zip(
-        talks.input_ids, talks.completion_mask, strict=True
-    )]  # fmt: skip
+    ids = [
+        row[mask].tolist() for row, mask in zip(talks.input_ids, talks.completion_mask, strict=True)
+    ]
     answers = ["0", "0", "1", "1"]
     messages = [[{"role": "assistant", "content": text}] for text in talks.texts]
     assert calls[0] == (messages, ids, [first, first, second, second], answers)
@@ -54,8 +54,7 @@ def test_what_is_given_on_request(rollouts):
         seen.update(everything)
         return [0.0] * len(completions)
 
-    def names_some(completions, prompts, completion_ids, answer,
-                   group_size):  # fmt: skip
+    def names_some(completions, prompts, completion_ids, answer, group_size):
         seen["named"] = group_size
         return [0.0] * len(completions)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
 import sys
 import types
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from launching import torchrun
 
 import cppo
 from cppo import LossConfig, Views, backends
@@ -110,28 +108,14 @@ def test_a_scale_or_cap_that_is_none_is_named(op, argument, value, message):
         getattr(cppo, op)(**make_inputs(op), **{argument: value})
 
 
-def on_two_processes(script):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*torchrun, "--nproc_per_node", "2", str(Path(__file__).with_name(script))],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **quiet},
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert done.stdout.count("all held") == 2
-
-
 def test_a_head_that_is_a_dtensor():
     """FSDP2 among them."""
-    on_two_processes("sharded_head.py")
+    assert torchrun("sharded_head.py").count("all held") == 2
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_a_head_under_deepspeed():
-    on_two_processes("zero3_head.py")
+    assert torchrun("zero3_head.py").count("all held") == 2
 
 
 class Zero3:

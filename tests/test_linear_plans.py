@@ -130,8 +130,18 @@ def test_opcheck(config, backend, softcap):
     views = [view.requires_grad_() for view in inputs["hidden"]]
     rows = [inputs[name] for name in ("targets", "advantages", "old_logps", "ref_logps")]
     by = denominators(rows[0], None, inputs["cu_seqlens"], None, config)
-    options = (by.values, by.per_selected, config.temperature, config.text, softcap, [True] * 5)
-    arguments = (*views, *heads, *rows, None, inputs["cu_seqlens"], *options)
+    options = (by.values, by.per_selected, config.temperature, config.text, softcap, "fp32")
+    suppressed = None if softcap is None else torch.tensor([36])
+    arguments = (
+        *views,
+        *heads,
+        suppressed,
+        *rows,
+        None,
+        inputs["cu_seqlens"],
+        *options,
+        [True] * 5,
+    )
     for resident in (False, True) if config.cpl_reduction == "sequence" else (False,):
         op = _ops(backend).linear_cppo_loss.default
         outcome = torch.library.opcheck(op, (*arguments, resident))
@@ -167,7 +177,7 @@ def test_the_host_waits_once_and_twice_a_group(layout, monkeypatch):
     inputs = make_inputs("linear_cppo_loss", layout=layout)
     rows = [inputs[name] for name in ("targets", "advantages", "old_logps", "ref_logps")]
     rows += [inputs.get("mask"), inputs.get("cu_seqlens")]
-    given = (*inputs["hidden"], inputs["weight"], None, *rows)
+    given = (*inputs["hidden"], inputs["weight"], None, torch.tensor([36]), *rows)
     kernels = SimpleNamespace(**{op: getattr(torch.ops.cppo, op) for op in PRIMITIVES})
 
     monkeypatch.setattr(head, "VECTOR", 1)  # else tiles are of 16 rows
@@ -176,9 +186,11 @@ def test_the_host_waits_once_and_twice_a_group(layout, monkeypatch):
         monkeypatch.setitem(head.TILE_BYTES, "cpu", rows_per_tile * 37 * 4)
         config = CONFIGS[plan]
         by = denominators(rows[0], rows[4], rows[5], None, config)
-        options = (by.values, by.per_selected, config.temperature, config.text, None, [True] * 5)
+        options = (by.values, by.per_selected, config.temperature, config.text, None, "fp32")
         with _Waits(monkeypatch) as mode:
-            arguments = ARGUMENTS["linear_cppo_loss"](*given, *options, plan == "resident")
+            arguments = ARGUMENTS["linear_cppo_loss"](
+                *given, *options, [True] * 5, plan == "resident"
+            )
             linear.linear_cppo_loss(kernels, arguments)
         return mode.count
 
@@ -215,7 +227,18 @@ def test_statistics_opcheck_and_scaled_upstream_gradients(backend):
     inputs = make_inputs("linear_token_stats")
     hidden, weight, bias = (inputs[n].requires_grad_() for n in ("hidden", "weight", "bias"))
     op = _ops(backend).linear_token_stats.default
-    arguments = (hidden, weight, bias, inputs["targets"], inputs["mask"], 0.8, 3.0)
+    suppressed = torch.tensor([36])
+    arguments = (
+        hidden,
+        weight,
+        bias,
+        suppressed,
+        inputs["targets"],
+        inputs["mask"],
+        0.8,
+        3.0,
+        "fp32",
+    )
     assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
     inputs = make_inputs("linear_cppo_loss")
     for config in CONFIGS.values():

@@ -156,9 +156,9 @@ def _linear_token_stats(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
     def setup(ctx, given, output):
-        ctx.options = (given.temperature, given.softcap)
-        tensors = (given.hidden, given.weight, given.bias, given.targets, given.mask)
-        ctx.save_for_backward(*tensors)
+        ctx.options = (given.temperature, given.softcap, given.logits_dtype)
+        head = (given.weight, given.bias, given.suppressed)
+        ctx.save_for_backward(given.hidden, *head, given.targets, given.mask)
 
     def backward(ctx, grad_logps, grad_entropy):
         wants = list(ctx.needs_input_grad[:3])
@@ -174,12 +174,13 @@ def _linear_cppo_loss(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
     def setup(ctx, given, output):
-        ctx.options = (given.temperature, given.config, given.softcap)
+        logits = (given.softcap, given.logits_dtype)
+        ctx.options = (given.temperature, given.config, *logits)
         ctx.wants = given.wants
         ctx.mark_non_differentiable(*output[1:])
         ctx.resident, ctx.dtype = given.resident, given.anchor.dtype
         inputs = (given.anchor, given.positive, given.negative, given.weight, given.bias)
-        rows = (given.targets, given.advantages, given.cu_seqlens)
+        rows = (given.suppressed, given.targets, given.advantages, given.cu_seqlens)
         kept = RESULTS["linear_cppo_loss"](*output)
         gradients = kept[-len(inputs) :]
         ctx.save_for_backward(*gradients if ctx.resident else (*inputs, *rows, kept.coefficients))

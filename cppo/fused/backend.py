@@ -103,10 +103,11 @@ class Backend:
         temperature: float = 1.0,
         mask: Tensor | None = None,
         softcap: float | None = None,
+        suppressed: Tensor | None = None,
+        logits_dtype: str = "fp32",
     ) -> TokenStats:
-        return TokenStats(
-            *self._ops.linear_token_stats(hidden, weight, bias, targets, mask, temperature, softcap)
-        )
+        head, options = (weight, bias, suppressed), (temperature, softcap, logits_dtype)
+        return TokenStats(*self._ops.linear_token_stats(hidden, *head, targets, mask, *options))
 
     def perception_mask(
         self,
@@ -155,6 +156,8 @@ class Backend:
         config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        suppressed: Tensor | None = None,
+        logits_dtype: str = "fp32",
     ) -> LossOutput:
         inputs = (*views, weight, bias)
         # The tensors of torch.func do not say what those in them require: the backward knows.
@@ -169,9 +172,10 @@ class Backend:
         # is counted on the way is known when the last tile is gone.
         waits = by.per_selected and views.positive is not None
         resident = known and any(wants) and config.divergence != "full" and not waits
-        rows = (targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
-        options = (by.values, by.per_selected, temperature, config.text, softcap, wants, resident)
-        found = RESULTS["linear_cppo_loss"](*self._ops.linear_cppo_loss(*inputs, *rows, *options))
+        rows = (suppressed, targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
+        options = (by.values, by.per_selected, temperature, config.text, softcap, logits_dtype)
+        op = self._ops.linear_cppo_loss
+        found = RESULTS["linear_cppo_loss"](*op(*inputs, *rows, *options, wants, resident))
         metrics = _metrics(found, views, ref_logps, by)
         # Divided by the rows that count they are GEMM units, and the share that was resident.
         work = found.work.to(found.metrics.dtype)

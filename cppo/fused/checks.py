@@ -21,7 +21,13 @@ from torch import Tensor
 
 from cppo.fused.fakes import accumulator
 from cppo.fused.schema import COEFFICIENTS, CONTRASTS, SAVED, from_text
-from cppo.ops.checks import check_cu_seqlens, may_read
+from cppo.ops.checks import (
+    LOGITS_DTYPES,
+    check_choice,
+    check_cu_seqlens,
+    check_suppressed,
+    may_read,
+)
 
 # The tensor whose rows the others belong to: with columns of its own, or one entry per row.
 _LEADING = ("logits", "anchor", "hidden", "anchor_entropy", "logps")
@@ -144,7 +150,7 @@ def _check(op: str, given: dict[str, Any]) -> None:
     if has_columns:
         _check_logits(op, name, rows)
     if "weight" in given:
-        _check_head(op, rows, given["weight"], given["bias"])
+        _check_head(op, rows, given["weight"], given["bias"], given["suppressed"])
     count = rows.shape[:-1].numel() if has_columns else rows.numel()
     if given.get("places") is not None:
         count = given["targets"].numel()
@@ -159,6 +165,7 @@ def _check(op: str, given: dict[str, Any]) -> None:
             _check_kept(op, rows, (size, count), kept, given[kept])
     if not 0 <= given.get("fraction", 0) <= 1:
         raise ValueError(f"cppo.{op}: fraction must be in [0, 1], got {given['fraction']}")
+    check_choice(op, "logits_dtype", given.get("logits_dtype", "fp32"), LOGITS_DTYPES)
     config = from_text(given["config"]) if "config" in given else None
     views: dict[str, Tensor | None] = {
         view: given[view] for view in ("positive", "negative") if view in given
@@ -187,7 +194,9 @@ def _check_given_places(op: str, rows: Tensor, given: dict[str, Any]) -> None:
             _require(len(given[view]) == len(rows), op, view, f"of {len(rows)} rows", given[view])
 
 
-def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_head(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, suppressed: Tensor | None
+) -> None:
     fits = weight.ndim == 2 and weight.shape[0] > 0 and weight.shape[1] == hidden.shape[-1]
     fits = fits and weight.dtype == hidden.dtype and weight.device == hidden.device
     _require(fits, op, "weight", f"(V, {hidden.shape[-1]}) like hidden", weight)
@@ -195,6 +204,10 @@ def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
         fits = bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
         _require(fits, op, "bias", f"({len(weight)},) like weight", bias)
         _check_each(op, weight, len(weight), bias=bias)
+    if suppressed is not None:
+        fits = suppressed.dtype == torch.int64 and suppressed.device == weight.device
+        _require(fits, op, "suppressed", f"int64 on {weight.device}", suppressed)
+        check_suppressed(op, suppressed, len(weight))
 
 
 def checked(name: str, schema: str, launch: Callable[..., Any]) -> Callable[..., Any]:

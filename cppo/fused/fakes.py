@@ -78,7 +78,7 @@ def cppo_loss_backward(grad_loss, anchor, positive, negative, *rest):
     return contrast_backward(anchor, positive, negative)
 
 
-def linear_token_stats(hidden, weight, bias, targets, *rest):
+def linear_token_stats(hidden, weight, bias, suppressed, targets, *rest):
     return _new(hidden, *targets.shape), _new(hidden, *targets.shape)
 
 
@@ -94,7 +94,7 @@ def linear_token_stats_backward(grad_logps, grad_entropy, hidden, weight, bias, 
     return _gradients((hidden, weight, bias), rest[-1], hidden.dtype)
 
 
-def linear_cppo_loss(anchor, positive, negative, weight, bias, targets, *rest):
+def linear_cppo_loss(anchor, positive, negative, weight, bias, suppressed, targets, *rest):
     *_, wants, resident = rest
     wants = wants if resident else [False] * len(wants)
     coefficients = _new(anchor, len(COEFFICIENTS), targets.numel())

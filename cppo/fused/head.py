@@ -5,10 +5,10 @@ number that bounds the memory of the fused head. Every product is a vendor GEMM.
 the weight is accumulated over the tiles in fp32 and cast once, that of a hidden row is one product
 over the whole vocabulary.
 
-On a CPU without bf16 arithmetic a slice of the weight at a time is copied to fp32; the weight is
-never copied whole. Each slice is multiplied with hidden^T, and the product, transposed, becomes a
-part of the logits, in fp32. With the few rows of a tile that is faster than one product with the
-whole weight^T.
+A CPU has no product of bf16 with an fp32 result, and many have none of bf16: there a slice of the
+weight at a time is copied to fp32; the weight is never copied whole. Each slice is multiplied with
+hidden^T, and the product, transposed, becomes a part of the logits, in fp32. With the few rows of a
+tile that is faster than one product with the whole weight^T.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ class Head:
     Args:
         weight: (V, D).
         bias: (V,) or None.
+        suppressed: (K,) int64, tokens whose logits are -inf, or None.
         softcap: c of c * tanh(logits / c), or None. A capped tile has a second one beside it for
             the slope of the cap, and therefore half the rows.
+        logits_dtype: "input" rounds logits to the dtype of the weight, "fp32" does not.
         wants_weight, wants_bias: whether their gradients are accumulated; a frozen head costs no
             product for them.
     """
@@ -62,19 +64,25 @@ class Head:
     def __init__(
         self,
         weight: Tensor,
-        bias: Tensor | None,
+        bias: Tensor | None = None,
+        suppressed: Tensor | None = None,
         softcap: float | None = None,
+        logits_dtype: str = "fp32",
         wants_weight: bool = False,
         wants_bias: bool = False,
     ) -> None:
-        self.weight, self.bias, self.softcap = weight, bias, softcap
+        self.weight, self.bias, self.suppressed, self.softcap = weight, bias, suppressed, softcap
         self.never = None
         if bias is not None and softcap is not None:
             self.never = bias.isneginf().nonzero()[:, 0]
-        self.native = multiplies_natively(weight.dtype, weight.device)
         self.accumulator = torch.promote_types(weight.dtype, torch.float32)
+        self.rounds = logits_dtype == "input" and weight.dtype != self.accumulator
         self.on_cpu = weight.device.type == "cpu"
-        self.sliced = self.on_cpu and not (self.native and weight.dtype != self.accumulator)
+        native = self.rounds and multiplies_natively(weight.dtype, weight.device)
+        self.sliced = self.on_cpu and not native
+        # Bias and cap work in fp32, as in the specification.
+        plain = self.rounds and not self.sliced and bias is None and softcap is None
+        self.dtype = weight.dtype if plain else self.accumulator  # of the logits
         self.wants_weight = wants_weight
         self._grad_weight: Tensor | None = None  # until the first product
         self.grad_bias = self._new_zeros(bias) if wants_bias and bias is not None else None
@@ -92,10 +100,9 @@ class Head:
     @property
     def rows_per_tile(self) -> int:
         """Rows whose logits fit the tile."""
-        dtype = self.weight.dtype if self.native else self.accumulator
-        # With a bias or a cap logits are in fp32, and beside them is a tile in the weight's dtype.
-        wide = self.accumulator != dtype and not (self.bias is None and self.softcap is None)
-        bytes_per_logit = dtype.itemsize + (self.accumulator.itemsize if wide else 0)
+        bytes_per_logit = self.dtype.itemsize
+        if not self.sliced and self.dtype != self.weight.dtype:
+            bytes_per_logit += self.weight.dtype.itemsize  # of a tile beside it, for the products
         budget = TILE_BYTES.get(self.weight.device.type, TILE_BYTES["cuda"])
         rows = budget // (self.weight.shape[0] * bytes_per_logit)
         rows = max(1, rows if self.softcap is None else rows // 2)
@@ -120,14 +127,28 @@ class Head:
         unit = 16 // dtype.itemsize
         return self.weight.new_empty(rows, -(-size // unit) * unit, dtype=dtype)[:, :size]
 
-    def _product(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """hidden @ weight^T in this dtype."""
-        if dtype == hidden.dtype:
-            return torch.mm(hidden, self.weight.t(), out=self._new_tile(len(hidden), dtype))
-        if not hidden.is_cuda:
-            return self._product(hidden, hidden.dtype).to(dtype)
-        tile = self._new_tile(len(hidden), dtype)
-        return torch.mm(hidden, self.weight.t(), out_dtype=dtype, out=tile)
+    def _product(self, hidden: Tensor) -> Tensor:
+        """hidden @ weight^T in the dtype of the logits."""
+        if self.sliced:
+            return self._product_by_slices(hidden)
+        tile = self._new_tile(len(hidden), self.dtype)
+        if self.dtype == hidden.dtype:
+            return torch.mm(hidden, self.weight.t(), out=tile)
+        if not self.rounds:
+            return torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=tile)
+        rounded = self._new_tile(len(hidden), hidden.dtype)
+        return tile.copy_(torch.mm(hidden, self.weight.t(), out=rounded))
+
+    def _product_by_slices(self, hidden: Tensor) -> Tensor:
+        rows = len(hidden)
+        padded = rows if rows == 1 else math.ceil(rows / VECTOR) * VECTOR
+        states = hidden.new_zeros(hidden.shape[1], padded, dtype=self.accumulator)
+        states[:, :rows] = hidden.t()
+        logits = self._new_tile(rows, self.accumulator)
+        for part, weight in self._slices():
+            product = torch.mm(weight, states)[:, :rows].t()
+            logits[:, part] = product.to(self.weight.dtype) if self.rounds else product
+        return logits
 
     def rows_of(self, tile: Tensor, places: Tensor) -> Tensor:
         """A copy of some rows."""
@@ -141,28 +162,17 @@ class Head:
         return torch.cat(tiles, out=self._new_tile(rows, tiles[0].dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(rows, V) of (rows, D); fp32 where this CPU multiplies in fp32."""
-        if self.sliced:
-            rows = len(hidden)
-            padded = rows if rows == 1 else math.ceil(rows / VECTOR) * VECTOR
-            states = hidden.new_zeros(hidden.shape[1], padded, dtype=self.accumulator)
-            states[:, :rows] = hidden.t()
-            logits = self._new_tile(rows, self.accumulator)
-            for part, weight in self._slices():
-                logits[:, part] = torch.mm(weight, states)[:, :rows].t()
-        elif self.bias is None and self.softcap is None:
-            return self._product(hidden, hidden.dtype)
-        else:
-            # Bias and cap work in fp32, as in the specification.
-            logits = self._product(hidden, self.accumulator)
-        return self._cap(logits if self.bias is None else logits.add_(self.bias))
-
-    def _cap(self, logits: Tensor) -> Tensor:
-        if self.softcap is None:
-            return logits
-        logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        # What a bias of -inf rules out stays ruled out.
-        return logits if self.never is None else logits.index_fill_(1, self.never, -torch.inf)
+        """(rows, V) of (rows, D), in `dtype`."""
+        logits = self._product(hidden)
+        if self.bias is not None:
+            logits.add_(self.bias)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        # The tokens that a bias of -inf rules out stay ruled out by a cap.
+        for tokens in (self.never, self.suppressed):
+            if tokens is not None:
+                logits.index_fill_(1, tokens, -torch.inf)
+        return logits
 
     def slope(self, logits: Tensor) -> Tensor | None:
         """Derivative of the cap, from capped logits; None without a cap."""

@@ -21,7 +21,9 @@ from cppo.fused.schema import COEFFICIENTS, from_text
 from cppo.records import Views
 
 
-def _hidden(head: Head, views: Views, batch: Batch, wants: list[bool]) -> Hidden:
+def _hidden(given: Any, views: Views, batch: Batch, wants: list[bool]) -> Hidden:
+    logits = (given.softcap, given.logits_dtype)
+    head = Head(given.weight, given.bias, given.suppressed, *logits, *wants[3:])
     rows = [None if view is None else view.reshape(-1, view.shape[-1]) for view in views]
     return Hidden(head, rows, batch.places(views), wants)
 
@@ -74,9 +76,8 @@ def linear_cppo_loss(kernels: Any, given: Any) -> Any:
     config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
     gating = config.gating if views.negative is not None else None
     batch = batch_of(given, gating, given.old_logps, given.ref_logps)
-    head = Head(given.weight, given.bias, given.softcap, *given.wants[3:])
-    hidden = _hidden(head, views, batch, given.wants)
-    found, num_resident = [], 0
+    hidden = _hidden(given, views, batch, given.wants)
+    found, num_resident, head = [], 0, hidden.head
     for part, first, sizes, fits in _parts(batch, head.rows_per_tile if given.resident else None):
         tiles = HeadTiles(kernels, hidden, part, first, sizes, given.temperature, keeps=fits)
         found.append(terms(kernels, tiles, given.denominators, given.per_selected, config))
@@ -128,8 +129,7 @@ def linear_cppo_loss_backward(kernels: Any, given: Any) -> Any:
     """The gradients of the recompute plan; given: its `ARGUMENTS`."""
     config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
     batch = batch_of(given, config.gating if is_compact(views) else None)
-    head = Head(given.weight, given.bias, given.softcap, *given.wants[3:])
-    hidden = _hidden(head, views, batch, given.wants)
+    hidden = _hidden(given, views, batch, given.wants)
     tiles = HeadTiles(kernels, hidden, batch, 0, (0, 0), given.temperature)
     full = config.divergence == "full" and views.positive is not None
     tiles.backward(given.coefficients * given.grad_loss, full, config.detach_anchor)
@@ -165,7 +165,6 @@ def _tiles_of_rows(kernels: Any, given: Any, wants: list[bool]) -> HeadTiles:
     """The rows of `linear_token_stats`, which belong to no completion."""
     nothing, mask = given.targets.new_empty(0), flat(given.mask)
     batch = Batch(given.targets.reshape(-1), nothing, nothing, mask=mask)
-    head = Head(given.weight, given.bias, given.softcap, *wants[3:])
-    hidden = _hidden(head, Views(given.hidden), batch, wants)
+    hidden = _hidden(given, Views(given.hidden), batch, wants)
     num_rows = len(batch.targets) if mask is None else int(mask.sum())
     return HeadTiles(kernels, hidden, batch, 0, (num_rows, 0), given.temperature)

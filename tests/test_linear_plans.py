@@ -251,6 +251,27 @@ def test_statistics_opcheck_and_scaled_upstream_gradients(backend):
             torch.testing.assert_close(other, -3 * one)
 
 
+@every_config
+def test_a_grad_scaler_keeps_small_gradients_of_a_fp16_head(config, monkeypatch):
+    """On a device that multiplies fp16, tiles hold gradients in fp16: 2^-24 is the smallest."""
+    monkeypatch.setattr(head, "multiplies_natively", lambda dtype, device: True)
+    sizes = {"vocabulary": 2000, "hidden_size": 16, "lengths": (50, 20, 70, 0, 30, 40)}
+    inputs = make_inputs("linear_cppo_loss", dtype=torch.float16, **sizes)
+    inputs |= {"num_items": NumItems(64, 64 * 256, 64 * 100), "config": config}
+    inputs |= dict.fromkeys(("bias", "old_logps", "ref_logps"))
+    inputs["weight"] *= 0.3
+    gradients = []
+    for given in (in_fp64(inputs), {**inputs, "logits_dtype": "input"}):
+        weight = given["weight"].requires_grad_()
+        loss = cppo.linear_cppo_loss(**given, backend="cpp").loss
+        (gradient,) = torch.autograd.grad(loss * 2**16, weight)
+        gradients.append(gradient.double())
+    exact, ours = gradients
+    # Of the tokens that are never sampled: sums of what the softmax leaves them.
+    rest = ~torch.isin(torch.arange(2000), inputs["targets"])
+    assert (ours - exact)[rest].norm() < 0.01 * exact[rest].norm()
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_graph_that_is_kept_gives_its_gradients_again(compiled):
     """They are scaled in place where nobody can ask for them again."""

@@ -171,6 +171,9 @@ class Backend:
         # Three views at once are too many for tiles that stay, and a loss of which the denominator
         # is counted on the way is known when the last tile is gone.
         waits = by.per_selected and views.positive is not None
+        # Gradients for a unit upstream gradient vanish in fp16: there they are made when the scale
+        # of a GradScaler is known.
+        waits |= weight.dtype == torch.float16
         resident = known and any(wants) and config.divergence != "full" and not waits
         rows = (suppressed, targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
         options = (by.values, by.per_selected, temperature, config.text, softcap, logits_dtype)

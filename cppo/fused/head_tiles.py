@@ -202,6 +202,7 @@ class HeadTiles:
         self._sizes = {ANCHOR: sizes[0], NEGATIVE: sizes[1]}
         self._temperature, self._keeps = temperature, keeps
         self._kept: dict[int, Tile] = {}
+        self._read: dict[int, Tensor] = {}  # the rows that `statistics` read of each view
 
     def has(self, view: int) -> bool:
         return self.hidden.has(view)
@@ -223,6 +224,7 @@ class HeadTiles:
     def statistics(self, view: int, where: Tensor | None) -> Statistics:
         """As of `cppo.fused.loss.Tiles`; what the backward needs stays with the tile."""
         index, rows = self._index(view, where), len(self.batch.targets)
+        self._read[view] = index
         dtype = self.hidden.head.accumulator
         logps, entropy = (self.batch.targets.new_zeros(rows, dtype=dtype) for _ in range(2))
         for some in self._pieces(index):
@@ -259,14 +261,23 @@ class HeadTiles:
             del tile  # before the next is there
         return found
 
-    def backward(
-        self, coefficients: Tensor, full: bool = False, detach_anchor: bool = False
-    ) -> None:
-        """Adds the gradients of the rows whose coefficients (4, T) are not zero.
+    def rows_that_may(self, earning: Tensor | None, size: int) -> list[Tensor]:
+        """The rows of each view that a gradient may reach, after `statistics`; without a wait.
 
         Args:
-            full: the third coefficient is the derivative with respect to the margin.
-            detach_anchor: the margin's gradient stops at the anchor.
+            earning: (T,) bool, rows of completions whose anchor may have a gradient, and how many
+                they are; None: all that were read.
+        """
+        own = self._read[ANCHOR] if earning is None else index_of(earning, size)
+        selected = self._read.get(POSITIVE, own[:0])
+        return [own, selected, selected]
+
+    def rows_that_do(
+        self, coefficients: Tensor, full: bool = False, detach_anchor: bool = False
+    ) -> list[Tensor]:
+        """The rows of each view whose coefficients (4, T) are not zero: a wait for the device.
+
+        Args: as of `backward`.
         """
         own = (coefficients[OF_LOGP[ANCHOR]] != 0) | (coefficients[OF_ENTROPY[ANCHOR]] != 0)
         of_positive = coefficients[OF_LOGP[POSITIVE]] != 0
@@ -274,7 +285,23 @@ class HeadTiles:
             own &= ~of_positive
         masks = [own, of_positive, coefficients[OF_LOGP[NEGATIVE]] != 0]
         sizes = _on_host(torch.stack([mask.sum() for mask in masks]))
-        index = [index_of(mask, size) for mask, size in zip(masks, sizes, strict=True)]
+        return [index_of(mask, size) for mask, size in zip(masks, sizes, strict=True)]
+
+    def backward(
+        self,
+        coefficients: Tensor,
+        index: list[Tensor],
+        full: bool = False,
+        detach_anchor: bool = False,
+    ) -> None:
+        """Adds the gradients of rows.
+
+        Args:
+            coefficients: (4, T); a row whose coefficients are zero gets a gradient of zero.
+            index: the rows of each view; no other one has a coefficient that is not zero.
+            full: the third coefficient is the derivative with respect to the margin.
+            detach_anchor: the margin's gradient stops at the anchor.
+        """
         rest = []
         for view in (ANCHOR,) if full else (ANCHOR, NEGATIVE, POSITIVE):
             rows = Rows(view, index[view])

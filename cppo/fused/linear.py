@@ -7,9 +7,10 @@ a tile at a time, and here the batch is cut into parts whose logits fit one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cppo.config import LossConfig
@@ -36,24 +37,57 @@ def _sums_before(counts: Tensor | None, bounds: Tensor) -> Tensor:
     return torch.cat([sums.new_zeros(1), sums])[bounds]
 
 
-def _parts(batch: Batch, room: int | None) -> Iterator[tuple[Batch, int, tuple[int, int], bool]]:
-    """The batch in ranges of completions whose logits fit `room` rows; None: in one.
+class Part(NamedTuple):
+    """A range of completions.
 
-    Yields: the part, its first row in the batch, how many of its rows count and how many are gated,
-    and whether it fits: a completion of more rows does not.
+    first: its first row in the batch. sizes: how many of its rows count, and how many are gated.
+    num_earning: how many rows that count are of completions that earn. fits: whether the logits of
+    all of these rows fit a tile.
     """
-    bounds = batch.cu_seqlens
-    gated = bounds.new_zeros(bounds.shape)
-    if batch.gated is not None:
-        gated = _sums_before(batch.gated, bounds.long())
-    counted = _sums_before(batch.mask, bounds.long())
+
+    batch: Batch
+    first: int
+    sizes: tuple[int, int]
+    num_earning: int
+    fits: bool
+
+
+def _earns(batch: Batch, config: LossConfig) -> Tensor | None:
+    """(B,) bool, the completions whose anchor may have a gradient; None: all of them.
+
+    Where A = 0 the clipped loss has none: of a question whose rewards are equal, for one.
+    """
+    contrasts = batch.gated is not None and not config.gating
+    if config.kl_coef or config.entropy_coef or contrasts:
+        return None
+    return batch.advantages != 0
+
+
+def _parts(batch: Batch, room: int | None, config: LossConfig) -> Iterator[Part]:
+    """The batch in ranges of completions whose logits fit `room` rows; None: in one."""
+    bounds = batch.cu_seqlens.long()
+    counted, earns = _sums_before(batch.mask, bounds), _earns(batch, config)
+    gated = torch.zeros_like(bounds) if batch.gated is None else _sums_before(batch.gated, bounds)
+    earning = counted if earns is None else F.pad((counted.diff() * earns).cumsum(0), (1, 0))
     # The one wait for the device before the first product.
-    ends, counted, gated = torch.stack([bounds, counted, gated]).tolist()
-    for first, last in _ranges([a + b for a, b in zip(counted, gated, strict=True)], room):
+    ends, counts, gates, earnings = torch.stack([bounds, counted, gated, earning]).tolist()
+    for first, last in _ranges([a + b for a, b in zip(counts, gates, strict=True)], room):
         rows = slice(ends[first], ends[last])
-        sizes = counted[last] - counted[first], gated[last] - gated[first]
+        sizes = counts[last] - counts[first], gates[last] - gates[first]
         fits = room is not None and sum(sizes) <= room
-        yield batch.of(slice(first, last), rows), rows.start, sizes, fits
+        num_earning = earnings[last] - earnings[first]
+        part = batch.of(slice(first, last), rows)
+        yield Part(part, rows.start, sizes, num_earning, fits)
+
+
+def _earning_rows(part: Part, config: LossConfig) -> Tensor | None:
+    """(T,) bool, the rows of the part that count of completions that earn; None: all that count."""
+    earns = _earns(part.batch, config)
+    if earns is None or part.num_earning == part.sizes[0]:
+        return None
+    lengths, size = part.batch.cu_seqlens.diff(), len(part.batch.targets)
+    rows = earns.repeat_interleave(lengths, output_size=size)
+    return rows if part.batch.mask is None else rows & part.batch.mask
 
 
 def _ranges(sums: list[int], room: int | None) -> Iterator[tuple[int, int]]:
@@ -78,12 +112,13 @@ def linear_cppo_loss(kernels: Any, given: Any) -> Any:
     batch = batch_of(given, gating, given.old_logps, given.ref_logps)
     hidden = _hidden(given, views, batch, given.wants)
     found, num_resident, head = [], 0, hidden.head
-    for part, first, sizes, fits in _parts(batch, head.rows_per_tile if given.resident else None):
-        tiles = HeadTiles(kernels, hidden, part, first, sizes, given.temperature, keeps=fits)
+    for part in _parts(batch, head.rows_per_tile if given.resident else None, config):
+        tiles = HeadTiles(kernels, hidden, *part[:3], given.temperature, keeps=part.fits)
         found.append(terms(kernels, tiles, given.denominators, given.per_selected, config))
         if given.resident:
-            tiles.backward(found[-1].coefficients)
-            num_resident += sizes[0]
+            rows = tiles.rows_that_may(_earning_rows(part, config), part.num_earning)
+            tiles.backward(found[-1].coefficients, rows)
+            num_resident += part.sizes[0]
     whole, multiplied = _joined(found), hidden.rows_multiplied
     if not given.resident:
         multiplied += _backward_rows(whole.coefficients, config, views, given.wants)
@@ -132,14 +167,17 @@ def linear_cppo_loss_backward(kernels: Any, given: Any) -> Any:
     hidden = _hidden(given, views, batch, given.wants)
     tiles = HeadTiles(kernels, hidden, batch, 0, (0, 0), given.temperature)
     full = config.divergence == "full" and views.positive is not None
-    tiles.backward(given.coefficients * given.grad_loss, full, config.detach_anchor)
+    coefficients, options = given.coefficients * given.grad_loss, (full, config.detach_anchor)
+    tiles.backward(coefficients, tiles.rows_that_do(coefficients, *options), *options)
     inputs = (*views, given.weight, given.bias)
     return tuple(hidden.gradients(inputs, given.wants, views.anchor.dtype))
 
 
 def linear_token_stats(kernels: Any, given: Any) -> tuple[Tensor, Tensor]:
     """The op of this name; given: its `ARGUMENTS`."""
-    tiles = _tiles_of_rows(kernels, given, [False] * 5)
+    mask = given.mask
+    num_rows = given.targets.numel() if mask is None else int(mask.sum())
+    tiles = _tiles_of_rows(kernels, given, [False] * 5, num_rows)
     logps, entropy, _ = tiles.statistics(ANCHOR, tiles.batch.mask)
     return logps.view(given.targets.shape), entropy.view(given.targets.shape)
 
@@ -147,7 +185,7 @@ def linear_token_stats(kernels: Any, given: Any) -> tuple[Tensor, Tensor]:
 def linear_token_stats_backward(kernels: Any, given: Any) -> tuple[Tensor, ...]:
     """Gradients of hidden, weight and bias: those of a loss that has these derivatives."""
     wants = [given.wants[0], False, False, *given.wants[1:]]
-    tiles = _tiles_of_rows(kernels, given, wants)
+    tiles = _tiles_of_rows(kernels, given, wants, 0)
     shape = (len(COEFFICIENTS), given.targets.numel())
     coefficients = given.hidden.new_zeros(shape, dtype=tiles.hidden.head.accumulator)
     for row, gradient in enumerate((given.grad_logps, given.grad_entropy)):
@@ -155,16 +193,19 @@ def linear_token_stats_backward(kernels: Any, given: Any) -> tuple[Tensor, ...]:
             coefficients[row] = gradient.reshape(-1)
     if tiles.batch.mask is not None:
         coefficients.masked_fill_(~tiles.batch.mask, 0)
-    tiles.backward(coefficients)
+    tiles.backward(coefficients, tiles.rows_that_do(coefficients))
     inputs = (given.hidden, None, None, given.weight, given.bias)
     anchor, _, _, *of_head = tiles.hidden.gradients(inputs, wants, given.hidden.dtype)
     return anchor, *of_head
 
 
-def _tiles_of_rows(kernels: Any, given: Any, wants: list[bool]) -> HeadTiles:
-    """The rows of `linear_token_stats`, which belong to no completion."""
+def _tiles_of_rows(kernels: Any, given: Any, wants: list[bool], num_rows: int) -> HeadTiles:
+    """The rows of `linear_token_stats`, which belong to no completion.
+
+    Args:
+        num_rows: how many count, for `HeadTiles.statistics`.
+    """
     nothing, mask = given.targets.new_empty(0), flat(given.mask)
     batch = Batch(given.targets.reshape(-1), nothing, nothing, mask=mask)
     hidden = _hidden(given, Views(given.hidden), batch, wants)
-    num_rows = len(batch.targets) if mask is None else int(mask.sum())
     return HeadTiles(kernels, hidden, batch, 0, (num_rows, 0), given.temperature)

@@ -6,7 +6,9 @@ a tile at a time, and here the batch is cut into parts whose logits fit one.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -90,19 +92,29 @@ def _earning_rows(part: Part, config: LossConfig) -> Tensor | None:
     return rows if part.batch.mask is None else rows & part.batch.mask
 
 
-def _ranges(sums: list[int], room: int | None) -> Iterator[tuple[int, int]]:
-    """Ranges of completions of at most `room` rows, or of one; sums: rows before each."""
-    last = len(sums) - 1
+def _ranges(sums: list[int], room: int | None) -> list[tuple[int, int]]:
+    """The fewest ranges of completions that hold at most `room` rows each, or one completion.
+
+    Args:
+        sums: rows before each completion, and of all.
+        room: None: no bound.
+    Of so few, the largest is as small as can be: each is a pass over the gradient of the weight.
+    """
     if room is None:
-        yield 0, last
-        return
-    first = 0
-    for completion in range(last):
-        if first < completion and sums[completion + 1] - sums[first] > room:
-            yield first, completion
-            first = completion
-    if first < last or not last:
-        yield first, last
+        return [(0, len(sums) - 1)]
+    fewest = len(_filled_up(sums, room))
+    sizes = range(-(-sums[-1] // fewest), room)
+    largest = bisect_left(sizes, True, key=lambda size: len(_filled_up(sums, size)) <= fewest)
+    return _filled_up(sums, sizes[largest] if largest < len(sizes) else room)
+
+
+def _filled_up(sums: list[int], room: int) -> list[tuple[int, int]]:
+    """Ranges from the first completion on, each with as many as have room."""
+    starts = [0]
+    for completion in range(1, len(sums) - 1):
+        if sums[completion + 1] - sums[starts[-1]] > room:
+            starts.append(completion)
+    return list(pairwise([*starts, len(sums) - 1]))
 
 
 def linear_cppo_loss(kernels: Any, given: Any) -> Any:

@@ -6,7 +6,7 @@ a tile at a time, and here the batch is cut into parts whose logits fit one.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -110,11 +110,11 @@ def _ranges(sums: list[int], room: int | None) -> list[tuple[int, int]]:
 
 def _filled_up(sums: list[int], room: int) -> list[tuple[int, int]]:
     """Ranges from the first completion on, each with as many as have room."""
-    starts = [0]
-    for completion in range(1, len(sums) - 1):
-        if sums[completion + 1] - sums[starts[-1]] > room:
-            starts.append(completion)
-    return list(pairwise([*starts, len(sums) - 1]))
+    ends, last = [0], len(sums) - 1
+    while not ends[1:] or ends[-1] < last:
+        fitting = bisect_right(sums, sums[ends[-1]] + room) - 1
+        ends.append(min(last, max(fitting, ends[-1] + 1)))
+    return list(pairwise(ends))
 
 
 def linear_cppo_loss(kernels: Any, given: Any) -> Any:

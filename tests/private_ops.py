@@ -114,10 +114,11 @@ def head_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
     loss = (*views, *head, targets, advantages, logps, logps, mask, bounds, *options)
     coefficients = ops.linear_cppo_loss(*loss, False)[8]
     backward = (torch.ones(()), *views, *head, targets, advantages, bounds, coefficients)
-    stats = (views.anchor, *head, targets, mask, 0.7, 30.0, "fp32")
+    stats, logits = (views.anchor, *head, targets, mask), (None, "fp32", [True] * 3)
+    kept = ops.linear_token_stats(*stats[:-1], None, 0.7, None, "fp32", True)[2:]
     return {
-        "linear_token_stats": stats,
-        "linear_token_stats_backward": (logps, logps, *stats, [True] * 3),
+        "linear_token_stats": (*stats, 0.7, 30.0, "fp32", False),
+        "linear_token_stats_backward": (logps, logps, *stats, *kept, 0.7, *logits),
         "linear_cppo_loss": (*loss, False),
         "linear_cppo_loss resident": (*loss, True),
         "linear_cppo_loss_backward": (*backward, 1.0, config.text, 30.0, "fp32", wants),

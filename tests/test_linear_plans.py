@@ -226,10 +226,14 @@ def test_the_host_waits_for_statistics_twice_at_most(masked, kernels, monkeypatc
     monkeypatch.setitem(head.TILE_BYTES, "cpu", 5 * 37 * 4)
     inputs = make_inputs("linear_token_stats", layout="padded" if masked else "packed")
     given = [inputs[k] for k in ("hidden", "weight", "bias")] + [torch.tensor([36])]
-    given += [inputs["targets"], inputs.get("mask"), 1.0, None, "fp32"]
+    given += [inputs["targets"], inputs.get("mask")]
+    options = (1.0, None, "fp32")
     with _Waits(monkeypatch) as mode:
-        stats = linear.linear_token_stats(kernels, ARGUMENTS["linear_token_stats"](*given))
-        arguments = ARGUMENTS["linear_token_stats_backward"](*stats, *given, [True] * 3)
+        arguments = ARGUMENTS["linear_token_stats"](*given, *options, not masked)
+        *stats, logits, saved = linear.linear_token_stats(kernels, arguments)
+        kept = (None, None) if masked else (logits, saved)
+        arguments = (*stats, *given, *kept, *options, [True] * 3)
+        arguments = ARGUMENTS["linear_token_stats_backward"](*arguments)
         linear.linear_token_stats_backward(kernels, arguments)
     assert mode.count == (2 if masked else 1)
 
@@ -277,19 +281,14 @@ def test_statistics_opcheck_and_scaled_upstream_gradients(backend):
     inputs = make_inputs("linear_token_stats")
     hidden, weight, bias = (inputs[n].requires_grad_() for n in ("hidden", "weight", "bias"))
     op = _ops(backend).linear_token_stats.default
-    suppressed = torch.tensor([36])
-    arguments = (
-        hidden,
-        weight,
-        bias,
-        suppressed,
-        inputs["targets"],
-        inputs["mask"],
-        0.8,
-        3.0,
-        "fp32",
-    )
-    assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+    given = (hidden, weight, bias, torch.tensor([36]), inputs["targets"].clamp(min=0))
+    more = (inputs["mask"], 0.8, 3.0, "fp32", False)
+    assert set(torch.library.opcheck(op, (*given, *more)).values()) == {"SUCCESS"}
+    # Logits are kept where nothing is traced.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    more = (None, 0.8, None, "input", True)
+    outcome = torch.library.opcheck(op, (*given, *more), test_utils=checks)
+    assert set(outcome.values()) == {"SUCCESS"}
     inputs = make_inputs("linear_cppo_loss")
     for config in CONFIGS.values():
         views = Views(*(view.clone().requires_grad_() for view in inputs["hidden"]))

@@ -157,14 +157,21 @@ def _linear_token_stats(namespace: str) -> None:
 
     def setup(ctx, given, output):
         ctx.options = (given.temperature, given.softcap, given.logits_dtype)
+        kept = output[2:]
+        ctx.mark_non_differentiable(*kept)
         head = (given.weight, given.bias, given.suppressed)
-        ctx.save_for_backward(given.hidden, *head, given.targets, given.mask)
+        kept = kept if given.keeps else (None, None)
+        ctx.save_for_backward(given.hidden, *head, given.targets, given.mask, *kept)
 
-    def backward(ctx, grad_logps, grad_entropy):
+    def backward(ctx, grad_logps, grad_entropy, *_):
         wants = list(ctx.needs_input_grad[:3])
+        *inputs, logits, saved = ctx.saved_tensors
+        if not _is_last():
+            logits = saved = None  # gradients are written into them: these are made again
         gradients = ops.linear_token_stats_backward(
-            grad_logps, grad_entropy, *ctx.saved_tensors, *ctx.options, wants
+            grad_logps, grad_entropy, *inputs, logits, saved, *ctx.options, wants
         )
+        _written(logits)
         return _wanted(gradients, wants)
 
     _differentiable(namespace, "linear_token_stats", setup, backward)
@@ -196,9 +203,14 @@ def _linear_cppo_loss(namespace: str) -> None:
     _differentiable(namespace, "linear_cppo_loss", setup, backward)
 
 
+def _is_last() -> bool:
+    """Whether the graph dies with this backward: nobody can ask for the gradients again."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def _scaled(gradients: Iterable[Tensor], by: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Gradients of a unit upstream gradient, for this one."""
-    last = not torch._C._autograd._get_current_graph_task_keep_graph()
+    last = _is_last()
 
     def scaled(gradient: Tensor) -> Tensor:
         # A copy of the weight's gradient would be the largest tensor of all: none is made in fp32,

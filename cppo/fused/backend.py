@@ -15,6 +15,7 @@ from cppo.fused import autograd, linear, loss
 from cppo.fused.checks import checked
 from cppo.fused.denominators import Denominators, denominators
 from cppo.fused.fakes import fake
+from cppo.fused.head import keeps_logits
 from cppo.fused.schema import ARGUMENTS, COMPOSED, PRIMITIVES, RESULTS, TERMS
 from cppo.ops.checks import under_transform
 from cppo.records import LossOutput, NumItems, TokenStats, Views
@@ -107,7 +108,10 @@ class Backend:
         logits_dtype: str = "fp32",
     ) -> TokenStats:
         head, options = (weight, bias, suppressed), (temperature, softcap, logits_dtype)
-        return TokenStats(*self._ops.linear_token_stats(hidden, *head, targets, mask, *options))
+        keeps = mask is None and _is_eager(hidden, weight, bias)
+        keeps &= keeps_logits(targets.numel(), weight, bias, softcap, logits_dtype)
+        found = self._ops.linear_token_stats(hidden, *head, targets, mask, *options, keeps)
+        return TokenStats(*found[:2])
 
     def perception_mask(
         self,
@@ -184,6 +188,15 @@ class Backend:
         work = found.work.to(found.metrics.dtype)
         metrics["head_gemm_rows"], metrics["head_resident_rows"] = work.unbind()
         return LossOutput(found.loss, found.logps, found.entropy, found.selected, metrics)
+
+
+def _is_eager(*inputs: Tensor | None) -> bool:
+    """Whether autograd will ask for gradients of a call that nothing traces or transforms."""
+    given = [value for value in inputs if value is not None]
+    traced = torch.compiler.is_compiling() or under_transform()
+    plain = all(type(value) in (Tensor, torch.nn.Parameter) for value in given)
+    wanted = torch.is_grad_enabled() and any(value.requires_grad for value in given)
+    return wanted and plain and not traced
 
 
 def _metrics(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cppo.fused.fakes import accumulator
+from cppo.fused.head import dtype_of_logits
 from cppo.fused.schema import COEFFICIENTS, CONTRASTS, SAVED, from_text
 from cppo.ops.checks import (
     LOGITS_DTYPES,
@@ -163,6 +164,8 @@ def _check(op: str, given: dict[str, Any]) -> None:
     for kept, size in _KEPT.items():
         if kept in given:
             _check_kept(op, rows, (size, count), kept, given[kept])
+    if given.get("kept_logits") is not None:
+        _check_kept_logits(op, rows, given)
     if not 0 <= given.get("fraction", 0) <= 1:
         raise ValueError(f"cppo.{op}: fraction must be in [0, 1], got {given['fraction']}")
     check_choice(op, "logits_dtype", given.get("logits_dtype", "fp32"), LOGITS_DTYPES)
@@ -182,6 +185,17 @@ def _check(op: str, given: dict[str, Any]) -> None:
                 shape = (len(CONTRASTS if is_contrast else SAVED), count)
                 _check_kept(op, rows, shape, f"saved_{view}", given[f"saved_{view}"])
     _check_given_places(op, rows, given)
+
+
+def _check_kept_logits(op: str, hidden: Tensor, given: dict[str, Any]) -> None:
+    weight, logits, saved = given["weight"], given["kept_logits"], given["kept_saved"]
+    dtype = dtype_of_logits(weight, given["bias"], given["softcap"], given["logits_dtype"])
+    shape = (given["targets"].numel(), len(weight))
+    fits = tuple(logits.shape) == shape and logits.dtype == dtype and logits.device == hidden.device
+    _require(fits, op, "kept_logits", f"{shape} {dtype} on {hidden.device}", logits)
+    if saved is None:
+        raise ValueError(f"cppo.{op}: kept_saved must be given with kept_logits, got None")
+    _check_kept(op, hidden, (len(SAVED), shape[0]), "kept_saved", saved)
 
 
 def _check_given_places(op: str, rows: Tensor, given: dict[str, Any]) -> None:

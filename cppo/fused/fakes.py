@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cppo.fused.head import dtype_of_logits
 from cppo.fused.schema import COEFFICIENTS, CONTRASTS, SAVED, TERMS, from_text
 
 
@@ -79,7 +80,12 @@ def cppo_loss_backward(grad_loss, anchor, positive, negative, *rest):
 
 
 def linear_token_stats(hidden, weight, bias, suppressed, targets, *rest):
-    return _new(hidden, *targets.shape), _new(hidden, *targets.shape)
+    *_, softcap, logits_dtype, keeps = rest
+    rows = targets.numel() if keeps else 0
+    dtype = dtype_of_logits(weight, bias, softcap, logits_dtype)
+    logits = weight.new_empty((rows, len(weight)), dtype=dtype)
+    shape = targets.shape
+    return _new(hidden, *shape), _new(hidden, *shape), logits, _new(hidden, len(SAVED), rows)
 
 
 def _gradients(inputs: tuple[Any, ...], wants: list[bool], dtype: torch.dtype) -> tuple[Any, ...]:

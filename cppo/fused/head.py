@@ -24,6 +24,9 @@ from torch import Tensor
 # rates of an H200 as long as the product of 750 rows). A tile for the L2 cache would have 150 rows.
 # On a CPU 128 MiB are 208 rows in fp32: nearly as fast as a larger product.
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+# What `linear_token_stats` keeps between its forward and its backward, which then computes three
+# products and not four: on a GPU 8000 rows of a vocabulary of 150,000 in bf16, on a CPU one tile.
+KEPT_BYTES = {"cpu": 128 << 20, "cuda": 5 << 29}
 SLICE_BYTES = 4 << 20  # of a part of the weight in fp32
 # Floats of AVX-512: with a number of rows that is no multiple of it a CPU's product in fp32 takes a
 # sixth longer, and with 2 to 15 rows twice as long as with 16.
@@ -37,6 +40,28 @@ def multiplies_natively(dtype: torch.dtype, device: torch.device) -> bool:
     if dtype == torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+def dtype_of_logits(
+    weight: Tensor, bias: Tensor | None, softcap: float | None, logits_dtype: str
+) -> torch.dtype:
+    """That of a tile: the weight's where logits are rounded to it and not changed any more."""
+    rounded = logits_dtype == "input" and bias is None and softcap is None
+    if rounded and multiplies_natively(weight.dtype, weight.device):
+        return weight.dtype
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def keeps_logits(
+    rows: int, weight: Tensor, bias: Tensor | None, softcap: float | None, logits_dtype: str
+) -> bool:
+    """Whether the logits of so many rows may stay until their gradient is written into them."""
+    dtype = dtype_of_logits(weight, bias, softcap, logits_dtype)
+    # A GPU multiplies a copy of the gradient in the weight's dtype.
+    beside = weight.itemsize if weight.is_cuda and dtype != weight.dtype else 0
+    needed = rows * len(weight) * (dtype.itemsize + beside)
+    budget = KEPT_BYTES.get(weight.device.type, KEPT_BYTES["cuda"])
+    return softcap is None and needed <= budget  # a cap has a second tile, its slope
 
 
 def even(count: int, room: int) -> int:
@@ -80,10 +105,9 @@ class Head:
         self.on_cpu = weight.device.type == "cpu"
         native = self.rounds and multiplies_natively(weight.dtype, weight.device)
         self.sliced = self.on_cpu and not native
-        # Bias and cap work in fp32, as in the specification.
-        plain = self.rounds and not self.sliced and bias is None and softcap is None
-        self.dtype = weight.dtype if plain else self.accumulator  # of the logits
+        self.dtype = dtype_of_logits(weight, bias, softcap, logits_dtype)
         self.wants_weight = wants_weight
+        self.multiplies_once = False  # all rows are in one tile: its product is the gradient
         self._grad_weight: Tensor | None = None  # until the first product
         self.grad_bias = self._new_zeros(bias) if wants_bias and bias is not None else None
 
@@ -211,13 +235,17 @@ class Head:
     def _add_weight_gradient(self, grad_logits: Tensor, hidden: Tensor) -> None:
         columns, is_first = grad_logits.t(), self._grad_weight is None
         if self._grad_weight is None:
-            self._grad_weight = torch.empty_like(self.weight, dtype=self.accumulator)
+            once = self.multiplies_once and grad_logits.dtype == self.weight.dtype
+            dtype = self.weight.dtype if once else self.accumulator
+            self._grad_weight = torch.empty_like(self.weight, dtype=dtype)
         total = self._grad_weight
         if grad_logits.dtype == self.accumulator:
             states = hidden.to(self.accumulator)
             torch.addmm(total, columns, states, beta=0 if is_first else 1, out=total)
         elif hidden.is_cuda:
-            if is_first:
+            if total.dtype == hidden.dtype:
+                torch.mm(columns, hidden, out=total)
+            elif is_first:
                 torch.mm(columns, hidden, out_dtype=self.accumulator, out=total)
             else:
                 torch.addmm(total, columns, hidden, out_dtype=self.accumulator, out=total)
@@ -226,7 +254,7 @@ class Head:
             step = max(1, SLICE_BYTES // (4 * max(1, hidden.shape[1])))
             for first in range(0, len(total), step):
                 part = slice(first, first + step)
-                product = (columns[part] @ hidden).to(self.accumulator)
+                product = (columns[part] @ hidden).to(total.dtype)
                 if is_first:
                     total[part] = product
                 else:

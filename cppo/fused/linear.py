@@ -18,9 +18,10 @@ from torch import Tensor
 from cppo.config import LossConfig
 from cppo.fused.batch import ANCHOR, Batch, flat, is_compact
 from cppo.fused.head import Head
-from cppo.fused.head_tiles import HeadTiles, Hidden
+from cppo.fused.head_tiles import HeadTiles, is_whole
+from cppo.fused.hidden import Hidden
 from cppo.fused.loss import OF_ENTROPY, OF_LOGP, Terms, batch_of, outputs, terms
-from cppo.fused.schema import COEFFICIENTS, from_text
+from cppo.fused.schema import COEFFICIENTS, SAVED, from_text
 from cppo.records import Views
 
 
@@ -185,13 +186,19 @@ def linear_cppo_loss_backward(kernels: Any, given: Any) -> Any:
     return tuple(hidden.gradients(inputs, given.wants, views.anchor.dtype))
 
 
-def linear_token_stats(kernels: Any, given: Any) -> tuple[Tensor, Tensor]:
+def linear_token_stats(kernels: Any, given: Any) -> tuple[Tensor, ...]:
     """The op of this name; given: its `ARGUMENTS`."""
-    mask = given.mask
+    shape, mask = given.targets.shape, given.mask
     num_rows = given.targets.numel() if mask is None else int(mask.sum())
-    tiles = _tiles_of_rows(kernels, given, [False] * 5, num_rows)
+    tiles = _tiles_of_rows(kernels, given, [False] * 5, num_rows, given.keeps)
     logps, entropy, _ = tiles.statistics(ANCHOR, tiles.batch.mask)
-    return logps.view(given.targets.shape), entropy.view(given.targets.shape)
+    head = tiles.hidden.head
+    if given.keeps and num_rows:
+        kept = tiles.kept(ANCHOR)
+    else:
+        logits = head.weight.new_empty((0, len(head.weight)), dtype=head.dtype)
+        kept = logits, logps.new_empty(len(SAVED), 0)
+    return logps.view(shape), entropy.view(shape), *kept
 
 
 def linear_token_stats_backward(kernels: Any, given: Any) -> tuple[Tensor, ...]:
@@ -205,13 +212,21 @@ def linear_token_stats_backward(kernels: Any, given: Any) -> tuple[Tensor, ...]:
             coefficients[row] = gradient.reshape(-1)
     if tiles.batch.mask is not None:
         coefficients.masked_fill_(~tiles.batch.mask, 0)
-    tiles.backward(coefficients, tiles.rows_that_do(coefficients))
+    head, rows = tiles.hidden.head, tiles.rows_that_do(coefficients)
+    count = len(rows[ANCHOR])
+    head.multiplies_once = count <= head.rows_per_tile
+    if given.kept_logits is not None:
+        tiles.keep(ANCHOR, given.kept_logits, given.kept_saved)
+        head.multiplies_once |= is_whole(count, given.targets.numel())
+    tiles.backward(coefficients, rows)
     inputs = (given.hidden, None, None, given.weight, given.bias)
     anchor, _, _, *of_head = tiles.hidden.gradients(inputs, wants, given.hidden.dtype)
     return anchor, *of_head
 
 
-def _tiles_of_rows(kernels: Any, given: Any, wants: list[bool], num_rows: int) -> HeadTiles:
+def _tiles_of_rows(
+    kernels: Any, given: Any, wants: list[bool], num_rows: int, keeps: bool = False
+) -> HeadTiles:
     """The rows of `linear_token_stats`, which belong to no completion.
 
     Args:
@@ -220,4 +235,4 @@ def _tiles_of_rows(kernels: Any, given: Any, wants: list[bool], num_rows: int) -
     nothing, mask = given.targets.new_empty(0), flat(given.mask)
     batch = Batch(given.targets.reshape(-1), nothing, nothing, mask=mask)
     hidden = _hidden(given, Views(given.hidden), batch, wants)
-    return HeadTiles(kernels, hidden, batch, 0, (num_rows, 0), given.temperature)
+    return HeadTiles(kernels, hidden, batch, 0, (num_rows, 0), given.temperature, keeps)

@@ -104,10 +104,13 @@ COMPOSED = {
     "-> (Tensor, Tensor, Tensor)",
     "cppo_loss_backward_": "(Tensor grad_loss, Tensor(a!) anchor, Tensor(b!)? positive, "
     f"Tensor(c!)? negative, {_GIVEN_BACKWARD}) -> ()",
+    # With `keeps` the last two results are the logits of all rows and what `token_stats` saved of
+    # them, for a backward that writes its gradient into them; else they are empty.
     "linear_token_stats": f"(Tensor hidden, {_HEAD}, Tensor targets, Tensor? mask, "
-    f"float temperature, {_LOGITS}) -> (Tensor, Tensor)",
+    f"float temperature, {_LOGITS}, bool keeps) -> (Tensor, Tensor, Tensor, Tensor)",
     "linear_token_stats_backward": f"({_STATS_GRADIENTS}, Tensor hidden, {_HEAD}, Tensor targets, "
-    f"Tensor? mask, float temperature, {_LOGITS}, bool[] wants) -> (Tensor, Tensor, Tensor)",
+    "Tensor? mask, Tensor(a!)? kept_logits, Tensor? kept_saved, float temperature, "
+    f"{_LOGITS}, bool[] wants) -> (Tensor, Tensor, Tensor)",
     # `work` is how many rows were multiplied and how many were resident. With `resident` there
     # are gradients, for a unit upstream gradient.
     "linear_cppo_loss": f"({_VIEWS}, {_HEAD}, {_ROWS}, {_LOGITS}, bool[] wants, "

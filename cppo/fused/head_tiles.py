@@ -4,7 +4,7 @@ A tile holds rows of one view or of several, (n, V), and lives as long as its st
 gradient take (`cppo.fused.hidden` says which rows they are).
 
 What needs no computing is not computed: masked rows, views of completions that are not gated, the
-positive away from the perception tokens, the backward of rows whose coefficients are zero. In GEMM
+positive away from the perception tokens, the backward of rows that no gradient reaches. In GEMM
 units (one view's logits), with f the share of tokens in gated completions and r the selected share
 of those, three views in full take 12. Here a loss with its gradients takes
 

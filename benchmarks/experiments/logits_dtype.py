@@ -15,7 +15,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,33 +79,38 @@ def measure(
     """A row for each dtype of the logits."""
     old_logps = exact_logps(hidden, weight, targets)
     advantages = torch.ones(len(bounds) - 1)
-    rest = {"old_logps": old_logps, "cu_seqlens": bounds}
 
     def call(logits_dtype: str, backward: bool) -> Any:
-        leaves = [x.detach().requires_grad_(backward) for x in (hidden, weight)]
+        states, head = (x.detach().requires_grad_(backward) for x in (hidden, weight))
         output = cppo.linear_cppo_loss(
-            *leaves, targets, advantages, **rest, logits_dtype=logits_dtype
+            states,
+            head,
+            targets,
+            advantages,
+            old_logps=old_logps,
+            cu_seqlens=bounds,
+            logits_dtype=logits_dtype,
         )
         if backward:
             output.loss.backward()
         return output
 
-    def seconds(run: Callable[[], Any]) -> float:
+    def seconds(way: tuple[str, bool]) -> float:
         start = time.process_time()
-        run()
+        call(*way)
         return time.process_time() - start
 
     ways = [(kind, backward) for kind in LOGITS_DTYPES for backward in (False, True)]
     times: dict[Any, list[float]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way in ways:
-            times[way].append(seconds(lambda way=way: call(*way)))  # type: ignore[misc]
+            times[way].append(seconds(way))
     return [
         _row(kind, call(kind, False), old_logps)
         | {
             "forward_s": round(statistics.median(times[kind, False]), 4),
             "both_s": round(statistics.median(times[kind, True]), 4),
-            "peak_mb": round(peak_growth(lambda k=kind: call(k, True), hidden.device) / 1e6, 1),  # type: ignore[misc]
+            "peak_mb": round(peak_growth(partial(call, kind, True), hidden.device) / 1e6, 1),
         }
         for kind in LOGITS_DTYPES
     ]
@@ -141,7 +146,7 @@ def main() -> None:
         drawn() if options.smoke else sampled(options.model, options.completions, options.length)
     )
     weight = inputs[1]
-    sizes = {"model": Path(options.model or "drawn").name}
+    sizes: dict[str, Any] = {"model": Path(options.model or "drawn").name}
     sizes |= {"vocabulary": len(weight), "hidden": weight.shape[1]}
     rows = [sizes | row for row in measure(*inputs, 1 if options.smoke else options.repeats)]
     for row in rows:

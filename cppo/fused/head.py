@@ -21,7 +21,7 @@ from torch import Tensor
 
 # On a GPU 1 GiB is 3500 rows of a vocabulary of 150,000 in bf16: enough that a product costs more
 # than the pass over the fp32 gradient of the weight that it is added to (twice V D 4 bytes; at the
-# rates of an H200 as long as the product of 750 rows). In fp32, with the gradient in bf16 beside it,
+# rates of an H200 as long as the product of 750 rows). In fp32, with a gradient in bf16 beside it,
 # it is 1170 rows. A tile for the L2 cache would have 150 rows.
 # On a CPU 128 MiB are 208 rows in fp32: nearly as fast as a larger product.
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}

@@ -144,17 +144,16 @@ def test_lm_head_of_suppressed_tokens_and_a_bias() -> None:
     model, _ = tiny("text")
     weight, bias, *_ = forward.lm_head(model)
     assert weight is model.lm_head.weight and bias is None
-    bias = forward.lm_head(model, [3, 5]).bias
-    assert bias.isneginf().nonzero()[:, 0].tolist() == [3, 5]
-    assert bias[bias.isfinite()].eq(0).all()
+    suppressing = forward.lm_head(model, [3, 5])
+    assert suppressing.bias is None and suppressing.suppressed.tolist() == [3, 5]
+    logits = suppressing.logits(torch.randn(2, 32))
+    assert logits.isneginf().nonzero()[:, 1].tolist() == [3, 5, 3, 5]
 
     head = torch.nn.Linear(32, model.config.vocab_size, bias=True)
     model.set_output_embeddings(head)
-    weight, bias, *_ = forward.lm_head(model, [2], torch.float64)
+    weight, bias, suppressed, *_ = forward.lm_head(model, [2], torch.float64)
     assert weight.dtype == bias.dtype == torch.float64
-    expected = head.bias.double().clone()
-    expected[2] = -torch.inf
-    assert torch.equal(bias, expected)
+    assert torch.equal(bias, head.bias.double()) and suppressed.tolist() == [2]
     bias[0].backward()
     assert head.bias.grad.nonzero()[:, 0].tolist() == [0]
 

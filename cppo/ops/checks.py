@@ -18,6 +18,9 @@ from torch import Tensor
 
 from cppo.values import is_number
 
+# Of the ops on hidden states: in which dtype the logits of half-precision inputs are.
+LOGITS_DTYPES = ("fp32", "input")
+
 
 def may_read(*tensors: Tensor | None) -> bool:
     """Whether looking at the values of these tensors is free (or asked for)."""
@@ -244,15 +247,38 @@ def check_rows(op: str, name: str, rows: Tensor, targets: Tensor, last: str) -> 
         )
 
 
-def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Errors unless weight (V, D) and bias (V,) fit the last dimension of hidden."""
+def check_suppressed(op: str, suppressed: Tensor, vocabulary: int) -> None:
+    """Errors unless suppressed is (K,) int64 in [0, V)."""
+    check_tensor(op, "suppressed", suppressed, "integer")
+    if suppressed.dtype != torch.int64:
+        raise TypeError(f"cppo.{op}: suppressed must be torch.int64, got {suppressed.dtype}")
+    if suppressed.ndim != 1:
+        raise ValueError(f"cppo.{op}: suppressed must be (K,), got shape {_of(suppressed.shape)}")
+    if not may_read(suppressed):
+        return
+    for at, token in enumerate(suppressed.tolist()):
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"cppo.{op}: suppressed must be in [0, V) = [0, {vocabulary}), got {token} at {at}"
+            )
+
+
+def check_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    suppressed: Tensor | None = None,
+) -> None:
+    """Errors unless weight (V, D) and bias (V,) fit the last dimension of hidden, and suppressed
+    (K,) the first of weight."""
     check_tensor(op, "weight", weight, "floating")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
             f"cppo.{op}: weight must be (V, D) = (V >= 1, {hidden.shape[-1]}) like hidden, "
             f"got {_of(weight.shape)}"
         )
-    check_same_device(op, weight=weight, bias=bias)
+    check_same_device(op, weight=weight, bias=bias, suppressed=suppressed)
     if weight.is_meta and not hidden.is_meta:
         raise ValueError(f"cppo.{op}: weight must hold values, got one on meta (offloaded?)")
     heads: list[tuple[str, Tensor]] = [("weight", weight)]
@@ -265,6 +291,8 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
             raise TypeError(
                 f"cppo.{op}: {name} must be {hidden.dtype} like hidden, got {tensor.dtype}"
             )
+    if suppressed is not None:
+        check_suppressed(op, suppressed, len(weight))
 
 
 def checked_scale(op: str, logit_scale: Any, softcap: Any) -> tuple[float, float | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cppo.config import LossConfig
+from cppo import reference
 from cppo.fused import autograd, linear, loss
 from cppo.fused.checks import checked
 from cppo.fused.denominators import Denominators, denominators
@@ -18,7 +20,7 @@ from cppo.fused.fakes import fake
 from cppo.fused.head import keeps_logits
 from cppo.fused.schema import ARGUMENTS, COMPOSED, PRIMITIVES, RESULTS, TERMS
 from cppo.ops.checks import under_transform
-from cppo.records import LossOutput, NumItems, TokenStats, Views
+from cppo.records import LossOutput, TokenStats, Views
 
 # Means over completions or tokens, of a loss that divides by something else.
 _MEANS = ("entropy", "clip_fraction", "kl")
@@ -58,7 +60,7 @@ def _define(namespace: str, op: str, schema: str, implementation: Callable[..., 
 
 
 class Backend:
-    """The functions of a backend, called like those of `cppo.reference`.
+    """The functions of a backend, called like those of `cppo.reference` with `Views`.
 
     Args:
         namespace: of the `torch.library` ops.
@@ -95,83 +97,40 @@ class Backend:
         logps, entropy, _ = self._ops.token_stats(logits, targets, mask, None, temperature, inplace)
         return TokenStats(logps, entropy)
 
-    def linear_token_stats(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None = None,
-        temperature: float = 1.0,
-        mask: Tensor | None = None,
-        softcap: float | None = None,
-        suppressed: Tensor | None = None,
-        logits_dtype: str = "fp32",
-    ) -> TokenStats:
-        head, options = (weight, bias, suppressed), (temperature, softcap, logits_dtype)
-        keeps = mask is None and _is_eager(hidden, weight, bias)
-        keeps &= keeps_logits(targets.numel(), weight, bias, softcap, logits_dtype)
-        found = self._ops.linear_token_stats(hidden, *head, targets, mask, *options, keeps)
+    def linear_token_stats(self, *arguments: Any, **named: Any) -> TokenStats:
+        given = _LINEAR_TOKEN_STATS(*arguments, **named)
+        head = (given.weight, given.bias, given.suppressed)
+        options = (given.softcap, given.logits_dtype)
+        rows = (given.targets, given.mask, given.temperature)
+        keeps = given.mask is None and _is_eager(given.hidden, given.weight, given.bias)
+        keeps &= keeps_logits(given.targets.numel(), given.weight, given.bias, *options)
+        found = self._ops.linear_token_stats(given.hidden, *head, *rows, *options, keeps)
         return TokenStats(*found[:2])
 
-    def perception_mask(
-        self,
-        anchor_entropy: Tensor,
-        negative_entropy: Tensor,
-        fraction: float = 0.5,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        return self._ops.perception_mask(
-            anchor_entropy, negative_entropy, fraction, mask, cu_seqlens
-        )
+    def perception_mask(self, *arguments: Any, **named: Any) -> Tensor:
+        found: Tensor = self._ops.perception_mask(*_PERCEPTION_MASK(*arguments, **named))
+        return found
 
-    def cppo_loss(
-        self,
-        views: Views,
-        targets: Tensor,
-        advantages: Tensor,
-        old_logps: Tensor | None = None,
-        ref_logps: Tensor | None = None,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        num_items: float | Tensor | NumItems | None = None,
-        config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
-        inplace: bool = False,
-    ) -> LossOutput:
-        by = denominators(targets, mask, cu_seqlens, num_items, config)
-        rows = (targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
+    def cppo_loss(self, *arguments: Any, inplace: bool = False, **named: Any) -> LossOutput:
+        given = _LOSS(*arguments, **named)
+        by, rows = _denominators_and_rows(given)
+        config = given.config
         options = (by.values, by.per_selected, config.temperature, config.text, inplace)
-        found = RESULTS["cppo_loss"](*self._ops.cppo_loss(*views, *rows, *options))
-        metrics = _metrics(found, views, ref_logps, by)
+        found = RESULTS["cppo_loss"](*self._ops.cppo_loss(*given.logits, *rows, *options))
+        metrics = _metrics(found, given.logits, given.ref_logps, by)
         return LossOutput(found.loss, found.logps, found.entropy, found.selected, metrics)
 
-    def linear_cppo_loss(
-        self,
-        views: Views,
-        weight: Tensor,
-        targets: Tensor,
-        advantages: Tensor,
-        bias: Tensor | None = None,
-        old_logps: Tensor | None = None,
-        ref_logps: Tensor | None = None,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        num_items: float | Tensor | NumItems | None = None,
-        config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        suppressed: Tensor | None = None,
-        logits_dtype: str = "fp32",
-    ) -> LossOutput:
-        inputs = (*views, weight, bias)
+    def linear_cppo_loss(self, *arguments: Any, **named: Any) -> LossOutput:
+        given = _LINEAR_LOSS(*arguments, **named)
+        views, config, weight = given.hidden, given.config, given.weight
+        inputs = (*views, weight, given.bias)
         # The tensors of torch.func do not say what those in them require: the backward knows.
         known = not under_transform()
         wants = [
             torch.is_grad_enabled() and value is not None and (value.requires_grad or not known)
             for value in inputs
         ]
-        temperature = config.temperature / logit_scale
-        by = denominators(targets, mask, cu_seqlens, num_items, config)
+        by, rows = _denominators_and_rows(given)
         # Three views at once are too many for tiles that stay, and a loss of which the denominator
         # is counted on the way is known when the last tile is gone.
         waits = by.per_selected and views.positive is not None
@@ -179,15 +138,37 @@ class Backend:
         # of a GradScaler is known.
         waits |= weight.dtype == torch.float16
         resident = known and any(wants) and config.divergence != "full" and not waits
-        rows = (suppressed, targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
-        options = (by.values, by.per_selected, temperature, config.text, softcap, logits_dtype)
-        op = self._ops.linear_cppo_loss
-        found = RESULTS["linear_cppo_loss"](*op(*inputs, *rows, *options, wants, resident))
-        metrics = _metrics(found, views, ref_logps, by)
+        temperature = config.temperature / given.logit_scale
+        options = (by.values, by.per_selected, temperature, config.text, given.softcap)
+        plan = (given.logits_dtype, wants, resident)
+        found = RESULTS["linear_cppo_loss"](
+            *self._ops.linear_cppo_loss(*inputs, given.suppressed, *rows, *options, *plan)
+        )
+        metrics = _metrics(found, views, given.ref_logps, by)
         # Divided by the rows that count they are GEMM units, and the share that was resident.
         work = found.work.to(found.metrics.dtype)
         metrics["head_gemm_rows"], metrics["head_resident_rows"] = work.unbind()
         return LossOutput(found.loss, found.logps, found.entropy, found.selected, metrics)
+
+
+def _record(specification: Callable[..., Any]) -> Any:
+    """The arguments of a function of `cppo.reference`, by name and with their defaults."""
+    parameters = inspect.signature(specification).parameters
+    defaults = [p.default for p in parameters.values() if p.default is not p.empty]
+    return namedtuple(specification.__name__, parameters, defaults=defaults)  # noqa: PYI024
+
+
+_LINEAR_TOKEN_STATS = _record(reference.linear_token_stats)
+_PERCEPTION_MASK = _record(reference.perception_mask)
+_LOSS, _LINEAR_LOSS = _record(reference.cppo_loss), _record(reference.linear_cppo_loss)
+
+
+def _denominators_and_rows(given: Any) -> tuple[Denominators, tuple[Tensor | None, ...]]:
+    """Of either loss: what its terms are divided by, and its rows in the order of the ops."""
+    count = (given.targets, given.mask, given.cu_seqlens, given.num_items, given.config)
+    logps = (given.old_logps, given.ref_logps)
+    rows = (given.targets, given.advantages, *logps, given.mask, given.cu_seqlens)
+    return denominators(*count), rows
 
 
 def _is_eager(*inputs: Tensor | None) -> bool:

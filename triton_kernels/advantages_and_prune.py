@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cppo import reference
+from cppo.triton_kernels.launch import on_its_device
 
 # Longer units are sorted by torch: one program would count ranks for too long.
 MAX_UNIT_SIZE = 4096
@@ -132,6 +133,7 @@ def _num_warps(unit_size: int) -> int:
     return 4 if unit_size <= 1024 else 16
 
 
+@on_its_device
 def _launch_advantages(
     rewards: Tensor,
     group_size: int,
@@ -167,6 +169,7 @@ def _launch_advantages(
     return advantages, kept
 
 
+@on_its_device
 def _launch_prune(scores: Tensor, unit_size: int, keep: int, prune: str) -> Tensor:
     units = scores.shape[0] // unit_size
     kept = scores.new_empty(units * keep, dtype=torch.int64)

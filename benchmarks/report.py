@@ -2,8 +2,9 @@
 
     python benchmarks/report.py README.md docs/*.md     writes every measured number anew
 
-    <!-- table: NAME KIND --> ... <!-- /table -->       a table: all, brief or steps. Without a KIND
-                                                        the script of that name makes it
+    <!-- table: NAME KIND --> ... <!-- /table -->       a table: all, brief or steps. The script of
+                                                        another KIND makes it; without a KIND that
+                                                        of the file's name
     <!-- ratio: NAME; OP; SHAPE; DTYPE; MODE; PEER -->  the peer's time over ours
     <!-- spread: NAME; MODE; PEER -->                   least and largest ratio in the brief table
     <!-- value: NAME; COLUMN; COLUMN=TEXT; ... -->      a number of the only row that fits
@@ -309,9 +310,9 @@ def _set(rows: Sequence[Row], file: str) -> str:
 
 def _table(name: str, kind: str) -> str:
     rows = read(committed(name))
-    if kind:
+    if kind in ("all", "brief", "steps"):
         return summary(rows, kind)
-    script = "demo_runs" if name.endswith("_runs") else name
+    script = kind or ("demo_runs" if name.endswith("_runs") else name)
     made: str = importlib.import_module(f"cppo.benchmarks.experiments.{script}").summary(rows)
     return made
 

@@ -147,3 +147,21 @@ def test_perturbations_given_as_functions_can_be_saved(tmp_path):
     other = {**options, "negative_views": ("zoom_crop",)}
     with pytest.raises(ValueError, match="changed: negative_views"):
         trainer_for(tmp_path, "qwen2_vl", **other).train(resume_from="auto")
+
+
+@pytest.mark.gpu  # and of a CPU where there is no GPU: a trainer takes the device that is there
+def test_a_run_with_deterministic_algorithms_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    options = dict(precision="bf16", save_every=2, keep_checkpoints=2, num_iterations=2)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        whole = trainer_for(tmp_path, max_steps=4, **options)
+        whole.train()
+        rest = trainer_for(tmp_path / "rest", max_steps=4, **options)
+        rest.train(resume_from=tmp_path / "checkpoint-000002")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(weights_of(rest.model), weights_of(whole.model))
+    assert rest.history[-1]["loss"] == whole.history[-1]["loss"]

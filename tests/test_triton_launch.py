@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from cppo.triton_kernels import launch
+from cppo.triton_kernels import PRUNE, launch
 
 
 class Compiled:
@@ -161,3 +161,29 @@ def test_pieces_of_a_gradient_cover_the_row_once(dtype: torch.dtype, vocabulary:
     assert split.chunk % shape.size == 0
     assert (split.splits - 1) * split.chunk < vocabulary <= split.splits * split.chunk
     assert split.chunk * dtype.itemsize == 16 << 10
+
+
+class OnSecondGpu(torch.Tensor):
+    """Says that it is where no tensor can be here."""
+
+    is_cuda = True
+    device = torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["group_advantages", "prune_completions", "advantages_and_prune"])
+def test_advantages_and_prune_launches_where_its_tensors_are(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[torch.device] = []
+
+    class Enough(Exception):
+        pass
+
+    def enter(device: torch.device) -> None:
+        entered.append(device)
+        raise Enough
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    with pytest.raises(Enough):
+        PRUNE[name](torch.zeros(4).as_subclass(OnSecondGpu), 2, 2, 1)
+    assert entered == [torch.device("cuda:1")]

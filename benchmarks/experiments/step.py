@@ -1,40 +1,37 @@
-"""One training step at the shape of a real model, phase by phase, for four ways to do it.
+"""A whole training step, phase by phase: what pruning makes of it, and what others take.
 
-    python benchmarks/experiments/step.py --model qwen2.5-0.5b                    on a CPU
-    python benchmarks/experiments/step.py --model qwen2.5-vl-3b --device cuda     on a GPU
-    python benchmarks/experiments/step.py --model toy                             shows that it runs
+    python benchmarks/experiments/step.py --model smollm2 --device cpu
+    python benchmarks/experiments/step.py --model recipes/gsm8k_qwen2.5_1.5b.yaml
+    python benchmarks/experiments/step.py --model toy --device cpu        shows that it runs
 
-All of them get the same rollouts (lengths as spread as a reasoning task's), rewards and weights:
+`CPPOTrainer.train_step` itself, with everything that is in it, at five prune rates, without and
+with dynamic allocation (1 / (1 - rate) times the questions, as many completions trained on); and on
+the completions of the step at rate 0 the update as published and TRL's (step_baselines.py). Every
+variant starts from the same weights and draws the same questions: its learning rate moves nothing.
 
-    grpo            every completion, padded, logits of one view
-    grpo, pruned    the same for the kept ones
-    three views     the authors' scheme: every completion padded, all rows of three views, a mask
-    cppo            pruned, packed, perturbed views only where A > 0, no logits
-    cppo, rate 0    without the pruning: the same loss and gradients as "three views"
-
-The perturbed views are noise on the image; for a text model, where nothing is seen, other prompt
-tokens of the same number stand in for them. Rollouts are sampled once, at the end. Rows go to
-<device>_steps.csv after every repeat.
+Times are the trainer's own `time/*`: on a GPU by events, on a CPU processor seconds of one thread,
+which other work on the machine changes little. Variants take turns, a row holds the medians, and
+goes to <device>_train_steps.csv when it is measured: a run that was cut goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import math
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
 
-import cppo
-from cppo.benchmarks import eager, report, timing
+from cppo.benchmarks import report, timing
 from cppo.benchmarks.environment import (
     add_record_option,
     environment,
@@ -42,253 +39,254 @@ from cppo.benchmarks.environment import (
     load_per_core,
     results_folder,
 )
-from cppo.benchmarks.experiments import step_models
-from cppo.benchmarks.experiments.step_batch import StepBatch, make_batch
-from cppo.config import LossConfig
-from cppo.model.check import check_model
-from cppo.model.forward import choose_attention, lm_head, set_attention
-from cppo.model.packed import packed_hidden
-from cppo.records import NumItems, Views
+from cppo.benchmarks.experiments.step_baselines import published, trl
+from cppo.benchmarks.experiments.step_models import Task, sees, task
+from cppo.config import CPPOConfig, LossConfig
+from cppo.model.forward import has_vision
+from cppo.train.batch import Batch
+from cppo.train.trainer import CPPOTrainer
 
-PHASES = ("rollout", "reward", "pack", "forward", "loss", "backward", "optimizer")
-SCHEMES = ("grpo", "grpo, pruned", "three views", "cppo", "cppo, rate 0")
-PRUNED = ("grpo, pruned", "cppo")
-Way = tuple[str, float]  # a scheme and its prune rate
-CONFIG = LossConfig(cpl_coef=0.01, cpl_reduction="sequence")
+RATES = (0.0, 0.5, 0.75, 0.875, 0.9375)
+PHASES = ("rollout", "reward", "forward", "backward", "optimizer", "update", "step")
+# Lin et al. 2025 (arXiv 2503.22342), table of GSM8K with Qwen2.5-1.5B, G = 16, with allocation.
+PAPER = {0.5: "1.81", 0.75: "3.27", 0.875: "4.89", 0.9375: "8.32"}
 
 
-class Clock:
-    """Seconds of each phase; on a GPU waits for it, so that phases do not run into each other."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[phase] += time.perf_counter() - start
+PEERS = {"published": published, "TRL": trl}
 
 
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """What a scheme runs on: the model, the rollouts, and how many completions at once."""
+class Way(NamedTuple):
+    """How a step is done: a peer's way, or the trainer's ("") at a rate."""
 
-    model: nn.Module
-    batch: StepBatch
-    at_once: int
-
-
-def run_scheme(scheme: str, rate: float, update: Update, clock: Clock) -> float:
-    """Gradients of one step accumulate in the model; returns the loss."""
-    batch = update.batch
-    with clock("reward"):
-        advantages, kept = cppo.advantages_and_prune(batch.rewards, batch.group_size, rate)
-    run = _packed_part if scheme.startswith("cppo") else _padded_part
-    total = 0.0
-    for part in kept.split(update.at_once):
-        loss = run(scheme, update, advantages, part, len(kept), clock)
-        with clock("backward"):
-            loss.backward()
-        total += float(loss.detach())
-    return total
+    peer: str
+    rate: float = 0.0
+    allocation: bool = False
 
 
-def _padded_part(
-    scheme: str, update: Update, advantages: Tensor, part: Tensor, count: int, clock: Clock
-) -> Tensor:
-    """Eager PyTorch on padded rows, as the published trainers have it."""
-    batch, model = update.batch, update.model
-    names = ("anchor", "positive", "negative") if scheme == "three views" else ("anchor",)
-    with clock("forward"):
-        logits = [batch.padded_logits(model, part, name) for name in names]
-    with clock("loss"):
-        mask = batch.response_mask[part]
-        outputs = eager.contrastive_loss(
-            eager.view_stats,
-            Views(*logits),
-            batch.response_ids[part],
-            advantages[part],
-            CONFIG,
-            mask=mask,
+class Observed(CPPOTrainer):
+    """The trainer, which keeps the batch of its last step."""
+
+    batch: Batch
+
+    def new_update(self, timer: Any, report: Callable[[Batch], None]) -> Any:
+        def kept(batch: Batch) -> None:
+            self.batch = batch
+            report(batch)
+
+        return super().new_update(timer, kept)
+
+
+class Steps:
+    """Runs steps of one task; the completions of the one at rate 0 are there for the peers."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, torch.device(options.device)
+        self.sampled: tuple[Observed, dict[str, float]] | None = None
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """Made when the first step is run."""
+        return task(self.options.model, self.device, self.options.completion / 2)
+
+    def trainer(self, way: Way, folder: str) -> Observed:
+        options = self.options
+        config = CPPOConfig(
+            output_dir=folder,
+            batch_size=options.questions * options.group_size,
+            group_size=options.group_size,
+            prune_rate=way.rate,
+            dynamic_allocation=way.allocation,
+            max_completion_tokens=options.completion,
+            generation_batch_size=options.generation_batch_size,
+            max_tokens_per_microbatch=options.max_tokens,
+            precision=options.precision,
+            gradient_checkpointing=options.gradient_checkpointing,
+            reward_weights=self.task.weights,
+            learning_rate=1e-20,
+            max_steps=1,
+            log_completions=0,
+            loss=LossConfig(cpl_coef=0.01 if has_vision(self.task.model) else 0.0),
         )
-        return outputs["loss"] * (len(part) / count)
+        model, processor, rows, rewards, _ = self.task
+        trainer = Observed(model, rewards, rows, config=config, processor=processor)
+        # The first step of an optimizer makes its state, the others do not.
+        for parameter in trainer.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        return trainer
 
+    def measured(self, way: Way) -> dict[str, float]:
+        """`run`, and on a GPU the bytes at its peak beyond what was in use."""
+        if self.device.type != "cuda":
+            return {**self.run(way), "peak": math.nan}
+        found: dict[str, float] = {}
+        peak = timing.peak_growth(lambda: found.update(self.run(way)), self.device)
+        return {**found, "peak": peak}
 
-def _packed_part(
-    scheme: str, update: Update, advantages: Tensor, part: Tensor, count: int, clock: Clock
-) -> Tensor:
-    batch, model = update.batch, update.model
-    with clock("pack"):
-        packed = batch.pack(part)
-        looking = part[advantages[part] > 0]
-        looking_packed = batch.pack(looking)
-        positions = batch.positions_of(packed), batch.positions_of(looking_packed)
-    with clock("forward"):
-        anchor = packed_hidden(model, packed, positions[0], *batch.images_of(part, "anchor"))
-        # Where nobody looks, the compact views have no rows.
-        perturbed = [
-            packed_hidden(
-                model,
-                batch.with_view(looking_packed, looking, name),
-                positions[1],
-                *batch.images_of(looking, name),
-            )
-            if len(looking)
-            else anchor[:0]
-            for name in ("positive", "negative")
-        ]
-    with clock("loss"):
-        head = lm_head(model)._asdict()
-        return cppo.linear_cppo_loss(
-            Views(anchor, *perturbed),
-            targets=packed.targets,
-            advantages=advantages[part],
-            **head,
-            cu_seqlens=packed.row_cu_seqlens,
-            num_items=NumItems(count, count),
-            config=CONFIG,
-        ).loss
+    def run(self, way: Way) -> dict[str, float]:
+        """Seconds of the phases, and what the step ran on."""
+        if way.peer:
+            if self.sampled is None:
+                self.run(Way(""))
+            assert self.sampled is not None
+            trainer, own = self.sampled
+            found = PEERS[way.peer](trainer, trainer.batch)
+            same = ("rollout", "reward", "questions", "sampled", "trained", "tokens_sampled")
+            found |= {name: own[name] for name in same}
+            return {**found, "step": found["update"] + own["rollout"] + own["reward"]}
+        self.sampled = None  # its optimizer's state
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = self.trainer(way, folder)
+            metrics = trainer.train_step()
+        found = {name: metrics.get(f"time/{name}", 0.0) for name in PHASES}
+        # What is left of the step belongs to its update: cutting, packing, reading the metrics.
+        found["update"] = found["step"] - found["rollout"] - found["reward"]
+        sampled = len(trainer.batch.advantages)
+        found |= {"questions": sampled / self.options.group_size, "sampled": sampled}
+        found |= {"trained": len(trainer.batch.kept), "loss": metrics["loss"]}
+        found |= {"tokens_sampled": metrics["tokens/sampled"]}
+        if not way.rate:
+            self.sampled = trainer, found
+        return found
 
 
 def measure(
-    update: Update, ways: Sequence[Way], repeats: int, device: torch.device
-) -> Iterator[dict[Way, dict[str, Any]]]:
-    """{way: median seconds of each phase, peak memory, loss}, interleaved over repeats.
+    options: argparse.Namespace, path: Path | None, deadline: float
+) -> tuple[list[report.Row], bool]:
+    """The rows of all ways, with those that `path` has already; and whether none is missing."""
+    shape = f"{Path(options.model).name.removesuffix('.yaml')} Q={options.questions} "
+    shape += f"G={options.group_size} completion<={options.completion}"
+    steps = Steps(options)
+    shared = {"op": "train_step", "mode": "both", "dtype": options.precision}
+    shared |= environment(steps.device)
+    known = {report.key(r): r for r in report.read(path)} if path and not options.fresh else {}
+    rows: dict[Way, report.Row] = {}
+    for way in ways_of(options):
+        own = {"backend": "" if way.peer else "cppo", "peer": way.peer}
+        rows[way] = {**shared, **own, "shape": f"{shape} {_words(way)}"}
+        rows[way] |= known.get(report.key(rows[way]), {})
+    lacking = [way for way, row in rows.items() if int(row.get("repeats", 0)) < options.repeats]
+    if lacking and time.monotonic() < deadline:
+        # Kernels are compiled, and memory is met for the first time, outside of what is timed.
+        steps.run(Way("", max(options.rates)))
+    samples: dict[Way, list[dict[str, float]]] = {way: [] for way in lacking}
+    for way in lacking * options.repeats:
+        if time.monotonic() > deadline:
+            break
+        try:
+            samples[way].append(steps.measured(way))
+        except torch.cuda.OutOfMemoryError as error:
+            print(f"{rows[way]['shape']} {way.peer}: {error}", file=sys.stderr)
+            continue
+        rows[way] |= shared | _numbers(samples[way])
+        if path:
+            report.merge(path, [rows[way]])
+        print(f"{rows[way]['shape']} {way.peer}: {rows[way]['step_s']} s", file=sys.stderr)
+    is_whole = all(len(own) == options.repeats for own in samples.values())
+    return [row for row in rows.values() if "repeats" in row], is_whole
 
-    Yields what is known after every repeat, with NaN for the rollouts, and at last with them: they
-    are the same for every way, and so is the memory of the optimizer.
+
+def ways_of(options: argparse.Namespace) -> list[Way]:
+    """Rate 0 first, whose completions the peers get. TRL's batch is one of texts here."""
+    pruned = [rate for rate in options.rates if rate]
+    is_text = not (options.no_trl or sees(options.model))
+    peers = [Way("published")] + ([Way("TRL")] if is_text else [])
+    return [Way(""), *peers, *(Way("", r) for r in pruned), *(Way("", r, True) for r in pruned)]
+
+
+def _words(way: Way) -> str:
+    return f"P={way.rate:g}" + (" with allocation" if way.allocation else "")
+
+
+def _numbers(samples: Sequence[dict[str, float]]) -> report.Row:
+    middle = {name: statistics.median(own[name] for own in samples) for name in samples[0]}
+    numbers = {f"{name}_s": f"{middle[name]:.4g}" if name in middle else "" for name in PHASES}
+    for name in ("questions", "sampled", "trained", "tokens_sampled"):
+        numbers[name] = f"{middle[name]:.0f}"
+    numbers["peak_mib"] = "" if math.isnan(middle["peak"]) else f"{middle['peak'] / 2**20:.0f}"
+    numbers |= {"loss": f"{middle['loss']:.6g}", "repeats": str(len(samples))}
+    return numbers | {"load": f"{load_per_core():.2f}"}
+
+
+def summary(rows: Sequence[report.Row]) -> str:
+    """The rows as a table, speed-ups per question over the trainer's step at rate 0.
+
+    "by the law": what 1 / (r + (1 - P)(1 - r)) gives for r, the share of the step at rate 0 that is
+    no update; "paper": what was published, for rollouts on a GPU of their own.
     """
-    optimizer = torch.optim.AdamW(update.model.parameters(), lr=0.0, foreach=True)
-    for parameter in update.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    set_attention(update.model, choose_attention("auto", device))
-    check_model(update.model)  # here, not in the first call that is timed
-    if device.type == "cuda":
-        # Kernels are compiled and chosen outside of what is timed.
-        run_scheme(*ways[-1], update, Clock(device))
-        update.model.zero_grad()
-    taken: dict[Way, list[dict[str, float]]] = {way: [] for way in ways}
-    found: dict[Way, dict[str, Any]] = {way: {} for way in ways}
-    for _ in range(repeats):
-        for way in ways:
-            clock = Clock(device)
-
-            def once(way: Way = way, clock: Clock = clock) -> None:
-                found[way]["loss_value"] = run_scheme(*way, update, clock)
-                with clock("optimizer"):
-                    # A learning rate of zero: every scheme starts from the same weights.
-                    optimizer.step()
-                    optimizer.zero_grad()
-
-            peak = timing.peak_growth(once, device)
-            found[way]["peak_mib"] = f"{peak / 2**20:.0f}"
-            taken[way].append(clock.seconds)
-        for way in ways:
-            found[way]["repeats"] = len(taken[way])
-            for phase in PHASES:
-                found[way][phase] = statistics.median(s[phase] for s in taken[way])
-            found[way]["rollout"] = math.nan
-        yield found
-    sampling = Clock(device)
-    with sampling("rollout"):
-        update.batch.sample(update.model)
-    for way in ways:
-        found[way]["rollout"] = sampling.seconds["rollout"]
-    yield found
+    lines = []
+    base: Any = {}
+    for row in rows:
+        model, _, way = row["shape"].partition(" P=")
+        rate = float(way.split()[0])
+        per_question = {
+            n: float(row[f"{n}_s"]) / float(row["questions"]) for n in ("step", "update")
+        }
+        if row["backend"] and not rate:
+            base[model] = per_question | {"r": 1 - per_question["update"] / per_question["step"]}
+        own = base[model]
+        law = 1 / (own["r"] + (1 - rate) * (1 - own["r"]))
+        times = [f"{float(row[f'{n}_s']):.3g}" for n in ("rollout", "update", "step")]
+        share = 1 - per_question["update"] / per_question["step"]
+        gains = [f"{own[n] / per_question[n]:.2f}x" for n in ("update", "step")]
+        name = row["peer"] or f"{rate:g}{way.partition(' ')[2] and ' with allocation'}"
+        paper = PAPER.get(rate, "") if "allocation" in way else ""
+        tail = ["", ""] if row["peer"] else [f"{law:.2f}x", paper and f"{paper}x"]
+        rate_of_decoding = f"{float(row['tokens_sampled']) / float(row['rollout_s']):,.0f}"
+        counts = [row["questions"], row["trained"]]
+        times.append(f"{100 * share:.0f} %")
+        lines.append([model, name, *counts, *times, rate_of_decoding, *gains, *tail])
+    columns = ["step of", "prune rate", "questions", "trained", "rollout s", "update s", "step s"]
+    columns += ["rollout and reward", "tokens/s of decoding", "update", "step", "by the law"]
+    columns += ["paper"]
+    return report.markdown(columns, lines)
 
 
-def make_rows(
-    found: dict[str, dict[str, Any]], update: Update, shared: dict[str, Any]
-) -> list[report.Row]:
-    """One row per scheme; update_s leaves out rollout and reward."""
-    made = []
-    for scheme, values in found.items():
-        seconds = {f"{phase}_s": f"{values[phase]:.4g}" for phase in PHASES}
-        total = sum(values[phase] for phase in PHASES)
-        update_s = sum(values[phase] for phase in PHASES[2:])
-        made.append(
-            {
-                "op": "step",
-                "shape": shared["shape"],
-                "dtype": shared["dtype"],
-                "mode": "both",
-                "backend": scheme if scheme.startswith("cppo") else "",
-                "peer": "" if scheme.startswith("cppo") else scheme,
-                **seconds,
-                "update_s": f"{update_s:.4g}",
-                "step_s": f"{total:.4g}",
-                "tokens_per_s": f"{update.batch.num_tokens / total:.4g}",
-                "peak_mib": values["peak_mib"],
-                "repeats": str(values["repeats"]),
-                "loss": f"{values['loss_value']:.6g}",
-                **{k: str(v) for k, v in shared.items() if k not in ("shape", "dtype")},
-            }
-        )
-    return made
-
-
-def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> int:
-    began = time.perf_counter()
+def main(
+    argv: list[str] | None = None,
+    say: Callable[[str], None] = print,
+    deadline: float = math.inf,
+) -> bool:
+    """Whether all rows are there."""
     options = _parser().parse_args(argv)
     device = torch.device(options.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    path = options.output or results_folder(options.record) / f"{file_stem(device)}_steps.csv"
-    model = step_models.build(options.model, device, dtype)
-    if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = make_batch(
-        model, options.questions, options.group_size, options.prompt, options.completion
-    )
-    update = Update(model, batch, options.at_once)
-    shape = f"{options.model} Q={options.questions} G={options.group_size} "
-    shape += f"prompt={options.prompt} completion<={options.completion}"
-    shared = {"dtype": options.dtype, **environment(device)}
-    shared["load"] = f"{load_per_core():.2f}"
-    ways = [
-        (scheme, rate)
-        for scheme in options.schemes
-        for rate in (options.prune_rate if scheme in PRUNED else [0.0])
-    ]
-    print(f"{options.model}: ready after {time.perf_counter() - began:.0f} s", file=sys.stderr)
-    for found in measure(update, ways, options.repeats, device):
-        made = []
-        for rate in options.prune_rate:
-            # What does not prune is the same at every rate.
-            own = {s: found[s, rate if s in PRUNED else 0.0] for s in options.schemes}
-            made += make_rows(own, update, {"shape": f"{shape} P={rate:g}", **shared})
-        if not options.model.startswith("toy") or options.output:
-            report.merge(path, made)
-        seconds = time.perf_counter() - began
-        print(f"{options.model}: rows after {seconds:.0f} s", file=sys.stderr)
-    say(report.summary(made, "steps"))
-    return 0
+    path = options.output or results_folder(options.record) / f"{file_stem(device)}_train_steps.csv"
+    if options.model.startswith("toy") and not options.output:
+        path = None
+    clock = time
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+        clock = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment]
+    with patch("cppo.train.progress.time", clock):
+        rows, is_whole = measure(options, path, deadline)
+    if rows:
+        say(summary(rows))
+    return is_whole
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add = parser.add_argument
-    add("--model", choices=step_models.NAMES, default="qwen2.5-0.5b")
+    add: Callable[..., Any] = parser.add_argument
+    add(
+        "--model", default="smollm2", help="smollm2, small, a folder, a recipe (.yaml), toy, toy-vl"
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32")
-    add("--questions", type=int, default=2)
-    add("--group-size", type=int, default=8)
-    add("--prompt", type=int, default=32, help="tokens")
-    add("--completion", type=int, default=48, help="tokens of the longest")
-    add("--prune-rate", type=float, nargs="+", default=[0.5])
-    add("--at-once", type=int, default=8, help="completions in a forward and backward pass")
-    add("--repeats", type=int, default=2)
-    add("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    add("--precision", choices=("fp32", "bf16"), default="bf16")
+    add("--questions", type=int, default=4, help="of a step at rate 0")
+    add("--group-size", type=int, default=16)
+    add("--completion", type=int, default=256, help="tokens at most; random weights: half of it")
+    add("--rates", type=float, nargs="+", default=list(RATES))
+    add("--max-tokens", type=int, default=16384, help="of a micro-batch")
+    add("--generation-batch-size", type=int, default=1024)
     add("--gradient-checkpointing", action="store_true")
+    add("--no-trl", action="store_true")
+    add("--repeats", type=int, default=2)
+    add("--fresh", action="store_true", help="measure what has rows again")
     add("--output", type=Path)
     add_record_option(parser)
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(not main())

@@ -21,6 +21,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    TrainerCallback,
-)
+from transformers import Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from cppo.benchmarks import report
 from cppo.benchmarks.environment import (
     add_record_option,
-    data_folder,
     environment,
     results_folder,
     version,
 )
-from cppo.demo.tiny import CHAT_TEMPLATE
+from cppo.benchmarks.experiments.small_models import learned_tokenizer, read_texts, small_qwen3
+from cppo.benchmarks.experiments.step_models import noise
 from cppo.integrations.trl import CPPO, CPPOMixin
-from cppo.questions import load_rows
 
 GROUP = 16
 MICRO_BATCH = 8  # rows
@@ -59,71 +53,26 @@ VARIANTS: dict[str, CPPO | None] = {
 }
 
 
-def read_texts(count: int) -> tuple[list[str], list[str]]:
-    """Questions and worked answers of GSM8K."""
-    rows = load_rows(data_folder() / "gsm8k", "train")
-    extra = [rows[i]["extra_info"] for i in range(min(count, len(rows)))]
-    return [row["question"] for row in extra], [row["answer"] for row in extra]
-
-
-def learned_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 4,096 tokens, so that lengths in tokens are what a real one gives."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=4096, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=special[2], pad_token=special[0], padding_side="left"
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-
-
 class Stopwatch(TrainerCallback):
     """Seconds of each optimizer step, without those that were paused."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
+        self.clock = clock
         self.steps: list[float] = []
         self.paused = self.start = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.start, self.paused = time.process_time(), 0.0
+        self.start, self.paused = self.clock(), 0.0
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.steps.append(time.process_time() - self.start - self.paused)
+        self.steps.append(self.clock() - self.start - self.paused)
 
 
 class Replayed(GRPOTrainer):
-    """TRL's trainer whose completions are texts that somebody has written."""
+    """TRL's trainer whose completions are there already: `completions(prompts)` gives their ids."""
 
     watch: Stopwatch
-    answers: list[list[int]]
+    completions: Callable[[list[list[int]]], list[list[int]]]
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         return self._paused(super()._generate, *args, **kwargs)
@@ -132,24 +81,17 @@ class Replayed(GRPOTrainer):
         return self._paused(super()._calculate_rewards, *args, **kwargs)
 
     def _generate_single_turn(self, prompt_ids: list[Any], *args: Any, **kwargs: Any) -> Any:
-        rng = random.Random(self.state.global_step)
-        return [rng.choice(self.answers) for _ in prompt_ids], None
+        return self.completions(prompt_ids), None
 
     def _paused(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        start = time.process_time()
+        start = self.watch.clock()
         result = function(*args, **kwargs)
-        self.watch.paused += time.process_time() - start
+        self.watch.paused += self.watch.clock() - start
         return result
 
 
 class Pruned(CPPOMixin, Replayed):
     pass
-
-
-def noise(completions: list[Any], **columns: Any) -> list[float]:
-    return [
-        random.Random(text[0]["content"] + str(i)).random() for i, text in enumerate(completions)
-    ]
 
 
 def update_seconds(
@@ -188,7 +130,10 @@ def update_seconds(
     )
     trainer.watch = watch
     ids = tokenizer(answers[:512], add_special_tokens=False)["input_ids"]
-    trainer.answers = [each + [tokenizer.eos_token_id] for each in ids]
+    rng = random.Random(0)
+    trainer.completions = lambda prompts: [
+        rng.choice(ids) + [tokenizer.eos_token_id] for _ in prompts
+    ]
     trainer.train()
     return watch.steps[0]
 
@@ -199,7 +144,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder, texts = Path(name), read_texts(2000)
         tokenizer = learned_tokenizer([*texts[0], *texts[1]])
-        save_model(folder, tokenizer)
+        small_qwen3(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id).save_pretrained(
+            folder
+        )
         for arguments.beta in (0.0, 0.04):
             update_seconds(CPPO(prune_rate=0.875), folder, tokenizer, texts, arguments)  # warm-up
             seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}

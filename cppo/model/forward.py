@@ -11,6 +11,7 @@ the image grid. That the model then computes what it computes by itself is not t
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
@@ -48,13 +49,17 @@ class ImageBatch:
     def of(self, questions: Sequence[int]) -> ImageBatch:
         """The images of some questions, in the order given."""
         image_ids = [i for q in questions for i in self.image_ids(q)]
-        sizes = self.image_grid_thw.prod(1).tolist()
-        patches = self.pixel_values.split(sizes)
-        pixel_values = (
-            torch.cat([patches[i] for i in image_ids]) if image_ids else self.pixel_values[:0]
-        )
         counts = tuple(self.per_question[q] for q in questions)
-        return ImageBatch(pixel_values, self.image_grid_thw[image_ids], counts)
+        if not image_ids:
+            return ImageBatch(self.pixel_values[:0], self.image_grid_thw[:0], counts)
+        pixel_values = torch.cat([self._patches[i] for i in image_ids])
+        grids = torch.stack([self.image_grid_thw[i] for i in image_ids])
+        return ImageBatch(pixel_values, grids, counts)
+
+    @functools.cached_property
+    def _patches(self) -> tuple[Tensor, ...]:
+        """The patches of each image. Their numbers are read from the device once."""
+        return self.pixel_values.split(self.image_grid_thw.prod(1).tolist())
 
     def image_ids(self, question: int) -> range:
         """Indices of the images of one question."""

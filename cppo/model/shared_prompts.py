@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 
+from cppo.fused.pack import Lengths
 from cppo.packed_batch import PackedBatch
 
 
@@ -46,16 +47,20 @@ class SharedStream:
     first: list[int]
 
 
-def share_prompts(packed: PackedBatch, questions: Sequence[int]) -> SharedStream:
+def share_prompts(
+    packed: PackedBatch, questions: Sequence[int], lengths: Lengths | None = None
+) -> SharedStream:
     """The stream in which neighbours of the same question have their prompt in common.
 
     Args:
         packed: K completions.
         questions: the question of each of them, K numbers.
+        lengths: (tokens, response tokens) of each of them, where the host knows them and every
+            response is one run behind its prompt: then nothing waits for the device. None: read
+            off the stream.
     Raises: ValueError if two prompts of a question differ (looked at on the CPU only).
     """
-    bounds = packed.cu_seqlens.tolist()
-    prompts = _prompt_lengths(packed, bounds)
+    bounds, prompts = _bounds(packed) if lengths is None else _known_bounds(lengths)
     place = torch.empty(bounds[-1], dtype=torch.int64)
     tokens: list[Tensor] = []
     keys: list[Tensor] = []
@@ -82,29 +87,38 @@ def share_prompts(packed: PackedBatch, questions: Sequence[int]) -> SharedStream
             _check_same_prompt(packed, bounds[lead], bounds[k], length)
             place[bounds[k] : bounds[k] + length] = torch.arange(start, start + length)
         first.append(lead)
-    device = packed.input_ids.device
+
+    def sent(values: Tensor) -> Tensor:
+        return values.to(packed.input_ids.device, non_blocking=True)  # the host goes on
+
     return SharedStream(
-        token_index=_joined(tokens).to(device),
-        cu_seqlens=_cumulative(tokens).to(device),
-        key_index=_joined(keys).to(device),
-        cu_key_seqlens=_cumulative(keys).to(device),
+        token_index=sent(_joined(tokens)),
+        cu_seqlens=sent(_cumulative(tokens)),
+        key_index=sent(_joined(keys)),
+        cu_key_seqlens=sent(_cumulative(keys)),
         max_seqlen=max(map(len, tokens), default=0),
         max_key_seqlen=max(map(len, keys), default=0),
-        rows=place.to(device)[packed.rows],
+        rows=sent(place)[packed.rows],
         first=first,
     )
 
 
-def _prompt_lengths(packed: PackedBatch, bounds: list[int]) -> list[int]:
-    """Tokens of each completion before its first response token."""
-    row_bounds = packed.row_cu_seqlens.tolist()
+def _known_bounds(lengths: Lengths) -> tuple[list[int], list[int]]:
+    """Where each completion starts and ends in the stream, and the tokens of its prompt."""
+    tokens, responses = lengths
+    prompts = [length - own for length, own in zip(tokens, responses, strict=True)]
+    return [0, *accumulate(tokens)], prompts
+
+
+def _bounds(packed: PackedBatch) -> tuple[list[int], list[int]]:
+    """As `_known_bounds`; a prompt is what stands before the first response token."""
+    bounds, row_bounds = packed.cu_seqlens.tolist(), packed.row_cu_seqlens.tolist()
     rows = packed.rows.tolist()
-    return [
-        rows[row_bounds[k]] + 1 - bounds[k]
-        if row_bounds[k] < row_bounds[k + 1]
-        else bounds[k + 1] - bounds[k]
-        for k in range(len(bounds) - 1)
+    ends = [
+        rows[row] + 1 if row < next_row else end
+        for row, next_row, end in zip(row_bounds, row_bounds[1:], bounds[1:], strict=False)
     ]
+    return bounds, [end - begin for begin, end in zip(bounds, ends, strict=False)]
 
 
 def _check_same_prompt(packed: PackedBatch, lead: int, other: int, length: int) -> None:

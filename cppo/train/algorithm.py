@@ -63,11 +63,10 @@ def select(
     if config.mask_overlong:
         kept = kept[~truncated[kept]]
     places = ((own.start <= kept) & (kept < own.stop)).nonzero()[:, 0]
-    device = rollouts.input_ids.device
     return Batch(
         rollouts,
-        advantages[own].to(device),
-        (kept[places] - own.start).to(device),
+        advantages[own],
+        kept[places] - own.start,
         suppressed=policy.suppressed,
         seed=seed_from(config.seed, "views", step, processes.rank),
         share_prompts=config.share_prompts,
@@ -101,7 +100,7 @@ def microbatch_loss(
     return linear_cppo_loss(
         hidden,
         targets=packed.targets,
-        advantages=batch.advantages[completions],
+        advantages=batch.to_device(batch.advantages[completions]),
         **head._asdict(),
         old_logps=packed.per_token.get("old_logps"),
         ref_logps=packed.per_token.get("ref_logps"),

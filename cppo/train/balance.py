@@ -37,7 +37,7 @@ def balanced(batch: Batch, processes: Processes) -> Batch:
     sent = {}
     for owner, q, to in leaving:
         piece = _without_pictures(_piece(batch, [q]))
-        sent[owner, q] = to, map_tensors(piece, lambda tensor: tensor.cpu())
+        sent[owner, q] = to, _on(piece, torch.device("cpu"))
     arrived = {
         key: piece
         for own in processes.gather(sent)
@@ -49,7 +49,7 @@ def balanced(batch: Batch, processes: Processes) -> Batch:
     pieces = [_piece(batch, staying)]
     for key in plan[processes.rank]:
         if key in arrived:
-            pieces.append(map_tensors(arrived[key], lambda tensor: tensor.to(device)))
+            pieces.append(_on(arrived[key], device))
     pieces = [own for own in pieces if len(own.advantages)] or pieces[:1]
     return _joined(batch, pieces)
 
@@ -101,9 +101,18 @@ def _piece(batch: Batch, questions: Sequence[int]) -> Batch:
         batch,
         rollouts=take_questions(batch.rollouts, questions),
         advantages=batch.advantages[completions],
-        kept=torch.tensor(kept, dtype=torch.int64, device=batch.kept.device),
+        kept=torch.tensor(kept, dtype=torch.int64),
         places=None if batch.places is None else batch.places[chosen],
         per_token={name: value[completions] for name, value in batch.per_token.items()},
+    )
+
+
+def _on(piece: Batch, device: torch.device) -> Batch:
+    """A batch with its rollouts on a device; what cuts it stays on the CPU."""
+    return dataclasses.replace(
+        piece,
+        rollouts=map_tensors(piece.rollouts, lambda tensor: tensor.to(device)),
+        per_token={name: value.to(device) for name, value in piece.per_token.items()},
     )
 
 
@@ -112,7 +121,7 @@ def _joined(batch: Batch, pieces: Sequence[Batch]) -> Batch:
     for piece in pieces:
         starts.append(starts[-1] + len(piece.advantages))
     kept = [piece.kept + start for piece, start in zip(pieces, starts, strict=False)]
-    places = [piece.places.cpu() for piece in pieces if piece.places is not None]
+    places = [piece.places for piece in pieces if piece.places is not None]
     return dataclasses.replace(
         batch,
         rollouts=merge([piece.rollouts for piece in pieces]),

@@ -1,7 +1,13 @@
-"""The completions of an update, and how they are cut: optimizer steps, micro-batches, streams."""
+"""The completions of an update, and how they are cut: optimizer steps, micro-batches, streams.
+
+How a batch is cut depends on lengths and advantages alone. They are read from the device once per
+batch, so that a micro-batch is cut, gated and packed without waiting for the device.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import sys
 from dataclasses import dataclass, field
 
@@ -23,9 +29,9 @@ class Batch:
 
     Args:
         rollouts: all completions, kept or not.
-        advantages: (B,) fp32.
-        kept: (K,) int64, the completions that the update runs on.
-        places: (K,) int64, their places among the kept completions of all processes.
+        advantages: (B,) fp32, on the CPU.
+        kept: (K,) int64, on the CPU, the completions that the update runs on.
+        places: (K,) int64, on the CPU, their places among the kept completions of all processes.
         suppressed: token ids that are never sampled.
         seed: seed of this batch's perturbations.
         per_token: old and reference log-probabilities (B, L), where they are needed.
@@ -47,7 +53,6 @@ class Batch:
         They are dealt by their places, so that the number of processes does not change a part.
         """
         places = torch.arange(len(self.kept)) if self.places is None else self.places
-        places = places.to(self.kept.device)
         return [self.kept[places % parts == part] for part in range(parts)]
 
     def microbatches(self, completions: Tensor, max_tokens: int) -> list[Tensor]:
@@ -61,14 +66,20 @@ class Batch:
         return parts
 
     def pack(self, completions: Tensor) -> PackedBatch:
-        """Some completions as one stream without padding."""
-        return pack_completions(
+        """Some completions as one stream without padding; `kept` of it stays on the CPU."""
+        packed = pack_completions(
             self.rollouts.input_ids,
             self.rollouts.attention_mask,
             self.rollouts.completion_mask,
-            completions,
+            self.to_device(completions),
             per_token=self.per_token,
+            lengths=(self.lengths(completions), self.response_lengths(completions)),
         )
+        return dataclasses.replace(packed, kept=completions)
+
+    def to_device(self, values: Tensor) -> Tensor:
+        """Values of the host where the rollouts are; the copy is only queued."""
+        return values.to(self.rollouts.input_ids.device, non_blocking=True)
 
     def gated(self, completions: Tensor, loss: LossConfig) -> Tensor:
         """Those of the completions whose perturbed views the loss needs.
@@ -87,17 +98,31 @@ class Batch:
         """Which of the completions belong to a question with images: a bool for each."""
         images = self.rollouts.prompts.images
         if images is None:
-            return torch.zeros(len(completions), dtype=torch.bool, device=completions.device)
-        per_question = torch.tensor(images.per_question, device=completions.device)
-        return per_question[completions // self.rollouts.group_size] > 0
+            return torch.zeros(len(completions), dtype=torch.bool)
+        return torch.tensor(images.per_question)[self.questions(completions)] > 0
+
+    def questions(self, completions: Tensor) -> list[int]:
+        """The question of each completion."""
+        return (completions // self.rollouts.group_size).tolist()
 
     def lengths(self, completions: Tensor) -> list[int]:
         """Prompt and response tokens of each completion."""
-        return self.rollouts.attention_mask[completions].sum(1).tolist()
+        return self._lengths[0, completions].tolist()
+
+    def response_lengths(self, completions: Tensor) -> list[int]:
+        """Response tokens of each completion."""
+        return self._lengths[1, completions].tolist()
+
+    @functools.cached_property
+    def _lengths(self) -> Tensor:
+        """(2, B) int64 on the CPU: tokens and response tokens. The one wait for the device."""
+        attended = self.rollouts.attention_mask.bool()
+        responses = attended & self.rollouts.completion_mask.bool()
+        return torch.stack([attended.sum(1), responses.sum(1)]).cpu()
 
     def counts(self, completions: Tensor) -> tuple[int, int]:
         """Completions and response tokens: the denominators of the loss."""
-        return len(completions), int(self.rollouts.completion_mask[completions].sum())
+        return len(completions), sum(self.response_lengths(completions))
 
     def computed_tokens(self, completions: Tensor) -> int:
         """Tokens that the forward of a micro-batch runs: a shared prompt counts once."""
@@ -124,13 +149,11 @@ class Batch:
         lengths = self.lengths(completions)
         if not (self.share_prompts or self.have_images(completions[:1]).any()):
             return list(completions.split(1)), lengths
-        questions = (completions // self.rollouts.group_size).tolist()
-        is_prompt = self.rollouts.attention_mask & ~self.rollouts.completion_mask
-        prompts = is_prompt[completions].sum(1).tolist()
+        questions, responses = self.questions(completions), self.response_lengths(completions)
         starts: list[int] = []
         totals: list[int] = []
-        for i, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
-            more = length - prompt if self.share_prompts else length
+        for i, (length, response) in enumerate(zip(lengths, responses, strict=True)):
+            more = response if self.share_prompts else length
             if i and questions[i] == questions[i - 1] and totals[-1] + more <= max_tokens:
                 totals[-1] += more
             else:

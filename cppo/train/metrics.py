@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cppo.config import CPPOConfig
@@ -70,7 +71,8 @@ def _mean(values: Tensor) -> Mean:
 def rollout_metrics(batch: Batch, scores: Scores) -> dict[str, Metric]:
     """What was sampled, how it was rewarded, and how much of it is trained on."""
     rollouts, rewards = batch.rollouts, scores.total
-    lengths = rollouts.completion_mask.sum(1)
+    everything = torch.arange(len(rewards))
+    lengths = torch.tensor(batch.response_lengths(everything))
     groups = [own[~own.isnan()] for own in rewards.split(rollouts.group_size)]
     groups = [own for own in groups if len(own)]
     stds = [own.std(correction=0).item() for own in groups]
@@ -88,7 +90,7 @@ def rollout_metrics(batch: Batch, scores: Scores) -> dict[str, Metric]:
         "completion/max_tokens": Largest(lengths.max().item()),
         "completion/truncated_share": _mean(rollouts.truncated.double()),
         "tokens/sampled": Total(lengths.sum().item()),
-        "tokens/trained": Total(rollouts.completion_mask[batch.kept].sum().item()),
+        "tokens/trained": Total(lengths[batch.kept].sum().item()),
     }
     metrics |= {f"reward/{name}": _mean(values) for name, values in scores.by_name.items()}
     return metrics | {

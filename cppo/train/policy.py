@@ -19,6 +19,9 @@ from cppo.model.check import check_model, check_training_mode
 from cppo.model.precision import hold_weights
 from cppo.train.checkpoint import last_checkpoint
 
+# Where one kernel takes the step of all parameters, without temporaries as large as they are.
+_FUSED = ("cpu", "cuda", "mps", "xpu")
+
 
 class Policy:
     """A model in training: with its reference policy, its optimizer and its learning rate.
@@ -49,6 +52,7 @@ class Policy:
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
+            fused=device.type in _FUSED,
         )
         self.scheduler = schedule(self.optimizer, config)
         self._device = device

@@ -20,6 +20,10 @@ from cppo.train.stopping import Stopped, Stopping
 _T = TypeVar("_T")
 
 
+# Of gradients that are exchanged at once: so much memory it takes. Larger ones are no faster.
+BUCKET_BYTES = 128 * 2**20
+
+
 class ProcessError(RuntimeError):
     """Another process of the run has ended, or did not come within the time limit."""
 
@@ -182,13 +186,14 @@ class Processes:
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         gradients = [p.grad for p in parameters if p.grad is not None]
-        # One exchange for all of them.
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        with self._waiting():
-            dist.all_reduce(flat)
-        totals = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, total in zip(gradients, totals, strict=True):
-            gradient.copy_(total.view_as(gradient))
+        for bucket in _buckets(gradients):
+            parts = [gradient.flatten() for gradient in bucket]
+            flat = torch.cat(parts) if len(parts) > 1 else parts[0]
+            with self._waiting():
+                dist.all_reduce(flat)
+            totals = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, total in zip(bucket, totals, strict=True):
+                gradient.copy_(total.view_as(gradient))
 
     def same_weights(self, model: nn.Module) -> None:
         """Gives every process the weights of the first."""
@@ -196,3 +201,15 @@ class Processes:
             with self._waiting():
                 for p in model.parameters():
                     dist.broadcast(p.data, 0)
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of BUCKET_BYTES together at most; a larger one is by itself."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and sum(own.nbytes for own in (*bucket, gradient)) > BUCKET_BYTES:
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -42,13 +43,29 @@ _WIDTH = 8
 class PhaseTimer:
     """Seconds spent in each phase of a step: `with timer("rollout"): ...`.
 
+    A GPU works behind the host, so there a phase begins and ends with an event in the stream of its
+    work, and nobody waits for them before the seconds are asked for.
+
     Args:
         before: what the phases had taken when the step was interrupted.
+        device: that the phases run on.
     """
 
-    def __init__(self, before: Mapping[str, float] | None = None) -> None:
-        self.seconds: dict[str, float] = dict(before or {})
-        self._started = time.perf_counter() - self.seconds.pop("step", 0.0)
+    def __init__(
+        self, before: Mapping[str, float] | None = None, device: torch.device | None = None
+    ) -> None:
+        self._before = dict(before or {})
+        self._started = time.perf_counter() - self._before.pop("step", 0.0)
+        self._device = None if device is None or device.type == "cpu" else device
+        self._spans: list[tuple[str, Any, Any]] = []  # phase, start, end
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each phase so far; waits for the device."""
+        total = dict(self._before)
+        for phase, start, end in self._spans:
+            total[phase] = total.get(phase, 0.0) + self._between(start, end)
+        return total
 
     @property
     def so_far(self) -> dict[str, float]:
@@ -57,17 +74,29 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started = self._mark()
         try:
             yield
         finally:
-            elapsed = time.perf_counter() - started
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
+            self._spans.append((phase, started, self._mark()))
+
+    def _mark(self) -> Any:
+        if self._device is None:
+            return time.perf_counter()
+        event = torch.Event(self._device, enable_timing=True)
+        # Left to itself it takes the stream of the current device, which may be another one.
+        event.record(torch.accelerator.current_stream(self._device))
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        if self._device is None:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
 
     def metrics(self) -> dict[str, float]:
         """{"time/<phase>": seconds, ..., "time/step": seconds since the timer was made}."""
-        phases = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
-        return {**phases, "time/step": time.perf_counter() - self._started}
+        return {f"time/{phase}": seconds for phase, seconds in self.so_far.items()}
 
 
 class _Console(Console):

@@ -156,7 +156,7 @@ class CPPOTrainer:
         Args:
             resume_from: a checkpoint folder, or "auto" for the newest one in `config.output_dir`
                 (a fresh start if there is none). The run goes on bit for bit as if it had not been
-                interrupted.
+                interrupted: on a CPU; on a GPU with deterministic algorithms (docs/reliability.md).
             overwrite: whether an earlier run in `config.output_dir` may be removed; of one that is
                 resumed, the checkpoints later than `resume_from`.
         Raises: ValueError if the folder holds another run; RewardError for a reward function that
@@ -197,7 +197,7 @@ class CPPOTrainer:
         journal = self._run.begin_step()
         # Every random number of a step follows from (seed, step, process): nothing to checkpoint.
         set_seed(seed_from(self.config.seed, self.step, self.processes.rank) % 2**32)
-        timer = PhaseTimer(journal.seconds)
+        timer = PhaseTimer(journal.seconds, self.accelerator.device)
         try:
             skipped = self.questions.skipped
             rollouts, scores = self._collector.collect(self.step, journal, timer)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from cppo.records import LossOutput, NumItems
@@ -43,7 +45,7 @@ class Update:
         self.policy, self.step, self.processes = policy, step, processes
         self._journal, self._timer = journal, timer
         self._report, self._say = report, say
-        self._totals: dict[str, float] = {}
+        self._found: list[dict[str, Any]] = []
         self._grad_norms: list[float] = []
         self._learning_rate = 0.0
 
@@ -99,28 +101,41 @@ class Update:
         """
         policy, config = self.policy, self.policy.config
 
-        def run() -> dict[str, float]:
+        def run() -> dict[str, Any]:
             with self._timer("forward"), policy.autocast():
                 output = loss(policy.model, batch, part, num_items, config, policy.processor)
             with self._timer("backward"):
                 output.loss.backward()
-            gated = batch.gated(part, config.loss)
-            return {name: value.item() for name, value in output.metrics.items()} | {
-                "loss": output.loss.item(),
-                "microbatches": 1.0,
+            # Of the loss what is still on the device: nobody waits for it before the step ends.
+            of_loss = {**output.metrics, "loss": output.loss.detach()}
+            return {
+                "names": list(of_loss),
+                "values": torch.stack([value.double() for value in of_loss.values()]),
                 "computed_tokens": batch.computed_tokens(part),
-                "gated_tokens": batch.counts(gated)[1],
+                "gated_tokens": batch.counts(batch.gated(part, config.loss))[1],
             }
 
-        for name, value in self._journal.once(run).items():
-            self._totals[name] = self._totals.get(name, 0.0) + value
+        self._found.append(self._journal.once(run))
 
     def metrics(self) -> dict[str, float]:
         """The loss's metrics, over all optimizer steps and processes. Collective."""
         steps = len(self._grad_norms)
-        metrics = update_metrics(self._totals, steps, self.policy.config, self.processes)
+        metrics = update_metrics(self._totals(), steps, self.policy.config, self.processes)
         metrics["grad_norm"] = sum(self._grad_norms) / max(steps, 1)
         return metrics | {"learning_rate": self._learning_rate}
+
+    def _totals(self) -> dict[str, float]:
+        """What the micro-batches add up to; the values of all of them are read at once."""
+        if not self._found:
+            return {}
+        device = self._found[-1]["values"].device  # earlier ones may come from a checkpoint
+        values = iter(torch.cat([own["values"].to(device) for own in self._found]).tolist())
+        totals: dict[str, float] = {"microbatches": len(self._found)}
+        for own in self._found:
+            counts = {name: own[name] for name in ("computed_tokens", "gated_tokens")}
+            for name, value in {**{name: next(values) for name in own["names"]}, **counts}.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return totals
 
     def _optimizer_step(self) -> float:
         self.processes.sum_gradients(self.policy.parameters)

@@ -53,7 +53,7 @@ def token_logps(model: nn.Module, batch: Batch, config: CPPOConfig, once: Once =
     Args:
         once: runs a micro-batch, or returns what it gave before (`cppo.train.journal`).
     """
-    logps = torch.zeros(batch.rollouts.input_ids.shape, device=batch.kept.device)
+    logps = torch.zeros(batch.rollouts.input_ids.shape, device=batch.rollouts.input_ids.device)
     for completions in batch.microbatches(batch.kept, config.max_tokens_per_microbatch):
         packed = batch.pack(completions)
 
@@ -98,8 +98,7 @@ def perturbed_images(
 
 def _images_of(batch: Batch, completions: Tensor) -> tuple[ImageBatch | None, list[int]]:
     """The images of some completions, and the questions that these images belong to."""
-    group_size = batch.rollouts.group_size
-    questions = sorted({completion // group_size for completion in completions.tolist()})
+    questions = sorted(set(batch.questions(completions)))
     images = batch.rollouts.prompts.images
     return (None if images is None else images.of(questions)), questions
 
@@ -115,8 +114,10 @@ def _hidden(
     positions = batch.rollouts.positions
     if positions is not None:
         positions = positions.flatten(1)[:, packed.token_index]
-    group_size = batch.rollouts.group_size
-    questions = [completion // group_size for completion in packed.kept.tolist()]
+    questions = batch.questions(packed.kept)
     image_of = [image_questions.index(question) for question in questions]
-    shared = share_prompts(packed, questions) if batch.share_prompts else None
+    shared = None
+    if batch.share_prompts:
+        lengths = batch.lengths(packed.kept), batch.response_lengths(packed.kept)
+        shared = share_prompts(packed, questions, lengths)
     return packed_hidden(model, packed, positions, images, image_of, shared)

@@ -1,0 +1,35 @@
+"""The scripts of benchmarks/experiments run at toy size, and write nothing then."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "experiments"
+
+
+def _printed(script: str, folder: Path) -> list[str]:
+    command = [sys.executable, str(FOLDER / script), "--smoke"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(folder.iterdir()) == []
+    return done.stdout.splitlines()
+
+
+def test_shared_prompts_at_toy_size(tmp_path: Path) -> None:
+    header, rule, *rows = _printed("shared_prompts.py", tmp_path)
+    names = [name.strip() for name in header.strip("|").split("|")]
+    assert {"tokens_shared", "speedup", "gradient_error"} <= set(names)
+    assert rule.startswith("|---") and len(rows) == 2
+    assert all(len(row.strip("|").split("|")) == len(names) for row in rows)
+
+
+def test_the_costs_of_reliability_at_toy_size(tmp_path: Path) -> None:
+    printed = "\n".join(_printed("reliability.py", tmp_path))
+    assert "save without checksums" in printed and "piece of a step" in printed
+
+
+def test_the_time_of_the_host_at_toy_size(tmp_path: Path) -> None:
+    printed = _printed("host_time.py", tmp_path)
+    assert len(printed) == 8 and all(int(line.split()[-2]) > 0 for line in printed)

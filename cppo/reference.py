@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp import is_autocast_available
 
 from cppo.config import LossConfig, kept_per_unit
 from cppo.records import LossOutput, NumItems, TokenStats, Views
@@ -269,7 +271,10 @@ def _product(hidden: Tensor, weight: Tensor, logits_dtype: str) -> Tensor:
 
     The gradients are the same, those of the product in their dtype.
     """
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round what is promoted
+    kind = hidden.device.type
+    # Autocast would round what is promoted; a meta device has none.
+    exactly = torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext()
+    with exactly:
         rounded = _promote(F.linear(hidden, weight))
         if logits_dtype == "input" or hidden.dtype == rounded.dtype:
             return rounded

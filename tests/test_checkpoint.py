@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from trainer_cases import text_rows, trainer_for
+import torch
+from trainer_cases import same, text_rows, trainer_for, weights_of
 
 from cppo.config import LoraConfig
 from cppo.train.checkpoint import (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cppo.model import attention
+from cppo.model.stream_sdpa import Runs, stream_sdpa
 
 # Queries and keys of four sequences: the first has nothing before it, the others do.
 LENGTHS, KEY_LENGTHS = [7, 3, 0, 5], [7, 10, 7, 12]
@@ -87,12 +88,12 @@ def stand_in(seen: list[dict[str, Any]]) -> Any:
     ) -> Tensor:
         seen.append({"max_q": max_q, "max_k": max_k, "kv_heads": key.shape[1], **options})
         parts = (x.float().transpose(0, 1)[None] for x in (query, key, value))
-        lengths = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
         scale = options.get("scale", options.get("softmax_scale"))
         left, right = options["window_size"]
         assert right == 0
         window = None if left == -1 else left + 1
-        return attention._sdpa(*parts, *lengths, scale, window)[0].transpose(0, 1).to(query.dtype)
+        out = stream_sdpa(*parts, Runs(cu_seq_q, cu_seq_k), scale, window)
+        return out[0].transpose(0, 1).to(query.dtype)
 
     return kernel
 

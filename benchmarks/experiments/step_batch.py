@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 import cppo
 from cppo.model.forward import ImageBatch, has_vision, image_arguments, rotary_positions, unwrap
+from cppo.model.prompts import Prompts
 from cppo.packed_batch import PackedBatch
-from cppo.rollouts.sampler import decode
+from cppo.questions import Question
+from cppo.rollouts.sampler import Sampling, decode
 
 _PATCHES = 16  # a side of an image, in patches: 64 image tokens
 _NOISE = {"anchor": 0.0, "positive": 0.1, "negative": 1.0}
@@ -99,19 +101,16 @@ class StepBatch:
         what the update runs on are the batch's own completions with their spread lengths."""
         firsts = slice(None, None, self.group_size)
         positions = self.positions
-        decode(
-            model.eval(),
-            self.input_ids[firsts, : self.prompt],
-            self.attention_mask[firsts, : self.prompt].bool(),
+        input_ids, mask = self.input_ids[firsts, : self.prompt], self.attention_mask[firsts]
+        prompts = Prompts(
+            [Question([], [], {}) for _ in input_ids],
+            input_ids,
+            mask[:, : self.prompt].bool(),
             None if positions is None else positions[:, firsts, : self.prompt],
             self.images.get("anchor"),
-            group_size=self.group_size,
-            max_new_tokens=self.input_ids.shape[1] - self.prompt,
-            temperature=1.0,
-            suppressed=(),
-            closing=(),
-            pad=0,
         )
+        tokens = self.input_ids.shape[1] - self.prompt
+        decode(model.eval(), prompts, Sampling(self.group_size, tokens, temperature=1.0))
         model.train()
 
 

@@ -213,9 +213,19 @@ def test_a_packed_stream_without_its_bounds_or_with_another_mask_is_refused() ->
     assert attention.attend(None, layer, *one, mask)[0].shape == (1, 1, 4, 8)
 
 
-def test_one_place_chooses_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def a_machine(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), has_flash: bool = True
+) -> dict[str, bool]:
+    """A GPU that is not there; returns which packages are installed."""
     installed = {"flash_attn": False, "torch.nn.attention.varlen": True}
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: installed[name] or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: has_flash)
+    return installed
+
+
+def test_one_place_chooses_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = a_machine(monkeypatch)
     assert attention.choose_attention("auto", "cpu") == "sdpa"
     assert attention.choose_attention("auto", "cuda:1") == "varlen"
     installed["flash_attn"] = True
@@ -230,6 +240,43 @@ def test_one_place_chooses_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> 
         attention.choose_attention("varlen", "cpu")
     with pytest.raises(ValueError, match="'flash_attention_2': flash-attn is not inst"):
         attention.choose_attention("flash_attention_2", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_flash", "layers", "reason"),
+    [
+        ((8, 0), True, attention.Layers((128, 128), torch.bfloat16), ""),
+        ((8, 9), True, attention.Layers((256, 256)), ""),
+        ((7, 5), True, None, "needs compute capability 8.0, the GPU has 7.5"),
+        ((7, 0), True, attention.Layers((64, 64)), "the GPU has 7.0"),
+        ((9, 0), False, None, "this build of torch has no flash attention"),
+        ((9, 0), True, attention.Layers((512, 512)), "up to 256, the model's have 512"),
+        ((9, 0), True, attention.Layers((36, 36)), "a multiple of 8 numbers"),
+        ((9, 0), True, attention.Layers((192, 128)), "keys have 192 numbers a head, its values 12"),
+        ((9, 0), True, attention.Layers((64, 64), torch.float32), "computes in torch.float32"),
+    ],
+)
+def test_a_kernel_is_chosen_only_where_it_runs(
+    capability: tuple[int, int],
+    has_flash: bool,
+    layers: attention.Layers | None,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a_machine(monkeypatch, capability, has_flash)
+    chosen = attention.choose_attention("auto", "cuda", layers=layers)
+    assert chosen == ("sdpa" if reason else "varlen")
+    if reason:
+        with pytest.raises(ValueError, match=r"runs here \(sdpa\), got 'varlen': .*" + reason):
+            attention.choose_attention("varlen", "cuda", layers=layers)
+
+
+def test_the_head_sizes_of_configs() -> None:
+    from transformers import DeepseekV3Config, Gemma3TextConfig, LlamaConfig
+
+    assert attention.head_sizes(LlamaConfig(hidden_size=96, num_attention_heads=4)) == (24, 24)
+    assert attention.head_sizes(Gemma3TextConfig(head_dim=256)) == (256, 256)
+    assert attention.head_sizes(DeepseekV3Config()) == (192, 128)
 
 
 def test_info_says_which_attention_runs() -> None:

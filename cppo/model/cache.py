@@ -35,7 +35,8 @@ def completion_cache(parts: Sequence[DynamicCache], repeats: int, room: int) -> 
     whole = parts[0]
     for number, layer in enumerate(whole.layers):
         if type(layer) not in _IN_PLACE:
-            layer.batch_repeat_interleave(repeats)
+            if repeats > 1:
+                layer.batch_repeat_interleave(repeats)
         elif layer.is_initialized:  # one that shares another's keys is not
             ours = _IN_PLACE[type(layer)](**_window(layer))
             ours.hold([part.layers[number] for part in parts], repeats, room)

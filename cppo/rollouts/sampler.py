@@ -203,15 +203,16 @@ def _draw(hidden: Tensor, head: LMHead, temperature: float | None, uniform: Tens
     logits = head.logits(hidden)
     if temperature is None:
         return logits.argmax(-1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return inverse_cdf(torch.softmax(logits / temperature, -1), uniform)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+    return inverse_cdf(torch.softmax(logits, -1), uniform)
 
 
 def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     """The first token at which the sum of the weights exceeds `uniform` times their sum.
 
     Specification: token v has the probability of its share of the weights; one of weight 0 never
-    comes. Sums are fp64: first of blocks of the vocabulary, then of the block that it falls into.
+    comes. The draw is among blocks of the vocabulary first, then within the block; running sums are
+    fp64.
     Args:
         weights: (B, V) not negative, fp32 or fp64, with a positive sum in each row.
         uniform: (B,) fp64 in [0, 1).
@@ -221,7 +222,7 @@ def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     whole = weights.shape[1] // _BLOCK
     blocks = weights[:, : whole * _BLOCK].unflatten(1, (whole, _BLOCK))
     rest = weights[:, whole * _BLOCK :]
-    sums = torch.cat([x.sum(-1, dtype=torch.float64) for x in (blocks, rest[:, None])], 1)
+    sums = torch.cat([blocks.sum(2), rest.sum(1, keepdim=True)], 1).double()
     block, aim = _first_above(sums, uniform[:, None] * sums.sum(1, True))
     column = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
     inside = weights.gather(1, column.clamp(max=last)).double().masked_fill(column > last, 0)

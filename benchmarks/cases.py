@@ -58,7 +58,10 @@ class Case:
         """The op itself on one of its backends."""
         if self.call is not None:
             return self.call(inputs, backend)
-        return getattr(cppo, self.op)(**inputs, backend=backend)
+        options = {}
+        if self.sizes is not None and self.sizes.hidden:
+            options["logits_dtype"] = self.sizes.logits_dtype
+        return getattr(cppo, self.op)(**inputs, **options, backend=backend)
 
     @property
     def unit(self) -> str:
@@ -130,6 +133,8 @@ def _row_cases(shapes: str, on_gpu: bool) -> Iterator[Case]:
         for op, words, sizes in _row_sizes(shapes, on_gpu):
             # On a GPU bf16 is what counts: fp32 only where it is cheap to show.
             is_shown = dtype == "bf16" or not (sizes.hidden or sizes.rows > 8192)
+            if dtype == "fp32" and sizes.logits_dtype == "fp32":
+                continue  # the same as its neighbour
             if shapes == "small" and not on_gpu:
                 # A first look: bf16 on a CPU for the loss alone.
                 is_shown = dtype == "fp32" or (op == "cppo_loss" and sizes.gating)
@@ -151,6 +156,9 @@ def _row_sizes(shapes: str, on_gpu: bool) -> Iterator[tuple[str, str, Sizes]]:
         completions = 4 if shapes == "toy" else max(8, rows // 32)
         sizes = Sizes(completions, rows // completions, vocabulary, hidden)
         yield "linear_cppo_loss", "three views, f=0.5 r=0.2", sizes
+        if number == 0:  # as the trainer runs it
+            wide = replace(sizes, logits_dtype="fp32")
+            yield "linear_cppo_loss", "three views, f=0.5 r=0.2, fp32 logits", wide
         if shapes == "toy" or (shapes == "paper" and (number == 0 if on_gpu else hidden == 1024)):
             one = Sizes(sizes.completions, sizes.length, vocabulary, hidden, views=1)
             yield "linear_cppo_loss", "anchor only", one

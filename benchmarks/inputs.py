@@ -37,6 +37,7 @@ class Sizes:
         selected_share: r, the share of their tokens that is selected.
         gating, divergence: as in LossConfig.
         inplace: as in `cppo_loss`: gradients take the place of the logits.
+        logits_dtype: as in `linear_cppo_loss`; "input" rounds logits in bf16, as the others do.
     """
 
     completions: int
@@ -49,6 +50,7 @@ class Sizes:
     gating: bool = True
     divergence: str = "k3"
     inplace: bool = False
+    logits_dtype: str = "input"
 
     @property
     def rows(self) -> int:

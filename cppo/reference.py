@@ -264,17 +264,35 @@ def _token_stats(
     return TokenStats(spread(logps), spread(entropy))
 
 
+def _product(hidden: Tensor, weight: Tensor, logits_dtype: str) -> Tensor:
+    """hidden @ weight^T: "input" in their dtype, "fp32" with the sums as they are.
+
+    The gradients are the same, those of the product in their dtype.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round what is promoted
+        rounded = _promote(F.linear(hidden, weight))
+        if logits_dtype == "input" or hidden.dtype == rounded.dtype:
+            return rounded
+        exact = F.linear(_promote(hidden.detach()), _promote(weight.detach()))
+    return rounded + (exact - rounded.detach())  # exact, to the last bit
+
+
 def _linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None = None,
+    suppressed: Tensor | None = None,
+    logits_dtype: str = "fp32",
 ) -> Tensor:
-    logits = F.linear(hidden, weight)
+    logits = _product(hidden, weight, logits_dtype)
     if bias is not None:
-        logits = _promote(logits) + bias
-    if softcap is None:
-        return logits
-    capped = softcap * torch.tanh(_promote(logits) / softcap)
-    # What a bias of -inf rules out stays ruled out.
-    return capped if bias is None else capped.masked_fill(bias.isneginf(), -torch.inf)
+        logits = logits + bias
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+        if bias is not None:  # what it rules out stays ruled out
+            logits = logits.masked_fill(bias.isneginf(), -torch.inf)
+    return logits if suppressed is None else logits.index_fill(-1, suppressed, -torch.inf)
 
 
 def linear_token_stats(
@@ -285,11 +303,19 @@ def linear_token_stats(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    suppressed: Tensor | None = None,
+    logits_dtype: str = "fp32",
 ) -> TokenStats:
-    """`token_stats` of z = hidden @ weight^T + bias, or of softcap * tanh(z / softcap)."""
-    return _token_stats(
-        lambda rows: _linear(rows, weight, bias, softcap), hidden, targets, temperature, mask
-    )
+    """`token_stats` of z = hidden @ weight^T + bias, or of softcap * tanh(z / softcap).
+
+    Of the tokens `suppressed` (K,) z is -inf, capped or not. `logits_dtype="input"` rounds the
+    product of bf16 or fp16 to that dtype, as nn.Linear does; "fp32" does not.
+    """
+
+    def project(rows: Tensor) -> Tensor:
+        return _linear(rows, weight, bias, softcap, suppressed, logits_dtype)
+
+    return _token_stats(project, hidden, targets, temperature, mask)
 
 
 # Perception mask
@@ -652,11 +678,13 @@ def linear_cppo_loss(
     config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    suppressed: Tensor | None = None,
+    logits_dtype: str = "fp32",
 ) -> LossOutput:
-    """`cppo_loss` of logit_scale * z, with z = hidden @ weight^T + bias, capped by softcap."""
+    """`cppo_loss` of logit_scale * z, with z as in `linear_token_stats`."""
     config = replace(config, temperature=config.temperature / logit_scale)
     return _cppo_loss(
-        lambda rows: _linear(rows, weight, bias, softcap),
+        lambda rows: _linear(rows, weight, bias, softcap, suppressed, logits_dtype),
         _as_views(hidden),
         targets,
         advantages,

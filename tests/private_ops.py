@@ -36,6 +36,10 @@ MAY_BE_SHORTER = {
     ),
     ("linear_cppo_loss_backward", "advantages"),
     ("linear_cppo_loss_backward", "cu_seqlens"),
+    *(
+        (f"linear_{op}{ending}", "suppressed")
+        for op, ending in product(("token_stats", "cppo_loss"), ("", "_backward"))
+    ),
 }
 # Of Triton's kernels, whose interpreter takes a second for ten calls: what makes them raise, and
 # the numbers that a kernel takes for an address.
@@ -101,21 +105,23 @@ def head_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
     views, weight, targets = inputs["hidden"], inputs["weight"], inputs["targets"]
     advantages, bounds = inputs["advantages"], inputs["cu_seqlens"]
     bias, mask = weight[:, 0].clone(), torch.ones(len(targets), dtype=torch.bool)
+    suppressed = torch.tensor([0, len(weight) - 1])
     logps = torch.zeros(len(targets))
     config = LossConfig(kl_coef=0.1, cpl_coef=0.5)
     by = denominators(targets, mask, bounds, None, config)
-    head, wants = (weight, bias), [True] * 5
-    options = (by.values, False, 1.0, config.text, 30.0, wants)
+    head, wants = (weight, bias, suppressed), [True] * 5
+    options = (by.values, False, 1.0, config.text, 30.0, "fp32", wants)
     loss = (*views, *head, targets, advantages, logps, logps, mask, bounds, *options)
     coefficients = ops.linear_cppo_loss(*loss, False)[8]
     backward = (torch.ones(()), *views, *head, targets, advantages, bounds, coefficients)
-    stats = (views.anchor, *head, targets, mask, 0.7, 30.0)
+    stats, logits = (views.anchor, *head, targets, mask), (None, "fp32", [True] * 3)
+    kept = ops.linear_token_stats(*stats[:-1], None, 0.7, None, "fp32", True)[2:]
     return {
-        "linear_token_stats": stats,
-        "linear_token_stats_backward": (logps, logps, *stats, [True] * 3),
+        "linear_token_stats": (*stats, 0.7, 30.0, "fp32", False),
+        "linear_token_stats_backward": (logps, logps, *stats, *kept, 0.7, *logits),
         "linear_cppo_loss": (*loss, False),
         "linear_cppo_loss resident": (*loss, True),
-        "linear_cppo_loss_backward": (*backward, 1.0, config.text, 30.0, wants),
+        "linear_cppo_loss_backward": (*backward, 1.0, config.text, 30.0, "fp32", wants),
     }
 
 
@@ -131,8 +137,8 @@ def extension_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
     whole = torch.randn(2, 6)
     return {
         "group_advantages": (rewards, 4, "group", 1e-4),
-        "prune_completions": (rewards, 4, 2, "random", False, torch.rand(8)),
-        "advantages_and_prune": (rewards, 4, 4, 2, "group", 1e-4, "random", True, torch.rand(8)),
+        "prune_completions": (rewards, 4, 2, "random", torch.rand(8)),
+        "advantages_and_prune": (rewards, 4, 4, 2, "group", 1e-4, "random", torch.rand(8)),
         "pack_sizes": (attention, completion, kept),
         "pack_completions": (
             ids,

@@ -1,15 +1,12 @@
 """Which attention runs where, and that every kernel is called for the same result."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 import types
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
 from cppo.model import attention
 from cppo.model.stream_sdpa import Runs, stream_sdpa
@@ -18,11 +15,11 @@ from cppo.model.stream_sdpa import Runs, stream_sdpa
 LENGTHS, KEY_LENGTHS = [7, 3, 0, 5], [7, 10, 7, 12]
 
 
-def cumulative(lengths: list[int]) -> Tensor:
+def cumulative(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def streams(kv_heads: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def streams(kv_heads=4):
     """Query, key, value (1, heads, S, 8) and the keys' places: a prompt of 7, seen by all."""
     total = sum(LENGTHS)
     query = torch.randn(1, 4, total, 8, dtype=torch.float64)
@@ -32,9 +29,7 @@ def streams(kv_heads: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return query, key, value, index
 
 
-def by_hand(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
-) -> Tensor:
+def by_hand(query, key, value, scale, window=None):
     """(1, S, heads, 8): every token over the prompt and its own sequence, one by one.
 
     With a window, over the last `window` of them, itself included.
@@ -53,14 +48,14 @@ def by_hand(
 
 
 def call(
-    kernel: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: Tensor,
-    window: int | None = None,
-) -> Tensor:
-    options: dict[str, Any] = {
+    kernel,
+    query,
+    key,
+    value,
+    index,
+    window=None,
+):
+    options = {
         "sliding_window": window,
         "cu_seq_lens_q": cumulative(LENGTHS).to(query.device),
         "cu_seq_lens_k": cumulative(KEY_LENGTHS).to(query.device),
@@ -73,19 +68,19 @@ def call(
     )[0]
 
 
-def stand_in(seen: list[dict[str, Any]]) -> Any:
+def stand_in(seen):
     """The arithmetic of the varlen kernels, in fp32 and without a GPU: (S, heads, d) each."""
 
     def kernel(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_seq_q: Tensor,
-        cu_seq_k: Tensor,
-        max_q: int,
-        max_k: int,
-        **options: Any,
-    ) -> Tensor:
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        **options,
+    ):
         seen.append({"max_q": max_q, "max_k": max_k, "kv_heads": key.shape[1], **options})
         parts = (x.float().transpose(0, 1)[None] for x in (query, key, value))
         scale = options.get("scale", options.get("softmax_scale"))
@@ -103,19 +98,26 @@ WINDOWS = [None, 1, 2, 5, 7, 11, 12, 100]
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_a_sequence_sees_what_is_gathered_for_it_up_to_its_own_place(
-    kv_heads: int, window: int | None
-) -> None:
+def test_a_sequence_sees_what_is_gathered_for_it_up_to_its_own_place(kv_heads, window):
     query, key, value, index = streams(kv_heads)
     out = call(None, query, key, value, index, window)
     torch.testing.assert_close(out, by_hand(query, key, value, 0.3, window))
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("lengths", [[9, 8, 9], [40, 1, 2, 1]], ids=["padded", "one by one"])
-def test_a_window_in_a_packed_stream(lengths: list[int], window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "calls"),
+    [([9, 8, 9], 1), ([40, 1, 2, 1], 4), ([3], 1), ([4, 0, 4], 1)],
+    ids=["padded", "one by one", "one", "an empty one"],
+)
+def test_a_window_in_a_packed_stream(lengths, calls, window, monkeypatch):
     total = sum(lengths)
     query, key, value = torch.randn(3, 1, 2, total, 8, dtype=torch.float64)
+    seen_calls = []
+    stock = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: (seen_calls.append(1), stock(*a, **k))[1]
+    )
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(total)
     behind = place[:, None] - place
@@ -124,27 +126,26 @@ def test_a_window_in_a_packed_stream(lengths: list[int], window: int | None) -> 
     expected = (scores.softmax(-1) @ value).transpose(1, 2)
     bounds = {"cu_seq_lens_q": cumulative(lengths), "cu_seq_lens_k": cumulative(lengths)}
     longest = {"max_length_q": max(lengths), "max_length_k": max(lengths)}
-    options: dict[str, Any] = {**bounds, **longest, "scaling": 0.3, "sliding_window": window}
+    options = {**bounds, **longest, "scaling": 0.3, "sliding_window": window}
     out, _ = attention.attend(None, torch.nn.Identity(), query, key, value, **options)
     torch.testing.assert_close(out, expected)
+    assert len(seen_calls) == calls
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("knows_gqa", [True, False])
-def test_pytorch_varlen_is_called_for_the_same_result(
-    kv_heads: int, knows_gqa: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pytorch_varlen_is_called_for_the_same_result(kv_heads, knows_gqa, monkeypatch):
     import torch.nn.attention.varlen as varlen
 
     parameters = inspect.signature(varlen.varlen_attn).parameters
     assert list(parameters)[:7] == "query key value cu_seq_q cu_seq_k max_q max_k".split()
     assert {"scale", "window_size"} <= set(parameters)
 
-    seen: list[dict[str, Any]] = []
+    seen = []
     kernel = stand_in(seen)
     if knows_gqa:  # since torch 2.12
 
-        def with_gqa(*args: Any, scale: Any, window_size: Any, enable_gqa: bool = False) -> Tensor:
+        def with_gqa(*args, scale, window_size, enable_gqa=False):
             return kernel(*args, scale=scale, window_size=window_size)
 
         monkeypatch.setattr(varlen, "varlen_attn", with_gqa)
@@ -167,8 +168,8 @@ def test_pytorch_varlen_is_called_for_the_same_result(
     assert len(seen) == 1
 
 
-def test_flash_attn_is_called_for_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
+def test_flash_attn_is_called_for_the_same_result(monkeypatch):
+    seen = []
     package = types.SimpleNamespace(flash_attn_varlen_func=stand_in(seen))
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     query, key, value, index = streams(2)
@@ -184,9 +185,9 @@ def test_flash_attn_is_called_for_the_same_result(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", ["s_aux", "softcap", "position_bias", "block_indices", "news"])
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_what_a_layer_asks_for_and_does_not_get_is_refused(name: str, is_packed: bool) -> None:
+def test_what_a_layer_asks_for_and_does_not_get_is_refused(name, is_packed):
     query, key, value, _ = streams()
-    bounds: dict[str, Any] = {}
+    bounds = {}
     if is_packed:
         bounds = {"cu_seq_lens_q": cumulative(LENGTHS), "cu_seq_lens_k": cumulative(LENGTHS)}
         bounds |= {"max_length_q": 7, "max_length_k": 7}
@@ -197,12 +198,12 @@ def test_what_a_layer_asks_for_and_does_not_get_is_refused(name: str, is_packed:
         attention.attend(None, layer, query, key, value, **{name: torch.ones(4)}, **bounds)
 
 
-def test_a_packed_stream_without_its_bounds_or_with_another_mask_is_refused() -> None:
+def test_a_packed_stream_without_its_bounds_or_with_another_mask_is_refused():
     query, key, value, _ = streams()
     layer, mask = torch.nn.Identity(), attention.no_mask(torch.device("cpu"))
     with pytest.raises(ValueError, match="Identity must .* but it never gets cu_seq_lens"):
         attention.attend(None, layer, query, key, value, mask)
-    bounds: dict[str, Any] = dict(cu_seq_lens_q=cumulative(LENGTHS), max_length_k=7)
+    bounds = dict(cu_seq_lens_q=cumulative(LENGTHS), max_length_k=7)
     with pytest.raises(ValueError, match="Identity must .* but it is not causal"):
         attention.attend(None, layer, query, key, value, mask, is_causal=False, **bounds)
     own = torch.ones(1, 4, 15, 15)
@@ -213,9 +214,7 @@ def test_a_packed_stream_without_its_bounds_or_with_another_mask_is_refused() ->
     assert attention.attend(None, layer, *one, mask)[0].shape == (1, 1, 4, 8)
 
 
-def a_machine(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), has_flash: bool = True
-) -> dict[str, bool]:
+def a_machine(monkeypatch, capability=(9, 0), has_flash=True):
     """A GPU that is not there; returns which packages are installed."""
     installed = {"flash_attn": False, "torch.nn.attention.varlen": True}
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: installed[name] or None)
@@ -224,7 +223,7 @@ def a_machine(
     return installed
 
 
-def test_one_place_chooses_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_place_chooses_and_says_why_not(monkeypatch):
     installed = a_machine(monkeypatch)
     assert attention.choose_attention("auto", "cpu") == "sdpa"
     assert attention.choose_attention("auto", "cuda:1") == "varlen"
@@ -256,13 +255,7 @@ def test_one_place_chooses_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> 
         ((9, 0), True, attention.Layers((64, 64), torch.float32), "computes in torch.float32"),
     ],
 )
-def test_a_kernel_is_chosen_only_where_it_runs(
-    capability: tuple[int, int],
-    has_flash: bool,
-    layers: attention.Layers | None,
-    reason: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_kernel_is_chosen_only_where_it_runs(capability, has_flash, layers, reason, monkeypatch):
     a_machine(monkeypatch, capability, has_flash)
     chosen = attention.choose_attention("auto", "cuda", layers=layers)
     assert chosen == ("sdpa" if reason else "varlen")
@@ -271,7 +264,7 @@ def test_a_kernel_is_chosen_only_where_it_runs(
             attention.choose_attention("varlen", "cuda", layers=layers)
 
 
-def test_the_head_sizes_of_configs() -> None:
+def test_the_head_sizes_of_configs():
     from transformers import DeepseekV3Config, Gemma3TextConfig, LlamaConfig
 
     assert attention.head_sizes(LlamaConfig(hidden_size=96, num_attention_heads=4)) == (24, 24)
@@ -279,7 +272,7 @@ def test_the_head_sizes_of_configs() -> None:
     assert attention.head_sizes(DeepseekV3Config()) == (192, 128)
 
 
-def test_info_says_which_attention_runs() -> None:
+def test_info_says_which_attention_runs():
     from cppo.cli.info import collect
 
     assert collect()["attention"]["cpu"] == "sdpa"
@@ -289,7 +282,7 @@ def test_info_says_which_attention_runs() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [None, 5, 1])
 @pytest.mark.parametrize("kind", ["varlen", "flash_attention_2"])
-def test_kernels_on_the_gpu_are_as_accurate_as_sdpa(kind: str, window: int | None) -> None:
+def test_kernels_on_the_gpu_are_as_accurate_as_sdpa(kind, window):
     reason = attention.why_not(kind, "cuda")
     if reason:
         pytest.skip(reason)

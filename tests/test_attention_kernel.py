@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_set_attention import stream_of
+from test_forward import stream_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_cases import VISION_FAMILIES, tiny

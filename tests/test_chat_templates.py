@@ -1,9 +1,6 @@
 """What a chat template puts behind the last message, and what it is given besides the messages."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -52,7 +49,7 @@ from cppo.questions import QuestionError, as_question
     ],
 )
 @pytest.mark.parametrize("text", ["a", "think", "<think>", "1+1?"])
-def test_generation_prompts(template: str, arguments: Any, expected: str, text: str) -> None:
+def test_generation_prompts(template, arguments, expected, text):
     tokenizer = chat_tokenizer(template)
     assert encode_rows(tokenizer, text, **arguments).generation_prompts == [expected]
     row = {"prompt": [*DIALOGUE, {"role": "assistant", "content": text}]}
@@ -74,7 +71,7 @@ def test_generation_prompts(template: str, arguments: Any, expected: str, text: 
         ("glm4moe", "<|assistant|>"),
     ],
 )
-def test_templates_as_they_ship(name: str, expected: str) -> None:
+def test_templates_as_they_ship(name, expected):
     trl = pytest.importorskip("trl", reason="its chat templates are the families'")
     file = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
     if not file.exists():
@@ -85,7 +82,7 @@ def test_templates_as_they_ship(name: str, expected: str) -> None:
     assert all(render(tokenizer, own).endswith(expected) for own in prompts.questions)
 
 
-def test_generation_prompts_with_images_and_of_prompts_made_by_hand() -> None:
+def test_generation_prompts_with_images_and_of_prompts_made_by_hand():
     for content in ([{"type": "image"}], "<image>?", "?<image>"):
         row = {"prompt": [{"role": "user", "content": content}], "image": image(24, 24)}
         found = PromptEncoder(vision_processor(CHATML))(as_question(row))
@@ -95,7 +92,7 @@ def test_generation_prompts_with_images_and_of_prompts_made_by_hand() -> None:
     assert by_hand.generation_prompts == ["", ""]
 
 
-def test_chat_template_kwargs_reach_the_ids() -> None:
+def test_chat_template_kwargs_reach_the_ids():
     tokenizer = chat_tokenizer(THINKING)
     text = tokenizer.decode(own_ids(encode_rows(tokenizer, "?", enable_thinking=False), 0))
     assert text.endswith("assistant\n<think>\n\n</think>\n\n")
@@ -112,13 +109,13 @@ def test_chat_template_kwargs_reach_the_ids() -> None:
         (["enable_thinking"], TypeError, "chat_template_kwargs must be a mapping, got"),
     ],
 )
-def test_chat_template_kwargs_that_cannot_work(arguments: Any, error: Any, message: str) -> None:
+def test_chat_template_kwargs_that_cannot_work(arguments, error, message):
     with pytest.raises(error, match=f"^cppo: .*{message}") as caught:
         PromptEncoder(chat_tokenizer(THINKING), arguments)
     assert not isinstance(caught.value, QuestionError)  # no question is to blame
 
 
-def test_a_chat_template_of_ones_own_and_none() -> None:
+def test_a_chat_template_of_ones_own_and_none():
     found = encode_rows(chat_tokenizer(LLAMA), "?", chat_template="{{ messages[0].content }}!")
     assert found.attention_mask.sum() == 2
     with pytest.raises(ValueError, match="processor .* has no chat template"):

@@ -1,7 +1,5 @@
 """A data set checked before a run: every bad row in one error, with a model's processor or not."""
 
-from __future__ import annotations
-
 import datetime
 
 import numpy as np

@@ -1,11 +1,8 @@
 """Every file of a checkpoint, damaged in every way: refused with its name, and a way out."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +23,7 @@ from cppo.train.checkpoint import (
 from cppo.train.progress import read_metrics
 from cppo.train.run_options import check_options, run_options
 
-CASES: dict[str, dict[str, Any]] = {
+CASES = {
     "text": {},
     "vision": {"family": "qwen2_5_vl", "prune_rate": 0.5},
     "lora": {"lora": LoraConfig(r=2, alpha=4)},
@@ -34,12 +31,12 @@ CASES: dict[str, dict[str, Any]] = {
 DAMAGES = ("gone", "empty", "cut", "first bit", "last bit", "another step", "another run")
 
 
-def run_of(folder: Path, case: str, **options: Any) -> None:
+def run_of(folder, case, **options):
     trainer_for(folder, save_every=1, max_steps=2, **{**CASES[case], **options}).train()
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory):
     """For every case a run with two checkpoints, and another one that began with other weights."""
     folder = tmp_path_factory.mktemp("runs")
     for case in CASES:
@@ -49,26 +46,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> str:
+def case(request):
     return request.param
 
 
 @pytest.fixture
-def copied(runs: Path, case: str, tmp_path: Path) -> Path:
+def copied(runs, case, tmp_path):
     return Path(shutil.copytree(runs / case, tmp_path / "runs")) / "run"
 
 
-def files_of(checkpoint: Path) -> list[Path]:
+def files_of(checkpoint):
     return sorted(path for path in checkpoint.rglob("*") if path.is_file())
 
 
-def flip(file: Path, place: int) -> None:
+def flip(file, place):
     data = bytearray(file.read_bytes())
     data[place] ^= 1
     file.write_bytes(data)
 
 
-def damage(file: Path, how: str) -> bool:
+def damage(file, how):
     """Damages a file of the newest checkpoint; False if that leaves it as it was."""
     before = file.read_bytes()
     other = {"another step": file.parents[1] / "checkpoint-000001" / file.name}
@@ -87,9 +84,7 @@ def damage(file: Path, how: str) -> bool:
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_every_damage_is_refused_with_the_file_and_a_way_out(
-    copied: Path, case: str, how: str
-) -> None:
+def test_every_damage_is_refused_with_the_file_and_a_way_out(copied, case, how):
     newest, older = last_checkpoint(copied), checkpoints(copied)[0]
     backup = copied.parent / "backup"
     shutil.copytree(newest, backup)
@@ -115,7 +110,7 @@ def test_every_damage_is_refused_with_the_file_and_a_way_out(
     assert tried >= 2
 
 
-def _reads_the_same(file: Path, backup: Path) -> bool:
+def _reads_the_same(file, backup):
     if file.name != "trainer.json":
         return False
     try:
@@ -124,7 +119,7 @@ def _reads_the_same(file: Path, backup: Path) -> bool:
         return False
 
 
-def test_every_bit_of_the_summary_counts(copied: Path) -> None:
+def test_every_bit_of_the_summary_counts(copied):
     summary = last_checkpoint(copied) / "trainer.json"
     whole = summary.read_bytes()
     content = json.loads(whole)
@@ -137,9 +132,7 @@ def test_every_bit_of_the_summary_counts(copied: Path) -> None:
         summary.write_bytes(whole)
 
 
-def test_a_run_and_an_evaluation_say_it(
-    copied: Path, case: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_and_an_evaluation_say_it(copied, case, capsys):
     newest, older = last_checkpoint(copied), checkpoints(copied)[0]
     weights = next(newest.glob("*model.safetensors"))
     flip(weights, weights.stat().st_size // 2)
@@ -151,7 +144,7 @@ def test_a_run_and_an_evaluation_say_it(
     assert [row["step"] for row in read_metrics(copied)] == [1, 2, 3]
 
 
-def test_what_stops_nothing(copied: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_stops_nothing(copied, case, capsys):
     newest, older = last_checkpoint(copied), checkpoints(copied)[0]
     half = copied / "checkpoint-000007"
     shutil.copytree(newest, half)
@@ -169,7 +162,7 @@ def test_what_stops_nothing(copied: Path, case: str, capsys: pytest.CaptureFixtu
     assert older.is_dir() and half.is_dir()  # what cannot be read is not removed either
 
 
-def test_a_checkpoint_of_before_is_loaded_strictly(copied: Path, case: str) -> None:
+def test_a_checkpoint_of_before_is_loaded_strictly(copied, case):
     """Without the sizes a missing tensor, a missing config and a torn archive are still found."""
     from safetensors.torch import load_file, save_file
 
@@ -211,7 +204,7 @@ def test_a_checkpoint_of_before_is_loaded_strictly(copied: Path, case: str) -> N
         trainer.train(resume_from="auto")
 
 
-def test_the_best_is_of_those_that_can_be_read(tmp_path: Path) -> None:
+def test_the_best_is_of_those_that_can_be_read(tmp_path):
     for step, metric in ((1, 0.5), (2, 0.9), (3, 0.7)):
         folder = tmp_path / f"checkpoint-{step:06d}"
         folder.mkdir()
@@ -222,7 +215,7 @@ def test_the_best_is_of_those_that_can_be_read(tmp_path: Path) -> None:
         assert best_checkpoint(tmp_path).name == "checkpoint-000003"
 
 
-def test_killed_between_two_names(copied: Path) -> None:
+def test_killed_between_two_names(copied):
     newest = last_checkpoint(copied)
     newest.rename(newest.with_name(f".{newest.name}.replaced.partial"))
     assert last_checkpoint(copied) != newest
@@ -231,9 +224,7 @@ def test_killed_between_two_names(copied: Path) -> None:
     check_files(newest)
 
 
-def test_an_evaluation_of_a_damaged_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_evaluation_of_a_damaged_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     recipe = Path(__file__).parents[1] / "recipes" / "digits.yaml"
     options = (
@@ -257,10 +248,10 @@ def test_an_evaluation_of_a_damaged_checkpoint(
     "name",
     ["model.safetensors", "adapter_config.json", "sub/chat.jinja", "pytorch_model.BIN"],
 )
-def test_a_file_of_another_run_beside_the_checkpoint_s_own(tmp_path: Path, name: str) -> None:
+def test_a_file_of_another_run_beside_the_checkpoint_s_own(tmp_path, name):
     """Transformers takes one whole file before the shards, and adapters wherever they are."""
 
-    def shards(folder: Path) -> None:
+    def shards(folder):
         (folder / "model-00001-of-00001.safetensors").write_bytes(b"1")
         (folder / "model.safetensors.index.json").write_text("{}")
 
@@ -279,11 +270,11 @@ def test_a_file_of_another_run_beside_the_checkpoint_s_own(tmp_path: Path, name:
             check_files(newest, contents=contents)
 
 
-def written(folder: Path, step: int) -> Path:
+def written(folder, step):
     return write_checkpoint(folder, step, lambda _: None, {}, {"metric": None}, 9)
 
 
-def test_what_stands_where_a_checkpoint_is_written_is_kept(tmp_path: Path) -> None:
+def test_what_stands_where_a_checkpoint_is_written_is_kept(tmp_path):
     half = tmp_path / "checkpoint-000002"
     half.mkdir()
     (half / "mine").write_text("1")
@@ -300,7 +291,7 @@ def test_what_stands_where_a_checkpoint_is_written_is_kept(tmp_path: Path) -> No
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_leftover_that_is_a_file_or_a_link(tmp_path: Path) -> None:
+def test_a_leftover_that_is_a_file_or_a_link(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / ".checkpoint-000002.partial").write_text("")
     (tmp_path / ".checkpoint-000003.partial").symlink_to(tmp_path / "mine")
@@ -314,14 +305,14 @@ def test_a_leftover_that_is_a_file_or_a_link(tmp_path: Path) -> None:
      '{"step": 2, "metric": "high"}', '{"step": 2, "metric": null, "files": null}'],
     ids=range(8),
 )  # fmt: skip
-def test_a_summary_of_another_form(tmp_path: Path, text: str) -> None:
+def test_a_summary_of_another_form(tmp_path, text):
     (tmp_path / "trainer.json").write_text(text)
     with pytest.raises(CheckpointError, match=f"{tmp_path}/trainer.json is damaged"):
         check_files(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{}, {"options": None}, {"options": [1]}])
-def test_a_summary_without_options(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_summary_without_options(tmp_path, options):
     (tmp_path / "trainer.json").write_text(json.dumps({"step": 2, "metric": None, **options}))
     with pytest.raises(CheckpointError, match=f"{tmp_path}/trainer.json is damaged: it has no opt"):
         check_options(tmp_path, run_options(CPPOConfig(), 1), {})

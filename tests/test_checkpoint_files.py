@@ -1,13 +1,9 @@
 """A checkpoint has every file of its base, whatever is installed where it is written."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -33,13 +29,13 @@ VIDEO = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 12, "max
 NOT_KEPT = {"model.safetensors", "README.md", ".gitattributes", "pytorch_model.bin", "eval.py"}
 
 
-def rewrite(file: Path, **changes: Any) -> None:
+def rewrite(file, **changes):
     """Changes the entries of a JSON file; None takes one out."""
     content = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
-def base_folder(folder: Path, family: str, video: str = "none") -> Path:
+def base_folder(folder, family, video="none"):
     """A base checkpoint as they are on the hub, with files of earlier formats beside the new."""
     model, processor = tiny(family)
     model.save_pretrained(folder)
@@ -64,12 +60,10 @@ def base_folder(folder: Path, family: str, video: str = "none") -> Path:
     return folder
 
 
-def trained(folder: Path, output: Path, family: str, **options: Any) -> Path:
+def trained(folder, output, family, **options):
     """A checkpoint after one step from a folder, by cppo's own loaders."""
     model, processor = load_model(folder), load_processor(folder)
-    trainer = trainer_for(
-        output, family, model=model, processor=processor, max_steps=1, **options
-    )  # fmt: skip
+    trainer = trainer_for(output, family, model=model, processor=processor, max_steps=1, **options)
     trainer.train()
     checkpoint = last_checkpoint(output)
     assert checkpoint is not None
@@ -78,7 +72,7 @@ def trained(folder: Path, output: Path, family: str, **options: Any) -> Path:
 
 @pytest.mark.parametrize("video", ["nested", "file", "none"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_a_checkpoint_of_a_vision_language_model(family: str, video: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_vision_language_model(family, video, tmp_path):
     base = base_folder(tmp_path / "base", family, video)
     checkpoint = trained(base, tmp_path / "run", family)
     names = {file.name for file in checkpoint.iterdir()}
@@ -100,7 +94,7 @@ def test_a_checkpoint_of_a_vision_language_model(family: str, video: str, tmp_pa
     trained(checkpoint, tmp_path / "again", family)
 
 
-def test_a_checkpoint_of_a_text_model(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_text_model(tmp_path):
     base = base_folder(tmp_path / "base", "text")
     (base / "configuration_mine.py").write_text("class Mine: pass\n")
     checkpoint = trained(base, tmp_path / "run", "text")
@@ -118,7 +112,7 @@ def test_a_checkpoint_of_a_text_model(tmp_path: Path) -> None:
     assert (tmp_path / "with_code" / "configuration_mine.py").is_file()
 
 
-def test_a_checkpoint_of_adapters(tmp_path: Path) -> None:
+def test_a_checkpoint_of_adapters(tmp_path):
     from peft import PeftModel
 
     base = base_folder(tmp_path / "base", "qwen2_5_vl", "file")
@@ -132,7 +126,7 @@ def test_a_checkpoint_of_adapters(tmp_path: Path) -> None:
     assert AutoImageProcessor.from_pretrained(checkpoint).patch_size == 12
 
 
-def test_what_was_changed_in_memory_is_what_is_saved(tmp_path: Path) -> None:
+def test_what_was_changed_in_memory_is_what_is_saved(tmp_path):
     base = base_folder(tmp_path / "base", "qwen2_5_vl", "file")
     processor = load_processor(base)
     processor.image_processor.size = {"shortest_edge": 144, "longest_edge": 14400}
@@ -151,12 +145,12 @@ def test_what_was_changed_in_memory_is_what_is_saved(tmp_path: Path) -> None:
     assert loaded.chat_template == "{{ 'hello' }}"
 
 
-def load_processor_of(folder: Path, base: Path) -> Any:
+def load_processor_of(folder, base):
     shutil.copyfile(base / "config.json", folder / "config.json")
     return load_processor(folder)
 
 
-def test_a_base_that_is_gone_or_was_never_there(tmp_path: Path) -> None:
+def test_a_base_that_is_gone_or_was_never_there(tmp_path):
     _, tokenizer = tiny("text")  # made in memory
     save_processor(tokenizer, tmp_path / "one")
     base = base_folder(tmp_path / "base", "text")
@@ -171,13 +165,13 @@ def test_a_base_that_is_gone_or_was_never_there(tmp_path: Path) -> None:
     )
 
 
-def test_a_base_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_in_the_cache_of_the_hub(tmp_path, monkeypatch):
     import huggingface_hub
 
     base = base_folder(tmp_path / "snapshot", "text")
-    asked: list[str] = []
+    asked = []
 
-    def cached(repository: str, name: str) -> str:
+    def cached(repository, name):
         asked.append(repository)
         return str(base / name)
 
@@ -188,7 +182,7 @@ def test_a_base_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     assert asked == ["someone/a-model"] and (tmp_path / "saved" / "LICENSE").is_file()
 
 
-def test_the_shipped_checkpoints_have_all_that_their_processors_need() -> None:
+def test_the_shipped_checkpoints_have_all_that_their_processors_need():
     settings, _ = BaseVideoProcessor.get_video_processor_dict(CHECKPOINTS / "digits")
     assert settings["video_processor_type"] == "Qwen2VLVideoProcessor"
     assert settings["patch_size"] == 12 and settings["merge_size"] == 2
@@ -207,7 +201,7 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.skipif(not is_torchvision_available(), reason="needs torchvision")
-def test_plain_auto_processor_with_torchvision(tmp_path: Path) -> None:
+def test_plain_auto_processor_with_torchvision(tmp_path):
     """A checkpoint that was written without torchvision, opened where there is one."""
     from transformers import Qwen2_5_VLProcessor
 

@@ -1,7 +1,5 @@
 """The command line: what it prints, its exit statuses, and what it leaves on disk."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -12,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_cases import ARITHMETIC, DIGITS, GSM8K, TINY, cppo
+from cli_cases import DIGITS, GSM8K, TINY, cppo
 
 from cppo.cli import main, run_config
 from cppo.cli.run_parts import load_questions
@@ -65,24 +63,8 @@ def test_as_a_module(module):
         ([*TRAIN, "data.train.split=tst"], "data.train: .*'train'.*, got 'tst'"),
         ([*TRAIN, "--resume", "nowhere"], "nowhere is not a checkpoint of cppo"),
         (
-            [*TRAIN, "trainer.attention=flash_attention_2"],
-            "trainer.attention must be 'auto' or one that runs here .*, got 'flash_attention_2'",
-        ),
-        (
             [*TRAIN, "trainer.lora.target_modules=[nope]"],
             r"trainer.lora.target_modules must be .*, got \('nope',\): there is no 'nope'",
-        ),
-        (
-            ["train", ARITHMETIC, "trainer.freeze_vision_tower=true"],
-            "trainer.freeze_vision_tower must be False for a model without a vision tower",
-        ),
-        (
-            [*TRAIN, "trainer.max_prompt_tokens=1", "data.train.limit=3"],
-            "no question of train_dataset can be asked, .* 3 by max_prompt_tokens = 1 ",
-        ),
-        (
-            [*TRAIN, "rewards=[{boxed: null, weight: 0}]"],
-            "trainer.reward_weights must be not all 0: nothing would be learned",
         ),
         (["eval", "nowhere"], "nowhere: no such file or folder"),
         (["eval", "."], "neither a run of `cppo train` nor a checkpoint"),
@@ -151,14 +133,7 @@ def test_the_loaders_of_the_demo_tasks(loader, split):
 
 BAD_ROWS = [
     ("boxed", {"question": "1 + 1?"}, "row 40: "),
-    ("boxed", {"prompt": [{"role": "robot", "content": ""}]}, "row 40: "),
-    ("boxed", {"answer": None}, "row 40: has no ground truth"),
     ("boxed", {"answer": r"\boxed{5"}, "row 40: cppo.rewards.boxed: ground truth must be an an"),
-    (
-        "{numeric: {unfinished_thought: -1}}",
-        {"answer": "five"},
-        "row 40: cppo.rewards.numeric: ground truth",
-    ),
     ("gsm8k_reward", {"answer": "five"}, "row 40: cppo.rewards.gsm8k: ground truth must be a n"),
 ]
 

@@ -1,11 +1,8 @@
 """Configuration files: what is read, and every mistake with the words that answer it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +26,7 @@ trainer:
 
 
 @pytest.fixture
-def good(tmp_path: Path) -> Path:
+def good(tmp_path):
     path = tmp_path / "good.yaml"
     path.write_text(GOOD)
     return path
@@ -63,7 +60,6 @@ BAD_OVERRIDES = [
     ("data.train=none", "data.train must be a mapping of keys, got 'none'"),
     # out of range
     ("trainer.prune_rate=1.0", "trainer.prune_rate must be a number >= 0 and < 1, got 1.0"),
-    ("trainer.prune_rate=-0.1", "trainer.prune_rate must be a number >= 0 and < 1, got -0.1"),
     ("trainer.prune_rate=.nan", "trainer.prune_rate must be .*, got nan"),
     ("trainer.seed=-1", "trainer.seed must be an integer >= 0, got -1"),
     ("trainer.group_size=0", "trainer.group_size must be an integer >= 2, got 0"),
@@ -74,21 +70,12 @@ BAD_OVERRIDES = [
     ("trainer.betas=[0.9, 1.0]", "trainer.betas must be two numbers in"),
     ("data.train.limit=0", "data.train.limit must be an integer >= 1, got 0"),
     ("trainer.output_dir=''", "trainer.output_dir must be the path of a folder, got ''"),
-    ("trainer.output_dir='  '", "trainer.output_dir must be the path of a folder, got '  '"),
     ("trainer.seed=1e400", "trainer.seed must be a whole number"),
     ("trainer.process_timeout=1e300", "process_timeout must be a number > 0 and <= 1e.09, got"),
-    ("trainer.reward_timeout=1e300", "reward_timeout must be a number > 0 and <= 1e.09, got"),
-    ("trainer.chat_template_kwargs={1: 2}", "chat_template_kwargs must have text as its keys"),
-    ("trainer.lora.target_modules=[]", "trainer.lora.target_modules must be 'all-linear', a regul"),
-    ("trainer.lora.target_modules=''", "trainer.lora.target_modules must be 'all-linear', a regul"),
     ("trainer.lora.target_modules='('", "target_modules must be a regular expression that can .*"),
     ("trainer.best_metric=foo", "trainer.best_metric must be 'sampled/<reward>' or 'greedy/<rew"),
-    ("trainer.best_metric=eval/sampled/boxed", "trainer.best_metric must be 'sampled/<reward>' or"),
-    ("trainer.best_metric=''", "trainer.best_metric must be 'sampled/<reward>' or 'greedy/<rewar"),
     # nothing would be learned
     ("trainer.reward_weights=[0]", "trainer.reward_weights must be not all 0: nothing would be le"),
-    ("trainer.reward_weights=[-0.0]", "trainer.reward_weights must be not all 0: nothing would b"),
-    ("trainer.optimizer_steps=9", "trainer.optimizer_steps must be <= 8, the completions kept, go"),
     # names
     ("trainer.loss.divergence=kl", "trainer.loss.divergence must be one of 'k3', .*, got 'kl'"),
     ("trainer.precision=fp8", "trainer.precision must be one of 'fp32', 'bf16', got 'fp8'"),
@@ -119,7 +106,6 @@ BAD_OVERRIDES = [
         "data.train.path must be a file or folder for loader 'gsm8k', got None",
     ),
     ("rewards=[]", "rewards must name at least one reward"),
-    ("trainer.group_size=1", "trainer.group_size must be an integer >= 2, got 1"),
     ("trainer.warmup_steps=-1", "trainer.warmup_steps must be an integer >= 0, got -1"),
     ("trainer.reward_weights=[1, 2]", "a number for each of the 1 rewards, got 2"),
     ("trainer.positive_views=[]", "must name a perturbation each while trainer.loss.cpl_coef > 0"),
@@ -131,7 +117,7 @@ BAD_OVERRIDES = [
 
 
 @pytest.mark.parametrize(("override", "words"), BAD_OVERRIDES, ids=[o for o, _ in BAD_OVERRIDES])
-def test_a_bad_override_is_answered(good: Path, override: str, words: str) -> None:
+def test_a_bad_override_is_answered(good, override, words):
     with pytest.raises(ConfigError, match="^command line: .*" + words):
         load(good, [override])
 
@@ -178,7 +164,7 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("text", "words"), BAD_FILES, ids=[words for _, words in BAD_FILES])
-def test_a_bad_file_is_answered(tmp_path: Path, text: str, words: str) -> None:
+def test_a_bad_file_is_answered(tmp_path, text, words):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=words) as caught:
@@ -186,7 +172,7 @@ def test_a_bad_file_is_answered(tmp_path: Path, text: str, words: str) -> None:
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_file_that_cannot_be_read_is_answered(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_answered(tmp_path):
     with pytest.raises(ConfigError, match="missing.yaml: no such file"):
         load(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
@@ -196,7 +182,7 @@ def test_a_file_that_cannot_be_read_is_answered(tmp_path: Path) -> None:
         load(tmp_path / "binary.yaml")
 
 
-def test_values_take_the_type_of_their_field(good: Path) -> None:
+def test_values_take_the_type_of_their_field(good):
     config = load(
         good,
         [
@@ -248,10 +234,21 @@ BAD_OPTIONS = [
     ({"betas": (0, 10**400)}, "betas must be two numbers in"),
     ({"weight_decay": math.inf}, "weight_decay must be a number >= 0, got inf"),
     ({"batch_size": "8"}, "batch_size must be an integer >= 1, got '8'"),
+    ({"max_steps": 2.5}, "max_steps must be an integer >= 1, got 2.5"),
+    ({"learning_rate": "1e-6"}, "learning_rate must be a number > 0, got '1e-6'"),
+    ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
+    ({"betas": (0.9, "x")}, r"betas must be two numbers in \[0, 1\), got \(0.9, 'x'\)"),
+    ({"trackers": "wandb"}, "trackers must be a tuple or list, got 'wandb'"),
+    ({"positive_views": "rotation"}, "positive_views must be a tuple or list, got 'rotation'"),
+    ({"loss": {"tau": 1}}, "loss must be a LossConfig, got {'tau': 1}"),
+    ({"lora": 8}, "lora must be a LoraConfig or None, got 8"),
+    ({"scale_rewards": None}, "scale_rewards must be one of 'group', 'none', 'batch', got None"),
     ({"prune": np.array(["smallest", "largest"])}, "prune must be one of 'smallest', "),
     ({"reward_weights": (0, 0.0)}, "reward_weights must be not all 0"),
     ({"reward_weights": np.zeros(2)}, "reward_weights must be finite numbers, one per reward"),
     ({"reward_weights": ()}, "reward_weights must be not all 0"),
+    ({"reward_weights": (1.0, math.inf)}, "reward_weights must be finite numbers, one per rew"),
+    ({"reward_weights": 2.0}, "reward_weights must be finite numbers, .*, got 2.0"),
     ({"optimizer_steps": 65}, "optimizer_steps must be <= 64, the completions kept, got 65"),
     (
         {"optimizer_steps": 17, "prune_rate": 0.75, "dynamic_allocation": False},
@@ -273,18 +270,18 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "words"), BAD_OPTIONS, ids=[str(o) for o, _ in BAD_OPTIONS])
-def test_a_bad_option_is_answered(options: dict[str, Any], words: str) -> None:
+def test_a_bad_option_is_answered(options, words):
     with pytest.raises(ValueError, match=f"^CPPOConfig.{words}"):
         CPPOConfig(**options)
 
 
 @pytest.mark.parametrize("targets", [5, (1,), (), "", ("",), None, ["q_proj", 2], {"q_proj": 1}])
-def test_layers_that_are_no_names_are_answered(targets: Any) -> None:
+def test_layers_that_are_no_names_are_answered(targets):
     with pytest.raises(ValueError, match="LoraConfig.target_modules must be 'all-linear', a regu"):
         LoraConfig(target_modules=targets)
 
 
-def test_numbers_of_other_libraries_are_taken_as_plain_ones() -> None:
+def test_numbers_of_other_libraries_are_taken_as_plain_ones():
     config = CPPOConfig(
         group_size=np.int64(4),
         batch_size=torch.tensor(16),
@@ -311,7 +308,7 @@ def test_numbers_of_other_libraries_are_taken_as_plain_ones() -> None:
         assert type(value) in (int, float, bool, str, tuple, dict, type(None))
 
 
-def test_steps_that_the_completions_just_fill_are_taken() -> None:
+def test_steps_that_the_completions_just_fill_are_taken():
     assert CPPOConfig(batch_size=8, group_size=4, optimizer_steps=8).completions_kept() == 8
     few = dict(batch_size=8, group_size=4, prune_rate=0.75, dynamic_allocation=False)
     assert CPPOConfig(**few, optimizer_steps=2).completions_kept() == 2
@@ -322,20 +319,20 @@ def test_steps_that_the_completions_just_fill_are_taken() -> None:
     check_optimizer_steps(CPPOConfig(batch_size=2, group_size=2), 4)
 
 
-def test_a_partial_loss_keeps_the_defaults_of_the_trainer(good: Path) -> None:
+def test_a_partial_loss_keeps_the_defaults_of_the_trainer(good):
     assert CPPOConfig().loss == LossConfig()
     config = load(good, ["trainer.loss.tau=0.3"])
     assert config.trainer.loss == dataclasses.replace(CPPOConfig().loss, tau=0.3)
 
 
-def test_later_overrides_win_and_reach_through_empty_sections(good: Path) -> None:
+def test_later_overrides_win_and_reach_through_empty_sections(good):
     config = load(
         good, ["trainer.seed=1", "trainer.seed=2", "trainer.lora=null", "trainer.lora.r=2"]
     )
     assert config.trainer.seed == 2 and config.trainer.lora == LoraConfig(r=2)
 
 
-def test_extends_merges_key_by_key(tmp_path: Path, good: Path) -> None:
+def test_extends_merges_key_by_key(tmp_path, good):
     child = tmp_path / "child.yaml"
     child.write_text("extends: good.yaml\nmodel: {path: other}\ntrainer: {batch_size: 12}\n")
     grandchild = tmp_path / "grandchild.yaml"
@@ -356,9 +353,7 @@ def test_extends_merges_key_by_key(tmp_path: Path, good: Path) -> None:
         ["model={builder: tiny_digits}", "data.train={loader: digits, limit: 10}"],
     ],
 )
-def test_dump_reads_back_to_the_same_configuration(
-    good: Path, tmp_path: Path, overrides: list[str]
-) -> None:
+def test_dump_reads_back_to_the_same_configuration(good, tmp_path, overrides):
     config = load(good, overrides)
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump(config))

@@ -221,22 +221,6 @@ def test_a_number_of_items_replaces_the_denominator(op, backend, reduction):
     torch.testing.assert_close(2 * halved["loss"], expected["loss"])
 
 
-@every_run
-def test_permuting_completions_permutes_results(op, backend):
-    inputs = in_fp64(make_inputs(op))
-    order = torch.tensor([3, 5, 0, 2, 4, 1])
-    plain, moved = evaluate(op, inputs, backend), evaluate(op, part(inputs, op, order), backend)
-    by_row = [n for n in plain if plain[n].ndim >= 2 and n != "grad.weight"]
-    close(moved, {n: v[order] if n in by_row else v for n, v in plain.items()})
-
-
-@every_run
-def test_repeatable(op, backend):
-    inputs = make_inputs(op)
-    first, again = evaluate(op, inputs, backend), evaluate(op, inputs, backend)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-
-
 # What the terms mean
 
 
@@ -287,16 +271,6 @@ def test_no_old_logps_means_on_policy(op, backend, importance):
     # The ratio is 1: the surrogate of a completion is its advantage.
     nonempty = inputs["advantages"] * inputs["mask"].any(1)
     torch.testing.assert_close(ours["metrics.policy_loss"], -nonempty.sum() / 6)
-
-
-@every_run
-def test_statistics_are_those_of_token_stats(op, backend):
-    inputs = {**make_inputs(op), "config": LossConfig(temperature=0.7)}
-    name = views_of(op)
-    stats_op = op.replace("cppo_loss", "token_stats")
-    wanted = {k: inputs[k] for k in ("targets", "mask", "weight", "bias") if k in inputs}
-    stats = evaluate(stats_op, {**wanted, name: inputs[name].anchor, "temperature": 0.7})
-    close(evaluate(op, inputs, backend), stats, ("logps", "entropy"))
 
 
 @pytest.mark.interpreted("", linear=[""])

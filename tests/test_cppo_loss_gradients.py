@@ -1,4 +1,4 @@
-"""The losses' gradients, and logits that lie in memory in other ways."""
+"""The losses' gradients, and what all ops on rows share: memory, autocast, repeatability."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import torch
 
 import cppo
 from cppo import Views, backends
-from cppo.testing import evaluate, in_fp64, make_inputs
+from cppo.testing import DIFFERENTIABLE, evaluate, in_fp64, make_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 OPS = ("cppo_loss", "linear_cppo_loss")
 RUNS = [(op, backend) for op in OPS for backend in backends.available(op)]
 BACKENDS = backends.available("cppo_loss")
+ALL_RUNS = [(op, backend) for op in DIFFERENTIABLE for backend in backends.available(op)]
 every_run = pytest.mark.parametrize(("op", "backend"), RUNS)
 
 
@@ -47,23 +48,31 @@ def same(ours, expected):
         assert torch.equal(ours[name], value.to(ours[name].dtype)), name
 
 
-@pytest.mark.parametrize("backend", backends.available("linear_cppo_loss"))
-def test_autocast_casts_like_linear(backend):
-    inputs = make_inputs("linear_cppo_loss")
+@pytest.mark.parametrize(("op", "backend"), ALL_RUNS)
+def test_repeatable(op, backend):
+    inputs = make_inputs(op)
+    same(evaluate(op, inputs, backend), evaluate(op, inputs, backend))
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"), [(op, backend) for op, backend in ALL_RUNS if op.startswith("linear")]
+)
+def test_autocast_casts_like_linear(op, backend):
+    inputs = make_inputs(op)
     names = ("hidden", "weight", "bias")
 
     def cast(value, dtype):
         return Views(*(v.to(dtype) for v in value)) if isinstance(value, Views) else value.to(dtype)
 
     half = {k: cast(v, torch.bfloat16) if k in names else v for k, v in inputs.items()}
-    expected = evaluate("linear_cppo_loss", half, backend)
+    expected = evaluate(op, half, backend)
     with torch.autocast("cpu", torch.bfloat16):  # backward, too
-        ours = evaluate("linear_cppo_loss", inputs, backend)
-        exact = evaluate("linear_cppo_loss", in_fp64(inputs), backend)
-    assert ours["loss"].dtype == ours["grad.weight"].dtype == torch.float32
+        ours = evaluate(op, inputs, backend)
+        exact = evaluate(op, in_fp64(inputs), backend)
+    assert ours["logps"].dtype == ours["grad.weight"].dtype == torch.float32
     same(ours, expected)
     # autocast leaves fp64 alone.
-    same(exact, evaluate("linear_cppo_loss", in_fp64(inputs), backend))
+    same(exact, evaluate(op, in_fp64(inputs), backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -75,17 +84,16 @@ def test_logits_of_a_model_are_sliced(backend):
     same(evaluate("cppo_loss", {**inputs, "logits": sliced}, backend), expected)
 
 
+@pytest.mark.parametrize("op", ["token_stats", "cppo_loss"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_beyond_32_bit_offsets(backend):
-    inputs = make_inputs("cppo_loss", layout="packed", lengths=(2,), dtype=torch.bfloat16)
-    near = inputs["logits"].anchor
+def test_rows_beyond_32_bit_offsets(op, backend):
+    inputs = make_inputs(op, layout="packed", lengths=(2,), dtype=torch.bfloat16)
+    near = inputs["logits"].anchor if op == "cppo_loss" else inputs["logits"]
     # The pages between the two rows are never touched, so they cost no memory.
     stride = 2**31 + 10
     far = torch.empty(0, dtype=near.dtype).set_(
         torch.UntypedStorage(2 * (stride + 64)), 0, near.shape, (stride, 1)
     )
     far.copy_(near)
-    views = inputs["logits"]._replace(anchor=far)
-    expected = evaluate("cppo_loss", inputs, backend)
-    ours = evaluate("cppo_loss", {**inputs, "logits": views}, backend)
-    assert all(torch.equal(ours[n], expected[n]) for n in expected)
+    logits = inputs["logits"]._replace(anchor=far) if op == "cppo_loss" else far
+    same(evaluate(op, {**inputs, "logits": logits}, backend), evaluate(op, inputs, backend))

@@ -44,7 +44,7 @@ def test_draws_follow_the_softmax(dtype: torch.dtype, vocabulary: int) -> None:
     weight = torch.randn(vocabulary, 8).to(dtype)
     bias = torch.zeros(vocabulary, dtype=dtype)
     bias[[0, 5, vocabulary - 1]] = -torch.inf
-    head, temperature = LMHead(weight, bias, 1.0, None), 0.8
+    head, temperature = LMHead(weight, bias, None, 1.0, None), 0.8
     expected = (head.logits(hidden).double() / temperature).softmax(-1)[0]
     found = torch.zeros(vocabulary, dtype=torch.int64)
     rows = hidden.expand(DRAWS // 50, -1)

@@ -1,7 +1,5 @@
 """Two gloo processes do what one does, and neither waits for the other in vain."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -30,7 +28,7 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
-def launch(launcher: str, folder: Path, *parts: str, processes: int = 2) -> None:
+def launch(launcher, folder, *parts, processes=2):
     """Runs parts of the script on some processes; fails with what they said."""
     for part in parts:
         (folder / part).mkdir()
@@ -46,7 +44,7 @@ def launch(launcher: str, folder: Path, *parts: str, processes: int = 2) -> None
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     launch("accelerate", folder, "update", "deal", "train", "uneven")
     return folder
@@ -54,7 +52,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_processes_update_like_one(launched: Path, tmp_path: Path, family: str) -> None:
+def test_two_processes_update_like_one(launched, tmp_path, family):
     trainer, metrics, _ = updated(tmp_path, family, range(4))
     expected = weights_of(trainer.model)
     two = torch.load(launched / "update" / f"{family}.pt", weights_only=True)
@@ -70,14 +68,14 @@ def test_two_processes_update_like_one(launched: Path, tmp_path: Path, family: s
 
 
 @pytest.mark.slow
-def test_optimizer_steps_are_dealt_the_same_completions(launched: Path, tmp_path: Path) -> None:
+def test_optimizer_steps_are_dealt_the_same_completions(launched, tmp_path):
     expected = weights_of(dealt(tmp_path, range(4)).model)
     two = torch.load(launched / "deal" / "weights.pt", weights_only=True)
     assert relative_difference(two, expected) < 1e-9
 
 
 @pytest.mark.slow
-def test_four_processes_with_uneven_shares_update_like_one(tmp_path: Path) -> None:
+def test_four_processes_with_uneven_shares_update_like_one(tmp_path):
     # One process sampled three questions, one a single one, two none at all.
     launch("accelerate", tmp_path, "update", processes=4)
     trainer, metrics, batch = updated(tmp_path / "one", "text", range(4))
@@ -94,7 +92,7 @@ def test_four_processes_with_uneven_shares_update_like_one(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_run_on_two_processes(launched: Path) -> None:
+def test_a_run_on_two_processes(launched):
     ranks = [json.loads((launched / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["sum"] == ranks[1]["sum"]
     for first, second in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True):
@@ -113,7 +111,7 @@ def test_a_run_on_two_processes(launched: Path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_with_nothing_to_learn_or_shares_that_do_not_divide(launched: Path) -> None:
+def test_processes_with_nothing_to_learn_or_shares_that_do_not_divide(launched):
     told = json.loads((launched / "uneven" / "uneven.json").read_text())
     assert told["words"] == [
         "cppo.CPPOTrainer: questions must divide evenly over the processes, got 3 over 2",
@@ -125,9 +123,3 @@ def test_processes_with_nothing_to_learn_or_shares_that_do_not_divide(launched: 
     # Both draw once more for the one that got nothing: the other one fills the batch.
     assert [row["kept_share"] for row in told["filled"]] == [8 / 16] * 2
     assert all(row["grad_norm"] > 0 for row in told["filled"])
-
-
-@pytest.mark.slow
-def test_torchrun_starts_it_too(tmp_path: Path) -> None:
-    launch("torchrun", tmp_path, "train")
-    assert [row["step"] for row in read_metrics(tmp_path / "train")] == [0, 1, 2]

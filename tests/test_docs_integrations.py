@@ -1,14 +1,11 @@
 """The pages on other people's loops and TRL do what they say; their examples run."""
 
-from __future__ import annotations
-
 import csv
 import importlib
 import re
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,28 +16,26 @@ from cppo.demo.warmup import CHECKPOINTS
 ROOT = Path(__file__).parents[1]
 
 
-def blocks(page: str) -> list[str]:
+def blocks(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
 
-def run_example(name: str, argument: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def run_example(name, argument, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, str(argument)])
     return runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
 
-def readme_block(containing: str) -> str:
+def readme_block(containing):
     found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (block,) = [block for block in found if containing in block]
     return block
 
 
-def rewards_in(output: str) -> list[float]:
+def rewards_in(output):
     return [float(value) for value in re.findall(r"reward:? (\d\.\d+)", output)]
 
 
-def test_the_own_loop_page_is_the_example_and_learns(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_own_loop_page_is_the_example_and_learns(monkeypatch, capsys):
     (code,) = blocks("own_loop.md")
     example = (ROOT / "examples" / "own_loop.py").read_text()
     assert example.endswith(code)
@@ -51,9 +46,7 @@ def test_the_own_loop_page_is_the_example_and_learns(
     assert len(names["kept"]) == 32
 
 
-def test_the_hf_trainer_page_is_the_example_and_trains(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_hf_trainer_page_is_the_example_and_trains(monkeypatch, capsys):
     shown, wrapper = blocks("hf_trainer.md")
     assert shown in (ROOT / "examples" / "hf_trainer.py").read_text()
     names = run_example("hf_trainer.py", 8, monkeypatch)
@@ -71,9 +64,7 @@ def test_the_hf_trainer_page_is_the_example_and_trains(
 
 
 @pytest.mark.parametrize("name", ["trl_text.py", "trl_vision.py"])
-def test_the_trl_examples_run(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_trl_examples_run(name, monkeypatch, capsys):
     pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
     trainer = run_example(name, 1, monkeypatch)["trainer"]
     (row,) = [row for row in trainer.state.log_history if "reward" in row]
@@ -83,7 +74,7 @@ def test_the_trl_examples_run(
         assert row["cppo/cpl_loss"] > 0 and 0 < row["cppo/gated_share"] < 1
 
 
-def test_the_trl_table_is_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trl_table_is_the_committed_rows(monkeypatch):
     pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
     script = importlib.import_module("cppo.benchmarks.experiments.trl_update")
     with (ROOT / "benchmarks" / "results" / "trl_update.csv").open() as file:
@@ -95,14 +86,14 @@ def test_the_trl_table_is_the_committed_rows(monkeypatch: pytest.MonkeyPatch) ->
     assert len(pruned) == 2 and min(pruned) >= 4
 
 
-def test_the_trl_page(tmp_path: Path) -> None:
+def test_the_trl_page(tmp_path):
     pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
     from cppo.integrations.trl import check
     from cppo.model.load import load_model, load_processor
 
     usage, mixin, allocation, kernel = blocks("trl.md")
     path = CHECKPOINTS / "arithmetic"
-    names: dict[str, Any] = {"model": load_model(path), "processor": load_processor(path)}
+    names = {"model": load_model(path), "processor": load_processor(path)}
     for printed, small in {
         'model="Qwen/Qwen2.5-1.5B-Instruct"': "model=model, processing_class=processor",
         "GRPOConfig(": f"GRPOConfig(output_dir={str(tmp_path)!r}, max_steps=1, use_cpu=True, "
@@ -128,11 +119,11 @@ def test_the_trl_page(tmp_path: Path) -> None:
     names["undo"]()
 
 
-def test_the_rewards_of_the_pages_work_under_both_trainers(tmp_path: Path) -> None:
+def test_the_rewards_of_the_pages_work_under_both_trainers(tmp_path):
     (of_trl, *_), (own, of_template) = blocks("trl.md"), blocks("rewards.md")
     functions = []
     for code in (of_trl, own):
-        names: dict[str, Any] = {}
+        names = {}
         (source,) = re.findall(r"(def reward\(.*?\n(?:    .*\n)+)", code)
         exec(source, names)
         functions.append(names["reward"])

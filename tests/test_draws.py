@@ -1,10 +1,5 @@
 """Prompts that a run cannot ask: said at the start or when they are drawn, with the row."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 from trainer_cases import tiny, trainer_for
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config
@@ -15,17 +10,17 @@ from cppo.questions.errors import QuestionError
 from cppo.questions.stream import all_questions
 from cppo.train import evaluate
 
-SIZES: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-ENDS: dict[str, Any] = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+ENDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 LIMIT = 30
 FOLLOWS = "beyond that the rotary positions of model_type .* depend on the longest sequence of a b"
 LEARNED = "model_type 'opt' has learned positions for no more"
 
 
-def limited(kind: str) -> Any:
+def limited(kind):
     """A model with LIMIT positions for the tokenizer of the tiny text model."""
     sizes = {**SIZES, **ENDS, "vocab_size": len(tiny("text")[1])}
-    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
     if kind == "opt":
         return OPTForCausalLM(
             OPTConfig(**sizes, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=LIMIT)
@@ -47,7 +42,7 @@ def limited(kind: str) -> Any:
     return LlamaForCausalLM(LlamaConfig(**sizes, **own, rope_parameters=rope))
 
 
-def length(completions: list[Any], **columns: Any) -> list[float]:
+def length(completions, **columns):
     """A reward that differs between completions."""
     return [float(len(completion)) for completion in completions]
 
@@ -58,9 +53,7 @@ KINDS = pytest.mark.parametrize(
 
 
 @KINDS
-def test_completions_that_no_position_is_left_for_are_refused_at_the_start(
-    kind: str, reason: str, tmp_path: Path
-) -> None:
+def test_completions_that_no_position_is_left_for_are_refused_at_the_start(kind, reason, tmp_path):
     for most in (40, LIMIT):
         words = (
             f"CPPOConfig.max_completion_tokens must be below the {LIMIT} tokens that a prompt and "
@@ -74,15 +67,13 @@ def test_completions_that_no_position_is_left_for_are_refused_at_the_start(
 
 
 @KINDS
-def test_a_prompt_that_leaves_no_room_is_refused_when_drawn(
-    kind: str, reason: str, tmp_path: Path
-) -> None:
+def test_a_prompt_that_leaves_no_room_is_refused_when_drawn(kind, reason, tmp_path):
     rows = [{"prompt": "Hi" * n} for n in (1, 30, 1, 1)]
     words = (
         f"row 1: its prompt of .* tokens and max_completion_tokens = 6 are more than {LIMIT}: "
         + reason
     )
-    options: dict[str, Any] = dict(rows=rows, rewards=length, max_steps=1, batch_size=16)
+    options = dict(rows=rows, rewards=length, max_steps=1, batch_size=16)
     trainer = trainer_for(tmp_path / "a", model=limited(kind), **options)
     with pytest.raises(QuestionError, match=words):
         trainer.train()
@@ -91,10 +82,10 @@ def test_a_prompt_that_leaves_no_room_is_refused_when_drawn(
     assert trainer.questions.skipped > 0
 
 
-def test_a_sequence_may_fill_every_position(tmp_path: Path) -> None:
+def test_a_sequence_may_fill_every_position(tmp_path):
     trainer = trainer_for(tmp_path, model=limited("opt"), rows=[{"prompt": "Hi"}])
     room = LIMIT - len(trainer.draw_questions(1)[0].input_ids)
-    options: dict[str, Any] = dict(rows=[{"prompt": "Hi"}], max_steps=1, rewards=length)
+    options = dict(rows=[{"prompt": "Hi"}], max_steps=1, rewards=length)
     for most in (room, room + 1):
         options |= dict(model=limited("opt"), max_completion_tokens=most)
         longer = trainer_for(tmp_path / str(most), **options)
@@ -105,9 +96,7 @@ def test_a_sequence_may_fill_every_position(tmp_path: Path) -> None:
 
 
 @KINDS
-def test_a_held_out_prompt_that_leaves_no_room_is_refused_at_the_start(
-    kind: str, reason: str, tmp_path: Path
-) -> None:
+def test_a_held_out_prompt_that_leaves_no_room_is_refused_at_the_start(kind, reason, tmp_path):
     rows = [{"prompt": "Hi"}, {"prompt": "Hi" * 30}]
     words = f"row 1: its prompt of .* are more than {LIMIT}: {reason}"
     model = limited(kind)
@@ -124,15 +113,13 @@ def test_a_held_out_prompt_that_leaves_no_room_is_refused_at_the_start(
         )
 
 
-def test_models_without_a_limit_have_none() -> None:
+def test_models_without_a_limit_have_none():
     for family in ("text", "qwen2_vl", "qwen3_vl"):  # the last one's tower has learned positions
         assert model_check.position_limit(tiny(family)[0]) is None
 
 
 @pytest.mark.parametrize("limit", [1, 7])
-def test_a_limit_that_leaves_out_all_is_refused_with_its_option_alone(
-    limit: int, tmp_path: Path
-) -> None:
+def test_a_limit_that_leaves_out_all_is_refused_with_its_option_alone(limit, tmp_path):
     rows = [{"prompt": "Hi" * n} for n in (2, 1, 3)]
     words = (
         "no question of train_dataset can be asked, all that were read are left out: 3 by "
@@ -143,7 +130,7 @@ def test_a_limit_that_leaves_out_all_is_refused_with_its_option_alone(
     trainer_for(tmp_path, rows=rows, max_prompt_tokens=8)
 
 
-def test_bad_questions_alone_are_refused_with_their_option_alone(tmp_path: Path) -> None:
+def test_bad_questions_alone_are_refused_with_their_option_alone(tmp_path):
     rows = [{"prompt": "<|im_end|>"}] * 3
     words = r"are left out: 3 by skip_bad_questions = True \(the first: .*row \d.*im_end.*\)$"
     with pytest.raises(ValueError, match=words):

@@ -1,7 +1,5 @@
 """`cppo train --dry-run`: every recipe, and the arithmetic of its estimates."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

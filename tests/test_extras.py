@@ -1,7 +1,5 @@
 """What needs an optional package or a tracker is refused before anything is loaded or measured."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Two processes that do not agree, or of which one is gone: an end in words, within the limit."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -10,7 +8,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from test_checkpoint_damage import flip
@@ -23,7 +20,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = str(Path(__file__).with_name("failing_processes.py"))
 
 
-def run(folder: Path, part: str) -> list[dict[str, Any]]:
+def run(folder, part):
     """What each of two processes ended with; {} for one that did not come to an end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,11 +53,11 @@ def run(folder: Path, part: str) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) if file.is_file() else {} for file in files]
 
 
-def letters(completions: list[Any], **columns: Any) -> list[float]:
+def letters(completions, **columns):
     return [-value for value in noise(completions)]
 
 
-def start(folder: Path, processes: int = 2, **options: Any) -> None:
+def start(folder, processes=2, **options):
     """A run of two steps, whose checkpoints say how many processes wrote them."""
     trainer_for(folder, max_steps=2, save_every=1, **{"rewards": noise, **options}).train()
     for file in folder.glob("checkpoint-*/trainer.json"):
@@ -70,7 +67,7 @@ def start(folder: Path, processes: int = 2, **options: Any) -> None:
         file.write_text(json.dumps({**summary, "checksum": _seal(summary)}))
 
 
-def fingerprints() -> list[str]:
+def fingerprints():
     return [fingerprint.of_function(noise)]
 
 
@@ -85,9 +82,7 @@ def fingerprints() -> list[str]:
         ("same", None),
     ],
 )
-def test_processes_resume_the_same_checkpoint_or_none(
-    tmp_path: Path, other: str, words: str | None
-) -> None:
+def test_processes_resume_the_same_checkpoint_or_none(tmp_path, other, words):
     first, second = tmp_path / "disk0" / "run", tmp_path / "disk1" / "run"
     start(first, processes=1 if other == "of one process" else 2)
     if other == "another run's":
@@ -113,7 +108,7 @@ def test_processes_resume_the_same_checkpoint_or_none(
     assert {path: path.read_bytes() for path in first.rglob("*.safetensors")} == before
 
 
-def test_rows_that_differ_between_processes(tmp_path: Path) -> None:
+def test_rows_that_differ_between_processes(tmp_path):
     for told in run(tmp_path, "other_rows"):
         assert "train_dataset must be the same on every process, is '6 rows" in told["error"]
         assert "'7 rows" in told["error"] and "on process 1" in told["error"]
@@ -127,18 +122,18 @@ def test_rows_that_differ_between_processes(tmp_path: Path) -> None:
         ("other_model", "model's parameters"),
     ],
 )
-def test_what_else_differs_between_processes(tmp_path: Path, part: str, name: str) -> None:
+def test_what_else_differs_between_processes(tmp_path, part, name):
     for told in run(tmp_path, part):
         assert f"{name} must be the same on every process" in told["error"]
 
 
-def test_weights_that_differ_between_processes_are_those_of_the_first(tmp_path: Path) -> None:
+def test_weights_that_differ_between_processes_are_those_of_the_first(tmp_path):
     both = run(tmp_path, "other_weights")
     assert both[0]["sum"] == both[1]["sum"]
 
 
 @pytest.mark.parametrize("part", ["frozen", "dead", "slow"])
-def test_a_process_that_does_not_come(tmp_path: Path, part: str) -> None:
+def test_a_process_that_does_not_come(tmp_path, part):
     first, _ = run(tmp_path, part)
     assert first["error"].startswith("ProcessError: cppo: process 0 of 2 waited ")
     assert "process_timeout = 6 s" in first["error"]
@@ -147,12 +142,12 @@ def test_a_process_that_does_not_come(tmp_path: Path, part: str) -> None:
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-000001"
 
 
-def test_a_process_that_comes_late(tmp_path: Path) -> None:
+def test_a_process_that_comes_late(tmp_path):
     both = run(tmp_path, "slow_but_in_time")
     assert both[0]["sum"] == both[1]["sum"]
 
 
-def test_every_process_hears_that_a_checkpoint_was_not_written(tmp_path: Path) -> None:
+def test_every_process_hears_that_a_checkpoint_was_not_written(tmp_path):
     first, second = run(tmp_path, "full_disk")
     words = "the checkpoint of step 1 could not be written to"
     assert words in first["error"] and words in second["error"]

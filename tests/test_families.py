@@ -1,13 +1,8 @@
 """Every text family of transformers: run rightly, or refused."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from families import FAMILIES, is_known, tiny_family
-from torch import Tensor
 from transformers import DynamicCache
 
 from cppo.model import check as model_check
@@ -17,11 +12,11 @@ from cppo.ops.pack import pack_completions
 CLOSE = 2e-5  # of the largest logit; what is wrong is off by far more, rounding in fp32 by far less
 
 
-def relative(ours: Tensor, expected: Tensor) -> float:
+def relative(ours, expected):
     return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 
-def packed_logits(model: Any, sequences: list[Tensor]) -> list[Tensor]:
+def packed_logits(model, sequences):
     """Logits of whole sequences but for their last token, by the packed forward in fp32."""
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     lengths = torch.tensor([len(s) for s in sequences])
@@ -32,13 +27,11 @@ def packed_logits(model: Any, sequences: list[Tensor]) -> list[Tensor]:
     return list(logits.split((lengths - 1).tolist()))
 
 
-def decoded_logits(model: Any, sequences: list[Tensor]) -> list[Tensor]:
+def decoded_logits(model, sequences):
     """Logits of the last four tokens: two prompts padded on the left, then token by token."""
     longest = max(len(s) for s in sequences)
     ids = torch.stack([torch.cat([s.new_zeros(longest - len(s)), s]) for s in sequences])
-    mask = torch.stack(
-        [torch.arange(longest) >= longest - len(s) for s in sequences]
-    ).long()  # fmt: skip
+    mask = torch.stack([torch.arange(longest) >= longest - len(s) for s in sequences]).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config.get_text_config())
     rows = []
@@ -55,7 +48,7 @@ def decoded_logits(model: Any, sequences: list[Tensor]) -> list[Tensor]:
     return list(torch.stack(rows, 1))
 
 
-def runs_right(family: str) -> bool:
+def runs_right(family):
     """Found out without the check: longer sequences, a real window, fp32, each truly alone."""
     model = tiny_family(family, window=5)
     draw = torch.Generator().manual_seed(1)
@@ -73,7 +66,7 @@ def runs_right(family: str) -> bool:
     return max(errors) < CLOSE
 
 
-def verdict(family: str) -> str:
+def verdict(family):
     """What the check says; '' when it has nothing to say."""
     model = tiny_family(family)
     try:
@@ -86,7 +79,7 @@ def verdict(family: str) -> str:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_verdict_is_that_of_an_independent_comparison(family: str) -> None:
+def test_the_verdict_is_that_of_an_independent_comparison(family):
     if not is_known(family):
         pytest.skip(f"this transformers has no {family}")
     words = verdict(family)

@@ -1,7 +1,5 @@
 """The order in which a build looks for torch, in environments that only answer where theirs is."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

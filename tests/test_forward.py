@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -12,8 +13,8 @@ import transformers
 from torch import Tensor
 from trainer_cases import (
     FAMILIES,
-    VISION_FAMILIES,
     fixed_batch,
+    fixed_case,
     fixed_rollouts,
     gradients,
     packed,
@@ -24,9 +25,8 @@ from trainer_cases import (
 )
 
 import cppo
-from cppo.model import attention, forward
+from cppo.model import forward
 from cppo.model.prompts import encode_questions
-from cppo.ops.pack import pack_completions
 from cppo.packed_batch import PackedBatch
 from cppo.rollouts.sampler import _draw
 from cppo.train.batch import Batch
@@ -80,10 +80,8 @@ def test_packed_equals_padded_in_logps_and_gradients(family: str, lengths: str) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_order_and_padding_side_of_the_batch_do_not_matter(family: str) -> None:
-    model, processor = tiny(family, dtype=torch.float64)
-    model = packed(model)
-    rollouts = fixed_rollouts(model, processor, questions_for(family))
-    batch = fixed_batch(rollouts)
+    model, _, batch = fixed_case(family, dtype=torch.float64)
+    rollouts = batch.rollouts
     straight, stream = packed_logps(model, batch, batch.kept)
     whole = stream.unpack(straight)
 
@@ -106,96 +104,17 @@ def test_order_and_padding_side_of_the_batch_do_not_matter(family: str) -> None:
     torch.testing.assert_close(stream.unpack(values)[:, :-3], whole, rtol=0, atol=0)
 
 
-def test_right_padded_prompts_pack_to_the_same_stream() -> None:
-    model, processor = tiny("text", dtype=torch.float64)
-    model = packed(model)
-    rollouts = fixed_rollouts(model, processor, questions_for("text"))
-    batch = fixed_batch(rollouts)
-    expected, stream = packed_logps(model, batch, batch.kept)
-    rows = [(ids[m], c[m]) for ids, m, c in zip(
-        rollouts.input_ids, rollouts.attention_mask, rollouts.completion_mask, strict=True
-    )]  # fmt: skip
-    right = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True)
-    completion = torch.nn.utils.rnn.pad_sequence([c for _, c in rows], batch_first=True)
-    lengths = torch.tensor([len(ids) for ids, _ in rows])
-    mask = torch.arange(right.shape[1]) < lengths[:, None]
-    moved = dataclasses.replace(
-        rollouts, input_ids=right, attention_mask=mask, completion_mask=completion
-    )
-    values, other = packed_logps(model, fixed_batch(moved), batch.kept)
-    assert torch.equal(other.input_ids, stream.input_ids)
-    assert torch.equal(values, expected)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "calls"), [([5, 4, 6], 1), ([20, 1, 1, 1], 4), ([3], 1), ([4, 0, 4], 1)]
-)
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_attention_stays_within_each_sequence(
-    lengths: list[int], calls: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    total = sum(lengths)
-    query = torch.randn(1, 4, total, 8, dtype=torch.float64)
-    key, value = torch.randn(2, 1, kv_heads, total, 8, dtype=torch.float64)
-    cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    allowed = (owner[:, None] == owner) & torch.ones(total, total, dtype=torch.bool).tril()
-    k, v = (x.repeat_interleave(4 // kv_heads, 1) for x in (key, value))
-    scores = (query @ k.transpose(-1, -2) * 0.3).masked_fill(~allowed, -torch.inf)
-    expected = (scores.softmax(-1) @ v).transpose(1, 2)
-
-    seen = []
-    stock = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *a, **k: (seen.append(1), stock(*a, **k))[1]
-    )
-    out, _ = attention.attend(
-        None, torch.nn.Identity(), query, key, value, scaling=0.3, cu_seq_lens_q=cu,
-        max_length_k=max(lengths),
-    )  # fmt: skip
-    torch.testing.assert_close(out, expected)
-    assert len(seen) == calls
-
-
 @pytest.mark.parametrize("family", ["text", "qwen2_5_vl", "qwen3_vl"])
 def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
     results = []
     for enabled in (False, True):
-        model, processor = tiny(family, dtype=torch.float64)
-        model = packed(model).train()
+        model, _, batch = fixed_case(family, dtype=torch.float64)
+        model.train()
         if enabled:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        batch = fixed_batch(fixed_rollouts(model, processor, questions_for(family)))
         values, _ = packed_logps(model, batch, batch.kept)
         results.append(gradients(model, weighted(values, torch.ones_like(values))))
     assert relative_difference(results[1], results[0]) < 1e-12
-
-
-@pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_an_image_is_encoded_once_however_many_completions_see_it(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, processor = tiny(family)
-    model = packed(model)
-    batch = fixed_batch(fixed_rollouts(model, processor, questions_for(family), group_size=4))
-    encoded = []
-    stock = model.model.get_image_features
-
-    def encode(pixels: Tensor, grid: Tensor, **options: Any) -> Any:
-        encoded.append((len(pixels), len(grid)))
-        return stock(pixels, grid, **options)
-
-    monkeypatch.setattr(
-        model.model,
-        "get_image_features",
-        encode,
-    )
-    images = batch.rollouts.prompts.images
-    patches = images.image_grid_thw.prod(1).tolist()
-    packed_logps(model, batch, batch.kept)
-    packed_logps(model, batch, torch.tensor([4, 5, 6, 7]))  # the question with two images
-    packed_logps(model, batch, torch.tensor([8, 9]))  # the question without any
-    assert encoded == [(sum(patches), 4), (sum(patches[1:3]), 2)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -225,42 +144,18 @@ def test_lm_head_of_suppressed_tokens_and_a_bias() -> None:
     model, _ = tiny("text")
     weight, bias, *_ = forward.lm_head(model)
     assert weight is model.lm_head.weight and bias is None
-    bias = forward.lm_head(model, [3, 5]).bias
-    assert bias.isneginf().nonzero()[:, 0].tolist() == [3, 5]
-    assert bias[bias.isfinite()].eq(0).all()
+    suppressing = forward.lm_head(model, [3, 5])
+    assert suppressing.bias is None and suppressing.suppressed.tolist() == [3, 5]
+    logits = suppressing.logits(torch.randn(2, 32))
+    assert logits.isneginf().nonzero()[:, 1].tolist() == [3, 5, 3, 5]
 
     head = torch.nn.Linear(32, model.config.vocab_size, bias=True)
     model.set_output_embeddings(head)
-    weight, bias, *_ = forward.lm_head(model, [2], torch.float64)
+    weight, bias, suppressed, *_ = forward.lm_head(model, [2], torch.float64)
     assert weight.dtype == bias.dtype == torch.float64
-    expected = head.bias.double().clone()
-    expected[2] = -torch.inf
-    assert torch.equal(bias, expected)
+    assert torch.equal(bias, head.bias.double()) and suppressed.tolist() == [2]
     bias[0].backward()
     assert head.bias.grad.nonzero()[:, 0].tolist() == [0]
-
-
-def test_lm_head_includes_its_adapter_and_gradients_reach_it() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    stock, _ = tiny("text")
-    stock.config.tie_word_embeddings = False
-    stock.lm_head.weight = torch.nn.Parameter(stock.lm_head.weight.detach().clone())
-    model = get_peft_model(stock, LoraConfig(r=2, lora_alpha=6, target_modules=["lm_head"]))
-    head = model.get_base_model().lm_head
-    torch.nn.init.normal_(head.lora_B["default"].weight)
-    hidden = torch.randn(5, 32)
-    weight = forward.lm_head(model).weight
-    expected = head(hidden)
-    torch.testing.assert_close(hidden @ weight.T, expected)
-    plain = hidden @ head.base_layer.weight.T
-    assert (expected - plain).abs().max() > 0.1
-    (hidden @ weight.T).sum().backward()
-    assert head.lora_A["default"].weight.grad.abs().max() > 0
-    assert head.lora_B["default"].weight.grad.abs().max() > 0
-    with model.disable_adapter():
-        weight = forward.lm_head(model).weight
-        assert weight is head.base_layer.weight
 
 
 def tiny_of(family: str, **options: Any) -> Any:
@@ -297,62 +192,59 @@ def test_scaled_and_capped_heads_give_the_logits_of_the_model(family: str, optio
     assert drawn[0] == without_best.argmax()
 
 
-def test_models_that_there_is_no_way_of_calling_are_refused() -> None:
-    from transformers import (
-        GPT2Config,
-        GPT2LMHeadModel,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        MambaConfig,
-        MambaForCausalLM,
-    )
-
-    text = dict(model_type="llama", hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-    text |= dict(num_attention_heads=2, vocab_size=64)
-    vision = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=32)
-    vision |= dict(num_hidden_layers=1, num_attention_heads=2, image_size=24, patch_size=12)
-    llava = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
-    with pytest.raises(ValueError, match="must be of the Qwen2-VL, .* got model_type 'llava'"):
-        forward.check_supported(llava)
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
-    for model in (mamba, gpt2, torch.nn.Linear(2, 2)):
-        words = f"with its body in `model` and an LM head, got {type(model).__name__}"
-        with pytest.raises(ValueError, match=words):
-            forward.check_supported(model)
+# Its attention: without it nothing runs, and every wrapper gets it
 
 
-def stream_of(lengths: list[int]) -> PackedBatch:
+def stream_of(lengths):
     """Sequences of different tokens, every token but the first a response."""
     width = max(lengths)
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
     ids = (torch.arange(width) * 7 + torch.arange(len(lengths))[:, None] * 11) % 60
-    return pack_completions(ids, mask, mask & (torch.arange(width) >= 1))
+    return cppo.pack_completions(ids, mask, mask & (torch.arange(width) >= 1))
 
 
-@pytest.mark.parametrize("window", [2, 3, 8, 9])
-def test_sequences_longer_than_a_sliding_window(window: int) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, use_sliding_window=True,
-        sliding_window=window, max_window_layers=1, pad_token_id=0,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config).double().eval()
-    lengths = [9, 30, 8, 2]
-    batch = stream_of(lengths)
-    model.set_attn_implementation("eager")
-    alone = [
-        model.model(input_ids=ids[None]).last_hidden_state[0, :-1]
-        for ids in batch.input_ids.split(lengths)
-    ]
-    hidden = cppo.packed_hidden(packed(model), batch)
-    torch.testing.assert_close(hidden, torch.cat(alone), rtol=0, atol=FP64)
+def test_without_the_packed_attention_a_stream_is_refused():
+    model, _ = tiny("text")
+    batch = stream_of([6, 4])
+    words = r"must have the attention of packed .* cppo\.set_attention\(model, \"auto\"\) once"
+    with pytest.raises(ValueError, match=words):
+        cppo.packed_hidden(model, batch)
+    cppo.set_attention(model, "auto")
+    cppo.packed_hidden(model, batch)
+    copied = copy.deepcopy(model)  # a frozen reference, say
+    assert torch.equal(cppo.packed_hidden(copied, batch), cppo.packed_hidden(model, batch))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=words):
+        cppo.packed_hidden(model, batch)
+    with pytest.raises(ValueError, match=words):
+        cppo.packed_hidden(torch.nn.Linear(2, 2), batch)
+    with pytest.raises(TypeError, match="batch must be the PackedBatch of .* got dict"):
+        cppo.packed_hidden(model, {"input_ids": batch.input_ids})
 
 
-def test_flash_attention_on_a_cpu_is_an_error() -> None:
-    with pytest.raises(ValueError, match="one that runs here .*'flash_attention_2': .*"):
-        forward.choose_attention("flash_attention_2", "cpu")
-    assert forward.choose_attention("auto", "cpu") == "sdpa"
-    assert forward.choose_attention("sdpa", "cuda") == "sdpa"
+def test_set_attention_through_wrappers_and_its_errors():
+    from peft import LoraConfig, PeftMixedModel, get_peft_model
+    from transformers import BloomConfig, BloomForCausalLM
+
+    options = LoraConfig(r=2, target_modules=["q_proj"])
+    for wrap in (
+        lambda model: get_peft_model(model, options),
+        lambda model: PeftMixedModel(model, options),
+        lambda model: torch.compile(model, backend="eager"),
+    ):
+        model = wrap(tiny("text")[0])
+        cppo.set_attention(model, "sdpa")
+        assert forward.is_packed(forward.unwrap(model))
+        assert cppo.packed_hidden(model, stream_of([5, 3])).shape == (6, 32)
+    model, _ = tiny("text")
+    with pytest.raises(ValueError, match="name must be one of .*'auto', 'sdpa'.* got 'eager'"):
+        cppo.set_attention(model, "eager")
+    with pytest.raises(
+        ValueError, match="name must be .auto. or one that runs here .sdpa., got .varlen."
+    ):
+        cppo.set_attention(model, "varlen")
+    with pytest.raises(ValueError, match="must be a model of transformers, got Linear"):
+        cppo.set_attention(torch.nn.Linear(2, 2), "sdpa")
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="must let its attention be chosen .* got .*'bloom'"):
+        cppo.set_attention(bloom, "sdpa")

@@ -1,16 +1,11 @@
 """A full disk, a folder that vanishes or may not be written: words, and a run that goes on."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 from trainer_cases import noise, same, trainer_for, weights_of
@@ -19,19 +14,18 @@ from cppo.train import checkpoint, weights
 from cppo.train.checkpoint import CheckpointError, check_files, last_checkpoint
 from cppo.train.output_dir import Claim
 from cppo.train.progress import read_metrics
-from cppo.train.trainer import CPPOTrainer
 
 STEPS = 4
-OPTIONS: dict[str, Any] = {"max_steps": STEPS, "save_every": 1, "num_iterations": 2}
+OPTIONS = {"max_steps": STEPS, "save_every": 1, "num_iterations": 2}
 
 
 class Disk:
     """A small disk of its own, and a file that fills it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder, self.ballast = folder, folder / "ballast"
 
-    def fill(self) -> None:
+    def fill(self):
         """Leaves nothing, though the disk may still say that it has room for a checkpoint."""
         with self.ballast.open("wb", buffering=0) as file:
             for size in (1 << 16, 1 << 10, 1):
@@ -41,12 +35,12 @@ class Disk:
                 except OSError:
                     pass
 
-    def free(self) -> None:
+    def free(self):
         self.ballast.unlink(missing_ok=True)
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
+def disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
@@ -59,17 +53,17 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def undisturbed(tmp_path_factory):
     trainer = trainer_for(tmp_path_factory.mktemp("whole"), rewards=noise, **OPTIONS)
     trainer.train()
     return weights_of(trainer.model)
 
 
-def reward_with(events: dict[int, Callable[[], Any]]) -> Callable[..., list[float]]:
+def reward_with(events):
     """A reward whose n-th call first does `events[n]`."""
     calls = []
 
-    def reward(completions: list[Any], **columns: Any) -> list[float]:
+    def reward(completions, **columns):
         calls.append(1)
         events.get(len(calls), lambda: None)()
         return noise(completions)
@@ -77,7 +71,7 @@ def reward_with(events: dict[int, Callable[[], Any]]) -> Callable[..., list[floa
     return reward
 
 
-def check(run: Path, trainer: CPPOTrainer, undisturbed: dict[str, Any]) -> None:
+def check(run, trainer, undisturbed):
     assert trainer.step == STEPS and same(weights_of(trainer.model), undisturbed)
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4]
     assert last_checkpoint(run).name == f"checkpoint-{STEPS:06d}"
@@ -85,9 +79,7 @@ def check(run: Path, trainer: CPPOTrainer, undisturbed: dict[str, Any]) -> None:
     assert not list(run.glob(".*.partial"))
 
 
-def test_a_disk_that_is_full_during_a_step(
-    disk: Disk, undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_disk_that_is_full_during_a_step(disk, undisturbed, capsys):
     run = disk.folder / "run"
     options = {**OPTIONS, "resume_with_changes": True}
     trainer = trainer_for(run, rewards=reward_with({2: disk.fill, 3: disk.free}), **options)
@@ -100,12 +92,12 @@ def test_a_disk_that_is_full_during_a_step(
 
 @pytest.mark.parametrize("moment", ["model", "state", "summary"])
 def test_a_disk_that_is_full_while_a_checkpoint_is_written(
-    disk: Disk,
-    undisturbed: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    moment: str,
-) -> None:
+    disk,
+    undisturbed,
+    monkeypatch,
+    capsys,
+    moment,
+):
     run = disk.folder / "run"
     owner, name = {
         "model": (weights, "save_model"),
@@ -114,7 +106,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(
     }[moment]
     stock, calls = getattr(owner, name), []
 
-    def full(*args: Any) -> Any:
+    def full(*args):
         calls.append(1)
         if len(calls) != 2:
             return stock(*args)
@@ -133,7 +125,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(
     check(run, trainer, undisturbed)
 
 
-def test_a_disk_that_is_full_at_the_start(disk: Disk, undisturbed: dict[str, Any]) -> None:
+def test_a_disk_that_is_full_at_the_start(disk, undisturbed):
     run = disk.folder / "run"
     disk.fill()
     trainer = trainer_for(run, rewards=noise, **OPTIONS)
@@ -146,9 +138,7 @@ def test_a_disk_that_is_full_at_the_start(disk: Disk, undisturbed: dict[str, Any
     check(run, trainer, undisturbed)
 
 
-def test_a_disk_that_is_full_at_the_end_and_a_run_that_is_resumed(
-    disk: Disk, undisturbed: dict[str, Any]
-) -> None:
+def test_a_disk_that_is_full_at_the_end_and_a_run_that_is_resumed(disk, undisturbed):
     run = disk.folder / "run"
     trainer = trainer_for(run, rewards=reward_with({3: disk.fill}), **OPTIONS)
     with pytest.raises(CheckpointError, match="step 4 could not .*there is .*checkpoint-000002$"):
@@ -160,10 +150,10 @@ def test_a_disk_that_is_full_at_the_end_and_a_run_that_is_resumed(
     check(run, again, undisturbed)
 
 
-def test_a_signal_on_a_full_disk(disk: Disk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_on_a_full_disk(disk, capsys):
     run = disk.folder / "run"
 
-    def fill_and_stop() -> None:
+    def fill_and_stop():
         disk.fill()
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -176,7 +166,7 @@ def test_a_signal_on_a_full_disk(disk: Disk, capsys: pytest.CaptureFixture[str])
     assert f"the newest checkpoint is {run}/checkpoint-000001" in said
 
 
-def test_the_room_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_room_is_looked_at_first(tmp_path, monkeypatch):
     trainer = trainer_for(tmp_path, rewards=noise, max_steps=1)
     size = sum(p.nbytes for p in trainer.parameters)
     usage = shutil.disk_usage(tmp_path)._replace(free=3 * size - 1)
@@ -189,9 +179,7 @@ def test_the_room_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not begun
 
 
-def test_a_folder_that_vanishes(
-    tmp_path: Path, undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_vanishes(tmp_path, undisturbed, capsys):
     run = tmp_path / "run"
     trainer = trainer_for(run, rewards=reward_with({3: lambda: shutil.rmtree(run)}), **OPTIONS)
     trainer.files["config.yaml"] = "options"
@@ -201,7 +189,7 @@ def test_a_folder_that_vanishes(
     assert "was removed during the run: it is made again" in capsys.readouterr().out
 
 
-def let_others_in(tmp_path: Path) -> None:
+def let_others_in(tmp_path):
     """Lets a process that becomes another user reach the test's folder."""
     if os.getuid() != 0:
         pytest.skip("needs the right to become another user")
@@ -211,7 +199,7 @@ def let_others_in(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
 
 
-def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_written(tmp_path):
     """As another user, to whom a folder of root's is closed."""
     let_others_in(tmp_path)
     closed = tmp_path / "closed"
@@ -233,13 +221,13 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     assert f"step 1 could not be written to {closed} (Permission denied" in third
 
 
-def test_a_folder_whose_name_is_too_long(tmp_path: Path) -> None:
+def test_a_folder_whose_name_is_too_long(tmp_path):
     trainer = trainer_for(tmp_path / ("n" * 300), rewards=noise, max_steps=1)
     with pytest.raises(ValueError, match="cannot be written to .File name too long"):
         trainer.train()
 
 
-def test_what_another_user_closed_is_said(tmp_path: Path) -> None:
+def test_what_another_user_closed_is_said(tmp_path):
     """A checkpoint that may not be entered, and a folder below one that may not."""
     let_others_in(tmp_path)
     closed = tmp_path / "run" / "checkpoint-000002"
@@ -263,23 +251,23 @@ def test_what_another_user_closed_is_said(tmp_path: Path) -> None:
 class OtherThread(threading.Thread):
     """Calls something, and keeps what it raises."""
 
-    def __init__(self, call: Callable[[], Any]) -> None:
+    def __init__(self, call):
         super().__init__(daemon=True)
         self.call, self.error = call, ""
         self.start()
 
-    def run(self) -> None:
+    def run(self):
         try:
             self.call()
         except ValueError as error:
             self.error = str(error)
 
 
-def test_two_trainers_of_one_process_in_one_folder(tmp_path: Path) -> None:
+def test_two_trainers_of_one_process_in_one_folder(tmp_path):
     """The second is refused, and does not end the lock of the first."""
     refused = []
 
-    def reward(completions: list[str], **columns: Any) -> list[float]:
+    def reward(completions, **columns):
         if not refused:
             for _ in range(2):
                 other = trainer_for(tmp_path, rewards=noise, max_steps=1)
@@ -302,13 +290,13 @@ OTHER_PROCESS = (
 )
 
 
-def locked_out(run: Path) -> str:
+def locked_out(run):
     """What a process is told that wants the folder; "" if it gets it."""
     command = [sys.executable, "-c", OTHER_PROCESS, str(run)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_copy_of_the_folder_does_not_end_the_lock(tmp_path: Path) -> None:
+def test_a_copy_of_the_folder_does_not_end_the_lock(tmp_path):
     release = Claim(tmp_path / "run").lock()
     shutil.copytree(tmp_path / "run", tmp_path / "backup")
     assert f"is in use by process {os.getpid()} on " in locked_out(tmp_path / "run")
@@ -319,7 +307,7 @@ def test_a_copy_of_the_folder_does_not_end_the_lock(tmp_path: Path) -> None:
     Claim(tmp_path / "run").lock()()
 
 
-def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
+def test_a_forked_child_does_not_hold_the_lock(tmp_path):
     release = Claim(tmp_path).lock()
     hold, end = os.pipe()
     child = os.fork()
@@ -337,7 +325,7 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
         os.waitpid(child, 0)
 
 
-def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+def test_two_runs_in_one_folder(tmp_path):
     """The lock names its holder, and ends with it however it ends."""
     holder = subprocess.Popen(
         [

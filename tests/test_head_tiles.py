@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, combinations, pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 import cppo
 from cppo.fused.head import Head, even
+from cppo.fused.linear import _ranges
 
 
 @given(st.integers(0, 5000), st.integers(1, 600))
@@ -21,6 +24,30 @@ def test_rows_are_in_the_fewest_pieces_about_equally_large(count, room):
     assert size % 16 == 0 or size == room
     if room % 16 == 0 and pieces:
         assert max(pieces) - -(-count // len(pieces)) < 16
+
+
+@given(st.lists(st.integers(0, 30), max_size=9), st.integers(1, 60))
+def test_completions_are_in_the_fewest_groups_and_the_largest_is_as_small_as_can_be(lengths, room):
+    sums = [0, *accumulate(lengths)]
+    groups = _ranges(sums, room)
+    assert [start for start, _ in groups] == [0, *(end for _, end in groups[:-1])]
+    assert groups[-1][1] == len(lengths)
+
+    def largest(cuts):
+        ends = [0, *cuts, len(lengths)]
+        sizes = [sums[b] - sums[a] for a, b in pairwise(ends)]
+        fits = all(b - a <= 1 or sums[b] - sums[a] <= room for a, b in pairwise(ends))
+        return max(sizes) if fits else None
+
+    inside = range(1, len(lengths))
+    for count in range(len(groups)):
+        found = [largest(cuts) for cuts in combinations(inside, count)]
+        possible = [size for size in found if size is not None]
+        if possible:
+            assert count == len(groups) - 1
+            assert min(possible) == largest([start for start, _ in groups[1:]])
+            return
+    raise AssertionError("more groups than cuts allow")
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 40])

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
 import sys
 import types
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from launching import torchrun
 
 import cppo
 from cppo import LossConfig, Views, backends
 from cppo.fused import head
-from cppo.testing import assert_op_as_accurate, make_inputs
+from cppo.testing import assert_op_as_accurate, evaluate, make_inputs
 
 OPS = ("linear_token_stats", "linear_cppo_loss")
 CONFIGS = {
@@ -95,6 +93,149 @@ def test_what_a_bias_rules_out_stays_ruled_out_by_a_cap(config, backend):
     torch.testing.assert_close(out.entropy, without.entropy)
 
 
+def with_suppressed(op, dtype=torch.float32, layout="padded"):
+    """Inputs without a bias, three tokens suppressed that no row has sampled."""
+    inputs = make_inputs(op, dtype=dtype, layout=layout)
+    suppressed = torch.tensor([36, 0, 5])
+    targets = inputs["targets"]
+    return {
+        **inputs,
+        "bias": None,
+        "targets": targets.where(~torch.isin(targets, suppressed), 1),
+        "suppressed": suppressed,
+    }
+
+
+@pytest.mark.interpreted()
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["uncapped", "capped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_config
+def test_suppressed_tokens_are_those_of_a_bias(config, dtype, softcap, backend, monkeypatch):
+    monkeypatch.setitem(head.TILE_BYTES, "cpu", 8 * 37 * 4)
+    inputs = {**with_suppressed("linear_cppo_loss", dtype), "config": config, "softcap": softcap}
+    assert_op_as_accurate("linear_cppo_loss", backend, inputs)
+    bias = torch.zeros(37, dtype=dtype).index_fill(0, inputs["suppressed"], -torch.inf)
+    for name in (backend, "reference"):
+        ours = evaluate("linear_cppo_loss", inputs, name)
+        biased = evaluate("linear_cppo_loss", {**inputs, "bias": bias, "suppressed": None}, name)
+        assert ours["entropy"].any() and ours["grad.weight"].isfinite().all()
+        assert not ours["grad.weight"][inputs["suppressed"]].any()
+        for result in ("loss", "logps", "entropy"):
+            torch.testing.assert_close(ours[result], biased[result], rtol=2e-5, atol=2e-5)
+    inputs = {**with_suppressed("linear_token_stats", dtype), "softcap": softcap}
+    assert_op_as_accurate("linear_token_stats", backend, inputs)
+
+
+@pytest.mark.interpreted()
+@pytest.mark.parametrize("backend", backends.available("linear_token_stats"))
+def test_a_target_that_is_suppressed_has_no_probability(backend):
+    inputs = make_inputs("linear_token_stats", layout="packed")
+    suppressed = inputs["targets"][:1]
+    logps = cppo.linear_token_stats(**inputs, suppressed=suppressed, backend=backend).logps
+    assert torch.equal(logps.isneginf(), inputs["targets"] == suppressed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_suppressed_tokens_cost_no_rows_and_a_bias_does(dtype, monkeypatch):
+    monkeypatch.setattr(head, "multiplies_natively", lambda dtype, device: True)
+    weight, rounded = torch.zeros(1000, 8, dtype=dtype), {"logits_dtype": "input"}
+    plain = head.Head(weight, **rounded)
+    suppressing = head.Head(weight, suppressed=torch.tensor([3]), **rounded)
+    assert suppressing.rows_per_tile == plain.rows_per_tile
+    logits = suppressing.logits(torch.zeros(4, 8, dtype=dtype))
+    assert logits.dtype == dtype and logits.isneginf().nonzero().tolist() == [
+        [row, 3] for row in range(4)
+    ]
+    fewer = head.Head(weight, weight[:, 0], **rounded).rows_per_tile < plain.rows_per_tile
+    assert fewer == (dtype == torch.bfloat16)
+
+
+def halves(dtype, rows=40, size=64):
+    """Hidden states, a weight, targets; every sum of products is exact in fp32, few are in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (rows, size), (300, size)
+    hidden, weight = (
+        torch.randint(-9, 10, shape, generator=generator).div(8).to(dtype) for shape in shapes
+    )
+    return hidden, weight, torch.randint(300, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["uncapped", "capped"])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "a bias"])
+@pytest.mark.parametrize("logits_dtype", ["fp32", "input"])
+def test_every_machine_computes_the_same_logits(
+    logits_dtype, with_bias, softcap, backend, monkeypatch
+):
+    """One that multiplies bf16 and one that does not."""
+    hidden, weight, targets = halves(torch.bfloat16)
+    more = {"bias": weight[:, 0] if with_bias else None, "softcap": softcap}
+    results = []
+    for native in (True, False):
+        monkeypatch.setattr(head, "multiplies_natively", lambda *_, native=native: native)
+        stats = cppo.linear_token_stats(
+            hidden, weight, targets, logits_dtype=logits_dtype, backend=backend, **more
+        )
+        results.append(stats.logps)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    hidden, weight = hidden.double(), weight.double()
+    more["bias"] = None if more["bias"] is None else more["bias"].double()
+    exact = cppo.linear_token_stats(hidden, weight, targets, backend="reference", **more).logps
+    error = (results[0] - exact).abs().max()
+    assert error < 1e-5 if logits_dtype == "fp32" else 1e-3 < error < 0.1
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("logits_dtype", ["fp32", "input"])
+@every_config
+def test_accuracy_of_rounded_and_of_exact_logits(config, logits_dtype, dtype):
+    sizes = {"vocabulary": 500, "hidden_size": 32, "lengths": (50, 20, 70, 0, 30, 40)}
+    for op in OPS:
+        inputs = make_inputs(op, dtype=dtype, **sizes)
+        inputs |= {"config": config} if op == "linear_cppo_loss" else {}
+        assert_op_as_accurate(op, "cpp", {**inputs, "bias": None, "logits_dtype": logits_dtype})
+
+
+def test_a_rounded_gradient_of_exact_logits_is_that_of_the_product_of_the_model():
+    """The specification: what autograd gives a linear layer whose values are not rounded."""
+    hidden, weight, targets = halves(torch.bfloat16)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    stats = cppo.linear_token_stats(*leaves, targets, backend="reference")
+    found = torch.autograd.grad(stats.logps.sum(), leaves)
+    probabilities = (hidden.float() @ weight.float().T).softmax(-1)
+    of_logits = torch.nn.functional.one_hot(targets, 300) - probabilities
+    rounded = of_logits.bfloat16().float()
+    expected = rounded @ weight.float(), rounded.T @ hidden.float()
+    for gradient, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, exact.bfloat16(), rtol=2**-7, atol=1e-6)
+
+
+def test_another_dtype_of_the_logits_is_named():
+    with pytest.raises(ValueError, match="logits_dtype must be one of 'fp32', 'input', got 'bf16'"):
+        cppo.linear_token_stats(**make_inputs("linear_token_stats"), logits_dtype="bf16")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "suppressed, error, message",
+    [
+        (torch.tensor([3, 37]), ValueError, r"must be in \[0, V\) = \[0, 37\), got 37 at 1"),
+        (torch.tensor([-1]), ValueError, r"must be in \[0, V\) = \[0, 37\), got -1 at 0"),
+        (torch.tensor([[3]]), ValueError, r"must be \(K,\), got shape \(1, 1\)"),
+        (torch.tensor([3], dtype=torch.int32), TypeError, "must be torch.int64, got torch.int32"),
+        (torch.tensor([3.0]), TypeError, "must be of integer dtype, got torch.float32"),
+        ([3], TypeError, "must be a Tensor, got list"),
+        (torch.tensor([3]).to("meta"), ValueError, "must be on cpu like weight, got meta"),
+    ],
+)
+def test_suppressed_tokens_that_cannot_be_are_named(op, suppressed, error, message):
+    with pytest.raises(error, match=f"cppo.{op}: suppressed {message}"):
+        getattr(cppo, op)(**make_inputs(op), suppressed=suppressed)
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     "argument, value, message",
@@ -110,28 +251,14 @@ def test_a_scale_or_cap_that_is_none_is_named(op, argument, value, message):
         getattr(cppo, op)(**make_inputs(op), **{argument: value})
 
 
-def on_two_processes(script):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*torchrun, "--nproc_per_node", "2", str(Path(__file__).with_name(script))],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **quiet},
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert done.stdout.count("all held") == 2
-
-
 def test_a_head_that_is_a_dtensor():
     """FSDP2 among them."""
-    on_two_processes("sharded_head.py")
+    assert torchrun("sharded_head.py").count("all held") == 2
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_a_head_under_deepspeed():
-    on_two_processes("zero3_head.py")
+    assert torchrun("zero3_head.py").count("all held") == 2
 
 
 class Zero3:

@@ -1,7 +1,5 @@
 """Images in every form, mode and dtype: the picture stays, worked out pixel by pixel."""
 
-from __future__ import annotations
-
 import base64
 import io
 import pathlib
@@ -15,11 +13,11 @@ from cppo.questions import as_question, load_image
 from cppo.views import ColorJitter, perturb
 
 
-def pixels(image: Image.Image) -> list:
+def pixels(image):
     return np.asarray(image).tolist()
 
 
-def grey(values: list[int], dtype: str = "uint8") -> Image.Image:
+def grey(values, dtype="uint8"):
     return Image.fromarray(np.array([values], dtype=dtype))
 
 
@@ -309,7 +307,7 @@ STORED = {
 }
 
 
-def oriented(orientation: int, kind: str = "PNG") -> bytes:
+def oriented(orientation, kind="PNG"):
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encoded(Image.fromarray(np.ascontiguousarray(STORED[orientation])), kind, exif=exif)

@@ -1,20 +1,14 @@
 """The TRL adapter in training: what it leaves alone, pruning, contrastive perception, processes."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
 
+from launching import torchrun
 from trainer_cases import (
     fixed_batch,
     fixed_rollouts,
@@ -52,7 +46,7 @@ HALF_LOOK = dataclasses.replace(HALF, loss=LOOK.loss)
 
 
 @functools.cache
-def plain_weights(family: str = "text", **options: Any) -> dict[str, torch.Tensor]:
+def plain_weights(family="text", **options):
     return weights_of(trained(family, **options).model)
 
 
@@ -199,7 +193,7 @@ def test_lora_early_and_late_and_its_reference_is_the_model_without_adapters():
 
 
 def test_masked_tokens_of_a_rollout_function_are_pruned_along():
-    def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+    def rollout(prompts, trainer):
         encode = trainer.processing_class.apply_chat_template
         count = range(len(prompts))
         return {
@@ -219,7 +213,7 @@ def test_masked_tokens_of_a_rollout_function_are_pruned_along():
 
 def test_a_trainer_with_an_advantage_per_token():
     class PerToken(Fixed):
-        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        def _generate_and_score_completions(self, inputs):
             rollout = super()._generate_and_score_completions(inputs)
             spread = rollout["advantages"][:, None] * rollout["completion_mask"]
             return {**rollout, "advantages": spread}
@@ -273,11 +267,11 @@ def test_contrast_of_nothing_is_a_zero_with_a_graph(cpl_reduction):
     assert loss.item() == 0 and not torch.autograd.grad(loss, logps)[0].any()
 
 
-def dimmed(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def dimmed(pixels, generator):
     return 0.9 * pixels + 0.05
 
 
-def darkened(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def darkened(pixels, generator):
     return 0.2 * pixels
 
 
@@ -293,7 +287,7 @@ def test_gradients_are_those_of_our_trainer_on_the_same_batch(cpl_reduction):
     loss = LossConfig(cpl_coef=2.0, cpl_reduction=cpl_reduction)
     views = dict(positive_views=(dimmed,), negative_views=(darkened,))
 
-    def ours(loss: LossConfig) -> dict[str, torch.Tensor]:
+    def ours(loss):
         config, rows = cppo.CPPOConfig(loss=loss, **views), torch.arange(6)
         items = NumItems(*batch.counts(rows))
         return gradients(
@@ -333,7 +327,7 @@ def test_perturbed_views_run_only_where_the_advantage_is_positive():
     trainer = trainer_of("qwen2_5_vl", cppo=LOOK, num_iterations=1, beta=0.0)
     seen, shown, both_views = watched(trainer), [], trainer._both_views
 
-    def watch(rows: Any, seeds: Any, looking: Any) -> Any:
+    def watch(rows, seeds, looking):
         shown.append(len(looking))
         return both_views(rows, seeds, looking)
 
@@ -360,24 +354,9 @@ def test_a_question_has_one_seed_and_another_one_at_every_step():
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
-    script = Path(__file__).with_name("trl_two_processes.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    variables = {
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
-        "TORCH_COMPILE_DISABLE": "1",  # DeepSpeed compiles optimizers that nobody asked for
-    }
-    done = subprocess.run(
-        [*torchrun, "--nproc_per_node", "2", str(script), str(tmp_path)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | variables,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    # DeepSpeed compiles optimizers that nobody asked for.
+    variables = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "TORCH_COMPILE_DISABLE": "1"}
+    torchrun("trl_two_processes.py", str(tmp_path), **variables)
     from trl_two_processes import CASES, KINDS, METRICS, run
 
     for name in CASES:

@@ -1,13 +1,10 @@
 """The TRL adapter and the installed TRL: what fits, what is refused, and the kernel."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -49,7 +46,7 @@ def test_check_says_what_does_not_fit(monkeypatch):
     with pytest.raises(RuntimeError, match="_compute_loss: does not fit"):
         trainer_of(cppo=HALF)
 
-    def not_there(name: str) -> str:
+    def not_there(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", not_there)
@@ -139,7 +136,7 @@ def calls(monkeypatch):
     """The calls of cppo.linear_token_stats."""
     noted, stats = [], cppo.linear_token_stats
 
-    def watch(*args: Any, **kwargs: Any) -> Any:
+    def watch(*args, **kwargs):
         noted.append(kwargs)
         return stats(*args, **kwargs)
 

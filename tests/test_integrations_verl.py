@@ -1,13 +1,10 @@
 """The verl adapter in verl: loading, policy loss, advantages, and the page about it."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -55,7 +52,7 @@ def test_check_finds_that_everything_fits():
 # Policy loss and advantages
 
 
-def policy_inputs() -> dict[str, Any]:
+def policy_inputs():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([7, 3, 5, 1, 0, 6])
     old = -torch.rand(6, 7, generator=generator)

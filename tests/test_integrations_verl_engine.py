@@ -1,11 +1,8 @@
 """The verl adapter on verl's FSDP2 engine: updates, gradients, processes, fused statistics."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -61,7 +58,7 @@ def test_two_optimizer_steps_with_the_loss_and_the_views(capsys):
     assert "step 1" in capsys.readouterr().out
 
 
-def response_logits(engine, batch) -> torch.Tensor:
+def response_logits(engine, batch):
     """(B, T, V) logits of the responses, right-padded, from the engine's own model."""
     inputs, _ = engine.prepare_model_inputs(micro_batch=batch)
     logits = engine.module(**inputs, use_cache=False).logits
@@ -76,7 +73,7 @@ def response_logits(engine, batch) -> torch.Tensor:
     )
 
 
-def seen_as(engine, batch, name: str, perturbations: tuple[str, ...]) -> Any:
+def seen_as(engine, batch, name, perturbations):
     """The batch with its images perturbed as documented: by step, view, question and number."""
     rows = []
     for inputs, prompt in zip(batch["multi_modal_inputs"], batch["prompts"].unbind(), strict=True):

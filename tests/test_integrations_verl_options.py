@@ -1,7 +1,5 @@
 """What of the verl adapter runs without verl: hooks on modules, options, advantages, pruning."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import logging
@@ -30,8 +28,8 @@ def module(tmp_path, monkeypatch):
     sys.modules.pop("somebody_elses", None)
 
 
-def doubling(expected: str) -> Hook:
-    def install(module) -> None:
+def doubling(expected):
+    def install(module):
         run = module.run
         module.run = lambda *args: 2 * run(*args)
 
@@ -79,7 +77,7 @@ def test_without_verl_the_adapter_imports_and_says_what_is_missing():
     assert run.stdout.strip() == ("verl: does not fit (pip install 'verl[verl-core]>=0.9')")
 
 
-def actor(**policy_loss) -> SimpleNamespace:
+def actor(**policy_loss):
     """verl's ActorConfig, as far as it is read."""
 
     class Config(SimpleNamespace):

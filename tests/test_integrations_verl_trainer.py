@@ -1,9 +1,6 @@
 """The trainer that prunes: verl's own, on verl's queue, with a fake worker group."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -37,15 +34,15 @@ class Workers:
 
     _dispatch_info = {"actor": [0, 1]}
 
-    def __init__(self, tq: Any) -> None:
+    def __init__(self, tq):
         self.tq, self.calls = tq, []
 
-    def _note(self, name: str, batch: Any, *fields: str) -> Any:
+    def _note(self, name, batch, *fields):
         data = self.tq.kv_batch_get(batch.keys, batch.partition_id, select_fields=list(fields))
         self.calls.append((name, list(batch.keys), dict(batch.extra_info), data))
         return data
 
-    def _log_probs(self, name: str, batch: Any) -> Any:
+    def _log_probs(self, name, batch):
         data = self._note(name, batch, "input_ids")
         values = {
             field: torch.nested.nested_tensor_from_jagged(
@@ -57,22 +54,22 @@ class Workers:
             batch.keys, batch.partition_id, TensorDict(values, batch_size=len(batch))
         )
 
-    def compute_log_prob(self, batch: Any) -> Any:
+    def compute_log_prob(self, batch):
         return self._log_probs("old_log_prob", batch)
 
-    def compute_ref_log_prob(self, batch: Any) -> Any:
+    def compute_ref_log_prob(self, batch):
         return self._log_probs("ref_log_prob", batch)
 
-    def update_actor(self, batch: Any) -> Any:
+    def update_actor(self, batch):
         fields = ("advantages", "returns", "old_log_probs", "ref_log_prob", "response_mask")
         self._note("update_actor", batch, *fields)
         return {"metrics": {"mfu": 0.5, "pg_loss": 0.25}}
 
 
-def rollouts(tq: Any, rewards: dict[str, list[Any]]) -> Any:
+def rollouts(tq, rewards):
     """Completions as the agent loop leaves them in the queue; several scores: several outputs."""
     generator = torch.Generator().manual_seed(0)
-    fields: dict[str, list[Any]] = {}
+    fields = {}
     keys, tags = [], []
     outputs = [
         (f"{question}_{number}_{output}", score)
@@ -115,7 +112,7 @@ REWARDS = {
 KEPT = {"a_2_0", "a_5_0", "b_1_0", "b_7_0", "c_4_0", "c_4_1", "c_6_0"}
 
 
-def step(tq: Any, mode: str, *overrides: str) -> tuple[Any, Any, dict, Any, Any]:
+def step(tq, mode, *overrides):
     """One step of a trainer of verl on fake workers."""
     config = composed(f"trainer.v1.trainer_mode={mode}", *overrides)
     trainer = get_trainer_cls(mode)(config)
@@ -134,9 +131,9 @@ def step(tq: Any, mode: str, *overrides: str) -> tuple[Any, Any, dict, Any, Any]
         distillation_config=None,
         _get_n_gpus_for_throughput=lambda: 2,
     )
-    metrics: dict[str, Any] = {}
+    metrics = {}
     torch.manual_seed(0)
-    timing: dict[str, float] = {}
+    timing = {}
     result = trainer._step_once(metrics, timing, sample_batch_size=3)
     timing["step"] = timing.setdefault("gen", 1.0)
     trainer._compute_metrics(result, metrics, timing, global_steps=1, epoch=0)

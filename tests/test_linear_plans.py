@@ -12,7 +12,7 @@ import cppo
 from cppo import LossConfig, NumItems, Views, backends
 from cppo.fused import head, linear
 from cppo.fused.denominators import denominators
-from cppo.fused.schema import ARGUMENTS, PRIMITIVES
+from cppo.fused.schema import ARGUMENTS, PRIMITIVES, RESULTS
 from cppo.testing import assert_op_as_accurate, evaluate, in_fp64, make_inputs
 
 FUSED = [name for name in backends.available("linear_cppo_loss") if name != "reference"]
@@ -130,8 +130,18 @@ def test_opcheck(config, backend, softcap):
     views = [view.requires_grad_() for view in inputs["hidden"]]
     rows = [inputs[name] for name in ("targets", "advantages", "old_logps", "ref_logps")]
     by = denominators(rows[0], None, inputs["cu_seqlens"], None, config)
-    options = (by.values, by.per_selected, config.temperature, config.text, softcap, [True] * 5)
-    arguments = (*views, *heads, *rows, None, inputs["cu_seqlens"], *options)
+    options = (by.values, by.per_selected, config.temperature, config.text, softcap, "fp32")
+    suppressed = None if softcap is None else torch.tensor([36])
+    arguments = (
+        *views,
+        *heads,
+        suppressed,
+        *rows,
+        None,
+        inputs["cu_seqlens"],
+        *options,
+        [True] * 5,
+    )
     for resident in (False, True) if config.cpl_reduction == "sequence" else (False,):
         op = _ops(backend).linear_cppo_loss.default
         outcome = torch.library.opcheck(op, (*arguments, resident))
@@ -161,31 +171,87 @@ class _Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def kernels(monkeypatch):
+    """The primitives, for tiles of exactly so many rows."""
+    monkeypatch.setattr(head, "VECTOR", 1)
+    return SimpleNamespace(**{op: getattr(torch.ops.cppo, op) for op in PRIMITIVES})
+
+
+def loss_arguments(plan, layout, views=3, **changes):
+    """`ARGUMENTS` of the loss and of its backward."""
+    inputs = {**make_inputs("linear_cppo_loss", layout=layout), **changes}
+    config = CONFIGS[plan]
+    rows = [inputs.get(k) for k in ("targets", "advantages", "old_logps", "ref_logps")]
+    rows += [inputs.get("mask"), inputs.get("cu_seqlens")]
+    by = denominators(rows[0], rows[4], rows[5], None, config)
+    seen = [view if number < views else None for number, view in enumerate(inputs["hidden"])]
+    given = (*seen, inputs["weight"], None, torch.tensor([36]))
+    logits = (None, "fp32", [True] * 5)
+    options = (by.values, by.per_selected, config.temperature, config.text, *logits)
+    forward = ARGUMENTS["linear_cppo_loss"](*given, *rows, *options, plan == "resident")
+
+    def backward(coefficients):
+        of_rows = (*rows[:2], rows[5], coefficients, config.temperature, config.text)
+        return ARGUMENTS["linear_cppo_loss_backward"](torch.ones(()), *given, *of_rows, *logits)
+
+    return forward, backward
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.skipif("cpp" not in FUSED, reason="the extension is not built")
-def test_the_host_waits_once_and_twice_a_group(layout, monkeypatch):
-    inputs = make_inputs("linear_cppo_loss", layout=layout)
-    rows = [inputs[name] for name in ("targets", "advantages", "old_logps", "ref_logps")]
-    rows += [inputs.get("mask"), inputs.get("cu_seqlens")]
-    given = (*inputs["hidden"], inputs["weight"], None, *rows)
-    kernels = SimpleNamespace(**{op: getattr(torch.ops.cppo, op) for op in PRIMITIVES})
-
-    monkeypatch.setattr(head, "VECTOR", 1)  # else tiles are of 16 rows
-
-    def waits(plan, rows_per_tile):
+def test_the_host_waits_once_and_once_a_group(layout, kernels, monkeypatch):
+    def waits(plan, rows_per_tile, **options):
+        """Of a forward and a backward."""
         monkeypatch.setitem(head.TILE_BYTES, "cpu", rows_per_tile * 37 * 4)
-        config = CONFIGS[plan]
-        by = denominators(rows[0], rows[4], rows[5], None, config)
-        options = (by.values, by.per_selected, config.temperature, config.text, None, [True] * 5)
+        forward, backward = loss_arguments(plan, layout, **options)
         with _Waits(monkeypatch) as mode:
-            arguments = ARGUMENTS["linear_cppo_loss"](*given, *options, plan == "resident")
-            linear.linear_cppo_loss(kernels, arguments)
+            found = RESULTS["linear_cppo_loss"](*linear.linear_cppo_loss(kernels, forward))
+            if plan != "resident":
+                linear.linear_cppo_loss_backward(kernels, backward(found.coefficients))
+        assert found.loss.isfinite() and found.work[0] > 0
         return mode.count
 
     # Completions of 5, 2, 7, 0, 3 and 4 rows, of which 5, 7 and 0 count twice.
-    assert waits("resident", 100) == 1 + 2
-    assert waits("resident", 14) == 1 + 2 * 3
-    assert waits("recompute", 14) == 1 + 1
+    assert waits("resident", 100) == 2
+    assert waits("resident", 14) == 1 + 3
+    for rows_per_tile in (100, 14, 3):
+        assert waits("resident", rows_per_tile, views=1) == 1
+    assert waits("recompute", 14) == 2 + 1
+
+
+@pytest.mark.skipif("cpp" not in FUSED, reason="the extension is not built")
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_host_waits_for_statistics_twice_at_most(masked, kernels, monkeypatch):
+    monkeypatch.setitem(head.TILE_BYTES, "cpu", 5 * 37 * 4)
+    inputs = make_inputs("linear_token_stats", layout="padded" if masked else "packed")
+    given = [inputs[k] for k in ("hidden", "weight", "bias")] + [torch.tensor([36])]
+    given += [inputs["targets"], inputs.get("mask")]
+    options = (1.0, None, "fp32")
+    with _Waits(monkeypatch) as mode:
+        arguments = ARGUMENTS["linear_token_stats"](*given, *options, not masked)
+        *stats, logits, saved = linear.linear_token_stats(kernels, arguments)
+        kept = (None, None) if masked else (logits, saved)
+        arguments = (*stats, *given, *kept, *options, [True] * 3)
+        arguments = ARGUMENTS["linear_token_stats_backward"](*arguments)
+        linear.linear_token_stats_backward(kernels, arguments)
+    assert mode.count == (2 if masked else 1)
+
+
+@pytest.mark.interpreted()
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@every_backend
+def test_completions_without_an_advantage_cost_no_gradient(kl_coef, backend):
+    """Unless the distance to the reference policy gives them one."""
+    config = LossConfig(kl_coef=kl_coef)
+    inputs = {**make_inputs("linear_cppo_loss", layout="packed"), "config": config}
+    inputs["hidden"] = inputs["hidden"].anchor
+    inputs["advantages"] = inputs["advantages"].where(inputs["advantages"] > 0, 0.0)
+    ours = evaluate("linear_cppo_loss", inputs, backend)
+    assert ours["metrics.head_gemm_rows"] == 21 + 2 * (21 if kl_coef else 12)
+    exact = evaluate("linear_cppo_loss", inputs, "reference")
+    for name in ("loss", "grad.hidden", "grad.weight", "grad.bias"):
+        torch.testing.assert_close(ours[name], exact[name])
 
 
 @pytest.mark.interpreted()
@@ -215,8 +281,14 @@ def test_statistics_opcheck_and_scaled_upstream_gradients(backend):
     inputs = make_inputs("linear_token_stats")
     hidden, weight, bias = (inputs[n].requires_grad_() for n in ("hidden", "weight", "bias"))
     op = _ops(backend).linear_token_stats.default
-    arguments = (hidden, weight, bias, inputs["targets"], inputs["mask"], 0.8, 3.0)
-    assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+    given = (hidden, weight, bias, torch.tensor([36]), inputs["targets"].clamp(min=0))
+    more = (inputs["mask"], 0.8, 3.0, "fp32", False)
+    assert set(torch.library.opcheck(op, (*given, *more)).values()) == {"SUCCESS"}
+    # Logits are kept where nothing is traced.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    more = (None, 0.8, None, "input", True)
+    outcome = torch.library.opcheck(op, (*given, *more), test_utils=checks)
+    assert set(outcome.values()) == {"SUCCESS"}
     inputs = make_inputs("linear_cppo_loss")
     for config in CONFIGS.values():
         views = Views(*(view.clone().requires_grad_() for view in inputs["hidden"]))
@@ -226,6 +298,27 @@ def test_statistics_opcheck_and_scaled_upstream_gradients(backend):
         scaled = torch.autograd.grad(loss, views, torch.tensor(-3.0))
         for one, other in zip(once, scaled, strict=True):
             torch.testing.assert_close(other, -3 * one)
+
+
+@every_config
+def test_a_grad_scaler_keeps_small_gradients_of_a_fp16_head(config, monkeypatch):
+    """On a device that multiplies fp16, tiles hold gradients in fp16: 2^-24 is the smallest."""
+    monkeypatch.setattr(head, "multiplies_natively", lambda dtype, device: True)
+    sizes = {"vocabulary": 2000, "hidden_size": 16, "lengths": (50, 20, 70, 0, 30, 40)}
+    inputs = make_inputs("linear_cppo_loss", dtype=torch.float16, **sizes)
+    inputs |= {"num_items": NumItems(64, 64 * 256, 64 * 100), "config": config}
+    inputs |= dict.fromkeys(("bias", "old_logps", "ref_logps"))
+    inputs["weight"] *= 0.3
+    gradients = []
+    for given in (in_fp64(inputs), {**inputs, "logits_dtype": "input"}):
+        weight = given["weight"].requires_grad_()
+        loss = cppo.linear_cppo_loss(**given, backend="cpp").loss
+        (gradient,) = torch.autograd.grad(loss * 2**16, weight)
+        gradients.append(gradient.double())
+    exact, ours = gradients
+    # Of the tokens that are never sampled: sums of what the softmax leaves them.
+    rest = ~torch.isin(torch.arange(2000), inputs["targets"])
+    assert (ours - exact)[rest].norm() < 0.01 * exact[rest].norm()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -1,7 +1,5 @@
 """The named data sets: both layouts, every bad row said when they load, and how long that takes."""
 
-from __future__ import annotations
-
 import json
 import time
 

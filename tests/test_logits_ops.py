@@ -124,19 +124,6 @@ def test_a_new_length_is_not_a_new_compilation(backend):
 # Autograd
 
 
-@every_backend
-def test_a_second_derivative_is_refused_in_words(backend):
-    inputs = make_inputs("token_stats", layout="packed")
-    logits = inputs["logits"].requires_grad_()
-    entropy = cppo.token_stats(**inputs, backend=backend).entropy.sum()
-    with pytest.raises(RuntimeError, match="no second derivative; backend='reference'"):
-        torch.autograd.grad(entropy, logits, create_graph=True)
-    views = leaves(make_inputs("cppo_loss")["logits"])
-    loss = cppo.cppo_loss(**{**make_inputs("cppo_loss"), "logits": views}, backend=backend).loss
-    with pytest.raises(RuntimeError, match="no second derivative; backend='reference'"):
-        torch.autograd.grad(loss, views, create_graph=True)
-
-
 @pytest.mark.interpreted("padded-k3", "packed-detached", "compact-full", "compact-k1")
 @every_backend
 @every_config
@@ -180,21 +167,14 @@ def test_in_place_is_an_error_for_who_still_needs_the_logits(backend):
 
 
 @every_backend
-def test_in_place_with_strides_and_refusals(backend):
+def test_in_place_with_strides_and_a_wrong_flag(backend):
     inputs = make_inputs("token_stats", layout="packed")
     plain = evaluate("token_stats", inputs, backend)["grad.logits"]
     transposed = inputs["logits"].T.contiguous().T
     ours = evaluate("token_stats", {**inputs, "logits": transposed, "inplace": True}, backend)
     torch.testing.assert_close(ours["grad.logits"], plain)
-    expanded = inputs["logits"][:1].expand(len(inputs["targets"]), -1)
-    with pytest.raises(ValueError, match="its own memory for every entry with inplace=True"):
-        cppo.token_stats(expanded, inputs["targets"], inplace=True)
-    inputs = make_inputs("cppo_loss")
-    same = Views(*(inputs["logits"].anchor,) * 3)
-    with pytest.raises(ValueError, match="must not share memory with inplace=True"):
-        cppo.cppo_loss(**{**inputs, "logits": same}, inplace=True)
     with pytest.raises(TypeError, match="inplace must be True or False, got 1"):
-        cppo.cppo_loss(**inputs, inplace=1)
+        cppo.cppo_loss(**make_inputs("cppo_loss"), inplace=1)
 
 
 @pytest.mark.interpreted("k3-wants0", "k3-wants2", "full-wants1")
@@ -241,51 +221,6 @@ def test_gradient_checkpointing_and_autocast(backend):
     torch.testing.assert_close(half, expected.loss, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.interpreted()
-@every_backend
-def test_under_distributed_data_parallel(backend, tmp_path):
-    inputs = make_inputs("cppo_loss", layout="packed")
-    head = torch.nn.Linear(37, 37)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(head)
-        views = Views(*wrapped(torch.stack(list(inputs["logits"]))))
-        cppo.cppo_loss(**{**inputs, "logits": views}, backend=backend).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    gradient, head.weight.grad = head.weight.grad, None
-    views = Views(*(head(view) for view in inputs["logits"]))
-    cppo.cppo_loss(**{**inputs, "logits": views}, backend="reference").loss.backward()
-    torch.testing.assert_close(gradient, head.weight.grad)
-
-
-@pytest.mark.interpreted()
-@every_backend
-@pytest.mark.parametrize("config", CONFIGS[:3], ids=["k3", "full", "k1"])
-def test_gradcheck_in_fp64(backend, config):
-    inputs = make_inputs("cppo_loss", dtype=torch.float64, lengths=(3, 2, 2), vocabulary=7)
-    rest = {k: v for k, v in inputs.items() if k != "logits"}
-
-    def loss(*views):
-        return cppo.cppo_loss(Views(*views), **rest, config=config, backend=backend).loss
-
-    assert torch.autograd.gradcheck(loss, tuple(leaves(inputs["logits"])), atol=1e-7)
-
-
-@pytest.mark.interpreted()
-@every_backend
-def test_gradcheck_of_token_stats(backend):
-    inputs = make_inputs("token_stats", dtype=torch.float64, lengths=(3, 2), vocabulary=7)
-    logits = inputs.pop("logits").requires_grad_()
-
-    def stats(z):
-        return tuple(cppo.token_stats(z, **inputs, temperature=0.8, backend=backend))
-
-    assert torch.autograd.gradcheck(stats, (logits,), atol=1e-7)
-
-
 # Any shape
 
 
@@ -321,10 +256,11 @@ def test_a_nan_row_poisons_only_itself_in_every_dtype(backend):
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         logits = torch.randn(3, 2500).to(dtype)
         clean = cppo.token_stats(logits, torch.tensor([1, 2, 3]), backend=backend)
-        for bad in (math.nan, math.inf):
+        for bad in (math.nan, math.inf, -math.inf):
             stained = logits.clone()
-            stained[1, 2100] = bad
+            stained[1, slice(2100, 2101) if bad != -math.inf else slice(None)] = bad
             stats = cppo.token_stats(stained, torch.tensor([1, 2, 3]), backend=backend)
             assert stats.logps[1].isnan() and stats.entropy[1].isnan()
             for row in (0, 2):
                 assert stats.logps[row] == clean.logps[row]
+                assert stats.entropy[row] == clean.entropy[row]

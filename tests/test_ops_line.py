@@ -1,7 +1,5 @@
 """The line at the start of a command that says which backends its ops use, and why no better."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -13,12 +11,12 @@ from cppo.cli import info, main, run_config
 from cppo.fused import extension
 
 
-def lines_of(text: str) -> list[str]:
+def lines_of(text):
     return [line for line in text.splitlines() if line.startswith("ops: ")]
 
 
 @pytest.fixture
-def pure(monkeypatch: pytest.MonkeyPatch) -> str:
+def pure(monkeypatch):
     """As if the package had been built without torch; returns the line that says so."""
     reason = "the build found no installed torch"
     loaded = {"cpp": reason, "host": reason, "cuda": f"cppo._C is missing: {reason}"}
@@ -27,7 +25,7 @@ def pure(monkeypatch: pytest.MonkeyPatch) -> str:
     return f"ops: reference ({missing}; see cppo info) on cpu"
 
 
-def test_the_line_of_a_compiled_install() -> None:
+def test_the_line_of_a_compiled_install():
     if extension.missing["cpp"]:
         pytest.skip(extension.missing["cpp"])
     vectors = torch.ops.cppo.row_capability()
@@ -36,9 +34,7 @@ def test_the_line_of_a_compiled_install() -> None:
     )
 
 
-def test_the_line_says_why_ops_are_left_to_pytorch(
-    pure: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_line_says_why_ops_are_left_to_pytorch(pure, monkeypatch):
     assert info.ops_line("cpu") == pure
     assert (
         info.ops_line("mps")
@@ -57,7 +53,7 @@ def test_the_line_says_why_ops_are_left_to_pytorch(
     assert info.ops_line("cuda") == "ops: cuda, triton on cuda"
 
 
-def test_the_line_obeys_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_obeys_the_variable(monkeypatch):
     monkeypatch.setenv("CPPO_BACKEND", "reference")
     assert info.ops_line("cpu") == "ops: reference (CPPO_BACKEND) on cpu"
     assert "CPPO_BACKEND" not in info.ops_line("cpu", obey=False)
@@ -70,11 +66,11 @@ def test_the_line_obeys_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_train_eval_demo_and_bench_print_it_once(
-    pure: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    pure,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "40")  # it stays one line in a narrow terminal
     demo = ["demo", "--task=arithmetic", "--steps=1", "--held-out=2", "--output=demo"]
@@ -88,9 +84,7 @@ def test_train_eval_demo_and_bench_print_it_once(
         assert lines_of(capsys.readouterr().out) == [pure], command
 
 
-def test_a_backend_that_cannot_run_is_found_before_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_backend_that_cannot_run_is_found_before_training(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CPPO_BACKEND", "cuda")
     assert main(["train", DIGITS, *TINY]) == 2

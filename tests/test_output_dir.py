@@ -1,7 +1,5 @@
 """One folder, one run: what is refused, what --overwrite removes, and what it leaves alone."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil
@@ -186,19 +184,6 @@ def test_train_overwrites_and_evaluates_the_new_run(tmp_path, monkeypatch, capsy
     assert not Path("run/eval.csv").exists() and Path("run/mine.txt").exists()
     assert cli.main(["eval", "run"]) == 0
     assert "run/checkpoint-000001 on 2 questions" in capsys.readouterr().out
-
-
-def test_an_earlier_checkpoint_is_resumed_over_the_later_ones(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    train = ["train", RECIPE, *TINY, "trainer.output_dir=run", "trainer.save_every=1"]
-    train += ["trainer.keep_checkpoints=9", "trainer.max_steps=3"]
-    assert cli.main(train) == 0
-    resume = [*train, "--resume", "run/checkpoint-000001", "trainer.max_steps=2"]
-    assert cli.main(resume) == 2
-    assert "checkpoint-000003, which is later than checkpoint-000001" in capsys.readouterr().err
-    assert cli.main([*resume, "--overwrite"]) == 0
-    names = [path.name for path in checkpoints("run")]
-    assert names == ["checkpoint-000001", "checkpoint-000002"]
 
 
 def test_an_evaluation_stays_beside_the_run_that_it_measured(tmp_path, monkeypatch, capsys):

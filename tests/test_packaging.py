@@ -3,8 +3,6 @@
 Wheels are built from copies of the sources in a temporary folder, with the pip of this environment.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

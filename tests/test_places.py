@@ -1,7 +1,5 @@
 """The user's own functions by their place: files, modules, what shadows what, every mistake."""
 
-from __future__ import annotations
-
 import importlib
 import pickle
 import re

@@ -1,18 +1,14 @@
 """In which dtype parameters are held: nothing trained is lost, nothing frozen changes a bit."""
 
-from __future__ import annotations
-
 import copy
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from families import tiny_family
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from trainer_cases import config, questions_for, tiny, trainer_for, weights_of
 
 import cppo
@@ -27,15 +23,13 @@ CPU = torch.device("cpu")
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def dtypes(model: nn.Module, trained: bool) -> set[torch.dtype]:
+def dtypes(model, trained):
     return {p.dtype for p in model.parameters() if p.requires_grad is trained}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stored", HALVES)
-def test_a_small_step_changes_weights_that_were_stored_in_half(
-    stored: torch.dtype, precision: str, tmp_path: Path
-) -> None:
+def test_a_small_step_changes_weights_that_were_stored_in_half(stored, precision, tmp_path):
     model, _ = tiny("text", dtype=stored)
     start = {name: value.float() for name, value in weights_of(model).items()}
     options = dict(precision=precision, learning_rate=1e-6, max_steps=3)
@@ -54,12 +48,12 @@ def test_a_small_step_changes_weights_that_were_stored_in_half(
     assert {value.dtype for value in saved.values()} == {torch.float32}
 
 
-def layers_of(model: nn.Module, kind: type) -> dict[str, nn.Module]:
+def layers_of(model, kind):
     base = forward.unwrap(model)
     return {n: m for n, m in base.named_modules() if isinstance(m, kind)}
 
 
-def test_what_is_frozen_is_cast_once_and_the_rest_is_not() -> None:
+def test_what_is_frozen_is_cast_once_and_the_rest_is_not():
     model, _ = tiny("qwen2_5_vl", dtype=torch.bfloat16)
     options = config(precision="bf16", kl_coef=0.1)
     reference = policy.frozen_copy(model, options, torch.device("cpu"))
@@ -86,7 +80,7 @@ def test_what_is_frozen_is_cast_once_and_the_rest_is_not() -> None:
     assert dtypes(policy.prepare(model, lora, CPU), False) == {torch.float32}
 
 
-def test_a_model_in_fp64_stays_in_fp64() -> None:
+def test_a_model_in_fp64_stays_in_fp64():
     for precision in ("fp32", "bf16"):
         model, _ = tiny("text", dtype=torch.float64)
         model = policy.prepare(model, config(precision=precision), CPU)
@@ -98,7 +92,7 @@ BIT_FOR_BIT += ("ernie4_5_moe", "cohere2", "longcat_flash", "minicpm3", "jetmoe"
 
 
 @pytest.mark.parametrize("family", BIT_FOR_BIT)
-def test_under_autocast_frozen_weights_give_the_same_bits(family: str) -> None:
+def test_under_autocast_frozen_weights_give_the_same_bits(family):
     ids = torch.arange(24).view(2, 12) * 5 % 60 + 3
     logits = []
     for is_held in (False, True):
@@ -112,7 +106,7 @@ def test_under_autocast_frozen_weights_give_the_same_bits(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_under_autocast_a_frozen_vision_model_gives_the_same_bits(family: str) -> None:
+def test_under_autocast_a_frozen_vision_model_gives_the_same_bits(family):
     logits = []
     for is_held in (False, True):
         model, processor = tiny(family)
@@ -135,7 +129,7 @@ def test_under_autocast_a_frozen_vision_model_gives_the_same_bits(family: str) -
     assert torch.equal(*logits)
 
 
-ADAPTERS: dict[str, dict[str, Any]] = {
+ADAPTERS = {
     "lora": {"target_modules": ["q_proj", "down_proj"]},
     "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
     "on the head": {"target_modules": ["lm_head", "v_proj"]},
@@ -143,7 +137,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def adapted(kind: str) -> Any:
+def adapted(kind):
     torch.manual_seed(0)
     model = get_peft_model(tiny_family("qwen3"), LoraConfig(r=2, **ADAPTERS[kind]))
     draw = torch.Generator().manual_seed(1)
@@ -154,9 +148,9 @@ def adapted(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_under_autocast_adapters_get_the_same_gradients(kind: str) -> None:
+def test_under_autocast_adapters_get_the_same_gradients(kind):
     ids = torch.arange(24).view(2, 12) * 5 % 60 + 3
-    results: list[dict[str, Tensor]] = []
+    results = []
     for is_held in (False, True):
         model = adapted(kind)
         if is_held:
@@ -179,7 +173,7 @@ def test_under_autocast_adapters_get_the_same_gradients(kind: str) -> None:
     assert "model.layers.0.self_attn.k_proj" not in wide
 
 
-def test_shared_weights_and_those_a_family_keeps_in_fp32_stay_in_fp32() -> None:
+def test_shared_weights_and_those_a_family_keeps_in_fp32_stay_in_fp32():
     model = tiny_family("qwen3").requires_grad_(False)
     first, second = model.model.layers
     first.mlp.up_proj.weight = second.mlp.up_proj.weight
@@ -196,7 +190,7 @@ def test_shared_weights_and_those_a_family_keeps_in_fp32_stay_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("is_bf16", [True, False])
-def test_a_frozen_vision_tower_is_saved_as_it_was(is_bf16: bool, tmp_path: Path) -> None:
+def test_a_frozen_vision_tower_is_saved_as_it_was(is_bf16, tmp_path):
     model, _ = tiny("qwen2_5_vl")
     if is_bf16:  # as most checkpoints are
         model = model.bfloat16().float()
@@ -218,8 +212,8 @@ def test_a_frozen_vision_tower_is_saved_as_it_was(is_bf16: bool, tmp_path: Path)
     assert {p.dtype for p in plain.parameters()} == {torch.float32}
 
 
-def test_a_run_with_a_frozen_tower_is_resumed_bit_for_bit(tmp_path: Path) -> None:
-    def trainer(name: str) -> Any:
+def test_a_run_with_a_frozen_tower_is_resumed_bit_for_bit(tmp_path):
+    def trainer(name):
         model, _ = tiny("qwen2_5_vl", dtype=torch.bfloat16)
         options = dict(precision="bf16", freeze_vision_tower=True, save_every=1)
         return trainer_for(tmp_path / name, "qwen2_5_vl", model=model, max_steps=2, **options)
@@ -235,7 +229,7 @@ def test_a_run_with_a_frozen_tower_is_resumed_bit_for_bit(tmp_path: Path) -> Non
     assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in expected.items()}
 
 
-def test_whole_is_only_for_a_while() -> None:
+def test_whole_is_only_for_a_while():
     model = tiny_family("qwen3").bfloat16().requires_grad_(False)
     hold_weights(model, "bf16", may_round=False)
     before = weights_of(model)

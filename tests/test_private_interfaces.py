@@ -4,8 +4,6 @@ Each entry has a test of what is needed of it, so that a release that moves it f
 and not in a training run. Those of Triton are in test_triton_launch.py.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

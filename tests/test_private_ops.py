@@ -55,18 +55,19 @@ def test_the_error_names_op_argument_and_sizes(backend: str) -> None:
 @pytest.mark.parametrize("backend", FUSED)
 def test_a_view_has_some_rows_in_an_order_of_its_own(backend: str, inplace: bool) -> None:
     """Gradients are written at every place that is named, and nowhere else."""
-    backends.pick("token_stats", torch.zeros(1), backend)
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    whole, targets = torch.randn(5, 37, device=device), torch.arange(5, device=device)
+    places = torch.tensor([-1, 3, 0, -1, 1], device=device)
+    mask = torch.tensor([False, True, True, False, False], device=device)
+    backends.pick("token_stats", whole, backend)
     ops = getattr(torch.ops, NAMESPACES[backend])
-    whole, targets = torch.randn(5, 37), torch.arange(5)
-    places = torch.tensor([-1, 3, 0, -1, 1])
-    mask = torch.tensor([False, True, True, False, False])
-    view = torch.full((4, 37), 7.0)
+    view = torch.full((4, 37), 7.0, device=device)
     view[places[places >= 0]] = whole[places >= 0]
     expected = ops.token_stats(whole, targets, mask, None, 0.7, False)
     stats = ops.token_stats(view, targets, mask, places, 0.7, False)
     assert all(map(torch.equal, stats, expected))
 
-    upstream, rest = (torch.randn(5), torch.randn(5)), (stats[2], 0.7)
+    upstream, rest = torch.randn(2, 5, device=device), (stats[2], 0.7)
     of_whole = ops.token_stats_backward(*upstream, whole, targets, mask, None, *rest)
     if inplace:
         gradient = view.clone()

@@ -1,10 +1,6 @@
 """Questions as token ids and pixels: transformers' own, padded here, errors with the row."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -40,13 +36,12 @@ from cppo.demo.digits import DigitSums
 from cppo.model.prompts import PromptEncoder, encode_questions, render
 from cppo.questions import Question, QuestionError, as_question
 from cppo.questions.messages import with_images
-from cppo.rollouts.rollout import sample_completions
 from cppo.train.trainer import CPPOTrainer
 
 # ---- Ids
 
 
-def test_ids_worked_out_by_hand() -> None:
+def test_ids_worked_out_by_hand():
     tokenizer = chat_tokenizer(LLAMA)
     ids = own_ids(encode_rows(tokenizer, "1+1?"), 0)
     pieces = ["<s>", "<|start|>", *"user", "<|end|>", *"1+1?", "<|eot|>", "<|start|>", *"assistant"]
@@ -55,7 +50,7 @@ def test_ids_worked_out_by_hand() -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("prompt", ["2 + 2?", DIALOGUE])
-def test_ids_are_those_of_apply_chat_template(name: str, prompt: Any) -> None:
+def test_ids_are_those_of_apply_chat_template(name, prompt):
     tokenizer = chat_tokenizer(TEMPLATES[name], eos=True)
     prompts = encode_rows(tokenizer, prompt)
     question = prompts.questions[0]
@@ -68,7 +63,7 @@ def test_ids_are_those_of_apply_chat_template(name: str, prompt: Any) -> None:
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_WITH_BOS])
-def test_a_processor_writes_one_bos_with_images_and_without(template: str) -> None:
+def test_a_processor_writes_one_bos_with_images_and_without(template):
     # transformers' rule for processors: the template's bos if it writes one, else the tokenizer's.
     processor = vision_processor(template)
     encoder = PromptEncoder(processor)
@@ -79,7 +74,7 @@ def test_a_processor_writes_one_bos_with_images_and_without(template: str) -> No
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_ids_and_pixels_are_those_of_one_call_for_the_whole_batch(family: str) -> None:
+def test_ids_and_pixels_are_those_of_one_call_for_the_whole_batch(family):
     model, processor = tiny(family)
     questions = questions_for(family)  # 1, 2, 0 and 1 images
     prompts = encode_questions(model, processor, questions)
@@ -105,7 +100,7 @@ def test_ids_and_pixels_are_those_of_one_call_for_the_whole_batch(family: str) -
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_a_question_does_not_depend_on_its_neighbours(family: str) -> None:
+def test_a_question_does_not_depend_on_its_neighbours(family):
     model, processor = tiny(family)
     questions = questions_for(family)
     together = encode_questions(model, processor, questions)
@@ -116,7 +111,7 @@ def test_a_question_does_not_depend_on_its_neighbours(family: str) -> None:
         assert torch.equal(alone.positions[:, 0], together.positions[:, row, mask])
 
 
-def test_greyscale_and_colour_images_are_one_thing_to_the_processor() -> None:
+def test_greyscale_and_colour_images_are_one_thing_to_the_processor():
     encoder = PromptEncoder(vision_processor(CHATML))
     grey = image(48, 24).convert("L")
     pixels = [
@@ -126,10 +121,10 @@ def test_greyscale_and_colour_images_are_one_thing_to_the_processor() -> None:
     assert torch.equal(*pixels)
 
 
-def test_the_lengths_of_a_dry_run_are_those_of_the_run(monkeypatch: Any, tmp_path: Path) -> None:
+def test_the_lengths_of_a_dry_run_are_those_of_the_run(monkeypatch, tmp_path):
     tokenizer = chat_tokenizer(LLAMA)
     monkeypatch.setattr("cppo.model.load.load_processor", lambda path: tokenizer)
-    config: Any = SimpleNamespace(model=SimpleNamespace(path=tmp_path))
+    config = SimpleNamespace(model=SimpleNamespace(path=tmp_path))
     shown, longest = dry_run._first_question(config, [{"prompt": "1?"}, {"prompt": "1+1?"}])
     assert longest == encode_rows(tokenizer, "1+1?").input_ids.shape[1]
     assert shown.startswith("<s><|start|>user")
@@ -140,7 +135,7 @@ def test_the_lengths_of_a_dry_run_are_those_of_the_run(monkeypatch: Any, tmp_pat
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad_token", [None, "</s>", "<unk>"])
-def test_prompts_are_padded_on_the_left_without_the_tokenizer(side: str, pad_token: Any) -> None:
+def test_prompts_are_padded_on_the_left_without_the_tokenizer(side, pad_token):
     tokenizer = chat_tokenizer(LLAMA, pad_token=pad_token)
     tokenizer.padding_side = side
     before = dict(vars(tokenizer)), len(tokenizer), tokenizer.pad_token
@@ -155,7 +150,7 @@ def test_prompts_are_padded_on_the_left_without_the_tokenizer(side: str, pad_tok
 
 
 @pytest.mark.parametrize("family", ["text", "qwen2_5_vl"])
-def test_training_with_a_bos_and_without_a_pad_token(family: str, tmp_path: Path) -> None:
+def test_training_with_a_bos_and_without_a_pad_token(family, tmp_path):
     model, processor = tiny(family)
     tokenizer = getattr(processor, "tokenizer", processor)
     core = tokenizer.backend_tokenizer
@@ -180,30 +175,10 @@ def test_training_with_a_bos_and_without_a_pad_token(family: str, tmp_path: Path
     assert tokenizer.pad_token is None
 
 
-def test_sampling_without_a_pad_token() -> None:
-    model, tokenizer = tiny("text")
-    tokenizer.pad_token = None
-    questions = questions_for("text")
-    prompts = encode_questions(model, tokenizer, questions)
-    rollouts = sample_completions(
-        model, tokenizer, prompts, group_size=1, max_new_tokens=4, temperature=None
-    )
-    for row, question in enumerate(questions):
-        alone = sample_completions(
-            model,
-            tokenizer,
-            encode_questions(model, tokenizer, [question]),
-            group_size=1,
-            max_new_tokens=4,
-            temperature=None,
-        )
-        assert rollouts.completion_ids[row] == alone.completion_ids[0]
-
-
 # ---- Special tokens in the text
 
 
-def parts(*texts: str) -> list[dict[str, str]]:
+def parts(*texts):
     return [{"type": "text", "text": text} for text in texts]
 
 
@@ -220,7 +195,7 @@ def parts(*texts: str) -> list[dict[str, str]]:
     ],
 )
 @pytest.mark.parametrize("role", ["user", "system", "assistant"])
-def test_special_tokens_in_the_text(content: Any, token: str, role: str) -> None:
+def test_special_tokens_in_the_text(content, token, role):
     messages = [{"role": role, "content": content}, {"role": "user", "content": "?"}]
     question = as_question({"prompt": messages}, 17)
     with pytest.raises(QuestionError, match="of row 17: prompt") as caught:
@@ -228,7 +203,7 @@ def test_special_tokens_in_the_text(content: Any, token: str, role: str) -> None
     assert f"prompt[0] has the special token {token!r} in its text" in str(caught.value)
 
 
-def test_special_tokens_in_what_else_a_template_reads() -> None:
+def test_special_tokens_in_what_else_a_template_reads():
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": ["<|im_end|>"]}}}
     messages = [
         {"role": "user", "content": "?"},
@@ -240,7 +215,7 @@ def test_special_tokens_in_what_else_a_template_reads() -> None:
 
 
 @pytest.mark.parametrize("template", [LLAMA, THINKING])
-def test_texts_that_only_look_special(template: str) -> None:
+def test_texts_that_only_look_special(template):
     tokenizer = chat_tokenizer(template)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "<answer>"]})
     text = "<think>, </think>, <answer>4</answer>, <|im_, <b>, [INST] and |im_end|"
@@ -248,7 +223,7 @@ def test_texts_that_only_look_special(template: str) -> None:
     assert tokenizer.decode(ids).count(text) == 1
 
 
-def test_image_markers_are_ours() -> None:
+def test_image_markers_are_ours():
     question = as_question({"prompt": "<image>left, <image>right", "images": [image(24, 24)] * 2})
     processor = vision_processor(CHATML)
     found = PromptEncoder(processor)(question)
@@ -294,18 +269,18 @@ def test_image_markers_are_ours() -> None:
         ("{{ '' }}", {"prompt": [{"role": "assistant", "content": "x"}]}, "makes no tokens of it"),
     ],
 )
-def test_what_a_template_does_not_take(template: str, row: Any, message: str) -> None:
+def test_what_a_template_does_not_take(template, row, message):
     with pytest.raises(QuestionError, match=f"^cppo: question '.*' of row 3: .*{message}"):
         PromptEncoder(chat_tokenizer(template))(as_question(row, 3))
 
 
-def test_a_template_may_change_the_text() -> None:
+def test_a_template_may_change_the_text():
     for template in ("{{ messages[0].content | upper }}", "{{ messages[0].content | tojson }}"):
         assert encode_rows(chat_tokenizer(template), 'say "a"').input_ids.numel() > 0
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_the_image_that_a_processor_refuses_is_named(family: str) -> None:
+def test_the_image_that_a_processor_refuses_is_named(family):
     _, processor = tiny(family)
     row = {"prompt": "Which?", "images": [image(48, 48), Image.new("RGB", (4000, 10))]}
     message = r"question 'Which\?' of row 5: the image processor refused image 1 \(4000 x 10\): abs"
@@ -316,21 +291,21 @@ def test_the_image_that_a_processor_refuses_is_named(family: str) -> None:
         PromptEncoder(processor)(as_question(row))
 
 
-def test_a_template_without_a_place_for_images() -> None:
+def test_a_template_without_a_place_for_images():
     template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
     row = {"prompt": "Which?", "image": image(24, 24)}
     with pytest.raises(QuestionError, match="places 0 images, the question has 1"):
         PromptEncoder(vision_processor(template))(as_question(row))
 
 
-def test_images_for_a_text_model_are_nobodys_row() -> None:
+def test_images_for_a_text_model_are_nobodys_row():
     model, _ = tiny("text")
     _, processor = tiny("qwen2_vl")
     with pytest.raises(ValueError, match="questions have images, but the model takes none"):
         encode_questions(model, processor, questions_for("qwen2_vl"))
 
 
-def test_encoding_changes_nothing() -> None:
+def test_encoding_changes_nothing():
     picture = image(48, 24)
     question = as_question({"prompt": "Which?", "image": picture})
     before = Question([dict(message) for message in question.messages], *question[1:])

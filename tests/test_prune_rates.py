@@ -44,6 +44,11 @@ def test_the_costs_of_reliability_at_toy_size(tmp_path: Path) -> None:
     assert "save without checksums" in printed and "piece of a step" in printed
 
 
+def test_the_time_of_the_host_at_toy_size(tmp_path: Path) -> None:
+    printed = _printed("host_time.py", tmp_path)
+    assert len(printed) == 8 and all(int(line.split()[-2]) > 0 for line in printed)
+
+
 def test_sampled_completions_end_where_those_of_the_data_do() -> None:
     """`ending_like` replaces `sampler._draw`: it must still be what the decoding loop draws by."""
     from cppo.benchmarks.experiments import prune_rates, small_models

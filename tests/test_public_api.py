@@ -24,13 +24,13 @@ SIGNATURES = {
     "balance_ranks": "lengths, world_size",
     "questions_needed": "batch_size, group_size, prune_rate",
     "token_stats": "logits, targets, *, temperature, mask, inplace, backend",
-    "linear_token_stats": "hidden, weight, targets, *, bias, temperature, logit_scale, softcap, "
-    "mask, backend",
+    "linear_token_stats": "hidden, weight, targets, *, bias, suppressed, temperature, logit_scale, "
+    "softcap, logits_dtype, mask, backend",
     "perception_mask": "anchor_entropy, negative_entropy, *, fraction, mask, cu_seqlens, backend",
     "cppo_loss": "logits, targets, advantages, *, old_logps, ref_logps, mask, cu_seqlens, "
     "num_items, config, inplace, backend",
-    "linear_cppo_loss": "hidden, weight, targets, advantages, *, bias, old_logps, ref_logps, "
-    "mask, cu_seqlens, num_items, config, logit_scale, softcap, backend",
+    "linear_cppo_loss": "hidden, weight, targets, advantages, *, bias, suppressed, old_logps, "
+    "ref_logps, mask, cu_seqlens, num_items, config, logit_scale, softcap, logits_dtype, backend",
 }
 
 

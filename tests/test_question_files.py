@@ -1,7 +1,5 @@
 """Files of rows: parquet, JSON, JSON lines, saved datasets, and what is wrong with them."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import sys

@@ -1,7 +1,5 @@
 """Dataset rows as questions: TRL's and verl's format, images in every place, worded errors."""
 
-from __future__ import annotations
-
 import base64
 
 import numpy as np
@@ -18,19 +16,6 @@ def test_plain_prompt():
     question = as_question({"prompt": "2 + 2?", "answer": "4", "level": 1})
     assert question.messages == [{"role": "user", "content": "2 + 2?"}]
     assert question.images == [] and question.columns == {"answer": "4", "level": 1}
-
-
-def test_messages_keep_roles_and_order():
-    prompt = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "1?"},
-        {"role": "assistant", "content": "1."},
-        {"role": "user", "content": "2?", "name": None},
-    ]
-    question = as_question({"prompt": prompt})
-    assert [m["role"] for m in question.messages] == ["system", "user", "assistant", "user"]
-    assert all(set(message) == {"role", "content"} for message in question.messages)
-    assert "answer" not in question.columns
 
 
 def test_messages_keep_what_a_template_reads():

@@ -1,13 +1,10 @@
 """The README does what it says: its code runs, its tables are the committed rows."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +21,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def _rollout() -> dict[str, Any]:
+def _rollout():
     """Two questions x eight completions, as a user's trainer has them before its update."""
     model, _ = build_tiny_text_model(size="test")
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +43,7 @@ def _rollout() -> dict[str, Any]:
     }
 
 
-def test_before_and_after_are_the_same_loss_when_nothing_is_pruned() -> None:
+def test_before_and_after_are_the_same_loss_when_nothing_is_pruned():
     before, after = _rollout(), _rollout()
     # The left-padded rows need positions that count from the first token, as the packed ones do.
     position_ids = (before["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -60,14 +57,14 @@ def test_before_and_after_are_the_same_loss_when_nothing_is_pruned() -> None:
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
 
 
-def test_after_keeps_a_quarter_as_printed() -> None:
+def test_after_keeps_a_quarter_as_printed():
     after = _rollout()
     exec(BLOCKS[1], after)
     assert len(after["kept"]) == 4
     assert all(p.grad is not None for p in after["model"].parameters())
 
 
-def test_the_trainer_block_runs(tmp_path: Path) -> None:
+def test_the_trainer_block_runs(tmp_path):
     data = DATA / "gsm8k"
     if not data.is_dir():
         pytest.skip(f"no GSM8K files in {data} (set CPPO_DATA_DIR)")
@@ -80,31 +77,31 @@ def test_the_trainer_block_runs(tmp_path: Path) -> None:
     }.items():
         assert printed in code
         code = code.replace(printed, small)
-    names: dict[str, Any] = {}
+    names = {}
     exec(code, names)
     assert names["trainer"].step == 1
 
 
-def test_the_algorithm_is_shown_as_it_runs() -> None:
+def test_the_algorithm_is_shown_as_it_runs():
     shown = next(block for block in BLOCKS if "def cppo_update" in block)
     code = inspect.getsource(cppo_update).replace(f'    """{cppo_update.__doc__}"""\n', "")
     assert shown == code
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=[path.name for path in TEXTS])
-def test_measured_numbers_are_the_committed_rows(path: Path) -> None:
+def test_measured_numbers_are_the_committed_rows(path):
     # `python benchmarks/report.py README.md docs/*.md` writes them anew.
     assert path.read_text() == report.rendered(path.read_text())
 
 
-def test_a_changed_number_is_caught() -> None:
+def test_a_changed_number_is_caught():
     row = re.search(r"-->\n\|.*\n\|.*\n.*\| (\S+) \|\n", README)
     assert row is not None
     changed = README[: row.start(1)] + "0.123" + README[row.end(1) :]
     assert report.rendered(changed) == README
 
 
-def test_every_result_file_is_named_in_a_text() -> None:
+def test_every_result_file_is_named_in_a_text():
     listed = ["git", "-C", str(ROOT), "ls-files", "benchmarks/results/*.csv"]
     tracked = subprocess.run(listed, capture_output=True, text=True, check=False).stdout.split()
     # A reader's own rows may lie beside the committed ones; without git there are none of them.

@@ -1,30 +1,25 @@
 """Rollouts taken apart by question and put together again are the same rollouts."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
-from trainer_cases import fixed_batch, fixed_rollouts, packed, questions_for, tiny
+from trainer_cases import fixed_batch, fixed_case, fixed_rollouts, packed, questions_for, tiny
 
-from cppo.rollouts.rollout import Rollouts, merge, take_questions
+from cppo.rollouts.rollout import merge, take_questions
 from cppo.train.balance import _plan, balanced
 from cppo.train.views import anchor_hidden
 
 FAMILIES = ("text", "qwen2_5_vl")
 
 
-def hidden_of(model: Any, rollouts: Rollouts) -> torch.Tensor:
+def hidden_of(model, rollouts):
     batch = fixed_batch(rollouts)
     return anchor_hidden(model, batch, batch.pack(batch.kept))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_taken_apart_and_merged_in_another_order(family: str) -> None:
-    model, processor = tiny(family)
-    model = packed(model)
-    whole = fixed_rollouts(model, processor, questions_for(family))
+def test_taken_apart_and_merged_in_another_order(family):
+    model, _, batch = fixed_case(family)
+    whole = batch.rollouts
     parts = [take_questions(whole, [2]), take_questions(whole, [0, 3]), take_questions(whole, [1])]
     merged = merge(parts)
     again = take_questions(merged, [1, 3, 0, 2])
@@ -39,7 +34,7 @@ def test_taken_apart_and_merged_in_another_order(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merged_rollouts_of_different_width_give_the_same_numbers(family: str) -> None:
+def test_merged_rollouts_of_different_width_give_the_same_numbers(family):
     model, processor = tiny(family)
     model = packed(model)
     questions = questions_for(family)
@@ -55,15 +50,14 @@ def test_merged_rollouts_of_different_width_give_the_same_numbers(family: str) -
     assert merge(parts[:1]) is parts[0]
 
 
-def test_no_question_at_all() -> None:
-    model, processor = tiny("qwen2_5_vl")
-    whole = fixed_rollouts(model, processor, questions_for("qwen2_5_vl"))
+def test_no_question_at_all():
+    whole = fixed_case("qwen2_5_vl")[2].rollouts
     none = take_questions(whole, [])
     assert none.texts == [] and len(none.input_ids) == 0
     assert merge([none, whole]).texts == whole.texts
 
 
-def test_the_plan_moves_what_it_must_and_nothing_else() -> None:
+def test_the_plan_moves_what_it_must_and_nothing_else():
     # Tokens of the kept completions, by process and question.
     plan = _plan([{0: 100, 1: 90, 3: 110}, {0: 100}, {}, {}])
     assert plan is not None
@@ -75,10 +69,9 @@ def test_the_plan_moves_what_it_must_and_nothing_else() -> None:
     assert _plan([{}, {}]) is None
 
 
-def test_one_process_keeps_its_batch() -> None:
+def test_one_process_keeps_its_batch():
     class Alone:
         size = 1
 
-    model, processor = tiny("text")
-    batch = fixed_batch(fixed_rollouts(model, processor, questions_for("text")))
-    assert balanced(batch, Alone()) is batch  # type: ignore[arg-type]
+    batch = fixed_case("text")[2]
+    assert balanced(batch, Alone()) is batch

@@ -11,30 +11,24 @@ any other, went another way, and the next gradients saw it. The seed that runs h
 most, about an eighth of the bound. 1 % in any ingredient gives ten times the bound.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import functools
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import retraining
 import torch
-from retraining import Completion, Outcome, Policy, Run, Weights, retrain
+from launching import torchrun
+from retraining import Policy, Run, retrain
 from retraining_runs import ONE_PROCESS, TWO_PROCESSES, completed, prepared
 
 BOUND = 3e-4
-SCRIPT = str(Path(__file__).with_name("retraining_runs.py"))
-TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node=2"]
 
 
-def errors(trained: Outcome, expected: Outcome, reach: Weights) -> dict[str, float]:
+def errors(trained, expected, reach):
     """The largest differences, as relative errors of the gradient.
 
     First moments are compared to the largest of their tensor. Weights are compared to their reach:
@@ -61,11 +55,11 @@ def errors(trained: Outcome, expected: Outcome, reach: Weights) -> dict[str, flo
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Run, Outcome]]:
+def recorded(tmp_path_factory):
     """The run of a setting, and where the trainer ended."""
 
     @functools.cache
-    def one(setting: str) -> tuple[Run, Outcome]:
+    def one(setting):
         trainer, run = prepared(ONE_PROCESS[setting], tmp_path_factory.mktemp("run"))
         return run, completed(trainer, run)
 
@@ -73,7 +67,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 @pytest.mark.parametrize("setting", ONE_PROCESS)
-def test_a_run(recorded: Any, setting: str) -> None:
+def test_a_run(recorded, setting):
     run, trained = recorded(setting)
     expected, reach = retrain(run)
     found = errors(trained, expected, reach)
@@ -88,16 +82,15 @@ def test_a_run(recorded: Any, setting: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    command = [*TORCHRUN, SCRIPT, str(folder), *TWO_PROCESSES]
-    subprocess.run(command, check=True, timeout=300)
+    torchrun("retraining_runs.py", str(folder), *TWO_PROCESSES)
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", TWO_PROCESSES)
-def test_a_run_on_two_processes(launched: Path, tmp_path: Path, setting: str) -> None:
+def test_a_run_on_two_processes(launched, tmp_path, setting):
     told = [torch.load(launched / f"{setting} {rank}.pt", weights_only=False) for rank in (0, 1)]
     _, run = prepared(TWO_PROCESSES[setting], tmp_path)
     first, second = (own["steps"] for own in told)
@@ -109,7 +102,7 @@ def test_a_run_on_two_processes(launched: Path, tmp_path: Path, setting: str) ->
         assert all(value < BOUND for value in found.values()), found
 
 
-def uneven(first: list[Completion], second: list[Completion], run: Run) -> bool:
+def uneven(first, second, run):
     """Whether one process has so many tokens more than the other that completions move."""
     tokens = []
     for completions in (first, second):
@@ -126,11 +119,11 @@ def uneven(first: list[Completion], second: list[Completion], run: Run) -> bool:
 Fault = Callable[[Run, pytest.MonkeyPatch], Run]
 
 
-def option(**changes: Any) -> Fault:
+def option(**changes):
     """Another value of options; a function makes it out of the right one."""
 
-    def plant(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
-        def changed(config: Any) -> Any:
+    def plant(run, monkeypatch):
+        def changed(config):
             own = {name: v for name, v in changes.items() if hasattr(config, name)}
             values = {n: v(getattr(config, n)) if callable(v) else v for n, v in own.items()}
             return dataclasses.replace(config, **values)
@@ -143,30 +136,30 @@ def option(**changes: Any) -> Fault:
     return plant
 
 
-def formula(name: str, wrong: Callable[[Any], Any], owner: Any = retraining) -> Fault:
+def formula(name, wrong, owner=retraining):
     """Another formula, made out of the right one."""
 
-    def plant(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    def plant(run, monkeypatch):
         monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
         return run
 
     return plant
 
 
-def one_percent(value: float) -> float:
+def one_percent(value):
     return 1.01 * value
 
 
-def another_row(call: Any) -> Any:
+def another_row(call):
     """Log-probabilities of one position later."""
     return lambda *arguments: call(*arguments).roll(-1, dims=0)
 
 
-def another_picture(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+def another_picture(run, monkeypatch):
     """The pixels of another completion, where they are as many."""
     seen = [one for step in run.steps for one in step if one.pixel_values is not None]
 
-    def shown(completion: Completion) -> Completion:
+    def shown(completion):
         others = [
             one.pixel_values for one in seen if not torch.equal(one.prompt, completion.prompt)
         ]
@@ -176,17 +169,17 @@ def another_picture(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     return dataclasses.replace(run, steps=[[shown(one) for one in step] for step in run.steps])
 
 
-def started_late(init: Any) -> Any:
+def started_late(init):
     """AdamW that takes its first step for its second."""
 
-    def late(self: Any, *arguments: Any) -> None:
+    def late(self, *arguments):
         init(self, *arguments)
         self.t = 1
 
     return late
 
 
-FAULTS: dict[str, tuple[str, Fault]] = {
+FAULTS = {
     "advantages 1 % too large": (
         "text", formula("group_advantages", lambda right: lambda *a: 1.01 * right(*a)),
     ),
@@ -256,16 +249,14 @@ FAULTS: dict[str, tuple[str, Fault]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(
-    recorded: Any, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_planted_fault_is_found(recorded, fault, monkeypatch):
     setting, plant = FAULTS[fault]
     run, trained = recorded(setting)
     found = errors(trained, *retrain(plant(run, monkeypatch)))
     assert any(value > 3 * BOUND for value in found.values()), found
 
 
-def test_the_training_by_hand_imports_nothing_of_the_package() -> None:
+def test_the_training_by_hand_imports_nothing_of_the_package():
     tree = ast.parse(Path(retraining.__file__).read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {getattr(node, "module", None) or node.names[0].name for node in imports}

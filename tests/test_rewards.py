@@ -1,7 +1,5 @@
 """The rewards: hand-computed values, the papers' combinations, fuzzed texts, worded errors."""
 
-from __future__ import annotations
-
 import math
 import threading
 import time
@@ -49,13 +47,6 @@ def test_formats(text, think, think_answer, think_boxed, tags):
 
 
 # ---- names and combinations
-
-
-def test_every_reward_has_a_metric_name():
-    functions, _ = from_names(list(rewards.NAMES))
-    for function in functions:
-        name = getattr(function, "name", None) or function.__name__
-        assert name.isidentifier()
 
 
 def test_papers_combinations():
@@ -168,13 +159,8 @@ ONE_OF_TWO = [
     ("numeric", ["1", "abc"], "completion 1: ground truth must be a number, got 'abc'"),
     ("numeric", ["1/0", "1"], "completion 0: ground truth must be a number"),
     ("gsm8k", ["1", "12 apples"], "completion 1: ground truth must be a number"),
-    ("boxed", ["1", []], "completion 1 has no ground truth"),
-    ("boxed", [["1", ""], "1"], "completion 0 has no ground truth"),
     ("boxed", ["1", {"a": 1}], "completion 1 has a ground truth that is not a string"),
-    ("exact_match", [float("nan"), "1"], "completion 0 has a ground truth that"),
-    ("numeric", ["1", True], "completion 1 has a ground truth that is not a string"),
     ("numeric", ["1", ["a", "b"]], r"completion 1: .* must be a number, got \['a', 'b'\]"),
-    ("gsm8k", ["1", [["2"]]], "completion 1 has a ground truth that is not a string"),
     ("boxed", ["1"], "answer must have one entry per completion = 2, got 1"),
     ("boxed", None, "needs the column 'answer'"),
     ("boxed", "12", "needs the column 'answer', .* got '12'"),

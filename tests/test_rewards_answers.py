@@ -3,8 +3,6 @@ r"""Answers against ground truths: every kind of answer, in every wrapping, by e
 The values are worked out by hand: an answer equals its ground truth or it does not.
 """
 
-from __future__ import annotations
-
 import pytest
 from reward_cases import one, pairs, reward_of, spread
 

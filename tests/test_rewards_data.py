@@ -1,7 +1,5 @@
 """Every ground truth of GSM8K and MATH-500 against itself in every wrapping, and its neighbour."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """What a row may hold as its ground truth, and in which words anything else is refused."""
 
-from __future__ import annotations
-
 from decimal import Decimal
 from fractions import Fraction
 

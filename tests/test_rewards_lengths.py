@@ -1,7 +1,5 @@
 """Rewards for lengths and repetitions: hand-computed values, groups, units and worded errors."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

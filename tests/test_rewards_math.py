@@ -1,7 +1,5 @@
 """math-verify in its process: limits, threads, forks, interrupts, and what it is asked."""
 
-from __future__ import annotations
-
 import builtins
 import functools
 import os
@@ -365,15 +363,6 @@ def test_it_is_refused_where_it_is_combined_or_called(without_math_verify):
     with pytest.raises(ImportError, match=WITHOUT):
         one("1", "1")
     assert from_names(["boxed", "gsm8k_reward"])[1] == [1.0, 1.0]
-
-
-def test_a_run_is_refused_before_anything_is_loaded(without_math_verify, capsys):
-    from cppo import cli  # which the other tests do not need
-
-    recipe = Path(__file__).parents[1] / "recipes/arithmetic.yaml"
-    assert cli.main(["train", str(recipe), "rewards=[math_verify]", "model={path: no/such}"]) == 2
-    words = "math_verify: needs the package math-verify: pip install 'cppo[math]'"
-    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

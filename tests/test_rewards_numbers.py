@@ -1,7 +1,5 @@
 """Numbers in text: what is read as one, what it is worth, and when two are the same."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import pytest

@@ -1,7 +1,5 @@
 """Where an answer stands in a text, and the one spelling in which answers are compared."""
 
-from __future__ import annotations
-
 import pytest
 from reward_cases import one, pairs, reward_of, spread
 
@@ -49,19 +47,24 @@ def test_last_boxed(text, expected):
     assert last_boxed(text) == expected
 
 
+TAGGED = {
+    "42": "<answer> 42 </answer>",
+    "2": "<answer>1</answer><answer>2</answer> ; <answer>1<answer>2</answer>",
+    "1": "<answer>1</answer> or </answer> ; <answer>1</answer><answer>2",
+    None: "</answer>1<answer> ; <answer>1 ; 1",
+}
+HASHED = {"42": "a\n#### 42\nb", "2": "#### 1 #### 2", "": "####", None: "### 1"}
+
+
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    spread(
-        {
-            "42": "<answer> 42 </answer>",
-            "2": "<answer>1</answer><answer>2</answer> ; <answer>1<answer>2</answer>",
-            "1": "<answer>1</answer> or </answer> ; <answer>1</answer><answer>2",
-            None: "</answer>1<answer> ; <answer>1 ; 1",
-        }
-    ),
+    ("found", "text", "expected"),
+    [
+        *((last_tagged, *case) for case in spread(TAGGED)),
+        *((behind_hashes, *case) for case in spread(HASHED)),
+    ],
 )
-def test_last_tagged(text, expected):
-    assert last_tagged(text) == expected
+def test_a_marked_answer(found, text, expected):
+    assert found(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -82,21 +85,6 @@ def test_last_tagged(text, expected):
 )
 def test_formulas(text, expected):
     assert formulas(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    spread(
-        {
-            "42": "a\n#### 42\nb",
-            "2": "#### 1 #### 2",
-            "": "####",
-            None: "### 1",
-        }
-    ),
-)
-def test_behind_hashes(text, expected):
-    assert behind_hashes(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Numbers in sentences: ordinary right answers and their wrong neighbours, by rule."""
 
-from __future__ import annotations
-
 import pytest
 from reward_cases import one, reward_of, spread
 

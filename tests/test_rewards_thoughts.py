@@ -1,7 +1,5 @@
 """What of a completion is judged: the template's opening, the end of the thought, the last turn."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

@@ -55,30 +55,6 @@ def test_sampling_is_on_policy_whatever_the_checkpoint_asks_for() -> None:
     assert 0.9 < probability.sum() <= 1 + 1e-5
 
 
-def test_the_log_probabilities_are_those_of_the_distribution_that_generate_used() -> None:
-    model, tokenizer = tiny("text")
-    model = packed(peaked(model))
-    prompts = encode_questions(model, tokenizer, questions_for("text"))
-    options: Any = {"temperature": 0.7, "suppressed": (0, 1)}
-    rollouts = sample_completions(
-        model, tokenizer, prompts, group_size=2, max_new_tokens=5, **options
-    )
-    batch = Batch(rollouts, torch.ones(8), torch.arange(8), suppressed=(0, 1))
-    logps = token_logps(model, batch, config(temperature=0.7))
-    width = prompts.input_ids.shape[1]
-    logits = model(
-        input_ids=rollouts.input_ids,
-        attention_mask=rollouts.attention_mask.long(),
-        position_ids=(rollouts.attention_mask.long().cumsum(1) - 1).clamp(min=0),
-    ).logits
-    logits[..., [0, 1]] = -torch.inf
-    expected = (logits / 0.7).log_softmax(-1)[:, width - 1 : -1]
-    expected = expected.gather(-1, rollouts.input_ids[:, width:, None])[..., 0]
-    mask = rollouts.completion_mask[:, width:]
-    torch.testing.assert_close(logps[:, width:][mask], expected[mask], rtol=1e-4, atol=1e-5)
-    assert logps[~rollouts.completion_mask].eq(0).all()
-
-
 @pytest.mark.parametrize("family", ["text", "qwen2_5_vl"])
 def test_suppressed_tokens_never_come(family: str) -> None:
     model, processor = tiny(family)
@@ -89,19 +65,6 @@ def test_suppressed_tokens_never_come(family: str) -> None:
     mask_free, mask_held = free.completion_mask, held.completion_mask
     assert torch.isin(free.input_ids[mask_free], torch.tensor(letters)).any()
     assert not torch.isin(held.input_ids[mask_held], torch.tensor(letters)).any()
-
-
-def test_greedy_is_the_argmax_and_repeats() -> None:
-    model, tokenizer = tiny("text")
-    model = peaked(model)
-    first = sampled(model, tokenizer, questions_for("text"), group_size=1, temperature=None)
-    second = sampled(model, tokenizer, questions_for("text"), group_size=1, temperature=None)
-    assert torch.equal(first.input_ids, second.input_ids)
-    width = first.prompts.input_ids.shape[1]
-    alone = first.input_ids[0][first.attention_mask[0]][None]
-    logits = model(input_ids=alone).logits[0]
-    start = int(first.attention_mask[0, :width].sum())
-    assert logits[start - 1 : -1].argmax(-1).tolist() == alone[0, start:].tolist()
 
 
 def test_a_completion_ends_with_its_closing_token() -> None:
@@ -170,9 +133,3 @@ def test_sampling_leaves_the_model_in_its_mode() -> None:
         model.train(mode)
         sampled(model, tokenizer, questions_for("text"))
         assert model.training == mode
-
-
-def test_images_for_a_text_model_are_an_error() -> None:
-    model, tokenizer = tiny("text")
-    with pytest.raises(ValueError, match="questions have images, but the model takes none"):
-        encode_questions(model, tokenizer, questions_for("qwen2_vl"))

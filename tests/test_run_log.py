@@ -1,12 +1,9 @@
 """What a run writes while it goes: rows of anything, on a disk that may be full."""
 
-from __future__ import annotations
-
 import datetime
 import json
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +15,11 @@ from cppo.train import progress
 from cppo.train.progress import RunLog, read_metrics
 
 
-def lines(path: Path) -> list[Any]:
+def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rows_of_anything_are_written(tmp_path: Path) -> None:
+def test_rows_of_anything_are_written(tmp_path):
     log = RunLog(tmp_path, 1, is_main=True)
     odd = {
         "decimal": Decimal("1.50"),
@@ -42,10 +39,10 @@ def test_rows_of_anything_are_written(tmp_path: Path) -> None:
     assert row["pairs"] == {"(1, 2)": "b'x'"} and "Image" in row["picture"]
 
 
-def test_a_run_on_odd_answers(tmp_path: Path) -> None:
+def test_a_run_on_odd_answers(tmp_path):
     rows = [{**row, "answer": Decimal(i)} for i, row in enumerate(text_rows())]
 
-    def logs(completions: Any, log_extra: Any, **columns: Any) -> list[float]:
+    def logs(completions, log_extra, **columns):
         log_extra("object", [object] * len(completions))
         return [float(i) for i in range(len(completions))]
 
@@ -54,14 +51,12 @@ def test_a_run_on_odd_answers(tmp_path: Path) -> None:
     assert first["answer"].isdecimal() and "object" in first
 
 
-def test_what_a_full_disk_refuses_is_written_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_full_disk_refuses_is_written_later(tmp_path, monkeypatch, capsys):
     log = RunLog(tmp_path, 5, is_main=True)
     log.metrics({"step": 1}, show=False)
     stock = progress._append_bytes
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path, data):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(progress, "_append_bytes", full)
@@ -75,12 +70,12 @@ def test_what_a_full_disk_refuses_is_written_later(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_row_is_written_whole_or_not_at_all() -> None:
+def test_a_row_is_written_whole_or_not_at_all():
     with pytest.raises(OSError, match="No space left"):
         progress._append_bytes(Path("/dev/full"), b"row\n")
 
 
-def test_texts_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_are_shown_as_they_are(tmp_path, capsys):
     log = RunLog(tmp_path, 1, is_main=True)
     log.say("a [/b] [red]c")
     log.metrics({"step": 0, "eval/sampled/acc[/x]": 0.5, "eval/sampled/reward": 0.5}, show=True)

@@ -1,14 +1,11 @@
 """Reward functions: how they are called, what their answers mean, and how they fail."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import dataclasses
 import functools
 import re
 import threading
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,32 +15,31 @@ from trainer_cases import fixed_rollouts, question, tiny
 from transformers import TrainerState
 
 from cppo.rewards import exact_match
-from cppo.rollouts.rollout import Rollouts
 from cppo.train.scoring import RewardError, check_signature, metric_name, reward_name, score
 
 
 @pytest.fixture
-def rollouts() -> Rollouts:
+def rollouts():
     return strings(conversations())
 
 
 # What they are given
 
 
-def test_rewards_are_called_as_trl_calls_them() -> None:
+def test_rewards_are_called_as_trl_calls_them():
     talks = conversations()
     calls = []
 
-    def watch(completions: Any, *, completion_ids: Any, prompts: Any, answer: Any) -> list[float]:
+    def watch(completions, *, completion_ids, prompts, answer):
         calls.append((completions, completion_ids, prompts, answer))
         return [0] * len(completions)
 
     scores_of(talks, watch)
     scores_of(strings(talks), watch)
     first, second = (question.messages for question in talks.prompts.questions)
-    ids = [row[mask].tolist() for row, mask in zip(
-        talks.input_ids, talks.completion_mask, strict=True
-    )]  # fmt: skip
+    ids = [
+        row[mask].tolist() for row, mask in zip(talks.input_ids, talks.completion_mask, strict=True)
+    ]
     answers = ["0", "0", "1", "1"]
     messages = [[{"role": "assistant", "content": text}] for text in talks.texts]
     assert calls[0] == (messages, ids, [first, first, second, second], answers)
@@ -51,15 +47,14 @@ def test_rewards_are_called_as_trl_calls_them() -> None:
     assert calls[1] == (talks.texts, ids, texts, answers)
 
 
-def test_what_is_given_on_request(rollouts: Rollouts) -> None:
-    seen: dict[str, Any] = {}
+def test_what_is_given_on_request(rollouts):
+    seen = {}
 
-    def takes_all(completions: Any, **everything: Any) -> list[float]:
+    def takes_all(completions, **everything):
         seen.update(everything)
         return [0.0] * len(completions)
 
-    def names_some(completions: Any, prompts: Any, completion_ids: Any, answer: Any,
-                   group_size: int) -> list[float]:  # fmt: skip
+    def names_some(completions, prompts, completion_ids, answer, group_size):
         seen["named"] = group_size
         return [0.0] * len(completions)
 
@@ -70,12 +65,12 @@ def test_what_is_given_on_request(rollouts: Rollouts) -> None:
     assert callable(seen["log_metric"]) and callable(seen["log_extra"])
 
 
-def test_a_column_that_only_some_questions_have_is_none_for_the_others() -> None:
+def test_a_column_that_only_some_questions_have_is_none_for_the_others():
     model, tokenizer = tiny("text")
     mixed = [question("Hi", answer="1"), question("Hi", level=2)]
-    seen: dict[str, Any] = {}
+    seen = {}
 
-    def watch(completions: list[str], **columns: Any) -> list[float]:
+    def watch(completions, **columns):
         seen.update(columns)
         return [0.0] * len(completions)
 
@@ -83,8 +78,8 @@ def test_a_column_that_only_some_questions_have_is_none_for_the_others() -> None
     assert seen["answer"] == ["1", "1", None, None] and seen["level"] == [None, None, 2, 2]
 
 
-def test_what_functions_log(rollouts: Rollouts) -> None:
-    def logs(completions: Any, log_metric: Any, log_extra: Any, **columns: Any) -> list[float]:
+def test_what_functions_log(rollouts):
+    def logs(completions, log_metric, log_extra, **columns):
         log_metric("judge/seconds", 2)
         log_metric("judge/seconds", 4)
         log_extra("extracted", [text.upper() for text in completions])
@@ -94,7 +89,7 @@ def test_what_functions_log(rollouts: Rollouts) -> None:
     assert scores.logged == {"judge/seconds": [2.0, 4.0]}
     assert scores.extra == {"extracted": [text.upper() for text in rollouts.texts]}
 
-    def logs_too_little(completions: Any, log_extra: Any, **columns: Any) -> list[float]:
+    def logs_too_little(completions, log_extra, **columns):
         log_extra("extracted", ["1"])
         return [0.0] * len(completions)
 
@@ -106,11 +101,11 @@ def test_what_functions_log(rollouts: Rollouts) -> None:
 # What they return
 
 
-def test_rewards_are_weighted_sums_of_what_applies(rollouts: Rollouts) -> None:
-    def applies_to_some(completions: list[str], **columns: Any) -> list[float | None]:
+def test_rewards_are_weighted_sums_of_what_applies(rollouts):
+    def applies_to_some(completions, **columns):
         return [None, 1.0, None, 3.0]
 
-    def applies_to_few(completions: list[str], **columns: Any) -> list[float | None]:
+    def applies_to_few(completions, **columns):
         return [None, None, 2.0, None]
 
     # The completions have 1, 2, 3 and 4 letters.
@@ -123,8 +118,8 @@ def test_rewards_are_weighted_sums_of_what_applies(rollouts: Rollouts) -> None:
     assert total[1:].tolist() == [1.0, 20.0, 3.0] and total[0].isnan()
 
 
-def test_rewards_are_summed_in_fp64(rollouts: Rollouts) -> None:
-    def large(completions: list[str], **columns: Any) -> list[float]:
+def test_rewards_are_summed_in_fp64(rollouts):
+    def large(completions, **columns):
         return [1e9 + i for i in range(len(completions))]
 
     total = scores_of(rollouts, large).total
@@ -132,21 +127,21 @@ def test_rewards_are_summed_in_fp64(rollouts: Rollouts) -> None:
 
 
 @pytest.mark.parametrize("value", [1, True, torch.tensor(1.0), torch.ones(1), np.float32(1)])
-def test_numbers_of_any_kind(rollouts: Rollouts, value: Any) -> None:
+def test_numbers_of_any_kind(rollouts, value):
     assert scores_of(rollouts, lambda completions, **_: [value] * 4).total.tolist() == [1.0] * 4
 
 
-def test_rewards_may_be_asynchronous(rollouts: Rollouts) -> None:
+def test_rewards_may_be_asynchronous(rollouts):
     started = threading.Barrier(2, timeout=10)
     loops = []
 
-    async def first(completions: list[str], **columns: Any) -> list[float]:
+    async def first(completions, **columns):
         loops.append(asyncio.get_running_loop())
         await asyncio.get_running_loop().run_in_executor(None, started.wait)
         return [1.0] * len(completions)
 
     class Second:
-        async def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        async def __call__(self, completions, **columns):
             # Both are on their way at the same time, or this waits in vain.
             await asyncio.get_running_loop().run_in_executor(None, started.wait)
             return [2.0] * len(completions)
@@ -157,7 +152,7 @@ def test_rewards_may_be_asynchronous(rollouts: Rollouts) -> None:
     # A client that a function keeps from one step to the next belongs to one loop.
     assert loops[0] is loops[1]
 
-    async def fails(completions: list[str], **columns: Any) -> list[float]:
+    async def fails(completions, **columns):
         if any(len(text) == 3 for text in completions):
             raise ConnectionError("the judge is gone")
         return [0.0] * len(completions)
@@ -172,11 +167,11 @@ def test_rewards_may_be_asynchronous(rollouts: Rollouts) -> None:
 class Named:
     name = "my_reward"
 
-    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+    def __call__(self, completions, **columns):
         return [1.0] * len(completions)
 
 
-def test_the_name_of_a_reward(rollouts: Rollouts) -> None:
+def test_the_name_of_a_reward(rollouts):
     assert reward_name(Named()) == "my_reward"
     assert reward_name(lengths) == "lengths"
     short = functools.partial(lengths, limit=3)
@@ -201,8 +196,8 @@ def test_the_name_of_a_reward(rollouts: Rollouts) -> None:
         ("tokens_std", "tokens_std_reward"),
     ],
 )
-def test_no_reward_takes_the_name_of_another_metric(name: str, metric: str) -> None:
-    def function(completions: list[str], **columns: Any) -> list[float]:
+def test_no_reward_takes_the_name_of_another_metric(name, metric):
+    def function(completions, **columns):
         return lengths(completions)
 
     function.__name__ = name
@@ -212,10 +207,10 @@ def test_no_reward_takes_the_name_of_another_metric(name: str, metric: str) -> N
 # What they get is their own
 
 
-def test_the_trainer_state_is_a_copy_for_every_call(rollouts: Rollouts) -> None:
+def test_the_trainer_state_is_a_copy_for_every_call(rollouts):
     seen = []
 
-    def changes(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+    def changes(completions, trainer_state, **columns):
         seen.append(trainer_state.global_step)
         trainer_state.global_step = 999
         return [0.0] * len(completions)
@@ -225,13 +220,13 @@ def test_the_trainer_state_is_a_copy_for_every_call(rollouts: Rollouts) -> None:
     assert seen == [3, 3] and state.global_step == 3
 
 
-def test_columns_with_the_names_of_our_options(rollouts: Rollouts) -> None:
+def test_columns_with_the_names_of_our_options(rollouts):
     asked = [q._replace(columns={"answer": "d", "timeout": 10}) for q in rollouts.prompts.questions]
     prompts = dataclasses.replace(rollouts.prompts, questions=asked)
     rollouts = dataclasses.replace(rollouts, prompts=prompts)
     seen = []
 
-    def own(completions: list[str], timeout: list[int], **columns: Any) -> list[float]:
+    def own(completions, timeout, **columns):
         seen.append(timeout)
         return [0.0] * len(completions)
 
@@ -241,7 +236,7 @@ def test_columns_with_the_names_of_our_options(rollouts: Rollouts) -> None:
     assert seen == [[10] * 4]
 
 
-def test_what_a_reward_gets_is_its_own() -> None:
+def test_what_a_reward_gets_is_its_own():
     talks = conversations()
     columns = {"nested": {"key": [1]}, "array": np.arange(3), "list": ["a"], "map": {"a": [1]}}
     asked = [
@@ -253,7 +248,7 @@ def test_what_a_reward_gets_is_its_own() -> None:
     before = repr(asked), copy.deepcopy(rollouts.completion_ids)
     seen = []
 
-    def edits(completions: Any, **given: Any) -> list[float]:
+    def edits(completions, **given):
         given = {name: value for name, value in given.items() if isinstance(value, list)}
         seen.append(repr(given))
         for prompt, ids in zip(given["prompts"], given["completion_ids"], strict=True):
@@ -276,17 +271,17 @@ def test_what_a_reward_gets_is_its_own() -> None:
     assert (repr(asked), rollouts.completion_ids) == before
 
 
-def test_a_signature_that_cannot_be_called(rollouts: Rollouts) -> None:
+def test_a_signature_that_cannot_be_called(rollouts):
     question = rollouts.prompts.questions[0]
 
-    def only(completions: list[str]) -> list[float]:
+    def only(completions):
         return lengths(completions)
 
-    def misses(completions: list[str], solution: list[str], **kwargs: Any) -> list[float]:
+    def misses(completions, solution, **kwargs):
         return lengths(completions)
 
     class Judge:
-        def __call__(self, prompts: Any, completions: Any) -> list[float]:
+        def __call__(self, prompts, completions):
             return lengths(completions)
 
     for function, words in (

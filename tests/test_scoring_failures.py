@@ -1,26 +1,22 @@
 """Reward functions that fail: what the error says, and what a run may rely on."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import re
 import threading
 import time
-from typing import Any
 
 import pytest
 import torch
 from scoring_cases import conversations, lengths, scores_of, strings
 
-from cppo.rollouts.rollout import Rollouts
 from cppo.train import reward_call
 from cppo.train.scoring import RewardError
 from cppo.train.stopping import Stopped
 
 
 @pytest.fixture
-def rollouts() -> Rollouts:
+def rollouts():
     return strings(conversations())
 
 
@@ -28,7 +24,7 @@ def rollouts() -> Rollouts:
 
 
 # What a function returns for four completions, and what the error says of it.
-BAD_RETURNS: list[tuple[Any, str]] = [
+BAD_RETURNS = [
     *(([1.0] * n, f"must return one number per completion = 4, got {n}") for n in (0, 1, 5)),
     *(
         (value, f"must return a list of one number per completion, got {type(value).__name__}")
@@ -36,7 +32,7 @@ BAD_RETURNS: list[tuple[Any, str]] = [
     ),
 ]
 # What it returns for the third one.
-BAD_NUMBERS: list[tuple[Any, str]] = [
+BAD_NUMBERS = [
     (math.nan, "returned nan"),
     (math.inf, "returned inf"),
     ("right", "returned 'right', which is no number"),
@@ -51,8 +47,8 @@ BAD_NUMBERS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("value", "words"), BAD_RETURNS)
-def test_something_that_is_no_list_of_rewards(rollouts: Rollouts, value: Any, words: str) -> None:
-    def broken(completions: list[str], **columns: Any) -> Any:
+def test_something_that_is_no_list_of_rewards(rollouts, value, words):
+    def broken(completions, **columns):
         return value
 
     with pytest.raises(RewardError, match=f"reward function 'broken' {words}"):
@@ -60,10 +56,8 @@ def test_something_that_is_no_list_of_rewards(rollouts: Rollouts, value: Any, wo
 
 
 @pytest.mark.parametrize(("value", "words"), BAD_NUMBERS)
-def test_a_bad_reward_names_function_question_and_completion(
-    rollouts: Rollouts, value: Any, words: str
-) -> None:
-    def broken(completions: list[str], **columns: Any) -> list[Any]:
+def test_a_bad_reward_names_function_question_and_completion(rollouts, value, words):
+    def broken(completions, **columns):
         return [value if len(text) == 3 else 0.0 for text in completions]
 
     with pytest.raises(RewardError, match=rf"reward function 'broken' failed \(({words})") as error:
@@ -73,10 +67,10 @@ def test_a_bad_reward_names_function_question_and_completion(
     assert f"completion: {rollouts.texts[2]!r}" in message and "answer: '1'" in message
 
 
-def test_a_raising_reward_names_the_completion_found_by_halving(rollouts: Rollouts) -> None:
+def test_a_raising_reward_names_the_completion_found_by_halving(rollouts):
     sizes = []
 
-    def broken(completions: list[str], **columns: Any) -> list[float]:
+    def broken(completions, **columns):
         sizes.append(len(completions))
         return [1 / (len(text) - 3) for text in completions]
 
@@ -87,8 +81,8 @@ def test_a_raising_reward_names_the_completion_found_by_halving(rollouts: Rollou
     assert sizes == [4, 2, 2, 1]
 
 
-def test_a_reward_that_raises_on_the_whole_batch_only_says_so(rollouts: Rollouts) -> None:
-    def no_batches(completions: list[str], **columns: Any) -> list[float]:
+def test_a_reward_that_raises_on_the_whole_batch_only_says_so(rollouts):
+    def no_batches(completions, **columns):
         if len(completions) > 1:
             raise RuntimeError("one at a time")
         return [1.0]
@@ -98,26 +92,26 @@ def test_a_reward_that_raises_on_the_whole_batch_only_says_so(rollouts: Rollouts
         scores_of(rollouts, no_batches)
 
 
-def exits(completions: list[str], **columns: Any) -> list[float]:
+def exits(completions, **columns):
     if any(len(text) == 3 for text in completions):
         raise SystemExit(0)
     return [0.0] * len(completions)
 
 
-async def exits_later(completions: list[str], **columns: Any) -> list[float]:
+async def exits_later(completions, **columns):
     # As tasks of its own, which end the loop that runs them.
     return [(await asyncio.gather(_exit(text)))[0] for text in completions]
 
 
-async def _exit(text: str) -> float:
+async def _exit(text):
     return exits([text])[0]
 
 
-def cancels(completions: list[str], **columns: Any) -> list[float]:
+def cancels(completions, **columns):
     raise asyncio.CancelledError
 
 
-def closes(completions: list[str], **columns: Any) -> list[float]:
+def closes(completions, **columns):
     raise GeneratorExit
 
 
@@ -128,40 +122,40 @@ def closes(completions: list[str], **columns: Any) -> list[float]:
      (closes, "GeneratorExit")],
 )  # fmt: skip
 def test_a_reward_that_ends_the_process_fails_like_one_that_raises(
-    rollouts: Rollouts, function: Any, words: str, timeout: float | None
-) -> None:
+    rollouts, function, words, timeout
+):
     name = function.__name__
     with pytest.raises(RewardError, match=f"'{name}' failed .{words}") as error:
         scores_of(rollouts, function, timeout=timeout)
     if "SystemExit" in words:
         assert f"completion: {rollouts.texts[2]!r}" in str(error.value)
 
-    async def fine(completions: list[str], **columns: Any) -> list[float]:
+    async def fine(completions, **columns):
         return [1.0] * len(completions)
 
     assert scores_of(rollouts, fine).total.tolist() == [1.0] * 4  # the loop goes on
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped])
-def test_what_is_for_the_run_goes_through_a_reward(rollouts: Rollouts, error: Any) -> None:
-    def interrupted(completions: list[str], **columns: Any) -> list[float]:
+def test_what_is_for_the_run_goes_through_a_reward(rollouts, error):
+    def interrupted(completions, **columns):
         raise error
 
     with pytest.raises(error):
         scores_of(rollouts, interrupted)
 
 
-def test_a_returned_generator_belongs_to_its_function(rollouts: Rollouts) -> None:
+def test_a_returned_generator_belongs_to_its_function(rollouts):
     """Its rewards are computed within the time limit, and within the search for the culprit."""
 
-    def generator(completions: list[str], **columns: Any) -> Any:
+    def generator(completions, **columns):
         return map(lambda text: 1 / (len(text) - 3), completions)
 
     with pytest.raises(RewardError, match="'generator' failed .ZeroDivisionError") as error:
         scores_of(rollouts, generator)
     assert f"completion: {rollouts.texts[2]!r}" in str(error.value)
 
-    def slow(completions: list[str], **columns: Any) -> Any:
+    def slow(completions, **columns):
         for _ in completions:
             time.sleep(1.0)
             yield 0.0
@@ -170,13 +164,11 @@ def test_a_returned_generator_belongs_to_its_function(rollouts: Rollouts) -> Non
         scores_of(rollouts, slow, timeout=0.2)
 
 
-def test_the_search_for_the_culprit_ends(
-    rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_search_for_the_culprit_ends(rollouts, monkeypatch):
     monkeypatch.setattr(reward_call, "_SEARCH_SECONDS", 0.2)
     calls = []
 
-    def slow(completions: list[str], **columns: Any) -> list[float]:
+    def slow(completions, **columns):
         calls.append(1)
         if len(calls) > 1:
             time.sleep(5)
@@ -189,22 +181,20 @@ def test_the_search_for_the_culprit_ends(
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_reward_is_called_again_when_asked(
-    rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch, is_async: bool
-) -> None:
-    waits: list[float] = []
+def test_a_reward_is_called_again_when_asked(rollouts, monkeypatch, is_async):
+    waits = []
     monkeypatch.setattr(reward_call.time, "sleep", waits.append)
-    said: list[str] = []
+    said = []
     calls = []
 
-    def flaky(completions: list[str], log_metric: Any, **columns: Any) -> list[float]:
+    def flaky(completions, log_metric, **columns):
         calls.append(1)
         log_metric("judged", len(calls))
         if len(calls) < 3:
             raise ConnectionError("busy")
         return lengths(completions)
 
-    async def flaky_later(completions: list[str], log_metric: Any, **columns: Any) -> list[float]:
+    async def flaky_later(completions, log_metric, **columns):
         return flaky(completions, log_metric, **columns)
 
     function = flaky_later if is_async else flaky
@@ -219,8 +209,8 @@ def test_a_reward_is_called_again_when_asked(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, "x"])
-def test_a_logged_metric_is_a_number(rollouts: Rollouts, value: Any) -> None:
-    def logs(completions: list[str], log_metric: Any, **columns: Any) -> list[float]:
+def test_a_logged_metric_is_a_number(rollouts, value):
+    def logs(completions, log_metric, **columns):
         log_metric("x", value)
         return [0.0] * len(completions)
 
@@ -231,7 +221,7 @@ def test_a_logged_metric_is_a_number(rollouts: Rollouts, value: Any) -> None:
 # What happens when they do not return
 
 
-def endless(completions: list[str], **columns: Any) -> list[float]:
+def endless(completions, **columns):
     while True:
         try:
             time.sleep(60)
@@ -239,18 +229,18 @@ def endless(completions: list[str], **columns: Any) -> list[float]:
             continue
 
 
-def endless_expression(completions: list[str], **columns: Any) -> list[float]:
+def endless_expression(completions, **columns):
     re.fullmatch(r"(a+)+b", "a" * 60)  # holds the interpreter for years
     return [0.0] * len(completions)
 
 
-async def endless_judge(completions: list[str], **columns: Any) -> list[float]:
+async def endless_judge(completions, **columns):
     await asyncio.sleep(3600)
     return [0.0] * len(completions)
 
 
 @pytest.mark.parametrize("function", [endless, endless_expression, endless_judge])
-def test_a_reward_that_never_returns_is_named(rollouts: Rollouts, function: Any) -> None:
+def test_a_reward_that_never_returns_is_named(rollouts, function):
     began = time.monotonic()
     words = "did not return within reward_timeout = 0.5 seconds for 4 completions"
     with pytest.raises(RewardError, match=f"'{function.__name__}' {words}"):
@@ -259,10 +249,10 @@ def test_a_reward_that_never_returns_is_named(rollouts: Rollouts, function: Any)
     assert scores_of(rollouts, lengths, timeout=0.5).total.tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
-def test_a_time_limit_in_another_thread(rollouts: Rollouts) -> None:
-    words: list[str] = []
+def test_a_time_limit_in_another_thread(rollouts):
+    words = []
 
-    def run() -> None:
+    def run():
         try:
             scores_of(rollouts, endless, timeout=0.3)
         except RewardError as error:
@@ -274,8 +264,8 @@ def test_a_time_limit_in_another_thread(rollouts: Rollouts) -> None:
     assert not thread.is_alive() and "'endless' did not return" in words[0]
 
 
-def test_a_function_s_own_timeout_is_its_own(rollouts: Rollouts) -> None:
-    def times_out(completions: list[str], **columns: Any) -> list[float]:
+def test_a_function_s_own_timeout_is_its_own(rollouts):
+    def times_out(completions, **columns):
         raise TimeoutError("the judge takes too long")
 
     for timeout in (None, 30.0):

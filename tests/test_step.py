@@ -1,34 +1,23 @@
 """Invariants of the update: how a batch is cut, ordered or gated changes nothing it computes."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from trainer_cases import (
+    FAMILIES,
+    VISION_FAMILIES,
     config,
-    fixed_batch,
-    fixed_rollouts,
+    fixed_case,
     gradients,
-    packed,
-    padded_logps,
-    questions_for,
     relative_difference,
-    tiny,
 )
 
-from cppo.config import CPPOConfig
 from cppo.model.forward import lm_head
-from cppo.model.prompts import encode_questions
-from cppo.ops.advantages import advantages_and_prune
 from cppo.ops.loss import linear_cppo_loss
-from cppo.records import LossOutput, NumItems
+from cppo.records import NumItems
 from cppo.seeds import seed_from
 from cppo.train.algorithm import microbatch_loss
-from cppo.train.batch import Batch
 from cppo.train.selection import cut_surplus
 from cppo.train.views import forward_views, perturbed_images, token_logps
 
@@ -36,26 +25,21 @@ FP64 = 1e-6  # the families' RMSNorm runs in fp32 whatever the dtype of the mode
 CASES = ("text", "qwen2_5_vl", "qwen3_vl")
 
 
-def case(family: str, **options: Any) -> tuple[Any, Any, Batch]:
+def case(family, **options):
     """An fp64 model, its processor, and a batch with old and reference log-probabilities."""
-    model, processor = tiny(family, dtype=torch.float64)
-    model = packed(model)
-    rollouts = fixed_rollouts(model, processor, questions_for(family), group_size=4)
-    batch = fixed_batch(rollouts, dtype=torch.float64)
+    model, processor, batch = fixed_case(family, dtype=torch.float64, group_size=4)
     logps = token_logps(model, batch, config()).double()
     noise = torch.randn(2, *logps.shape, dtype=torch.float64) * 0.3
     per_token = {"old_logps": logps + noise[0], "ref_logps": logps + noise[1]}
     return model, processor, dataclasses.replace(batch, per_token=per_token)
 
 
-def in_parts(
-    model: Any, processor: Any, batch: Batch, parts: list[Tensor], options: CPPOConfig
-) -> tuple[float, dict[str, Tensor], list[LossOutput]]:
+def in_parts(model, processor, batch, parts, options):
     """Loss, gradients and outputs of the batch when it runs in these parts."""
     num_items = NumItems(*batch.counts(batch.kept))
     outputs = []
 
-    def run() -> None:
+    def run():
         for rows in parts:
             output = microbatch_loss(model, batch, rows, num_items, options, processor)
             output.loss.backward()
@@ -65,23 +49,23 @@ def in_parts(
     return sum(output.loss.item() for output in outputs), got, outputs
 
 
-def totals(outputs: list[LossOutput]) -> dict[str, float]:
+def totals(outputs):
     """Sums of the metrics over the parts, without those that are no sums."""
-    total: dict[str, float] = {}
+    total = {}
     for output in outputs:
         for name, value in output.metrics.items():
             total[name] = total.get(name, 0.0) + value.item()
     return {name: value for name, value in total.items() if name != "perception_share"}
 
 
-def all_terms(**loss: Any) -> CPPOConfig:
+def all_terms(**loss):
     """Every term of the loss at a weight at which a mistake in it shows."""
     return config(**{"cpl_coef": 1.0, "kl_coef": 0.5, "entropy_coef": 0.1, "max_length": 9, **loss})
 
 
 @pytest.mark.parametrize("reduction", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("family", CASES)
-def test_one_batch_is_its_halves_is_its_microbatches(family: str, reduction: str) -> None:
+def test_one_batch_is_its_halves_is_its_microbatches(family, reduction):
     model, processor, batch = case(family)
     options = all_terms(reduction=reduction, importance="sequence")
     whole = batch.microbatches(batch.kept, 10**6)
@@ -102,7 +86,7 @@ def test_one_batch_is_its_halves_is_its_microbatches(family: str, reduction: str
         assert totals(outputs) == pytest.approx(metrics, rel=FP64)
 
 
-def test_the_contrastive_mean_over_tokens_is_weighted_by_each_parts_share() -> None:
+def test_the_contrastive_mean_over_tokens_is_weighted_by_each_parts_share():
     model, processor, batch = case("qwen2_5_vl")
     options = config(cpl_coef=1.0, cpl_reduction="token")
     rows = batch.microbatches(batch.kept, 10**6)[0]  # those with images
@@ -126,8 +110,8 @@ def test_the_contrastive_mean_over_tokens_is_weighted_by_each_parts_share() -> N
 
 
 @pytest.mark.parametrize("divergence", ["k3", "full"])
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_the_gated_forward_is_the_full_one(family: str, divergence: str) -> None:
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_the_gated_forward_is_the_full_one(family, divergence):
     model, processor, batch = case(family)
     options = all_terms(divergence=divergence)
     every = dataclasses.replace(options, loss=dataclasses.replace(options.loss, gating=False))
@@ -135,7 +119,7 @@ def test_the_gated_forward_is_the_full_one(family: str, divergence: str) -> None
     advantages = batch.advantages[rows]
     num_items = NumItems(*batch.counts(rows))
 
-    def full() -> LossOutput:
+    def full():
         hidden, stream = forward_views(model, batch, rows, every, processor)
         assert len(hidden.positive) == len(hidden.negative) == len(hidden.anchor)
         return linear_cppo_loss(
@@ -161,7 +145,7 @@ def test_the_gated_forward_is_the_full_one(family: str, divergence: str) -> None
     assert len(hidden.positive) == len(hidden.negative) == gated < len(hidden.anchor)
 
 
-def test_completions_without_positive_advantage_run_no_view() -> None:
+def test_completions_without_positive_advantage_run_no_view():
     model, processor, batch = case("qwen2_5_vl")
     rows = batch.kept[batch.advantages < 0]
     hidden, _ = forward_views(model, batch, rows, config(), processor)
@@ -177,103 +161,19 @@ def test_completions_without_positive_advantage_run_no_view() -> None:
     assert hidden.positive is None
 
 
-@pytest.mark.parametrize("family", CASES)
-@pytest.mark.parametrize("kept_per_question", [4, 1])
-def test_without_contrast_it_is_grpo_over_the_kept(family: str, kept_per_question: int) -> None:
-    model, processor = tiny(family, dtype=torch.float64)
-    rollouts = fixed_rollouts(model, processor, questions_for(family), group_size=4)
-    rewards = torch.rand(16, generator=torch.Generator().manual_seed(3))
-    old = padded_logps(model, rollouts).detach()
-    old += 0.4 * torch.randn(old.shape, dtype=torch.float64)
-
-    groups = rewards.view(4, 4)
-    centred = groups - groups.mean(1, keepdim=True)
-    advantages = (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten().double()
-    best = advantages.abs().view(4, 4).topk(kept_per_question).indices.sort(1).values
-    chosen = (torch.arange(0, 16, 4)[:, None] + best).flatten()
-    mask, weight = rollouts.completion_mask[chosen], advantages[chosen, None]
-    ratio = (padded_logps(model, rollouts) - old)[chosen].exp()
-    surrogate = torch.minimum(ratio * weight, ratio.clamp(0.8, 1.2) * weight)
-    grpo = -((surrogate * mask).sum(1) / mask.sum(1)).mean()
-    expected = gradients(model, grpo)
-    assert ((ratio - 1).abs() > 0.2)[mask].any()
-
-    model = packed(model)
-    options = config(cpl_coef=0.0, prune_rate=1 - kept_per_question / 4)
-    ours, kept = advantages_and_prune(rewards, 4, options.prune_rate)
-    assert kept.tolist() == chosen.tolist()
-    batch = Batch(rollouts, ours, kept, per_token={"old_logps": old})
-    num_items = NumItems(*batch.counts(kept))
-    losses = [
-        microbatch_loss(model, batch, part, num_items, options, processor).loss
-        for part in batch.microbatches(kept, 10**6)
-    ]
-    loss = torch.stack(losses).sum()
-    assert loss.item() == pytest.approx(grpo.item(), rel=FP64)
-    assert relative_difference(gradients(model, loss), expected) < FP64
-
-
-def dimmed(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    return 0.9 * pixels + 0.05
-
-
-def hidden_half(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    middle = pixels.shape[-1] // 2
-    return torch.cat([pixels[..., :middle] * 0, pixels[..., middle:]], -1)
-
-
-def with_questions_in_order(model: Any, processor: Any, batch: Batch, order: list[int]) -> Batch:
-    """The batch as it is when the questions come in another order."""
-    old, size = batch.rollouts, batch.rollouts.group_size
-    rows = torch.tensor([question * size + i for question in order for i in range(size)])
-    prompts = encode_questions(model, processor, [old.prompts.questions[i] for i in order])
-    rollouts = dataclasses.replace(
-        old,
-        prompts=prompts,
-        input_ids=old.input_ids[rows],
-        attention_mask=old.attention_mask[rows],
-        completion_mask=old.completion_mask[rows],
-        positions=None if old.positions is None else old.positions[:, rows],
-    )
-    kept = torch.tensor(sorted(int((rows == row).nonzero()) for row in batch.kept))
-    per_token = {name: values[rows] for name, values in batch.per_token.items()}
-    return Batch(rollouts, batch.advantages[rows], kept, seed=batch.seed, per_token=per_token)
-
-
-@pytest.mark.parametrize("family", CASES)
-def test_permuting_questions_permutes_results(family: str) -> None:
-    model, processor, batch = case(family)
-    batch = dataclasses.replace(batch, kept=torch.tensor([0, 1, 3, 4, 5, 6, 10, 11, 12, 15]))
-    order = [2, 0, 3, 1]
-    moved = with_questions_in_order(model, processor, batch, order)
-    options = dataclasses.replace(
-        all_terms(), positive_views=(dimmed,), negative_views=(hidden_half,)
-    )
-    logps = token_logps(model, batch, options).view(4, 4, -1)
-    torch.testing.assert_close(
-        token_logps(model, moved, options).view(4, 4, -1), logps[order], rtol=0, atol=1e-6
-    )
-    parts, moved_parts = (b.microbatches(b.kept, 10**6) for b in (batch, moved))
-    loss, expected, _ = in_parts(model, processor, batch, parts, options)
-    moved_loss, got, _ = in_parts(model, processor, moved, moved_parts, options)
-    assert moved_loss == pytest.approx(loss, rel=FP64)
-    assert relative_difference(got, expected) < FP64
-
-
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_a_questions_views_do_not_depend_on_its_microbatch(family: str) -> None:
-    model, processor = tiny(family)
-    batch = fixed_batch(fixed_rollouts(model, processor, questions_for(family)))
+def test_a_questions_views_do_not_depend_on_its_microbatch(family):
+    _, processor, batch = fixed_case(family)
     images = batch.rollouts.prompts.images
 
-    def views(questions: list[int], seed: int = 7) -> list[dict[int, tuple[Tensor, ...]]]:
+    def views(questions, seed=7):
         moved = dataclasses.replace(batch, seed=seed)
         both = perturbed_images(moved, images.of(questions), questions, config(), processor)
         result = []
         for view in both:
             patches = view.pixel_values.split(view.image_grid_thw.prod(1).tolist())
             assert view.per_question == tuple(images.per_question[q] for q in questions)
-            split: dict[int, tuple[Tensor, ...]] = {}
+            split = {}
             for question, count in zip(questions, view.per_question, strict=True):
                 split[question], patches = patches[:count], patches[count:]
             result.append(split)
@@ -293,14 +193,13 @@ def test_a_questions_views_do_not_depend_on_its_microbatch(family: str) -> None:
 
 
 @pytest.mark.parametrize("budget", [10**6, 260])
-def test_images_are_encoded_once_per_question_and_view(
-    budget: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, processor, batch = case("qwen2_5_vl")
-    encoded: list[int] = []
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_images_are_encoded_once_per_question_and_view(family, budget, monkeypatch):
+    model, processor, batch = case(family)
+    encoded = []
     stock = model.model.get_image_features
 
-    def encode(pixels: Tensor, grid: Tensor, **options: Any) -> Any:
+    def encode(pixels, grid, **options):
         encoded.append(len(grid))
         return stock(pixels, grid, **options)
 
@@ -313,7 +212,7 @@ def test_images_are_encoded_once_per_question_and_view(
     assert sum(encoded) == 3 * 4
 
 
-def test_seeds_depend_on_every_part() -> None:
+def test_seeds_depend_on_every_part():
     parts = [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), ("0", "a", 1), (0, "a1"), (0, "a")]
     seeds = [seed_from(*values) for values in parts]
     assert len(set(seeds)) == len(parts)
@@ -334,18 +233,15 @@ def test_seeds_depend_on_every_part() -> None:
         ([], [1.0, 1.0, 1.0, 1.0], 2, []),
     ],
 )
-def test_cutting_the_surplus(
-    kept: list[int], advantages: list[float], size: int, left: list[int]
-) -> None:
+def test_cutting_the_surplus(kept, advantages, size, left):
     rows = torch.tensor(kept, dtype=torch.int64)
     result = cut_surplus(rows, torch.tensor(advantages), 2, size)
     assert result.tolist() == left and result.dtype == torch.int64
 
 
-def test_microbatches_hold_every_row_once_within_the_budget() -> None:
+def test_microbatches_hold_every_row_once_within_the_budget():
     # A budget below the longest completion counts as that completion's length.
-    model, tokenizer = tiny("text")
-    batch = fixed_batch(fixed_rollouts(model, tokenizer, questions_for("text"), group_size=4))
+    _, _, batch = fixed_case("text", group_size=4)
     lengths = batch.lengths(batch.kept)
     for budget in (1, 30, 100, 10**6):
         parts = batch.microbatches(batch.kept, budget)
@@ -357,11 +253,9 @@ def test_microbatches_hold_every_row_once_within_the_budget() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["text", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_the_first_passs_ratio_is_exactly_one(family: str, precision: str) -> None:
-    model, processor = tiny(family)
-    model = packed(model)
-    batch = fixed_batch(fixed_rollouts(model, processor, questions_for(family), group_size=4))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_passs_ratio_is_exactly_one(family, precision):
+    model, processor, batch = fixed_case(family, group_size=4)
     options = config(max_tokens_per_microbatch=150)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         old = token_logps(model.eval(), batch, options)

@@ -4,8 +4,6 @@ The whole matrix is `python tests/stopped_runs.py FOLDER`; tests/results/stopped
 output. Here are a few moments of every kind.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -13,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -22,7 +19,6 @@ from trainer_cases import noise, same, trainer_for, weights_of
 from cppo.train import algorithm
 from cppo.train.checkpoint import last_checkpoint, read_summary
 from cppo.train.stopping import Stopping
-from cppo.train.trainer import CPPOTrainer
 
 SCRIPT = str(Path(__file__).with_name("stopped_runs.py"))
 
@@ -31,9 +27,7 @@ SCRIPT = str(Path(__file__).with_name("stopped_runs.py"))
 @pytest.mark.parametrize(
     ("case", "processes"), [("text", 1), ("vision", 1), ("lora", 1), ("text", 2)]
 )
-def test_a_run_stopped_again_and_again_is_the_undisturbed_one(
-    tmp_path: Path, case: str, processes: int
-) -> None:
+def test_a_run_stopped_again_and_again_is_the_undisturbed_one(tmp_path, case, processes):
     options = ["--moments", "4", "--cases", case, "--processes", str(processes)]
     done = subprocess.run(
         [sys.executable, SCRIPT, str(tmp_path), *options],
@@ -48,7 +42,7 @@ def test_a_run_stopped_again_and_again_is_the_undisturbed_one(
     assert all(row["stopped"] >= 4 and row["runs"] >= 1 for row in seen)
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_ends_at_once(tmp_path):
     script = (
         "import os, signal, sys, time; from cppo.train.stopping import Stopping\n"
         "stopping = Stopping(is_main=True)\n"
@@ -65,7 +59,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     assert "SIGTERM: a checkpoint is written; the same again ends at once" in done.stderr
 
 
-OPTIONS: dict[str, Any] = {
+OPTIONS = {
     "max_steps": 3,
     "num_iterations": 2,
     "optimizer_steps": 2,
@@ -75,17 +69,17 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def undisturbed(tmp_path_factory):
     trainer = trainer_for(tmp_path_factory.mktemp("whole"), rewards=noise, **OPTIONS)
     trainer.train()
     return weights_of(trainer.model)
 
 
-def stop_in_a_microbatch(trainer: CPPOTrainer, step: int) -> Any:
+def stop_in_a_microbatch(trainer, step):
     """Sends SIGINT within the second micro-batch of a step."""
     stock, calls = algorithm.microbatch_loss, []
 
-    def run(*args: Any) -> Any:
+    def run(*args):
         calls.append(trainer.step)
         if calls.count(step - 1) == 2:
             os.kill(os.getpid(), signal.SIGINT)
@@ -94,7 +88,7 @@ def stop_in_a_microbatch(trainer: CPPOTrainer, step: int) -> Any:
     return patch.object(algorithm, "microbatch_loss", run)
 
 
-def test_the_same_trainer_goes_on(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+def test_the_same_trainer_goes_on(tmp_path, undisturbed):
     """As in a notebook: nothing of the step that was broken off is left in it."""
     for resume_from in ("auto", tmp_path / "run" / "checkpoint-000001"):
         trainer = trainer_for(tmp_path / "run", rewards=noise, **OPTIONS)
@@ -106,8 +100,8 @@ def test_the_same_trainer_goes_on(tmp_path: Path, undisturbed: dict[str, Any]) -
         assert same(weights_of(trainer.model), undisturbed)
 
 
-def test_a_reward_that_catches_everything(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    def careful(completions: list[Any], **columns: Any) -> list[float]:
+def test_a_reward_that_catches_everything(tmp_path, undisturbed):
+    def careful(completions, **columns):
         try:
             if trainer.step == 1 and not stopped:
                 stopped.append(1)
@@ -117,7 +111,7 @@ def test_a_reward_that_catches_everything(tmp_path: Path, undisturbed: dict[str,
         except BaseException:
             return [0.0] * len(completions)
 
-    stopped: list[int] = []
+    stopped = []
     trainer = trainer_for(tmp_path, rewards=careful, **OPTIONS)
     with pytest.raises(SystemExit) as ended:
         trainer.train()
@@ -136,7 +130,7 @@ def test_a_reward_that_catches_everything(tmp_path: Path, undisturbed: dict[str,
     assert same(weights_of(again.model), undisturbed)
 
 
-def test_nobody_reads_what_is_said(tmp_path: Path) -> None:
+def test_nobody_reads_what_is_said(tmp_path):
     """Ctrl-C in `cppo train | tee`: the reader is gone first, the checkpoint is written."""
     script = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[2])\n"
@@ -156,7 +150,7 @@ def test_nobody_reads_what_is_said(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-000002"
 
 
-def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+def test_an_ignored_signal_stays_ignored(tmp_path):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         stopping = Stopping(is_main=True)

@@ -1,7 +1,5 @@
 """The accuracy law itself: what it lets pass and what it stops."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

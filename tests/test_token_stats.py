@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -61,13 +62,6 @@ def test_packed_equals_padded(op, backend):
 
 
 @pytest.mark.parametrize(("op", "backend"), RUNS)
-def test_repeatable(op, backend):
-    inputs = make_inputs(op)
-    first, again = evaluate(op, inputs, backend), evaluate(op, inputs, backend)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-
-
-@pytest.mark.parametrize(("op", "backend"), RUNS)
 def test_temperature(op, backend):
     inputs = make_inputs(op)
     assert_op_as_accurate(op, backend, {**inputs, "temperature": 0.6})
@@ -83,18 +77,6 @@ def test_a_masked_nan_leaves_no_trace(op, backend):
     rows[~inputs["mask"]] = math.nan
     clean, stained = evaluate(op, inputs, backend), evaluate(op, {**inputs, name: rows}, backend)
     assert all(torch.equal(clean[name], stained[name]) for name in clean)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_all_minus_infinite_row_poisons_no_other(backend):
-    logits = torch.randn(3, 9)
-    clean = cppo.token_stats(logits, torch.tensor([1, 2, 3]), backend=backend)
-    logits[1] = -math.inf
-    stats = cppo.token_stats(logits, torch.tensor([1, 2, 3]), backend=backend)
-    assert stats.entropy[1].isnan()
-    others = torch.tensor([0, 2])
-    assert torch.equal(stats.logps[others], clean.logps[others])
-    assert torch.equal(stats.entropy[others], clean.entropy[others])
 
 
 def _strided(kind: str, rows: torch.Tensor) -> torch.Tensor:
@@ -119,21 +101,6 @@ def test_strided_logits(backend, kind):
     ours = evaluate("token_stats", {**inputs, "logits": logits}, backend)
     for name in expected:
         torch.testing.assert_close(ours[name], expected[name])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_beyond_32_bit_offsets(backend):
-    # The pages between the two rows are never touched, so they cost no memory.
-    stride = 2**31 + 10
-    far = torch.empty(0, dtype=torch.bfloat16).set_(
-        torch.UntypedStorage(2 * (stride + 64)), 0, (2, 64), (stride, 1)
-    )
-    near = torch.randn(2, 64).bfloat16()
-    far.copy_(near)
-    targets = torch.tensor([5, 60])
-    ours = evaluate("token_stats", {"logits": far, "targets": targets}, backend)
-    expected = evaluate("token_stats", {"logits": near, "targets": targets}, backend)
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 def _gradient(backend, inputs, scalar, other=None):
@@ -174,17 +141,6 @@ def test_targets_may_be_strided_and_short(backend, dtype):
     torch.testing.assert_close(ours.logps, expected)
 
 
-@pytest.mark.parametrize("backend", backends.available("linear_token_stats"))
-def test_autocast_casts_like_linear(backend):
-    inputs = make_inputs("linear_token_stats", layout="packed")
-    half = {k: v.bfloat16() if k in ("hidden", "weight", "bias") else v for k, v in inputs.items()}
-    expected = evaluate("linear_token_stats", half, backend)
-    with torch.autocast("cpu", torch.bfloat16):  # backward, too
-        ours = evaluate("linear_token_stats", inputs, backend)
-    for name, value in expected.items():
-        assert torch.equal(ours[name], value.to(ours[name].dtype)), name
-
-
 Z, Y = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
 H, W = torch.randn(2, 3, 4), torch.randn(5, 4)
 OUT = Y.index_fill(1, torch.tensor([2]), 5)
@@ -218,9 +174,8 @@ ERRORS = [
 
 @pytest.mark.parametrize(("call", "error", "message"), ERRORS, ids=[e[2] for e in ERRORS])
 def test_bad_input(call, error, message):
-    with pytest.raises(error) as caught:
+    with pytest.raises(error, match=rf"^cppo\..*{re.escape(message)}"):
         call()
-    assert str(caught.value).startswith("cppo.") and message in str(caught.value)
 
 
 def test_masked_targets_may_be_anything():

@@ -1,10 +1,5 @@
 """A run on data as people have it: questions that cannot be asked, rewards that do not apply."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 from PIL import Image
 from trainer_cases import digit_share, image, lines, small_run, text_rows, tiny, trainer_for
@@ -15,7 +10,7 @@ from cppo.train.scoring import RewardError
 from cppo.train.trainer import CPPOTrainer
 
 
-def bad_rows(tmp_path: Path) -> list[dict[str, Any]]:
+def bad_rows(tmp_path):
     """Four questions that can be asked and three that cannot."""
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
@@ -28,9 +23,7 @@ def bad_rows(tmp_path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_bad_questions_end_a_run_or_are_left_out_and_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_questions_end_a_run_or_are_left_out_and_counted(tmp_path, capsys):
     rows = bad_rows(tmp_path)
     options = dict(rows=rows, batch_size=16, max_steps=2, max_completion_tokens=3)
     with pytest.raises(QuestionError, match="row [345]"):
@@ -49,15 +42,15 @@ def test_bad_questions_end_a_run_or_are_left_out_and_counted(
     assert "skipped a question: " in said and "the image processor refused image 0" in said
 
 
-def test_nothing_but_bad_questions_ends_in_words(tmp_path: Path) -> None:
+def test_nothing_but_bad_questions_ends_in_words(tmp_path):
     rows = bad_rows(tmp_path)[4:5]
     options = dict(rows=rows, skip_bad_questions=True)
     with pytest.raises(ValueError, match="no question of train_dataset can be asked"):
         trainer_for(tmp_path / "run", "qwen2_5_vl", **options).train()
 
 
-def test_a_reward_that_does_not_apply(tmp_path: Path) -> None:
-    def odd_rows_only(completions: list[Any], answer: list[str], **columns: Any) -> list[Any]:
+def test_a_reward_that_does_not_apply(tmp_path):
+    def odd_rows_only(completions, answer, **columns):
         texts = [completion_text(completion) for completion in completions]
         return [
             None if i % 4 == 0 or int(a) == 0 else float(len(text) + i % 4)
@@ -82,8 +75,8 @@ def test_a_reward_that_does_not_apply(tmp_path: Path) -> None:
             assert (line["advantage"] > 0) == (line["reward"] > mean)
 
 
-def test_large_rewards_keep_their_differences(tmp_path: Path) -> None:
-    def large(completions: list[Any], **columns: Any) -> list[float]:
+def test_large_rewards_keep_their_differences(tmp_path):
+    def large(completions, **columns):
         return [1e9 + i % 4 for i in range(len(completions))]
 
     trainer = trainer_for(tmp_path, rewards=large, max_steps=1, log_completions=8)
@@ -94,12 +87,10 @@ def test_large_rewards_keep_their_differences(tmp_path: Path) -> None:
     assert advantages == pytest.approx(expected)
 
 
-def test_extra_columns_and_the_state_of_the_run(tmp_path: Path) -> None:
+def test_extra_columns_and_the_state_of_the_run(tmp_path):
     steps = []
 
-    def judge(
-        completions: list[Any], log_extra: Any, log_metric: Any, trainer_state: Any, **columns: Any
-    ) -> list[float]:
+    def judge(completions, log_extra, log_metric, trainer_state, **columns):
         steps.append((trainer_state.global_step, trainer_state.max_steps))
         log_extra("length", [len(completion_text(text)) for text in completions])
         log_metric("calls", 1)
@@ -115,8 +106,8 @@ def test_extra_columns_and_the_state_of_the_run(tmp_path: Path) -> None:
     )
 
 
-def test_a_reward_that_takes_too_long_is_named(tmp_path: Path) -> None:
-    def slow(completions: list[Any], **columns: Any) -> list[float]:
+def test_a_reward_that_takes_too_long_is_named(tmp_path):
+    def slow(completions, **columns):
         while True:
             pass
 
@@ -125,7 +116,7 @@ def test_a_reward_that_takes_too_long_is_named(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_arguments_of_the_chat_template(tmp_path: Path) -> None:
+def test_arguments_of_the_chat_template(tmp_path):
     model, tokenizer = tiny("text")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -1,10 +1,6 @@
 """What a run writes, how it evaluates, and the order of its questions."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 from trainer_cases import (
@@ -24,14 +20,14 @@ from cppo.questions import as_question
 from cppo.questions.stream import QuestionStream
 from cppo.train import evaluate as evaluate_module
 from cppo.train.checkpoint import best_checkpoint, checkpoints, last_checkpoint, read_summary
-from cppo.train.evaluate import evaluate
+from cppo.train.evaluate import Share, evaluate
 from cppo.train.progress import read_metrics
 from cppo.train.trainer import CPPOTrainer
 
 # What is written
 
 
-def test_files_table_and_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_table_and_tensorboard(tmp_path, capsys):
     trainer = trainer_for(
         tmp_path,
         "qwen2_5_vl",
@@ -80,9 +76,7 @@ def test_files_table_and_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sum("held-out after" in line for line in printed) == 2
 
 
-def test_log_every_thins_the_table_not_the_metrics(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_log_every_thins_the_table_not_the_metrics(tmp_path, capsys):
     trainer_for(tmp_path, rewards=noise, max_steps=4, log_every=2).train()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert {row["step"] for row in lines(tmp_path / "completions.jsonl")} == {2, 4}
@@ -90,15 +84,13 @@ def test_log_every_thins_the_table_not_the_metrics(
     assert ["2"] in first and ["4"] in first and ["1"] not in first and ["3"] not in first
 
 
-def scripted(values: list[float]) -> Any:
+def scripted(values):
     """An evaluation that gives these values, one after the other."""
     left = iter(values)
     return lambda self: {"eval/sampled/digit_share": next(left), "eval/other": 0.5}
 
 
-def test_best_and_last_checkpoints_and_which_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_and_last_checkpoints_and_which_are_kept(tmp_path, monkeypatch):
     values = [0.9, 0.2, 0.5, 0.1, 0.3, 0.2]
     monkeypatch.setattr(CPPOTrainer, "_evaluation", scripted(values))
     trainer = trainer_for(
@@ -125,9 +117,7 @@ def test_best_and_last_checkpoints_and_which_are_kept(
     assert load_processor(last_checkpoint(tmp_path)).chat_template
 
 
-def test_without_save_every_the_best_and_the_last_are_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_save_every_the_best_and_the_last_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(CPPOTrainer, "_evaluation", scripted([0.9, 0.2, 0.5, 0.5, 0.3, 0.2]))
     options = dict(eval_every=1, eval_rows=text_rows(1), max_steps=5, keep_checkpoints=9)
     trainer_for(tmp_path, **options).train()
@@ -135,7 +125,7 @@ def test_without_save_every_the_best_and_the_last_are_written(
     assert [path.name[-1] for path in checkpoints(tmp_path)] == ["1", "2", "5"]
 
 
-def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for name in ("checkpoint-1000000", "checkpoint-999999", "checkpoint-old", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer.json").write_text('{"metric": null}')
@@ -152,8 +142,8 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
 
 
 def test_evaluation_averages_over_questions_then_over_passes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     model, tokenizer = tiny("text")
     questions = [as_question(row) for row in text_rows(3)]
     # Reward of question q in sampled pass s; the greedy one comes after.
@@ -162,13 +152,13 @@ def test_evaluation_averages_over_questions_then_over_passes(
     modes = []
     stock = evaluate_module.sample_completions
 
-    def watch(*arguments: Any, **options: Any) -> Any:
+    def watch(*arguments, **options):
         modes.append((options["temperature"], options["group_size"], len(arguments[2].questions)))
         return stock(*arguments, **options)
 
     monkeypatch.setattr(evaluate_module, "sample_completions", watch)
 
-    def stub(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+    def stub(completions, answer, **columns):
         if modes[-1][0] is None:
             return [greedy[a] for a in answer]
         return [table[a][i % 2] for i, a in enumerate(answer)]
@@ -192,7 +182,18 @@ def test_evaluation_averages_over_questions_then_over_passes(
     assert [r["rewards"]["stub"] for r in result.completions[:6]] == sum(table.values(), [])
 
 
-def test_evaluation_repeats_and_leaves_training_alone(tmp_path: Path) -> None:
+def test_each_process_evaluates_its_share_of_the_questions():
+    model, tokenizer = tiny("text")
+    questions = [as_question(row) for row in text_rows(3)]
+    options = config(eval_greedy=False, max_completion_tokens=3)
+    shares = []
+    for rank in (0, 1):
+        share = Share(rank, 2, lambda rows: shares.append(rows) or [rows])
+        evaluate(model, tokenizer, [noise], questions, config=options, share=share)
+    assert [[row["question"] for row in rows] for rows in shares] == [[0, 2], [1]]
+
+
+def test_evaluation_repeats_and_leaves_training_alone(tmp_path):
     rows = DigitSums("heldout", 4)
     options = dict(rewards=noise, max_completion_tokens=4)
     trainer = trainer_for(tmp_path / "a", "qwen2_5_vl", eval_rows=rows, eval_every=1, **options)
@@ -204,16 +205,16 @@ def test_evaluation_repeats_and_leaves_training_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("minutes", "saved"), [(1e-9, [1, 2, 3]), (30.0, [3]), (0.0, [3])])
-def test_checkpoints_by_time(tmp_path: Path, minutes: float, saved: list[int]) -> None:
+def test_checkpoints_by_time(tmp_path, minutes, saved):
     options = dict(max_steps=3, keep_checkpoints=9)
     trainer_for(tmp_path, save_minutes=minutes, **options).train()
     assert [int(path.name[-6:]) for path in checkpoints(tmp_path)] == saved
 
 
-def test_questions_come_once_per_epoch_in_an_order_of_the_seed() -> None:
+def test_questions_come_once_per_epoch_in_an_order_of_the_seed():
     rows = text_rows(5)
 
-    def drawn(seed: int, start: int = 0) -> list[str]:
+    def drawn(seed, start=0):
         stream = QuestionStream(rows, seed)
         stream.position = start
         return [next(stream).columns["answer"] for _ in range(10)]

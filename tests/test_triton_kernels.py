@@ -74,7 +74,7 @@ def test_opcheck():
         outcome = torch.library.opcheck(op, (rewards, 4, unit_size, 2, "group", 1e-4, prune, noise))
         assert set(outcome.values()) == {"SUCCESS"}
         prune_op = torch.ops.cppo_triton.prune_completions.default
-        outcome = torch.library.opcheck(prune_op, (rewards, unit_size, 2, prune))
+        outcome = torch.library.opcheck(prune_op, (rewards, unit_size, 2, prune, noise))
         assert set(outcome.values()) == {"SUCCESS"}
 
 
@@ -137,34 +137,6 @@ def test_programs_that_share_a_row_of_three_views(divergence):
     assert_op_as_accurate("cppo_loss", "triton", inputs)
     inputs = _with_hole(inputs, "logits", 1024, 2048)
     assert_op_as_accurate("cppo_loss", "triton", inputs)
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_a_view_has_some_rows_in_an_order_of_its_own(inplace):
-    """Gradients are written at every place that is named, and nowhere else."""
-    kernels()
-    from cppo.triton_kernels import PRIMITIVES
-
-    whole, targets = torch.randn(5, 37, device=DEVICE), torch.arange(5, device=DEVICE)
-    places = torch.tensor([-1, 3, 0, -1, 1], device=DEVICE)
-    mask = torch.tensor([False, True, True, False, False], device=DEVICE)
-    view = torch.full((4, 37), 7.0, device=DEVICE)
-    view[places[places >= 0]] = whole[places >= 0]
-    expected = PRIMITIVES["token_stats"](whole, targets, mask, None, 0.7, False)
-    stats = PRIMITIVES["token_stats"](view, targets, mask, places, 0.7, False)
-    assert all(torch.equal(one, other) for one, other in zip(stats, expected, strict=True))
-
-    upstream = (torch.randn(5, device=DEVICE), torch.randn(5, device=DEVICE))
-    rows = (*upstream, whole, targets, mask, None, stats[2], 0.7)
-    of_whole = PRIMITIVES["token_stats_backward"](*rows)
-    gradient = view.clone()
-    rows = (*upstream, gradient, targets, mask, places, stats[2], 0.7)
-    if inplace:
-        PRIMITIVES["token_stats_backward_"](*rows)
-    else:
-        gradient = PRIMITIVES["token_stats_backward"](*rows)
-    assert torch.equal(gradient[places[places >= 0]], of_whole[places >= 0])
-    assert (gradient[1] == 0).all() and (gradient[2] == (7 if inplace else 0)).all()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's checks of 32-bit arithmetic")

@@ -1,7 +1,5 @@
 """The checks that options, ops, rewards and the command line share."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -27,11 +25,11 @@ from cppo.values import is_finite_number, is_number, nearest, one_of, suggestion
         (1j, False, False),
     ],
 )
-def test_numbers(value: object, finite: bool, number: bool) -> None:
+def test_numbers(value, finite, number):
     assert (is_finite_number(value), is_number(value)) == (finite, number)
 
 
-def test_words() -> None:
+def test_words():
     assert one_of(("a", "b")) == "one of 'a', 'b'"
     assert nearest("acuracy", ["format", "accuracy"]) == "accuracy"
     assert nearest("length", ["format", "accuracy"]) is None
@@ -41,7 +39,7 @@ def test_words() -> None:
     assert unknown("reward", "acuracy", iter(["format", "accuracy"])) == words
 
 
-def test_map_tensors_reaches_every_tensor_and_nothing_else() -> None:
+def test_map_tensors_reaches_every_tensor_and_nothing_else():
     words = ["kept as it is"]
     views = Views(torch.zeros(2), None, torch.ones(2))
     value = {"views": views, "list": [torch.ones(1), 3], "plain": words, "set": {1}}

@@ -1,7 +1,5 @@
 """The perturbations: hand-computed pixels, determinism, names, worded errors."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -111,6 +111,15 @@ def fixed_batch(rollouts: Rollouts, *, seed: int = 0, dtype: torch.dtype = torch
     return Batch(rollouts, size * sign, torch.arange(total), seed=seed)
 
 
+def fixed_case(
+    family: str, *, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[Any, Any, Batch]:
+    """A packed tiny model, its processor, and a batch; `options` are those of the rollouts."""
+    model, processor = tiny(family, dtype=dtype)
+    rollouts = fixed_rollouts(packed(model), processor, questions_for(family), **options)
+    return model, processor, fixed_batch(rollouts, dtype=dtype)
+
+
 def config(**options: Any) -> CPPOConfig:
     """A CPPOConfig; options of the loss by their own names."""
     names = LossConfig.__dataclass_fields__

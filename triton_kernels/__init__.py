@@ -5,6 +5,9 @@ package of the name `triton_kernels` belongs to Triton's own project, so this on
 imported as that: it happens where the repository root is on `sys.path` (`python -m ...` there).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 if __name__ != "cppo.triton_kernels":
     raise ImportError(
         f"this is cppo.triton_kernels, imported as {__name__!r}: the root of the cppo repository "
@@ -13,6 +16,7 @@ if __name__ != "cppo.triton_kernels":
     )
 
 from cppo.triton_kernels.advantages_and_prune import (
+    LONGEST_UNIT,
     advantages_and_prune,
     group_advantages,
     prune_completions,
@@ -25,19 +29,17 @@ from cppo.triton_kernels.perception_mask import perception_mask
 from cppo.triton_kernels.token_stats import token_stats
 from cppo.triton_kernels.token_stats_backward import token_stats_backward, token_stats_backward_
 
-# {name of a schema of `cppo.fused.schema`: its launcher}
-PRIMITIVES = {
-    launcher.__name__: on_its_device(launcher)
-    for launcher in (
-        token_stats,
-        token_stats_backward,
-        token_stats_backward_,
-        perception_mask,
-        contrast,
-        contrast_backward,
-        contrast_backward_,
-        loss_terms,
-    )
-}
 
-__all__ = ["PRIMITIVES", "advantages_and_prune", "group_advantages", "prune_completions"]
+def _by_name(*launchers: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    return {launcher.__name__: on_its_device(launcher) for launcher in launchers}
+
+
+# {name of a schema of `cppo.fused.schema`: its launcher}
+PRIMITIVES = _by_name(
+    *(token_stats, token_stats_backward, token_stats_backward_, perception_mask),
+    *(contrast, contrast_backward, contrast_backward_, loss_terms),
+)
+# {name of a schema of `cppo.fused.prune`: its launcher}
+PRUNE = _by_name(group_advantages, prune_completions, advantages_and_prune)
+
+__all__ = ["LONGEST_UNIT", "PRIMITIVES", "PRUNE"]

@@ -18,10 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cppo import reference
-
-# Longer units are sorted by torch: one program would count ranks for too long.
-MAX_UNIT_SIZE = 4096
+# One program would count the ranks of a longer unit for too long.
+LONGEST_UNIT = 4096
 CHUNK = 1024
 
 
@@ -132,7 +130,12 @@ def _num_warps(unit_size: int) -> int:
     return 4 if unit_size <= 1024 else 16
 
 
-def _launch_advantages(
+def group_advantages(rewards: Tensor, group_size: int, scale: str, eps: float) -> Tensor:
+    # Nothing stays: there is no second result.
+    return advantages_and_prune(rewards, group_size, group_size, 0, scale, eps, "nothing", None)[0]
+
+
+def advantages_and_prune(
     rewards: Tensor,
     group_size: int,
     unit_size: int,
@@ -167,7 +170,10 @@ def _launch_advantages(
     return advantages, kept
 
 
-def _launch_prune(scores: Tensor, unit_size: int, keep: int, prune: str) -> Tensor:
+def prune_completions(
+    advantages: Tensor, unit_size: int, keep: int, prune: str, noise: Tensor | None
+) -> Tensor:
+    scores = noise if prune == "random" and noise is not None else advantages
     units = scores.shape[0] // unit_size
     kept = scores.new_empty(units * keep, dtype=torch.int64)
     if units:
@@ -181,88 +187,3 @@ def _launch_prune(scores: Tensor, unit_size: int, keep: int, prune: str) -> Tens
             num_warps=_num_warps(unit_size),
         )
     return kept
-
-
-_advantages_op = torch.library.custom_op(
-    "cppo_triton::advantages_and_prune",
-    _launch_advantages,
-    mutates_args=(),
-    schema="(Tensor rewards, int group_size, int unit_size, int keep, str scale, float eps, "
-    "str prune, Tensor? noise) -> (Tensor, Tensor)",
-)
-_prune_op = torch.library.custom_op(
-    "cppo_triton::prune_completions",
-    _launch_prune,
-    mutates_args=(),
-    schema="(Tensor scores, int unit_size, int keep, str prune) -> Tensor",
-)
-
-
-@_advantages_op.register_fake
-def _(rewards, group_size, unit_size, keep, scale, eps, prune, noise):
-    num_kept = rewards.shape[0] // unit_size * keep
-    return (
-        rewards.new_empty(rewards.shape, dtype=torch.float32),
-        rewards.new_empty(num_kept, dtype=torch.int64),
-    )
-
-
-@_prune_op.register_fake
-def _(scores, unit_size, keep, prune):
-    return scores.new_empty(scores.shape[0] // unit_size * keep, dtype=torch.int64)
-
-
-def _unit_size(total: int, group_size: int, scope: str) -> int:
-    return total if scope == "batch" and total else group_size
-
-
-def group_advantages(
-    rewards: Tensor, group_size: int, scale: str = "group", eps: float = 1e-4
-) -> Tensor:
-    if group_size > MAX_UNIT_SIZE:
-        return reference.group_advantages(rewards, group_size, scale, eps)
-    # keep = 0: there is no second result.
-    return _advantages_op(rewards, group_size, group_size, 0, scale, eps, "nothing", None)[0]
-
-
-def prune_completions(
-    advantages: Tensor,
-    group_size: int,
-    prune_rate: float,
-    scope: str = "group",
-    prune: str = "smallest",
-    drop_zero: bool = False,
-    noise: Tensor | None = None,
-) -> Tensor:
-    unit_size = _unit_size(advantages.shape[0], group_size, scope)
-    if unit_size > MAX_UNIT_SIZE:
-        return reference.prune_completions(
-            advantages, group_size, prune_rate, scope, prune, drop_zero, noise
-        )
-    scores = noise if prune == "random" and noise is not None else advantages
-    keep = reference.kept_per_unit(unit_size, prune_rate)
-    kept = _prune_op(scores, unit_size, keep, prune)
-    return kept[advantages[kept] != 0] if drop_zero else kept
-
-
-def advantages_and_prune(
-    rewards: Tensor,
-    group_size: int,
-    prune_rate: float,
-    scale: str = "group",
-    eps: float = 1e-4,
-    scope: str = "group",
-    prune: str = "smallest",
-    drop_zero: bool = False,
-    noise: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    unit_size = _unit_size(rewards.shape[0], group_size, scope)
-    if unit_size > MAX_UNIT_SIZE:
-        advantages = group_advantages(rewards, group_size, scale, eps)
-        options = (scope, prune, drop_zero, noise)
-        return advantages, prune_completions(advantages, group_size, prune_rate, *options)
-    keep = reference.kept_per_unit(unit_size, prune_rate)
-    advantages, kept = _advantages_op(
-        rewards, group_size, unit_size, keep, scale, eps, prune, noise
-    )
-    return advantages, kept[advantages[kept] != 0] if drop_zero else kept

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cppo.fused.schema import ARGUMENTS
 from cppo.triton_kernels.contrast import rows_of_views
 from cppo.triton_kernels.launch import (
     contiguous,
@@ -182,63 +183,43 @@ def _contrast_backward_kernel(
                 store_zeros(dn_ptr, columns, TILE)
 
 
-def _launch(
-    views: tuple[Tensor, Tensor, Tensor],
-    gradients: tuple[Tensor, ...],
-    targets: Tensor,
-    positive_places: Tensor | None,
-    negative_places: Tensor | None,
-    saved: Tensor,
-    contrasts: Tensor,
-    coefficients: Tensor,
-    temperature: float,
-    detach_anchor: bool,
-    inplace: bool,
-) -> None:
-    if targets.numel() == 0:
+def _launch(given: Any, gradients: tuple[Tensor, ...], inplace: bool) -> None:
+    """given: the `ARGUMENTS`."""
+    if given.targets.numel() == 0:
         return
-    names = ("anchor", "positive", "negative", "d_anchor", "d_positive", "d_negative")
+    views = {name: getattr(given, name) for name in ("anchor", "positive", "negative")}
+    written = dict(zip(("d_anchor", "d_positive", "d_negative"), gradients, strict=True))
     launch_gradient(
         _contrast_backward_kernel,
         "contrast_backward",
-        rows_of_views(dict(zip(names, (*views, *gradients), strict=True))),
-        targets.numel(),
-        temperature,
-        targets_ptr=targets.contiguous(),
-        positive_places_ptr=contiguous(positive_places),
-        negative_places_ptr=contiguous(negative_places),
-        saved_ptr=saved,
-        contrasts_ptr=contrasts,
-        coefficients_ptr=coefficients.contiguous(),
-        DETACH_ANCHOR=detach_anchor,
+        rows_of_views(views | written),
+        given.targets.numel(),
+        given.temperature,
+        targets_ptr=given.targets.contiguous(),
+        positive_places_ptr=contiguous(given.positive_places),
+        negative_places_ptr=contiguous(given.negative_places),
+        saved_ptr=given.saved,
+        contrasts_ptr=given.contrasts,
+        coefficients_ptr=given.coefficients.contiguous(),
+        DETACH_ANCHOR=given.detach_anchor,
         INPLACE=inplace,
     )
 
 
-def contrast_backward(
-    anchor: Tensor,
-    positive: Tensor,
-    negative: Tensor,
-    targets: Tensor,
-    positive_places: Tensor | None,
-    negative_places: Tensor | None,
-    saved: Tensor,
-    contrasts: Tensor,
-    coefficients: Tensor,
-    temperature: float,
-    detach_anchor: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    views = (anchor, positive, negative)
-    places = (positive_places, negative_places)
-    gradients = tuple(map(new_gradient, views, (None, *places)))
-    rows = (targets, *places, saved, contrasts, coefficients, temperature, detach_anchor)
-    _launch(views, gradients, *rows, inplace=False)
+def contrast_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    given = ARGUMENTS["contrast_backward"](*arguments)
+    gradients = (
+        new_gradient(given.anchor),
+        new_gradient(given.positive, given.positive_places),
+        new_gradient(given.negative, given.negative_places),
+    )
+    _launch(given, gradients, inplace=False)
     return gradients
 
 
-def contrast_backward_(anchor: Tensor, positive: Tensor, negative: Tensor, *rows: Any) -> None:
-    """`rows`: what `contrast_backward` takes after the views."""
-    views = (anchor, positive, negative)
+def contrast_backward_(*arguments: Any) -> None:
+    given = ARGUMENTS["contrast_backward_"](*arguments)
     with contextlib.ExitStack() as stack:
+        views = (given.anchor, given.positive, given.negative)
         gradients = tuple(stack.enter_context(written_over(view)) for view in views)
-        _launch(views, gradients, *rows, inplace=True)
+        _launch(given, gradients, inplace=True)

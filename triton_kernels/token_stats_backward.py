@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cppo.fused.schema import ARGUMENTS
 from cppo.triton_kernels.launch import (
     as_rows,
     bytes_of,
@@ -140,55 +141,34 @@ def _token_stats_backward_kernel(
             store_zeros(gradient_row, columns, TILE)
 
 
-def _launch(
-    gradient: Tensor,
-    grad_logps: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    places: Tensor | None,
-    saved: Tensor,
-    temperature: float,
-    inplace: bool,
-) -> None:
-    if targets.numel() == 0 or logits.shape[0] == 0:
+def _launch(given: Any, gradient: Tensor, inplace: bool) -> None:
+    """given: the `ARGUMENTS`."""
+    if given.targets.numel() == 0 or given.logits.shape[0] == 0:
         return
     launch_gradient(
         _token_stats_backward_kernel,
         "token_stats_backward",
-        {"logits": as_rows(logits), "gradient": as_rows(gradient)},
-        targets.numel(),
-        temperature,
-        targets_ptr=targets.contiguous(),
-        mask_ptr=bytes_of(mask),
-        places_ptr=contiguous(places),
-        grad_logps_ptr=contiguous(grad_logps),
-        grad_entropy_ptr=contiguous(grad_entropy),
-        saved_ptr=saved,
+        {"logits": as_rows(given.logits), "gradient": as_rows(gradient)},
+        given.targets.numel(),
+        given.temperature,
+        targets_ptr=given.targets.contiguous(),
+        mask_ptr=bytes_of(given.mask),
+        places_ptr=contiguous(given.places),
+        grad_logps_ptr=contiguous(given.grad_logps),
+        grad_entropy_ptr=contiguous(given.grad_entropy),
+        saved_ptr=given.saved,
         INPLACE=inplace,
     )
 
 
-def token_stats_backward(
-    grad_logps: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    places: Tensor | None,
-    saved: Tensor,
-    temperature: float,
-) -> Tensor:
-    gradient = new_gradient(logits, places)
-    rows = (targets, mask, places, saved, temperature)
-    _launch(gradient, grad_logps, grad_entropy, logits, *rows, inplace=False)
+def token_stats_backward(*arguments: Any) -> Tensor:
+    given = ARGUMENTS["token_stats_backward"](*arguments)
+    gradient = new_gradient(given.logits, given.places)
+    _launch(given, gradient, inplace=False)
     return gradient
 
 
-def token_stats_backward_(
-    grad_logps: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rows: Any
-) -> None:
-    """`rows`: what `token_stats_backward` takes after the logits."""
-    with written_over(logits) as gradient:
-        _launch(gradient, grad_logps, grad_entropy, logits, *rows, inplace=True)
+def token_stats_backward_(*arguments: Any) -> None:
+    given = ARGUMENTS["token_stats_backward_"](*arguments)
+    with written_over(given.logits) as gradient:
+        _launch(given, gradient, inplace=True)

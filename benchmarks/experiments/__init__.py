@@ -5,6 +5,7 @@
     shared_prompts.py    what it saves to run a question's prompt once
     trl_update.py        how much of TRL's own update phase pruning saves
     demo_runs.py         the demo over seeds and settings
+    host_time.py         what a call of the losses costs where computing costs nothing
     reliability.py       what checkpoints with checksums and the journal of a step cost
     triton_registers.py  registers and spills of every Triton kernel, compiled without a GPU
 

@@ -190,8 +190,8 @@ def _full_loss(dtype: torch.dtype, vocabulary: int = VOCABULARY) -> None:
 def _advantages(dtype: torch.dtype) -> None:
     rewards = torch.zeros(4096, dtype=dtype)
     ops.advantages_and_prune(rewards, 16, 0.5)
-    options = {"scale": "batch", "scope": "batch", "prune": "random", "noise": rewards.float()}
-    ops.advantages_and_prune(rewards, 16, 0.5, **options)
+    random: dict[str, Any] = {"scope": "batch", "prune": "random", "noise": rewards.float()}
+    ops.advantages_and_prune(rewards, 16, 0.5, "batch", **random)
     ops.prune_completions(rewards, 16, 0.5, prune="largest")
 
 

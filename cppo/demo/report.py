@@ -12,7 +12,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
@@ -28,34 +28,42 @@ _TIME_PARTS = (
 )
 _TOKEN_LISTS = ("tokens", "entropy_shift", "selected")
 _IMAGE_HEIGHT = 96  # CSS pixels of a small image; larger ones keep their size
-_CURVES: tuple[tuple[str, str, dict[str, str], float | None], ...] = (
-    # heading, what it shows, {key of the history: label}, upper end of the axis (None: the data)
-    (
+
+
+class _Curves(NamedTuple):
+    """A chart: its heading, what it shows, {key of the history: label}, upper end of the axis."""
+
+    heading: str
+    note: str
+    labels: dict[str, str]
+    top: float | None = None
+
+
+_CHARTS = (
+    _Curves(
         "Held-out accuracy",
         "share of right answers on questions that training never saw",
         {"sampled": "sampled", "greedy": "greedy"},
-        1.0,
+        top=1.0,
     ),
-    (
+    _Curves(
         "Training reward",
         "of the sampled completions; the deviation is within a question",
         {"reward/mean": "mean", "reward/std": "standard deviation"},
-        None,
     ),
-    (
+    _Curves(
         "Trained on",
         "share of the sampled completions, and of their tokens, that pruning keeps",
         {"kept_share": "completions", "kept_token_share": "tokens"},
-        1.0,
+        top=1.0,
     ),
-    (
+    _Curves(
         "Contrastive perception",
         "the loss, and the share of tokens with a positive advantage that it acts on",
         {"cpl_loss": "loss", "perception_share": "share of tokens"},
-        None,
     ),
-    ("Entropy", "of the policy, mean over response tokens, nats", {"entropy": "entropy"}, None),
-    ("Completion length", "mean", {"completion/tokens": "tokens"}, None),
+    _Curves("Entropy", "of the policy, mean over response tokens, nats", {"entropy": "entropy"}),
+    _Curves("Completion length", "mean", {"completion/tokens": "tokens"}),
 )
 
 
@@ -155,8 +163,8 @@ def _change(name: str, before: float, after: float) -> dict[str, Any]:
 
 def _curves(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Markup]]:
     figures = []
-    for heading, note, keys, top in _CURVES:
-        series = [Series(label, _points(history, key)) for key, label in keys.items()]
+    for heading, note, labels, top in _CHARTS:
+        series = [Series(label, _points(history, key)) for key, label in labels.items()]
         series = [s for s in series if s.points]
         if series:
             figures.append((heading, note, Markup(line_chart(series, top=top))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,31 +53,31 @@ def _digits_checkpoint(seed: int) -> tuple[Any, Any]:
     return load_model(folder), load_processor(folder)
 
 
-TASKS = {
-    "digits": Task(
-        title="Sums of handwritten digits",
-        rows=DigitSums,
-        reward=digit_sum_accuracy,
-        max_completion_tokens=32,
-        has_images=True,
-        build=lambda seed: build_tiny_vlm("qwen2_5_vl", seed),
-        phases=(
-            Phase(80, {"num_digits": (1, 1)}),
-            Phase(60, {"num_digits": (1, 2)}),
-            Phase(150, {"num_digits": (2, 3)}),
-            Phase(90, {"num_digits": (2, 3)}, direct_fraction=0.6),
-        ),
+_DIGITS = Task(
+    title="Sums of handwritten digits",
+    rows=DigitSums,
+    reward=digit_sum_accuracy,
+    max_completion_tokens=32,
+    has_images=True,
+    build=lambda seed: build_tiny_vlm("qwen2_5_vl", seed),
+    phases=(
+        Phase(80, {"num_digits": (1, 1)}),
+        Phase(60, {"num_digits": (1, 2)}),
+        Phase(150, {"num_digits": (2, 3)}),
+        Phase(90, {"num_digits": (2, 3)}, direct_fraction=0.6),
     ),
+)
+
+TASKS = {
+    "digits": _DIGITS,
     # In the warm-up the hint is always right and the images are hard to read (`DigitSums` has
     # noise 0.08), so that the model learns to copy the hint. It starts from a model that can read
     # digits. Seed 0 ends right in 82 % of held-out questions with a right hint and in 13 % with a
     # wrong one (sampled, 200 each).
-    "shortcut": Task(
+    "shortcut": replace(
+        _DIGITS,
         title="Sums of handwritten digits, with a hint that misleads half of the time",
         rows=HintedSums,
-        reward=digit_sum_accuracy,
-        max_completion_tokens=32,
-        has_images=True,
         build=_digits_checkpoint,
         phases=(Phase(90, {"num_digits": (2, 3), "hint_right": 1.0, "noise": 0.6}),),
         peak_lr=1e-3,

@@ -143,32 +143,11 @@ def build_tiny_vlm(
     head_dim = text["hidden_size"] // text["num_attention_heads"]
     section = [head_dim // 2 - 2 * (head_dim // 2 * 3 // 8), *[head_dim // 2 * 3 // 8] * 2]
     text["rope_parameters"] = dict(rope_type="default", rope_theta=1e4, mrope_section=section)
-    sizes = _VISION_SIZES[size]
-    vision: dict[str, Any] = dict(
-        depth=sizes["depth"],
-        num_heads=sizes["num_heads"],
-        patch_size=_PATCH,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        initializer_range=_INITIALIZER_RANGE,
-    )
-    if family == "qwen2_vl":
-        # Qwen2-VL calls the tower's width embed_dim and the language model's hidden_size.
-        vision |= dict(embed_dim=sizes["hidden_size"], hidden_size=text["hidden_size"], mlp_ratio=3)
-    else:
-        vision |= dict(
-            hidden_size=sizes["hidden_size"],
-            intermediate_size=sizes["intermediate_size"],
-            out_hidden_size=text["hidden_size"],
-        )
-    if family == "qwen2_5_vl":
-        vision |= dict(window_size=64, fullatt_block_indexes=list(range(sizes["depth"])))
     if family == "qwen3_vl":
         text["head_dim"] = head_dim
-        vision |= dict(num_position_embeddings=64, deepstack_visual_indexes=[0])
     config = config_class(
         text_config=text,
-        vision_config=vision,
+        vision_config=_vision_config(family, size, text["hidden_size"]),
         image_token_id=vocab["<|image_pad|>"],
         video_token_id=vocab["<|video_pad|>"],
         vision_start_token_id=vocab["<|vision_start|>"],
@@ -188,6 +167,30 @@ def build_tiny_vlm(
         image_processor=images, tokenizer=tokenizer, chat_template=tokenizer.chat_template
     )
     return _seeded(model_class, config, seed), processor
+
+
+def _vision_config(family: str, size: str, text_width: int) -> dict[str, Any]:
+    """Options of a family's vision tower, under the family's names."""
+    sizes = _VISION_SIZES[size]
+    config: dict[str, Any] = dict(
+        depth=sizes["depth"],
+        num_heads=sizes["num_heads"],
+        patch_size=_PATCH,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        initializer_range=_INITIALIZER_RANGE,
+    )
+    if family == "qwen2_vl":
+        # Qwen2-VL calls the tower's width embed_dim and the language model's hidden_size.
+        return config | dict(embed_dim=sizes["hidden_size"], hidden_size=text_width, mlp_ratio=3)
+    config |= dict(
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        out_hidden_size=text_width,
+    )
+    if family == "qwen2_5_vl":
+        return config | dict(window_size=64, fullatt_block_indexes=list(range(sizes["depth"])))
+    return config | dict(num_position_embeddings=64, deepstack_visual_indexes=[0])
 
 
 def build_tiny_text_model(

@@ -156,15 +156,22 @@ def _linear_token_stats(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
     def setup(ctx, given, output):
-        ctx.options = (given.temperature, given.softcap)
-        tensors = (given.hidden, given.weight, given.bias, given.targets, given.mask)
-        ctx.save_for_backward(*tensors)
+        ctx.options = (given.temperature, given.softcap, given.logits_dtype)
+        kept = output[2:]
+        ctx.mark_non_differentiable(*kept)
+        head = (given.weight, given.bias, given.suppressed)
+        kept = kept if given.keeps else (None, None)
+        ctx.save_for_backward(given.hidden, *head, given.targets, given.mask, *kept)
 
-    def backward(ctx, grad_logps, grad_entropy):
+    def backward(ctx, grad_logps, grad_entropy, *_):
         wants = list(ctx.needs_input_grad[:3])
+        *inputs, logits, saved = ctx.saved_tensors
+        if not _is_last():
+            logits = saved = None  # gradients are written into them: these are made again
         gradients = ops.linear_token_stats_backward(
-            grad_logps, grad_entropy, *ctx.saved_tensors, *ctx.options, wants
+            grad_logps, grad_entropy, *inputs, logits, saved, *ctx.options, wants
         )
+        _written(logits)
         return _wanted(gradients, wants)
 
     _differentiable(namespace, "linear_token_stats", setup, backward)
@@ -174,12 +181,13 @@ def _linear_cppo_loss(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
     def setup(ctx, given, output):
-        ctx.options = (given.temperature, given.config, given.softcap)
+        logits = (given.softcap, given.logits_dtype)
+        ctx.options = (given.temperature, given.config, *logits)
         ctx.wants = given.wants
         ctx.mark_non_differentiable(*output[1:])
         ctx.resident, ctx.dtype = given.resident, given.anchor.dtype
         inputs = (given.anchor, given.positive, given.negative, given.weight, given.bias)
-        rows = (given.targets, given.advantages, given.cu_seqlens)
+        rows = (given.suppressed, given.targets, given.advantages, given.cu_seqlens)
         kept = RESULTS["linear_cppo_loss"](*output)
         gradients = kept[-len(inputs) :]
         ctx.save_for_backward(*gradients if ctx.resident else (*inputs, *rows, kept.coefficients))
@@ -195,9 +203,14 @@ def _linear_cppo_loss(namespace: str) -> None:
     _differentiable(namespace, "linear_cppo_loss", setup, backward)
 
 
+def _is_last() -> bool:
+    """Whether the graph dies with this backward: nobody can ask for the gradients again."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def _scaled(gradients: Iterable[Tensor], by: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Gradients of a unit upstream gradient, for this one."""
-    last = not torch._C._autograd._get_current_graph_task_keep_graph()
+    last = _is_last()
 
     def scaled(gradient: Tensor) -> Tensor:
         # A copy of the weight's gradient would be the largest tensor of all: none is made in fp32,

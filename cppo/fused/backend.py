@@ -15,6 +15,7 @@ from cppo.fused import autograd, linear, loss
 from cppo.fused.checks import checked
 from cppo.fused.denominators import Denominators, denominators
 from cppo.fused.fakes import fake
+from cppo.fused.head import keeps_logits
 from cppo.fused.schema import ARGUMENTS, COMPOSED, PRIMITIVES, RESULTS, TERMS
 from cppo.ops.checks import under_transform
 from cppo.records import LossOutput, NumItems, TokenStats, Views
@@ -103,10 +104,14 @@ class Backend:
         temperature: float = 1.0,
         mask: Tensor | None = None,
         softcap: float | None = None,
+        suppressed: Tensor | None = None,
+        logits_dtype: str = "fp32",
     ) -> TokenStats:
-        return TokenStats(
-            *self._ops.linear_token_stats(hidden, weight, bias, targets, mask, temperature, softcap)
-        )
+        head, options = (weight, bias, suppressed), (temperature, softcap, logits_dtype)
+        keeps = mask is None and _is_eager(hidden, weight, bias)
+        keeps &= keeps_logits(targets.numel(), weight, bias, softcap, logits_dtype)
+        found = self._ops.linear_token_stats(hidden, *head, targets, mask, *options, keeps)
+        return TokenStats(*found[:2])
 
     def perception_mask(
         self,
@@ -155,6 +160,8 @@ class Backend:
         config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        suppressed: Tensor | None = None,
+        logits_dtype: str = "fp32",
     ) -> LossOutput:
         inputs = (*views, weight, bias)
         # The tensors of torch.func do not say what those in them require: the backward knows.
@@ -168,15 +175,28 @@ class Backend:
         # Three views at once are too many for tiles that stay, and a loss of which the denominator
         # is counted on the way is known when the last tile is gone.
         waits = by.per_selected and views.positive is not None
+        # Gradients for a unit upstream gradient vanish in fp16: there they are made when the scale
+        # of a GradScaler is known.
+        waits |= weight.dtype == torch.float16
         resident = known and any(wants) and config.divergence != "full" and not waits
-        rows = (targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
-        options = (by.values, by.per_selected, temperature, config.text, softcap, wants, resident)
-        found = RESULTS["linear_cppo_loss"](*self._ops.linear_cppo_loss(*inputs, *rows, *options))
+        rows = (suppressed, targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
+        options = (by.values, by.per_selected, temperature, config.text, softcap, logits_dtype)
+        op = self._ops.linear_cppo_loss
+        found = RESULTS["linear_cppo_loss"](*op(*inputs, *rows, *options, wants, resident))
         metrics = _metrics(found, views, ref_logps, by)
         # Divided by the rows that count they are GEMM units, and the share that was resident.
         work = found.work.to(found.metrics.dtype)
         metrics["head_gemm_rows"], metrics["head_resident_rows"] = work.unbind()
         return LossOutput(found.loss, found.logps, found.entropy, found.selected, metrics)
+
+
+def _is_eager(*inputs: Tensor | None) -> bool:
+    """Whether autograd will ask for gradients of a call that nothing traces or transforms."""
+    given = [value for value in inputs if value is not None]
+    traced = torch.compiler.is_compiling() or under_transform()
+    plain = all(type(value) in (Tensor, torch.nn.Parameter) for value in given)
+    wanted = torch.is_grad_enabled() and any(value.requires_grad for value in given)
+    return wanted and plain and not traced
 
 
 def _metrics(
@@ -191,7 +211,7 @@ def _metrics(
     if views.positive is None:
         del metrics["cpl_loss"]
     if views.negative is not None:
-        share = found.num_selected / found.num_gated.clamp(min=1)
+        share = found.num_selected / found.num_gated.clamp_min(1)
         metrics["perception_share"] = share.to(dtype)
         metrics["num_selected"] = found.num_selected
     return metrics

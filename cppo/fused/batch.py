@@ -87,7 +87,7 @@ def is_compact(views: Views) -> bool:
 
 def flat(values: Tensor | None) -> Tensor | None:
     """(T,) of (B, L) or (T,)."""
-    return None if values is None else values.reshape(-1)
+    return values if values is None or values.ndim == 1 else values.reshape(-1)
 
 
 def make_batch(

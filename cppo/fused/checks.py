@@ -20,8 +20,15 @@ import torch
 from torch import Tensor
 
 from cppo.fused.fakes import accumulator
+from cppo.fused.head import dtype_of_logits
 from cppo.fused.schema import COEFFICIENTS, CONTRASTS, SAVED, from_text
-from cppo.ops.checks import check_cu_seqlens, may_read
+from cppo.ops.checks import (
+    LOGITS_DTYPES,
+    check_choice,
+    check_cu_seqlens,
+    check_suppressed,
+    may_read,
+)
 
 # The tensor whose rows the others belong to: with columns of its own, or one entry per row.
 _LEADING = ("logits", "anchor", "hidden", "anchor_entropy", "logps")
@@ -144,7 +151,7 @@ def _check(op: str, given: dict[str, Any]) -> None:
     if has_columns:
         _check_logits(op, name, rows)
     if "weight" in given:
-        _check_head(op, rows, given["weight"], given["bias"])
+        _check_head(op, rows, given["weight"], given["bias"], given["suppressed"])
     count = rows.shape[:-1].numel() if has_columns else rows.numel()
     if given.get("places") is not None:
         count = given["targets"].numel()
@@ -157,8 +164,11 @@ def _check(op: str, given: dict[str, Any]) -> None:
     for kept, size in _KEPT.items():
         if kept in given:
             _check_kept(op, rows, (size, count), kept, given[kept])
+    if given.get("kept_logits") is not None:
+        _check_kept_logits(op, rows, given)
     if not 0 <= given.get("fraction", 0) <= 1:
         raise ValueError(f"cppo.{op}: fraction must be in [0, 1], got {given['fraction']}")
+    check_choice(op, "logits_dtype", given.get("logits_dtype", "fp32"), LOGITS_DTYPES)
     config = from_text(given["config"]) if "config" in given else None
     views: dict[str, Tensor | None] = {
         view: given[view] for view in ("positive", "negative") if view in given
@@ -177,6 +187,17 @@ def _check(op: str, given: dict[str, Any]) -> None:
     _check_given_places(op, rows, given)
 
 
+def _check_kept_logits(op: str, hidden: Tensor, given: dict[str, Any]) -> None:
+    weight, logits, saved = given["weight"], given["kept_logits"], given["kept_saved"]
+    dtype = dtype_of_logits(weight, given["bias"], given["softcap"], given["logits_dtype"])
+    shape = (given["targets"].numel(), len(weight))
+    fits = tuple(logits.shape) == shape and logits.dtype == dtype and logits.device == hidden.device
+    _require(fits, op, "kept_logits", f"{shape} {dtype} on {hidden.device}", logits)
+    if saved is None:
+        raise ValueError(f"cppo.{op}: kept_saved must be given with kept_logits, got None")
+    _check_kept(op, hidden, (len(SAVED), shape[0]), "kept_saved", saved)
+
+
 def _check_given_places(op: str, rows: Tensor, given: dict[str, Any]) -> None:
     _check_places(op, "places", given.get("places"), rows, given)
     for view in ("positive", "negative"):
@@ -187,7 +208,9 @@ def _check_given_places(op: str, rows: Tensor, given: dict[str, Any]) -> None:
             _require(len(given[view]) == len(rows), op, view, f"of {len(rows)} rows", given[view])
 
 
-def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_head(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, suppressed: Tensor | None
+) -> None:
     fits = weight.ndim == 2 and weight.shape[0] > 0 and weight.shape[1] == hidden.shape[-1]
     fits = fits and weight.dtype == hidden.dtype and weight.device == hidden.device
     _require(fits, op, "weight", f"(V, {hidden.shape[-1]}) like hidden", weight)
@@ -195,6 +218,10 @@ def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
         fits = bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
         _require(fits, op, "bias", f"({len(weight)},) like weight", bias)
         _check_each(op, weight, len(weight), bias=bias)
+    if suppressed is not None:
+        fits = suppressed.dtype == torch.int64 and suppressed.device == weight.device
+        _require(fits, op, "suppressed", f"int64 on {weight.device}", suppressed)
+        check_suppressed(op, suppressed, len(weight))
 
 
 def checked(name: str, schema: str, launch: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cppo.fused.head import dtype_of_logits
 from cppo.fused.schema import COEFFICIENTS, CONTRASTS, SAVED, TERMS, from_text
 
 
@@ -78,8 +79,13 @@ def cppo_loss_backward(grad_loss, anchor, positive, negative, *rest):
     return contrast_backward(anchor, positive, negative)
 
 
-def linear_token_stats(hidden, weight, bias, targets, *rest):
-    return _new(hidden, *targets.shape), _new(hidden, *targets.shape)
+def linear_token_stats(hidden, weight, bias, suppressed, targets, *rest):
+    *_, softcap, logits_dtype, keeps = rest
+    rows = targets.numel() if keeps else 0
+    dtype = dtype_of_logits(weight, bias, softcap, logits_dtype)
+    logits = weight.new_empty((rows, len(weight)), dtype=dtype)
+    shape = targets.shape
+    return _new(hidden, *shape), _new(hidden, *shape), logits, _new(hidden, len(SAVED), rows)
 
 
 def _gradients(inputs: tuple[Any, ...], wants: list[bool], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -94,7 +100,7 @@ def linear_token_stats_backward(grad_logps, grad_entropy, hidden, weight, bias, 
     return _gradients((hidden, weight, bias), rest[-1], hidden.dtype)
 
 
-def linear_cppo_loss(anchor, positive, negative, weight, bias, targets, *rest):
+def linear_cppo_loss(anchor, positive, negative, weight, bias, suppressed, targets, *rest):
     *_, wants, resident = rest
     wants = wants if resident else [False] * len(wants)
     coefficients = _new(anchor, len(COEFFICIENTS), targets.numel())

@@ -1,14 +1,10 @@
 """Tiles of logits from hidden states, and the sums of their gradients.
 
 A tile holds rows of one view or of several, (n, V), and lives as long as its statistics and its
-gradient take. Three numberings of rows meet here:
-
-    rows of the batch       (T,)   targets, masks, coefficients, and hidden states of a whole view
-    rows of a view          where `Batch.places` has them; a compact view holds gated rows alone
-    rows of a tile          (n,)   `Rows.at` says which row of its part of the batch each one is
+gradient take (`cppo.fused.hidden` says which rows they are).
 
 What needs no computing is not computed: masked rows, views of completions that are not gated, the
-positive away from the perception tokens, the backward of rows whose coefficients are zero. In GEMM
+positive away from the perception tokens, the backward of rows that no gradient reaches. In GEMM
 units (one view's logits), with f the share of tokens in gated completions and r the selected share
 of those, three views in full take 12. Here a loss with its gradients takes
 
@@ -23,42 +19,16 @@ Resident needs to know beforehand what the loss is divided by.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cppo.fused.batch import ANCHOR, NEGATIVE, POSITIVE, Batch
-from cppo.fused.head import Head, even
+from cppo.fused.head import even
+from cppo.fused.hidden import Hidden, Rows, Tile
 from cppo.fused.loss import OF_ENTROPY, OF_LOGP, Statistics
 from cppo.fused.schema import CONTRASTS
-
-WEIGHT, BIAS = 3, 4  # of `wants`, after the views
-
-
-class Rows(NamedTuple):
-    """Some rows of a view: their places in a part of the batch, (n,)."""
-
-    view: int
-    at: Tensor
-
-
-@dataclass
-class Tile:
-    """Logits of rows that are multiplied together.
-
-    Args:
-        rows: whose rows, in order.
-        hidden, logits: (n, D) and (n, V); the logits become their gradient.
-        saved: (3, n), what `token_stats` saved of these very logits: another GEMM rounds them in
-            another way, and what should cancel in the gradient would not.
-    """
-
-    rows: list[Rows]
-    hidden: Tensor
-    logits: Tensor
-    saved: Tensor | None = None
 
 
 def index_of(mask: Tensor, size: int) -> Tensor:
@@ -66,113 +36,15 @@ def index_of(mask: Tensor, size: int) -> Tensor:
     return torch.nonzero_static(mask, size=size)[:, 0]
 
 
+def is_whole(count: int, size: int) -> bool:
+    """Whether a tile of `size` rows is multiplied as it is, of which `count` are needed: some
+    products with zeros take less than a copy."""
+    return count > 0.9 * size
+
+
 def _on_host(values: Tensor) -> Any:
     """The numbers of a tensor: a wait for the device."""
     return values.tolist()
-
-
-class Hidden:
-    """The hidden states of the views, and the sums of their gradients and the head's.
-
-    Args:
-        head: the LM head.
-        views: (rows, D) each, or None.
-        places: of each view, as `Batch.places`.
-        wants: which gradients are wanted: of anchor, positive, negative, weight, bias.
-    """
-
-    def __init__(
-        self,
-        head: Head,
-        views: list[Tensor | None],
-        places: list[Tensor | None],
-        wants: list[bool],
-    ) -> None:
-        self.head, self.wants = head, wants
-        self._views, self._places = views, places
-        self._gradients: list[Tensor | None] = [None, None, None]
-        self.rows_multiplied: int | Tensor = 0
-        # Gradients of few rows, which are multiplied together: a product costs a pass over the
-        # gradient of the weight, however few rows it has.
-        self._waiting: list[tuple[Tile, int]] = []
-
-    def has(self, view: int) -> bool:
-        return self._views[view] is not None
-
-    def wants_logits(self, view: int) -> bool:
-        """Whether logits of this view need a gradient."""
-        return self.wants[view] or self.wants[WEIGHT] or self.wants[BIAS]
-
-    def _view(self, view: int) -> Tensor:
-        hidden = self._views[view]
-        assert hidden is not None, view
-        return hidden
-
-    def _at(self, rows: Rows, first: int) -> Tensor:
-        """Where the rows lie in their view."""
-        places, index = self._places[rows.view], rows.at + first if first else rows.at
-        return index if places is None else places[index]
-
-    def tile(self, rows: list[Rows], first: int) -> Tile:
-        """The logits of rows of the part of the batch that begins at row `first`."""
-        states = [self._view(some.view)[self._at(some, first)] for some in rows]
-        hidden = torch.cat(states) if len(states) > 1 else states[0]
-        self.rows_multiplied += len(hidden)
-        return Tile(rows, hidden, self.head.logits(hidden))
-
-    def add(self, tile: Tile, first: int) -> None:
-        """Adds the gradients that these gradients of logits give, now or with later ones."""
-        for view, index in tile.rows:
-            self.rows_multiplied += len(index) * (self.wants[view] + self.wants[WEIGHT])
-        room = self.head.rows_per_tile // 4
-        if len(tile.logits) > room:
-            self._multiply([(tile, first)])
-            return
-        if sum(len(other.logits) for other, _ in self._waiting) + len(tile.logits) > room:
-            self._flush()
-        self._waiting.append((tile, first))
-
-    def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        if waiting:
-            self._multiply(waiting)
-
-    def _multiply(self, tiles: list[tuple[Tile, int]]) -> None:
-        rows = [(some, first) for tile, first in tiles for some in tile.rows]
-        gradients = self.head.backward(
-            self.head.stacked([tile.logits for tile, _ in tiles]),
-            torch.cat([tile.hidden for tile, _ in tiles]),
-            any(self.wants[some.view] for some, _ in rows),
-        )
-        if gradients is None:
-            return
-        sizes = [len(some.at) for some, _ in rows]
-        for (some, first), gradient in zip(rows, gradients.split(sizes), strict=True):
-            if self.wants[some.view]:
-                self._gradient_of(some.view)[self._at(some, first)] = gradient
-
-    def _gradient_of(self, view: int) -> Tensor:
-        gradient = self._gradients[view]
-        if gradient is None:
-            gradient = torch.zeros_like(self._view(view), dtype=self.head.accumulator)
-            self._gradients[view] = gradient
-        return gradient
-
-    def gradients(
-        self, inputs: tuple[Tensor | None, ...], wants: list[bool], dtype: torch.dtype
-    ) -> list[Tensor]:
-        """Those of the views, weight and bias, shaped like `inputs`; empty where none is wanted."""
-        self._flush()
-        sums = [*self._gradients, self.head.grad_weight, self.head.grad_bias]
-        found = []
-        for total, like, want in zip(sums, inputs, wants, strict=True):
-            if like is None or not want:
-                found.append(self.head.weight.new_empty(0, dtype=dtype))
-            elif total is None:
-                found.append(torch.zeros(like.shape, dtype=dtype, device=like.device))
-            else:
-                found.append(total.view(like.shape).to(dtype))
-        return found
 
 
 class HeadTiles:
@@ -202,6 +74,7 @@ class HeadTiles:
         self._sizes = {ANCHOR: sizes[0], NEGATIVE: sizes[1]}
         self._temperature, self._keeps = temperature, keeps
         self._kept: dict[int, Tile] = {}
+        self._read: dict[int, Tensor] = {}  # the rows that `statistics` read of each view
 
     def has(self, view: int) -> bool:
         return self.hidden.has(view)
@@ -223,6 +96,7 @@ class HeadTiles:
     def statistics(self, view: int, where: Tensor | None) -> Statistics:
         """As of `cppo.fused.loss.Tiles`; what the backward needs stays with the tile."""
         index, rows = self._index(view, where), len(self.batch.targets)
+        self._read[view] = index
         dtype = self.hidden.head.accumulator
         logps, entropy = (self.batch.targets.new_zeros(rows, dtype=dtype) for _ in range(2))
         for some in self._pieces(index):
@@ -259,14 +133,23 @@ class HeadTiles:
             del tile  # before the next is there
         return found
 
-    def backward(
-        self, coefficients: Tensor, full: bool = False, detach_anchor: bool = False
-    ) -> None:
-        """Adds the gradients of the rows whose coefficients (4, T) are not zero.
+    def rows_that_may(self, earning: Tensor | None, size: int) -> list[Tensor]:
+        """The rows of each view that a gradient may reach, after `statistics`; without a wait.
 
         Args:
-            full: the third coefficient is the derivative with respect to the margin.
-            detach_anchor: the margin's gradient stops at the anchor.
+            earning: (T,) bool, rows of completions whose anchor may have a gradient, and how many
+                they are; None: all that were read.
+        """
+        own = self._read[ANCHOR] if earning is None else index_of(earning, size)
+        selected = self._read.get(POSITIVE, own[:0])
+        return [own, selected, selected]
+
+    def rows_that_do(
+        self, coefficients: Tensor, full: bool = False, detach_anchor: bool = False
+    ) -> list[Tensor]:
+        """The rows of each view whose coefficients (4, T) are not zero: a wait for the device.
+
+        Args: as of `backward`.
         """
         own = (coefficients[OF_LOGP[ANCHOR]] != 0) | (coefficients[OF_ENTROPY[ANCHOR]] != 0)
         of_positive = coefficients[OF_LOGP[POSITIVE]] != 0
@@ -274,18 +157,35 @@ class HeadTiles:
             own &= ~of_positive
         masks = [own, of_positive, coefficients[OF_LOGP[NEGATIVE]] != 0]
         sizes = _on_host(torch.stack([mask.sum() for mask in masks]))
-        index = [index_of(mask, size) for mask, size in zip(masks, sizes, strict=True)]
+        return [index_of(mask, size) for mask, size in zip(masks, sizes, strict=True)]
+
+    def backward(
+        self,
+        coefficients: Tensor,
+        index: list[Tensor],
+        full: bool = False,
+        detach_anchor: bool = False,
+    ) -> None:
+        """Adds the gradients of rows.
+
+        Args:
+            coefficients: (4, T); a row whose coefficients are zero gets a gradient of zero.
+            index: the rows of each view; no other one has a coefficient that is not zero.
+            full: the third coefficient is the derivative with respect to the margin.
+            detach_anchor: the margin's gradient stops at the anchor.
+        """
         rest = []
         for view in (ANCHOR,) if full else (ANCHOR, NEGATIVE, POSITIVE):
             rows = Rows(view, index[view])
             if not len(rows.at) or not self.hidden.wants_logits(view):
                 continue
-            tile = self._kept_rows(rows)
-            if tile is None:
+            if rows.view not in self._kept:
                 rest.append(rows)
-            else:
+                continue
+            # The logits of a view go before those of the next get a gradient.
+            for tile in self._kept_rows(rows):
                 self._gradient(tile, coefficients)
-            del tile  # the logits of a view go before those of the next get a gradient
+                del tile
         for some in _filled(rest, self.hidden.head.rows_per_tile):
             tile = self.hidden.tile(some, self._first)
             self._token_stats(tile)
@@ -294,18 +194,32 @@ class HeadTiles:
         if full:
             self._gradient_of_three(index[POSITIVE], coefficients, detach_anchor)
 
-    def _kept_rows(self, rows: Rows) -> Tile | None:
-        """The rows of a tile that is still there; None: it is not."""
-        tile = self._kept.pop(rows.view, None)
-        if tile is None or len(rows.at) == len(tile.logits):
-            return tile
+    def kept(self, view: int) -> tuple[Tensor, Tensor]:
+        """The logits of a view that `statistics` left for the backward, and what it saved."""
+        tile = self._kept[view]
+        assert tile.saved is not None
+        return tile.logits, tile.saved
+
+    def keep(self, view: int, logits: Tensor, saved: Tensor) -> None:
+        """Brings those of all rows of a view, as another call had them."""
+        rows = Rows(view, self._index(view, None))
+        self._kept[view] = Tile([rows], self.hidden.states(rows, self._first), logits, saved)
+
+    def _kept_rows(self, rows: Rows) -> Iterator[Tile]:
+        """The rows of a tile that is still there: all of them, or copies of these."""
+        tile = self._kept.pop(rows.view)
+        if is_whole(len(rows.at), len(tile.logits)):
+            yield tile
+            return
         (kept,) = tile.rows
         place = torch.empty_like(self.batch.targets, dtype=torch.int64)
         place[kept.at] = torch.arange(len(kept.at), device=place.device)
-        at = place[rows.at]
         assert tile.saved is not None
-        logits = self.hidden.head.rows_of(tile.logits, at)
-        return Tile([rows], tile.hidden[at], logits, tile.saved[:, at])
+        for some in self.hidden.head.split(rows.at):
+            at = place[some]
+            logits = self.hidden.head.rows_of(tile.logits, at)
+            yield Tile([Rows(rows.view, some)], tile.hidden[at], logits, tile.saved[:, at])
+            del logits
 
     def _gradient(self, tile: Tile, coefficients: Tensor) -> None:
         """Adds the gradients of a tile, whose logits become theirs."""

@@ -6,22 +6,28 @@ a tile at a time, and here the batch is cut into parts whose logits fit one.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cppo.config import LossConfig
 from cppo.fused.batch import ANCHOR, Batch, flat, is_compact
 from cppo.fused.head import Head
-from cppo.fused.head_tiles import HeadTiles, Hidden
+from cppo.fused.head_tiles import HeadTiles, is_whole
+from cppo.fused.hidden import Hidden
 from cppo.fused.loss import OF_ENTROPY, OF_LOGP, Terms, batch_of, outputs, terms
-from cppo.fused.schema import COEFFICIENTS, from_text
+from cppo.fused.schema import COEFFICIENTS, SAVED, from_text
 from cppo.records import Views
 
 
-def _hidden(head: Head, views: Views, batch: Batch, wants: list[bool]) -> Hidden:
+def _hidden(given: Any, views: Views, batch: Batch, wants: list[bool]) -> Hidden:
+    logits = (given.softcap, given.logits_dtype)
+    head = Head(given.weight, given.bias, given.suppressed, *logits, *wants[3:])
     rows = [None if view is None else view.reshape(-1, view.shape[-1]) for view in views]
     return Hidden(head, rows, batch.places(views), wants)
 
@@ -34,39 +40,82 @@ def _sums_before(counts: Tensor | None, bounds: Tensor) -> Tensor:
     return torch.cat([sums.new_zeros(1), sums])[bounds]
 
 
-def _parts(batch: Batch, room: int | None) -> Iterator[tuple[Batch, int, tuple[int, int], bool]]:
-    """The batch in ranges of completions whose logits fit `room` rows; None: in one.
+class Part(NamedTuple):
+    """A range of completions.
 
-    Yields: the part, its first row in the batch, how many of its rows count and how many are gated,
-    and whether it fits: a completion of more rows does not.
+    first: its first row in the batch. sizes: how many of its rows count, and how many are gated.
+    num_earning: how many rows that count are of completions that earn. fits: whether the logits of
+    all of these rows fit a tile.
     """
-    bounds = batch.cu_seqlens
-    gated = bounds.new_zeros(bounds.shape)
-    if batch.gated is not None:
-        gated = _sums_before(batch.gated, bounds.long())
-    counted = _sums_before(batch.mask, bounds.long())
+
+    batch: Batch
+    first: int
+    sizes: tuple[int, int]
+    num_earning: int
+    fits: bool
+
+
+def _earns(batch: Batch, config: LossConfig) -> Tensor | None:
+    """(B,) bool, the completions whose anchor may have a gradient; None: all of them.
+
+    Where A = 0 the clipped loss has none: of a question whose rewards are equal, for one.
+    """
+    contrasts = batch.gated is not None and not config.gating
+    if config.kl_coef or config.entropy_coef or contrasts:
+        return None
+    return batch.advantages != 0
+
+
+def _parts(batch: Batch, room: int | None, config: LossConfig) -> Iterator[Part]:
+    """The batch in ranges of completions whose logits fit `room` rows; None: in one."""
+    bounds = batch.cu_seqlens.long()
+    counted, earns = _sums_before(batch.mask, bounds), _earns(batch, config)
+    gated = torch.zeros_like(bounds) if batch.gated is None else _sums_before(batch.gated, bounds)
+    earning = counted if earns is None else F.pad((counted.diff() * earns).cumsum(0), (1, 0))
     # The one wait for the device before the first product.
-    ends, counted, gated = torch.stack([bounds, counted, gated]).tolist()
-    for first, last in _ranges([a + b for a, b in zip(counted, gated, strict=True)], room):
+    ends, counts, gates, earnings = torch.stack([bounds, counted, gated, earning]).tolist()
+    for first, last in _ranges([a + b for a, b in zip(counts, gates, strict=True)], room):
         rows = slice(ends[first], ends[last])
-        sizes = counted[last] - counted[first], gated[last] - gated[first]
+        sizes = counts[last] - counts[first], gates[last] - gates[first]
         fits = room is not None and sum(sizes) <= room
-        yield batch.of(slice(first, last), rows), rows.start, sizes, fits
+        num_earning = earnings[last] - earnings[first]
+        part = batch.of(slice(first, last), rows)
+        yield Part(part, rows.start, sizes, num_earning, fits)
 
 
-def _ranges(sums: list[int], room: int | None) -> Iterator[tuple[int, int]]:
-    """Ranges of completions of at most `room` rows, or of one; sums: rows before each."""
-    last = len(sums) - 1
+def _earning_rows(part: Part, config: LossConfig) -> Tensor | None:
+    """(T,) bool, the rows of the part that count of completions that earn; None: all that count."""
+    earns = _earns(part.batch, config)
+    if earns is None or part.num_earning == part.sizes[0]:
+        return None
+    lengths, size = part.batch.cu_seqlens.diff(), len(part.batch.targets)
+    rows = earns.repeat_interleave(lengths, output_size=size)
+    return rows if part.batch.mask is None else rows & part.batch.mask
+
+
+def _ranges(sums: list[int], room: int | None) -> list[tuple[int, int]]:
+    """The fewest ranges of completions that hold at most `room` rows each, or one completion.
+
+    Args:
+        sums: rows before each completion, and of all.
+        room: None: no bound.
+    Of so few, the largest is as small as can be: each is a pass over the gradient of the weight.
+    """
     if room is None:
-        yield 0, last
-        return
-    first = 0
-    for completion in range(last):
-        if first < completion and sums[completion + 1] - sums[first] > room:
-            yield first, completion
-            first = completion
-    if first < last or not last:
-        yield first, last
+        return [(0, len(sums) - 1)]
+    fewest = len(_filled_up(sums, room))
+    sizes = range(-(-sums[-1] // fewest), room)
+    largest = bisect_left(sizes, True, key=lambda size: len(_filled_up(sums, size)) <= fewest)
+    return _filled_up(sums, sizes[largest] if largest < len(sizes) else room)
+
+
+def _filled_up(sums: list[int], room: int) -> list[tuple[int, int]]:
+    """Ranges from the first completion on, each with as many as have room."""
+    ends, last = [0], len(sums) - 1
+    while not ends[1:] or ends[-1] < last:
+        fitting = bisect_right(sums, sums[ends[-1]] + room) - 1
+        ends.append(min(last, max(fitting, ends[-1] + 1)))
+    return list(pairwise(ends))
 
 
 def linear_cppo_loss(kernels: Any, given: Any) -> Any:
@@ -74,15 +123,15 @@ def linear_cppo_loss(kernels: Any, given: Any) -> Any:
     config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
     gating = config.gating if views.negative is not None else None
     batch = batch_of(given, gating, given.old_logps, given.ref_logps)
-    head = Head(given.weight, given.bias, given.softcap, *given.wants[3:])
-    hidden = _hidden(head, views, batch, given.wants)
-    found, num_resident = [], 0
-    for part, first, sizes, fits in _parts(batch, head.rows_per_tile if given.resident else None):
-        tiles = HeadTiles(kernels, hidden, part, first, sizes, given.temperature, keeps=fits)
+    hidden = _hidden(given, views, batch, given.wants)
+    found, num_resident, head = [], 0, hidden.head
+    for part in _parts(batch, head.rows_per_tile if given.resident else None, config):
+        tiles = HeadTiles(kernels, hidden, *part[:3], given.temperature, keeps=part.fits)
         found.append(terms(kernels, tiles, given.denominators, given.per_selected, config))
         if given.resident:
-            tiles.backward(found[-1].coefficients)
-            num_resident += sizes[0]
+            rows = tiles.rows_that_may(_earning_rows(part, config), part.num_earning)
+            tiles.backward(found[-1].coefficients, rows)
+            num_resident += part.sizes[0]
     whole, multiplied = _joined(found), hidden.rows_multiplied
     if not given.resident:
         multiplied += _backward_rows(whole.coefficients, config, views, given.wants)
@@ -128,26 +177,34 @@ def linear_cppo_loss_backward(kernels: Any, given: Any) -> Any:
     """The gradients of the recompute plan; given: its `ARGUMENTS`."""
     config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
     batch = batch_of(given, config.gating if is_compact(views) else None)
-    head = Head(given.weight, given.bias, given.softcap, *given.wants[3:])
-    hidden = _hidden(head, views, batch, given.wants)
+    hidden = _hidden(given, views, batch, given.wants)
     tiles = HeadTiles(kernels, hidden, batch, 0, (0, 0), given.temperature)
     full = config.divergence == "full" and views.positive is not None
-    tiles.backward(given.coefficients * given.grad_loss, full, config.detach_anchor)
+    coefficients, options = given.coefficients * given.grad_loss, (full, config.detach_anchor)
+    tiles.backward(coefficients, tiles.rows_that_do(coefficients, *options), *options)
     inputs = (*views, given.weight, given.bias)
     return tuple(hidden.gradients(inputs, given.wants, views.anchor.dtype))
 
 
-def linear_token_stats(kernels: Any, given: Any) -> tuple[Tensor, Tensor]:
+def linear_token_stats(kernels: Any, given: Any) -> tuple[Tensor, ...]:
     """The op of this name; given: its `ARGUMENTS`."""
-    tiles = _tiles_of_rows(kernels, given, [False] * 5)
+    shape, mask = given.targets.shape, given.mask
+    num_rows = given.targets.numel() if mask is None else int(mask.sum())
+    tiles = _tiles_of_rows(kernels, given, [False] * 5, num_rows, given.keeps)
     logps, entropy, _ = tiles.statistics(ANCHOR, tiles.batch.mask)
-    return logps.view(given.targets.shape), entropy.view(given.targets.shape)
+    head = tiles.hidden.head
+    if given.keeps and num_rows:
+        kept = tiles.kept(ANCHOR)
+    else:
+        logits = head.weight.new_empty((0, len(head.weight)), dtype=head.dtype)
+        kept = logits, logps.new_empty(len(SAVED), 0)
+    return logps.view(shape), entropy.view(shape), *kept
 
 
 def linear_token_stats_backward(kernels: Any, given: Any) -> tuple[Tensor, ...]:
     """Gradients of hidden, weight and bias: those of a loss that has these derivatives."""
     wants = [given.wants[0], False, False, *given.wants[1:]]
-    tiles = _tiles_of_rows(kernels, given, wants)
+    tiles = _tiles_of_rows(kernels, given, wants, 0)
     shape = (len(COEFFICIENTS), given.targets.numel())
     coefficients = given.hidden.new_zeros(shape, dtype=tiles.hidden.head.accumulator)
     for row, gradient in enumerate((given.grad_logps, given.grad_entropy)):
@@ -155,17 +212,27 @@ def linear_token_stats_backward(kernels: Any, given: Any) -> tuple[Tensor, ...]:
             coefficients[row] = gradient.reshape(-1)
     if tiles.batch.mask is not None:
         coefficients.masked_fill_(~tiles.batch.mask, 0)
-    tiles.backward(coefficients)
+    head, rows = tiles.hidden.head, tiles.rows_that_do(coefficients)
+    count = len(rows[ANCHOR])
+    head.multiplies_once = count <= head.rows_per_tile
+    if given.kept_logits is not None:
+        tiles.keep(ANCHOR, given.kept_logits, given.kept_saved)
+        head.multiplies_once |= is_whole(count, given.targets.numel())
+    tiles.backward(coefficients, rows)
     inputs = (given.hidden, None, None, given.weight, given.bias)
     anchor, _, _, *of_head = tiles.hidden.gradients(inputs, wants, given.hidden.dtype)
     return anchor, *of_head
 
 
-def _tiles_of_rows(kernels: Any, given: Any, wants: list[bool]) -> HeadTiles:
-    """The rows of `linear_token_stats`, which belong to no completion."""
+def _tiles_of_rows(
+    kernels: Any, given: Any, wants: list[bool], num_rows: int, keeps: bool = False
+) -> HeadTiles:
+    """The rows of `linear_token_stats`, which belong to no completion.
+
+    Args:
+        num_rows: how many count, for `HeadTiles.statistics`.
+    """
     nothing, mask = given.targets.new_empty(0), flat(given.mask)
     batch = Batch(given.targets.reshape(-1), nothing, nothing, mask=mask)
-    head = Head(given.weight, given.bias, given.softcap, *wants[3:])
-    hidden = _hidden(head, Views(given.hidden), batch, wants)
-    num_rows = len(batch.targets) if mask is None else int(mask.sum())
-    return HeadTiles(kernels, hidden, batch, 0, (num_rows, 0), given.temperature)
+    hidden = _hidden(given, Views(given.hidden), batch, wants)
+    return HeadTiles(kernels, hidden, batch, 0, (num_rows, 0), given.temperature, keeps)

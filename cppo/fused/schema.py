@@ -74,7 +74,9 @@ PRIMITIVES = {
 
 
 _VIEWS = "Tensor anchor, Tensor? positive, Tensor? negative"
-_HEAD = "Tensor weight, Tensor? bias"
+# `suppressed` (K,) int64: tokens that are never sampled.
+_HEAD = "Tensor weight, Tensor? bias, Tensor? suppressed"
+_LOGITS = "float? softcap, str logits_dtype"  # "fp32" or "input"
 _ROWS = (
     "Tensor targets, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? mask, "
     "Tensor? cu_seqlens, Tensor denominators, bool per_selected, float temperature, "
@@ -102,17 +104,20 @@ COMPOSED = {
     "-> (Tensor, Tensor, Tensor)",
     "cppo_loss_backward_": "(Tensor grad_loss, Tensor(a!) anchor, Tensor(b!)? positive, "
     f"Tensor(c!)? negative, {_GIVEN_BACKWARD}) -> ()",
+    # With `keeps` the last two results are the logits of all rows and what `token_stats` saved of
+    # them, for a backward that writes its gradient into them; else they are empty.
     "linear_token_stats": f"(Tensor hidden, {_HEAD}, Tensor targets, Tensor? mask, "
-    "float temperature, float? softcap) -> (Tensor, Tensor)",
+    f"float temperature, {_LOGITS}, bool keeps) -> (Tensor, Tensor, Tensor, Tensor)",
     "linear_token_stats_backward": f"({_STATS_GRADIENTS}, Tensor hidden, {_HEAD}, Tensor targets, "
-    "Tensor? mask, float temperature, float? softcap, bool[] wants) -> (Tensor, Tensor, Tensor)",
+    "Tensor? mask, Tensor(a!)? kept_logits, Tensor? kept_saved, float temperature, "
+    f"{_LOGITS}, bool[] wants) -> (Tensor, Tensor, Tensor)",
     # `work` is how many rows were multiplied and how many were resident. With `resident` there
     # are gradients, for a unit upstream gradient.
-    "linear_cppo_loss": f"({_VIEWS}, {_HEAD}, {_ROWS}, float? softcap, bool[] wants, "
+    "linear_cppo_loss": f"({_VIEWS}, {_HEAD}, {_ROWS}, {_LOGITS}, bool[] wants, "
     f"bool resident) -> ({_LOSS}, Tensor work, Tensor coefficients, {_GRADIENTS})",
     "linear_cppo_loss_backward": f"(Tensor grad_loss, {_VIEWS}, {_HEAD}, Tensor targets, "
     "Tensor advantages, Tensor? cu_seqlens, Tensor coefficients, float temperature, str config, "
-    f"float? softcap, bool[] wants) -> ({_GRADIENTS})",
+    f"{_LOGITS}, bool[] wants) -> ({_GRADIENTS})",
 }
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from cppo.fused.backend import Backend
-from cppo.triton_kernels import (
-    PRIMITIVES,
-    advantages_and_prune,
-    group_advantages,
-    prune_completions,
-)
-
-__all__ = ["advantages_and_prune", "group_advantages", "prune_completions"]
+from cppo.fused.prune import PruneBackend
+from cppo.triton_kernels import LONGEST_UNIT, PRIMITIVES, PRUNE
 
 fused = Backend("cppo_triton", PRIMITIVES)
+_prune = PruneBackend("cppo_triton", PRUNE, LONGEST_UNIT)
+group_advantages = _prune.group_advantages
+prune_completions = _prune.prune_completions
+advantages_and_prune = _prune.advantages_and_prune

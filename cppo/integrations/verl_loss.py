@@ -14,6 +14,7 @@ from torch import Tensor
 
 import cppo
 from cppo import reference
+from cppo.config import LossConfig
 from cppo.integrations.contrast import contrastive_perception
 from cppo.integrations.verl_options import Options, loss_config
 from cppo.records import Views
@@ -116,14 +117,7 @@ def loss_with_contrast(
     actor = loss_function.keywords["config"]  # type: ignore[attr-defined]
     config, options, dp_size = loss_config(actor), Options.of(actor), data["dp_size"]
 
-    padded = data.select("response_mask", "advantages").to_padded_tensor()
-    mask = padded["response_mask"].bool()
-    is_gated = mask.any(1)
-    if config.gating:
-        is_gated &= (padded["advantages"] * mask).sum(1) > 0
-    is_gated &= torch.tensor([_images(row) is not None for row in _multi_modal(data)]).to(
-        is_gated.device
-    )
+    mask, is_gated = _gated(data, config)
     gated_rows = is_gated.nonzero()[:, 0]
     cpl = num_selected = loss.new_zeros(())
     if _any_rank(len(gated_rows) > 0, dp_group, loss.device):
@@ -157,6 +151,17 @@ def loss_with_contrast(
     ):
         metrics[f"actor/{name}"] = Metric(AggregationType.SUM, value)
     return loss + config.cpl_coef * cpl, metrics
+
+
+def _gated(data: Any, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """The response mask (B, T), and which completions (B,) are seen under the perturbed views."""
+    padded = data.select("response_mask", "advantages").to_padded_tensor()
+    mask = padded["response_mask"].bool()
+    is_gated = mask.any(1)
+    if config.gating:
+        is_gated &= (padded["advantages"] * mask).sum(1) > 0
+    has_images = torch.tensor([_images(row) is not None for row in _multi_modal(data)])
+    return mask, is_gated & has_images.to(is_gated.device)
 
 
 def _view(engine: Any, data: Any, name: str, perturbations: Sequence[Any]) -> tuple[Tensor, Tensor]:

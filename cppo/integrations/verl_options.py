@@ -17,27 +17,22 @@ from cppo.views import views_from_names
 
 @dataclass
 class Options:
-    """actor_rollout_ref.actor.policy_loss: names and meanings are those of `cppo.LossConfig`.
+    """actor_rollout_ref.actor.policy_loss: names, meanings and defaults of `cppo.LossConfig`.
+
+    With cpl_coef 0 the perturbed views are not run; gating spares the other completions theirs.
+    divergence is not "full": it needs the whole vocabulary, which verl's loss does not see.
 
     Raises: ValueError for a value out of range.
     """
 
-    importance: str = "token"
-    """What the importance ratio is taken of: "token" or "sequence" (GSPO)."""
-    cpl_coef: float = 0.01
-    """Weight of the contrastive perception loss; 0: the perturbed views are not run."""
-    divergence: str = "k3"
-    """"k3" or "k1"; "full" needs the whole vocabulary, which verl's loss does not see."""
-    tau: float = 0.1
-    """Temperature of the contrast."""
-    fraction: float = 0.5
-    """Share of the tokens with rising entropy that are perception tokens."""
-    gating: bool = True
-    """Perception tokens only in completions with A > 0: no other runs the perturbed views."""
-    detach_anchor: bool = False
-    """Stops the contrastive gradient at the anchor view."""
-    cpl_reduction: str = "sequence"
-    """"sequence": the same gradient however verl cuts micro-batches. "token": the authors' code."""
+    importance: str = LossConfig.importance
+    cpl_coef: float = LossConfig.cpl_coef
+    divergence: str = LossConfig.divergence
+    tau: float = LossConfig.tau
+    fraction: float = LossConfig.fraction
+    gating: bool = LossConfig.gating
+    detach_anchor: bool = LossConfig.detach_anchor
+    cpl_reduction: str = LossConfig.cpl_reduction
     positive_views: Sequence[Any] = CPPOConfig.positive_views
     """Information-preserving perturbations, one is drawn per image."""
     negative_views: Sequence[Any] = CPPOConfig.negative_views

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cppo.fused.head import Head
 from cppo.model.attention import (
     NAMES,
     Layers,
@@ -279,22 +280,24 @@ def _bounds(stream: PackedBatch | SharedStream) -> dict[str, Any]:
 class LMHead(NamedTuple):
     """A model's LM head, its fields named like the arguments of the ops on hidden states.
 
-    weight: (V, D). bias: (V,) or None. logit_scale, softcap: of `cppo.linear_token_stats`.
+    weight: (V, D). bias: (V,) or None. suppressed: (K,) int64, the tokens that are never sampled,
+    or None. logit_scale, softcap: of `cppo.linear_token_stats`.
     """
 
     weight: Tensor
     bias: Tensor | None
+    suppressed: Tensor | None
     logit_scale: float
     softcap: float | None
 
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V) logits of (..., D) hidden states, as the ops compute them."""
-        logits = F.linear(hidden, self.weight, self.bias) * self.logit_scale
-        if self.softcap is None:
-            return logits
-        capped = self.softcap * torch.tanh(logits / self.softcap)
-        # What a bias rules out stays ruled out.
-        return torch.where(logits.isneginf(), logits, capped)
+        """(..., V) logits of (..., D) hidden states, as the ops compute them: fp32, no gradient."""
+        softcap = None if self.softcap is None else self.softcap / self.logit_scale
+        head = Head(self.weight, self.bias, self.suppressed, softcap)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = head.logits(hidden.reshape(-1, hidden.shape[-1]))
+        return logits.mul_(self.logit_scale).view(*hidden.shape[:-1], -1)
 
 
 def lm_head(
@@ -302,19 +305,22 @@ def lm_head(
 ) -> LMHead:
     """The LM head, differentiable, adapters included.
 
-    Tokens in `suppressed` are never sampled: their bias is -inf, so that log-probabilities are
+    Tokens in `suppressed` are never sampled: their logits are -inf, so that log-probabilities are
     those of the distribution that was sampled from.
     """
     base = unwrap(model)
     config = base.config.get_text_config()
     weight, bias = _affine(base.get_output_embeddings(), config.hidden_size)
-    if len(suppressed):
-        offset = weight.new_zeros(weight.shape[0])
-        offset[list(suppressed)] = -torch.inf
-        bias = offset if bias is None else bias + offset
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return LMHead(weight, bias, _logit_scale(config), _softcap(config))
+    never = _on_device(suppressed, weight.device) if len(suppressed) else None
+    return LMHead(weight, bias, never, _logit_scale(config), _softcap(config))
+
+
+def _on_device(ids: Sequence[int], device: torch.device) -> Tensor:
+    """(K,) int64. A copy from pinned memory lets the host go on."""
+    there = torch.tensor(list(ids), dtype=torch.int64, pin_memory=device.type == "cuda")
+    return there.to(device, non_blocking=True)
 
 
 def _affine(head: Any, size: int) -> tuple[Tensor, Tensor | None]:

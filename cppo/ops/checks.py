@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from cppo.values import is_number
+
+# Of the ops on hidden states: in which dtype the logits of half-precision inputs are.
+LOGITS_DTYPES = ("fp32", "input")
 
 
 def may_read(*tensors: Tensor | None) -> bool:
@@ -37,19 +40,24 @@ def under_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+
+
+_KINDS: dict[str, Callable[[torch.dtype], bool]] = {
+    "any": lambda dtype: True,
+    "real": lambda dtype: not dtype.is_complex,
+    "floating": lambda dtype: dtype.is_floating_point,
+    "integer": _is_integer,
+}
+
+
 def check_tensor(op: str, name: str, value: Any, kind: str = "any") -> None:
     """TypeError unless `value` is a tensor of the kind "any", "real", "floating" or "integer"."""
     if not isinstance(value, Tensor):
         raise TypeError(f"cppo.{op}: {name} must be a Tensor, got {type(value).__name__}")
-    dtype = value.dtype
-    fits = {
-        "any": True,
-        "real": not dtype.is_complex,
-        "floating": dtype.is_floating_point,
-        "integer": not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool,
-    }[kind]
-    if not fits:
-        raise TypeError(f"cppo.{op}: {name} must be of {kind} dtype, got {dtype}")
+    if not _KINDS[kind](value.dtype):
+        raise TypeError(f"cppo.{op}: {name} must be of {kind} dtype, got {value.dtype}")
 
 
 def check_ndim(op: str, name: str, tensor: Tensor, *symbols: str) -> None:
@@ -79,13 +87,16 @@ def check_shape(
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """ValueError unless all of the tensors are where the first one is (TypeError: no tensor)."""
-    given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    for name, tensor in given:
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
         check_tensor(op, name, tensor)
-        if tensor.device != given[0][1].device:
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
             raise ValueError(
-                f"cppo.{op}: {name} must be on {given[0][1].device} like {given[0][0]}, "
-                f"got {tensor.device}"
+                f"cppo.{op}: {name} must be on {device} like {first}, got {tensor.device}"
             )
 
 
@@ -236,15 +247,38 @@ def check_rows(op: str, name: str, rows: Tensor, targets: Tensor, last: str) -> 
         )
 
 
-def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Errors unless weight (V, D) and bias (V,) fit the last dimension of hidden."""
+def check_suppressed(op: str, suppressed: Tensor, vocabulary: int) -> None:
+    """Errors unless suppressed is (K,) int64 in [0, V)."""
+    check_tensor(op, "suppressed", suppressed, "integer")
+    if suppressed.dtype != torch.int64:
+        raise TypeError(f"cppo.{op}: suppressed must be torch.int64, got {suppressed.dtype}")
+    if suppressed.ndim != 1:
+        raise ValueError(f"cppo.{op}: suppressed must be (K,), got shape {_of(suppressed.shape)}")
+    if not may_read(suppressed):
+        return
+    for at, token in enumerate(suppressed.tolist()):
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"cppo.{op}: suppressed must be in [0, V) = [0, {vocabulary}), got {token} at {at}"
+            )
+
+
+def check_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    suppressed: Tensor | None = None,
+) -> None:
+    """Errors unless weight (V, D) and bias (V,) fit the last dimension of hidden, and suppressed
+    (K,) the first of weight."""
     check_tensor(op, "weight", weight, "floating")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
             f"cppo.{op}: weight must be (V, D) = (V >= 1, {hidden.shape[-1]}) like hidden, "
             f"got {_of(weight.shape)}"
         )
-    check_same_device(op, weight=weight, bias=bias)
+    check_same_device(op, weight=weight, bias=bias, suppressed=suppressed)
     if weight.is_meta and not hidden.is_meta:
         raise ValueError(f"cppo.{op}: weight must hold values, got one on meta (offloaded?)")
     heads: list[tuple[str, Tensor]] = [("weight", weight)]
@@ -257,6 +291,8 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
             raise TypeError(
                 f"cppo.{op}: {name} must be {hidden.dtype} like hidden, got {tensor.dtype}"
             )
+    if suppressed is not None:
+        check_suppressed(op, suppressed, len(weight))
 
 
 def checked_scale(op: str, logit_scale: Any, softcap: Any) -> tuple[float, float | None]:

@@ -10,8 +10,10 @@ from torch import Tensor
 from cppo import backends
 from cppo.config import LossConfig
 from cppo.ops.checks import (
+    LOGITS_DTYPES,
     autocast_dtype,
     cast,
+    check_choice,
     check_cu_seqlens,
     check_finite,
     check_head,
@@ -253,6 +255,7 @@ def linear_cppo_loss(
     advantages: Tensor,
     *,
     bias: Tensor | None = None,
+    suppressed: Tensor | None = None,
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
     mask: Tensor | None = None,
@@ -261,12 +264,13 @@ def linear_cppo_loss(
     config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    logits_dtype: str = "fp32",
     backend: str = "auto",
 ) -> LossOutput:
     """`cppo_loss` of the logits of an LM head, which fused backends never hold.
 
     Specification: `cppo.reference.linear_cppo_loss`. The logits, and what `weight`, `bias`,
-    `logit_scale` and `softcap` may be: as in `linear_token_stats`.
+    `suppressed`, `logit_scale`, `softcap` and `logits_dtype` may be: as in `linear_token_stats`.
 
     Args:
         hidden: the anchor's (B, L, D), or packed (T, D) with cu_seqlens; or `Views` of three, the
@@ -276,14 +280,16 @@ def linear_cppo_loss(
         targets: (B, L) or (T,) integer in [0, V) where not masked, anything elsewhere.
         advantages: (B,) floating and finite, one per completion. No gradients flow.
         bias: (V,) of hidden's dtype; gradients flow. None: 0.
+        suppressed: (K,) int64, tokens that are never sampled. None: none.
         old_logps, ref_logps, mask, cu_seqlens, num_items, config: as in `cppo_loss`.
         logit_scale, softcap: of the model's logits, > 0.
+        logits_dtype: "fp32", or "input" for logits rounded to the dtype of hidden.
         backend: "auto", "reference", "cpp" or "triton".
     Under torch.autocast hidden, weight and bias are cast to its dtype, as F.linear does.
     Returns: a `LossOutput`. The loss is exactly 0, and attached, where nothing counts.
     Raises:
-        ValueError, TypeError, RuntimeError: as `cppo_loss`; also for a weight or bias whose
-            shape, dtype or device does not fit hidden.
+        ValueError, TypeError, RuntimeError: as `cppo_loss`; also for a weight, bias or suppressed
+            whose shape, dtype, device or values do not fit.
     """
     op = "linear_cppo_loss"
     _check_config(op, config)
@@ -293,16 +299,18 @@ def linear_cppo_loss(
     _check_views(op, "hidden", views, rows, config)
     _check_num_items(op, num_items, rows, config)
     scale, softcap = checked_scale(op, logit_scale, softcap)
+    check_choice(op, "logits_dtype", logits_dtype, LOGITS_DTYPES)
     home = views.anchor.device
     dtype = autocast_dtype(home)
     views = Views(*cast(dtype, *views))
     with gathered(weight, bias, dtype=dtype) as (weight, bias):
-        check_head(op, views.anchor, weight, bias)
+        check_head(op, views.anchor, weight, bias, suppressed)
         check_targets(op, targets, rows.mask, weight.shape[0])
         implementation = backends.pick(op, weight, backend)
         views, rows = Views(*to(weight.device, *views)), _Rows(*to(weight.device, *rows))
+        options = (config, softcap, scale, suppressed, logits_dtype)
         output = implementation.linear_cppo_loss(
-            views, weight, *rows[:2], bias, *rows[2:], num_items, config, softcap, scale
+            views, weight, *rows[:2], bias, *rows[2:], num_items, *options
         )
     metrics = {name: value.to(home) for name, value in output.metrics.items()}
     loss, logps, entropy, selected = to(home, *output[:4])

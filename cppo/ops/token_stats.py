@@ -6,8 +6,10 @@ from torch import Tensor
 
 from cppo import backends
 from cppo.ops.checks import (
+    LOGITS_DTYPES,
     autocast_dtype,
     cast,
+    check_choice,
     check_head,
     check_positive,
     check_rows,
@@ -73,9 +75,11 @@ def linear_token_stats(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    suppressed: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    logits_dtype: str = "fp32",
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> TokenStats:
@@ -83,7 +87,8 @@ def linear_token_stats(
 
     Specification: `cppo.reference.linear_token_stats`. logits = logit_scale * (hidden @ weight^T
     + bias), capped as softcap * tanh(logits / softcap) where the model does that (Gemma 2,
-    arXiv 2408.00118); a bias of -inf rules a token out in either case.
+    arXiv 2408.00118). A token that is suppressed, or whose bias is -inf, has the logit -inf in
+    either case.
 
     Args:
         hidden: (B, L, D) or (T, D), fp16, bf16, fp32 or fp64; gradients flow.
@@ -93,19 +98,25 @@ def linear_token_stats(
             hidden: the work is done there.
         targets: (B, L) or (T,) integer in [0, V) where not masked, anything elsewhere.
         bias: (V,) of hidden's dtype, where the weight is; gradients flow. None: 0.
+        suppressed: (K,) int64 in [0, V), where the weight is: tokens that are never sampled. As a
+            bias of -inf for them, without its cost. None: none.
         temperature: divides the logits, > 0.
         logit_scale: the model's factor on its logits, > 0 (Cohere; Granite divides by it).
         softcap: the model's final-logit softcap, > 0. None: none.
+        logits_dtype: "fp32" takes the sums of a product of bf16 or fp16 as they are; "input" rounds
+            them to that dtype first, as nn.Linear does: faster, and off by some 1e-2 in a
+            log-probability of a large vocabulary.
         mask: like targets, 1 or True at the rows that count. None: all.
         backend: "auto", "reference", "cpp" or "triton".
     Under torch.autocast hidden, weight and bias are cast to its dtype, as F.linear does.
     Returns: TokenStats(logps, entropy), each like targets, fp32 (fp64 for fp64 input), 0 at
         masked rows, to which no gradient flows.
     Raises:
-        ValueError: shapes or devices that disagree; temperature, logit_scale or softcap <= 0; an
-            unmasked target out of range (with position and value; on a GPU only with
-            CPPO_DEBUG=1).
-        TypeError: dtypes that disagree or are not floating, targets that are not integers.
+        ValueError: shapes or devices that disagree; temperature, logit_scale or softcap <= 0;
+            another logits_dtype; an unmasked target or a suppressed token out of range (with
+            position and value; on a GPU only with CPPO_DEBUG=1).
+        TypeError: dtypes that disagree or are not floating, targets that are not integers,
+            suppressed that is not int64.
         RuntimeError: `backend` cannot run here.
     """
     op = "linear_token_stats"
@@ -114,10 +125,11 @@ def linear_token_stats(
     mask = checked_mask(op, mask, targets, "targets")
     check_same_device(op, hidden=hidden, targets=targets, mask=mask)
     scale, softcap = checked_scale(op, logit_scale, softcap)
+    check_choice(op, "logits_dtype", logits_dtype, LOGITS_DTYPES)
     dtype = autocast_dtype(hidden.device)
     (states,) = cast(dtype, hidden)
     with gathered(weight, bias, dtype=dtype) as (weight, bias):
-        check_head(op, states, weight, bias)
+        check_head(op, states, weight, bias, suppressed)
         check_targets(op, targets, mask, weight.shape[0])
         implementation = backends.pick(op, weight, backend)
         stats = implementation.linear_token_stats(
@@ -125,5 +137,7 @@ def linear_token_stats(
             temperature / scale,
             *to(weight.device, mask),
             softcap,
+            suppressed,
+            logits_dtype,
         )
     return TokenStats(*to(hidden.device, *stats))

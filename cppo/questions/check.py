@@ -63,10 +63,9 @@ def check_dataset(
             or a list of these. A reward of your own may read anything else.
         rewards: the reward functions of a run. Those that ship here and compare answers are asked
             whether they can read every ground truth; your own are not called.
-        processor: the processor or tokenizer of a model. Each row checked is then encoded as the
-            trainer encodes it: by the chat template, the tokenizer and the image processor.
-        chat_template_kwargs: what the chat template is given besides the messages, such as
-            {"enable_thinking": False}.
+        processor: the processor or tokenizer of a model, with which each row checked is then
+            encoded as in training.
+        chat_template_kwargs: what the chat template is given besides the messages.
     Returns: counts over the rows checked.
     Raises: TypeError or ValueError for an empty dataset or something else than a dataset, and for
         chat_template_kwargs that the template does not read. ValueError that says how many rows
@@ -75,13 +74,7 @@ def check_dataset(
         row has one, columns other than the first row's.
     """
     require_dataset("cppo.check_dataset: dataset", dataset)
-    encoder, readers = None, answer_rewards(rewards)
-    if processor is not None:
-        from cppo.model.prompts import (
-            PromptEncoder,  # torch and transformers, which rows do not need
-        )
-
-        encoder = PromptEncoder(processor, chat_template_kwargs)
+    encoder, readers = _encoder(processor, chat_template_kwargs), answer_rewards(rewards)
     total = len(dataset)
     count = total if limit is None else max(1, min(total, limit))
     good: list[_Row] = []
@@ -110,6 +103,15 @@ def check_dataset(
         good[0].columns,
         max(row.tokens for row in good) if encoder else None,
     )
+
+
+def _encoder(processor: Any, chat_template_kwargs: Mapping[str, Any]) -> Any:
+    """The trainer's encoder of a question; None without a processor."""
+    if processor is None:
+        return None
+    from cppo.model.prompts import PromptEncoder  # torch and transformers: rows do not need them
+
+    return PromptEncoder(processor, chat_template_kwargs)
 
 
 def describe_bad_rows(bad: Mapping[int, str], count: int) -> str:

@@ -200,7 +200,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 def _draw(hidden: Tensor, head: LMHead, temperature: float | None, uniform: Tensor) -> Tensor:
     """(B,) tokens after (B, D) hidden states; `uniform`: (B,) fp64 in [0, 1)."""
-    logits = head.logits(hidden)
+    logits = head.logits(hidden.to(head.weight.dtype))
     if temperature is None:
         return logits.argmax(-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.utils import set_seed
 from torch import nn
@@ -30,6 +30,17 @@ class Evaluation:
     completions: list[dict[str, Any]]
 
 
+class Share(NamedTuple):
+    """The part of the questions that a process has; `gather` returns what every process has."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[list[Any]], list[list[Any]]] = lambda rows: [rows]
+
+
+_WHOLE = Share()
+
+
 def evaluate(
     model: nn.Module,
     processor: Any,
@@ -38,21 +49,18 @@ def evaluate(
     *,
     config: CPPOConfig,
     suppressed: Sequence[int] = (),
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Callable[[list[Any]], list[list[Any]]] = lambda rows: [rows],
+    share: Share = _WHOLE,
     state: Any = None,
 ) -> Evaluation:
     """Rewards of a set of questions, each process taking its share.
 
     Metrics are `sampled/<reward>` and `greedy/<reward>` for each function and `reward` for their
     weighted sum, over the completions to which they apply; with N > 1 samples
-    `sampled/<reward>_std` is the std over the N passes. `gather` returns what every process has;
-    `state` is the `trainer_state` of rewards.
+    `sampled/<reward>_std` is the std over the N passes. `state` is the `trainer_state` of rewards.
 
     Raises: QuestionError for a prompt that leaves no room for a completion.
     """
-    own = range(rank, len(questions), world_size)
+    own = range(share.rank, len(questions), share.size)
     weights = reward_weights(list(reward_functions), config)
     limit = position_limit(model)
     sampled = ("sampled", config.loss.temperature, config.eval_samples)
@@ -87,7 +95,7 @@ def evaluate(
                 retries=config.reward_retries,
             )
             rows += _rows(mode, ids, rollouts, scores)
-    rows = [row for part in gather(rows) for row in part]
+    rows = [row for part in share.gather(rows) for row in part]
     return Evaluation(_summary(rows), rows)
 
 

@@ -44,7 +44,7 @@ from cppo.train.arguments import (
 from cppo.train.batch import Batch
 from cppo.train.collect import Collector
 from cppo.train.draws import QuestionDraws
-from cppo.train.evaluate import evaluate
+from cppo.train.evaluate import Share, evaluate
 from cppo.train.metrics import Total, completion_rows, over_processes, rollout_metrics
 from cppo.train.policy import Policy
 from cppo.train.processes import Processes, accelerator_for
@@ -254,9 +254,7 @@ class CPPOTrainer:
                 self.eval_questions,
                 config=self.config,
                 suppressed=self.suppressed,
-                rank=self.processes.rank,
-                world_size=self.processes.size,
-                gather=self._run.gather_whole,
+                share=Share(self.processes.rank, self.processes.size, self._run.gather_whole),
                 state=TrainerState(global_step=self.step, max_steps=self.config.max_steps),
             )
         return {f"eval/{name}": value for name, value in result.metrics.items()}

@@ -10,35 +10,28 @@ from torch import Tensor
 
 from cppo.registry import build, name_and_parameters, require_entries
 from cppo.values import unknown
-from cppo.views.perturbations import (
-    BasePerturbation,
-    BlackSquares,
-    ColorJitter,
-    GaussianBlur,
-    NoisePatches,
-    RandomPerspective,
-    RandomRotation,
-    ZoomCrop,
-)
+from cppo.views import perturbations
 
 Perturbation = Callable[[Tensor, torch.Generator], Tensor]
 
 PRESERVING: tuple[Perturbation, ...] = (
-    ColorJitter(),
-    RandomPerspective(),
-    RandomRotation(),
-    GaussianBlur(),
+    *(
+        perturbations.ColorJitter(),
+        perturbations.RandomPerspective(),
+        perturbations.RandomRotation(),
+        perturbations.GaussianBlur(),
+    ),
 )
-REMOVING: tuple[Perturbation, ...] = (NoisePatches(), ZoomCrop())
+REMOVING: tuple[Perturbation, ...] = (perturbations.NoisePatches(), perturbations.ZoomCrop())
 
-PERTURBATIONS: dict[str, type[BasePerturbation]] = {
-    "color_jitter": ColorJitter,
-    "rotation": RandomRotation,
-    "perspective": RandomPerspective,
-    "gaussian_blur": GaussianBlur,
-    "noise_patches": NoisePatches,
-    "zoom_crop": ZoomCrop,
-    "black_squares": BlackSquares,
+PERTURBATIONS: dict[str, type[perturbations.BasePerturbation]] = {
+    "color_jitter": perturbations.ColorJitter,
+    "rotation": perturbations.RandomRotation,
+    "perspective": perturbations.RandomPerspective,
+    "gaussian_blur": perturbations.GaussianBlur,
+    "noise_patches": perturbations.NoisePatches,
+    "zoom_crop": perturbations.ZoomCrop,
+    "black_squares": perturbations.BlackSquares,
 }
 
 

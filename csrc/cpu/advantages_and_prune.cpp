@@ -39,7 +39,6 @@ struct PruneArgs {
   const char* op;
   int64_t unit_size, keep;
   Prune prune;
-  bool drop_zero;
   std::optional<Tensor> noise;
 };
 
@@ -76,8 +75,7 @@ Tensor prune(const Tensor& like, const T* advantages, int64_t total, const Prune
         unit.begin(), unit.begin() + (args.keep - 1), unit.end(),
         [&](int64_t a, int64_t b) { return stays_before(score[a], a, score[b], b); });
     std::sort(unit.begin(), unit.begin() + args.keep);
-    std::copy_if(unit.begin(), unit.begin() + args.keep, std::back_inserter(kept),
-                 [&](int64_t i) { return !args.drop_zero || advantages[i] != 0; });
+    std::copy_n(unit.begin(), args.keep, std::back_inserter(kept));
   }
   Tensor out = torch::stable::new_empty(like, {static_cast<int64_t>(kept.size())},
                                         ScalarType::Long);
@@ -102,23 +100,23 @@ Tensor group_advantages(Tensor rewards, int64_t group_size, std::string scale, d
 }
 
 Tensor prune_completions(Tensor advantages, int64_t unit_size, int64_t keep, std::string prune_side,
-                         bool drop_zero, std::optional<Tensor> noise) {
+                         std::optional<Tensor> noise) {
   const char* op = "prune_completions";
   check_dim(op, "advantages", advantages, 1);
   const Tensor exact = torch::stable::contiguous(torch::stable::to(advantages, ScalarType::Double));
   return prune(advantages, static_cast<const double*>(exact.const_data_ptr()), advantages.size(0),
-               {op, unit_size, keep, parse_prune(op, prune_side), drop_zero, noise});
+               {op, unit_size, keep, parse_prune(op, prune_side), noise});
 }
 
 std::tuple<Tensor, Tensor> advantages_and_prune(Tensor rewards, int64_t group_size,
                                                 int64_t unit_size, int64_t keep, std::string scale,
-                                                double eps, std::string prune_side, bool drop_zero,
+                                                double eps, std::string prune_side,
                                                 std::optional<Tensor> noise) {
   const char* op = "advantages_and_prune";
   Tensor advantages = advantages_of(op, rewards, group_size, scale, eps);
   Tensor kept = prune(advantages, static_cast<const float*>(advantages.const_data_ptr()),
                       advantages.size(0),
-                      {op, unit_size, keep, parse_prune(op, prune_side), drop_zero, noise});
+                      {op, unit_size, keep, parse_prune(op, prune_side), noise});
   return {advantages, kept};
 }
 

@@ -111,10 +111,8 @@ struct Pruning {
 };
 
 // Fills the pruning half of `args` and runs the kernel; returns the kept indices.
-Tensor prune_and_run(const char* op, const Tensor& like, Args args, const Pruning& pruning,
-                        bool drop_zero) {
+Tensor prune_and_run(const char* op, const Tensor& like, Args args, const Pruning& pruning) {
   check_prune(op, args.total, pruning.unit_size, pruning.keep);
-  CPPO_CHECK(!drop_zero, op, "drop_zero has no CUDA kernel, filter the kept indices instead");
   std::optional<Tensor> noise;
   if (pruning.prune == Prune::kRandom) {
     CPPO_CHECK(pruning.noise.has_value(), op, "noise (B,) is needed for prune = 'random'");
@@ -159,20 +157,19 @@ Tensor group_advantages(Tensor rewards, int64_t group_size, std::string scale, d
 }
 
 Tensor prune_completions(Tensor advantages, int64_t unit_size, int64_t keep, std::string prune,
-                         bool drop_zero, std::optional<Tensor> noise) {
+                         std::optional<Tensor> noise) {
   const char* op = "prune_completions";
   check_dim(op, "advantages", advantages, 1);
   const Tensor exact = dense(advantages, ScalarType::Double);
   Args args = {};
   args.given = static_cast<const double*>(exact.const_data_ptr());
   args.total = advantages.size(0);
-  return prune_and_run(op, advantages, args, {unit_size, keep, parse_prune(op, prune), noise},
-                          drop_zero);
+  return prune_and_run(op, advantages, args, {unit_size, keep, parse_prune(op, prune), noise});
 }
 
 std::tuple<Tensor, Tensor> advantages_and_prune(Tensor rewards, int64_t group_size,
                                                 int64_t unit_size, int64_t keep, std::string scale,
-                                                double eps, std::string prune, bool drop_zero,
+                                                double eps, std::string prune,
                                                 std::optional<Tensor> noise) {
   const char* op = "advantages_and_prune";
   CPPO_CHECK(unit_size % group_size == 0, op, "unit_size must be a multiple of group_size = ",
@@ -181,8 +178,8 @@ std::tuple<Tensor, Tensor> advantages_and_prune(Tensor rewards, int64_t group_si
   Tensor advantages = empty(rewards, rewards.numel(), ScalarType::Float);
   const Args args =
       advantage_args(op, rewards, exact, advantages, group_size, parse_scale(op, scale), eps);
-  Tensor kept = prune_and_run(op, rewards, args,
-                                 {unit_size, keep, parse_prune(op, prune), noise}, drop_zero);
+  Tensor kept =
+      prune_and_run(op, rewards, args, {unit_size, keep, parse_prune(op, prune), noise});
   return {advantages, kept};
 }
 

@@ -25,6 +25,7 @@ def _printed(script: str, folder: Path) -> list[str]:
     [
         ("prune_rates.py", ["prune_rate", "update_speedup", "step_speedup", "paper_speedup"]),
         ("shared_prompts.py", ["tokens_shared", "speedup", "gradient_error"]),
+        ("decoding.py", ["model", "precision", "tokens_per_s"]),
     ],
 )
 def test_at_toy_size(script: str, columns: list[str], tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def completion_cache(parts: Sequence[DynamicCache], repeats: int, room: int) -> 
             They are used up.
     """
     whole = parts[0]
+    layer: Any
     for number, layer in enumerate(whole.layers):
         if type(layer) not in _IN_PLACE:
             if repeats > 1:

@@ -29,6 +29,7 @@ from cppo.benchmarks.cases import Case
 from cppo.benchmarks.inputs import Inputs, restorer
 from cppo.benchmarks.peers import Competitor
 from cppo.benchmarks.timing import Ceilings
+from cppo.rollouts.memory import free_memory
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ def _shortage(case: Case, competitor: Competitor, device: torch.device) -> str:
         return ""
     views = competitor.views_held * case.sizes.views / 3 if case.op.endswith("loss") else 2
     needs = views * case.sizes.rows * case.sizes.vocabulary * 4
-    free = timing.free_memory(device)
+    free = free_memory(device)
     if needs < 0.8 * free:
         return ""
     return f"not run: needs about {needs / 2**30:.0f} GiB, {free / 2**30:.0f} free"

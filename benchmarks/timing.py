@@ -126,17 +126,6 @@ def peak_growth(call: Call, device: torch.device) -> int:
     return max(0, *(change["Total Allocated"] - before for change in changes))
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a process could still have; caches of files count as free."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 # The limits of the machine
 
 

@@ -200,8 +200,9 @@ class CPPOConfig(CheckedFields):
     """Questions with a longer prompt are skipped with a warning. None: no limit."""
     max_completion_tokens: int = 256
     """Generation stops here."""
-    generation_batch_size: int = 256
-    """Completions generated at once, in rollouts and evaluations."""
+    generation_batch_size: int = 1024
+    """Completions generated at once at most, in rollouts and evaluations; fewer where memory is
+    short."""
     mask_overlong: bool = False
     """Completions cut at `max_completion_tokens` take part in advantages but not in the loss."""
     reward_weights: tuple[float, ...] | None = None

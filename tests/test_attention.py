@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cppo.model import attention
+from cppo.model.stream_sdpa import Runs, stream_sdpa
 
 # Queries and keys of four sequences: the first has nothing before it, the others do.
 LENGTHS, KEY_LENGTHS = [7, 3, 0, 5], [7, 10, 7, 12]
@@ -82,12 +83,12 @@ def stand_in(seen):
     ):
         seen.append({"max_q": max_q, "max_k": max_k, "kv_heads": key.shape[1], **options})
         parts = (x.float().transpose(0, 1)[None] for x in (query, key, value))
-        lengths = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
         scale = options.get("scale", options.get("softmax_scale"))
         left, right = options["window_size"]
         assert right == 0
         window = None if left == -1 else left + 1
-        return attention._sdpa(*parts, *lengths, scale, window)[0].transpose(0, 1).to(query.dtype)
+        out = stream_sdpa(*parts, Runs(cu_seq_q, cu_seq_k), scale, window)
+        return out[0].transpose(0, 1).to(query.dtype)
 
     return kernel
 
@@ -213,9 +214,17 @@ def test_a_packed_stream_without_its_bounds_or_with_another_mask_is_refused():
     assert attention.attend(None, layer, *one, mask)[0].shape == (1, 1, 4, 8)
 
 
-def test_one_place_chooses_and_says_why_not(monkeypatch):
+def a_machine(monkeypatch, capability=(9, 0), has_flash=True):
+    """A GPU that is not there; returns which packages are installed."""
     installed = {"flash_attn": False, "torch.nn.attention.varlen": True}
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: installed[name] or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: has_flash)
+    return installed
+
+
+def test_one_place_chooses_and_says_why_not(monkeypatch):
+    installed = a_machine(monkeypatch)
     assert attention.choose_attention("auto", "cpu") == "sdpa"
     assert attention.choose_attention("auto", "cuda:1") == "varlen"
     installed["flash_attn"] = True
@@ -230,6 +239,37 @@ def test_one_place_chooses_and_says_why_not(monkeypatch):
         attention.choose_attention("varlen", "cpu")
     with pytest.raises(ValueError, match="'flash_attention_2': flash-attn is not inst"):
         attention.choose_attention("flash_attention_2", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_flash", "layers", "reason"),
+    [
+        ((8, 0), True, attention.Layers((128, 128), torch.bfloat16), ""),
+        ((8, 9), True, attention.Layers((256, 256)), ""),
+        ((7, 5), True, None, "needs compute capability 8.0, the GPU has 7.5"),
+        ((7, 0), True, attention.Layers((64, 64)), "the GPU has 7.0"),
+        ((9, 0), False, None, "this build of torch has no flash attention"),
+        ((9, 0), True, attention.Layers((512, 512)), "up to 256, the model's have 512"),
+        ((9, 0), True, attention.Layers((36, 36)), "a multiple of 8 numbers"),
+        ((9, 0), True, attention.Layers((192, 128)), "keys have 192 numbers a head, its values 12"),
+        ((9, 0), True, attention.Layers((64, 64), torch.float32), "computes in torch.float32"),
+    ],
+)
+def test_a_kernel_is_chosen_only_where_it_runs(capability, has_flash, layers, reason, monkeypatch):
+    a_machine(monkeypatch, capability, has_flash)
+    chosen = attention.choose_attention("auto", "cuda", layers=layers)
+    assert chosen == ("sdpa" if reason else "varlen")
+    if reason:
+        with pytest.raises(ValueError, match=r"runs here \(sdpa\), got 'varlen': .*" + reason):
+            attention.choose_attention("varlen", "cuda", layers=layers)
+
+
+def test_the_head_sizes_of_configs():
+    from transformers import DeepseekV3Config, Gemma3TextConfig, LlamaConfig
+
+    assert attention.head_sizes(LlamaConfig(hidden_size=96, num_attention_heads=4)) == (24, 24)
+    assert attention.head_sizes(Gemma3TextConfig(head_dim=256)) == (256, 256)
+    assert attention.head_sizes(DeepseekV3Config()) == (192, 128)
 
 
 def test_info_says_which_attention_runs():

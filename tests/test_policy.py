@@ -99,7 +99,7 @@ def test_the_reference_has_the_attention_of_its_own_device(monkeypatch):
     monkeypatch.setattr(
         policy.forward,
         "choose_attention",
-        lambda name, device, option: asked.append(torch.device(device).type) or "sdpa",
+        lambda name, device, *_: asked.append(torch.device(device).type) or "sdpa",
     )
     monkeypatch.setattr(policy.forward, "set_attention", lambda model, name: None)
     policy.frozen_copy(tiny("text")[0], config(), torch.device("meta"))

@@ -103,9 +103,9 @@ def memory(
     b = 4 bytes (2 in bf16), h hidden, i intermediate, n layers: b S n (8 h + 4 i), with
     checkpointing b S (n h + 8 h + 4 i); times 3 for the three views, an upper bound, as the
     perturbed ones run only where A > 0. KV cache: 2 b n kv_width (prompt + completion) tokens of
-    generation_batch_size completions. Logits: R V 12 bytes for each view of a micro-batch's R rows,
-    for themselves, their softmax and their gradient in fp32, but no more than a tile of the fused
-    head; beside them its gradient in fp32, 4 V h.
+    generation_batch_size completions, fewer where that does not fit. Logits: R V 12 bytes for each
+    view of a micro-batch's R rows, for themselves, their softmax and their gradient in fp32, but no
+    more than a tile of the fused head; beside them its gradient in fp32, 4 V h.
 
     Args:
         config: the trainer's options.

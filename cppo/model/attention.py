@@ -22,13 +22,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
-from itertools import groupby
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cppo.model.stream_sdpa import Runs, stream_sdpa
 
 # Names inside transformers. "flash" in a name would make it build masks for its own kernels, "sdpa"
 # would make it ask a flag of the model's class.
@@ -37,7 +38,7 @@ _HALF = (torch.float16, torch.bfloat16)
 # What layers tell their attention that changes nothing, or that is computed here.
 _KNOWN = {
     *("dropout", "scaling", "is_causal", "sliding_window", "position_ids", "cache_position"),
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "key_index"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "key_index", "runs"),
     *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits"),
     *("return_dict", "num_items_in_batch", "token_type_ids", "mm_token_type_ids"),
     *("position_embeddings", "cache", "past_key_values", "deterministic"),
@@ -45,8 +46,45 @@ _KNOWN = {
 _MEANINGS = {"s_aux": "attention sinks", "softcap": "attn_logit_softcapping"}
 
 
-def why_not(attention: str, device: torch.device | str) -> str:
-    """Why `attention` cannot run on `device`; '' when it can."""
+class Bounds(NamedTuple):
+    """Where the N sequences of a stream start and end, as the varlen kernels take it.
+
+    Fields:
+        cu_query, cu_key: (N+1,) int32.
+        longest_query, longest_key: tokens of the longest sequence.
+    """
+
+    cu_query: Tensor
+    cu_key: Tensor
+    longest_query: int
+    longest_key: int
+
+
+class Layers(NamedTuple):
+    """What the choice of a kernel must know of a model.
+
+    Fields:
+        head_sizes: (of queries and keys, of values), the largest.
+        dtype: what the attention computes in; None: not known yet, it may be half precision.
+    """
+
+    head_sizes: tuple[int, int]
+    dtype: torch.dtype | None = None
+
+
+def head_sizes(config: Any) -> tuple[int, int]:
+    """Numbers of a query's or key's head, and of a value's: the largest of a text config."""
+    own = vars(config)
+    even = own.get("hidden_size", 0) // max(1, own.get("num_attention_heads") or 1)
+    size = own.get("head_dim") or even
+    if own.get("qk_nope_head_dim"):  # latent attention
+        size = own["qk_nope_head_dim"] + own["qk_rope_head_dim"]
+    size = max(size, own.get("global_head_dim") or 0)
+    return size, own.get("v_head_dim") or size
+
+
+def why_not(attention: str, device: torch.device | str, layers: Layers | None = None) -> str:
+    """Why `attention` cannot run on `device`, for a model with such layers; '' when it can."""
     if attention == "sdpa":
         return ""
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -55,11 +93,30 @@ def why_not(attention: str, device: torch.device | str) -> str:
         return f"the model is on {device}"
     if attention == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    if attention == "varlen" and not torch.backends.cuda.is_flash_attention_available():
+        return "this build of torch has no flash attention"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, the GPU has {capability[0]}.{capability[1]}"
+    return "" if layers is None else _why_not_for(layers)
+
+
+def _why_not_for(layers: Layers) -> str:
+    size, of_values = layers.head_sizes
+    if size != of_values:
+        return f"the model's keys have {size} numbers a head, its values {of_values}"
+    if size > 256 or size % 8:
+        return f"heads must have a multiple of 8 numbers up to 256, the model's have {size}"
+    if layers.dtype not in (None, *_HALF):
+        return f"it needs half precision, the model computes in {layers.dtype}"
     return ""
 
 
 def choose_attention(
-    attention: str, device: torch.device | str, option: str = "cppo: attention"
+    attention: str,
+    device: torch.device | str,
+    option: str = "cppo: attention",
+    layers: Layers | None = None,
 ) -> str:
     """The attention that the packed forward uses: "auto" takes the fastest that runs here.
 
@@ -67,10 +124,10 @@ def choose_attention(
     """
     if attention == "auto":
         order = ("flash_attention_2", "varlen", "sdpa")
-        return next(name for name in order if not why_not(name, device))
-    reason = why_not(attention, device)
+        return next(name for name in order if not why_not(name, device, layers))
+    reason = why_not(attention, device, layers)
     if reason:
-        able = [name for name in NAMES if not why_not(name, device)]
+        able = [name for name in NAMES if not why_not(name, device, layers)]
         raise ValueError(
             f"{option} must be 'auto' or one that runs here ({', '.join(able)}), got "
             f"{attention!r}: {reason}"
@@ -86,8 +143,21 @@ def register(attention: str) -> str:
     name = NAMES[attention]
     AttentionInterface.register(name, functools.partial(attend, _KERNELS[attention]))
     # Without a mask function a padded batch would silently lose its mask.
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    mask_of = functools.partial(_mask, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(name, mask_of)
     return name
+
+
+def _mask(make: Callable[..., Tensor | None], *sizes: Any, **options: Any) -> Tensor | None:
+    """The mask of a padded batch, by transformers' function for sdpa.
+
+    For one token it is always made: whether it could be left out would be read off the padding,
+    and the host would wait for the GPU at every token.
+    """
+    is_one = options.get("q_length") == 1 or len(options.get("cache_position", ())) == 1
+    if is_one and options.get("attention_mask") is not None:
+        options["allow_is_causal_skip"] = False
+    return make(*sizes, **options)
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -113,48 +183,86 @@ def attend(
     Raises: ValueError if the layer asks for what is not computed here, or if the bounds of the
         sequences in a packed stream did not reach it.
     """
-    scale, is_causal = options.get("scaling"), options.get("is_causal")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    bounds = options.get("cu_seq_lens_q"), options.get("cu_seq_lens_k")
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    cu_query, cu_key = options.get("cu_seq_lens_q"), options.get("cu_seq_lens_k")
     _refuse_more(module, options)
-    is_packed = attention_mask is not None and attention_mask.numel() == 1 and query.shape[2] > 1
-    if bounds[0] is None or not causal:
-        if is_packed:
+    scale = options.get("scaling")
+    query, key, value = as_autocast(query, key, value)
+    if cu_query is None or not causal:
+        is_packed = attention_mask is not None and attention_mask.numel() == 1
+        if is_packed and query.shape[2] > 1:
             raise ValueError(
                 f"cppo: {type(module).__name__} must attend within each sequence of a packed "
                 "stream, but it "
-                + ("is not causal" if bounds[0] is not None else "never gets cu_seq_lens")
+                + ("is not causal" if cu_query is not None else "never gets cu_seq_lens")
             )
         dropout = options.get("dropout", 0.0) if module.training else 0.0
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            scale=scale,
-            dropout_p=dropout,
-            is_causal=causal and attention_mask is None and query.shape[2] > 1,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return out.transpose(1, 2).contiguous(), None
+        return _padded(query, key, value, attention_mask, causal, scale, dropout), None
     if attention_mask is not None and attention_mask.numel() != 1:
         raise ValueError(
             f"cppo: {type(module).__name__} must attend to all of a sequence before a token, but "
             f"it has a mask of its own of shape {tuple(attention_mask.shape)}"
         )
-    key_index = options.get("key_index")
-    if key_index is not None:
+    cu_key = cu_query if cu_key is None else cu_key
+    if (key_index := options.get("key_index")) is not None:
         key, value = key.index_select(2, key_index), value.index_select(2, key_index)
     window = options.get("sliding_window") or None
     if window is not None and options["max_length_k"] <= window:
         window = None
     if kernel is not None and query.dtype in _HALF:
-        longest = options["max_length_q"], options["max_length_k"]
+        bounds = Bounds(cu_query, cu_key, options["max_length_q"], options["max_length_k"])
         streams = (x[0].transpose(0, 1) for x in (query, key, value))
-        return kernel(*streams, *bounds, *longest, scale, window)[None], None
-    lengths = [cu.diff().tolist() for cu in bounds if cu is not None]
-    out = _sdpa(query, key, value, lengths[0], lengths[-1], scale, window)
+        return kernel(*streams, bounds, scale, window)[None], None
+    runs = options.get("runs") or Runs(cu_query, cu_key)
+    out = stream_sdpa(query, key, value, runs, scale, window)
     return out.transpose(1, 2).contiguous(), None
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype of autocast, if it is on: fp32 rotary positions make queries and keys
+    fp32, and no kernel of this file is one that autocast knows."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
+
+
+def _padded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    """(B, S, heads, d) of a padded batch, by sdpa: queries (B, heads, S, d), keys with a cache."""
+    batch, heads, length, _ = query.shape
+    groups, options = heads // key.shape[1], {}
+    is_folded = length == 1 and groups > 1 and (mask is None or mask.shape[1] == 1)
+    if is_folded:
+        # One token's heads of a group see the same keys: to the kernel they are a few tokens.
+        query = query.reshape(batch, key.shape[1], groups, -1)
+    elif groups > 1 and mask is not None and query.is_cuda:
+        # With a mask no fast kernel of CUDA knows grouped heads.
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    elif groups > 1:
+        options["enable_gqa"] = True
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        scale=scale,
+        dropout_p=dropout,
+        is_causal=causal and mask is None and length > 1,
+        **options,
+    )
+    if is_folded:
+        return out.reshape(batch, 1, heads, -1)
+    return out.transpose(1, 2).contiguous()
 
 
 def _refuse_more(module: nn.Module, options: dict[str, Any]) -> None:
@@ -172,10 +280,7 @@ def _varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_query: Tensor,
-    cu_key: Tensor,
-    longest_query: int,
-    longest_key: int,
+    bounds: Bounds,
     scale: float | None,
     window: int | None,
 ) -> Tensor:
@@ -184,35 +289,34 @@ def _varlen(
 
     options: dict[str, Any] = {"scale": scale, "window_size": _sides(window)}
     if query.shape[1] != key.shape[1]:
-        # torch 2.11 does not know grouped heads here.
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if _knows_groups(varlen_attn):
             options["enable_gqa"] = True
         else:
             repeats = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    longest = longest_query, longest_key
-    out: Any = varlen_attn(query, key, value, cu_query, cu_key, *longest, **options)
+    out: Any = varlen_attn(query, key, value, *bounds, **options)
     return out
+
+
+@functools.cache
+def _knows_groups(kernel: Callable[..., Any]) -> bool:
+    """torch 2.11 does not know grouped heads here."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def _flash(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_query: Tensor,
-    cu_key: Tensor,
-    longest_query: int,
-    longest_key: int,
+    bounds: Bounds,
     scale: float | None,
     window: int | None,
 ) -> Tensor:
     """(S, heads, d) each, by flash-attn."""
     from flash_attn import flash_attn_varlen_func
 
-    longest = longest_query, longest_key
-    bounds = cu_query, cu_key
     options = {"softmax_scale": scale, "causal": True, "window_size": _sides(window)}
-    return flash_attn_varlen_func(query, key, value, *bounds, *longest, **options)
+    return flash_attn_varlen_func(query, key, value, *bounds, **options)
 
 
 def _sides(window: int | None) -> tuple[int, int]:
@@ -225,92 +329,3 @@ _KERNELS: dict[str, Callable[..., Tensor] | None] = {
     "varlen": _varlen,
     "flash_attention_2": _flash,
 }
-
-
-def _sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Sequence[int],
-    key_lengths: Sequence[int],
-    scale: float | None,
-    window: int | None = None,
-) -> Tensor:
-    """(1, heads, S, d) each; neighbours with as much before them go side by side."""
-    outputs, at, key_at = [], 0, 0
-    pairs = [pair for pair in zip(lengths, key_lengths, strict=True) if any(pair)]
-    for (before, is_empty), run in groupby(
-        pairs, key=lambda pair: (pair[1] - pair[0], not pair[0])
-    ):
-        sizes = list(run)
-        stop = at + sum(own for own, _ in sizes)
-        key_stop = key_at + sum(seen for _, seen in sizes)
-        if not is_empty:
-            keys, values = key[:, :, key_at:key_stop], value[:, :, key_at:key_stop]
-            own = [own for own, _ in sizes]
-            one = functools.partial(_one, before=before, scale=scale, window=window)
-            outputs.append(_alike(query[:, :, at:stop], keys, values, own, before, one))
-        at, key_at = stop, key_stop
-    return torch.cat(outputs, dim=2) if outputs else query
-
-
-def _one(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    before: int,
-    scale: float | None,
-    window: int | None,
-) -> Tensor:
-    """Causal attention of one sequence, or of several of one length, `before` keys ahead."""
-    mask = None
-    if before or window is not None:
-        mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(before)
-        if window is not None:
-            mask = mask.triu(before - window + 1)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
-def _alike(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: list[int],
-    before: int,
-    attend: Callable[..., Tensor],
-) -> Tensor:
-    """Causal attention per sequence, each with `before` keys ahead of its own."""
-    total, longest = sum(lengths), max(lengths)
-    if len(lengths) == 1:
-        return attend(query, key, value)
-    # Padding costs time, and so does a call. Measured on a CPU they are even at about 12 tokens; on
-    # a GPU calls cost more, but more than twice the work is too much there as well.
-    mean = total / len(lengths)
-    if longest - mean > (mean if query.is_cuda else 12):
-        key_lengths = [before + n for n in lengths]
-        parts = zip(
-            query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2),
-            strict=True,
-        )  # fmt: skip
-        return torch.cat([attend(*part) for part in parts], dim=2)
-    # One call for all: right padding is harmless, a causal row never looks to its right.
-    size = torch.tensor(lengths, device=query.device)
-
-    def pad(x: Tensor, extra: int) -> Tensor:
-        sizes = size + extra
-        column = torch.arange(longest + extra, device=x.device)
-        source = (sizes.cumsum(0) - sizes)[:, None] + column.minimum(sizes[:, None] - 1)
-        return x[0][:, source].transpose(0, 1)
-
-    out = attend(pad(query, 0), pad(key, before), pad(value, before))
-    valid = torch.arange(longest, device=query.device) < size[:, None]
-    return out.transpose(1, 2)[valid].transpose(0, 1)[None]

@@ -333,9 +333,9 @@ def _positions(base: Any, batch: PackedBatch) -> Tensor | None:
 
 def _decoded(base: Any, head: LMHead, ids: Tensor) -> Tensor:
     """(2, 2, V) logits of the last two tokens, the last one with a cache, as the sampler does."""
-    from transformers import DynamicCache
+    from cppo.model.cache import completion_cache, prompt_cache
 
-    cache = DynamicCache(config=base.config.get_text_config())
+    cache = prompt_cache(base)
     longest = max(LENGTHS)
     padding = torch.tensor([longest - length for length in LENGTHS], device=ids.device)
     place = torch.arange(longest, device=ids.device) - padding[:, None]
@@ -351,6 +351,8 @@ def _decoded(base: Any, head: LMHead, ids: Tensor) -> Tensor:
             **cache_argument(base, cache),
         )
         logits.append(head.logits(output.last_hidden_state[:, -1]))
+        if not start:
+            cache = completion_cache([cache], 1, 1)
     return torch.stack(logits, dim=1)
 
 

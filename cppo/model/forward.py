@@ -23,8 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cppo.fused.head import Head
-from cppo.model.attention import NAMES, choose_attention, no_mask, register
+from cppo.model.attention import (
+    NAMES,
+    Layers,
+    choose_attention,
+    head_sizes,
+    no_mask,
+    register,
+)
 from cppo.model.shared_prompts import SharedStream
+from cppo.model.stream_sdpa import Runs
 from cppo.packed_batch import PackedBatch
 
 __all__ = ["choose_attention", "set_attention"]
@@ -92,7 +100,7 @@ def set_attention(model: nn.Module, name: str) -> None:
             f"cppo.set_attention: model must be a model of transformers, got {type(base).__name__}"
         )
     device = next(base.parameters()).device
-    attention = choose_attention(name, device, "cppo.set_attention: name")
+    attention = choose_attention(name, device, "cppo.set_attention: name", layers_of(base))
     registered = register(attention)
     if has_vision(base):
         vision = attention if attention == "flash_attention_2" else "sdpa"
@@ -104,6 +112,11 @@ def set_attention(model: nn.Module, name: str) -> None:
             "cppo.set_attention: model must let its attention be chosen (transformers' "
             f"AttentionInterface), got model_type {base.config.model_type!r}"
         )
+
+
+def layers_of(model: nn.Module, dtype: torch.dtype | None = None) -> Layers:
+    """What the choice of a kernel must know of a model that computes its attention in `dtype`."""
+    return Layers(head_sizes(unwrap(model).config.get_text_config()), dtype)
 
 
 def is_packed(base: Any) -> bool:
@@ -262,9 +275,11 @@ def _bounds(stream: PackedBatch | SharedStream) -> dict[str, Any]:
     """What the attention is told about a stream."""
     own = {"cu_seq_lens_q": stream.cu_seqlens, "max_length_q": stream.max_seqlen}
     if isinstance(stream, PackedBatch):
-        return {**own, "cu_seq_lens_k": stream.cu_seqlens, "max_length_k": stream.max_seqlen}
+        keys = {"cu_seq_lens_k": stream.cu_seqlens, "max_length_k": stream.max_seqlen}
+        return {**own, **keys, "runs": Runs(stream.cu_seqlens, stream.cu_seqlens)}
     keys = {"cu_seq_lens_k": stream.cu_key_seqlens, "max_length_k": stream.max_key_seqlen}
-    return {**own, **keys, "key_index": stream.key_index}
+    runs = Runs(stream.cu_seqlens, stream.cu_key_seqlens)
+    return {**own, **keys, "key_index": stream.key_index, "runs": runs}
 
 
 class LMHead(NamedTuple):

@@ -72,6 +72,18 @@ class Prompts:
         if not self.generation_prompts:
             object.__setattr__(self, "generation_prompts", [""] * len(self.questions))
 
+    def of(self, questions: Sequence[int]) -> Prompts:
+        """Some of the questions, in the order given."""
+        own = torch.tensor(list(questions), dtype=torch.int64, device=self.input_ids.device)
+        return Prompts(
+            [self.questions[q] for q in questions],
+            self.input_ids[own],
+            self.attention_mask[own],
+            None if self.positions is None else self.positions[:, own],
+            None if self.images is None else self.images.of(questions),
+            [self.generation_prompts[q] for q in questions],
+        )
+
 
 class EncodedQuestion(NamedTuple):
     """One question as a model reads it.

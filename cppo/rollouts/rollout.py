@@ -15,7 +15,8 @@ from cppo.model.forward import ImageBatch
 from cppo.model.load import closing_token_ids
 from cppo.model.prompts import Prompts, tokenizer_of
 from cppo.questions import Question
-from cppo.rollouts.sampler import decode
+from cppo.rollouts.memory import rows_that_fit
+from cppo.rollouts.sampler import Sampling, decode
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def sample_completions(
     max_new_tokens: int,
     temperature: float | None,
     suppressed: Sequence[int] = (),
-    batch_size: int = 256,
+    batch_size: int = 1024,
     once: Callable[[Callable[[], Tensor]], Tensor] = lambda generate: generate(),
 ) -> Rollouts:
     """Samples `group_size` completions of every question from the plain softmax of the model.
@@ -75,7 +76,8 @@ def sample_completions(
         temperature: of the softmax; None: the greedy completion.
         suppressed: token ids that are never sampled. The ends of text are those of
             `cppo.model.load.closing_token_ids`.
-        batch_size: completions generated at once.
+        batch_size: completions generated at once at most; fewer where memory is short, and never
+            less than one question's.
         once: generates such a batch by calling its argument, or returns what an earlier call gave.
     Returns: Rollouts, padded to the longest completion.
     """
@@ -83,28 +85,16 @@ def sample_completions(
     closing, _ = closing_token_ids(model, processor)
     # Behind an end, where the mask hides it.
     pad = closing[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    chunk = max(1, batch_size // group_size)
+    sampling = Sampling(group_size, max_new_tokens, temperature, suppressed, closing, pad)
     was_training = model.training
     model.eval()
-    parts = []
-    for first in range(0, len(prompts.questions), chunk):
-        questions = range(first, min(first + chunk, len(prompts.questions)))
-        part = slice(questions.start, questions.stop)
-        generate = functools.partial(
-            decode,
-            model,
-            prompts.input_ids[part],
-            prompts.attention_mask[part],
-            None if prompts.positions is None else prompts.positions[:, part],
-            None if prompts.images is None else prompts.images.of(questions),
-            group_size=group_size,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            suppressed=suppressed,
-            closing=closing,
-            pad=pad,
-        )
-        parts.append(once(generate).to(prompts.input_ids.device))
+    parts: list[Tensor] = []
+    first = 0
+    while first < len(prompts.questions):
+        # What fits is found out where it is generated: a part of an earlier call may be another.
+        call = functools.partial(_next_part, model, prompts, first, sampling, batch_size)
+        parts.append(once(call).to(prompts.input_ids.device))
+        first += len(parts[-1]) // group_size
     model.train(was_training)
     width = max(part.shape[1] for part in parts)
     completions = torch.cat([F.pad(part, (0, width - part.shape[1]), value=pad) for part in parts])
@@ -112,6 +102,16 @@ def sample_completions(
     # A completion is its tokens up to and with the first closing one.
     mask = ends.cumsum(1) - ends.long() == 0
     return _assemble(prompts, group_size, completions, mask, tokenizer, ~ends.any(1))
+
+
+def _next_part(
+    model: nn.Module, prompts: Prompts, first: int, sampling: Sampling, batch_size: int
+) -> Tensor:
+    """Completions of the questions from `first` on, of as many as there is room for."""
+    width = prompts.input_ids.shape[1] + sampling.max_new_tokens
+    rows = min(batch_size, rows_that_fit(model, width))
+    stop = min(first + max(1, rows // sampling.group_size), len(prompts.questions))
+    return decode(model, prompts.of(range(first, stop)), sampling)
 
 
 def _assemble(
@@ -211,14 +211,7 @@ def take_questions(rollouts: Rollouts, questions: Sequence[int]) -> Rollouts:
     rows = (own[:, None] * group + torch.arange(group, device=own.device)).flatten()
     numbers = rows.tolist()
     return Rollouts(
-        Prompts(
-            [prompts.questions[q] for q in questions],
-            prompts.input_ids[own],
-            prompts.attention_mask[own],
-            None if prompts.positions is None else prompts.positions[:, own],
-            None if prompts.images is None else prompts.images.of(list(questions)),
-            [prompts.generation_prompts[q] for q in questions],
-        ),
+        prompts.of(questions),
         group,
         rollouts.input_ids[rows],
         rollouts.attention_mask[rows],

@@ -140,7 +140,9 @@ def prepare(model: Any, config: CPPOConfig, device: torch.device) -> Any:
 
 def _set_attention(model: nn.Module, config: CPPOConfig) -> None:
     device = next(model.parameters()).device
-    name = forward.choose_attention(config.attention, device, "CPPOConfig.attention")
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    layers = forward.layers_of(model, dtype)
+    name = forward.choose_attention(config.attention, device, "CPPOConfig.attention", layers)
     forward.set_attention(model, name)
 
 

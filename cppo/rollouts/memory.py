@@ -1,0 +1,55 @@
+"""How many completions can be decoded at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cppo.model.attention import head_sizes
+from cppo.model.forward import unwrap
+
+# Of the free memory; the rest is for what the layers compute.
+_SHARE = 0.5
+# Per element of a row's logits: themselves, in fp32, divided, their softmax.
+_LOGIT_BYTES = 16
+
+
+def rows_that_fit(model: nn.Module, width: int) -> int:
+    """Completions whose keys and values fit into half of the memory that is free, at least 1.
+
+    Args:
+        width: tokens of a row, prompt and completion.
+    """
+    base = unwrap(model)
+    parameter = next(base.parameters())
+    free = free_memory(parameter.device)
+    config = base.config.get_text_config()
+    return max(1, int(_SHARE * free / (width * _token_bytes(config, parameter) + _logits(config))))
+
+
+def _logits(config: Any) -> int:
+    return _LOGIT_BYTES * int(config.vocab_size)
+
+
+def _token_bytes(config: Any, like: torch.Tensor) -> int:
+    """Of a token's keys and values in all layers."""
+    kind = like.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(config.num_hidden_layers * heads * sum(head_sizes(config)) * dtype.itemsize)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process could still have; caches of files and of PyTorch count as free."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -20,7 +20,7 @@ from cppo.model.prompts import Prompts, encode_questions
 from cppo.questions import Question
 from cppo.rollouts import memory
 from cppo.rollouts.rollout import sample_completions
-from cppo.rollouts.sampler import Sampling, decode, inverse_cdf
+from cppo.rollouts.sampler import Draws, Sampling, decode, inverse_cdf
 
 DRAWS = 1_000_000
 
@@ -86,14 +86,19 @@ def test_a_number_draws_what_an_exact_sum_says() -> None:
 # The loop
 
 
+def draws_of(prompts: Prompts, group: int) -> Draws:
+    count = group * len(prompts.questions)
+    return Draws(0, count, slice(0, count))
+
+
 def decoded(every: int, drop: float, monkeypatch: pytest.MonkeyPatch, seed: int = 3) -> Any:
     monkeypatch.setattr(sampler, "_LOOK_EVERY", {"cpu": every})
     monkeypatch.setattr(sampler, "_DROP_SHARE", drop)
     model, _ = tiny("text")
-    torch.manual_seed(seed)
     closing = list(range(3, 24))
     sampling = Sampling(4, 40, 1.0, suppressed=[1, 2], closing=closing, pad=1)
-    return decode(packed(model).eval(), text_prompts([5, 3, 7]), sampling)
+    draws = Draws(seed, 12, slice(0, 12))
+    return decode(packed(model).eval(), text_prompts([5, 3, 7]), sampling, draws)
 
 
 def test_when_it_looks_and_drops_changes_no_completion(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +123,7 @@ def test_the_host_waits_once_in_eight_tokens(family: str, monkeypatch: pytest.Mo
     for tokens in (24, 48):
         sampling = Sampling(4, tokens, 1.0, suppressed=[2])
         with Attentions() as ops, torch.autocast("cpu", torch.bfloat16):
-            assert decode(model, prompts, sampling).shape[1] == tokens
+            assert decode(model, prompts, sampling, draws_of(prompts, 4)).shape[1] == tokens
         waits[tokens] = len(ops.waits)
         assert {dtype for _, dtype in ops.seen} == {torch.bfloat16}
     looks = (48 - 24) // 8
@@ -139,7 +144,7 @@ def test_hidden_states_that_are_not_finite_are_an_error() -> None:
         model.model.norm.weight[3] = torch.nan
     words = "hidden states are not finite in 6 of 6 completions"
     with pytest.raises(FloatingPointError, match=words):
-        decode(model, text_prompts([5, 3, 7]), Sampling(2, 4, 1.0))
+        decode(model, text_prompts([5, 3, 7]), Sampling(2, 4, 1.0), Draws(0, 6, slice(0, 6)))
 
 
 @pytest.mark.parametrize("family", ["text", *VISION_FAMILIES])
@@ -157,12 +162,12 @@ def test_prompts_in_parts_give_the_same_tokens(
         return stock(*arguments, **options)
 
     monkeypatch.setattr(model.model, "forward", watched)
-    whole = decode(model, prompts, Sampling(2, 6, None))
+    whole = decode(model, prompts, Sampling(2, 6, None), draws_of(prompts, 2))
     count, width = prompts.input_ids.shape
     assert rows[0] == (count, width)
     rows.clear()
     monkeypatch.setattr(sampler, "_PREFILL_TOKENS", 3 * width + 1)
-    assert torch.equal(decode(model, prompts, Sampling(2, 6, None)), whole)
+    assert torch.equal(decode(model, prompts, Sampling(2, 6, None), draws_of(prompts, 2)), whole)
     assert [shape for shape in rows if shape[1] == width] == [(3, width), (1, width)]
 
 
@@ -225,7 +230,7 @@ def test_the_cache_has_the_dtype_that_the_attention_computes_in(
     packed(model).eval()
     for is_on, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
-            decode(model, text_prompts([5, 3]), Sampling(2, 3, 1.0))
+            decode(model, text_prompts([5, 3]), Sampling(2, 3, 1.0), Draws(0, 4, slice(0, 4)))
         layer = kept[-1].layers[0]
         assert {layer._keys.dtype, layer._values.dtype} == {dtype}
         assert layer._keys.shape[:3] == (4, model.config.num_key_value_heads, 5 + 3)
@@ -270,21 +275,24 @@ def test_the_batch_is_what_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) 
     sizes = []
     stock = cppo.rollouts.rollout.decode
 
-    def watched(model: Any, prompts: Prompts, sampling: Sampling) -> Tensor:
+    def watched(model: Any, prompts: Prompts, *options: Any) -> Tensor:
         sizes.append(len(prompts.questions))
-        return stock(model, prompts, sampling)
+        return stock(model, prompts, *options)
 
     monkeypatch.setattr(cppo.rollouts.rollout, "decode", watched)
-    options = {"group_size": 3, "max_new_tokens": 6, "temperature": None}
+    options = {"group_size": 3, "max_new_tokens": 6, "temperature": 1.0}
     found = {}
     for rows, batch_size, expected in ((1000, 1024, [4]), (6, 1024, [2, 2]), (0, 1024, [1] * 4),
                                        (1000, 6, [2, 2]), (9, 1024, [3, 1])):  # fmt: skip
         monkeypatch.setattr(memory, "free_memory", lambda _, rows=rows: int(2 * row * (rows + 0.5)))
         sizes.clear()
+        torch.manual_seed(0)
         rollouts = sample_completions(model, processor, prompts, batch_size=batch_size, **options)
         assert sizes == expected
         found[rows] = rollouts.completion_ids
+    # What is drawn does not depend on what was decoded together.
     assert all(ids == found[1000] for ids in found.values())
+    assert len({tuple(ids) for ids in found[1000]}) > 4
 
 
 def test_memory_of_a_row_under_autocast_and_on_this_machine() -> None:

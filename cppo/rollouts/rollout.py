@@ -16,7 +16,7 @@ from cppo.model.load import closing_token_ids
 from cppo.model.prompts import Prompts, tokenizer_of
 from cppo.questions import Question
 from cppo.rollouts.memory import rows_that_fit
-from cppo.rollouts.sampler import Sampling, decode
+from cppo.rollouts.sampler import Draws, Sampling, decode
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def sample_completions(
             `cppo.model.load.closing_token_ids`.
         batch_size: completions generated at once at most; fewer where memory is short, and never
             less than one question's.
-        once: generates such a batch by calling its argument, or returns what an earlier call gave.
+        once: calls its argument, which generates such a batch, or returns what an earlier call
+            gave; the seed of all of them goes through it, too.
     Returns: Rollouts, padded to the longest completion.
     """
     tokenizer = tokenizer_of(processor)
@@ -88,11 +89,13 @@ def sample_completions(
     sampling = Sampling(group_size, max_new_tokens, temperature, suppressed, closing, pad)
     was_training = model.training
     model.eval()
+    # Through `once` as well: what is generated after a stop has the numbers that it would have had.
+    seed = int(once(lambda: torch.randint(2**62, ())))
     parts: list[Tensor] = []
     first = 0
     while first < len(prompts.questions):
         # What fits is found out where it is generated: a part of an earlier call may be another.
-        call = functools.partial(_next_part, model, prompts, first, sampling, batch_size)
+        call = functools.partial(_next_part, model, prompts, first, sampling, batch_size, seed)
         parts.append(once(call).to(prompts.input_ids.device))
         first += len(parts[-1]) // group_size
     model.train(was_training)
@@ -105,13 +108,20 @@ def sample_completions(
 
 
 def _next_part(
-    model: nn.Module, prompts: Prompts, first: int, sampling: Sampling, batch_size: int
+    model: nn.Module,
+    prompts: Prompts,
+    first: int,
+    sampling: Sampling,
+    batch_size: int,
+    seed: int,
 ) -> Tensor:
     """Completions of the questions from `first` on, of as many as there is room for."""
     width = prompts.input_ids.shape[1] + sampling.max_new_tokens
     rows = min(batch_size, rows_that_fit(model, width))
-    stop = min(first + max(1, rows // sampling.group_size), len(prompts.questions))
-    return decode(model, prompts.of(range(first, stop)), sampling)
+    count, group = len(prompts.questions), sampling.group_size
+    stop = min(first + max(1, rows // group), count)
+    draws = Draws(seed, count * group, slice(first * group, stop * group))
+    return decode(model, prompts.of(range(first, stop)), sampling, draws)
 
 
 def _assemble(

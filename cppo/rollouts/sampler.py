@@ -10,7 +10,7 @@ A GPU is never waited for within a token: which completions have ended is asked 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +54,34 @@ class Sampling:
     pad: int = 0
 
 
+@dataclass(frozen=True)
+class Draws:
+    """A uniform number for each token of each completion, whichever are decoded together.
+
+    Args:
+        seed: of all completions of a call.
+        count: how many there are.
+        own: those that are decoded here.
+    """
+
+    seed: int
+    count: int
+    own: slice
+
+    def start(self, device: torch.device) -> Callable[[], Tensor]:
+        """What gives the numbers of the next token: fp64 in [0, 1), one per own completion."""
+        generator = torch.Generator(device).manual_seed(self.seed)
+        options: Any = {"dtype": torch.float64, "device": device, "generator": generator}
+        return lambda: torch.rand(self.count, **options)[self.own]
+
+
 @torch.no_grad()
-def decode(model: nn.Module, prompts: Prompts, sampling: Sampling) -> Tensor:
+def decode(model: nn.Module, prompts: Prompts, sampling: Sampling, draws: Draws) -> Tensor:
     """Completions of Q prompts: (Q x group_size, tokens) int64, padded on the right.
 
     Args:
         model: in eval mode, with the attention of `cppo.model.forward.set_attention`.
+        draws: of these Q x group_size completions.
     Raises: FloatingPointError for hidden states that are not finite.
     """
     rows = _run_prompts(unwrap(model), prompts, sampling)
@@ -68,10 +90,9 @@ def decode(model: nn.Module, prompts: Prompts, sampling: Sampling) -> Tensor:
     end = torch.tensor(list(sampling.closing), dtype=torch.int64, device=device)
     tokens = torch.full((sampling.max_new_tokens, count), sampling.pad, device=device)
     longest = torch.zeros((), dtype=torch.int64, device=device)
+    next_draws = draws.start(device)
     for step in range(sampling.max_new_tokens):
-        # Every completion has a number of its own, whoever is still there beside it.
-        uniform = torch.rand(count, dtype=torch.float64, device=device)[rows.numbers]
-        drawn = _draw(rows.hidden, head, sampling.temperature, uniform)
+        drawn = _draw(rows.hidden, head, sampling.temperature, next_draws()[rows.numbers])
         longest += rows.is_open.any()
         tokens[step].index_copy_(0, rows.numbers, drawn.where(rows.is_open, sampling.pad))
         rows.is_open &= (drawn[:, None] != end).all(1)

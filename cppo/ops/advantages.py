@@ -107,15 +107,8 @@ def prune_completions(
     check_groups("prune_completions", "advantages", advantages, group_size)
     _check_pruning("prune_completions", prune_rate, scope, prune)
     implementation = backends.pick("prune_completions", advantages, backend)
-    return implementation.prune_completions(
-        advantages.detach(),
-        group_size,
-        prune_rate,
-        scope,
-        prune,
-        drop_zero,
-        _noise(advantages, prune, generator),
-    )
+    options = (scope, prune, drop_zero, _noise(advantages, prune, generator))
+    return implementation.prune_completions(advantages.detach(), group_size, prune_rate, *options)
 
 
 def advantages_and_prune(
@@ -151,17 +144,8 @@ def advantages_and_prune(
     _check_scaling("advantages_and_prune", scale, eps)
     _check_pruning("advantages_and_prune", prune_rate, scope, prune)
     implementation = backends.pick("advantages_and_prune", rewards, backend)
-    return implementation.advantages_and_prune(
-        rewards.detach(),
-        group_size,
-        prune_rate,
-        scale,
-        eps,
-        scope,
-        prune,
-        drop_zero,
-        _noise(rewards, prune, generator),
-    )
+    options = (scale, eps, scope, prune, drop_zero, _noise(rewards, prune, generator))
+    return implementation.advantages_and_prune(rewards.detach(), group_size, prune_rate, *options)
 
 
 def questions_needed(batch_size: int, group_size: int, prune_rate: float) -> int:

@@ -137,6 +137,38 @@ def test_a_target_that_is_suppressed_has_no_probability(backend):
     assert torch.equal(logps.isneginf(), inputs["targets"] == suppressed)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_suppressed_target_gets_no_gradient(softcap):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=generator).double() for n in (13, 23))
+    targets = torch.randint(23, (13,), generator=generator)
+    found = []
+    for backend in ("reference", "cpp"):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        options = {"suppressed": targets[:1], "softcap": softcap, "backend": backend}
+        stats = cppo.linear_token_stats(*leaves, targets, **options)
+        stats.logps.sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    assert not found[1][1][targets[0]].any()
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("logits_dtype", ["fp32", "input"])
+def test_linear_token_stats_compiles_in_half_precision(logits_dtype):
+    hidden, weight = torch.randn(5, 8).bfloat16(), torch.randn(11, 8).bfloat16()
+    hidden.requires_grad_()
+    targets = torch.arange(5)
+
+    def total(hidden):
+        stats = cppo.linear_token_stats(hidden, weight, targets, logits_dtype=logits_dtype)
+        return stats.logps.sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(total(hidden), hidden)
+    (found,) = torch.autograd.grad(compiled(hidden), hidden)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_suppressed_tokens_cost_no_rows_and_a_bias_does(dtype, monkeypatch):
     monkeypatch.setattr(head, "multiplies_natively", lambda dtype, device: True)

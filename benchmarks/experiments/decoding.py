@@ -2,6 +2,7 @@
 
     python benchmarks/experiments/decoding.py MODEL            a folder or a name on the hub
     python benchmarks/experiments/decoding.py digits           the checkpoint of a demo
+    python benchmarks/experiments/decoding.py MODEL --engine vllm
     python benchmarks/experiments/decoding.py --smoke          toy size, writes nothing
 
 Completions of the same prompts by `sample_completions`. "bf16": weights in bf16. "autocast": fp32
@@ -14,8 +15,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from cppo.rollouts.rollout import sample_completions
 
 DEMOS = ("arithmetic", "digits")
 PRECISIONS = ("bf16", "autocast", "fp32")
-COLUMNS = ("model", "precision", "prompts", "group", "tokens", "seconds", "tokens_per_s")
+COLUMNS = ("model", "engine", "precision", "prompts", "group", "tokens", "seconds", "tokens_per_s")
 
 
 def prompts_of(model: Any, processor: Any, name: str, count: int) -> Prompts:
@@ -56,28 +58,67 @@ def measure(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     """One row: the fastest of some repetitions."""
     path = CHECKPOINTS / options.model if options.model in DEMOS else options.model
     model, processor = load_model(path), load_processor(path)
-    model.to(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    check_supported(model)
-    set_attention(model, "auto")
     prompts = prompts_of(model, processor, options.model, options.prompts)
-    is_cast = precision == "autocast"
-    kind = torch.autocast(options.device, torch.bfloat16) if is_cast else contextlib.nullcontext()
+    if options.engine == "vllm":
+        generate = _by_vllm(str(path), prompts, options, precision)
+    else:
+        generate = _by_cppo(model, processor, prompts, options, precision)
     rates = []
     for seed in range(options.repetitions):
         torch.manual_seed(seed)
+        start = _clock(options.device)
+        tokens = sum(map(len, generate()))
+        spent = _clock(options.device) - start
+        rates.append((tokens / spent, tokens, spent))
+    rate, tokens, spent = max(rates)
+    name = options.name or options.model
+    values = (name, options.engine, precision, options.prompts, options.group, tokens)
+    return dict(zip(COLUMNS, (*values, f"{spent:.2f}", f"{rate:.1f}"), strict=True))
+
+
+Generate = Callable[[], Sequence[Sequence[int]]]
+
+
+def _by_cppo(
+    model: Any, processor: Any, prompts: Prompts, options: argparse.Namespace, precision: str
+) -> Generate:
+    model.to(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    check_supported(model)
+    set_attention(model, "auto")
+    is_cast = precision == "autocast"
+    kind = torch.autocast(options.device, torch.bfloat16) if is_cast else contextlib.nullcontext()
+
+    def generate() -> Sequence[Sequence[int]]:
         with kind:
-            start = _clock(options.device)
             found = sample_completions(
                 model, processor, prompts, group_size=options.group,
                 max_new_tokens=options.tokens, temperature=1.0,
                 batch_size=options.prompts * options.group,
             )  # fmt: skip
-            spent = _clock(options.device) - start
-        tokens = sum(map(len, found.completion_ids))
-        rates.append((tokens / spent, tokens, spent))
-    rate, tokens, spent = max(rates)
-    values = (options.name or options.model, precision, options.prompts, options.group, tokens)
-    return dict(zip(COLUMNS, (*values, f"{spent:.2f}", f"{rate:.1f}"), strict=True))
+        return found.completion_ids
+
+    return generate
+
+
+def _by_vllm(path: str, prompts: Prompts, options: argparse.Namespace, precision: str) -> Generate:
+    """In this process, which has the clock; without images."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    from vllm import LLM, SamplingParams
+
+    rows = zip(prompts.input_ids, prompts.attention_mask, strict=True)
+    ids = [{"prompt_token_ids": own[mask.bool()].tolist()} for own, mask in rows]
+    longest = prompts.input_ids.shape[1] + options.tokens
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[precision]
+    engine = LLM(path, dtype=dtype, max_model_len=longest, generation_config="vllm")
+    params = SamplingParams(n=options.group, temperature=1.0, max_tokens=options.tokens)
+    engine.generate(ids[:1], SamplingParams(max_tokens=2), use_tqdm=False)  # it compiles here
+
+    def generate() -> Sequence[Sequence[int]]:
+        found = engine.generate(ids, params, use_tqdm=False)
+        return [one.token_ids for request in found for one in request.outputs]
+
+    return generate
 
 
 def _clock(device: str) -> float:
@@ -97,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="arithmetic")
     parser.add_argument("--name", help="of the model, in the rows")
+    parser.add_argument("--engine", default="cppo", choices=("cppo", "vllm"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--prompts", type=int, default=16)

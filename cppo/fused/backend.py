@@ -102,8 +102,11 @@ class Backend:
         head = (given.weight, given.bias, given.suppressed)
         options = (given.softcap, given.logits_dtype)
         rows = (given.targets, given.mask, given.temperature)
-        keeps = given.mask is None and _is_eager(given.hidden, given.weight, given.bias)
-        keeps &= keeps_logits(given.targets.numel(), given.weight, given.bias, *options)
+        keeps = (
+            given.mask is None
+            and _is_eager(given.hidden, given.weight, given.bias)
+            and keeps_logits(given.targets.numel(), given.weight, given.bias, *options)
+        )
         found = self._ops.linear_token_stats(given.hidden, *head, *rows, *options, keeps)
         return TokenStats(*found[:2])
 

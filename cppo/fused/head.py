@@ -25,9 +25,9 @@ from torch import Tensor
 # it is 1170 rows. A tile for the L2 cache would have 150 rows.
 # On a CPU 128 MiB are 208 rows in fp32: nearly as fast as a larger product.
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-# What `linear_token_stats` keeps between its forward and its backward, which then computes three
-# products and not four: on a GPU 8800 rows of a vocabulary of 150,000 in bf16 and 2900 in fp32, of
-# which the products need a copy in bf16; on a CPU one tile.
+# What a call of `linear_token_stats` keeps until its backward, which then computes three products
+# and not four: on a GPU 8800 rows of a vocabulary of 150,000 in bf16 and 2900 in fp32, of which the
+# products need a copy in bf16; on a CPU one tile. Calls whose backward is still to come add up.
 KEPT_BYTES = {"cpu": 128 << 20, "cuda": 5 << 29}
 SLICE_BYTES = 4 << 20  # of a part of the weight in fp32
 # Floats of AVX-512: with a number of rows that is no multiple of it a CPU's product in fp32 takes a
@@ -209,6 +209,9 @@ class Head:
 
     def backward(self, grad_logits: Tensor, hidden: Tensor, wants_hidden: bool) -> Tensor | None:
         """The gradient of these rows of hidden, (rows, D) in fp32; adds to those of the head."""
+        if self.suppressed is not None:
+            # They are constants, also where one of them is a target.
+            grad_logits.index_fill_(1, self.suppressed, 0)
         if self.grad_bias is not None:
             self.grad_bias += grad_logits.sum(0, dtype=self.accumulator)
         # Of a head with a bias or a cap they are in fp32, and a CPU multiplies them as they are:

@@ -13,8 +13,8 @@ from trainer_cases import VISION_FAMILIES, packed, questions_for, tiny
 
 import cppo.rollouts.rollout
 import cppo.rollouts.sampler as sampler
-from cppo.model import forward
-from cppo.model.cache import completion_cache, prompt_cache
+from cppo.model import attention, forward
+from cppo.model.cache import can_be_joined, completion_cache, prompt_cache
 from cppo.model.forward import LMHead
 from cppo.model.prompts import Prompts, encode_questions
 from cppo.questions import Question
@@ -302,3 +302,45 @@ def test_memory_of_a_row_under_autocast_and_on_this_machine() -> None:
     wide = memory._token_bytes(model.config, model.lm_head.weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert memory._token_bytes(model.config, model.lm_head.weight) == wide / 2
+
+
+def test_memory_is_shared_by_processes_and_limited_by_a_container(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "_free_of_machine", lambda: 1000)
+    monkeypatch.setattr(memory, "_free_of_container", lambda: [])
+    assert memory.free_memory(torch.device("cpu")) == 1000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.free_memory(torch.device("cpu")) == 250
+    monkeypatch.undo()
+    assert memory._free_of_container(tmp_path) == []
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("300\n")
+    assert memory._free_of_container(tmp_path) == []
+    (tmp_path / "memory.max").write_text("800\n")
+    assert memory._free_of_container(tmp_path) == [500]
+
+
+def test_a_cache_with_placeholders_is_filled_in_parts() -> None:
+    from transformers import Gemma3nTextConfig
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache(config=Gemma3nTextConfig())
+    assert {type(layer).__name__ for layer in cache.layers} >= {"DummyLayer"}
+    assert can_be_joined(cache)
+
+
+def test_a_rollout_that_fails_leaves_the_mode_as_it_was() -> None:
+    model, processor = tiny("text")
+    packed(model).train()
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    prompts = encode_questions(model, processor, questions_for("text"))
+    options = {"group_size": 2, "max_new_tokens": 2, "temperature": 1.0}
+    with pytest.raises(FloatingPointError):
+        sample_completions(model, processor, prompts, **options)
+    assert model.training
+
+
+def test_head_sizes_by_another_name() -> None:
+    from transformers import JetMoeConfig
+
+    assert attention.head_sizes(JetMoeConfig()) == (128, 128)

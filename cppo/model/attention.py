@@ -75,8 +75,13 @@ class Layers(NamedTuple):
 def head_sizes(config: Any) -> tuple[int, int]:
     """Numbers of a query's or key's head, and of a value's: the largest of a text config."""
     own = vars(config)
-    even = own.get("hidden_size", 0) // max(1, own.get("num_attention_heads") or 1)
-    size = own.get("head_dim") or even
+
+    def value(name: str) -> int:
+        # Some families have another name for it.
+        return own.get(name) or own.get(getattr(config, "attribute_map", {}).get(name, name)) or 0
+
+    even = value("hidden_size") // max(1, value("num_attention_heads"))
+    size = value("head_dim") or even
     if own.get("qk_nope_head_dim"):  # latent attention
         size = own["qk_nope_head_dim"] + own["qk_rope_head_dim"]
     size = max(size, own.get("global_head_dim") or 0)

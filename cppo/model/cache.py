@@ -22,7 +22,10 @@ def prompt_cache(base: Any) -> DynamicCache:
 
 def can_be_joined(cache: DynamicCache) -> bool:
     """Whether `completion_cache` takes the cache of prompts in parts."""
-    return all(type(layer) in _IN_PLACE for layer in cache.layers)
+    # A layer that shares another's keys has a placeholder (transformers 5.24).
+    return all(
+        type(layer) in _IN_PLACE or type(layer).__name__ == "DummyLayer" for layer in cache.layers
+    )
 
 
 def completion_cache(parts: Sequence[DynamicCache], repeats: int, room: int) -> DynamicCache:

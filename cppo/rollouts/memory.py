@@ -14,6 +14,7 @@ from cppo.model.forward import unwrap
 
 # Of the free memory; the rest is for what the layers compute.
 _SHARE = 0.5
+_UNKNOWN = 4 << 30  # where the system does not say
 # Per element of a row's logits: themselves, in fp32, divided, their softmax.
 _LOGIT_BYTES = 16
 
@@ -44,12 +45,30 @@ def _token_bytes(config: Any, like: torch.Tensor) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process could still have; caches of files and of PyTorch count as free."""
+    """Bytes that this process could still have; caches of files and of PyTorch count as free.
+
+    On a CPU the processes of a machine share what is free.
+    """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + held
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min([_free_of_machine(), *_free_of_container()]) // processes
+
+
+def _free_of_machine() -> int:
     info = Path("/proc/meminfo")
     for line in info.read_text().splitlines() if info.exists() else []:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return _UNKNOWN
+
+
+def _free_of_container(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What a limit on this process's group leaves; nothing without a limit."""
+    limit, used = folder / "memory.max", folder / "memory.current"
+    if not (limit.exists() and used.exists()) or not limit.read_text().strip().isdigit():
+        return []
+    return [max(0, int(limit.read_text()) - int(used.read_text()))]

@@ -89,16 +89,19 @@ def sample_completions(
     sampling = Sampling(group_size, max_new_tokens, temperature, suppressed, closing, pad)
     was_training = model.training
     model.eval()
-    # Through `once` as well: what is generated after a stop has the numbers that it would have had.
-    seed = int(once(lambda: torch.randint(2**62, ())))
     parts: list[Tensor] = []
     first = 0
-    while first < len(prompts.questions):
-        # What fits is found out where it is generated: a part of an earlier call may be another.
-        call = functools.partial(_next_part, model, prompts, first, sampling, batch_size, seed)
-        parts.append(once(call).to(prompts.input_ids.device))
-        first += len(parts[-1]) // group_size
-    model.train(was_training)
+    try:
+        # Through `once` as well: what is generated after a stop has the numbers that it would have
+        # had.
+        seed = int(once(lambda: torch.randint(2**62, ())))
+        while first < len(prompts.questions):
+            # What fits is found out where it is generated: a part of an earlier call may differ.
+            call = functools.partial(_next_part, model, prompts, first, sampling, batch_size, seed)
+            parts.append(once(call).to(prompts.input_ids.device))
+            first += len(parts[-1]) // group_size
+    finally:
+        model.train(was_training)
     width = max(part.shape[1] for part in parts)
     completions = torch.cat([F.pad(part, (0, width - part.shape[1]), value=pad) for part in parts])
     ends = torch.isin(completions, torch.tensor(closing, device=completions.device))

@@ -65,7 +65,7 @@ def check_dataset(
             whether they can read every ground truth; your own are not called.
         processor: the processor or tokenizer of a model, with which each row checked is then
             encoded as in training.
-        chat_template_kwargs: what the chat template is given besides the messages.
+        chat_template_kwargs: for the chat template, such as {"enable_thinking": False}.
     Returns: counts over the rows checked.
     Raises: TypeError or ValueError for an empty dataset or something else than a dataset, and for
         chat_template_kwargs that the template does not read. ValueError that says how many rows

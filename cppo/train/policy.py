@@ -19,8 +19,8 @@ from cppo.model.check import check_model, check_training_mode
 from cppo.model.precision import hold_weights
 from cppo.train.checkpoint import last_checkpoint
 
-# Where one kernel takes the step of all parameters, without temporaries as large as they are.
-_FUSED = ("cpu", "cuda", "mps", "xpu")
+# Devices on which one kernel makes the optimizer's step, without temporaries as large as the model.
+_FUSED = ("cpu", "cuda")
 
 
 class Policy:

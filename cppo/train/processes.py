@@ -20,7 +20,7 @@ from cppo.train.stopping import Stopped, Stopping
 _T = TypeVar("_T")
 
 
-# Of gradients that are exchanged at once: so much memory it takes. Larger ones are no faster.
+# Gradients are exchanged in buckets of so many bytes, which is the memory that an exchange takes.
 BUCKET_BYTES = 128 * 2**20
 
 
@@ -206,10 +206,12 @@ class Processes:
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Neighbours of BUCKET_BYTES together at most; a larger one is by itself."""
     bucket: list[Tensor] = []
+    size = 0
     for gradient in gradients:
-        if bucket and sum(own.nbytes for own in (*bucket, gradient)) > BUCKET_BYTES:
+        if bucket and size + gradient.nbytes > BUCKET_BYTES:
             yield bucket
-            bucket = []
+            bucket, size = [], 0
         bucket.append(gradient)
+        size += gradient.nbytes
     if bucket:
         yield bucket

@@ -15,12 +15,10 @@ from cppo.views import perturbations
 Perturbation = Callable[[Tensor, torch.Generator], Tensor]
 
 PRESERVING: tuple[Perturbation, ...] = (
-    *(
-        perturbations.ColorJitter(),
-        perturbations.RandomPerspective(),
-        perturbations.RandomRotation(),
-        perturbations.GaussianBlur(),
-    ),
+    perturbations.ColorJitter(),
+    perturbations.RandomPerspective(),
+    perturbations.RandomRotation(),
+    perturbations.GaussianBlur(),
 )
 REMOVING: tuple[Perturbation, ...] = (perturbations.NoisePatches(), perturbations.ZoomCrop())
 

@@ -11,7 +11,7 @@ from test_attention_kernel import Attentions
 from torch import Tensor
 from trainer_cases import VISION_FAMILIES, packed, questions_for, tiny
 
-import cppo.rollouts.rollout
+import cppo.rollouts.engine
 import cppo.rollouts.sampler as sampler
 from cppo.model import attention, forward
 from cppo.model.cache import can_be_joined, completion_cache, prompt_cache
@@ -49,7 +49,9 @@ def test_draws_follow_the_softmax(dtype: torch.dtype, vocabulary: int) -> None:
     found = torch.zeros(vocabulary, dtype=torch.int64)
     rows = hidden.expand(DRAWS // 50, -1)
     for _ in range(50):
-        drawn = sampler._draw(rows, head, temperature, torch.rand(len(rows), dtype=torch.float64))
+        uniform = torch.rand(len(rows), dtype=torch.float64)
+        drawn, logps = sampler._draw(rows, head, temperature, uniform)
+        assert (logps - expected.log()[drawn]).abs().max() < 1e-5
         found += drawn.bincount(minlength=vocabulary)
     possible = expected > 0
     assert found[~possible].sum() == 0 and int((~possible).sum()) == 3
@@ -98,7 +100,7 @@ def decoded(every: int, drop: float, monkeypatch: pytest.MonkeyPatch, seed: int 
     closing = list(range(3, 24))
     sampling = Sampling(4, 40, 1.0, suppressed=[1, 2], closing=closing, pad=1)
     draws = Draws(seed, 12, slice(0, 12))
-    return decode(packed(model).eval(), text_prompts([5, 3, 7]), sampling, draws)
+    return decode(packed(model).eval(), text_prompts([5, 3, 7]), sampling, draws).tokens
 
 
 def test_when_it_looks_and_drops_changes_no_completion(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +125,8 @@ def test_the_host_waits_once_in_eight_tokens(family: str, monkeypatch: pytest.Mo
     for tokens in (24, 48):
         sampling = Sampling(4, tokens, 1.0, suppressed=[2])
         with Attentions() as ops, torch.autocast("cpu", torch.bfloat16):
-            assert decode(model, prompts, sampling, draws_of(prompts, 4)).shape[1] == tokens
+            found = decode(model, prompts, sampling, draws_of(prompts, 4))
+            assert found.tokens.shape == found.logps.shape == (16, tokens)
         waits[tokens] = len(ops.waits)
         assert {dtype for _, dtype in ops.seen} == {torch.bfloat16}
     looks = (48 - 24) // 8
@@ -162,12 +165,13 @@ def test_prompts_in_parts_give_the_same_tokens(
         return stock(*arguments, **options)
 
     monkeypatch.setattr(model.model, "forward", watched)
-    whole = decode(model, prompts, Sampling(2, 6, None), draws_of(prompts, 2))
+    whole = decode(model, prompts, Sampling(2, 6, None), draws_of(prompts, 2)).tokens
     count, width = prompts.input_ids.shape
     assert rows[0] == (count, width)
     rows.clear()
     monkeypatch.setattr(sampler, "_PREFILL_TOKENS", 3 * width + 1)
-    assert torch.equal(decode(model, prompts, Sampling(2, 6, None), draws_of(prompts, 2)), whole)
+    again = decode(model, prompts, Sampling(2, 6, None), draws_of(prompts, 2)).tokens
+    assert torch.equal(again, whole)
     assert [shape for shape in rows if shape[1] == width] == [(3, width), (1, width)]
 
 
@@ -273,13 +277,13 @@ def test_the_batch_is_what_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) 
     cached = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     row = width * cached + 16 * config.vocab_size
     sizes = []
-    stock = cppo.rollouts.rollout.decode
+    stock = cppo.rollouts.engine.decode
 
     def watched(model: Any, prompts: Prompts, *options: Any) -> Tensor:
         sizes.append(len(prompts.questions))
         return stock(model, prompts, *options)
 
-    monkeypatch.setattr(cppo.rollouts.rollout, "decode", watched)
+    monkeypatch.setattr(cppo.rollouts.engine, "decode", watched)
     options = {"group_size": 3, "max_new_tokens": 6, "temperature": 1.0}
     found = {}
     for rows, batch_size, expected in ((1000, 1024, [4]), (6, 1024, [2, 2]), (0, 1024, [1] * 4),

@@ -185,7 +185,7 @@ def test_scaled_and_capped_heads_give_the_logits_of_the_model(family: str, optio
         plain = cppo.linear_token_stats(hidden, forward.lm_head(model).weight, ids)
         expected = cppo.token_stats(logits, ids, backend="reference")
         head = forward.lm_head(model, [int(logits[0, -1].argmax())])
-        drawn = _draw(hidden[:, -1], head, None, torch.zeros(2))
+        drawn, _ = _draw(hidden[:, -1], head, None, torch.zeros(2))
     torch.testing.assert_close(stats.logps, expected.logps)
     assert (plain.logps - expected.logps).abs().max() > 1e-3
     without_best = logits[0, -1].index_fill(0, logits[0, -1].argmax(), -torch.inf)

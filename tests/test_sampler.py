@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from trainer_cases import padded_logps
 from transformers import GenerationConfig
 
 import cppo.rollouts.sampler
@@ -55,6 +56,25 @@ def test_greedy_completions_are_those_of_generate(family: str) -> None:
     ours = _sample(model, processor, prompts)
     assert torch.equal(ours.input_ids[0::2], expected)
     assert torch.equal(ours.input_ids[1::2], expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_comes_with_the_log_probability_it_was_sampled_with(
+    family: str, temperature: float | None
+) -> None:
+    model, processor, prompts = _prompts(family)
+    suppressed = [3, 5, 8]
+    torch.manual_seed(0)
+    rollouts = _sample(model, processor, prompts, temperature=temperature, suppressed=suppressed)
+    model.get_output_embeddings().register_forward_hook(
+        lambda _, inputs, logits: (
+            logits.index_fill(-1, torch.tensor(suppressed), -torch.inf) / (temperature or 1.0)
+        )
+    )
+    expected = padded_logps(model, rollouts).masked_fill(~rollouts.completion_mask, 0)
+    assert expected.sum() < -1 and rollouts.sampling_logps is not None
+    torch.testing.assert_close(rollouts.sampling_logps, expected, atol=2e-5, rtol=0)
 
 
 def test_rows_that_leave_the_batch_change_no_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,11 +153,11 @@ def test_sampling_stops_at_the_longest_completion(monkeypatch: pytest.MonkeyPatc
     calls = _watched(model, monkeypatch)
     ends = iter([[0, 1], [2, 5], [3], [4], []])  # rows of the batch that close at each step
 
-    def draw(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
+    def draw(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         drawn = torch.full((len(hidden),), 7)
         for row in next(ends):
             drawn[min(row, len(hidden) - 1)] = processor.eos_token_id
-        return drawn
+        return drawn, torch.zeros(len(drawn))
 
     monkeypatch.setattr(cppo.rollouts.sampler, "_draw", draw)
     monkeypatch.setattr(cppo.rollouts.sampler, "_DROP_SHARE", 2.0)  # rows stay where they are

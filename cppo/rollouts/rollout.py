@@ -15,8 +15,10 @@ from cppo.model.forward import ImageBatch
 from cppo.model.load import closing_token_ids
 from cppo.model.prompts import Prompts, tokenizer_of
 from cppo.questions import Question
-from cppo.rollouts.memory import rows_that_fit
-from cppo.rollouts.sampler import Draws, Sampling, decode
+from cppo.rollouts.engine import BuiltinEngine, Engine
+from cppo.rollouts.sampler import Draws, Sampling
+
+Once = Callable[[Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Rollouts:
         completion_ids: the B completions as token ids, with the closing one.
         texts: the B completions, decoded without special tokens.
         truncated: (B,) bool, cut at the token limit.
+        sampling_logps: (B, L) fp32, with which each completion token was sampled
+            (`cppo.rollouts.engine.Sampled`), zero elsewhere; None: not known.
     """
 
     prompts: Prompts
@@ -44,6 +48,7 @@ class Rollouts:
     completion_ids: list[list[int]]
     texts: list[str]
     truncated: Tensor
+    sampling_logps: Tensor | None = None
 
     def question_of(self, row: int) -> Question:
         """The question of a row of the batch."""
@@ -64,67 +69,70 @@ def sample_completions(
     temperature: float | None,
     suppressed: Sequence[int] = (),
     batch_size: int = 1024,
-    once: Callable[[Callable[[], Tensor]], Tensor] = lambda generate: generate(),
+    engine: Engine | None = None,
+    once: Once = lambda generate: generate(),
 ) -> Rollouts:
-    """Samples `group_size` completions of every question from the plain softmax of the model.
+    """Samples `group_size` completions of every question from the plain softmax of the policy.
 
     Args:
-        model: in any mode; it is put in eval mode while it samples.
+        model: the policy; it says which tokens end a text (`cppo.model.load.closing_token_ids`).
         prompts: Q encoded questions.
         group_size: completions per question.
         max_new_tokens: tokens of a completion at most.
         temperature: of the softmax; None: the greedy completion.
-        suppressed: token ids that are never sampled. The ends of text are those of
-            `cppo.model.load.closing_token_ids`.
+        suppressed: token ids that are never sampled.
         batch_size: completions generated at once at most; fewer where memory is short, and never
             less than one question's.
+        engine: samples. None: the built-in loop on `model`.
         once: calls its argument, which generates such a batch, or returns what an earlier call
             gave; the seed of all of them goes through it, too.
     Returns: Rollouts, padded to the longest completion.
+    Raises: EngineError if the engine cannot sample them.
     """
     tokenizer = tokenizer_of(processor)
     closing, _ = closing_token_ids(model, processor)
     # Behind an end, where the mask hides it.
     pad = closing[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = Sampling(group_size, max_new_tokens, temperature, suppressed, closing, pad)
-    was_training = model.training
-    model.eval()
-    parts: list[Tensor] = []
+    engine = engine or BuiltinEngine(model)
+    parts: list[list[Tensor]] = []
     first = 0
-    try:
-        # Through `once` as well: what is generated after a stop has the numbers that it would have
-        # had.
-        seed = int(once(lambda: torch.randint(2**62, ())))
-        while first < len(prompts.questions):
-            # What fits is found out where it is generated: a part of an earlier call may differ.
-            call = functools.partial(_next_part, model, prompts, first, sampling, batch_size, seed)
-            parts.append(once(call).to(prompts.input_ids.device))
-            first += len(parts[-1]) // group_size
-    finally:
-        model.train(was_training)
-    width = max(part.shape[1] for part in parts)
-    completions = torch.cat([F.pad(part, (0, width - part.shape[1]), value=pad) for part in parts])
+    # Through `once` as well: what is generated after a stop has the numbers that it would have had.
+    seed = int(once(lambda: torch.randint(2**62, ())))
+    while first < len(prompts.questions):
+        # What fits is found out where it is generated: a part of an earlier call may differ.
+        call = functools.partial(_next_part, engine, prompts, first, sampling, batch_size, seed)
+        parts.append([part.to(prompts.input_ids.device) for part in once(call)])
+        first += len(parts[-1][0]) // group_size
+    width = max(tokens.shape[1] for tokens, _ in parts)
+
+    def joined(which: int, value: int) -> Tensor:
+        own = [part[which] for part in parts]
+        return torch.cat([F.pad(x, (0, width - x.shape[1]), value=value) for x in own])
+
+    completions, logps = joined(0, pad), joined(1, 0)
     ends = torch.isin(completions, torch.tensor(closing, device=completions.device))
     # A completion is its tokens up to and with the first closing one.
     mask = ends.cumsum(1) - ends.long() == 0
-    return _assemble(prompts, group_size, completions, mask, tokenizer, ~ends.any(1))
+    return _assemble(prompts, group_size, completions, mask, tokenizer, ~ends.any(1), logps)
 
 
 def _next_part(
-    model: nn.Module,
+    engine: Engine,
     prompts: Prompts,
     first: int,
     sampling: Sampling,
     batch_size: int,
     seed: int,
-) -> Tensor:
+) -> list[Tensor]:
     """Completions of the questions from `first` on, of as many as there is room for."""
     width = prompts.input_ids.shape[1] + sampling.max_new_tokens
-    rows = min(batch_size, rows_that_fit(model, width))
+    room = engine.rows_at_once(width)
+    rows = batch_size if room is None else min(batch_size, room)
     count, group = len(prompts.questions), sampling.group_size
     stop = min(first + max(1, rows // group), count)
     draws = Draws(seed, count * group, slice(first * group, stop * group))
-    return decode(model, prompts.of(range(first, stop)), sampling, draws)
+    return list(engine.generate(prompts.of(range(first, stop)), sampling, draws))
 
 
 def _assemble(
@@ -134,6 +142,7 @@ def _assemble(
     mask: Tensor,
     tokenizer: Any,
     truncated: Tensor,
+    logps: Tensor | None = None,
 ) -> Rollouts:
     def per_completion(x: Tensor) -> Tensor:
         return x.repeat_interleave(group_size, dim=-2)
@@ -157,6 +166,7 @@ def _assemble(
         ids,
         tokenizer.batch_decode(ids, skip_special_tokens=True),
         truncated,
+        None if logps is None else torch.cat([logps.new_zeros(prompt_mask.shape), logps * mask], 1),
     )
 
 
@@ -177,7 +187,7 @@ def merge(parts: Sequence[Rollouts]) -> Rollouts:
             fitted.append(F.pad(x, (prompt - width, end)))
         return torch.cat(fitted, dim=-2)
 
-    def joined_positions(tensors: Sequence[Tensor | None], right: int) -> Tensor | None:
+    def joined_if_known(tensors: Sequence[Tensor | None], right: int) -> Tensor | None:
         known = [x for x in tensors if x is not None]
         return joined(known, right) if known else None
 
@@ -185,7 +195,7 @@ def merge(parts: Sequence[Rollouts]) -> Rollouts:
         [question for part in parts for question in part.prompts.questions],
         joined([part.prompts.input_ids for part in parts], 0),
         joined([part.prompts.attention_mask for part in parts], 0),
-        joined_positions([part.prompts.positions for part in parts], 0),
+        joined_if_known([part.prompts.positions for part in parts], 0),
         _merged_images([part.prompts for part in parts]),
         [text for part in parts for text in part.prompts.generation_prompts],
     )
@@ -195,10 +205,11 @@ def merge(parts: Sequence[Rollouts]) -> Rollouts:
         joined([part.input_ids for part in parts], completion),
         joined([part.attention_mask for part in parts], completion),
         joined([part.completion_mask for part in parts], completion),
-        joined_positions([part.positions for part in parts], completion),
+        joined_if_known([part.positions for part in parts], completion),
         [ids for part in parts for ids in part.completion_ids],
         [text for part in parts for text in part.texts],
         torch.cat([part.truncated for part in parts]),
+        joined_if_known([part.sampling_logps for part in parts], completion),
     )
 
 
@@ -233,4 +244,5 @@ def take_questions(rollouts: Rollouts, questions: Sequence[int]) -> Rollouts:
         [rollouts.completion_ids[row] for row in numbers],
         [rollouts.texts[row] for row in numbers],
         rollouts.truncated[rows.to(rollouts.truncated.device)],
+        None if rollouts.sampling_logps is None else rollouts.sampling_logps[rows],
     )

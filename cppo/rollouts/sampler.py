@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,9 +75,22 @@ class Draws:
         return lambda: torch.rand(self.count, **options)[self.own]
 
 
+class Sampled(NamedTuple):
+    """Completions of Q prompts, those of a prompt next to each other: B = Q x group_size rows.
+
+    tokens: (B, T) int64, padded on the right behind the closing token.
+    logps: (B, T) fp32, with which each token was sampled: of the softmax of the logits, divided by
+    the temperature (by 1 where the most probable token is taken), without the suppressed tokens;
+    0 behind the end.
+    """
+
+    tokens: Tensor
+    logps: Tensor
+
+
 @torch.no_grad()
-def decode(model: nn.Module, prompts: Prompts, sampling: Sampling, draws: Draws) -> Tensor:
-    """Completions of Q prompts: (Q x group_size, tokens) int64, padded on the right.
+def decode(model: nn.Module, prompts: Prompts, sampling: Sampling, draws: Draws) -> Sampled:
+    """Completions of Q prompts.
 
     Args:
         model: in eval mode, with the attention of `cppo.model.forward.set_attention`.
@@ -89,12 +102,15 @@ def decode(model: nn.Module, prompts: Prompts, sampling: Sampling, draws: Draws)
     head = lm_head(model, sampling.suppressed, _compute_dtype(rows.hidden))
     end = torch.tensor(list(sampling.closing), dtype=torch.int64, device=device)
     tokens = torch.full((sampling.max_new_tokens, count), sampling.pad, device=device)
+    logps = torch.zeros(tokens.shape, device=device)
     longest = torch.zeros((), dtype=torch.int64, device=device)
     next_draws = draws.start(device)
     for step in range(sampling.max_new_tokens):
-        drawn = _draw(rows.hidden, head, sampling.temperature, next_draws()[rows.numbers])
+        uniform = next_draws()[rows.numbers]
+        drawn, logp = _draw(rows.hidden, head, sampling.temperature, uniform)
         longest += rows.is_open.any()
         tokens[step].index_copy_(0, rows.numbers, drawn.where(rows.is_open, sampling.pad))
+        logps[step].index_copy_(0, rows.numbers, logp.where(rows.is_open, 0))
         rows.is_open &= (drawn[:, None] != end).all(1)
         if step + 1 == sampling.max_new_tokens:
             break
@@ -106,7 +122,7 @@ def decode(model: nn.Module, prompts: Prompts, sampling: Sampling, draws: Draws)
                 drawn = rows.keep(left, drawn)
         rows.run(drawn, step)
     rows.look()
-    return tokens[: int(longest)].T
+    return Sampled(tokens[: int(longest)].T, logps[: int(longest)].T)
 
 
 @dataclass
@@ -219,13 +235,22 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _draw(hidden: Tensor, head: LMHead, temperature: float | None, uniform: Tensor) -> Tensor:
-    """(B,) tokens after (B, D) hidden states; `uniform`: (B,) fp64 in [0, 1)."""
+def _draw(
+    hidden: Tensor, head: LMHead, temperature: float | None, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B,) tokens after (B, D) hidden states and their log-probabilities, fp32.
+
+    Args:
+        uniform: (B,) fp64 in [0, 1).
+    """
     logits = head.logits(hidden.to(head.weight.dtype))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature is None:
-        return logits.argmax(-1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
-    return inverse_cdf(torch.softmax(logits, -1), uniform)
+        drawn = logits.argmax(-1)
+        return drawn, (logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(-1)).float()
+    weights = torch.softmax(logits.div_(temperature), -1)
+    drawn = inverse_cdf(weights, uniform)
+    return drawn, weights.gather(1, drawn[:, None])[:, 0].log().float()
 
 
 def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from cppo.demo.digits import DigitSums
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
 from cppo.demo.warmup import CHECKPOINTS
 from cppo.model import forward
-from cppo.model.load import load_model, load_processor
+from cppo.model.load import load_model, load_processor, special_token_ids_to_suppress
 from cppo.model.prompts import Prompts, encode_questions
 from cppo.questions import as_question
 from cppo.rollouts.rollout import Rollouts, sample_completions
@@ -64,7 +64,7 @@ def test_a_token_comes_with_the_log_probability_it_was_sampled_with(
     family: str, temperature: float | None
 ) -> None:
     model, processor, prompts = _prompts(family)
-    suppressed = [3, 5, 8]
+    suppressed = special_token_ids_to_suppress(model, processor)
     torch.manual_seed(0)
     rollouts = _sample(model, processor, prompts, temperature=temperature, suppressed=suppressed)
     model.get_output_embeddings().register_forward_hook(

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from cppo.model.prompts import Prompts
@@ -80,14 +79,3 @@ class BuiltinEngine:
     def wake(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-def padded(rows: list[list[int]], logps: list[list[float]], pad: int) -> Sampled:
-    """Completions of different lengths as an engine returns them."""
-    width = max(map(len, rows), default=0)
-    tokens = torch.full((len(rows), width), pad)
-    found = torch.zeros(len(rows), width)
-    for row, (own, of_own) in enumerate(zip(rows, logps, strict=True)):
-        tokens[row, : len(own)] = torch.tensor(own, dtype=torch.int64)
-        found[row, : len(own)] = torch.tensor(of_own)
-    return Sampled(tokens, found)

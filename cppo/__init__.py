@@ -18,6 +18,7 @@ from cppo.ops.advantages import (
     prune_completions,
     questions_needed,
 )
+from cppo.ops.importance_weights import importance_weights
 from cppo.ops.loss import cppo_loss, linear_cppo_loss
 from cppo.ops.pack import balance_ranks, pack_completions, plan_microbatches
 from cppo.ops.perception_mask import perception_mask
@@ -44,6 +45,7 @@ __all__ = [
     "balance_ranks",
     "cppo_loss",
     "group_advantages",
+    "importance_weights",
     "linear_cppo_loss",
     "linear_token_stats",
     "pack_completions",

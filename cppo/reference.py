@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import is_autocast_available
 
-from cppo.config import LossConfig, kept_per_unit
+from cppo.config import kept_per_unit
+from cppo.loss_config import LossConfig
 from cppo.records import LossOutput, NumItems, TokenStats, Views
 
 
@@ -432,6 +433,70 @@ def contrastive_loss(
     return F.softplus(margin / config.tau)
 
 
+# At most e^20 is an importance weight that has no other bound.
+LARGEST_LOG_WEIGHT = 20.0
+
+
+def importance_weights(
+    old_logps: Tensor,
+    sampling_logps: Tensor,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    config: LossConfig = LossConfig(),  # noqa: B008  (frozen)
+) -> Tensor:
+    """What corrects each token for the engine that sampled it: like old_logps, zero where masked.
+
+    d = old_logp - sampling_logp of a token, or its sum over the completion; 0 where the engine gave
+    NaN. Truncated e^d is clamp(e^d, min, max), masked e^d is 0 outside of them.
+    """
+    correction = config.importance_correction
+    old_logps, sampling_logps = _promote(old_logps.detach()), _promote(sampling_logps.detach())
+    valid = torch.ones_like(old_logps, dtype=torch.bool) if mask is None else mask.bool()
+    d = torch.where(valid & ~sampling_logps.isnan(), old_logps - sampling_logps, 0.0)
+    if correction in ("none", "bypass"):
+        return valid.to(d)
+    if correction.startswith("sequence"):
+        # Of multiples of 2^-36 a sum in fp64 is exact, in whatever order a GPU adds them.
+        exact = (d.double() * 2.0**36).round() * 2.0**-36
+        if cu_seqlens is None:
+            total = exact.sum(1, keepdim=True).expand_as(d)
+        else:
+            owner = _completion_of_row(cu_seqlens, d.numel())
+            total = _sum_per_completion(exact, owner, cu_seqlens.numel() - 1)[owner]
+        d = total.to(d)
+    weights = d.clamp(max=LARGEST_LOG_WEIGHT).exp()
+    low, high = config.correction_min, config.correction_max
+    if correction.endswith("truncate"):
+        weights = weights.clamp(low, high)
+    else:
+        weights = weights.masked_fill((weights < low) | (weights > high), 0.0)
+    return weights.masked_fill(~valid, 0.0)
+
+
+def correct(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    sampling_logps: Tensor | None,
+    token_weights: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    config: LossConfig,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The old logps of the ratio, None: its own; and what multiplies its surrogate, None: 1.
+
+    Each like `logps`, the policy's own, which stand in for old ones that are not given.
+    """
+    if config.importance_correction == "none":
+        return old_logps, token_weights
+    assert sampling_logps is not None
+    logps = logps.detach()
+    if config.importance_correction == "bypass":
+        return torch.where(sampling_logps.isnan(), logps, sampling_logps), token_weights
+    old = logps if old_logps is None else old_logps
+    weights = importance_weights(old, sampling_logps, mask, cu_seqlens, config)
+    return old_logps, weights if token_weights is None else weights * token_weights
+
+
 def policy_loss(
     logps: Tensor,
     advantages: Tensor,
@@ -439,11 +504,12 @@ def policy_loss(
     owner: Tensor,
     num_completions: int,
     config: LossConfig,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clipped surrogate per row (T,), and where the clip stops the gradient (T,) bool.
 
-    -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A); with dual_clip, at most -dual_clip A
-    where A < 0.
+    -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) times `weights` (T,); with dual_clip, at
+    most -dual_clip A where A < 0.
     """
     log_ratio = logps - old_logps
     if config.importance == "sequence":
@@ -457,9 +523,12 @@ def policy_loss(
         clipped |= beyond
         bound = bound.masked_fill(beyond, config.dual_clip)
     # Rows without a gradient stay out of exp: where it overflows they would get 0 * inf.
-    ratio = log_ratio.masked_fill(clipped | (advantages == 0), 0.0).exp()
+    constant = clipped | (advantages == 0)
+    if weights is not None:
+        constant |= weights == 0
+    ratio = log_ratio.masked_fill(constant, 0.0).exp()
     surrogate = torch.where(clipped, bound, ratio) * advantages
-    return -surrogate, clipped
+    return -surrogate if weights is None else -surrogate * weights, clipped
 
 
 def _sum_per_completion(values: Tensor, owner: Tensor, num_completions: int) -> Tensor:
@@ -550,6 +619,8 @@ def _cppo_loss(
     advantages: Tensor,
     old_logps: Tensor | None,
     ref_logps: Tensor | None,
+    sampling_logps: Tensor | None,
+    token_weights: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     num_items: int | float | Tensor | NumItems | None,
@@ -567,9 +638,16 @@ def _cppo_loss(
     owner = completion[valid]
     logp_all = _log_softmax(project(views.anchor[valid]), config.temperature)
     logps, entropy = _stats(logp_all, targets[valid].long())
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(valid.shape).masked_scatter(valid, values.detach())
+
     advantage = advantages.to(logps)[owner]
+    given = (old_logps, sampling_logps, token_weights, mask, cu_seqlens)
+    old_logps, weights = correct(spread(logps), *given, config)
     old = logps.detach() if old_logps is None else old_logps[valid].to(logps)
-    per_row, clipped = policy_loss(logps, advantage, old, owner, num_completions, config)
+    weights = None if weights is None else weights[valid].to(logps)
+    per_row, clipped = policy_loss(logps, advantage, old, owner, num_completions, config, weights)
     metrics = {"policy_loss": per_row, "entropy": entropy, "clip_fraction": clipped.to(logps)}
     if config.entropy_coef:
         per_row = per_row - config.entropy_coef * entropy
@@ -633,9 +711,6 @@ def _cppo_loss(
         metrics["perception_share"] = (selected.sum() / max(int(use.sum()), 1)).to(logps)
         metrics["num_selected"] = selected.sum()
 
-    def spread(values: Tensor) -> Tensor:
-        return values.new_zeros(valid.shape).masked_scatter(valid, values.detach())
-
     return LossOutput(loss, spread(logps), spread(entropy), spread(selected), metrics)
 
 
@@ -649,6 +724,8 @@ def cppo_loss(
     advantages: Tensor,
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    sampling_logps: Tensor | None = None,
+    token_weights: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_items: int | float | Tensor | NumItems | None = None,
@@ -662,6 +739,8 @@ def cppo_loss(
         advantages,
         old_logps,
         ref_logps,
+        sampling_logps,
+        token_weights,
         mask,
         cu_seqlens,
         num_items,
@@ -677,6 +756,8 @@ def linear_cppo_loss(
     bias: Tensor | None = None,
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    sampling_logps: Tensor | None = None,
+    token_weights: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_items: int | float | Tensor | NumItems | None = None,
@@ -695,6 +776,8 @@ def linear_cppo_loss(
         advantages,
         old_logps,
         ref_logps,
+        sampling_logps,
+        token_weights,
         mask,
         cu_seqlens,
         num_items,

@@ -115,7 +115,7 @@ def contrast_backward_(anchor, positive, negative, *rest):
 
 def loss_terms(
     logps, entropy, positive_logps, negative_logps, margin, selected, advantages, old_logps,
-    ref_logps, mask, cu_seqlens, denominators, config,
+    ref_logps, weights, mask, cu_seqlens, denominators, config,
 ):  # fmt: skip
     options, count = from_text(config), advantages.numel()
     per_policy, per_contrast = denominators.tolist()
@@ -131,7 +131,13 @@ def loss_terms(
     logp, h = rows[:2]
     old = logp.detach() if old_logps is None else old_logps[at].to(logp)
     policy, clipped = reference.policy_loss(
-        logp, advantages.to(logp)[owner], old, owner, count, options
+        logp,
+        advantages.to(logp)[owner],
+        old,
+        owner,
+        count,
+        options,
+        None if weights is None else weights[at].to(logp),
     )
     terms = [mean(policy), mean(h), mean(clipped.to(logp)), logp.new_zeros(())]
     loss = terms[0]

@@ -70,11 +70,12 @@ def calls(namespace: str) -> dict[str, tuple[Any, ...]]:
     contrasts, coefficients = ops.contrast(*found["contrast"]), torch.ones(4, count)
     backward = (*views, targets, places, places, saved, contrasts, coefficients, 0.7, False)
     found["contrast_backward"] = found["contrast_backward_"] = backward
-    of_completions = (advantages, logps, logps, mask, bounds)
+    weights = logps.exp()
+    options = {"kl_coef": 0.1, "cpl_coef": 0.5, "importance_correction": "sequence_mask"}
     for divergence in ("k3", "full"):
-        config = LossConfig(divergence=divergence, kl_coef=0.1, cpl_coef=0.5)
+        config = LossConfig(divergence=divergence, **options)
         by = denominators(targets, mask, bounds, None, config)
-        of_rows = (targets, *of_completions)
+        of_rows = (targets, advantages, logps, logps, logps, weights, mask, bounds)
         loss = (*views, *of_rows, by.values, True, config.temperature, config.text, False)
         found[f"cppo_loss {divergence}"] = loss
         kept = ops.cppo_loss(*loss)[-4:]
@@ -92,7 +93,8 @@ def calls(namespace: str) -> dict[str, tuple[Any, ...]]:
         found[f"cppo_loss_backward {divergence}"] = backward
         found[f"cppo_loss_backward_ {divergence}"] = backward
         margin = logps if divergence == "full" else None
-        terms = (logps, entropy, logps - 0.1, logps - 0.2, margin, mask, *of_completions)
+        terms = (logps, entropy, logps - 0.1, logps - 0.2, margin, mask, advantages, logps, logps)
+        terms = (*terms, weights, mask, bounds)
         found[f"loss_terms {divergence}"] = (*terms, by.values, config.text)
     if namespace == "cppo":
         found |= extension_calls(ops) | head_calls(ops)
@@ -107,11 +109,11 @@ def head_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
     bias, mask = weight[:, 0].clone(), torch.ones(len(targets), dtype=torch.bool)
     suppressed = torch.tensor([0, len(weight) - 1])
     logps = torch.zeros(len(targets))
-    config = LossConfig(kl_coef=0.1, cpl_coef=0.5)
+    config = LossConfig(kl_coef=0.1, cpl_coef=0.5, importance_correction="token_truncate")
     by = denominators(targets, mask, bounds, None, config)
     head, wants = (weight, bias, suppressed), [True] * 5
     options = (by.values, False, 1.0, config.text, 30.0, "fp32", wants)
-    loss = (*views, *head, targets, advantages, logps, logps, mask, bounds, *options)
+    loss = (*views, *head, targets, advantages, *[logps] * 3, logps.exp(), mask, bounds, *options)
     coefficients = ops.linear_cppo_loss(*loss, False)[8]
     backward = (torch.ones(()), *views, *head, targets, advantages, bounds, coefficients)
     stats, logits = (views.anchor, *head, targets, mask), (None, "fp32", [True] * 3)

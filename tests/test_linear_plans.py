@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cppo
 from cppo import LossConfig, NumItems, Views, backends
 from cppo.fused import head, linear
+from cppo.fused.batch import OF_ROWS
 from cppo.fused.denominators import denominators
 from cppo.fused.schema import ARGUMENTS, PRIMITIVES, RESULTS
 from cppo.testing import assert_op_as_accurate, evaluate, in_fp64, make_inputs
@@ -128,7 +129,7 @@ def test_opcheck(config, backend, softcap):
     inputs = make_inputs("linear_cppo_loss", layout="packed")
     heads = [inputs[name].requires_grad_() for name in ("weight", "bias")]
     views = [view.requires_grad_() for view in inputs["hidden"]]
-    rows = [inputs[name] for name in ("targets", "advantages", "old_logps", "ref_logps")]
+    rows = [inputs.get(name) for name in ("targets", "advantages", *OF_ROWS)]
     by = denominators(rows[0], None, inputs["cu_seqlens"], None, config)
     options = (by.values, by.per_selected, config.temperature, config.text, softcap, "fp32")
     suppressed = None if softcap is None else torch.tensor([36])
@@ -182,9 +183,8 @@ def loss_arguments(plan, layout, views=3, **changes):
     """`ARGUMENTS` of the loss and of its backward."""
     inputs = {**make_inputs("linear_cppo_loss", layout=layout), **changes}
     config = CONFIGS[plan]
-    rows = [inputs.get(k) for k in ("targets", "advantages", "old_logps", "ref_logps")]
-    rows += [inputs.get("mask"), inputs.get("cu_seqlens")]
-    by = denominators(rows[0], rows[4], rows[5], None, config)
+    rows = [inputs.get(k) for k in ("targets", "advantages", *OF_ROWS, "mask", "cu_seqlens")]
+    by = denominators(rows[0], *rows[-2:], None, config)
     seen = [view if number < views else None for number, view in enumerate(inputs["hidden"])]
     given = (*seen, inputs["weight"], None, torch.tensor([36]))
     logits = (None, "fp32", [True] * 5)
@@ -192,7 +192,7 @@ def loss_arguments(plan, layout, views=3, **changes):
     forward = ARGUMENTS["linear_cppo_loss"](*given, *rows, *options, plan == "resident")
 
     def backward(coefficients):
-        of_rows = (*rows[:2], rows[5], coefficients, config.temperature, config.text)
+        of_rows = (*rows[:2], rows[-1], coefficients, config.temperature, config.text)
         return ARGUMENTS["linear_cppo_loss_backward"](torch.ones(()), *given, *of_rows, *logits)
 
     return forward, backward

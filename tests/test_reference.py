@@ -224,7 +224,14 @@ def test_sequence_importance_is_the_geometric_mean():
 # The whole loss
 
 
-def loss_by_loops(views, targets, advantages, old, ref, mask, config):
+def weight_by_hand(d, config):
+    if config.importance_correction == "none":
+        return 1.0
+    w = min(max(math.exp(d), config.correction_min), config.correction_max)
+    return w if w == math.exp(d) or config.importance_correction.endswith("truncate") else 0.0
+
+
+def loss_by_loops(views, targets, advantages, old, ref, sampling, weights, mask, config):
     """The loss of padded views, one token at a time, straight from the definitions."""
 
     def per_token(b, t):
@@ -236,6 +243,9 @@ def loss_by_loops(views, targets, advantages, old, ref, mask, config):
         tokens = [t for t in range(targets.shape[1]) if mask[b, t]]
         stats = {t: per_token(b, t) for t in tokens}
         A, total = advantages[b], 0.0
+        d = {t: 0.0 if sampling[b, t].isnan() else old[b, t] - sampling[b, t] for t in tokens}
+        if config.importance_correction.startswith("sequence"):
+            d = dict.fromkeys(tokens, sum(d.values()))
         for t in tokens:
             logps, entropies, _ = stats[t]
             log_ratio = logps[0] - old[b, t]
@@ -244,8 +254,9 @@ def loss_by_loops(views, targets, advantages, old, ref, mask, config):
             ratio = log_ratio.exp()
             clip = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
             surrogate = torch.minimum(ratio * A, clip * A)
-            d = ref[b, t] - logps[0]
-            total = total - surrogate + config.kl_coef * (d.exp() - d - 1)
+            far = ref[b, t] - logps[0]
+            total = total - surrogate * weights[b, t] * weight_by_hand(d[t], config)
+            total = total + config.kl_coef * (far.exp() - far - 1)
             total = total - config.entropy_coef * entropies[0]
         policy_sums.append(total)
         lengths.append(len(tokens))
@@ -285,6 +296,8 @@ CONFIGS = {
     "dr_grpo": LossConfig(reduction="dr_grpo", divergence="k1", temperature=0.7),
     "gspo": LossConfig(importance="sequence", kl_coef=0.1, entropy_coef=0.02),
     "full": LossConfig(divergence="full", cpl_coef=1.0, tau=0.5, gating=False, fraction=0.8),
+    "corrected": LossConfig(importance_correction="token_mask", correction_max=1.3, kl_coef=0.1),
+    "corrected gspo": LossConfig(importance="sequence", importance_correction="sequence_truncate"),
 }
 
 
@@ -297,17 +310,21 @@ def example():
     mask = torch.arange(4) < torch.tensor([4, 2, 3])[:, None]
     logps = torch.log_softmax(anchor, -1).gather(-1, targets[..., None])[..., 0]
     old, ref = logps + 0.3 * torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
-    return views, targets, fp64(1.0, -0.7, 0.4), old, ref, mask
+    sampling = old + 0.3 * torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    sampling[0, 1] = math.nan
+    weights = torch.rand(3, 4, generator=generator, dtype=torch.float64)
+    weights[0, 2] = 0
+    return views, targets, fp64(1.0, -0.7, 0.4), (old, ref, sampling, weights, mask)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_equals_plain_loops(name):
-    views, targets, advantages, old, ref, mask = example()
+    views, targets, advantages, of_rows = example()
     config = CONFIGS[name]
     ours = [view.clone().requires_grad_() for view in views]
     loops = [view.clone().requires_grad_() for view in views]
-    out = reference.cppo_loss(Views(*ours), targets, advantages, old, ref, mask, None, None, config)
-    expected = loss_by_loops(loops, targets, advantages, old, ref, mask, config)
+    out = reference.cppo_loss(Views(*ours), targets, advantages, *of_rows, config=config)
+    expected = loss_by_loops(loops, targets, advantages, *of_rows, config)
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(
         torch.autograd.grad(out.loss, ours), torch.autograd.grad(expected, loops)
@@ -338,8 +355,8 @@ def test_reductions_by_hand():
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("linear", [False, True])
 def test_gradcheck_of_the_losses(name, linear):
-    views, targets, advantages, old, ref, mask = example()
-    shared = (old, ref, mask, None, None, CONFIGS[name])
+    views, targets, advantages, of_rows = example()
+    shared = (*of_rows, None, None, CONFIGS[name])
     if linear:
         generator = torch.Generator().manual_seed(1)
         weight = 0.5 * torch.randn(6, 6, generator=generator, dtype=torch.float64)

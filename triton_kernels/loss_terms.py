@@ -6,7 +6,10 @@ w = 1 / (denominator [x tokens of the completion]):
     policy = -min(rho A, clip(rho) A),  d policy / d logp = -rho A where no clip binds
     KL = min(k3(ref - logp), kl_clamp),  d k3(d) / d d = e^d - 1 inside the clamps
     CPL = softplus(margin / tau) where selected,  d CPL / d margin = sigmoid(margin / tau) / tau
-    loss = sum w (policy + kl_coef KL - entropy_coef H) + cpl_coef sum CPL / selected
+    loss = sum w (v policy + kl_coef KL - entropy_coef H) + cpl_coef sum CPL / selected
+
+with v = `weights`. A mean of log-ratios couples the rows of a completion: each moves it by 1 / n,
+which moves all of them, so that the derivative by each logp has the mean of v in place of v.
 
 `_loss_kernel` has one program per completion, `_finish_kernel` adds the completions up in one
 order.
@@ -60,15 +63,25 @@ def _old_logp(old_logps_ptr, row, valid, logp):
 
 
 @triton.jit
-def _mean_log_ratio(logps_ptr, old_logps_ptr, mask_ptr, start, end, count, BLOCK: tl.constexpr):
+def _means(logps_ptr, old_logps_ptr, weights_ptr, mask_ptr, start, end, count, BLOCK: tl.constexpr):
+    """Of a completion: the mean log-ratio, and the mean weight where there are weights."""
     column = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
+    log_ratios = tl.zeros((BLOCK,), tl.float64)
+    weights = tl.zeros((BLOCK,), tl.float64)
     for first in range(start, end, BLOCK):
         row = first + column
         valid = _named(mask_ptr, row, end)
         logp = tl.load(logps_ptr + row, valid, 0.0)
-        total += (logp - _old_logp(old_logps_ptr, row, valid, logp)).to(tl.float64)
-    return tl.sum(total, 0) / count
+        log_ratios += (logp - _old_logp(old_logps_ptr, row, valid, logp)).to(tl.float64)
+        if weights_ptr is not None:
+            weights += tl.load(weights_ptr + row, valid, 0.0).to(logp.dtype).to(tl.float64)
+    return tl.sum(log_ratios, 0) / count, tl.sum(weights, 0) / count
+
+
+@triton.jit
+def _weighted(value, weight):
+    """0 of a weight of 0, whatever it weighs: a ratio may have overflowed."""
+    return tl.where(weight != 0, value * weight, 0.0)
 
 
 @triton.jit
@@ -160,6 +173,7 @@ def _loss_kernel(
     mask_ptr,
     old_logps_ptr,
     ref_logps_ptr,
+    weights_ptr,
     advantages_ptr,
     cu_seqlens_ptr,
     denominators_ptr,
@@ -198,10 +212,9 @@ def _loss_kernel(
     cpl_weight = (cpl_share / tl.load(denominators_ptr + 1) * cpl_coef / tau).to(ACC)
 
     advantage = tl.zeros((BLOCK,), ACC) + tl.load(advantages_ptr + completion).to(ACC)
-    mean_log_ratio = tl.full((), 0.0, tl.float64)
     if IMPORTANCE == "sequence":
-        mean_log_ratio = _mean_log_ratio(
-            logps_ptr, old_logps_ptr, mask_ptr, start, end, count, BLOCK
+        mean_log_ratio, mean_weight = _means(
+            logps_ptr, old_logps_ptr, weights_ptr, mask_ptr, start, end, count, BLOCK
         )
     column = tl.arange(0, BLOCK)
     sum_policy = tl.zeros((BLOCK,), tl.float64)
@@ -220,6 +233,10 @@ def _loss_kernel(
             log_ratio = tl.zeros((BLOCK,), ACC) + mean_log_ratio.to(ACC)
         bound = dual_clip if HAS_DUAL_CLIP else None
         policy, d_logp, clipped = _policy(log_ratio, advantage, clip_low, clip_high, bound)
+        if weights_ptr is not None:
+            of_row = tl.load(weights_ptr + row, valid, 0.0).to(ACC)
+            policy = _weighted(policy, of_row)
+            d_logp = _weighted(d_logp, mean_weight.to(ACC) if IMPORTANCE == "sequence" else of_row)
         if ref_logps_ptr is not None:
             ref = tl.load(ref_logps_ptr + row, valid, 0.0).to(ACC)
             kl, slope = _k3(ref, logp, as_scalar(kl_clamp, ACC))
@@ -310,6 +327,7 @@ def loss_terms(
     advantages: Tensor,
     old_logps: Tensor | None,
     ref_logps: Tensor | None,
+    weights: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor,
     denominators: Tensor,
@@ -337,6 +355,7 @@ def loss_terms(
             mask_ptr=bytes_of(mask),
             old_logps_ptr=contiguous(old_logps),
             ref_logps_ptr=contiguous(ref_logps),
+            weights_ptr=contiguous(weights),
             advantages_ptr=advantages.contiguous(),
             cu_seqlens_ptr=cu_seqlens.contiguous(),
             denominators_ptr=denominators,

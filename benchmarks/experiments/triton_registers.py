@@ -157,6 +157,7 @@ def _loss(
     views: int = 3,
     packed: bool = True,
     vocabulary: int = VOCABULARY,
+    weighted: bool = False,
 ) -> None:
     shape = (6, vocabulary) if packed else (2, 3, vocabulary)
     anchor = _logits(dtype, *shape).requires_grad_()
@@ -169,10 +170,11 @@ def _loss(
         Views(anchor, *((other, other) if views == 3 else (None, None))),
         rows.long(),
         torch.tensor([1.0, -1.0]),
-        rows,
-        rows,
-        mask,
-        cu_seqlens,
+        old_logps=rows,
+        ref_logps=rows,
+        token_weights=rows if weighted else None,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
         config=config,
     )
     torch.autograd.grad(out.loss, anchor)
@@ -180,11 +182,12 @@ def _loss(
 
 def _padded_loss(dtype: torch.dtype) -> None:
     config = LossConfig(reduction="dapo", importance="sequence", cpl_reduction="sequence")
-    _loss(dtype, config, packed=False)
+    _loss(dtype, config, packed=False, weighted=True)
 
 
 def _full_loss(dtype: torch.dtype, vocabulary: int = VOCABULARY) -> None:
-    _loss(dtype, LossConfig(divergence="full", dual_clip=3.0), vocabulary=vocabulary)
+    config = LossConfig(divergence="full", dual_clip=3.0)
+    _loss(dtype, config, vocabulary=vocabulary, weighted=True)
 
 
 def _advantages(dtype: torch.dtype) -> None:

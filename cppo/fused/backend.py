@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cppo import reference
 from cppo.fused import autograd, linear, loss
+from cppo.fused.batch import OF_ROWS
 from cppo.fused.checks import checked
 from cppo.fused.denominators import Denominators, denominators
 from cppo.fused.fakes import fake
@@ -169,8 +170,8 @@ _LOSS, _LINEAR_LOSS = _record(reference.cppo_loss), _record(reference.linear_cpp
 def _denominators_and_rows(given: Any) -> tuple[Denominators, tuple[Tensor | None, ...]]:
     """Of either loss: what its terms are divided by, and its rows in the order of the ops."""
     count = (given.targets, given.mask, given.cu_seqlens, given.num_items, given.config)
-    logps = (given.old_logps, given.ref_logps)
-    rows = (given.targets, given.advantages, *logps, given.mask, given.cu_seqlens)
+    of_rows = (getattr(given, name) for name in OF_ROWS)
+    rows = (given.targets, given.advantages, *of_rows, given.mask, given.cu_seqlens)
     return denominators(*count), rows
 
 

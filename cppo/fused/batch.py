@@ -14,6 +14,7 @@ them without `gating`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ from torch import Tensor
 from cppo.records import Views
 
 ANCHOR, POSITIVE, NEGATIVE = range(3)
+
+# What the losses take besides, one entry per row.
+OF_ROWS = ("old_logps", "ref_logps", "sampling_logps", "token_weights")
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Batch:
         targets: (T,).
         advantages: (B,).
         cu_seqlens: (B + 1,), where each completion starts and the last one ends.
-        old_logps, ref_logps: (T,), or None.
+        old_logps, ref_logps, sampling_logps, token_weights: (T,), or None.
         mask: (T,) bool, the rows that count; None: all of them.
         in_view: (T,) bool, the rows of gated completions, masked or not; None: there is no
             perturbed view.
@@ -44,6 +48,8 @@ class Batch:
     cu_seqlens: Tensor
     old_logps: Tensor | None = None
     ref_logps: Tensor | None = None
+    sampling_logps: Tensor | None = None
+    token_weights: Tensor | None = None
     mask: Tensor | None = None
     in_view: Tensor | None = None
     gated: Tensor | None = None
@@ -64,15 +70,12 @@ class Batch:
             return None if values is None else values[rows]
 
         bounds = self.cu_seqlens[completions.start : completions.stop + 1]
+        names = (*OF_ROWS, "mask", "in_view", "gated")
         return Batch(
             self.targets[rows],
             self.advantages[completions],
             bounds - rows.start,
-            part(self.old_logps),
-            part(self.ref_logps),
-            part(self.mask),
-            part(self.in_view),
-            part(self.gated),
+            **{name: part(getattr(self, name)) for name in names},
         )
 
 
@@ -96,13 +99,13 @@ def make_batch(
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
     gating: bool | None,
-    logps: tuple[Tensor | None, ...] = (),
+    of_rows: Mapping[str, Tensor | None],
 ) -> Batch:
     """The batch of a call in either layout.
 
     Args:
         gating: of the `LossConfig`; None: the call has no perturbed views.
-        logps: those of the policy that sampled and of the reference policy, where needed.
+        of_rows: those of `OF_ROWS` that are needed.
     """
     counts, in_view, gated = flat(mask), None, None
     if gating is not None:
@@ -110,9 +113,14 @@ def make_batch(
         gated = in_view if counts is None else in_view & counts
     if cu_seqlens is None:
         cu_seqlens = targets.shape[1] * torch.arange(len(targets) + 1, device=targets.device)
-    old_logps, ref_logps = map(flat, logps or (None, None))
     return Batch(
-        targets.reshape(-1), advantages, cu_seqlens, old_logps, ref_logps, counts, in_view, gated
+        targets.reshape(-1),
+        advantages,
+        cu_seqlens,
+        **{name: flat(values) for name, values in of_rows.items()},
+        mask=counts,
+        in_view=in_view,
+        gated=gated,
     )
 
 

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cppo.config import LossConfig
 from cppo.fused.batch import ANCHOR, Batch, flat, is_compact
 from cppo.fused.head import Head
 from cppo.fused.head_tiles import HeadTiles, is_whole
 from cppo.fused.hidden import Hidden
 from cppo.fused.loss import OF_ENTROPY, OF_LOGP, Terms, batch_of, outputs, terms
 from cppo.fused.schema import COEFFICIENTS, SAVED, from_text
+from cppo.loss_config import LossConfig
 from cppo.records import Views
 
 
@@ -44,8 +44,8 @@ class Part(NamedTuple):
     """A range of completions.
 
     first: its first row in the batch. sizes: how many of its rows count, and how many are gated.
-    num_earning: how many rows that count are of completions that earn. fits: whether the logits of
-    all of these rows fit a tile.
+    num_earning: how many rows of completions that earn may have a gradient. fits: whether the
+    logits of all of these rows fit a tile.
     """
 
     batch: Batch
@@ -66,12 +66,29 @@ def _earns(batch: Batch, config: LossConfig) -> Tensor | None:
     return batch.advantages != 0
 
 
+def _learning(batch: Batch, config: LossConfig) -> Tensor | None:
+    """(T,) bool, the rows that count, but for those that `token_weights` take the gradient from.
+
+    None: all rows. A mean of log-ratios couples rows: there each has the weights of all.
+    """
+    if batch.token_weights is None or config.importance == "sequence":
+        return batch.mask
+    learning = batch.token_weights != 0
+    if batch.gated is not None and config.cpl_coef:
+        learning = learning | batch.gated  # that may be perception tokens
+    return learning if batch.mask is None else learning & batch.mask
+
+
 def _parts(batch: Batch, room: int | None, config: LossConfig) -> Iterator[Part]:
     """The batch in ranges of completions whose logits fit `room` rows; None: in one."""
     bounds = batch.cu_seqlens.long()
     counted, earns = _sums_before(batch.mask, bounds), _earns(batch, config)
     gated = torch.zeros_like(bounds) if batch.gated is None else _sums_before(batch.gated, bounds)
-    earning = counted if earns is None else F.pad((counted.diff() * earns).cumsum(0), (1, 0))
+    earning = counted
+    if earns is not None:
+        learning = _learning(batch, config)
+        of_learning = counted if learning is batch.mask else _sums_before(learning, bounds)
+        earning = F.pad((of_learning.diff() * earns).cumsum(0), (1, 0))
     # The one wait for the device before the first product.
     ends, counts, gates, earnings = torch.stack([bounds, counted, gated, earning]).tolist()
     for first, last in _ranges([a + b for a, b in zip(counts, gates, strict=True)], room):
@@ -90,7 +107,8 @@ def _earning_rows(part: Part, config: LossConfig) -> Tensor | None:
         return None
     lengths, size = part.batch.cu_seqlens.diff(), len(part.batch.targets)
     rows = earns.repeat_interleave(lengths, output_size=size)
-    return rows if part.batch.mask is None else rows & part.batch.mask
+    learning = _learning(part.batch, config)
+    return rows if learning is None else rows & learning
 
 
 def _ranges(sums: list[int], room: int | None) -> list[tuple[int, int]]:
@@ -122,7 +140,7 @@ def linear_cppo_loss(kernels: Any, given: Any) -> Any:
     """The op of this name; given: its `ARGUMENTS`."""
     config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
     gating = config.gating if views.negative is not None else None
-    batch = batch_of(given, gating, given.old_logps, given.ref_logps)
+    batch = batch_of(given, gating)
     hidden = _hidden(given, views, batch, given.wants)
     found, num_resident, head = [], 0, hidden.head
     for part in _parts(batch, head.rows_per_tile if given.resident else None, config):

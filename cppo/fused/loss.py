@@ -2,6 +2,7 @@
 
     statistics of the anchor, and of the negative where a completion is gated
     -> perception tokens -> statistics of the positive at those
+    -> the weights of the tokens, where the engine that sampled is corrected for
     -> the loss, and its derivative with respect to every statistic
     -> gradients of the rows whose derivative is not zero
 
@@ -18,9 +19,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cppo.config import LossConfig
-from cppo.fused.batch import ANCHOR, NEGATIVE, POSITIVE, Batch, is_compact, make_batch
+from cppo import reference
+from cppo.fused.batch import ANCHOR, NEGATIVE, OF_ROWS, POSITIVE, Batch, is_compact, make_batch
 from cppo.fused.schema import CONTRASTS, from_text
+from cppo.loss_config import LossConfig
 from cppo.records import Views
 
 # The coefficients of a view: derivatives with respect to its logps, and to its entropy.
@@ -93,6 +95,10 @@ def terms(
         if per_selected:
             count = selected.sum().clamp(min=1)
             denominators = torch.cat([denominators[:1], denominators[1:] * count])
+    given = (batch.old_logps, batch.sampling_logps, batch.token_weights)
+    old_logps, weights = reference.correct(
+        anchor.logps, *given, batch.mask, batch.cu_seqlens, config
+    )
     loss, metrics, coefficients = kernels.loss_terms(
         anchor.logps,
         anchor.entropy,
@@ -101,8 +107,9 @@ def terms(
         None if contrasts is None else contrasts[CONTRASTS.index("margin")],
         selected,
         batch.advantages,
-        batch.old_logps,
+        old_logps,
         batch.ref_logps,
+        weights,
         batch.mask,
         batch.cu_seqlens,
         denominators,
@@ -150,17 +157,18 @@ class GivenTiles:
         return self._kernels.contrast(*self._views, where, *places, self._temperature)
 
 
-def batch_of(given: Any, gating: bool | None, *logps: Tensor | None) -> Batch:
+def batch_of(given: Any, gating: bool | None) -> Batch:
     """The batch of the arguments of a loss, or of its backward; as `make_batch`."""
     mask = getattr(given, "mask", None)
-    return make_batch(given.targets, given.advantages, given.cu_seqlens, mask, gating, logps)
+    of_rows = {name: getattr(given, name, None) for name in OF_ROWS}
+    return make_batch(given.targets, given.advantages, given.cu_seqlens, mask, gating, of_rows)
 
 
 def cppo_loss(kernels: Any, given: Any) -> Any:
     """The op of this name; given: its `ARGUMENTS`."""
     config, views = from_text(given.config), Views(given.anchor, given.positive, given.negative)
     gating = config.gating if views.negative is not None else None
-    batch = batch_of(given, gating, given.old_logps, given.ref_logps)
+    batch = batch_of(given, gating)
     tiles = GivenTiles(kernels, views, batch, given.temperature)
     found = terms(kernels, tiles, given.denominators, given.per_selected, config)
     saved = (views.anchor.new_empty(0) if kept is None else kept for kept in found.saved)

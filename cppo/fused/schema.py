@@ -25,7 +25,7 @@ from collections import namedtuple
 from functools import lru_cache
 from typing import Any
 
-from cppo.config import LossConfig
+from cppo.loss_config import LossConfig
 
 # Rows of `saved`, which the backward of a row of logits z needs: with x = (z - reference) /
 # temperature the sum of e^x, and the mean of x under the softmax.
@@ -65,10 +65,11 @@ PRIMITIVES = {
     "-> (Tensor, Tensor, Tensor)",
     "contrast_backward_": "(Tensor(a!) anchor, Tensor(b!) positive, Tensor(c!) negative, "
     f"{_CONTRAST_BACKWARD}) -> ()",
-    # `denominators` (2,) fp64: of the policy terms, and of the contrastive term.
+    # `denominators` (2,) fp64: of the policy terms, and of the contrastive term. `weights`: of the
+    # clipped surrogates; None: 1.
     "loss_terms": "(Tensor logps, Tensor entropy, Tensor? positive_logps, Tensor? negative_logps, "
     "Tensor? margin, Tensor? selected, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, "
-    "Tensor? mask, Tensor cu_seqlens, Tensor denominators, str config) "
+    "Tensor? weights, Tensor? mask, Tensor cu_seqlens, Tensor denominators, str config) "
     "-> (Tensor, Tensor, Tensor)",
 }
 
@@ -78,9 +79,9 @@ _VIEWS = "Tensor anchor, Tensor? positive, Tensor? negative"
 _HEAD = "Tensor weight, Tensor? bias, Tensor? suppressed"
 _LOGITS = "float? softcap, str logits_dtype"  # "fp32" or "input"
 _ROWS = (
-    "Tensor targets, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? mask, "
-    "Tensor? cu_seqlens, Tensor denominators, bool per_selected, float temperature, "
-    "str config"
+    "Tensor targets, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, "
+    "Tensor? sampling_logps, Tensor? token_weights, Tensor? mask, Tensor? cu_seqlens, "
+    "Tensor denominators, bool per_selected, float temperature, str config"
 )
 # `metrics` are TERMS.
 _LOSS = (

@@ -46,11 +46,10 @@ def policy_loss(
     logps, old_logps = log_prob[valid], old_log_prob[valid]
     owner = valid.nonzero()[:, 0]
     options = loss_config(config)
+    weights = None if rollout_is_weights is None else rollout_is_weights[valid]
     per_row, clipped = reference.policy_loss(
-        logps, advantages[valid], old_logps, owner, len(valid), options
+        logps, advantages[valid], old_logps, owner, len(valid), options, weights
     )
-    if rollout_is_weights is not None:
-        per_row = per_row * rollout_is_weights[valid]
     losses = torch.zeros_like(log_prob).masked_scatter(valid, per_row.to(log_prob.dtype))
     loss = agg_loss(losses, valid, loss_agg_mode, **config.global_batch_info)
     count = max(len(owner), 1)

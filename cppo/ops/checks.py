@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cppo.loss_config import LossConfig
 from cppo.values import is_number
 
 # Of the ops on hidden states: in which dtype the logits of half-precision inputs are.
@@ -107,6 +108,12 @@ def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None
         raise ValueError(f"cppo.{op}: {name} must be one of {allowed}, got {value!r}")
 
 
+def check_config(op: str, config: Any) -> None:
+    """TypeError unless `config` is a LossConfig."""
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"cppo.{op}: config must be a cppo.LossConfig, got {type(config).__name__}")
+
+
 def check_positive(op: str, name: str, value: Any) -> None:
     """ValueError unless `value` is a finite number > 0 (TypeError: not a number)."""
     if not is_number(value):
@@ -145,6 +152,26 @@ def check_finite(op: str, name: str, tensor: Tensor) -> None:
         index = int(bad[0, 0])
         raise ValueError(
             f"cppo.{op}: {name} must be finite, got {tensor[index].item()} at index {index}"
+        )
+
+
+def check_weights(op: str, name: str, weights: Tensor, mask: Tensor | None) -> None:
+    """ValueError with position and value of the first weight that is not finite or below 0, where
+    not masked."""
+    if not may_read(weights, mask):
+        return
+    outside = ~((weights >= 0) & (weights < math.inf))
+    _check_none(op, f"{name} must be finite and >= 0", weights, outside, mask)
+
+
+def _check_none(op: str, rule: str, values: Tensor, bad: Tensor, mask: Tensor | None) -> None:
+    """ValueError with position and value of the first entry that breaks a rule where not masked."""
+    places = (bad if mask is None else bad & mask).nonzero()
+    if places.numel():
+        place = tuple(places[0].tolist())
+        where = place if len(place) > 1 else place[0]
+        raise ValueError(
+            f"cppo.{op}: {rule} where not masked, got {values[place].item()} at {where}"
         )
 
 
@@ -211,16 +238,8 @@ def check_targets(op: str, targets: Tensor, mask: Tensor | None, vocabulary: int
         if lowest.item() >= 0 and highest.item() < vocabulary:
             return
     outside = (targets < 0) | (targets >= vocabulary)
-    if mask is not None:
-        outside &= mask
-    bad = outside.nonzero()
-    if bad.numel():
-        place = tuple(bad[0].tolist())
-        where = place if len(place) > 1 else place[0]
-        raise ValueError(
-            f"cppo.{op}: targets must be in [0, V) = [0, {vocabulary}) where not masked, "
-            f"got {int(targets[place])} at {where}"
-        )
+    rule = f"targets must be in [0, V) = [0, {vocabulary})"
+    _check_none(op, rule, targets, outside, mask)
 
 
 def checked_mask(op: str, mask: Tensor | None, targets: Tensor, like: str) -> Tensor | None:

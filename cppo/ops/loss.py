@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cppo import backends
-from cppo.config import LossConfig
+from cppo.loss_config import LossConfig
 from cppo.ops.checks import (
     LOGITS_DTYPES,
     autocast_dtype,
     cast,
     check_choice,
+    check_config,
     check_cu_seqlens,
     check_finite,
     check_head,
@@ -24,6 +25,7 @@ from cppo.ops.checks import (
     check_targets,
     check_tensor,
     check_vector,
+    check_weights,
     checked_mask,
     checked_scale,
     may_read,
@@ -42,6 +44,8 @@ class _Rows(NamedTuple):
     advantages: Tensor
     old_logps: Tensor | None
     ref_logps: Tensor | None
+    sampling_logps: Tensor | None
+    token_weights: Tensor | None
     mask: Tensor | None
     cu_seqlens: Tensor | None
 
@@ -145,19 +149,34 @@ def _checked_rows(op: str, name: str, anchor: Tensor, rows: _Rows, config: LossC
             f"kl_coef = {config.kl_coef:g}"
         )
     symbols = "(T,)" if targets.ndim == 1 else "(B, L)"
-    for field in ("old_logps", "ref_logps"):
-        logps = getattr(rows, field)
-        if logps is not None:
-            check_tensor(op, field, logps, "floating")
-            check_shape(op, field, logps, symbols, targets.shape, "targets")
-    return _Rows(
-        targets,
-        advantages.detach(),
-        None if rows.old_logps is None else rows.old_logps.detach(),
-        None if rows.ref_logps is None else rows.ref_logps.detach(),
-        mask,
-        rows.cu_seqlens,
-    )
+    of_rows: dict[str, Tensor | None] = {}
+    for field in ("old_logps", "ref_logps", "sampling_logps", "token_weights"):
+        values = getattr(rows, field)
+        if values is not None:
+            check_tensor(op, field, values, "floating")
+            check_shape(op, field, values, symbols, targets.shape, "targets")
+            values = values.detach()
+        of_rows[field] = values
+    if rows.token_weights is not None:
+        check_weights(op, "token_weights", rows.token_weights, mask)
+    if not _corrects(op, rows, config):
+        of_rows["sampling_logps"] = None
+    return _Rows(targets, advantages.detach(), **of_rows, mask=mask, cu_seqlens=rows.cu_seqlens)
+
+
+def _corrects(op: str, rows: _Rows, config: LossConfig) -> bool:
+    """Whether the loss reads sampling_logps."""
+    correction = f"config.importance_correction = {config.importance_correction!r}"
+    if config.importance_correction == "none":
+        return False
+    if rows.sampling_logps is None:
+        raise ValueError(f"cppo.{op}: sampling_logps must be given with {correction}, got None")
+    if config.importance_correction == "bypass" and rows.old_logps is not None:
+        raise ValueError(
+            f"cppo.{op}: old_logps must be None with {correction}, which puts sampling_logps in "
+            f"their place, got a tensor of shape {tuple(rows.old_logps.shape)}"
+        )
+    return True
 
 
 def _as_views(op: str, name: str, rows: Any) -> tuple[Views, str]:
@@ -173,11 +192,6 @@ def _as_views(op: str, name: str, rows: Any) -> tuple[Views, str]:
     return Views(rows), name
 
 
-def _check_config(op: str, config: Any) -> None:
-    if not isinstance(config, LossConfig):
-        raise TypeError(f"cppo.{op}: config must be a cppo.LossConfig, got {type(config).__name__}")
-
-
 def cppo_loss(
     logits: Tensor | Views,
     targets: Tensor,
@@ -185,6 +199,8 @@ def cppo_loss(
     *,
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    sampling_logps: Tensor | None = None,
+    token_weights: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_items: float | Tensor | NumItems | None = None,
@@ -210,6 +226,12 @@ def cppo_loss(
             a gradient. No gradients flow.
         ref_logps: like targets, of the reference policy; needed when config.kl_coef > 0. No
             gradients flow.
+        sampling_logps: like targets, as the engine that sampled gave them, NaN where it gave none;
+            needed when config.importance_correction is not "none", else not read. The correction
+            takes the policy's own logps where old_logps are None. No gradients flow.
+        token_weights: like targets, floating, finite and >= 0 where not masked: multiplies each
+            token's clipped surrogate, and nothing else; the loss is divided by as much as without.
+            None: 1. No gradients flow.
         mask: like targets, 1 or True at response tokens. None: all.
         cu_seqlens: (B + 1,) int32 or int64, where the packed completions start and end; from 0
             to T, not decreasing.
@@ -223,18 +245,20 @@ def cppo_loss(
     Returns: a `LossOutput`. The loss is exactly 0, and attached, where nothing counts.
     Raises:
         ValueError: shapes or devices that disagree; a positive without a negative (or the other
-            way round with cpl_coef > 0); no ref_logps with kl_coef > 0; cu_seqlens missing,
+            way round with cpl_coef > 0); no ref_logps with kl_coef > 0; no sampling_logps with an
+            importance_correction, or old_logps with that of "bypass"; cu_seqlens missing,
             superfluous or not from 0 to T; num_items <= 0; expanded logits with inplace=True, or
             views that share memory with each other or with targets, advantages or masks; an
-            unmasked target out of range or non-finite advantages (values on a GPU are checked
-            only with CPPO_DEBUG=1).
+            unmasked target out of range, non-finite advantages, an unmasked weight that is not
+            finite and >= 0 (values on a GPU are checked only with CPPO_DEBUG=1).
         TypeError: dtypes that disagree or do not fit.
         RuntimeError: `backend` cannot run here.
     """
     op = "cppo_loss"
-    _check_config(op, config)
+    check_config(op, config)
     views, name = _as_views(op, "logits", logits)
-    rows = _Rows(targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
+    of_rows = (old_logps, ref_logps, sampling_logps, token_weights)
+    rows = _Rows(targets, advantages, *of_rows, mask, cu_seqlens)
     rows = _checked_rows(op, name, views.anchor, rows, config)
     _check_views(op, "logits", views, rows, config)
     check_targets(op, targets, rows.mask, views.anchor.shape[-1])
@@ -258,6 +282,8 @@ def linear_cppo_loss(
     suppressed: Tensor | None = None,
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    sampling_logps: Tensor | None = None,
+    token_weights: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_items: float | Tensor | NumItems | None = None,
@@ -281,7 +307,8 @@ def linear_cppo_loss(
         advantages: (B,) floating and finite, one per completion. No gradients flow.
         bias: (V,) of hidden's dtype; gradients flow. None: 0.
         suppressed: (K,) int64, tokens that are never sampled. None: none.
-        old_logps, ref_logps, mask, cu_seqlens, num_items, config: as in `cppo_loss`.
+        old_logps, ref_logps, sampling_logps, token_weights, mask, cu_seqlens, num_items, config:
+            as in `cppo_loss`.
         logit_scale, softcap: of the model's logits, > 0.
         logits_dtype: "fp32", or "input" for logits rounded to the dtype of hidden.
         backend: "auto", "reference", "cpp" or "triton".
@@ -292,9 +319,10 @@ def linear_cppo_loss(
             whose shape, dtype, device or values do not fit.
     """
     op = "linear_cppo_loss"
-    _check_config(op, config)
+    check_config(op, config)
     views, name = _as_views(op, "hidden", hidden)
-    rows = _Rows(targets, advantages, old_logps, ref_logps, mask, cu_seqlens)
+    of_rows = (old_logps, ref_logps, sampling_logps, token_weights)
+    rows = _Rows(targets, advantages, *of_rows, mask, cu_seqlens)
     rows = _checked_rows(op, name, views.anchor, rows, config)
     _check_views(op, "hidden", views, rows, config)
     _check_num_items(op, num_items, rows, config)

@@ -54,13 +54,16 @@ Surrogate surrogate(double log_ratio, double advantage, const LossConfig& config
   return {-ratio * advantage, -ratio * advantage, false};
 }
 
+// 0 of a weight of 0, whatever it weighs: a ratio may have overflowed.
+double weighted(double value, double weight) { return weight == 0.0 ? 0.0 : value * weight; }
+
 double softplus(double x) { return x > 20.0 ? x : std::log1p(std::exp(x)); }
 double sigmoid(double x) { return x > 20.0 ? 1.0 : 1.0 / (1.0 + std::exp(-x)); }
 
 // One number per row, for every statistic that is given.
 struct Statistics {
   Values logps, entropy;
-  std::optional<Values> positive_logps, negative_logps, margin, old_logps, ref_logps;
+  std::optional<Values> positive_logps, negative_logps, margin, old_logps, ref_logps, weights;
   Mask selected;
   bool has_contrast;
 
@@ -100,14 +103,16 @@ class Completion {
     Terms sums{};
     if (rows_.empty()) return sums;
     const double weight = config_.mean_of_tokens ? 1.0 / static_cast<double>(rows_.size()) : 1.0;
-    const double mean_log_ratio = config_.sequence_importance ? mean_of_log_ratios() : 0.0;
+    const bool per_sequence = config_.sequence_importance;
+    const double mean_log_ratio = per_sequence ? mean_of(&Completion::log_ratio) : 0.0;
+    const double mean_weight = per_sequence ? mean_of(&Completion::weight_of) : 0.0;
     const double kl_bound = config_.kl_clamp.value_or(std::numeric_limits<double>::infinity());
     for (const int64_t i : rows_) {
-      const Surrogate policy = surrogate(
-          config_.sequence_importance ? mean_log_ratio : log_ratio(i), advantage_, config_);
-      // A ratio per sequence: each row moves the mean by 1 / count, which moves `count` rows.
-      double d_logp = policy.slope;
-      sums[0] += weight * policy.value;
+      const Surrogate policy =
+          surrogate(per_sequence ? mean_log_ratio : log_ratio(i), advantage_, config_);
+      // A ratio per sequence: each row moves the mean by 1 / count, which moves every row.
+      double d_logp = weighted(policy.slope, per_sequence ? mean_weight : weight_of(i));
+      sums[0] += weight * weighted(policy.value, weight_of(i));
       sums[1] += weight * of_.entropy[i];
       sums[2] += policy.clipped ? weight : 0.0;
       if (of_.ref_logps) {
@@ -128,9 +133,11 @@ class Completion {
     return of_.logps[i] - old[i];
   }
 
-  double mean_of_log_ratios() const {
+  double weight_of(int64_t i) const { return of_.weights ? (*of_.weights)[i] : 1.0; }
+
+  double mean_of(double (Completion::*of_row)(int64_t) const) const {
     double sum = 0.0;
-    for (const int64_t i : rows_) sum += log_ratio(i);
+    for (const int64_t i : rows_) sum += (this->*of_row)(i);
     return sum / static_cast<double>(rows_.size());
   }
 
@@ -198,8 +205,8 @@ std::tuple<Tensor, Tensor, Tensor> loss_terms(
     Tensor logps, Tensor entropy, std::optional<Tensor> positive_logps,
     std::optional<Tensor> negative_logps, std::optional<Tensor> margin,
     std::optional<Tensor> selected, Tensor advantages, std::optional<Tensor> old_logps,
-    std::optional<Tensor> ref_logps, std::optional<Tensor> mask, Tensor cu_seqlens,
-    Tensor denominators, std::string config_text) {
+    std::optional<Tensor> ref_logps, std::optional<Tensor> weights, std::optional<Tensor> mask,
+    Tensor cu_seqlens, Tensor denominators, std::string config_text) {
   const LossConfig config(ConfigText(kOp, config_text));
   const ScalarType type = accumulator(logps);
   const int64_t count = logps.numel();
@@ -213,6 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> loss_terms(
                                  of_rows("margin", margin),
                                  of_rows("old_logps", old_logps),
                                  of_rows("ref_logps", ref_logps),
+                                 of_rows("weights", weights),
                                  Mask(kOp, "selected", selected, count),
                                  positive_logps.has_value() || margin.has_value()};
   statistics.check(config.divergence);

@@ -1,0 +1,104 @@
+"""Every option of the losses, once: `LossConfig`, a frozen dataclass.
+
+Each field has its documentation below it. An invalid value raises ValueError naming the field, the
+value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from cppo.values import CheckedFields
+
+IMPORTANCE = ("token", "sequence")
+CORRECTIONS = (
+    *("none", "bypass", "token_truncate", "token_mask"),
+    *("sequence_truncate", "sequence_mask"),
+)
+REDUCTIONS = ("grpo", "dapo", "dr_grpo")
+DIVERGENCES = ("k3", "k1", "full")
+CPL_REDUCTIONS = ("token", "sequence")
+
+
+@dataclass(frozen=True)
+class LossConfig(CheckedFields):
+    """Coefficients of `cppo_loss` and `linear_cppo_loss`; `cppo.reference` has the formulas."""
+
+    # All fields as "name=value name=value ...", which is one argument of a compiled op. No field.
+    text = ""
+
+    temperature: float = 1.0
+    """Divides the logits everywhere: sampling, log-probabilities, entropies. > 0."""
+    clip_low: float = 0.2
+    """The importance ratio is clipped below at 1 - clip_low. In [0, 1]."""
+    clip_high: float = 0.2
+    """The importance ratio is clipped above at 1 + clip_high. >= 0."""
+    dual_clip: float | None = None
+    """For A < 0 the surrogate is bounded below by dual_clip * A. > 1; None: off."""
+    importance: str = "token"
+    """"token": a ratio per token (GRPO). "sequence": its geometric mean per completion (GSPO)."""
+    reduction: str = "grpo"
+    """"grpo": mean over completions of the token mean. "dapo": sum over tokens / tokens.
+    "dr_grpo": sum over tokens / (completions x max_length)."""
+    max_length: int | None = None
+    """Length that "dr_grpo" divides by, in tokens. None: L if padded, the longest if packed; in
+    CPPOConfig, `max_completion_tokens`."""
+    kl_coef: float = 0.0
+    """Weight of the k3 estimate of KL(policy || reference). >= 0; needs `ref_logps`."""
+    kl_clamp: float | None = None
+    """Bound of a token's k3 estimate, without a gradient above it. > 0; verl's form is 10. None: no
+    bound, so that a token far from the reference is pulled back."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus. >= 0."""
+    cpl_coef: float = 0.01
+    """Weight of the contrastive perception loss. >= 0; acts where perturbed views are given."""
+    divergence: str = "k3"
+    """"k3" or "k1" on the sampled token, or "full": over the whole vocabulary."""
+    tau: float = 0.1
+    """Temperature of the contrast. > 0."""
+    fraction: float = 0.5
+    """Share of the tokens with rising entropy that are perception tokens. In [0, 1]."""
+    gating: bool = True
+    """Perception tokens only in completions with A > 0."""
+    detach_anchor: bool = False
+    """Stops the contrastive gradient at the anchor view."""
+    cpl_reduction: str = "sequence"
+    """"sequence": mean over completions of their token mean, independent of how a batch is cut into
+    micro-batches. "token": mean over the selected tokens (the authors' code)."""
+    importance_correction: str = "none"
+    """Corrects for an engine (vLLM, say) that sampled with other log-probabilities than the
+    model's: the surrogate of a token is multiplied by w, of d = old_logp - sampling_logp.
+    "token_truncate": w = clamp(e^d, correction_min, correction_max) (truncated importance sampling:
+    Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
+    "token_mask": w = e^d, but 0 outside of the bounds (IcePop). "sequence_truncate",
+    "sequence_mask": the same with e^(sum of d) of a completion for all its tokens. "bypass": w = 1,
+    and the ratio is to sampling_logps. "none": w = 1. TRL's names. All but "none" need
+    `sampling_logps`; the exponent is at most 20."""
+    correction_min: float = 0.0
+    """Lower bound of w. In [0, correction_max)."""
+    correction_max: float = 3.0
+    """Upper bound of w. > correction_min; inf: none but e^20."""
+
+    def __post_init__(self) -> None:
+        self._take_plain()
+        self._number("temperature", "tau", above=0, below=math.inf)
+        self._number("clip_low", "fraction", at_least=0, at_most=1)
+        self._number("clip_high", "kl_coef", "entropy_coef", "cpl_coef", at_least=0, below=math.inf)
+        if self.dual_clip is not None:
+            self._number("dual_clip", above=1, below=math.inf)
+        if self.kl_clamp is not None:
+            self._number("kl_clamp", above=0, below=math.inf)
+        if self.max_length is not None:
+            self._integer("max_length", at_least=1)
+        self._one_of("importance", IMPORTANCE)
+        self._one_of("importance_correction", CORRECTIONS)
+        self._number("correction_min", at_least=0, below=math.inf)
+        if self.correction_max != math.inf:
+            self._number("correction_max", above=self.correction_min)
+        self._one_of("reduction", REDUCTIONS)
+        self._one_of("divergence", DIVERGENCES)
+        self._one_of("cpl_reduction", CPL_REDUCTIONS)
+        self._boolean("gating", "detach_anchor")
+        # Made here, and not where torch.compile would trace it.
+        self._set("text", " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self)))

@@ -12,7 +12,10 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cppo.loss_config import CORRECTIONS
 from cppo.loss_config import LossConfig as LossConfig
+from cppo.rollouts.options import ENGINES
+from cppo.rollouts.options import VLLMConfig as VLLMConfig
 from cppo.values import CheckedFields, is_finite_number
 
 SCALES = ("group", "none", "batch")
@@ -85,6 +88,7 @@ _CHOICES = {
     "precision": PRECISIONS,
     "lr_scheduler": SCHEDULES,
     "attention": ATTENTIONS,
+    "engine": ENGINES,
 }
 _BOOLEANS = (
     *("dynamic_allocation", "drop_zero_variance", "mask_overlong", "skip_bad_questions"),
@@ -134,6 +138,15 @@ class CPPOConfig(CheckedFields):
     generation_batch_size: int = 1024
     """Completions generated at once at most, in rollouts and evaluations; fewer where memory is
     short."""
+    engine: str = "builtin"
+    """What samples: "builtin", the loop of this package; "vllm", in this process; "vllm_server", a
+    `vllm serve`, on other GPUs for example (docs/rollouts.md)."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    """Options of vLLM."""
+    importance_correction: str | None = None
+    """How the loss corrects for an engine whose numbers differ from the trainer's: a value of
+    `LossConfig.importance_correction`, which has the formulas and whose bounds are in `loss`. None:
+    that of `loss`, where it is "none" with vLLM, "token_truncate"."""
     mask_overlong: bool = False
     """Completions cut at `max_completion_tokens` take part in advantages but not in the loss."""
     reward_weights: tuple[float, ...] | None = None
@@ -260,6 +273,8 @@ class CPPOConfig(CheckedFields):
             self._fail("chat_template_kwargs", "a dict with text as its keys, or None")
         if not isinstance(self.loss, LossConfig):
             self._fail("loss", "a LossConfig")
+        if not isinstance(self.vllm, VLLMConfig):
+            self._fail("vllm", "a VLLMConfig")
         if self.lora is not None and not isinstance(self.lora, LoraConfig):
             self._fail("lora", "a LoraConfig or None")
         is_pair = isinstance(self.betas, tuple) and len(self.betas) == 2
@@ -277,6 +292,7 @@ class CPPOConfig(CheckedFields):
 
     def _check_together(self) -> None:
         """Options that depend on each other."""
+        self._set_correction()
         if self.warmup_steps and self.lr_scheduler == "constant":
             self._fail("warmup_steps", "0 with lr_scheduler = 'constant', which has no warm-up")
         if self.loss.reduction == "dr_grpo" and self.loss.max_length is None:
@@ -286,6 +302,19 @@ class CPPOConfig(CheckedFields):
             self._fail("batch_size", f"a multiple of group_size = {self.group_size}")
         if self.optimizer_steps > 1 and self.optimizer_steps > self.completions_kept():
             self._fail("optimizer_steps", f"<= {self.completions_kept()}, the completions kept")
+
+    def _set_correction(self) -> None:
+        """`importance_correction` and that of the loss become one."""
+        own, of_loss = self.importance_correction, self.loss.importance_correction
+        if own is None and of_loss == "none" and self.engine != "builtin":
+            own = "token_truncate"
+        elif own is None:
+            own = of_loss
+        self._set("importance_correction", own)
+        self._one_of("importance_correction", CORRECTIONS)
+        if of_loss not in ("none", own):
+            self._fail("importance_correction", f"{of_loss!r}, as loss.importance_correction is")
+        self._set("loss", replace(self.loss, importance_correction=own))
 
     def completions_kept(self) -> int:
         """Completions of a step that the update runs on, at most, over all processes."""

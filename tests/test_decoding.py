@@ -303,9 +303,10 @@ def test_memory_of_a_row_under_autocast_and_on_this_machine() -> None:
     model, _ = tiny("text")
     free = memory.free_memory(torch.device("cpu"))
     assert 2**20 < free < 2**50
-    wide = memory._token_bytes(model.config, model.lm_head.weight)
+    weight = model.lm_head.weight
+    wide = memory.token_bytes(model.config, memory._compute_dtype(weight))
     with torch.autocast("cpu", torch.bfloat16):
-        assert memory._token_bytes(model.config, model.lm_head.weight) == wide / 2
+        assert memory.token_bytes(model.config, memory._compute_dtype(weight)) == wide / 2
 
 
 def test_memory_is_shared_by_processes_and_limited_by_a_container(tmp_path, monkeypatch) -> None:

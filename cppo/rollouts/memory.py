@@ -29,17 +29,25 @@ def rows_that_fit(model: nn.Module, width: int) -> int:
     parameter = next(base.parameters())
     free = free_memory(parameter.device)
     config = base.config.get_text_config()
-    return max(1, int(_SHARE * free / (width * _token_bytes(config, parameter) + _logits(config))))
+    cached = width * token_bytes(config, _compute_dtype(parameter))
+    return max(1, int(_SHARE * free / (cached + _logits(config))))
 
 
 def _logits(config: Any) -> int:
     return _LOGIT_BYTES * int(config.vocab_size)
 
 
-def _token_bytes(config: Any, like: torch.Tensor) -> int:
-    """Of a token's keys and values in all layers."""
+def _compute_dtype(like: torch.Tensor) -> torch.dtype:
     kind = like.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+
+
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Of a token's keys and values in all layers.
+
+    Args:
+        config: of the text model.
+    """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return int(config.num_hidden_layers * heads * sum(head_sizes(config)) * dtype.itemsize)
 

@@ -16,7 +16,7 @@ from cppo.model.load import closing_token_ids
 from cppo.model.prompts import Prompts, tokenizer_of
 from cppo.questions import Question
 from cppo.rollouts.engine import BuiltinEngine, Engine
-from cppo.rollouts.sampler import Draws, Sampling
+from cppo.rollouts.sampler import Draws, Sampled, Sampling
 
 Once = Callable[[Callable[[], Any]], Any]
 
@@ -110,11 +110,17 @@ def sample_completions(
         own = [part[which] for part in parts]
         return torch.cat([F.pad(x, (0, width - x.shape[1]), value=value) for x in own])
 
-    completions, logps = joined(0, pad), joined(1, 0)
-    ends = torch.isin(completions, torch.tensor(closing, device=completions.device))
+    return assembled(prompts, sampling, Sampled(joined(0, pad), joined(1, 0)), processor)
+
+
+def assembled(prompts: Prompts, sampling: Sampling, found: Sampled, processor: Any) -> Rollouts:
+    """Completions behind their prompts."""
+    tokens, logps = (part.to(prompts.input_ids.device) for part in found)
+    ends = torch.isin(tokens, torch.tensor(list(sampling.closing), device=tokens.device))
     # A completion is its tokens up to and with the first closing one.
     mask = ends.cumsum(1) - ends.long() == 0
-    return _assemble(prompts, group_size, completions, mask, tokenizer, ~ends.any(1), logps)
+    tokenizer = tokenizer_of(processor)
+    return _assemble(prompts, sampling.group_size, tokens, mask, tokenizer, ~ends.any(1), logps)
 
 
 def _next_part(

@@ -23,6 +23,7 @@ from cppo.records import LossOutput, NumItems
 from cppo.rollouts.rollout import Rollouts
 from cppo.seeds import seed_from
 from cppo.train.batch import Batch
+from cppo.train.mismatch import mismatch
 from cppo.train.policy import Policy
 from cppo.train.processes import Processes
 from cppo.train.selection import cut_surplus, select_completions
@@ -97,14 +98,16 @@ def microbatch_loss(
     head = lm_head(model, batch.suppressed, hidden.anchor.dtype)
     # "dr_grpo" divides by the same length in every micro-batch.
     max_length = config.loss.max_length or config.max_completion_tokens
-    return linear_cppo_loss(
+    output = linear_cppo_loss(
         hidden,
         targets=packed.targets,
         advantages=batch.to_device(batch.advantages[completions]),
         **head._asdict(),
         old_logps=packed.per_token.get("old_logps"),
         ref_logps=packed.per_token.get("ref_logps"),
+        sampling_logps=packed.per_token.get("sampling_logps"),
         cu_seqlens=packed.row_cu_seqlens,
         num_items=num_items,
         config=dataclasses.replace(config.loss, max_length=max_length),
     )
+    return output._replace(metrics=output.metrics | mismatch(output.logps, packed, config.loss))

@@ -15,6 +15,7 @@ from cppo.model.prompts import EncodedQuestion, collate
 from cppo.ops.advantages import questions_needed
 from cppo.rollouts.rollout import Rollouts, merge, sample_completions
 from cppo.train.draws import QuestionDraws
+from cppo.train.engine import PolicyEngine
 from cppo.train.journal import Journal, Once, now
 from cppo.train.policy import Policy
 from cppo.train.processes import Processes
@@ -27,6 +28,7 @@ class Collector:
     """Collects the scored completions of a step from the current policy.
 
     Args:
+        engine: samples.
         rewards: the reward functions, as many as `config.reward_weights`.
         say: prints a line.
     """
@@ -34,12 +36,13 @@ class Collector:
     def __init__(
         self,
         policy: Policy,
+        engine: PolicyEngine,
         questions: QuestionDraws,
         rewards: Sequence[RewardFunction],
         processes: Processes,
         say: Callable[[str], None],
     ) -> None:
-        self._policy, self._config = policy, policy.config
+        self._policy, self._config, self._engine = policy, policy.config, engine
         self._questions, self._rewards = questions, rewards
         self._processes, self._say = processes, say
         self._per_step = self._questions_per_step()
@@ -61,6 +64,9 @@ class Collector:
         rollouts: list[Rollouts] = []
         scores: list[Scores] = []
         once = journal.once_breakable
+        if self._engine.holds_weights:
+            with timer("sync"):
+                self._engine.prepare()
         count = self._per_step
         while count:
             with timer("rollout"):
@@ -70,6 +76,7 @@ class Collector:
                 scores.append(Scores(**once(call)))
             rewards = torch.cat([part.total for part in scores])
             count = self._missing(rewards, step, len(scores) - 1)
+        self._engine.sleep()
         return merge(rollouts), merge_scores(scores)
 
     def draw(self, count: int | None = None) -> list[EncodedQuestion]:
@@ -77,7 +84,7 @@ class Collector:
         return self._questions.draw(self._per_step if count is None else count)
 
     def sample(self, questions: Sequence[EncodedQuestion], once: Once = now) -> Rollouts:
-        """`group_size` completions of each question."""
+        """`group_size` completions of each question, of an engine that is prepared."""
         policy, config = self._policy, self._config
         with policy.autocast():
             return sample_completions(
@@ -89,6 +96,7 @@ class Collector:
                 temperature=config.loss.temperature,
                 suppressed=policy.suppressed,
                 batch_size=config.generation_batch_size,
+                engine=self._engine,
                 once=once,
             )
 

@@ -15,6 +15,7 @@ from cppo.config import CPPOConfig
 from cppo.model.check import position_limit
 from cppo.model.prompts import encode_questions
 from cppo.questions import Question
+from cppo.rollouts.engine import Engine
 from cppo.rollouts.rollout import Rollouts, sample_completions
 from cppo.seeds import seed_from
 from cppo.train.arguments import reward_weights
@@ -51,6 +52,7 @@ def evaluate(
     suppressed: Sequence[int] = (),
     share: Share = _WHOLE,
     state: Any = None,
+    engine: Engine | None = None,
 ) -> Evaluation:
     """Rewards of a set of questions, each process taking its share.
 
@@ -58,6 +60,8 @@ def evaluate(
     weighted sum, over the completions to which they apply; with N > 1 samples
     `sampled/<reward>_std` is the std over the N passes. `state` is the `trainer_state` of rewards.
 
+    Args:
+        engine: samples, with the model's weights. None: the built-in loop.
     Raises: QuestionError for a prompt that leaves no room for a completion.
     """
     own = range(share.rank, len(questions), share.size)
@@ -85,6 +89,7 @@ def evaluate(
                 temperature=temperature,
                 suppressed=suppressed,
                 batch_size=config.generation_batch_size,
+                engine=engine,
             )
             scores = score(
                 reward_functions,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cppo.config import CPPOConfig
 from cppo.train.batch import Batch
+from cppo.train.mismatch import LARGEST, mismatch_metrics
 from cppo.train.processes import Processes
 from cppo.train.scoring import Scores
 
@@ -129,7 +130,8 @@ def update_metrics(
     `microbatch_fill` is the share of their token budget that the micro-batches use,
     `perception_share` the selected tokens among those of completions whose perturbed views ran.
     """
-    sums = over_processes({name: Total(value) for name, value in total.items()}, processes)
+    parts = {n: Largest(value) if n in LARGEST else Total(value) for n, value in total.items()}
+    sums = over_processes(parts, processes)
     metrics = {"loss": 0.0}
     metrics |= {name: sums[name] / max(updates, 1) for name in _OF_LOSS if name in sums}
     if sums.get("gated_tokens"):
@@ -137,4 +139,4 @@ def update_metrics(
     if sums.get("microbatches"):
         budget = sums["microbatches"] * config.max_tokens_per_microbatch
         metrics["microbatch_fill"] = sums["computed_tokens"] / budget
-    return metrics
+    return metrics | mismatch_metrics(sums)

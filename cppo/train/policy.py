@@ -55,6 +55,8 @@ class Policy:
             fused=device.type in _FUSED,
         )
         self.scheduler = schedule(self.optimizer, config)
+        self.version = 0
+        """Counts the changes of the weights."""
         self._device = device
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -83,6 +85,7 @@ class Policy:
                 f"cppo.CPPOTrainer: the gradient of step {step} is not finite (norm {norm}); "
                 f"the last checkpoint is {last_checkpoint(self.config.output_dir)}"
             )
+        self.version += 1
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -157,6 +157,7 @@ class Run:
         for change in changes:
             self.log.say(f"resumed although it changed: {change}")
         weights.load_weights(self.policy.model, path)
+        self.policy.version += 1
         optimizer = self.policy.optimizer
         optimizer.zero_grad(set_to_none=True)  # of a step that was broken off
         optimizer.load_state_dict(state["optimizer"])

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cppo.config import CPPOConfig
+from cppo.config import CPPOConfig, VLLMConfig
 from cppo.questions.rows import Dataset
 from cppo.train import fingerprint
 from cppo.train.checkpoint import CheckpointError, read_summary
@@ -32,6 +32,8 @@ _MAY_CHANGE = {
     "reward_timeout",
     "skip_bad_questions",
     "resume_with_changes",
+    # Where vLLM is, how much memory it has, how long it is waited for.
+    *(f"vllm.{name.name}" for name in dataclasses.fields(VLLMConfig) if name.name != "dtype"),
 }
 
 

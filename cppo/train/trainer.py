@@ -44,6 +44,7 @@ from cppo.train.arguments import (
 from cppo.train.batch import Batch
 from cppo.train.collect import Collector
 from cppo.train.draws import QuestionDraws
+from cppo.train.engine import PolicyEngine, new_engine
 from cppo.train.evaluate import Share, evaluate
 from cppo.train.metrics import Total, completion_rows, over_processes, rollout_metrics
 from cppo.train.policy import Policy
@@ -125,8 +126,15 @@ class CPPOTrainer:
             ),
             metric=self._metric,
         )
+        engine = new_engine(self.policy.model, processor, config, self.log.say)
+        self.engine = PolicyEngine(engine, self.policy, self.processes, self.log.say)
         self._collector = Collector(
-            self.policy, self.questions, self.reward_functions, self.processes, self.log.say
+            self.policy,
+            self.engine,
+            self.questions,
+            self.reward_functions,
+            self.processes,
+            self.log.say,
         )
         for warning in warnings(model, processor, config):
             self.log.say(warning)
@@ -225,7 +233,8 @@ class CPPOTrainer:
         return self._collector.draw(count)
 
     def sample(self, questions: Sequence[EncodedQuestion]) -> Rollouts:
-        """`group_size` completions of each question, sampled from the current policy."""
+        """`group_size` completions of each question, of the current policy. Collective."""
+        self.engine.prepare()
         return self._collector.sample(questions)
 
     def make_batch(self, rollouts: Rollouts, rewards: Tensor) -> Batch:
@@ -245,7 +254,12 @@ class CPPOTrainer:
     # Evaluation and records
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out metrics of the current policy, {"eval/sampled/<reward>": mean, ...}."""
+        """Held-out metrics of the current policy, {"eval/sampled/<reward>": mean, ...}.
+
+        Collective.
+        """
+        with self._run.stopping.pausing():
+            self.engine.prepare()
         with self.policy.autocast():
             result = evaluate(
                 self.model,
@@ -256,7 +270,9 @@ class CPPOTrainer:
                 suppressed=self.suppressed,
                 share=Share(self.processes.rank, self.processes.size, self._run.gather_whole),
                 state=TrainerState(global_step=self.step, max_steps=self.config.max_steps),
+                engine=self.engine,
             )
+        self.engine.sleep()
         return {f"eval/{name}": value for name, value in result.metrics.items()}
 
     def _evaluation(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ from cppo.train.balance import balanced
 from cppo.train.batch import Batch
 from cppo.train.journal import Journal
 from cppo.train.metrics import update_metrics
+from cppo.train.mismatch import LARGEST, engine_differs
 from cppo.train.policy import Policy
 from cppo.train.processes import Processes
 from cppo.train.progress import PhaseTimer
@@ -63,7 +64,11 @@ class Update:
         per_token: dict[str, Tensor] = {}
         once = self._journal.once_breakable
         policy.model.eval()
-        if config.num_iterations * config.optimizer_steps > 1:
+        if engine_differs(config) and batch.rollouts.sampling_logps is not None:
+            per_token["sampling_logps"] = batch.rollouts.sampling_logps
+        # "bypass" takes the engine's.
+        moves = config.num_iterations * config.optimizer_steps > 1
+        if moves and config.importance_correction != "bypass":
             with self._timer("old_logps"), policy.autocast():
                 per_token["old_logps"] = token_logps(policy.model, batch, config, once)
         if config.loss.kl_coef > 0:
@@ -134,7 +139,10 @@ class Update:
         for own in self._found:
             counts = {name: own[name] for name in ("computed_tokens", "gated_tokens")}
             for name, value in {**{name: next(values) for name in own["names"]}, **counts}.items():
-                totals[name] = totals.get(name, 0.0) + value
+                if name in LARGEST:
+                    totals[name] = max(totals.get(name, value), value)
+                else:
+                    totals[name] = totals.get(name, 0.0) + value
         return totals
 
     def _optimizer_step(self) -> float:

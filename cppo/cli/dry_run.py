@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from cppo.cli import run_config
 from cppo.cli.config_file import ConfigError
+from cppo.cli.engines import engine_words
 from cppo.cli.run_config import ModelConfig, RunConfig
 from cppo.cli.run_parts import (
     CHECKED_ROWS,
@@ -103,7 +104,9 @@ def memory(
     b = 4 bytes (2 in bf16), h hidden, i intermediate, n layers: b S n (8 h + 4 i), with
     checkpointing b S (n h + 8 h + 4 i); times 3 for the three views, an upper bound, as the
     perturbed ones run only where A > 0. KV cache: 2 b n kv_width (prompt + completion) tokens of
-    generation_batch_size completions, fewer where that does not fit. Logits: R V 12 bytes for each
+    generation_batch_size completions, fewer where that does not fit, of the built-in loop alone.
+    vLLM in this process has weights of its own, in its dtype, and a cache that is not in here.
+    Logits: R V 12 bytes for each
     view of a micro-batch's R rows, for themselves, their softmax and their gradient in fp32, but no
     more than a tile of the fused head; beside them its gradient in fp32, 4 V h.
 
@@ -113,7 +116,10 @@ def memory(
         prompt_tokens: of the longest prompt.
     Returns: {part: bytes}.
     """
+    import torch
+
     from cppo.fused.head import TILE_BYTES
+    from cppo.train.engine import engine_dtype
 
     width = 2 if config.precision == "bf16" else 4
     trained = model.parameters
@@ -130,13 +136,17 @@ def memory(
     cached = generated * (prompt_tokens + config.max_completion_tokens)
     tile = max(TILE_BYTES.values())
     needs_copy = config.loss.kl_coef > 0 and config.lora is None
+    cache = 2 * width * model.layers * model.kv_width * cached
+    engine: dict[str, float] = {"KV cache of a rollout": cache if config.engine == "builtin" else 0}
+    if config.engine == "vllm":
+        engine["weights of vLLM"] = model.parameters * getattr(torch, engine_dtype(config)).itemsize
     return {
         "weights": model.parameters * (6 if width == 2 else 4),
         "gradients": 4 * trained,
         "AdamW state": 8 * trained,
         "reference copy": 4 * model.parameters if needs_copy else 0,
         "activations (rough)": width * step.microbatch_tokens * stored * views,
-        "KV cache of a rollout": 2 * width * model.layers * model.kv_width * cached,
+        **engine,
         "logits, a tile": min(3 * 4 * step.microbatch_rows * model.vocab * views, tile),
         "gradient of the LM head": 0 if config.lora else 4 * model.vocab * model.hidden,
     }
@@ -235,7 +245,7 @@ def report(config: RunConfig) -> str:
         title = f"# memory of one process, estimated, {trainer.precision}"
         sections += [
             _table("# model", _model_rows(sizes, source)),
-            _table(title, _memory_rows(memory(trainer, sizes, step, prompt))),
+            _table(title, _memory_rows(trainer, memory(trainer, sizes, step, prompt))),
         ]
     return "\n\n".join(sections)
 
@@ -246,6 +256,8 @@ def _step_rows(config: CPPOConfig, step: StepSizes, prompt: str) -> dict[str, st
         "prompt tokens": prompt,
         "questions": f"{step.questions}",
         "completions sampled": f"{step.sampled}, at most {step.sampled_tokens:,} tokens",
+        "sampled by": engine_words(config),
+        "corrected by": config.importance_correction,
         "completions kept": f"{step.kept}, at most {step.trained_tokens:,} tokens with prompts",
         "micro-batches": (
             f"at most {step.microbatches} of up to {step.microbatch_tokens:,} tokens"
@@ -263,7 +275,7 @@ def _model_rows(sizes: ModelSizes, source: str) -> dict[str, str]:
     }
 
 
-def _memory_rows(parts: dict[str, float]) -> dict[str, str]:
+def _memory_rows(config: CPPOConfig, parts: dict[str, float]) -> dict[str, str]:
     # A rollout and an update follow one another: the larger of the two counts.
     rollout = parts["KV cache of a rollout"]
     update = (
@@ -271,6 +283,10 @@ def _memory_rows(parts: dict[str, float]) -> dict[str, str]:
     )
     peak = _bytes(sum(parts.values()) - min(rollout, update))
     rows = {name: _bytes(size) for name, size in parts.items()}
+    if config.engine == "vllm":
+        share = f"trainer.vllm.memory_share = {config.vllm.memory_share:g}"
+        rows["cache of vLLM"] = f"what {share} of a GPU leaves beside its weights"
+        return rows | {"peak": f"{peak} and the cache of vLLM"}
     return rows | {"peak": f"{peak} (the update and the KV cache are not there at once)"}
 
 

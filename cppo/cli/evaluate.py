@@ -18,6 +18,7 @@ _COLUMNS = (
 
 def main(options: argparse.Namespace) -> int:
     """Measure greedy and sampled rewards on held-out questions, and append them to a CSV file."""
+    from cppo.cli.engines import engine_words
     from cppo.cli.info import default_device, ops_line
     from cppo.cli.run_parts import evaluate_policy
     from cppo.train.checkpoint import CheckpointError
@@ -39,6 +40,8 @@ def main(options: argparse.Namespace) -> int:
     _check_csv(path)
     device = default_device()
     print(ops_line(device))
+    if config.trainer.engine != "builtin":
+        print(f"rollouts: {engine_words(config.trainer)}")
     metrics, num_questions = evaluate_policy(config, checkpoint, options.data, device)
     name = str(checkpoint or config.model.path or config.model.builder)
     rows = _rows(metrics, config, options.data, model=name, questions=num_questions)

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cppo import __version__, backends
 from cppo.cli.config_file import ConfigError
+from cppo.cli.engines import support
 from cppo.fused import extension
 
 # Read from the installed metadata: importing triton or transformers only to print a version
@@ -88,7 +90,7 @@ def _version(package: str) -> str:
 
 
 def collect() -> dict[str, Any]:
-    """Return everything `cppo info` shows, as plain data: versions, build, devices, ops.
+    """Return everything `cppo info` shows, as plain data: versions, build, devices, engines, ops.
 
     Returns: a dict that json can write; `ops` is {device: {op: {backend: why not, or ''}}}.
     """
@@ -108,6 +110,7 @@ def collect() -> dict[str, Any]:
         "build": {"missing": extension.missing, **extension.build_info},
         "devices": devices,
         "attention": {device: choose_attention("auto", device) for device in devices},
+        "engines": support(),
         "ops": {device: backends.support_matrix(device) for device in devices},
     }
 
@@ -138,7 +141,7 @@ def _op_table(device: str, matrix: dict[str, dict[str, str]], notes: list[str]) 
 def _fact_table(title: str, facts: dict[str, str]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in facts.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 
@@ -160,6 +163,7 @@ def render(facts: dict[str, Any], console: Console) -> None:
     console.print(_fact_table("extension", built))
     used = {device: f"{name}" for device, name in facts["attention"].items()}
     console.print(_fact_table("attention of the trainer", used))
+    console.print(_fact_table("engines of rollouts", facts["engines"]))
     console.print(_fact_table("devices", facts["devices"]))
     console.print(_fact_table("versions", facts["versions"]))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ READ_ROWS = 10_000  # the same for text alone, which takes a second or two
 
 if TYPE_CHECKING:
     from cppo.config import CPPOConfig
+    from cppo.rollouts.engine import Engine
     from cppo.train.trainer import CPPOTrainer, Dataset
 
 
@@ -126,7 +128,8 @@ def check_packages(config: RunConfig, *, training: bool = True) -> None:
 
     Args:
         config: the configuration.
-        training: whether the trainer's options count; an evaluation needs only the rewards'.
+        training: whether all of the trainer's options count; an evaluation needs the packages of
+            its rewards and its engine.
     Raises: ImportError naming the key and what to install; ValueError for an unknown tracker.
     """
     from cppo.train.arguments import check_trackers
@@ -135,6 +138,8 @@ def check_packages(config: RunConfig, *, training: bool = True) -> None:
     names = {name for entry in entries for name in entry}
     for name in sorted(names & {"math_verify", "math_reward"}):
         require_package(f"rewards: {name}", "math-verify", "math")
+    if config.trainer.engine == "vllm":
+        require_package("trainer.engine: vllm", "vllm", "vllm")
     if training and config.trainer.lora is not None:
         require_package("trainer.lora", "peft", "peft")
     if training:
@@ -175,6 +180,7 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
     Raises: ConfigError for anything that is missing or does not fit together.
     """
     from cppo.questions import check_dataset
+    from cppo.rollouts.engine import EngineError
     from cppo.train.trainer import CPPOTrainer
 
     data, held_out = config.data, None
@@ -202,13 +208,13 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
         )
     except ConfigError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(_in_keys(str(error))) from error
+    except (ValueError, TypeError, ImportError, EngineError) as error:
+        raise ConfigError(in_keys(str(error))) from error
 
 
-def _in_keys(message: str) -> str:
+def in_keys(message: str) -> str:
     """A message with options named as in a configuration file."""
-    for name, key in (("CPPO", ""), ("Lora", "lora."), ("Loss", "loss.")):
+    for name, key in (("CPPO", ""), ("Lora", "lora."), ("Loss", "loss."), ("VLLM", "vllm.")):
         message = re.sub(rf"\b{name}Config\.(?=[a-z])", f"trainer.{key}", message)
     return message
 
@@ -216,7 +222,7 @@ def _in_keys(message: str) -> str:
 def evaluate_policy(
     config: RunConfig, checkpoint: Path | None, dataset: str, device: str = "cpu"
 ) -> tuple[dict[str, float], int]:
-    """Measure a model's rewards without training it.
+    """Measure a model's rewards without training it, by the engine of the configuration.
 
     Args:
         config: its trainer.eval_samples and trainer.eval_greedy say what is measured.
@@ -224,10 +230,11 @@ def evaluate_policy(
         dataset: "train" or "eval".
         device: where the model runs.
     Returns: (metrics as `cppo.train.evaluate.evaluate` names them, number of questions).
-    Raises: ConfigError for anything that is missing.
+    Raises: ConfigError for anything that is missing, and for an engine that cannot sample.
     """
     from cppo.model.load import special_token_ids_to_suppress
     from cppo.questions import as_question
+    from cppo.rollouts.engine import EngineError
     from cppo.train.evaluate import evaluate
     from cppo.train.scoring import RewardError
 
@@ -240,11 +247,32 @@ def evaluate_policy(
         questions = [as_question(rows[i], index=i) for i in range(len(rows))]
         model = model.to(device)
         special = special_token_ids_to_suppress(model, processor)
-        result = evaluate(
-            model, processor, functions, questions, config=options, suppressed=special
-        )
+        with _engine_of(model, processor, options) as engine:
+            result = evaluate(
+                model,
+                processor,
+                functions,
+                questions,
+                config=options,
+                suppressed=special,
+                engine=engine,
+            )
     except ConfigError:
         raise
-    except (ValueError, TypeError, ImportError, RewardError) as error:
-        raise ConfigError(str(error)) from error
+    except (ValueError, TypeError, ImportError, RewardError, EngineError) as error:
+        raise ConfigError(in_keys(str(error))) from error
     return result.metrics, len(questions)
+
+
+@contextmanager
+def _engine_of(model: Any, processor: Any, config: CPPOConfig) -> Iterator[Engine]:
+    """The engine of a configuration with the weights of a model; it is closed afterwards."""
+    from cppo.model.hub_weights import hub_weights
+    from cppo.train.engine import new_engine
+
+    engine = new_engine(model, processor, config)
+    try:
+        engine.sync(hub_weights(model))
+        yield engine
+    finally:
+        engine.close()

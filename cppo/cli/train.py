@@ -25,6 +25,7 @@ def main(options: argparse.Namespace) -> int:
 
         print(dry_run.report(config))
         return 0
+    from cppo.cli.engines import engine_words
     from cppo.cli.info import ops_line
     from cppo.cli.run_parts import make_trainer
 
@@ -42,7 +43,12 @@ def main(options: argparse.Namespace) -> int:
     is_main = trainer.processes.is_main
     if is_main:
         print(ops_line(trainer.accelerator.device))
-    run_trainer(trainer, claim.start, overwrite=options.overwrite)
+        if trainer.engine.holds_weights:
+            print(f"rollouts: {engine_words(trainer.config)}")
+    try:
+        run_trainer(trainer, claim.start, overwrite=options.overwrite)
+    finally:
+        trainer.engine.close()
     if is_main:
         print(f"written to {output_dir}; next: cppo eval {output_dir}")
     return 0
@@ -78,18 +84,22 @@ def run_trainer(trainer: CPPOTrainer, resume_from: Any, *, overwrite: bool) -> N
     Raises: ConfigError for what one of our own checks refused; KeyboardInterrupt with the newest
         checkpoint in its words.
     """
+    from cppo.cli.run_parts import in_keys
+    from cppo.rollouts.engine import EngineError
     from cppo.train.checkpoint import last_checkpoint
     from cppo.train.processes import ProcessError
     from cppo.train.scoring import RewardError
 
+    checks = EngineError, FloatingPointError, ProcessError, RewardError, ValueError, TypeError
     try:
         trainer.train(resume_from=resume_from, overwrite=overwrite)
     except KeyboardInterrupt as stopped:
         newest = last_checkpoint(trainer.config.output_dir)
         words = str(stopped) or f"the newest checkpoint is {newest or 'none'}"
         raise KeyboardInterrupt(f"{words}; go on with --resume") from None
-    except (FloatingPointError, ProcessError, RewardError, ValueError, TypeError) as error:
+    except checks as error:
         if not str(error).startswith("cppo"):
             raise  # not one of our checks: a defect, whose traceback is wanted
         newest = last_checkpoint(trainer.config.output_dir)
-        raise ConfigError(f"{error}\n  last checkpoint: {newest or 'none'}") from error
+        words = in_keys(str(error))
+        raise ConfigError(f"{words}\n  last checkpoint: {newest or 'none'}") from error

@@ -61,8 +61,10 @@ def evaluate(
     `sampled/<reward>_std` is the std over the N passes. `state` is the `trainer_state` of rewards.
 
     Args:
-        engine: samples, with the model's weights. None: the built-in loop.
-    Raises: QuestionError for a prompt that leaves no room for a completion.
+        engine: samples. The caller has brought it the model's weights (`Engine.sync`). None: the
+            built-in loop.
+    Raises: QuestionError for a prompt that leaves no room for a completion; EngineError if the
+        engine cannot sample.
     """
     own = range(share.rank, len(questions), share.size)
     weights = reward_weights(list(reward_functions), config)

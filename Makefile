@@ -1,7 +1,7 @@
-# make setup | demo | test | bench | gpu | lint | fix | bench-smoke. An active virtual environment is used,
-# else .venv is made. A torch that is already there is kept; TORCH chooses the one to install, and
-# PIP_OPTIONS goes to every pip (an index with smaller CPU builds of torch, for example), DEMO_OPTIONS to
-# the demo (--overwrite: again, over the run that is there).
+# make setup | demo | test | test-vllm | bench | gpu | lint | fix | bench-smoke. An active virtual
+# environment is used, else .venv is made. A torch that is already there is kept; TORCH chooses the one to
+# install, and PIP_OPTIONS goes to every pip (an index with smaller CPU builds of torch, for example),
+# DEMO_OPTIONS to the demo (--overwrite: again, over the run that is there).
 #
 # Nothing runs by `python -m`: that puts the repository root on sys.path, where the folder
 # triton_kernels/ would shadow another project's package of that name.
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := build/setup$(subst /,-,$(VENV))
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup demo test gpu lint fix bench bench-smoke
+.PHONY: setup demo test test-vllm gpu lint fix bench bench-smoke
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest $(PYTEST_OPTIONS)
+
+# With a real vLLM, in an environment of its own, on a CPU: about 3.7 GB.
+test-vllm:
+	tests/run_vllm.sh $(PYTEST_OPTIONS)
 
 # Everything that needs a GPU, in three parts of at most ten minutes; run again it goes on where it
 # stopped. GPU_OPTIONS="--part kernels" runs one part. Says so where there is no GPU.

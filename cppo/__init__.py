@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cppo.config import CPPOConfig, LoraConfig, LossConfig
+from cppo.config import CPPOConfig, LoraConfig, LossConfig, VLLMConfig
 from cppo.model.forward import set_attention
 from cppo.model.packed import packed_hidden
 from cppo.ops.advantages import (
@@ -40,6 +40,7 @@ __all__ = [
     "NumItems",
     "PackedBatch",
     "TokenStats",
+    "VLLMConfig",
     "Views",
     "advantages_and_prune",
     "balance_ranks",

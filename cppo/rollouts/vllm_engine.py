@@ -69,8 +69,7 @@ class VLLMEngine:
                 self._llm: Any = LLM(**arguments)
             except Exception as error:
                 raise EngineError(
-                    f"cppo.rollouts: vLLM does not start with {_words(arguments)}: "
-                    f"{type(error).__name__}: {error}"
+                    f"cppo.rollouts: vLLM does not start with {_words(arguments)}: {_said(error)}"
                 ) from error
         for file in Path(self._folder.name).glob("*.safetensors"):
             file.unlink()  # they are loaded, and are as large as the model
@@ -118,9 +117,7 @@ class VLLMEngine:
             try:
                 found = self._llm.generate([_input(own) for own in asked], params, use_tqdm=False)
             except Exception as error:
-                raise EngineError(
-                    f"cppo.rollouts: vLLM failed: {type(error).__name__}: {error}"
-                ) from error
+                raise EngineError(f"cppo.rollouts: vLLM failed: {_said(error)}") from error
         for own, length in zip(found, expanded, strict=False):
             if len(own.prompt_token_ids) != length:
                 raise EngineError(
@@ -145,8 +142,7 @@ class VLLMEngine:
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             except Exception as error:
                 raise EngineError(
-                    f"cppo.rollouts: vLLM could not take over the weights: "
-                    f"{type(error).__name__}: {error}"
+                    f"cppo.rollouts: vLLM could not take over the weights: {_said(error)}"
                 ) from error
             # All that was computed with the old weights.
             self._llm.reset_prefix_cache()
@@ -195,6 +191,11 @@ def _choice(completion: Any) -> Choice:
 
 def _words(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+def _said(error: Exception) -> str:
+    """An error of vLLM's in one line; those of pydantic have several."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _set_environment(device: torch.device) -> None:

@@ -4,7 +4,7 @@ One step: draw questions (dynamic allocation) -> sample G completions of each ->
 update, which is `cppo.train.algorithm.cppo_update`.
 
 What it leaves out on purpose: it is data-parallel only (every process holds the whole model; past
-one machine, use the fused ops inside verl or TRL), synchronous, and decodes with a plain loop.
+one machine, use the fused ops inside verl or TRL), and synchronous.
 Gradients are summed over the processes once per optimizer step, after the last micro-batch, so
 processes may have different numbers of micro-batches, or none.
 """

@@ -1,6 +1,7 @@
 """The pages on other people's loops and TRL do what they say; their examples run."""
 
 import csv
+import dataclasses
 import importlib
 import re
 import runpy
@@ -12,6 +13,8 @@ import torch
 from trainer_cases import trainer_for
 
 from cppo.demo.warmup import CHECKPOINTS
+from cppo.loss_config import CORRECTIONS
+from cppo.rollouts.options import ENGINES, VLLMConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,6 +64,21 @@ def test_the_hf_trainer_page_is_the_example_and_trains(monkeypatch, capsys):
     assert torch.equal(names["Policy"](model)(**inputs)["loss"], whole)
     whole.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_rollouts_example_learns_and_its_page_names_every_option(monkeypatch, capsys):
+    names = run_example("rollouts.py", 4, monkeypatch)
+    first, last = rewards_in(capsys.readouterr().out.splitlines()[-1])
+    assert names["trainer"].step == 4 and last > first + 0.1
+    (code,) = blocks("rollouts.md")
+    exec(code, names)
+    assert names["config"].importance_correction == "token_truncate"
+    page = (ROOT / "docs" / "rollouts.md").read_text()
+    quoted = set(re.findall(r"`([\w.]+)`", page)) | set(re.findall(r'`"(\w+)"`', page))
+    of_vllm = {field.name for field in dataclasses.fields(VLLMConfig)}
+    of_server = {"address", "transfer", "folder", "start_timeout", "request_timeout", "retries"}
+    assert of_vllm - of_server - {"tensor_parallel_size"} <= quoted
+    assert {*ENGINES, *CORRECTIONS} <= quoted
 
 
 @pytest.mark.parametrize("name", ["trl_text.py", "trl_vision.py"])

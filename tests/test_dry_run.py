@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from cli_cases import RECIPES, cppo
+from cli_cases import DIGITS, RECIPES, cppo
 
 from cppo.cli import dry_run, run_config
 from cppo.config import CPPOConfig, LoraConfig, LossConfig
@@ -62,6 +62,27 @@ def test_step_sizes_by_hand():
     fixed = CPPOConfig(batch_size=64, group_size=16, prune_rate=0.75, dynamic_allocation=False)
     step = dry_run.step_sizes(fixed, prompt_tokens=1)
     assert (step.questions, step.sampled, step.kept) == (4, 64, 16)
+
+
+def test_the_engine_and_its_memory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dry_run, "engine_words", lambda config: f"words of {config.engine}")
+    unfit = "trainer.vllm.max_model_len=16"  # what a run would stop at: nothing is started
+    seen = {}
+    for engine in ("builtin", "vllm", "vllm_server"):
+        given = [f"trainer.engine={engine}", "trainer.vllm.dtype=float16", unfit]
+        status, out, _ = cppo(capsys, "train", DIGITS, *given, "--dry-run")
+        assert status == 0 and f"sampled by             words of {engine}\n" in out
+        seen[engine] = out
+    assert "corrected by           none\n" in seen["builtin"]
+    assert "corrected by           token_truncate\n" in seen["vllm"]
+    # 1,328,160 parameters of two bytes, beside those of the trainer.
+    assert "weights of vLLM        2.5 MiB\n" in seen["vllm"]
+    assert "trainer.vllm.memory_share = 0.3 of a GPU" in seen["vllm"]
+    for engine in ("builtin", "vllm_server"):
+        assert "of vLLM " not in seen[engine]
+    for engine in ("vllm", "vllm_server"):
+        assert "KV cache of a rollout  0.0 B\n" in seen[engine] != seen["builtin"]
 
 
 def test_memory_by_hand():

@@ -36,6 +36,7 @@ def test_a_missing_package_is_named_with_its_extra(without):
     ("option", "package", "words"),
     [
         ("trainer.lora.r=2", "peft", "error: trainer.lora needs the package peft: pip install"),
+        ("trainer.engine=vllm", "vllm", "error: trainer.engine: vllm needs the package vllm: pip"),
         ("rewards=[math_verify]", "math_verify", "error: rewards: math_verify needs the package"),
         ("rewards=[{math_verify: null, weight: 2}]", "math_verify", "'cppo[math]'"),
         ("rewards=[boxed, math_reward]", "math_verify", "error: rewards: math_reward needs"),
@@ -78,10 +79,15 @@ def test_an_unknown_tracker_stops_a_dry_run_too(last, capsys):
     assert "got 'tensorbord'; did you mean 'tensorboard'?" in err
 
 
-def test_an_evaluation_needs_the_packages_of_the_rewards_alone(without, monkeypatch, capsys):
+def test_an_evaluation_needs_the_packages_of_its_rewards_and_its_engine(
+    without, monkeypatch, capsys
+):
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
     evaluate = ["eval", DIGITS, "data.eval.limit=1", "trainer.max_completion_tokens=2"]
     assert cppo(capsys, *evaluate, "trainer.trackers=[wandb]", "trainer.lora.r=2")[0] == 0
+    without("vllm")
+    status, _, err = cppo(capsys, *evaluate, "trainer.engine=vllm")
+    assert status == 2 and "pip install 'cppo[vllm]'" in err
     without("math_verify")
     status, _, err = cppo(capsys, *evaluate, "rewards=[math_verify]")
     assert status == 2 and "needs the package math-verify" in err

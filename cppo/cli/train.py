@@ -43,8 +43,8 @@ def main(options: argparse.Namespace) -> int:
     is_main = trainer.processes.is_main
     if is_main:
         print(ops_line(trainer.accelerator.device))
-        if trainer.engine.holds_weights:
-            print(f"rollouts: {engine_words(trainer.config)}")
+        if config.trainer.engine != "builtin":
+            print(f"rollouts: {engine_words(config.trainer)}")
     try:
         run_trainer(trainer, claim.start, overwrite=options.overwrite)
     finally:

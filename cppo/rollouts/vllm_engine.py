@@ -114,7 +114,12 @@ class VLLMEngine:
         expanded = prompts.attention_mask.sum(1).tolist()
         self._check_lengths(expanded, sampling)
         params = [self._params(**sampling_arguments(sampling, own.seed)) for own in asked]
-        with torch.autocast(self._device.type, enabled=False):
+        # vLLM draws from the generators of the process even where every request has its own.
+        generators = [self._device] if self._device.type == "cuda" else []
+        with (
+            torch.autocast(self._device.type, enabled=False),
+            torch.random.fork_rng(generators),
+        ):
             try:
                 found = self._llm.generate([_input(own) for own in asked], params, use_tqdm=False)
             except Exception as error:

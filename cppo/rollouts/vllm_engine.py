@@ -98,6 +98,8 @@ class VLLMEngine:
             cached = token_bytes(base.config.get_text_config(), getattr(torch, dtype)) * longest
             room = int(options.memory_share * free_memory(self._device))
             arguments["kv_cache_memory_bytes"] = min(_ROWS * cached, room)
+            # A prompt in parts needs a seeded generator to go back, which one of a CPU cannot.
+            arguments["enable_chunked_prefill"] = False
         if self._image_token is not None:
             limits = {"image": options.images_per_prompt, "video": 0}
             arguments["limit_mm_per_prompt"] = limits

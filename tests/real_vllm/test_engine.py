@@ -152,6 +152,20 @@ def test_a_prompt_that_is_too_long_is_refused_in_words(running: tuple[Case, VLLM
         case.sampled(engine, 1.0, max_new_tokens=256)
 
 
+def test_more_prompt_tokens_than_vllm_runs_at_once(running: tuple[Case, VLLMEngine]) -> None:
+    case, engine = running
+    engine.sync(hub_weights(case.model))
+    longest = "How many? " * 20
+    questions = [question(f"{i}. {longest}") for i in range(100)]
+    case.prompts, before = encode_questions(case.model, case.processor, questions), case.prompts
+    try:
+        assert int(case.prompts.attention_mask.sum()) > 8192
+        found = case.sampled(engine, 1.0, group_size=2, max_new_tokens=4)
+        assert case.difference(found, 1.0) < EXACT
+    finally:
+        case.prompts = before
+
+
 # Training
 
 

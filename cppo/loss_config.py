@@ -73,8 +73,9 @@ class LossConfig(CheckedFields):
     Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
     "token_mask": w = e^d, but 0 outside of the bounds (IcePop). "sequence_truncate",
     "sequence_mask": the same with e^(sum of d) of a completion for all its tokens. "bypass": w = 1,
-    and the ratio is to sampling_logps. "none": w = 1. TRL's names. All but "none" need
-    `sampling_logps`; the exponent is at most 20."""
+    and the ratio is to sampling_logps, where the engine gave none to the policy's own. "none":
+    w = 1. The names are TRL's, that of "bypass" verl's. All but "none" need `sampling_logps`; d is
+    0 where it is NaN, and the exponent is at most 20."""
     correction_min: float = 0.0
     """Lower bound of w. In [0, correction_max)."""
     correction_max: float = 3.0

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import cppo
-from cppo import reference
+from cppo import LossConfig, reference
+from cppo.fused.batch import OF_ROWS
 from cppo.packed_batch import PackedBatch
 from cppo.records import LossOutput, Views
 
@@ -179,8 +180,7 @@ def in_fp64(inputs: Inputs) -> Inputs:
 def to_packed(inputs: Inputs) -> Inputs:
     """Padded inputs of a row op in the packed layout: the masked rows are gone."""
     mask = inputs["mask"].bool()
-    per_row = {"logits", "hidden", "targets", "old_logps", "ref_logps"}
-    per_row |= {"anchor_entropy", "negative_entropy"}
+    per_row = {"logits", "hidden", "targets", "anchor_entropy", "negative_entropy", *OF_ROWS}
 
     def pack(value: Any) -> Any:
         return Views(*map(pack, value)) if isinstance(value, Views) else value[mask]
@@ -198,6 +198,24 @@ def compact_views(views: Views, advantages: Tensor, cu_seqlens: Tensor | None = 
     if cu_seqlens is not None:
         keep = keep.repeat_interleave(cu_seqlens.diff())
     return Views(views.anchor, *(None if view is None else view[keep] for view in views[1:]))
+
+
+def with_weights(inputs: Inputs, seed: int = 0) -> Inputs:
+    """Inputs of a loss with what its `config` takes from the engine, and token_weights.
+
+    Args:
+        inputs: of `make_inputs`, with or without a config.
+        seed: of both. A tenth of the tokens has no sampling_logp, a quarter a weight of 0; where
+            they are masked both are NaN.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    old, mask = inputs["old_logps"], inputs.get("mask", torch.tensor(True))
+    noise, share, weights = (torch.rand(old.shape, generator=generator) for _ in range(3))
+    sampling = (old + 0.6 * (noise - 0.5)).masked_fill(share < 0.1, torch.nan)
+    more = {"sampling_logps": sampling, "token_weights": weights.masked_fill(share > 0.75, 0.0)}
+    more = {name: values.masked_fill(~mask, torch.nan) for name, values in more.items()}
+    bypass = inputs.get("config", LossConfig()).importance_correction == "bypass"
+    return {k: v for k, v in {**inputs, **more}.items() if k != "old_logps" or not bypass}
 
 
 def make_inputs(

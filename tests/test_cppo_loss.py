@@ -17,6 +17,7 @@ from cppo.testing import (
     in_fp64,
     make_inputs,
     to_packed,
+    with_weights,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -31,9 +32,25 @@ CONFIGS = {
     "gspo": LossConfig(importance="sequence", clip_low=0.02, clip_high=0.03, entropy_coef=0.01),
     "detached": LossConfig(detach_anchor=True, cpl_coef=1.0, entropy_coef=0.02),
     "full": LossConfig(divergence="full", dual_clip=3.0, cpl_coef=1.0, gating=False),
+    "token_truncate": LossConfig(
+        importance_correction="token_truncate", correction_min=0.9, correction_max=1.1, kl_coef=0.1
+    ),
+    "token_mask": LossConfig(
+        importance_correction="token_mask", correction_max=1.1, reduction="dapo", dual_clip=1.2
+    ),
+    "sequence_truncate": LossConfig(importance_correction="sequence_truncate", entropy_coef=0.01),
+    "sequence_mask of gspo": LossConfig(
+        importance="sequence", importance_correction="sequence_mask", correction_min=0.5
+    ),
+    "bypass": LossConfig(importance_correction="bypass", divergence="full"),
 }
 every_run = pytest.mark.parametrize(("op", "backend"), RUNS)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def inputs_of(op, config, *case, **options):
+    inputs = {**make_inputs(op, *case, **options), "config": config}
+    return inputs if config.importance_correction == "none" else with_weights(inputs)
 
 
 def views_of(op):
@@ -67,7 +84,7 @@ def test_accuracy(op, backend, case, dtype):
 @every_config
 @every_run
 def test_accuracy_of_every_option(op, backend, config):
-    inputs = {**make_inputs(op, seed=1), "config": config}
+    inputs = inputs_of(op, config, seed=1)
     assert_op_as_accurate(op, backend, inputs)
     outputs = evaluate(op, inputs, backend)
     assert outputs["perception_mask"].any() and outputs["metrics.cpl_loss"] > 0
@@ -105,11 +122,11 @@ def test_the_vocabulary_of_qwen(backend):
 # Layouts
 
 
-@pytest.mark.interpreted("default", "full")
+@pytest.mark.interpreted("default", "full", "sequence_mask")
 @every_config
 @every_run
 def test_packed_equals_padded(op, backend, config):
-    inputs = in_fp64({**make_inputs(op), "config": config})
+    inputs = in_fp64(inputs_of(op, config))
     mask, name = inputs["mask"], views_of(op)
     padded = evaluate(op, inputs, backend)
     packed = evaluate(op, to_packed(inputs), backend)
@@ -304,7 +321,7 @@ def test_an_overflowing_ratio_of_a_clipped_row_leaves_no_nan(op, backend):
 @every_config
 @every_run
 def test_nothing_to_learn_is_exactly_zero_and_attached(op, backend, config, layout, case):
-    inputs = {**make_inputs(op, case, layout=layout), "config": config}
+    inputs = inputs_of(op, config, case, layout=layout)
     name = views_of(op)
     leaves = Views(*(view.requires_grad_() for view in inputs[name]))
     out = getattr(cppo, op)(**{**inputs, name: leaves}, backend=backend)

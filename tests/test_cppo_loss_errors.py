@@ -19,6 +19,16 @@ Z, S = PADDED["logits"], PACKED["logits"]
 Y, A, LOGPS = PADDED["targets"], PADDED["advantages"], PADDED["old_logps"]
 
 
+CORRECTED = LossConfig(importance_correction="token_mask")
+
+
+def W(weight):
+    """Weights of 1, one of which is another; NaN where they are masked."""
+    weights = torch.ones(6, 7).masked_fill(~PADDED["mask"], math.nan)
+    weights[0, 3] = weight
+    return weights
+
+
 def views(**changes):
     return {"logits": Z._replace(**changes)}
 
@@ -61,6 +71,28 @@ PADDED_ERRORS = [
     ({"advantages": A.to("meta")}, ValueError, "advantages must be on cpu like logits.anchor"),
     ({"old_logps": LOGPS[0]}, ValueError, "old_logps must be (B, L) = (6, 7) like targets"),
     ({"old_logps": Y}, TypeError, "old_logps must be of floating dtype"),
+    (
+        {"sampling_logps": LOGPS[0]},
+        ValueError,
+        "sampling_logps must be (B, L) = (6, 7) like targets",
+    ),
+    ({"sampling_logps": LOGPS.long()}, TypeError, "sampling_logps must be of floating dtype"),
+    (
+        {"config": CORRECTED},
+        ValueError,
+        "sampling_logps must be given with config.importance_correction = 'token_mask', got None",
+    ),
+    (
+        {"config": LossConfig(importance_correction="bypass"), "sampling_logps": LOGPS},
+        ValueError,
+        "old_logps must be None with config.importance_correction = 'bypass', which puts",
+    ),
+    ({"token_weights": LOGPS.exp()[:5]}, ValueError, "token_weights must be (B, L) = (6, 7) like"),
+    ({"token_weights": Y}, TypeError, "token_weights must be of floating dtype"),
+    ({"token_weights": W(-0.5)}, ValueError, ">= 0 where not masked, got -0.5 at (0, 3)"),
+    ({"token_weights": W(math.nan)}, ValueError, "token_weights must be finite and >= 0 where"),
+    ({"token_weights": W(math.inf)}, ValueError, "got inf at (0, 3)"),
+    ({"token_weights": W(1.0).to("meta")}, ValueError, "token_weights must be on cpu"),
     ({"ref_logps": LOGPS[:, 1:]}, ValueError, "ref_logps must be (B, L) = (6, 7)"),
     (
         {"ref_logps": None, "config": LossConfig(kl_coef=0.1)},

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import cppo
-from cppo import Views, backends
-from cppo.testing import make_inputs
+from cppo import LossConfig, Views, backends
+from cppo.fused.batch import OF_ROWS
+from cppo.testing import make_inputs, with_weights
 
 FUSED = [name for name in backends.available("cppo_loss") if name != "reference"]
 every_backend = pytest.mark.parametrize("backend", FUSED)
@@ -31,6 +32,9 @@ Function = Callable[..., Tensor]
 def function_of(op: str, backend: str, of: str = "") -> tuple[Function, Tensor]:
     """The op as a function of one tensor, the anchor where none is named, and that tensor."""
     inputs = make_inputs(op, layout="packed", lengths=(2, 3))
+    if of in OF_ROWS:
+        inputs["config"] = LossConfig(importance_correction="token_truncate")
+        inputs = with_weights(inputs)
     name = of or ("hidden" if "linear" in op else "logits")
 
     def run(value: Tensor) -> Tensor:
@@ -174,7 +178,7 @@ def test_batched_upstream_gradients(backend: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize("op", LOSSES)
-@pytest.mark.parametrize("name", ["advantages", "old_logps", "ref_logps"])
+@pytest.mark.parametrize("name", ["advantages", *OF_ROWS])
 def test_what_gets_no_gradient_is_constant_in_forward_mode(
     op: str, backend: str, name: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,8 @@ from cppo.fused import head, linear
 from cppo.fused.batch import OF_ROWS
 from cppo.fused.denominators import denominators
 from cppo.fused.schema import ARGUMENTS, PRIMITIVES, RESULTS
-from cppo.testing import assert_op_as_accurate, evaluate, in_fp64, make_inputs
+from cppo.loss_config import CORRECTIONS, IMPORTANCE
+from cppo.testing import assert_op_as_accurate, evaluate, in_fp64, make_inputs, with_weights
 
 FUSED = [name for name in backends.available("linear_cppo_loss") if name != "reference"]
 pytestmark = [
@@ -28,6 +30,8 @@ CONFIGS = {
     "full": LossConfig(divergence="full", cpl_coef=0.5),
     "full, detached": LossConfig(divergence="full", cpl_coef=0.5, detach_anchor=True),
 }
+# Of the tests that give sampling_logps.
+CORRECTED = {**CONFIGS, "corrected": LossConfig(importance_correction="sequence_mask")}
 every_backend = pytest.mark.parametrize("backend", FUSED)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -49,10 +53,21 @@ def tile(request, monkeypatch):
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @every_backend
 def test_tiles_of_any_size_give_the_same(config, layout, tile, backend):
-    inputs = in_fp64({**make_inputs("linear_cppo_loss", layout=layout), "config": config})
-    ours, exact = (evaluate("linear_cppo_loss", inputs, name) for name in (backend, "reference"))
-    for name in exact:
-        torch.testing.assert_close(ours[name], exact[name], msg=lambda m, n=name: f"{n}: {m}")
+    inputs = {**make_inputs("linear_cppo_loss", layout=layout), "config": config}
+    same_as_the_reference(in_fp64(inputs), backend)
+
+
+@pytest.mark.interpreted("resident-sequence_truncate")
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("plan", ["resident", "recompute"])
+@every_backend
+def test_corrections_in_tiles_of_any_size(plan, correction, tile, backend):
+    """No completion is cut in two: a weight of a sequence is of all its tokens."""
+    for importance in IMPORTANCE:
+        options = {"importance": importance, "importance_correction": correction}
+        config = replace(CONFIGS[plan], **options, correction_max=1.2)
+        inputs = with_weights({**make_inputs("linear_cppo_loss"), "config": config})
+        same_as_the_reference(in_fp64(inputs), backend)
 
 
 @pytest.mark.interpreted("triton-dtype0")
@@ -75,6 +90,13 @@ def test_slices_of_the_weight_give_the_same(monkeypatch, backend):
     for config in CONFIGS.values():
         inputs = {**make_inputs("linear_cppo_loss", dtype=torch.bfloat16), "config": config}
         assert_op_as_accurate("linear_cppo_loss", backend, inputs)
+
+
+def same_as_the_reference(inputs, backend):
+    ours, exact = (evaluate("linear_cppo_loss", inputs, name) for name in (backend, "reference"))
+    for name in exact:
+        torch.testing.assert_close(ours[name], exact[name], msg=lambda m, n=name: f"{n}: {m}")
+    return ours
 
 
 def _metrics(backend, config, **changes):
@@ -122,11 +144,13 @@ def test_a_frozen_head_gets_no_gradient_and_costs_less(config, backend):
 
 
 @pytest.mark.interpreted()
-@every_config
+@pytest.mark.parametrize("config", CORRECTED.values(), ids=CORRECTED)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @every_backend
 def test_opcheck(config, backend, softcap):
-    inputs = make_inputs("linear_cppo_loss", layout="packed")
+    # With a loss above 0: opcheck differentiates its absolute value and compares what the op has
+    # returned, and a backward scales the gradients among that where they are.
+    inputs = with_weights(make_inputs("linear_cppo_loss", layout="packed"), seed=5)
     heads = [inputs[name].requires_grad_() for name in ("weight", "bias")]
     views = [view.requires_grad_() for view in inputs["hidden"]]
     rows = [inputs.get(name) for name in ("targets", "advantages", *OF_ROWS)]
@@ -181,8 +205,8 @@ def kernels(monkeypatch):
 
 def loss_arguments(plan, layout, views=3, **changes):
     """`ARGUMENTS` of the loss and of its backward."""
-    inputs = {**make_inputs("linear_cppo_loss", layout=layout), **changes}
-    config = CONFIGS[plan]
+    inputs = with_weights({**make_inputs("linear_cppo_loss", layout=layout), **changes})
+    config = replace(CONFIGS[plan], importance_correction="sequence_mask")
     rows = [inputs.get(k) for k in ("targets", "advantages", *OF_ROWS, "mask", "cu_seqlens")]
     by = denominators(rows[0], *rows[-2:], None, config)
     seen = [view if number < views else None for number, view in enumerate(inputs["hidden"])]
@@ -239,6 +263,27 @@ def test_the_host_waits_for_statistics_twice_at_most(masked, kernels, monkeypatc
 
 
 @pytest.mark.interpreted()
+@pytest.mark.parametrize(("plan", "views"), [("resident", 1), ("resident", 3), ("recompute", 3)])
+@every_backend
+def test_tokens_without_a_weight_cost_no_gradient(plan, views, backend):
+    config = replace(CONFIGS[plan], entropy_coef=0.0)
+    inputs = {**make_inputs("linear_cppo_loss"), "config": config}
+    if views == 1:
+        inputs["hidden"] = inputs["hidden"].anchor
+    every = evaluate("linear_cppo_loss", inputs, backend)["metrics.head_gemm_rows"]
+    inputs["token_weights"] = torch.zeros(6, 7)
+    inputs["token_weights"][:, 1:3] = 0.5
+    ours = same_as_the_reference(inputs, backend)["metrics.head_gemm_rows"]
+    # Of 5, 2, 7, 0, 3 and 4 tokens 2, 1, 2, 0, 2 and 2 have a weight; A = 0 in the last but one.
+    if views == 1:
+        assert (every, ours) == (21 + 2 * 18, 21 + 2 * 7)
+    elif plan == "resident":  # any token of a gated completion may be a perception token
+        assert every - ours == 2 * (18 - 15)
+    else:
+        assert every - ours >= 3 * 2 * (18 - 15)
+
+
+@pytest.mark.interpreted()
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 @every_backend
 def test_completions_without_an_advantage_cost_no_gradient(kl_coef, backend):
@@ -255,10 +300,11 @@ def test_completions_without_an_advantage_cost_no_gradient(kl_coef, backend):
 
 
 @pytest.mark.interpreted()
-@every_config
+@pytest.mark.parametrize("config", CORRECTED.values(), ids=CORRECTED)
 @every_backend
 def test_torch_compile_in_one_graph(config, backend):
     inputs = {**make_inputs("linear_cppo_loss", layout="packed"), "config": config}
+    inputs = with_weights(inputs)
 
     def loss(views, weight):
         given = {**inputs, "hidden": views, "weight": weight}

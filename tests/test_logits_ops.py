@@ -14,7 +14,14 @@ import cppo
 from cppo import LossConfig, NumItems, Views, backends
 from cppo.fused.batch import OF_ROWS
 from cppo.fused.denominators import denominators
-from cppo.testing import assert_op_as_accurate, compact_views, evaluate, make_inputs
+from cppo.loss_config import CORRECTIONS, IMPORTANCE
+from cppo.testing import (
+    assert_op_as_accurate,
+    compact_views,
+    evaluate,
+    make_inputs,
+    with_weights,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -25,9 +32,12 @@ CONFIGS = [
     LossConfig(divergence="full", entropy_coef=0.01, kl_coef=0.1, cpl_coef=1.0),
     LossConfig(divergence="k1", importance="sequence", reduction="dapo", detach_anchor=True),
     LossConfig(divergence="full", detach_anchor=True, gating=False, cpl_reduction="sequence"),
+    LossConfig(importance_correction="sequence_mask", kl_coef=0.1),
 ]
 every_backend = pytest.mark.parametrize("backend", FUSED)
-every_config = pytest.mark.parametrize("config", CONFIGS, ids=["k3", "full", "k1", "detached"])
+every_config = pytest.mark.parametrize(
+    "config", CONFIGS, ids=["k3", "full", "k1", "detached", "corrected"]
+)
 
 
 def ops_of(backend):
@@ -54,11 +64,11 @@ def test_opcheck_of_token_stats(backend, dtype):
     assert set(outcome.values()) == {"SUCCESS"}
 
 
-@pytest.mark.interpreted("k3", "full")
+@pytest.mark.interpreted("k3", "full", "corrected")
 @every_backend
 @every_config
 def test_opcheck_of_the_loss(backend, config):
-    inputs = make_inputs("cppo_loss", layout="packed")
+    inputs = with_weights(make_inputs("cppo_loss", layout="packed"))
     rows = [inputs.get(name) for name in ("targets", "advantages", *OF_ROWS)]
     by = denominators(rows[0], None, inputs["cu_seqlens"], None, config)
     options = (by.values, by.per_selected, config.temperature, config.text, False)
@@ -82,7 +92,8 @@ def test_opcheck_of_the_perception_mask(backend):
 @every_config
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_torch_compile_in_one_graph(backend, config, layout):
-    inputs = make_inputs("cppo_loss", layout=layout)
+    torch.compiler.reset()  # each case compiles the same function anew
+    inputs = with_weights(make_inputs("cppo_loss", layout=layout))
     num_items = NumItems(12, 70, 20)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -130,7 +141,9 @@ def test_a_new_length_is_not_a_new_compilation(backend):
 @every_config
 @pytest.mark.parametrize("layout", ["padded", "packed", "compact"])
 def test_in_place_gradients_are_the_same_and_bump_the_version(backend, config, layout):
-    inputs = {**make_inputs("cppo_loss", layout="padded" if layout == "padded" else "packed")}
+    inputs = with_weights(
+        make_inputs("cppo_loss", layout="padded" if layout == "padded" else "packed")
+    )
     inputs["config"] = config
     if layout == "compact" and config.gating:
         compact = compact_views(inputs["logits"], inputs["advantages"], inputs["cu_seqlens"])
@@ -247,8 +260,14 @@ def test_any_shape_is_as_accurate_as_eager(backend, data):
         fraction=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
         gating=data.draw(st.booleans()),
         cpl_reduction=data.draw(st.sampled_from(["token", "sequence"])),
+        importance=data.draw(st.sampled_from(IMPORTANCE)),
+        importance_correction=data.draw(st.sampled_from(CORRECTIONS)),
+        correction_min=data.draw(st.sampled_from([0.0, 0.9])),
+        correction_max=data.draw(st.sampled_from([1.1, math.inf])),
     )
     inputs = {**make_inputs("cppo_loss", **options), "config": config}
+    if config.importance_correction != "none" or data.draw(st.booleans(), label="weighted"):
+        inputs = with_weights(inputs)
     assert_op_as_accurate("cppo_loss", backend, inputs)
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/experiments/step.py --model smollm2 --device cpu
     python benchmarks/experiments/step.py --model recipes/gsm8k_qwen2.5_1.5b.yaml
+    python benchmarks/experiments/step.py --engine vllm                   rollouts by vLLM
     python benchmarks/experiments/step.py --model toy --device cpu        shows that it runs
 
 `CPPOTrainer.train_step` itself, with everything that is in it, at five prune rates, without and
@@ -10,7 +11,8 @@ the completions of the step at rate 0 the update as published and TRL's (step_ba
 variant starts from the same weights and draws the same questions: its learning rate moves nothing.
 
 Times are the trainer's own `time/*`: on a GPU by events, on a CPU processor seconds of one thread,
-which other work on the machine changes little. Variants take turns, a row holds the medians, and
+which other work on the machine changes little. A rollout by vLLM includes the sync of weights, and
+not its start. Variants take turns, a row holds the medians, and
 goes to <device>_train_steps.csv when it is measured: a run that was cut goes on.
 """
 
@@ -41,9 +43,12 @@ from cppo.benchmarks.environment import (
 )
 from cppo.benchmarks.experiments.step_baselines import published, trl
 from cppo.benchmarks.experiments.step_models import Task, sees, task
-from cppo.config import CPPOConfig, LossConfig
+from cppo.config import CPPOConfig, LossConfig, VLLMConfig
 from cppo.model.forward import has_vision
+from cppo.rollouts.engine import BuiltinEngine, Engine
+from cppo.train import trainer as trainer_module
 from cppo.train.batch import Batch
+from cppo.train.engine import new_engine
 from cppo.train.trainer import CPPOTrainer
 
 RATES = (0.0, 0.5, 0.75, 0.875, 0.9375)
@@ -88,10 +93,33 @@ class Steps:
         """Made when the first step is run."""
         return task(self.options.model, self.device, self.options.completion / 2)
 
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """One for all steps: it starts once."""
+        model, processor, *_ = self.task
+        return new_engine(model, processor, self.config(Way(""), "unused"))
+
     def trainer(self, way: Way, folder: str) -> Observed:
+        model, processor, rows, rewards, _ = self.task
+        config = self.config(way, folder)
+        with patch.object(trainer_module, "new_engine", self._engine):
+            trainer = Observed(model, rewards, rows, config=config, processor=processor)
+        # The first step of an optimizer makes its state, the others do not.
+        for parameter in trainer.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        return trainer
+
+    def _engine(self, model: Any, *others: Any) -> Engine:
+        return BuiltinEngine(model) if self.options.engine == "builtin" else self.engine
+
+    def config(self, way: Way, folder: str) -> CPPOConfig:
         options = self.options
-        config = CPPOConfig(
+        return CPPOConfig(
             output_dir=folder,
+            engine=options.engine,
+            vllm=VLLMConfig(check_every=0),
             batch_size=options.questions * options.group_size,
             group_size=options.group_size,
             prune_rate=way.rate,
@@ -107,14 +135,6 @@ class Steps:
             log_completions=0,
             loss=LossConfig(cpl_coef=0.01 if has_vision(self.task.model) else 0.0),
         )
-        model, processor, rows, rewards, _ = self.task
-        trainer = Observed(model, rewards, rows, config=config, processor=processor)
-        # The first step of an optimizer makes its state, the others do not.
-        for parameter in trainer.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        return trainer
 
     def measured(self, way: Way) -> dict[str, float]:
         """`run`, and on a GPU the bytes at its peak beyond what was in use."""
@@ -140,6 +160,7 @@ class Steps:
             trainer = self.trainer(way, folder)
             metrics = trainer.train_step()
         found = {name: metrics.get(f"time/{name}", 0.0) for name in PHASES}
+        found["rollout"] += metrics.get("time/sync", 0.0)
         # What is left of the step belongs to its update: cutting, packing, reading the metrics.
         found["update"] = found["step"] - found["rollout"] - found["reward"]
         sampled = len(trainer.batch.advantages)
@@ -157,6 +178,7 @@ def measure(
     """The rows of all ways, with those that `path` has already; and whether none is missing."""
     shape = f"{Path(options.model).name.removesuffix('.yaml')} Q={options.questions} "
     shape += f"G={options.group_size} completion<={options.completion}"
+    shape += "" if options.engine == "builtin" else f" {options.engine}"
     steps = Steps(options)
     shared = {"op": "train_step", "mode": "both", "dtype": options.precision}
     shared |= environment(steps.device)
@@ -190,6 +212,8 @@ def measure(
 def ways_of(options: argparse.Namespace) -> list[Way]:
     """Rate 0 first, whose completions the peers get. TRL's batch is one of texts here."""
     pruned = [rate for rate in options.rates if rate]
+    if options.engine != "builtin":  # the peers' updates are the same ones
+        return [Way(""), *(Way("", r) for r in pruned), *(Way("", r, True) for r in pruned)]
     is_text = not (options.no_trl or sees(options.model))
     peers = [Way("published")] + ([Way("TRL")] if is_text else [])
     return [Way(""), *peers, *(Way("", r) for r in pruned), *(Way("", r, True) for r in pruned)]
@@ -272,6 +296,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", default="smollm2", help="smollm2, small, a folder, a recipe (.yaml), toy, toy-vl"
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--engine", choices=("builtin", "vllm"), default="builtin")
     add("--precision", choices=("fp32", "bf16"), default="bf16")
     add("--questions", type=int, default=4, help="of a step at rate 0")
     add("--group-size", type=int, default=16)

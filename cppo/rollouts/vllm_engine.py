@@ -97,6 +97,8 @@ class VLLMEngine:
             cached = token_bytes(base.config.get_text_config(), getattr(torch, dtype)) * longest
             room = int(options.memory_share * free_memory(self._device))
             arguments["kv_cache_memory_bytes"] = min(_ROWS * cached, room)
+            # A prompt in parts needs a seeded generator to go back, which one of a CPU cannot.
+            arguments["enable_chunked_prefill"] = False
         if self._image_token is not None:
             limits = {"image": options.images_per_prompt, "video": 0}
             arguments["limit_mm_per_prompt"] = limits
@@ -113,7 +115,12 @@ class VLLMEngine:
         expanded = prompts.attention_mask.sum(1).tolist()
         self._check_lengths(expanded, sampling)
         params = [self._params(**sampling_arguments(sampling, own.seed)) for own in asked]
-        with torch.autocast(self._device.type, enabled=False):
+        # vLLM draws from the generators of the process even where every request has its own.
+        generators = [self._device] if self._device.type == "cuda" else []
+        with (
+            torch.autocast(self._device.type, enabled=False),
+            torch.random.fork_rng(generators),
+        ):
             try:
                 found = self._llm.generate([_input(own) for own in asked], params, use_tqdm=False)
             except Exception as error:

@@ -164,7 +164,8 @@ class CPPOTrainer:
         Args:
             resume_from: a checkpoint folder, or "auto" for the newest one in `config.output_dir`
                 (a fresh start if there is none). The run goes on bit for bit as if it had not been
-                interrupted: on a CPU; on a GPU with deterministic algorithms (docs/reliability.md).
+                interrupted: on a CPU; on a GPU with deterministic algorithms (docs/reliability.md);
+                with vLLM but for its own rounding (docs/rollouts.md).
             overwrite: whether an earlier run in `config.output_dir` may be removed; of one that is
                 resumed, the checkpoints later than `resume_from`.
         Raises: ValueError if the folder holds another run; RewardError for a reward function that

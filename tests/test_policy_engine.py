@@ -332,11 +332,25 @@ def test_a_step_ahead_is_off_policy_by_one_update(other: Any, tmp_path: Any) -> 
     # The questions are those of a run that does not look ahead.
     plain = ahead(other, tmp_path / "plain", ahead=0)
     plain.train()
-    asked = [
-        [row["question"] for row in lines(tmp_path / d / "completions.jsonl")]
-        for d in ("", "plain")
-    ]
-    assert asked[0] == asked[1]
+    assert _asked(tmp_path) == _asked(tmp_path / "plain")
+
+
+def _asked(folder: Any) -> list[Any]:
+    return [row["question"] for row in lines(folder / "completions.jsonl")]
+
+
+def test_an_engine_ahead_is_checked_with_the_weights_that_it_has(other: Any, tmp_path: Any) -> None:
+    trainer = ahead(other, tmp_path, vllm=VLLMConfig(check_every=1))
+    trainer.train()  # although its completions are off by an update
+    (engine,) = other.made
+    assert engine.calls.count("generate") == 4 + 3  # the first needs none of its own
+    trainer = ahead(other, tmp_path / "stale", vllm=VLLMConfig(check_every=1))
+    engine = other.made[1]
+    trainer.train_step()
+    engine.takes_weights = False
+    trainer._run.step = 1
+    with pytest.raises(EngineError, match="samples from another distribution than the policy's"):
+        trainer.train_step()
 
 
 def test_a_run_ahead_is_resumed_with_the_questions_that_were_not_trained_on(
@@ -355,10 +369,7 @@ def test_a_run_ahead_is_resumed_with_the_questions_that_were_not_trained_on(
     with pytest.raises(RuntimeError, match="gone"):
         cut.train()
     ahead(other, tmp_path / "cut", max_steps=4, save_every=1).train(resume_from="auto")
-    asked = [
-        [row["question"] for row in lines(tmp_path / d / "completions.jsonl")] for d in ("", "cut")
-    ]
-    assert asked[0] == asked[1] and len(asked[0]) == 8
+    assert _asked(tmp_path) == _asked(tmp_path / "cut") and len(_asked(tmp_path)) == 8
 
 
 def test_what_fails_ahead_fails_when_it_is_needed(other: Any, tmp_path: Any, capsys: Any) -> None:

@@ -78,7 +78,7 @@ _INTEGERS = {
     **dict.fromkeys(("max_tokens_per_microbatch", "eval_samples"), 1),
     **dict.fromkeys(("keep_checkpoints", "log_every"), 1),
     **dict.fromkeys(("seed", "warmup_steps", "eval_every", "save_every", "log_completions"), 0),
-    **dict.fromkeys(("max_refills", "reward_retries"), 0),
+    **dict.fromkeys(("max_refills", "reward_retries", "ahead"), 0),
     "group_size": 2,
 }
 _CHOICES = {
@@ -147,6 +147,10 @@ class CPPOConfig(CheckedFields):
     """How the loss corrects for an engine whose numbers differ from the trainer's: a value of
     `LossConfig.importance_correction`, which has the formulas and whose bounds are in `loss`. None:
     that of `loss`, where it is "none" with vLLM, "token_truncate"."""
+    ahead: int = 0
+    """1: completions of the next step are sampled while this one trains, from the weights of before
+    it: one step off-policy, which `importance_correction` corrects for. With "vllm_server" alone,
+    for GPUs of its own."""
     mask_overlong: bool = False
     """Completions cut at `max_completion_tokens` take part in advantages but not in the loss."""
     reward_weights: tuple[float, ...] | None = None
@@ -293,6 +297,7 @@ class CPPOConfig(CheckedFields):
     def _check_together(self) -> None:
         """Options that depend on each other."""
         self._set_correction()
+        self._check_ahead()
         if self.warmup_steps and self.lr_scheduler == "constant":
             self._fail("warmup_steps", "0 with lr_scheduler = 'constant', which has no warm-up")
         if self.loss.reduction == "dr_grpo" and self.loss.max_length is None:
@@ -302,6 +307,14 @@ class CPPOConfig(CheckedFields):
             self._fail("batch_size", f"a multiple of group_size = {self.group_size}")
         if self.optimizer_steps > 1 and self.optimizer_steps > self.completions_kept():
             self._fail("optimizer_steps", f"<= {self.completions_kept()}, the completions kept")
+
+    def _check_ahead(self) -> None:
+        if self.ahead > 1:
+            self._fail("ahead", "0 or 1")
+        if self.ahead and (self.engine != "vllm_server" or self.vllm.sleep):
+            self._fail("ahead", "0 without a server that is always there (engine, vllm.sleep)")
+        if self.ahead and self.importance_correction == "none":
+            self._fail("importance_correction", "another one with ahead = 1, which is off-policy")
 
     def _set_correction(self) -> None:
         """`importance_correction` and that of the loss become one."""

@@ -89,11 +89,14 @@ def sample_completions(
     Returns: Rollouts, padded to the longest completion.
     Raises: EngineError if the engine cannot sample them.
     """
-    tokenizer = tokenizer_of(processor)
-    closing, _ = closing_token_ids(model, processor)
-    # Behind an end, where the mask hides it.
-    pad = closing[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling = Sampling(group_size, max_new_tokens, temperature, suppressed, closing, pad)
+    sampling = sampling_of(
+        model,
+        processor,
+        group_size=group_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        suppressed=suppressed,
+    )
     engine = engine or BuiltinEngine(model)
     parts: list[list[Tensor]] = []
     first = 0
@@ -110,7 +113,25 @@ def sample_completions(
         own = [part[which] for part in parts]
         return torch.cat([F.pad(x, (0, width - x.shape[1]), value=value) for x in own])
 
-    return assembled(prompts, sampling, Sampled(joined(0, pad), joined(1, 0)), processor)
+    found = Sampled(joined(0, sampling.pad), joined(1, 0))
+    return assembled(prompts, sampling, found, processor)
+
+
+def sampling_of(
+    model: nn.Module,
+    processor: Any,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float | None,
+    suppressed: Sequence[int] = (),
+) -> Sampling:
+    """How completions are drawn, with the ends that model and tokenizer name."""
+    closing, _ = closing_token_ids(model, processor)
+    pad = tokenizer_of(processor).pad_token_id
+    # Behind an end, where the mask hides it.
+    pad = closing[0] if pad is None else pad
+    return Sampling(group_size, max_new_tokens, temperature, suppressed, closing, pad)
 
 
 def assembled(prompts: Prompts, sampling: Sampling, found: Sampled, processor: Any) -> Rollouts:

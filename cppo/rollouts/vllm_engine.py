@@ -58,6 +58,7 @@ class VLLMEngine:
         self._image_token = base.config.image_token_id if has_vision(base) else None
         self._vocab = base.config.get_text_config().vocab_size
         self._sleeps = options.sleep and self._device.type == "cuda"
+        self._broken_by = ""
         self._folder = tempfile.TemporaryDirectory(prefix="cppo-vllm-")
         _save(model, processor, self._folder.name)
         arguments = self._arguments(base, options, dtype) | (options.arguments or {})
@@ -111,6 +112,7 @@ class VLLMEngine:
         return None  # vLLM runs as many as it has room for
 
     def generate(self, prompts: Prompts, sampling: Sampling, draws: Draws) -> Sampled:
+        self._check_whole()
         asked = requests(prompts, sampling, draws, self._image_token)
         expanded = prompts.attention_mask.sum(1).tolist()
         self._check_lengths(expanded, sampling)
@@ -144,17 +146,29 @@ class VLLMEngine:
             )
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._check_whole()
         with torch.autocast(self._device.type, enabled=False):
             try:
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            except Exception as error:
+            except BaseException as error:
+                # It has a part of them, and does not find back from there.
+                self._broken_by = _said(error)
+                if not isinstance(error, Exception):
+                    raise
                 raise EngineError(
-                    f"cppo.rollouts: vLLM could not take over the weights: {_said(error)}"
+                    f"cppo.rollouts: vLLM could not take over the weights: {self._broken_by}"
                 ) from error
             # All that was computed with the old weights.
             self._llm.reset_prefix_cache()
             self._llm.reset_mm_cache()
             self._llm.llm_engine.reset_encoder_cache()
+
+    def _check_whole(self) -> None:
+        if self._broken_by:
+            raise EngineError(
+                "cppo.rollouts: vLLM has a part of the weights alone, start the run again "
+                f"(train(resume_from='auto')): {self._broken_by}"
+            )
 
     def sleep(self) -> None:
         if self._sleeps:
@@ -200,7 +214,7 @@ def _words(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """An error of vLLM's in one line; those of pydantic have several."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 

@@ -13,7 +13,8 @@ from transformers import TrainerState
 
 from cppo.model.prompts import EncodedQuestion, collate
 from cppo.ops.advantages import questions_needed
-from cppo.rollouts.rollout import Rollouts, merge, sample_completions
+from cppo.rollouts.rollout import Rollouts, merge, sample_completions, sampling_of
+from cppo.seeds import seed_from
 from cppo.train.draws import QuestionDraws
 from cppo.train.engine import PolicyEngine
 from cppo.train.journal import Journal, Once, now
@@ -71,6 +72,9 @@ class Collector:
         while count:
             with timer("rollout"):
                 rollouts.append(self.sample(self.draw(count), once))
+                is_last = step + 1 == self._config.max_steps
+                if self._config.ahead and len(rollouts) == 1 and not is_last:
+                    self._sample_ahead(step + 1)
             with timer("reward"):
                 call = functools.partial(self._scored, rollouts[-1], step)
                 scores.append(Scores(**once(call)))
@@ -78,6 +82,25 @@ class Collector:
             count = self._missing(rewards, step, len(scores) - 1)
         self._engine.sleep()
         return merge(rollouts), merge_scores(scores)
+
+    def _sample_ahead(self, step: int) -> None:
+        """Sends the questions of the next step to the engine, which goes on while this one trains.
+
+        Args:
+            step: of the run, for the seed.
+        """
+        policy, config = self._policy, self._config
+        prompts = collate(policy.model, self._questions.look_ahead(self._per_step))
+        sampling = sampling_of(
+            policy.model,
+            policy.processor,
+            group_size=config.group_size,
+            max_new_tokens=config.max_completion_tokens,
+            temperature=config.loss.temperature,
+            suppressed=policy.suppressed,
+        )
+        seed = seed_from(config.seed, "ahead", step, self._processes.rank)
+        self._engine.sample_ahead(prompts, sampling, seed)
 
     def draw(self, count: int | None = None) -> list[EncodedQuestion]:
         """This process's next questions; None: as many as a step begins with."""

@@ -44,6 +44,7 @@ class QuestionDraws:
         self.skipped = 0
         """Bad questions of this process that were left out so far."""
         self._stream = QuestionStream(dataset, config.seed)
+        self._seen: _Seen | None = None
         self._config, self._processes, self._say = config, processes, say
         self._limit = limit
         if limit is not None and config.max_completion_tokens >= limit.tokens:
@@ -66,9 +67,15 @@ class QuestionDraws:
     def draw(self, count: int) -> list[EncodedQuestion]:
         """The next `count` questions of each process, of which it gets its own. Collective.
 
+        Questions that `look_ahead` has found are not read again.
+
         Raises: QuestionError for a bad question that is not to be left out; ValueError if an epoch
             goes by in which all are.
         """
+        seen, self._seen = self._seen, None
+        if seen is not None and (seen.start, seen.number) == (self.position, count):
+            self.position = seen.end
+            return seen.questions
         rank, needs = self._processes.rank, [count] * self._processes.size
         drawn: list[EncodedQuestion] = []
         start = self.position
@@ -87,6 +94,14 @@ class QuestionDraws:
             if has_none and self.position - start > len(self.dataset):
                 raise self._nothing_left(reasons)
         return drawn
+
+    def look_ahead(self, count: int) -> list[EncodedQuestion]:
+        """What the next `draw(count)` will return; the position stays where it is. Collective."""
+        start = self.position
+        questions = self.draw(count)
+        self._seen = _Seen(start, count, questions, self.position)
+        self.position = start
+        return questions
 
     def check_held_out(self, questions: Sequence[Question]) -> None:
         """Raises QuestionError for one that leaves no room for a completion."""
@@ -143,6 +158,15 @@ class QuestionDraws:
             return _LeftOut("skip_bad_questions", str(error))
         words = f"its prompt has {length} tokens, the limit is {longest}"
         return _LeftOut("max_prompt_tokens", words, length)
+
+
+class _Seen(NamedTuple):
+    """Questions that were drawn ahead: from where, how many of each process, up to where."""
+
+    start: int
+    number: int
+    questions: list[EncodedQuestion]
+    end: int
 
 
 class _LeftOut(NamedTuple):

@@ -12,7 +12,9 @@ last checkpoint is as it was.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from cppo.config import CPPOConfig
 from cppo.model.forward import has_vision, unwrap
 from cppo.model.hub_weights import hub_weights
 from cppo.model.prompts import Prompts
+from cppo.questions import Question
 from cppo.rollouts.engine import BuiltinEngine, Engine, EngineError, StaleWeights
 from cppo.rollouts.rollout import assembled
 from cppo.rollouts.sampler import Draws, Sampled, Sampling
@@ -63,6 +66,43 @@ def new_engine(
     return ServerEngine(config.vllm, image_token=image_token, vocab=vocab, say=say)
 
 
+class _Ahead:
+    """A call of `generate` in a thread, which ends with the process.
+
+    Args:
+        questions: of the call. count: of their completions.
+    """
+
+    def __init__(
+        self, questions: Sequence[Question], count: int, call: Callable[[], Sampled]
+    ) -> None:
+        self.questions, self.count = questions, count
+        self._call = call
+        self._found: Sampled | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._found = self._call()
+        except Exception as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Until it is through."""
+        while self._thread.is_alive():
+            self._thread.join(0.1)  # so that a signal is heard
+
+    def result(self) -> Sampled:
+        """What it returned. Raises what it raised."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._found is not None
+        return self._found
+
+
 class PolicyEngine:
     """An `Engine` whose weights are those of a policy.
 
@@ -85,6 +125,7 @@ class PolicyEngine:
         self._version: int | None = None  # of the policy's weights that the engine has
         self._syncs = 0
         self._is_check_due = False
+        self._ahead: _Ahead | None = None
 
     @property
     def holds_weights(self) -> bool:
@@ -98,6 +139,8 @@ class PolicyEngine:
         """
         if not self.holds_weights:
             return
+        if self._ahead is not None:
+            self._ahead.wait()  # its weights must stay until it is through
         self._processes.together(self._engine.wake)
         if self._version != self._policy.version:
             is_shared = self.name == "vllm_server"
@@ -120,10 +163,18 @@ class PolicyEngine:
 
     def generate(self, prompts: Prompts, sampling: Sampling, draws: Draws) -> Sampled:
         try:
-            found = self._engine.generate(prompts, sampling, draws)
+            found = self._sampled_ahead(prompts, draws)
+            if found is None:
+                found = self._engine.generate(prompts, sampling, draws)
+            elif self._is_check_due:  # the policy has moved on since
+                group = Draws(draws.seed, sampling.group_size, slice(0, sampling.group_size))
+                now = self._engine.generate(prompts.of([0]), sampling, group)
+                self._check(prompts.of([0]), sampling, now)
+                self._is_check_due = False
         except StaleWeights as error:
             if self._processes.size > 1:
                 raise
+            self._ahead = None
             self._say(f"{error}; they are sent again")
             self._sync()
             self._has_synced()
@@ -133,6 +184,30 @@ class PolicyEngine:
             self._check(prompts.of([0]), sampling, found)
             self._is_check_due = False
         return found
+
+    def sample_ahead(self, prompts: Prompts, sampling: Sampling, seed: int) -> None:
+        """Starts to sample completions that a later `generate` of these questions will return."""
+        count = len(prompts.questions) * sampling.group_size
+        draws = Draws(seed, count, slice(0, count))
+        call = functools.partial(self._engine.generate, prompts, sampling, draws)
+        self._ahead = _Ahead(prompts.questions, count, call)
+
+    def _sampled_ahead(self, prompts: Prompts, draws: Draws) -> Sampled | None:
+        """The completions of these prompts, if they were sampled ahead.
+
+        Raises: what sampling them has raised.
+        """
+        ahead = self._ahead
+        if ahead is None or draws.count != ahead.count:
+            return None
+        first = draws.own.start * len(ahead.questions) // ahead.count
+        own = ahead.questions[first : first + len(prompts.questions)]
+        if list(map(id, own)) != list(map(id, prompts.questions)):
+            return None
+        if draws.own.stop == ahead.count:
+            self._ahead = None
+        found = ahead.result()
+        return Sampled(found.tokens[draws.own], found.logps[draws.own])
 
     def _check(self, prompts: Prompts, sampling: Sampling, found: Sampled) -> None:
         """Compares the log-probabilities of the first question's completions.

@@ -201,6 +201,25 @@ def test_the_engine_has_the_weights_of_every_step(kind: str, lora: Any, tmp_path
     run.engine.close()
 
 
+def test_an_engine_that_got_a_part_of_the_weights_samples_no_more(tmp_path: Any) -> None:
+    case = Case("text")
+    run = trainer(case, tmp_path, max_steps=3, save_every=1)
+    run.train_step()
+
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, pair in enumerate(hub_weights(case.model)):
+            if number == 5:
+                raise RuntimeError("a cable was pulled")
+            yield pair
+
+    with pytest.raises(EngineError, match="could not take over the weights.*a cable was pulled"):
+        run.engine.sync(broken())
+    for call in (lambda: case.sampled(run.engine, 1.0), run.train_step):
+        with pytest.raises(EngineError, match="has a part of the weights alone, start the run"):
+            call()
+    run.engine.close()
+
+
 def test_a_bf16_engine_is_corrected_and_a_run_is_resumed(tmp_path: Any) -> None:
     options = dict(vllm=dataclasses.replace(OPTIONS, dtype="bfloat16"), save_every=1)
     first = trainer(Case("text"), tmp_path, max_steps=2, **options)

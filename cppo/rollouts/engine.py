@@ -24,6 +24,10 @@ class EngineError(RuntimeError):
     """An engine that cannot sample, or whose answer cannot be trusted."""
 
 
+class StaleWeights(EngineError):
+    """An engine that has other weights than those of the last `sync`: they must be sent again."""
+
+
 class Engine(Protocol):
     """Samples completions from the plain softmax of a policy.
 

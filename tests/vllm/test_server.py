@@ -1,0 +1,216 @@
+"""A real `vllm serve` on the CPU: its log-probabilities are transformers', before and after a sync.
+
+Slow: a server takes half a minute to start. `tests/vllm/shim` stands on its PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cppo.demo.tasks import CHECKPOINTS
+from cppo.model.forward import image_arguments, lm_head, unwrap
+from cppo.model.load import (
+    closing_token_ids,
+    load_model,
+    load_processor,
+    special_token_ids_to_suppress,
+)
+from cppo.model.prompts import Prompts, encode_questions
+from cppo.questions import as_question
+from cppo.rollouts.engine import StaleWeights
+from cppo.rollouts.options import VLLMConfig
+from cppo.rollouts.sampler import Draws, Sampled, Sampling
+from cppo.rollouts.vllm_http import start_command
+from cppo.rollouts.vllm_server import ServerEngine
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.slow,
+]
+SHIM = Path(__file__).parent / "shim"
+# In fp32, with other kernels than transformers'.
+TOLERANCE = 1e-4
+TEMPERATURE = 0.7
+PLACES = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class Case:
+    """A model, its processor, questions, and a server of the same model."""
+
+    def __init__(self, task: str, folder: Path) -> None:
+        self.processor = load_processor(CHECKPOINTS / task)
+        self.model = load_model(CHECKPOINTS / task, dtype=torch.float32).eval()
+        self.folder = folder
+        self.images = task == "digits"
+        port = _free_port()
+        self.options = VLLMConfig(
+            address=f"http://127.0.0.1:{port}", start_timeout=240, max_model_len=256
+        )
+        self.server: subprocess.Popen[bytes] | None = None
+
+    def start(self, model: Path) -> None:
+        command = start_command(self.options.address, "file", str(model))
+        _, *arguments = shlex.split(command.replace("bfloat16", "float32"))
+        program = Path(sys.executable).with_name("vllm")
+        paths = [str(SHIM), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        log = (self.folder / "server.log").open("ab")
+        self.server = subprocess.Popen(
+            [program, *arguments[1:], "--max-model-len", "256", "--enforce-eager",
+             "--limit-mm-per-prompt", '{"image": 4, "video": 0}'],
+            env={**os.environ, **PLACES, **environment},
+            stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        if self.server is not None:
+            os.killpg(self.server.pid, signal.SIGTERM)
+            try:
+                self.server.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.server.pid, signal.SIGKILL)
+                self.server.wait()
+
+    def engine(self) -> ServerEngine:
+        config = self.model.config
+        return ServerEngine(
+            self.options,
+            image_token=config.image_token_id if self.images else None,
+            vocab=config.get_text_config().vocab_size,
+        )
+
+    def prompts(self, seed: int = 0, images: int = 1) -> Prompts:
+        questions = [self._question(seed + number, images) for number in range(3)]
+        return encode_questions(self.model, self.processor, questions)
+
+    def _question(self, seed: int, images: int) -> Any:
+        if not self.images:
+            text = f"Tom has {seed + 2} apples. How many are left?"
+            return as_question({"prompt": text})
+        parts: list[dict[str, str]] = []
+        for number in range(images):
+            parts += [{"type": "image"}, {"type": "text", "text": f"{number}, "}]
+        parts.append({"type": "text", "text": "What is the sum of the digits?"})
+        noise = np.random.default_rng(seed)
+        pictures = [
+            Image.fromarray(noise.integers(0, 256, (24, 24 * (1 + number), 3), dtype=np.uint8))
+            for number in range(images)
+        ]
+        return as_question({"prompt": [{"role": "user", "content": parts}], "images": pictures})
+
+    def sampling(self, **options: Any) -> Sampling:
+        return Sampling(
+            **{
+                "group_size": 4,
+                "max_new_tokens": 12,
+                "temperature": TEMPERATURE,
+                "suppressed": special_token_ids_to_suppress(self.model, self.processor),
+                "closing": closing_token_ids(self.model, self.processor)[0],
+                **options,
+            }
+        )
+
+    def weights(self) -> list[tuple[str, torch.Tensor]]:
+        """As a checkpoint names them, and the head although it is tied."""
+        saved = dict(self.model.state_dict())
+        renamed = {
+            name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): own
+            for name, own in saved.items()
+        }
+        renamed["lm_head.weight"] = self.model.get_output_embeddings().weight
+        return list(renamed.items())
+
+    @torch.no_grad()
+    def change(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        for weight in self.model.parameters():
+            weight += 0.2 * weight.std() * torch.randn_like(weight) if weight.dim() > 1 else 0
+
+
+def draws(prompts: Prompts, sampling: Sampling, seed: int = 3) -> Draws:
+    count = len(prompts.questions) * sampling.group_size
+    return Draws(seed, count, slice(0, count))
+
+
+@torch.no_grad()
+def difference(case: Case, prompts: Prompts, sampling: Sampling, sampled: Sampled) -> float:
+    """The largest between the engine's log-probabilities and transformers'."""
+    base, head = unwrap(case.model), lm_head(case.model, sampling.suppressed)
+    largest = 0.0
+    for row, tokens in enumerate(sampled.tokens):
+        question = row // sampling.group_size
+        own = prompts.of([question])
+        logps = sampled.logps[row]
+        closing = [place for place, t in enumerate(tokens.tolist()) if t in sampling.closing]
+        length = closing[0] + 1 if closing else len(tokens)
+        ids = torch.cat([own.input_ids[0, own.attention_mask[0]], tokens[:length]])[None]
+        extra = image_arguments(base, own.images, range(1))
+        hidden = base.model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **extra
+        ).last_hidden_state[0, -length - 1 : -1]
+        logits = head.logits(hidden) / (sampling.temperature or 1.0)
+        wanted = logits.log_softmax(-1).gather(1, tokens[:length, None])[:, 0]
+        largest = max(largest, float((wanted - logps[:length]).abs().max()))
+        assert not logps[length:].any()
+    return largest
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module", params=["arithmetic", "digits"])
+def case(request: Any, tmp_path_factory: Any) -> Iterator[Case]:
+    folder = tmp_path_factory.mktemp("server")
+    case = Case(request.param, folder)
+    case.model.save_pretrained(folder / "model")
+    case.processor.save_pretrained(folder / "model")
+    case.start(folder / "model")
+    try:
+        yield case
+    finally:
+        case.stop()
+        print((folder / "server.log").read_text()[-3000:])
+
+
+def test_log_probabilities_are_those_of_the_weights_that_were_sent(case: Case) -> None:
+    engine = case.engine()
+    assert engine.dtype == "float32" and engine.max_model_len == 256
+    prompts, sampling = case.prompts(), case.sampling()
+    with pytest.raises(StaleWeights, match="sync them first"):
+        engine.generate(prompts, sampling, draws(prompts, sampling))
+    for step in range(3):
+        engine.sync(case.weights())
+        sampled = engine.generate(prompts, sampling, draws(prompts, sampling, step))
+        # The images of the first step again, with other weights: nothing of theirs is left over.
+        assert difference(case, prompts, sampling, sampled) < TOLERANCE
+        assert not set(sampled.tokens.flatten().tolist()) & set(sampling.suppressed) - {0}
+        case.change(step)
+        # The weights here moved on: what was sampled before is far from them.
+        assert difference(case, prompts, sampling, sampled) > 100 * TOLERANCE
+        assert case_files(case) == []
+
+
+def case_files(case: Case) -> list[Path]:
+    return list(Path("/dev/shm").glob(f"cppo-weights-{os.getpid()}-*"))

@@ -20,6 +20,7 @@ was asked for (`vllm_requests.collected`), and every token of it sampled by the 
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import math
 import uuid
@@ -124,7 +125,7 @@ class ServerEngine:
         self._check_lengths(own, sampling)
         answers = self._server.post_all(
             _GENERATE,
-            [lambda request=request: _body(request, sampling) for request in asked],
+            [functools.partial(_body, request, sampling) for request in asked],
             lambda number, answer: self._choices(answer, own[number]),
         )
         return collected(answers, asked, sampling, self._vocab)

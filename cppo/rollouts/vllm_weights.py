@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -67,14 +68,12 @@ class FileSender:
     @contextlib.contextmanager
     def holding(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
         path = self._folder / f"cppo-weights-{os.getpid()}-{uuid.uuid4().hex[:8]}.safetensors"
-        written = path.with_suffix(".writing")
         try:
             tensors = _apart(weights)
             self._count = len(tensors)
             try:
-                save_file(tensors, written)
-                written.rename(path)
-            except OSError as error:
+                save_file(tensors, path)
+            except (OSError, SafetensorError) as error:
                 raise EngineError(
                     f"cppo.rollouts: the weights cannot be written to {self._folder} "
                     f"(VLLMConfig.folder): {error}"
@@ -84,7 +83,6 @@ class FileSender:
             yield
         finally:
             self._path = None
-            written.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
     def send(self) -> None:

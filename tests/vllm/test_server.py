@@ -169,6 +169,8 @@ def difference(case: Case, prompts: Prompts, sampling: Sampling, sampled: Sample
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **extra
         ).last_hidden_state[0, -length - 1 : -1]
         logits = head.logits(hidden) / (sampling.temperature or 1.0)
+        if sampling.temperature is None:
+            assert torch.equal(logits.argmax(-1), tokens[:length])
         wanted = logits.log_softmax(-1).gather(1, tokens[:length, None])[:, 0]
         largest = max(largest, float((wanted - logps[:length]).abs().max()))
         assert not logps[length:].any()
@@ -205,12 +207,78 @@ def test_log_probabilities_are_those_of_the_weights_that_were_sent(case: Case) -
         sampled = engine.generate(prompts, sampling, draws(prompts, sampling, step))
         # The images of the first step again, with other weights: nothing of theirs is left over.
         assert difference(case, prompts, sampling, sampled) < TOLERANCE
-        assert not set(sampled.tokens.flatten().tolist()) & set(sampling.suppressed) - {0}
+        ends = (sampled.tokens == sampling.closing[0]).long().cumsum(1) > 0
+        assert not set(sampled.tokens[~ends].tolist()) & set(sampling.suppressed)
+        again = engine.generate(prompts, sampling, draws(prompts, sampling, step))
+        assert torch.equal(again.tokens, sampled.tokens)
         case.change(step)
         # The weights here moved on: what was sampled before is far from them.
         assert difference(case, prompts, sampling, sampled) > 100 * TOLERANCE
-        assert case_files(case) == []
+        assert not list(Path("/dev/shm").glob(f"cppo-weights-{os.getpid()}-*"))
 
 
-def case_files(case: Case) -> list[Path]:
-    return list(Path("/dev/shm").glob(f"cppo-weights-{os.getpid()}-*"))
+def test_greedy_completions_are_the_most_probable_ones(case: Case) -> None:
+    engine = case.engine()
+    engine.sync(case.weights())
+    prompts, sampling = case.prompts(), case.sampling(temperature=None)
+    sampled = engine.generate(prompts, sampling, draws(prompts, sampling))
+    assert difference(case, prompts, sampling, sampled) < TOLERANCE
+    groups = sampled.tokens.unflatten(0, (-1, sampling.group_size))
+    assert (groups == groups[:, :1]).all()
+
+
+def test_several_images(case: Case) -> None:
+    if not case.images:
+        pytest.skip("a text model")
+    engine = case.engine()
+    engine.sync(case.weights())
+    for images in (2, 3):
+        prompts, sampling = case.prompts(seed=100, images=images), case.sampling()
+        sampled = engine.generate(prompts, sampling, draws(prompts, sampling))
+        assert difference(case, prompts, sampling, sampled) < TOLERANCE
+
+
+def test_weights_that_somebody_else_sent_are_stale(case: Case) -> None:
+    engine, other = case.engine(), case.engine()
+    prompts, sampling = case.prompts(), case.sampling()
+    for own in (engine, other):
+        own.sync(case.weights())
+    with pytest.raises(StaleWeights, match=f"the weights '{other.version}'"):
+        engine.generate(prompts, sampling, draws(prompts, sampling))
+    engine.sync(case.weights())
+    sampled = engine.generate(prompts, sampling, draws(prompts, sampling))
+    assert difference(case, prompts, sampling, sampled) < TOLERANCE
+
+
+def test_weights_of_another_model_are_refused_in_words_and_right_ones_repair_it(case: Case) -> None:
+    engine = case.engine()
+    wrong = [
+        (name, weight[:-1] if name.endswith("layers.0.self_attn.k_proj.weight") else weight)
+        for name, weight in case.weights()
+    ]
+    with pytest.raises(EngineError, match="Worker failed with error"):
+        engine.sync(wrong)
+    prompts, sampling = case.prompts(), case.sampling()
+    with pytest.raises(StaleWeights):
+        engine.generate(prompts, sampling, draws(prompts, sampling))
+    engine.sync(case.weights())
+    sampled = engine.generate(prompts, sampling, draws(prompts, sampling))
+    assert difference(case, prompts, sampling, sampled) < TOLERANCE
+
+
+def test_a_server_that_is_killed_and_comes_back(case: Case) -> None:
+    if case.images:
+        pytest.skip("once is enough: it takes a minute")
+    engine = case.engine()
+    case.change(7)
+    engine.sync(case.weights())
+    assert case.server is not None
+    os.killpg(case.server.pid, signal.SIGKILL)
+    case.server.wait()
+    case.start(case.folder / "model")
+    prompts, sampling = case.prompts(), case.sampling()
+    with pytest.raises(StaleWeights, match="the weights 'default'"):
+        engine.generate(prompts, sampling, draws(prompts, sampling))
+    engine.sync(case.weights())
+    sampled = engine.generate(prompts, sampling, draws(prompts, sampling))
+    assert difference(case, prompts, sampling, sampled) < TOLERANCE

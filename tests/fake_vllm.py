@@ -30,7 +30,10 @@ class Worker(FileWeights):
         self.weights: dict[str, Tensor] = {}
 
     def reload_weights(self, weights_iterator: list[tuple[str, Tensor]]) -> None:
-        self.weights = {name: weight.clone() for name, weight in weights_iterator}
+        for name, weight in weights_iterator:
+            if name.startswith("other."):
+                raise ValueError(f"there is no {name}")
+            self.weights[name] = weight.clone()
 
 
 class FakeVLLM:
@@ -148,7 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         else:
             change = vllm.changes.get(self.path, lambda answer: answer)
-            answer = 200, json.dumps(change(vllm.answer(self.path, body))).encode()
+            try:
+                answer = 200, json.dumps(change(vllm.answer(self.path, body))).encode()
+            except (RuntimeError, ValueError) as error:
+                answer = says(500, f"Worker failed with error '{error}'")(vllm)
         with contextlib.suppress(OSError):
             self.send_response(answer[0])
             self.send_header("Content-Length", str(len(answer[1])))

@@ -275,12 +275,9 @@ def test_a_server_with_other_options(
         engine(vllm, max_model_len=40)
 
 
-def test_a_server_of_another_model_refuses_the_weights(vllm: FakeVLLM, tmp_path: Path) -> None:
-    found = engine(vllm, tmp_path, retries=0)
-    assert "has tiny in float32, 200 tokens at most" in found.said[-1]  # type: ignore[attr-defined]
-    vllm.faults["/collective_rpc"].append(says(500, "no module named 'model.layers.7'"))
-    with pytest.raises(EngineError, match="no module named 'model.layers.7'"):
-        found.sync(weights())
+def test_what_the_server_has_is_said(vllm: FakeVLLM) -> None:
+    said = engine(vllm).said  # type: ignore[attr-defined]
+    assert "has tiny in float32, 200 tokens at most" in said[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

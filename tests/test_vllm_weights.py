@@ -76,6 +76,21 @@ def test_a_sync_that_fails_leaves_no_usable_weights(vllm: FakeVLLM, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_server_that_took_a_part_of_the_weights_must_be_restarted(
+    vllm: FakeVLLM, tmp_path: Path
+) -> None:
+    found = engine(vllm, tmp_path)
+    wrong = [*weights(), ("other.weight", torch.ones(2))]
+    words = "Worker failed .*restart the server: .*ValueError: there is no other.weight"
+    for sent in (wrong, list(weights())):
+        with pytest.raises(EngineError, match=words):
+            found.sync(sent)
+    vllm.stop()
+    vllm.start()
+    found.sync(weights())
+    assert len(sample(found).tokens) == 6
+
+
 def test_a_worker_that_takes_too_few_weights(vllm: FakeVLLM, tmp_path: Path) -> None:
     found = engine(vllm, tmp_path)
     vllm.changes["/collective_rpc"] = lambda answer: {"results": ["3", "2"]}

@@ -121,6 +121,10 @@ class Server:
             time.sleep(min(_LOOK_EVERY, self.start_timeout))
             reason = self._illness()
 
+    def pause(self, tries: int) -> None:
+        """Lets time pass after a try that failed, more after each one."""
+        time.sleep(min(_PAUSE * 2 ** (tries - 1), _LONGEST_PAUSE))
+
     def get(self, path: str) -> Any:
         """The answer to a question about the server."""
         return _Calls(self, "GET", path, [lambda: None], self.retries).all(_answer)[0]
@@ -293,13 +297,13 @@ class _Calls:
                 count = "1 try" if tries == 1 else f"{tries} tries"
                 raise PassingError(
                     f"cppo.rollouts: the vLLM server at {self._server.address} {failure} "
-                    f"({self._path}, in {count}; VLLMConfig has request_timeout, retries)"
+                    f"({self._path}, in {count})"
                 )
             self._waiting.append((number, tries + 1))
         self._server.say(
             f"the vLLM server {failed[0].failure}; {len(failed)} of its requests are made again"
         )
-        time.sleep(min(_PAUSE * 2 ** (failed[0].tries - 1), _LONGEST_PAUSE))
+        self._server.pause(failed[0].tries)
         if is_away:
             self._server.wait()
 

@@ -139,14 +139,15 @@ class ServerEngine:
         self._syncs += 1
         version = f"{self._run}-{self._syncs}"
         with self._sender.holding(weights):
-            for tries in range(self._options.retries + 1):
+            for tries in range(1, self._options.retries + 2):
                 try:
                     self._send(version)
                     break
                 except PassingError as error:
-                    if tries == self._options.retries:
+                    if tries > self._options.retries:
                         raise
                     self._say(f"the weights did not arrive, and are sent again: {error}")
+                    self._server.pause(tries)
                     self._server.wait()
         self.version = version
 

@@ -210,12 +210,15 @@ def test_other_weights_are_stale(vllm: FakeVLLM, tmp_path: Path) -> None:
     assert torch.equal(sample(found).tokens, wanted.tokens)
 
 
-def test_a_completion_of_two_versions_is_stale(vllm: FakeVLLM, tmp_path: Path) -> None:
+def test_a_completion_of_two_versions_or_of_none_is_stale(vllm: FakeVLLM, tmp_path: Path) -> None:
     found = synced(vllm, tmp_path)
-    spans = [{"version": v, "start": 0, "end": 1} for v in (found.version, "other")]
-    vllm.changes[GENERATE] = _in_choice(weight_versions=spans)
-    with pytest.raises(StaleWeights, match="'other'"):
-        sample(found)
+    for names, said in (((found.version, "other"), "'other'"), ((), "''")):
+        spans = [{"version": name, "start": 0, "end": 1} for name in names]
+        vllm.changes[GENERATE] = _in_choice(weight_versions=spans)
+        with pytest.raises(StaleWeights, match=f"the weights {said}, not"):
+            sample(found)
+        vllm.changes.clear()
+        found.sync(weights())
 
 
 def test_a_server_that_restarts_in_a_rollout_has_stale_weights(

@@ -234,14 +234,16 @@ class ServerEngine:
             prompt: token ids, image placeholders included.
         """
         try:
-            theirs = answer["prompt_token_ids"]
+            theirs = list(answer["prompt_token_ids"])
             choices = [
-                (
-                    Choice(
-                        choice["token_ids"], [_logp(one) for one in choice["logprobs"]["content"]]
-                    ),
-                    {span["version"] for span in choice["weight_versions"]},
+                Choice(
+                    list(choice["token_ids"]),
+                    [_logp(entry) for entry in choice["logprobs"]["content"]],
                 )
+                for choice in answer["choices"]
+            ]
+            versions = [
+                {span["version"] for span in choice["weight_versions"]}
                 for choice in answer["choices"]
             ]
         except (KeyError, TypeError) as error:
@@ -251,15 +253,15 @@ class ServerEngine:
             ) from error
         if theirs != prompt:
             raise EngineError(self._other_prompt(theirs, prompt))
-        strange = {version for _, versions in choices for version in versions} - {self.version}
-        if strange:
+        if any(sampled_by != {self.version} for sampled_by in versions):
+            found = ", ".join(sorted(set().union(*versions) - {self.version}))
             self.version = None
             raise StaleWeights(
                 f"cppo.rollouts: the vLLM server at {self._options.address} sampled with the "
-                f"weights {min(strange)!r}, not with those of the last sync: it was restarted, or "
+                f"weights {found!r}, not with those of the last sync: it was restarted, or "
                 "somebody else changed them"
             )
-        return [choice for choice, _ in choices]
+        return choices
 
     def _other_prompt(self, theirs: list[int], ours: list[int]) -> str:
         images = ""
@@ -287,7 +289,7 @@ def _body(request: Request, sampling: Sampling) -> dict[str, Any]:
 def _data_url(image: Image.Image) -> str:
     """The image without a loss; vLLM converts it to RGB."""
     file = io.BytesIO()
-    # Level 1: three times as fast as the default, and a tenth larger.
+    # Level 1 takes two thirds of the default's time, for a tenth more bytes.
     image.save(file, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 

@@ -1,6 +1,6 @@
 """A real `vllm serve` on the CPU: its log-probabilities are transformers', before and after a sync.
 
-Slow: a server takes half a minute to start. `tests/vllm/shim` stands on its PYTHONPATH.
+Slow: a server takes half a minute to start. `tests/real_vllm/shim` stands on its PYTHONPATH.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class EngineError(RuntimeError):
 
 
 class StaleWeights(EngineError):
-    """Completions came from other weights than those of the last sync: they are not used."""
+    """An engine that has other weights than those of the last `sync`: they must be sent again."""
 
 
 class Engine(Protocol):
@@ -37,6 +37,9 @@ class Engine(Protocol):
 
     name: str
     """As in `CPPOConfig.engine`."""
+    version: str | None
+    """Of the weights of the last sync, for an engine that several processes share: one of them
+    calls `sync`, the others take this over. None: nothing to take over."""
 
     def rows_at_once(self, width: int) -> int | None:
         """Completions of `width` tokens, prompt included, that fit into its memory; None: any."""
@@ -63,6 +66,7 @@ class BuiltinEngine:
 
     model: nn.Module
     name: str = "builtin"
+    version: str | None = None
 
     def rows_at_once(self, width: int) -> int | None:
         return rows_that_fit(self.model, width)

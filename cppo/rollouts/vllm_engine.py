@@ -45,6 +45,7 @@ class VLLMEngine:
     """
 
     name = "vllm"
+    version: str | None = None  # no other process has a part in it
 
     def __init__(self, model: nn.Module, processor: Any, options: VLLMConfig, dtype: str) -> None:
         require_package("CPPOConfig.engine = 'vllm'", "vllm", "vllm")

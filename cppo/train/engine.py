@@ -63,7 +63,8 @@ def new_engine(
     base = unwrap(model)
     image_token = base.config.image_token_id if has_vision(base) else None
     vocab = base.config.get_text_config().vocab_size
-    return ServerEngine(config.vllm, image_token=image_token, vocab=vocab, say=say)
+    on_gpu = next(base.parameters()).device.type == "cuda"
+    return ServerEngine(config.vllm, image_token=image_token, vocab=vocab, say=say, on_gpu=on_gpu)
 
 
 class _Ahead:
@@ -128,6 +129,15 @@ class PolicyEngine:
         self._ahead: _Ahead | None = None
 
     @property
+    def version(self) -> str | None:
+        """Of the weights that the engine has, as it names them."""
+        return self._engine.version
+
+    @version.setter
+    def version(self, version: str | None) -> None:
+        self._engine.version = version
+
+    @property
     def holds_weights(self) -> bool:
         """Whether it has weights of its own."""
         return self.name != "builtin"
@@ -142,15 +152,19 @@ class PolicyEngine:
         if self._ahead is not None:
             self._ahead.wait()  # its weights must stay until it is through
         self._processes.together(self._engine.wake)
-        if self._version != self._policy.version:
-            is_shared = self.name == "vllm_server"
-            call = self._sync if self._processes.is_main or not is_shared else lambda: None
-            self._processes.together(call)
-            self._has_synced()
+        if self._version == self._policy.version:
+            return
+        self._version = None  # an engine that has got half of them has none
+        if self.name == "vllm_server":
+            self.version = self._processes.of_first(self._sync)
+        else:
+            self._processes.together(self._sync)
+        self._has_synced()
 
-    def _sync(self) -> None:
-        self._version = None  # of an engine that has got half of them
+    def _sync(self) -> str | None:
+        self._version = None
         self.sync(hub_weights(self._policy.model))
+        return self.version
 
     def _has_synced(self) -> None:
         every = self._policy.config.vllm.check_every

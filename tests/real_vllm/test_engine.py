@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +12,7 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM: tests/run_vllm.sh makes an environment that has it")
 
 from trainer_cases import image, noise, padded_logps, question, small_run, weights_of
+from vllm_runs import on_two_processes
 
 from cppo.config import CPPOConfig, LoraConfig, VLLMConfig
 from cppo.demo.arithmetic import ArithmeticProblems
@@ -250,19 +246,4 @@ def test_an_evaluation_by_vllm_is_that_of_the_built_in_loop(tmp_path: Any) -> No
 
 
 def test_each_of_two_processes_has_an_engine(tmp_path: Any) -> None:
-    script = Path(__file__).with_name("two_processes.py")
-    tests = str(script.parent.parent)
-    paths = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,  # not the repository's root: its triton_kernels would shadow vLLM's
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first["weights"] == second["weights"] and len(first["rows"]) == 3
-    assert max(row["mismatch/max"] for row in first["rows"]) < EXACT
+    on_two_processes(tmp_path)

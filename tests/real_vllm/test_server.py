@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 from trainer_cases import noise, small_run, weights_of
+from vllm_runs import on_two_processes
 
 from cppo.config import LoraConfig
 from cppo.demo.arithmetic import ArithmeticProblems
@@ -289,6 +290,12 @@ def test_a_run_ahead_is_off_by_one_update(case: Case, tmp_path: Path) -> None:
     run_of(case, tmp_path, ahead=1, max_steps=4).train()
     first, *later = [row["mismatch/mean"] for row in read_metrics(tmp_path)]
     assert first < TOLERANCE < min(later) and max(later) < 2
+
+
+def test_two_processes_share_a_server(case: Case, tmp_path: Path) -> None:
+    if case.images:
+        pytest.skip("the text model is enough")
+    on_two_processes(tmp_path, case.options.address)
 
 
 def test_a_run_goes_on_when_its_server_was_restarted(case: Case, tmp_path: Path) -> None:

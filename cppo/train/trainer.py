@@ -4,7 +4,8 @@ One step: draw questions (dynamic allocation) -> sample G completions of each ->
 update, which is `cppo.train.algorithm.cppo_update`.
 
 What it leaves out on purpose: it is data-parallel only (every process holds the whole model; past
-one machine, use the fused ops inside verl or TRL), and synchronous.
+one machine, use the fused ops inside verl or TRL), and synchronous but for the one step that
+`CPPOConfig.ahead` allows. What samples is an engine (`cppo.train.engine`).
 Gradients are summed over the processes once per optimizer step, after the last micro-batch, so
 processes may have different numbers of micro-batches, or none.
 """

@@ -14,11 +14,15 @@ import torch
 from test_trainer import moved
 from torch import Tensor, nn
 from trainer_cases import (
+    config,
     fixed_case,
+    gradients,
     lines,
     noise,
     packed,
+    padded_logps,
     questions_for,
+    relative_difference,
     same,
     text_rows,
     tiny,
@@ -27,14 +31,16 @@ from trainer_cases import (
 )
 
 from cppo.config import CPPOConfig, LoraConfig, LossConfig, VLLMConfig
+from cppo.loss_config import CORRECTIONS
 from cppo.model.hub_weights import hub_weights
 from cppo.model.prompts import Prompts, encode_questions
+from cppo.records import NumItems
 from cppo.rollouts.engine import BuiltinEngine, EngineError, StaleWeights
 from cppo.rollouts.sampler import Draws, Sampled, Sampling
 from cppo.train import engine as engines
 from cppo.train import trainer as trainer_module
 from cppo.train import update
-from cppo.train.algorithm import cppo_update
+from cppo.train.algorithm import cppo_update, microbatch_loss
 from cppo.train.checkpoint import last_checkpoint
 from cppo.train.mismatch import mismatch, mismatch_metrics
 from cppo.train.progress import read_metrics
@@ -451,6 +457,53 @@ def test_metrics_of_the_mismatch_by_hand() -> None:
         assert found["mismatch/kl_policy_engine"] == pytest.approx(sum(reverse) / len(known))
         share = None if corrected is None else corrected / len(known)
         assert found.get("mismatch/corrected_share") == (share and pytest.approx(share))
+
+
+@pytest.mark.parametrize("has_old", [False, True])
+@pytest.mark.parametrize("mode", CORRECTIONS)
+@pytest.mark.parametrize("family", ["text", "qwen2_5_vl"])
+def test_gradients_of_an_update_are_those_of_the_formula(
+    family: str, mode: str, has_old: bool
+) -> None:
+    """In fp64, read anew from the padded forward of the stock model."""
+    model, processor, batch = fixed_case(family, dtype=torch.float64)
+    mask = batch.rollouts.completion_mask
+    logps = padded_logps(model, batch.rollouts)
+    torch.manual_seed(1)
+    engine = (logps.detach() + 0.6 * torch.randn(mask.shape, dtype=torch.float64)) * mask
+    old = (logps.detach() + 0.1 * torch.randn(mask.shape, dtype=torch.float64)) * mask
+    knows_old = has_old and mode != "bypass"
+    per_token = {"sampling_logps": engine} | ({"old_logps": old} if knows_old else {})
+    batch = dataclasses.replace(batch, per_token=per_token)
+    options: Any = dict(cpl_coef=0.0, correction_min=0.5, correction_max=1.5)
+    own = config(importance_correction=mode, **options)
+    everything = torch.arange(len(mask))
+    items = NumItems(len(mask), int(mask.sum()))
+    found = gradients(
+        model,
+        lambda: microbatch_loss(model, batch, everything, items, own, processor).loss.backward(),
+    )
+
+    before = old if knows_old else logps.detach()
+    d = (before - engine) * mask
+    if mode.startswith("sequence"):
+        d = d.sum(1, keepdim=True).expand_as(d)
+    weight = d.exp()
+    inside = (weight >= 0.5) & (weight <= 1.5)
+    assert 0 < (inside & mask).sum() < mask.sum()
+    if mode.endswith("truncate"):
+        weight = weight.clamp(0.5, 1.5)
+    elif mode.endswith("mask"):
+        weight = weight * inside
+    else:
+        weight = torch.ones_like(d)
+    logps = padded_logps(model, batch.rollouts)
+    ratio = (logps - (engine if mode == "bypass" else before)).exp()
+    a = batch.advantages[:, None]
+    surrogate = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) * weight
+    loss = -((surrogate * mask).sum(1) / mask.sum(1)).mean()
+    expected = gradients(model, loss)
+    assert relative_difference(found, expected) < 1e-6
 
 
 def test_bypass_takes_the_engines_numbers_for_the_old_ones(

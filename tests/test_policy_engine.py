@@ -54,6 +54,7 @@ class OtherEngine:
     """
 
     name = "vllm"
+    version: str | None = None
 
     def __init__(self, model: nn.Module, faults: dict[str, list[Any]] | None = None) -> None:
         model = copy.deepcopy(model)

@@ -145,8 +145,9 @@ class CPPOConfig(CheckedFields):
     """Options of vLLM."""
     importance_correction: str | None = None
     """How the loss corrects for an engine whose numbers differ from the trainer's: a value of
-    `LossConfig.importance_correction`, which has the formulas and whose bounds are in `loss`. None:
-    that of `loss`, where it is "none" with vLLM, "token_truncate"."""
+    `LossConfig.importance_correction`, which has the formulas and whose bounds are in `loss`, and
+    before which this one goes. None: that of `loss`, and "token_truncate" where that is "none" with
+    vLLM. What came of it is `loss.importance_correction`."""
     ahead: int = 0
     """1: completions of the next step are sampled while this one trains, from the weights of before
     it: one step off-policy, which `importance_correction` corrects for. With "vllm_server" alone,
@@ -313,21 +314,18 @@ class CPPOConfig(CheckedFields):
             self._fail("ahead", "0 or 1")
         if self.ahead and (self.engine != "vllm_server" or self.vllm.sleep):
             self._fail("ahead", "0 without a server that is always there (engine, vllm.sleep)")
-        if self.ahead and self.importance_correction == "none":
+        if self.ahead and self.loss.importance_correction == "none":
             self._fail("importance_correction", "another one with ahead = 1, which is off-policy")
 
     def _set_correction(self) -> None:
-        """`importance_correction` and that of the loss become one."""
-        own, of_loss = self.importance_correction, self.loss.importance_correction
-        if own is None and of_loss == "none" and self.engine != "builtin":
+        """Sets that of the loss. This one stays None: a copy may have another engine."""
+        own = self.importance_correction
+        if own is not None:
+            self._one_of("importance_correction", CORRECTIONS)
+        elif self.engine != "builtin" and self.loss.importance_correction == "none":
             own = "token_truncate"
-        elif own is None:
-            own = of_loss
-        self._set("importance_correction", own)
-        self._one_of("importance_correction", CORRECTIONS)
-        if of_loss not in ("none", own):
-            self._fail("importance_correction", f"{of_loss!r}, as loss.importance_correction is")
-        self._set("loss", replace(self.loss, importance_correction=own))
+        if own is not None:
+            self._set("loss", replace(self.loss, importance_correction=own))
 
     def completions_kept(self) -> int:
         """Completions of a step that the update runs on, at most, over all processes."""

@@ -178,7 +178,7 @@ def test_given_the_same_samples_a_run_is_the_same(
     options: dict[str, Any] = dict(rewards=noise, prune_rate=0.5, max_steps=3, lora=lora)
     options |= dict(optimizer_steps=2, eval_rows=text_rows(2) if family == "text" else None)
     ours = other(tmp_path / "other", family, **options)
-    assert ours.config.importance_correction == "token_truncate"  # what vLLM has by default
+    assert ours.config.loss.importance_correction == "token_truncate"  # what vLLM has by default
     object.__setattr__(ours.config.loss, "importance_correction", "none")
     built_in = trainer_for(tmp_path / "own", family, **options)
     ours.train(), built_in.train()
@@ -233,8 +233,12 @@ def test_engine_and_dtype_belong_to_a_run_and_where_it_is_does_not(
     other: Any, tmp_path: Any
 ) -> None:
     other(tmp_path, max_steps=1).train()
-    moved_away = other(tmp_path, max_steps=2, vllm=VLLMConfig(address="http://elsewhere:1"))
+    elsewhere = VLLMConfig(address="http://elsewhere:1", arguments={"block_size": 16})
+    moved_away = other(tmp_path, max_steps=2, vllm=elsewhere)
     moved_away.train(resume_from="auto")
+    other(tmp_path, max_steps=3, importance_correction="token_truncate").train(resume_from="auto")
+    with pytest.raises(ValueError, match="loss.importance_correction .was 'token_truncate', is"):
+        other(tmp_path, importance_correction="token_mask").train(resume_from="auto")
     with pytest.raises(ValueError, match=r"vllm.dtype \(was 'auto', is 'bfloat16'\)"):
         other(tmp_path, vllm=VLLMConfig(dtype="bfloat16")).train(resume_from="auto")
     with pytest.raises(ValueError, match=r"engine \(was 'vllm', is 'builtin'\)"):
@@ -537,17 +541,18 @@ def test_an_engine_in_bf16_is_corrected(mode: str, other: Any, tmp_path: Any) ->
 
 
 def test_the_correction_is_one_option_in_two_places() -> None:
-    assert CPPOConfig().importance_correction == "none"
-    assert CPPOConfig(engine="vllm").loss.importance_correction == "token_truncate"
-    own = CPPOConfig(engine="vllm", importance_correction="none")
-    assert own.loss.importance_correction == own.importance_correction == "none"
-    of_loss = CPPOConfig(loss=LossConfig(importance_correction="sequence_mask"))
-    assert of_loss.importance_correction == "sequence_mask"
-    assert dataclasses.replace(of_loss, max_steps=3) == dataclasses.replace(of_loss, max_steps=3)
-    with pytest.raises(ValueError, match="CPPOConfig.importance_correction must be 'bypass'"):
-        CPPOConfig(
-            importance_correction="token_mask", loss=LossConfig(importance_correction="bypass")
-        )
+    def found(config: CPPOConfig, **changes: Any) -> str:
+        return dataclasses.replace(config, **changes).loss.importance_correction
+
+    assert found(CPPOConfig()) == "none"
+    # A copy with another engine, as of a config.yaml that a run has written.
+    assert found(CPPOConfig(), engine="vllm") == "token_truncate"
+    assert found(CPPOConfig(importance_correction="none"), engine="vllm") == "none"
+    assert found(CPPOConfig(engine="vllm"), importance_correction="none") == "none"
+    assert found(CPPOConfig(engine="vllm"), max_steps=3) == "token_truncate"
+    of_loss = CPPOConfig(engine="vllm", loss=LossConfig(importance_correction="sequence_mask"))
+    assert found(of_loss, max_steps=3) == "sequence_mask"
+    assert found(of_loss, importance_correction="bypass") == "bypass"
     with pytest.raises(ValueError, match="CPPOConfig.importance_correction must be one of"):
         CPPOConfig(importance_correction="tis")
     with pytest.raises(ValueError, match="CPPOConfig.engine must be one of"):

@@ -257,7 +257,7 @@ def _step_rows(config: CPPOConfig, step: StepSizes, prompt: str) -> dict[str, st
         "questions": f"{step.questions}",
         "completions sampled": f"{step.sampled}, at most {step.sampled_tokens:,} tokens",
         "sampled by": engine_words(config),
-        "corrected by": f"{config.importance_correction}",
+        "corrected by": config.loss.importance_correction,
         "completions kept": f"{step.kept}, at most {step.trained_tokens:,} tokens with prompts",
         "micro-batches": (
             f"at most {step.microbatches} of up to {step.microbatch_tokens:,} tokens"

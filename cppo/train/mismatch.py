@@ -33,7 +33,7 @@ LARGEST = (_MAX,)
 
 def engine_differs(config: CPPOConfig) -> bool:
     """Whether there is anything to report or to correct."""
-    return config.engine != "builtin" or config.importance_correction != "none"
+    return config.engine != "builtin" or config.loss.importance_correction != "none"
 
 
 def mismatch(logps: Tensor, packed: PackedBatch, config: LossConfig) -> dict[str, Tensor]:

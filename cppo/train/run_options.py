@@ -32,6 +32,7 @@ _MAY_CHANGE = {
     "reward_timeout",
     "skip_bad_questions",
     "resume_with_changes",
+    "importance_correction",  # that of the loss, which follows from it, may not
     # Where vLLM is, how much memory it has, how long it is waited for.
     *(f"vllm.{name.name}" for name in dataclasses.fields(VLLMConfig) if name.name != "dtype"),
 }
@@ -81,7 +82,8 @@ def check_options(path: str | Path, now: dict[str, Any], data: dict[str, Any]) -
             if was.get(name) != now.get(name)
         ]
 
-    changed = changes((was.keys() | now.keys()) - data.keys() - _MAY_CHANGE, now)
+    options_alone = (was.keys() | now.keys()) - data.keys()
+    changed = changes((name for name in options_alone if not _may_change(name)), now)
     others = changes(was.keys() & data.keys(), data)
     if changed or (others and not now["resume_with_changes"]):
         hint = "" if changed else "; resume_with_changes=True goes on all the same"
@@ -90,6 +92,11 @@ def check_options(path: str | Path, now: dict[str, Any], data: dict[str, Any]) -
             f"started with, data and rewards included, changed: {', '.join(changed + others)}{hint}"
         )
     return others
+
+
+def _may_change(name: str) -> bool:
+    # A dict has the names of its entries, whatever they are.
+    return name in _MAY_CHANGE or name.startswith("vllm.arguments.")
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Update:
             per_token["sampling_logps"] = batch.rollouts.sampling_logps
         # "bypass" takes the engine's.
         moves = config.num_iterations * config.optimizer_steps > 1
-        if moves and config.importance_correction != "bypass":
+        if moves and config.loss.importance_correction != "bypass":
             with self._timer("old_logps"), policy.autocast():
                 per_token["old_logps"] = token_logps(policy.model, batch, config, once)
         if config.loss.kl_coef > 0:

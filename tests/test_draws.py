@@ -141,3 +141,16 @@ def test_bad_questions_alone_are_refused_with_their_option_alone(tmp_path):
         trainer_for(tmp_path, rows=mixed, skip_bad_questions=True, max_prompt_tokens=2)
     trainer = trainer_for(tmp_path, rows=mixed, skip_bad_questions=True)
     assert trainer.questions.position == 0 and trainer.questions.skipped == 0
+
+
+def test_questions_that_are_seen_ahead_are_counted_when_they_are_drawn(tmp_path):
+    rows = [{"prompt": "<|im_end|>"}, *[{"prompt": "Hi" * n} for n in (1, 2, 3)]]
+    trainer = trainer_for(tmp_path, rows=rows, skip_bad_questions=True)
+    questions = trainer.questions
+    seen = questions.look_ahead(4)
+    assert questions.position == 0 and questions.skipped == 0
+    assert questions.draw(4) == seen
+    assert questions.position == 5 and questions.skipped == 1
+    # One of them comes to another draw, and is read again.
+    assert questions.look_ahead(4) and len(questions.draw(8)) == 8
+    assert questions.skipped == questions.position - 12

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -440,6 +443,70 @@ def test_what_fails_ahead_fails_when_it_is_needed(other: Any, tmp_path: Any, cap
     with pytest.raises(EngineError, match="went away"):
         trainer.train()
     assert trainer.step == 2 and str(last_checkpoint(tmp_path / "1")).endswith("000002")
+
+
+def test_a_step_ahead_begins_when_its_questions_are_known(other: Any, tmp_path: Any) -> None:
+    """Refills take the questions that would have come next."""
+
+    def reward(completions: list[Any], **_: Any) -> list[float]:
+        return [float(i == 0) for i in range(len(completions))]  # equal but for one question
+
+    options: dict[str, Any] = dict(rewards=reward, drop_zero_variance=True, max_refills=1)
+    sampled = []
+    for number in (1, 0):
+        trainer = ahead(other, tmp_path / str(number), ahead=number, log_completions=100, **options)
+        trainer.train()
+        sampled.append(other.made[-1].calls.count("generate"))
+        assert trainer.questions.position > 8  # it had to refill
+    assert sampled[0] == sampled[1]  # nothing was sampled in vain
+    assert _asked(tmp_path / "1") == _asked(tmp_path / "0")
+
+
+def test_a_signal_ends_the_wait_for_a_step_ahead(
+    other: Any, tmp_path: Any, monkeypatch: Any
+) -> None:
+    is_slow = threading.Event()
+    stock = OtherEngine.generate
+
+    def generate(*options: Any) -> Sampled:
+        if threading.current_thread() is not threading.main_thread() and not is_slow.is_set():
+            is_slow.set()
+            time.sleep(20)
+        return stock(*options)
+
+    def wait(own: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+
+    monkeypatch.setattr(OtherEngine, "generate", generate)
+    trainer = ahead(other, tmp_path)
+    start = time.monotonic()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(engines._Ahead, "wait", wait)
+        trainer.train()
+    assert is_slow.is_set() and time.monotonic() - start < 10
+    assert trainer.step == 1
+    ahead(other, tmp_path).train(resume_from="auto")
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_server_sleeps_when_nobody_samples_any_more() -> None:
+    calls: list[str] = []
+
+    class Processes:
+        """The second of two."""
+
+        def gather(self, value: Any) -> list[Any]:
+            calls.append("all have come")
+            return [value, value]
+
+        def of_first(self, call: Any) -> None:
+            calls.append(call.__name__)
+
+    engine = OtherEngine(tiny("text")[0])
+    engine.name = "vllm_server"
+    engines.PolicyEngine(engine, Any, Processes()).sleep()  # type: ignore[arg-type]
+    assert calls == ["all have come", "sleep"] and engine.calls == []
 
 
 def test_a_step_ahead_is_sampled_while_another_one_trains(

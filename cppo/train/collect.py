@@ -56,6 +56,11 @@ class Collector:
         needed = questions_needed(config.batch_size, config.group_size, config.prune_rate)
         return math.ceil(needed / self._processes.size)
 
+    @property
+    def _may_refill(self) -> bool:
+        config = self._config
+        return config.drop_zero_variance and config.dynamic_allocation and config.max_refills > 0
+
     def collect(self, step: int, journal: Journal, timer: PhaseTimer) -> tuple[Rollouts, Scores]:
         """Rollouts with their rewards, and more of them for the groups that `_missing` counts.
 
@@ -65,6 +70,9 @@ class Collector:
         rollouts: list[Rollouts] = []
         scores: list[Scores] = []
         once = journal.once_breakable
+        if self._config.ahead:
+            with timer("rollout"):
+                once(self._engine.wait)  # `prepare` waits as well, but no signal breaks that off
         if self._engine.holds_weights:
             with timer("sync"):
                 self._engine.prepare()
@@ -72,24 +80,27 @@ class Collector:
         while count:
             with timer("rollout"):
                 rollouts.append(self.sample(self.draw(count), once))
-                is_last = step + 1 == self._config.max_steps
-                if self._config.ahead and len(rollouts) == 1 and not is_last:
+                if not self._may_refill:
                     self._sample_ahead(step + 1)
             with timer("reward"):
                 call = functools.partial(self._scored, rollouts[-1], step)
                 scores.append(Scores(**once(call)))
             rewards = torch.cat([part.total for part in scores])
             count = self._missing(rewards, step, len(scores) - 1)
+        if self._may_refill:  # which questions come next is known only now
+            self._sample_ahead(step + 1)
         self._engine.sleep()
         return merge(rollouts), merge_scores(scores)
 
     def _sample_ahead(self, step: int) -> None:
-        """Sends the questions of the next step to the engine, which goes on while this one trains.
+        """Sends the questions of a step to the engine, which goes on while the one before trains.
 
         Args:
             step: of the run, for the seed.
         """
         policy, config = self._policy, self._config
+        if not config.ahead or step == config.max_steps:
+            return
         prompts = collate(policy.model, self._questions.look_ahead(self._per_step))
         sampling = sampling_of(
             policy.model,
@@ -140,7 +151,7 @@ class Collector:
     def _missing(self, rewards: Tensor, step: int, refills: int) -> int:
         """Questions that every process should draw in place of those with equal rewards."""
         config = self._config
-        if not (config.drop_zero_variance and config.dynamic_allocation and config.max_refills):
+        if not self._may_refill:
             return 0
         (everyones,), _ = self._processes.joined(rewards)
         kept = len(select_completions(everyones, config, step)[1])

@@ -75,6 +75,7 @@ class QuestionDraws:
         seen, self._seen = self._seen, None
         if seen is not None and (seen.start, seen.number) == (self.position, count):
             self.position = seen.end
+            self.skipped += seen.skipped
             return seen.questions
         rank, needs = self._processes.rank, [count] * self._processes.size
         drawn: list[EncodedQuestion] = []
@@ -97,10 +98,10 @@ class QuestionDraws:
 
     def look_ahead(self, count: int) -> list[EncodedQuestion]:
         """What the next `draw(count)` will return; the position stays where it is. Collective."""
-        start = self.position
+        start, skipped = self.position, self.skipped
         questions = self.draw(count)
-        self._seen = _Seen(start, count, questions, self.position)
-        self.position = start
+        self._seen = _Seen(start, count, questions, self.position, self.skipped - skipped)
+        self.position, self.skipped = start, skipped
         return questions
 
     def check_held_out(self, questions: Sequence[Question]) -> None:
@@ -161,12 +162,14 @@ class QuestionDraws:
 
 
 class _Seen(NamedTuple):
-    """Questions that were drawn ahead: from where, how many of each process, up to where."""
+    """Questions that were drawn ahead: from where, how many of each process, up to where; and how
+    many bad ones were left out."""
 
     start: int
     number: int
     questions: list[EncodedQuestion]
     end: int
+    skipped: int
 
 
 class _LeftOut(NamedTuple):

@@ -142,6 +142,10 @@ class PolicyEngine:
         """Whether it has weights of its own."""
         return self.name != "builtin"
 
+    @property
+    def _is_shared(self) -> bool:
+        return self.name == "vllm_server"
+
     def prepare(self) -> None:
         """Wakes it, and brings it the weights if they have changed. Collective.
 
@@ -149,17 +153,20 @@ class PolicyEngine:
         """
         if not self.holds_weights:
             return
-        if self._ahead is not None:
-            self._ahead.wait()  # its weights must stay until it is through
-        self._processes.together(self._engine.wake)
+        self.wait()
+        # A server is one for all processes.
+        call = self._processes.of_first if self._is_shared else self._processes.together
+        call(self._engine.wake)
         if self._version == self._policy.version:
             return
         self._version = None  # an engine that has got half of them has none
-        if self.name == "vllm_server":
-            self.version = self._processes.of_first(self._sync)
-        else:
-            self._processes.together(self._sync)
+        self.version = call(self._sync)
         self._has_synced()
+
+    def wait(self) -> None:
+        """Until what is sampled ahead is there: its weights must stay as long."""
+        if self._ahead is not None:
+            self._ahead.wait()
 
     def _sync(self) -> str | None:
         self._version = None
@@ -262,7 +269,12 @@ class PolicyEngine:
         self._engine.sync(weights)
 
     def sleep(self) -> None:
-        self._engine.sleep()
+        """Gives memory free once every process has what it sampled. Collective."""
+        if self._is_shared:
+            self._processes.gather(None)
+            self._processes.of_first(self._engine.sleep)
+        else:
+            self._engine.sleep()
 
     def wake(self) -> None:
         self._engine.wake()

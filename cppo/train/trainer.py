@@ -260,6 +260,7 @@ class CPPOTrainer:
 
         Collective.
         """
+        self.engine.wait()
         with self._run.stopping.pausing():
             self.engine.prepare()
         with self.policy.autocast():
@@ -274,7 +275,8 @@ class CPPOTrainer:
                 state=TrainerState(global_step=self.step, max_steps=self.config.max_steps),
                 engine=self.engine,
             )
-        self.engine.sleep()
+        with self._run.stopping.pausing():
+            self.engine.sleep()
         return {f"eval/{name}": value for name, value in result.metrics.items()}
 
     def _evaluation(self) -> dict[str, float]:

@@ -98,29 +98,28 @@ def check_run(trainer: Any) -> None:
             "contrastive perception perturbs the patches of Qwen2-VL, 2.5-VL and 3-VL processors; "
             "with another vision-language model set loss=LossConfig(cpl_coef=0)"
         )
-    if any(getattr(trainer, x, None) for x in ("tools", "environments", "environment_factories")):
-        refuse(
-            "tool calls and environments bring images and state of their own, which are neither "
-            "pruned nor perturbed with the rows; with them set prune_rate=0 and loss.cpl_coef=0"
-        )
     if hasattr(trainer, "compute_liger_loss") and args.use_liger_kernel:
         refuse("use_liger_kernel=True computes the loss elsewhere in this TRL; set it to False")
     if options.prune_rate == 0:
         return
-    if options.early and trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+    extra = getattr(trainer, "_entropy_bonus_enabled", False) or trainer.aux_loss_enabled
+    if extra and averages_rows(args) and _fills(options, rows, group_size, steps):
         refuse(
-            "vLLM's importance sampling and its metrics need the old log-probabilities of every "
-            "sampled completion; set CPPO(early=False) or vllm_importance_sampling_correction=False"
+            f"what prune_rate = {options.prune_rate} leaves of {rows} completions per process is "
+            f"filled up to steps_per_generation = {steps} equal micro-batches; with loss_type = "
+            f"{args.loss_type!r} that would also scale the entropy bonus or the router's loss. "
+            "Choose numbers that divide, or loss_type='dapo'"
         )
+
+
+def averages_rows(args: Any) -> bool:
+    """Whether TRL divides a micro-batch's loss by its rows, not by tokens; RLOO always does."""
+    return getattr(args, "loss_type", "grpo") in ("grpo", "dr_grpo", "luspo", "sapo")
+
+
+def _fills(options: CPPO, rows: int, group_size: int, steps: int) -> bool:
+    """Whether rows that weigh nothing may have to fill the micro-batches."""
     if options.prune_scope == "group" and rows % group_size:
-        refuse(
-            "a question's completions must all be on one process: per_device_train_batch_size x "
-            f"steps_per_generation = {rows} must be a multiple of num_generations = {group_size}"
-        )
+        return True
     unit = group_size if options.prune_scope == "group" else rows
-    kept = rows // unit * reference.kept_per_unit(unit, options.prune_rate)
-    if kept % steps:
-        refuse(
-            f"{kept} of {rows} completions are kept, which do not divide over the "
-            f"steps_per_generation = {steps} micro-batches: TRL would drop the rest"
-        )
+    return rows // unit * reference.kept_per_unit(unit, options.prune_rate) % steps > 0

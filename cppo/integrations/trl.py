@@ -99,7 +99,7 @@ class CPPOMixin(AnyTrainer):
             self._postpones = False
             if corrects:
                 self.vllm_importance_sampling_correction = True
-        if self._is_vlm and options.loss.cpl_coef > 0:
+        if options.loss.cpl_coef > 0:
             seeds = view_seeds(self, rollout, draw)
             if seeds is not None:
                 rollout["cppo_seed"] = seeds

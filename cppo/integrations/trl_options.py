@@ -90,10 +90,11 @@ def check_run(trainer: Any) -> None:
     def refuse(words: str) -> None:
         raise ValueError(f"cppo.integrations.trl: {words}")
 
-    is_contrastive = options.loss.cpl_coef > 0 and trainer._is_vlm
+    images = getattr(trainer.processing_class, "image_processor", None)
+    is_contrastive = options.loss.cpl_coef > 0 and images is not None
     if options.prune_rate == 0 and not is_contrastive:
         return
-    if is_contrastive and not hasattr(trainer.processing_class.image_processor, "merge_size"):
+    if is_contrastive and not hasattr(images, "merge_size"):
         refuse(
             "contrastive perception perturbs the patches of Qwen2-VL, 2.5-VL and 3-VL processors; "
             "with another vision-language model set loss=LossConfig(cpl_coef=0)"

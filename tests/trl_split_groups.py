@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from trl import GRPOConfig
-from trl_cases import CPPO, folder_of, logged, rows_of, watched_run
+from trl_cases import CPPO, folder_of, logged, noise, rows_of, watched_run
 
 from cppo.config import LossConfig
+from cppo.integrations.trl import check
 
 PRUNED = CPPO(prune_rate=0.75, loss=LossConfig(cpl_coef=0))
 LOOKING = dataclasses.replace(
@@ -68,6 +70,28 @@ def one_sided() -> Any:
     return trainer
 
 
+def uneven(completions: list[Any], prompts: list[Any], **columns: Any) -> list[float]:
+    """Equal rewards for half of the questions."""
+    draws = [random.Random(prompt[-1]["content"]).random() for prompt in prompts]
+    values = zip(noise(completions), draws, strict=True)
+    return [value if draw < 0.5 else 0.1 for value, draw in values]
+
+
+def refilled() -> Any:
+    """Each process has one question, which is drawn anew where its rewards are equal."""
+    options = dataclasses.replace(PRUNED, drop_zero_variance=True, max_refills=4)
+    trainer, seen = watched_run(
+        cppo=options,
+        rewards=uneven,
+        per_device_train_batch_size=4,
+        ddp_backend="gloo",
+        max_steps=4,
+        num_iterations=1,
+    )
+    assert all(rollout["advantages"].all() for rollout in seen["rollouts"])
+    return trainer
+
+
 def agreed(trainer: Any) -> dict[str, torch.Tensor]:
     """The weights, which must be those of every process."""
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -95,10 +119,16 @@ if __name__ == "__main__":
         folder_of(family)  # once there is a process group, only the first one saves
     for case in CASES:
         save(case, Path(sys.argv[1]))
+    if dist.get_world_size() == 2 and check()[-1].fits:
+        agreed(more := refilled())
+        assert 0 < max(logged(more, "cppo/refills")) <= 4
+        assert logged(more, "cppo/kept_share") == [0.25] * 4
+        assert logged(more, "cppo/equal_share") == [0.0] * 4
     # Older TRL waits for the images of all processes whenever one has some.
     if dist.get_world_size() == 2 and hasattr(GRPOConfig, "log_multimodal"):
         shares = logged(one := one_sided(), "cppo/gated_share")
         agreed(one)
         assert len(shares) == 4 and all(0 < share <= 0.5 for share in shares), shares
         assert any(value > 0 for value in logged(one, "cppo/cpl_loss"))
+    dist.barrier()  # gloo aborts in a process that the others leave in the midst of a collective
     dist.destroy_process_group()

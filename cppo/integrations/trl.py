@@ -40,7 +40,8 @@ from cppo.integrations.trl_options import (
     per_device_train_batch_size,
 )
 from cppo.integrations.trl_postponed import Postponed
-from cppo.integrations.trl_rows import Batch, keep, loss_mask, pruned, take_rows, trimmed
+from cppo.integrations.trl_refill import sample
+from cppo.integrations.trl_rows import Batch, filled, keep, loss_mask, take_rows, trimmed
 from cppo.integrations.trl_views import Forwards, contrast, view_seeds
 
 __all__ = [
@@ -83,31 +84,18 @@ class CPPOMixin(AnyTrainer):
         generate = super()._generate_and_score_completions
         if not self.model.training:
             return generate(inputs)
-        options = self.cppo
         # What a resumed run draws again: TRL restores the step, not its count of rollouts.
         step, number = self._draw
         number = number + 1 if step == self.state.global_step else 0
         self._draw = (self.state.global_step, number)
         draw = (self.args.seed, *self._draw)
-        self._postpones = options.early and options.prune_rate > 0
-        corrects = self._postpones and trl_vllm.is_postponed(self, generate)
-        if corrects:
-            self.vllm_importance_sampling_correction = False
-        try:
-            rollout = generate(inputs)
-        finally:
-            self._postpones = False
-            if corrects:
-                self.vllm_importance_sampling_correction = True
-        if options.loss.cpl_coef > 0:
-            seeds = view_seeds(self, rollout, draw)
-            if seeds is not None:
-                rollout["cppo_seed"] = seeds
-        if options.prune_rate == 0:
-            return rollout
-        kept = keep(self, rollout, draw)
+        corrects = self.cppo.early and self.cppo.prunes and trl_vllm.is_postponed(self, generate)
+        sampled = sample(self, inputs, draw, partial(self._rollout, generate, draw, corrects))
+        if not self.cppo.prunes:
+            return sampled.parts[0]
+        kept = keep(self, sampled.advantages(), sampled.lengths(), draw)
         with torch.no_grad():
-            batch = pruned(rollout, kept)
+            batch = filled(*sampled.take(kept.rows, self.accelerator.gather), kept)
             if corrects:
                 if "old_per_token_logps" not in batch:
                     batch["old_per_token_logps"] = self._old_logps(batch)
@@ -116,6 +104,28 @@ class CPPOMixin(AnyTrainer):
         batch["num_items_in_batch"] = self.accelerator.gather(loss_mask(batch).sum()).sum()
         self._metrics["train"]["cppo/kept_share"].append(kept.share)
         return batch
+
+    def _rollout(
+        self, generate: Any, draw: tuple[int, ...], corrects: bool, inputs: Any, refill: int
+    ) -> Batch:
+        """TRL's rollout of these questions; what can wait for the pruning is not computed.
+
+        Args: corrects: whether the importance weights of vLLM can.
+        """
+        self._postpones = self.cppo.early and self.cppo.prunes
+        if corrects:
+            self.vllm_importance_sampling_correction = False
+        try:
+            rollout: Batch = generate(inputs)
+        finally:
+            self._postpones = False
+            if corrects:
+                self.vllm_importance_sampling_correction = True
+        if self.cppo.loss.cpl_coef > 0:
+            seeds = view_seeds(self, rollout, (*draw, refill) if refill else draw)
+            if seeds is not None:
+                rollout["cppo_seed"] = seeds
+        return rollout
 
     # A forward
 

@@ -14,11 +14,13 @@ from cppo.seeds import seed_from
 Batch = dict[str, Any]  # a rollout, a micro-batch of it, or the arguments of a forward
 
 # Entries of a TRL batch with a column per token of the completion, or of prompt and completion.
-_PER_TOKEN = (
+PER_TOKEN = (
     "completion_ids completion_mask tool_mask advantages importance_sampling_ratio "
     "old_per_token_logps ref_per_token_logps sampling_per_token_logps"
 ).split()
-_WHOLE = ("token_type_ids", "mm_token_type_ids")
+WHOLE = ("token_type_ids", "mm_token_type_ids")
+
+EQUAL = 1e-4  # advantages of equal rewards differ from 0 by rounding
 
 
 class Kept(NamedTuple):
@@ -34,16 +36,20 @@ class Kept(NamedTuple):
     """Completions of all processes that stay, of those sampled."""
 
 
-def keep(trainer: Any, rollout: Batch, draw: tuple[int, ...]) -> Kept:
+def keep(trainer: Any, advantages: Tensor, lengths: Tensor, draw: tuple[int, ...]) -> Kept:
     """Choose the rows that stay, over all processes: a question may lie on several.
 
-    Args: draw: names the rollout; what prune="random" draws follows from it.
+    Args:
+        advantages: (B,) of this process's rows.
+        lengths: (B,) tokens of each.
+        draw: names the rollout; what prune="random" draws follows from it.
     """
     options, accelerator = trainer.cppo, trainer.accelerator
-    advantages = per_completion(rollout["advantages"])
     size, processes = len(advantages), accelerator.num_processes
     first = size * accelerator.process_index
     everyones = accelerator.gather(advantages)
+    if options.drop_zero_variance:
+        everyones = everyones.masked_fill(everyones.abs() <= EQUAL, 0)
     # "batch" is over one process's completions, "group" over each question's, wherever they lie.
     units = everyones.split(size) if options.prune_scope == "batch" else [everyones]
     generator = torch.Generator().manual_seed(seed_from("prune", *draw))
@@ -55,6 +61,7 @@ def keep(trainer: Any, rollout: Batch, draw: tuple[int, ...]) -> Kept:
             options.prune_rate,
             scope=options.prune_scope,
             prune=options.prune,
+            drop_zero=options.drop_zero_variance,
             generator=generator,
         )
         for number, unit in enumerate(units)
@@ -62,20 +69,21 @@ def keep(trainer: Any, rollout: Batch, draw: tuple[int, ...]) -> Kept:
     stay = torch.cat(kept)
     most = int(torch.bincount(stay // size, minlength=processes).max())
     steps = trainer.args.steps_per_generation
-    width = -(-most // steps) * steps
+    width = -(-max(most, 1) // steps) * steps
     mine = stay[(stay >= first) & (stay < first + size)] - first
     # The shortest completion costs least.
-    lengths = rollout["completion_mask"].sum(1) + rollout["prompt_mask"].sum(1)
     rows = torch.cat([mine, lengths.argmin().expand(width - len(mine))])
-    return Kept(rows, len(mine), width * processes / len(stay), len(stay) / len(everyones))
+    return Kept(rows, len(mine), width * processes / max(len(stay), 1), len(stay) / len(everyones))
 
 
-def pruned(rollout: Batch, kept: Kept) -> Batch:
-    """The rows of a rollout that stay; those that fill up have no advantage and no token."""
-    batch = take_rows(rollout, kept.rows)
+def filled(batch: Batch, order: Tensor, kept: Kept) -> Batch:
+    """The rows that stay and those that fill up, which get no advantage and no token.
+
+    Args: order: (K,) the place among `kept.rows` of each row of the batch.
+    """
     if kept.scale == 1:
         return batch
-    real = torch.arange(len(kept.rows), device=batch["advantages"].device) < kept.real
+    real = order < kept.real
     # Not completion_mask, which is also what attention sees: the log-probabilities of the rollout
     # and those of the loss must be of the same thing, or their ratio overflows.
     mask = batch.get("tool_mask", torch.ones_like(batch["completion_mask"]))
@@ -130,8 +138,8 @@ def trimmed(inputs: Batch, multiple: int) -> tuple[Batch, float]:
     for name, value in inputs.items():
         if name in ("prompt_ids", "prompt_mask"):
             batch[name] = value[:, start:]
-        elif name in _WHOLE:
+        elif name in WHOLE:
             batch[name] = value[:, start : prompt + end]
-        elif name in _PER_TOKEN and value.dim() == 2:
+        elif name in PER_TOKEN and value.dim() == 2:
             batch[name] = value[:, :end]
     return batch, (prompt - start + end) / (prompt + length)

@@ -79,7 +79,8 @@ def mend_image_tokens(trainer: Any) -> None:
     per image is left alone.
     Raises (at generation): RuntimeError if what vLLM makes of it is not the prompt trained on.
     """
-    llm, token = getattr(trainer.vllm_generation, "llm", None), _image_token(trainer)
+    llm = getattr(getattr(trainer, "vllm_generation", None), "llm", None)
+    token = _image_token(trainer)
     if llm is None or token is None:
         return
     generate = llm.generate

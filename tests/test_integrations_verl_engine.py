@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ from cppo.views import perturb_pixel_values, views_from_names  # noqa: E402
 
 example = load_example()
 
+from tensordict import TensorDict  # noqa: E402
 from verl.utils import tensordict_utils as tu  # noqa: E402
+from verl.workers.engine.base import BaseEngine  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -206,6 +209,38 @@ def test_without_contrast_the_forward_step_is_verls(engine, batch, policy_loss, 
     monkeypatch.setattr(type(engine), "forward_step", plain)
     expected = gradients(engine, batch, example.actor_config(**LOSS))
     assert worst(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("policy_loss", "sees_images", "refused"),
+    [
+        (dict(), True, True),
+        (dict(), False, False),
+        (dict(cpl_coef=0), True, False),
+        (dict(loss_mode="vanilla"), True, False),
+    ],
+    ids=str,
+)
+def test_an_engine_without_the_views_refuses_them_in_words(policy_loss, sees_images, refused):
+    class MegatronEngine(BaseEngine):
+        def __init__(self):
+            vision = dict(vision_config={}) if sees_images else {}
+            self.model_config = SimpleNamespace(hf_config=SimpleNamespace(**vision))
+
+        def forward_step(self, batch_iter, model, *functions):
+            raise AssertionError
+
+        def optimizer_zero_grad(self):
+            raise KeyError("the update begins")
+
+    loss = partial(example.ppo_loss, config=example.actor_config(**policy_loss))
+    expected = (
+        (ValueError, "cpl_coef > 0: the perturbed views run in verl's FSDP engines only, got Mega")
+        if refused
+        else (KeyError, "the update begins")
+    )
+    with pytest.raises(expected[0], match=expected[1]):
+        MegatronEngine().train_batch(TensorDict({}, batch_size=0), loss)
 
 
 def test_entropy_reaches_the_loss_only_if_asked_for(engine, batch):

@@ -1,7 +1,5 @@
 """The verl adapter on verl's FSDP2 engine: updates, gradients, processes, fused statistics."""
 
-import subprocess
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,11 +11,11 @@ pytest.importorskip("verl", reason="needs verl >= 0.9: tests/run_verl.sh")
 
 from verl_cases import (  # noqa: E402
     LOSS,
-    ROOT,
     engine_for,
     gradients,
     half,
     load_example,
+    run_two,
     update,
     worst,
 )
@@ -263,15 +261,8 @@ def test_entropy_reaches_the_loss_only_if_asked_for(engine, batch):
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """One of them has only completions with A <= 0, and must run the views all the same."""
-    expected, metrics = update(example, lambda batch: batch)
-    command = [sys.executable, str(ROOT / "tests" / "verl_cases.py")]
-    where = (str(tmp_path / "store"), str(tmp_path / "out"))
-    ranks = [
-        subprocess.Popen([*command, str(rank), *where], stdout=subprocess.DEVNULL)
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    found = [torch.load(tmp_path / f"out{rank}.pt", weights_only=False) for rank in range(2)]
+    expected, metrics = update(example)
+    found = run_two("halves", tmp_path)
     assert all(worst(own, expected) < 2e-4 for own, _ in found)
     assert [own["gated_completions"] > 0 for _, own in found] == [True, False]
     for name, value in metrics.items():

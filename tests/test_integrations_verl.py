@@ -182,7 +182,7 @@ def test_advantages_are_those_of_verls_grpo(by_std):
 def test_the_page_runs(capsys):
     page = (ROOT / "docs" / "verl.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL)
-    assert [language for language, _ in blocks] == ["python", "bash", "python", "python"]
+    assert [language for language, _ in blocks] == ["python", "bash", "python", "bash", "python"]
     for language, code in blocks:
         if language == "python":
             exec(code, {"__name__": "page"})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -31,14 +32,14 @@ algorithm.adv_estimator=grpo trainer.val_before_train=False
 """.split()
 
 
-def composed(*overrides: str) -> Any:
+def composed(*overrides: str, base: Sequence[str] = OVERRIDES) -> Any:
     """verl's configuration, as main_ppo composes it."""
     import verl
     from hydra import compose, initialize_config_dir
 
     folder = Path(verl.__file__).parent / "trainer" / "config"
     with initialize_config_dir(str(folder), version_base=None):
-        return compose("ppo_trainer", [*OVERRIDES, *overrides])
+        return compose("ppo_trainer", [*base, *overrides])
 
 
 def load_example() -> ModuleType:

@@ -149,7 +149,7 @@ def build_engine(
     return engine
 
 
-def made_up_batch(processor: Any, num_questions: int, seed: int = 0, images: bool = True) -> Any:
+def made_up_batch(processor: Any, num_questions: int, seed: int = 0) -> Any:
     """Questions about digits and completions of random digits, as verl's agent loop writes them."""
     generator = torch.Generator().manual_seed(seed)
     questions, uids = DigitSums(size=num_questions, seed=seed), []

@@ -1,7 +1,7 @@
 """The verl adapter on packed sequences, verl's default, with what runs beside them there.
 
-Without flash-attn verl's Qwen-VL attention stops; `verl_flash` stands in for it. Everything else is
-verl's own: packing, rolled labels, its forwards, Ulysses, LoRA.
+Text models need nothing. Without flash-attn verl's Qwen-VL attention stops; `verl_flash` stands in
+for it. Everything else is verl's own: packing, rolled labels, its forwards, Ulysses, LoRA.
 """
 
 import pytest
@@ -10,8 +10,11 @@ import torch.distributed as dist
 
 pytest.importorskip("verl", reason="needs verl >= 0.9: tests/run_verl.sh")
 
+from tensordict import TensorDict  # noqa: E402
+from transformers import Qwen3ForCausalLM  # noqa: E402
 from transformers.utils import is_flash_attn_2_available  # noqa: E402
 from verl_cases import (  # noqa: E402
+    FUSED,
     LOSS,
     engine_for,
     gradients_and_metrics,
@@ -22,6 +25,7 @@ from verl_cases import (  # noqa: E402
 from verl_flash import plain_flash_attention  # noqa: E402
 
 import cppo  # noqa: E402
+from cppo.demo.tiny import build_tiny_text_model  # noqa: E402
 
 example = load_example()
 
@@ -57,7 +61,6 @@ def packed_update(batch, options, **settings):
     return gradients_and_metrics(engine, batch, example.actor_config(**LOSS))
 
 
-FUSED = dict(use_fused_kernels=True, fused_kernel_options=dict(impl_backend="cppo"))
 DYNAMIC = dict(use_dynamic_bsz=True, max_token_len_per_gpu=150)
 
 
@@ -84,6 +87,43 @@ def test_packed_sequences_have_the_gradients_of_padded_ones(
     assert metrics == pytest.approx(their_metrics, rel=1e-4)
     assert metrics["perception_tokens"] > 0 and metrics["gated_completions"] > 0
     assert bool(calls) == bool(options)
+
+
+def text_batch(**settings):
+    """Eight completions of random tokens, of three different advantages."""
+    generator = torch.Generator().manual_seed(0)
+    rows = {}
+    for number in range(8):
+        sizes = torch.randint(2, 9, (2,), generator=generator).tolist()
+        prompt, response = (torch.randint(5, 30, (n,), generator=generator) for n in sizes)
+        ids = torch.cat([prompt, response])
+        for name, value in dict(
+            prompts=prompt, responses=response, input_ids=ids,
+            position_ids=torch.arange(len(ids)), response_mask=torch.ones_like(response),
+            loss_mask=torch.ones_like(response), advantages=torch.full(sizes[1:], number % 3 - 1.0),
+        ).items():  # fmt: skip
+            rows.setdefault(name, []).append(value)
+    nested = {k: torch.nested.as_nested_tensor(v, layout=torch.jagged) for k, v in rows.items()}
+    batch = TensorDict(nested, batch_size=8)
+    tu.assign_non_tensor(batch, global_batch_size=8, **example.SETTINGS | settings)
+    return batch
+
+
+def test_text_models_run_packed_without_flash_attn(monkeypatch):
+    # verl patches the class; it is as before after the test.
+    forward = Qwen3ForCausalLM.forward
+    found = []
+    for packed, options in ((False, {}), (True, {}), (True, FUSED)):
+        monkeypatch.setattr(Qwen3ForCausalLM, "forward", forward)
+        model, _ = build_tiny_text_model(size="test")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3)
+        engine = example.build_engine(model, None, use_remove_padding=packed, **options)
+        batch = text_batch(use_remove_padding=packed, use_fused_kernels=bool(options))
+        example.add_old_log_probs(engine, batch)
+        found.append(gradients_and_metrics(engine, batch, example.actor_config(**LOSS))[0])
+    assert worst(found[1], found[0]) < 2e-4 and worst(found[2], found[0]) < 2e-4
 
 
 def test_two_optimizer_steps_on_packed_sequences(padded, flash):
@@ -126,9 +166,10 @@ def test_lora_trains_its_adapters_alone(padded, flash):
 
 
 @pytest.mark.slow
-def test_sequences_cut_between_two_processes_have_the_gradients_of_one(padded, tmp_path):
+@pytest.mark.parametrize("how", ["sequences", "fused"])
+def test_sequences_cut_between_two_processes_have_the_gradients_of_one(padded, how, tmp_path):
     _, expected, their_metrics = padded
-    for found, metrics in run_two("sequences", tmp_path):
+    for found, metrics in run_two(how, tmp_path):
         assert worst(found, expected) < 2e-4
         assert metrics == pytest.approx(their_metrics, rel=1e-4)
 

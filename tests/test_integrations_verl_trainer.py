@@ -273,6 +273,39 @@ def test_asynchronous_trainers_prune(queue, mode, overrides):
     queue.kv_clear(result.keys, "train")
 
 
+def test_each_update_between_two_weight_syncs_prunes_its_own_batch(queue):
+    trainer, workers, *_, first = step(
+        queue, "cppo_separate_async", *SEPARATE, "+trainer.v1.cppo.prune_rate=0.75", rewards=PLAIN
+    )
+    queue.kv_clear(first.keys, "train")
+    workers.calls.clear()
+    batches = [rollouts(queue, {question: PLAIN[question]}) for question in "ab"]
+    trainer.parameter_sync_step = 2
+    trainer.replay_buffer.sample = lambda **_: (batches[trainer.local_trigger_step], {})
+    trainer.prepare_step = dict
+    metrics = {}
+    result = trainer.step(metrics, {})
+    updates = [keys for name, keys, *_ in workers.calls if name == "update_actor"]
+    assert [{key.split("_")[0] for key in keys if key[:3] != "pad"} for keys in updates] == [
+        {"a"}, {"b"}]  # fmt: skip
+    assert all(sum(key[:3] != "pad" for key in keys) == 2 for keys in updates)
+    assert metrics["cppo/kept_completions"] == 2  # the mean over the updates
+    assert sum(key[:3] != "pad" for key in result.keys) == 16
+    queue.kv_clear(result.keys, "train")
+
+
+def test_in_bypass_mode_old_log_probabilities_are_those_of_the_rollout(queue):
+    _, workers, _, _, result = step(
+        queue,
+        "cppo",
+        "+trainer.v1.cppo.prune_rate=0.75",
+        "algorithm.rollout_correction.bypass_mode=True",
+    )
+    assert [name for name, *_ in workers.calls] == ["ref_log_prob", "update_actor"]
+    assert set(trained(workers)[0]) == KEPT
+    queue.kv_clear(result.keys, "train")
+
+
 def test_with_rollout_correction_weights_are_of_the_kept_completions(queue):
     _, workers, metrics, _, result = step(
         queue,

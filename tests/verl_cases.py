@@ -2,7 +2,8 @@
 
 As a script, `python tests/verl_cases.py RANK STORE OUTPUT HOW`: one of two processes of an update.
 HOW is "halves": each has half of the batch, the completions with A > 0 and the others; or
-"sequences": both have the batch, and verl cuts the packed sequences between them (Ulysses).
+"sequences" or "fused": both have the batch, and verl cuts the packed sequences between them
+(Ulysses), without or with our fused statistics.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from verl_flash import plain_flash_attention
 
 ROOT = Path(__file__).parents[1]
+FUSED = dict(use_fused_kernels=True, fused_kernel_options=dict(impl_backend="cppo"))
 LOSS = dict(loss_agg_mode="seq-mean-token-mean", cpl_coef=0.5)
 
 
@@ -113,7 +115,8 @@ def update(
 
     engine = engine_for(example, use_remove_padding=packed, **options)
     batch = example.made_up_batch(engine.model_config.processor, num_questions=4, seed=2)
-    assign_non_tensor(batch, use_remove_padding=packed)
+    fused = options.get("use_fused_kernels", False)
+    assign_non_tensor(batch, use_remove_padding=packed, use_fused_kernels=fused)
     example.add_old_log_probs(engine, batch)
     batch = share(batch) if share else batch
     return gradients_and_metrics(engine, batch, example.actor_config(**LOSS))
@@ -138,7 +141,8 @@ def main(rank: int, store: str, output: str, how: str) -> None:
         found = update(example, partial(half, positive=rank == 0))
     else:
         with plain_flash_attention():
-            found = update(example, packed=True, sequence_parallel=2)
+            fused = FUSED if how == "fused" else {}
+            found = update(example, packed=True, sequence_parallel=2, **fused)
     torch.save(found, f"{output}{rank}.pt")
     dist.destroy_process_group()
 

@@ -79,8 +79,8 @@ def _refuse_without_views(base: Any) -> None:
         if not runs_views and contrasts(engine, loss_function):
             raise ValueError(
                 f"cppo.integrations.verl: policy_loss.cpl_coef > 0: the perturbed views run in "
-                f"verl's FSDP engines only, got {type(engine).__name__}; use actor.strategy=fsdp2 "
-                f"or policy_loss.cpl_coef=0"
+                f"verl's FSDP engines only, got {type(engine).__name__}; use actor.strategy=fsdp2, "
+                f"or cpl_coef=0 of cppo.integrations.verl.PolicyLossConfig"
             )
         return plain(engine, data, loss_function)
 

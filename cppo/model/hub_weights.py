@@ -59,7 +59,7 @@ def _merged(base: nn.Module) -> dict[str, Tensor]:
     if peft is None:
         return {}
     tuners: Any = peft.tuners.tuners_utils
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, layer in base.named_modules():
         if isinstance(layer, peft.utils.ModulesToSaveWrapper) and not layer.disable_adapters:
             for active in layer.active_adapters:

@@ -113,21 +113,14 @@ class VLLMEngine:
         return None  # vLLM runs as many as it has room for
 
     def generate(self, prompts: Prompts, sampling: Sampling, draws: Draws) -> Sampled:
-        self._check_whole()
         asked = requests(prompts, sampling, draws, self._image_token)
         expanded = prompts.attention_mask.sum(1).tolist()
         self._check_lengths(expanded, sampling)
         params = [self._params(**sampling_arguments(sampling, own.seed)) for own in asked]
         # vLLM draws from the generators of the process even where every request has its own.
         generators = [self._device] if self._device.type == "cuda" else []
-        with (
-            torch.autocast(self._device.type, enabled=False),
-            torch.random.fork_rng(generators),
-        ):
-            try:
-                found = self._llm.generate([_input(own) for own in asked], params, use_tqdm=False)
-            except Exception as error:
-                raise EngineError(f"cppo.rollouts: vLLM failed: {_said(error)}") from error
+        with self._in_one_piece("failed"), torch.random.fork_rng(generators):
+            found = self._llm.generate([_input(own) for own in asked], params, use_tqdm=False)
         for own, length in zip(found, expanded, strict=False):
             if len(own.prompt_token_ids) != length:
                 raise EngineError(
@@ -147,29 +140,33 @@ class VLLMEngine:
             )
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self._check_whole()
-        with torch.autocast(self._device.type, enabled=False):
-            try:
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            except BaseException as error:
-                # It has a part of them, and does not find back from there.
-                self._broken_by = _said(error)
-                if not isinstance(error, Exception):
-                    raise
-                raise EngineError(
-                    f"cppo.rollouts: vLLM could not take over the weights: {self._broken_by}"
-                ) from error
+        with self._in_one_piece("could not take over the weights"):
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             # All that was computed with the old weights.
-            self._llm.reset_prefix_cache()
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("its prefix cache is in use")
             self._llm.reset_mm_cache()
             self._llm.llm_engine.reset_encoder_cache()
 
-    def _check_whole(self) -> None:
+    @contextmanager
+    def _in_one_piece(self, words: str) -> Iterator[None]:
+        """What vLLM does here, it does whole, or it is used no more.
+
+        Otherwise it has a part of the weights, or requests whose answers would come among the next.
+        """
         if self._broken_by:
             raise EngineError(
-                "cppo.rollouts: vLLM has a part of the weights alone, start the run again "
+                "cppo.rollouts: vLLM was broken off, start the run again "
                 f"(train(resume_from='auto')): {self._broken_by}"
             )
+        try:
+            with torch.autocast(self._device.type, enabled=False):
+                yield
+        except BaseException as error:
+            self._broken_by = _said(error)
+            if not isinstance(error, Exception):
+                raise
+            raise EngineError(f"cppo.rollouts: vLLM {words}: {self._broken_by}") from error
 
     def sleep(self) -> None:
         if self._sleeps:

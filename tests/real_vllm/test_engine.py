@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -211,8 +212,32 @@ def test_an_engine_that_got_a_part_of_the_weights_samples_no_more(tmp_path: Any)
     with pytest.raises(EngineError, match="could not take over the weights.*a cable was pulled"):
         run.engine.sync(broken())
     for call in (lambda: case.sampled(run.engine, 1.0), run.train_step):
-        with pytest.raises(EngineError, match="has a part of the weights alone, start the run"):
+        with pytest.raises(EngineError, match="vLLM was broken off, start the run again"):
             call()
+    run.engine.close()
+
+
+def test_a_rollout_that_a_signal_breaks_off_leaves_nothing_behind(tmp_path: Any) -> None:
+    """Its requests would be sampled on, and hold the prefix cache of the old weights."""
+    case = Case("text")
+    run = trainer(case, tmp_path)
+    run.engine.prepare()
+
+    class Broken(BaseException): ...
+
+    def hear(*_: Any) -> None:
+        raise Broken
+
+    before = signal.signal(signal.SIGALRM, hear)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(Broken):
+            case.sampled(run.engine._engine, 1.0, group_size=64, max_new_tokens=200)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(EngineError, match="vLLM was broken off, start the run again.*Broken"):
+        run.train_step()
     run.engine.close()
 
 

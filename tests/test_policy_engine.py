@@ -174,6 +174,16 @@ def _adapted(model: Any, **options: Any) -> Any:
     return adapted
 
 
+def test_what_vllm_starts_from_has_tied_weights_under_both_names(tmp_path: Any) -> None:
+    from safetensors.torch import load_file
+
+    from cppo.rollouts.vllm_engine import _save
+
+    model, processor = tiny("text")
+    _save(model, processor, str(tmp_path))
+    assert same(load_file(tmp_path / "model.safetensors"), dict(hub_weights(model)))
+
+
 def test_experts_are_sent_one_by_one_with_their_adapters(tmp_path: Any) -> None:
     """peft wraps the experts twice, for the first and for the second of their projections."""
     from safetensors.torch import load_file

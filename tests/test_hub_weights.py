@@ -1,4 +1,4 @@
-"""What an engine is sent: the weights as a checkpoint on the hub has them, adapters merged."""
+"""The weights of a policy, as an engine loads them: names, adapters, experts, tied weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import (
-    same,
-    tiny,
-)
+from trainer_cases import same, tiny
 
 from cppo.model.hub_weights import hub_weights
 
@@ -59,6 +56,16 @@ def _adapted(model: Any, **options: Any) -> Any:
             if p.requires_grad:
                 p.add_(torch.randn_like(p), alpha=0.1)
     return adapted
+
+
+def test_what_vllm_starts_from_has_tied_weights_under_both_names(tmp_path: Any) -> None:
+    from safetensors.torch import load_file
+
+    from cppo.rollouts.vllm_engine import _save
+
+    model, processor = tiny("text")
+    _save(model, processor, str(tmp_path))
+    assert same(load_file(tmp_path / "model.safetensors"), dict(hub_weights(model)))
 
 
 def test_experts_are_sent_one_by_one_with_their_adapters(tmp_path: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -47,6 +47,19 @@ def hub_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 "adapters or a trained copy, which no engine but 'builtin' can load"
             )
     yield from revert_weight_conversion(base, weights).items()
+
+
+def apart(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Weights on the CPU, none of which shares memory with another: so a file wants them."""
+    found: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, weight in weights:
+        own = weight.detach().to("cpu").contiguous()
+        if own.untyped_storage().data_ptr() in places:
+            own = own.clone()
+        places.add(own.untyped_storage().data_ptr())
+        found[name] = own
+    return found
 
 
 def _merged(base: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cppo.extras import require_package
 from cppo.model.forward import has_vision, unwrap
-from cppo.model.hub_weights import hub_weights
+from cppo.model.hub_weights import apart, hub_weights
 from cppo.model.processor_files import save_processor
 from cppo.model.prompts import Prompts
 from cppo.rollouts.engine import EngineError
@@ -194,7 +194,8 @@ def _save(model: nn.Module, processor: Any, folder: str) -> None:
     base = unwrap(model)
     base.config.save_pretrained(folder)
     save_processor(processor, folder)
-    save_torch_state_dict(dict(hub_weights(model)), folder)
+    # Of two names that share memory the file would have one, and not the one that vLLM reads.
+    save_torch_state_dict(apart(hub_weights(model)), folder)
 
 
 def _input(asked: Request) -> dict[str, Any]:

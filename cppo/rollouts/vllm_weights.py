@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cppo.model.hub_weights import apart
 from cppo.rollouts.engine import EngineError
 from cppo.rollouts.options import VLLMConfig
 from cppo.rollouts.vllm_http import PassingError, Server
@@ -69,7 +70,7 @@ class FileSender:
     def holding(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
         path = self._folder / f"cppo-weights-{os.getpid()}-{uuid.uuid4().hex[:8]}.safetensors"
         try:
-            tensors = _apart(weights)
+            tensors = apart(weights)
             self._count = len(tensors)
             try:
                 save_file(tensors, path)
@@ -96,19 +97,6 @@ class FileSender:
             )
 
     def close(self) -> None: ...
-
-
-def _apart(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Weights on the CPU, none of which shares memory with another: so a file wants them."""
-    found: dict[str, Tensor] = {}
-    places: set[int] = set()
-    for name, weight in weights:
-        own = weight.detach().to("cpu").contiguous()
-        if own.untyped_storage().data_ptr() in places:
-            own = own.clone()
-        places.add(own.untyped_storage().data_ptr())
-        found[name] = own
-    return found
 
 
 class NCCLSender:

@@ -81,6 +81,7 @@ class Run:
         self._folder, self.is_running = claim.folder, True
         self.processes.of_first(lambda: self._begin(claim))
         self.processes.same_weights(self.policy.model)
+        self.policy.version += 1  # an engine may have those of before
         self.journal = self._interrupted or Journal(self.step, self.questions.position)
         self._saved_at = time.monotonic()
 
@@ -157,7 +158,6 @@ class Run:
         for change in changes:
             self.log.say(f"resumed although it changed: {change}")
         weights.load_weights(self.policy.model, path)
-        self.policy.version += 1
         optimizer = self.policy.optimizer
         optimizer.zero_grad(set_to_none=True)  # of a step that was broken off
         optimizer.load_state_dict(state["optimizer"])

@@ -90,6 +90,12 @@ def running(request: Any) -> Iterator[tuple[Case, VLLMEngine]]:
     engine.close()
 
 
+def test_it_starts_with_the_policys_weights(running: tuple[Case, VLLMEngine]) -> None:
+    """What a tied weight is without a name of its own in the file may be no number."""
+    case, engine = running
+    assert case.difference(case.sampled(engine, 1.0), 1.0) < EXACT
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7, None])
 def test_log_probabilities_are_the_models_own_whenever_weights_were_sent(
     running: tuple[Case, VLLMEngine], temperature: float | None
@@ -244,7 +250,7 @@ def test_a_rollout_that_a_signal_breaks_off_leaves_nothing_behind(tmp_path: Any)
 def test_a_bf16_engine_is_corrected_and_a_run_is_resumed(tmp_path: Any) -> None:
     options = dict(vllm=dataclasses.replace(OPTIONS, dtype="bfloat16"), save_every=1)
     first = trainer(Case("text"), tmp_path, max_steps=2, **options)
-    assert first.config.importance_correction == "token_truncate"
+    assert first.config.loss.importance_correction == "token_truncate"
     first.train()
     first.engine.close()
     again = trainer(Case("text"), tmp_path, max_steps=4, **options)

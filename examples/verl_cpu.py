@@ -65,7 +65,7 @@ from cppo.demo.tiny import build_tiny_vlm  # noqa: E402
 GROUP_SIZE = 4
 SETTINGS = dict(
     temperature=1.0,
-    use_remove_padding=False,  # packed sequences need flash-attn
+    use_remove_padding=False,  # packed sequences need flash-attn in verl's Qwen-VL attention
     use_dynamic_bsz=False,
     micro_batch_size_per_gpu=4,
     pad_token_id=0,
@@ -112,7 +112,11 @@ def actor_config(loss_agg_mode: str = "token-mean", **policy_loss: Any) -> FSDPA
 
 
 def build_engine(
-    model: PreTrainedModel, processor: Any, learning_rate: float = 1e-3, **options: Any
+    model: PreTrainedModel,
+    processor: Any,
+    learning_rate: float = 1e-3,
+    sequence_parallel: int = 1,
+    **options: Any,
 ) -> Any:
     """verl's FSDP2 engine of a model; `options` are those of actor_rollout_ref.model."""
     engines = EngineRegistry._engines["language_model"]["fsdp2"]
@@ -124,9 +128,8 @@ def build_engine(
             path=folder,
             load_tokenizer=False,
             enable_gradient_checkpointing=False,
-            use_remove_padding=False,
             override_config={"attn_implementation": "sdpa"},
-            **options,
+            **dict(use_remove_padding=False) | options,
         )
         config.processor = processor
         engine = EngineRegistry.new(
@@ -135,6 +138,7 @@ def build_engine(
             model_config=config,
             engine_config=FSDPEngineConfig(
                 strategy="fsdp2",
+                ulysses_sequence_parallel_size=sequence_parallel,
                 use_torch_compile=False,
                 mixed_precision=dict(param_dtype="fp32", reduce_dtype="fp32"),
             ),
@@ -145,7 +149,7 @@ def build_engine(
     return engine
 
 
-def made_up_batch(processor: Any, num_questions: int, seed: int = 0, images: bool = True) -> Any:
+def made_up_batch(processor: Any, num_questions: int, seed: int = 0) -> Any:
     """Questions about digits and completions of random digits, as verl's agent loop writes them."""
     generator = torch.Generator().manual_seed(seed)
     questions, uids = DigitSums(size=num_questions, seed=seed), []

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -87,3 +88,11 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(1).isnan()
     yield
     torch.set_deterministic_debug_mode(before)
+
+
+@pytest.fixture
+def other(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes trainers whose engine is a stand-in for vLLM; the engines are its `made`."""
+    from other_engine import trainers
+
+    return trainers(monkeypatch)

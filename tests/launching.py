@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 
-def torchrun(script: str, *arguments: str, **variables: str) -> str:
-    """Runs a script on two gloo processes; returns what they said, or fails with it."""
+def torchrun(script: str, *arguments: str, processes: int = 2, **variables: str) -> str:
+    """Runs a script on several gloo processes; returns what they said, or fails with it."""
     path, quiet = (
         Path(__file__).with_name(script),
         {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        + [str(path), *arguments],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        + [str(processes), str(path), *arguments],
         cwd=path.parent,
         capture_output=True,
         text=True,

@@ -34,8 +34,9 @@ result="$OLDPWD/tests/results/verl-$("$VENV/bin/python" -c "
 from importlib.metadata import version
 print(version('verl'))").txt"
 cd - >/dev/null
+commit="$(git describe --always --dirty)"  # before the file changes
 {
-  echo "$(date -u +%F), commit $(git describe --always --dirty)"
+  echo "$(date -u +%F), commit $commit"
   cd /
   "$VENV/bin/python" -W ignore -c "
 from importlib.metadata import version

@@ -34,7 +34,7 @@ def test_help_names_the_commands_without_loading_transformers(capsys):
     check = f"try:\n {code}\nexcept SystemExit: pass\nassert 'transformers' not in sys.modules"
     done = python("-c", check)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "eval", "info", "demo", "bench"):
+    for command in ("train", "eval", "info", "demo", "data", "bench"):
         assert command in done.stdout
     status, out, _ = cppo(capsys)
     assert status == 2 and "COMMAND" in out

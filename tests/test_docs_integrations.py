@@ -74,7 +74,7 @@ def test_the_rollouts_example_learns_and_its_page_names_every_option(monkeypatch
     assert len(rewards) == 4 and sum(rewards[1:]) / 3 > rewards[0] + 0.1
     (code,) = blocks("rollouts.md")
     exec(code, names)
-    assert names["config"].importance_correction == "token_truncate"
+    assert names["config"].loss.importance_correction == "token_truncate"
     page = (ROOT / "docs" / "rollouts.md").read_text()
     quoted = set(re.findall(r"`([\w.]+)`", page)) | set(re.findall(r'`"(\w+)"`', page))
     of_vllm = {field.name for field in dataclasses.fields(VLLMConfig)}

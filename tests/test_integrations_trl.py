@@ -37,8 +37,10 @@ from trl_cases import (
 
 import cppo
 from cppo.config import LossConfig
+from cppo.integrations import trl_views
 from cppo.integrations.contrast import contrastive_perception
 from cppo.integrations.trl import CPPO, CPPOMixin, per_device_train_batch_size
+from cppo.integrations.trl_rows import trimmed
 from cppo.records import NumItems, Views
 from cppo.train.algorithm import microbatch_loss
 
@@ -73,7 +75,6 @@ def test_trimming_is_plain_trl_with_fewer_tokens():
 
 
 def test_trimming_keeps_every_column_that_holds_a_token():
-    trainer = trainer_of(cppo=CPPO())
     length, prompt = 5, 4
     inputs = {
         "prompt_ids": torch.arange(prompt).repeat(2, 1),
@@ -86,14 +87,14 @@ def test_trimming_keeps_every_column_that_holds_a_token():
         "advantages": torch.ones(2),
         "num_items_in_batch": torch.tensor(4),
     }
-    out = trainer._trimmed(inputs)
+    out, share = trimmed(inputs, 1)
+    assert share == 5 / 9
     assert out["prompt_ids"].tolist() == [[2, 3]] * 2
     assert out["completion_ids"].tolist() == [[0, 1, 2]] * 2
     assert out["mm_token_type_ids"].tolist() == [[2, 3, 4, 5, 6]] * 2
     assert out["ref_per_token_logps"].shape == (2, 3)
     assert out["importance_sampling_ratio"].shape == (2, 1)
-    trainer.pad_to_multiple_of = 4
-    out = trainer._trimmed(inputs)
+    out, _ = trimmed(inputs, 4)
     assert (out["prompt_ids"].shape[1], out["completion_ids"].shape[1]) == (4, 4)
 
 
@@ -323,15 +324,15 @@ def test_gradients_are_those_of_our_trainer_on_the_same_batch(cpl_reduction):
     assert relative_difference(found, ours(without)) > 1e-2
 
 
-def test_perturbed_views_run_only_where_the_advantage_is_positive():
+def test_perturbed_views_run_only_where_the_advantage_is_positive(monkeypatch):
     trainer = trainer_of("qwen2_5_vl", cppo=LOOK, num_iterations=1, beta=0.0)
-    seen, shown, both_views = watched(trainer), [], trainer._both_views
+    seen, shown, both_views = watched(trainer), [], trl_views.both_views
 
-    def watch(rows, seeds, looking):
+    def watch(trainer, call, seeds, looking):
         shown.append(len(looking))
-        return both_views(rows, seeds, looking)
+        return both_views(trainer, call, seeds, looking)
 
-    trainer._both_views = watch
+    monkeypatch.setattr(trl_views, "both_views", watch)
     trainer.train()
     positive = [int((micro["advantages"] > 0).sum()) for micro in seen["micro"]]
     assert shown == positive and 0 < shown[0] < 8
@@ -342,11 +343,11 @@ def test_perturbed_views_run_only_where_the_advantage_is_positive():
 
 
 def test_a_question_has_one_seed_and_another_one_at_every_step():
-    trainer = trainer_of(cppo=LOOK)
-    seeds = trainer._view_seeds(torch.zeros(8)).tolist()
-    assert seeds[:4] == seeds[:1] * 4 and seeds[4:] == seeds[4:5] * 4
-    trainer._step += 1
-    assert len({*seeds, *trainer._view_seeds(torch.zeros(8)).tolist()}) == 4
+    _, seen = watched_run("qwen2_5_vl", cppo=LOOK, num_iterations=1)
+    seeds = [rollout["cppo_seed"].tolist() for rollout in seen["rollouts"]]
+    for each in seeds:
+        assert each[:4] == each[:1] * 4 and each[4:] == each[4:5] * 4
+    assert len(seeds) == 2 and len({*seeds[0], *seeds[1]}) == 4
 
 
 # Processes

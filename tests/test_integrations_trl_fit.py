@@ -14,12 +14,13 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'
 from trainer_cases import relative_difference, weights_of
 from trl import GRPOTrainer
 from trl.trainer import utils
-from trl_cases import HALF, LOOK, OFF, late, trained, trainer_of
+from trl_cases import HALF, LOOK, OFF, trained, trainer_of
 
 import cppo
 from cppo.config import LossConfig
 from cppo.integrations import trl as adapter
 from cppo.integrations.trl import CPPO, check, patch_trl
+from cppo.integrations.trl_fit import OPTIONAL
 from cppo.integrations.trl_options import check_run
 
 TRL = tuple(int(part) for part in importlib.metadata.version("trl").split(".")[:2])
@@ -32,7 +33,7 @@ with_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="trl before 1.15 has no 
 
 def test_check_says_what_fits():
     fits = check()
-    assert [str(fit) for fit in fits if not fit.fits and fit.part != "patch_trl"] == []
+    assert [str(fit) for fit in fits if not fit.fits and fit.part not in OPTIONAL] == []
     assert fits[0].why.startswith(f"version {importlib.metadata.version('trl')}")
     assert fits[-1].part == "patch_trl" and fits[-1].fits == (TRL >= (1, 15))
 
@@ -69,15 +70,6 @@ def test_the_trainer_is_trls_with_the_mixin_before_it_and_is_imported_late():
 @pytest.mark.parametrize(
     ("options", "changes", "words"),
     [
-        (
-            HALF,
-            dict(use_vllm=True, vllm_importance_sampling_correction=True),
-            "vLLM's importance sampling",
-        ),
-        (HALF, dict(tools=[print]), "tool calls and environments bring images and state of their"),
-        (HALF, dict(environments=[object()]), "tool calls and environments"),
-        # Two processes of eight completions, of which a question has sixteen.
-        (HALF, dict(num_generations=16), "= 8 must be a multiple of num_generations = 16"),
         # TRL before 1.14
         (
             HALF,
@@ -99,17 +91,24 @@ def test_what_would_give_wrong_numbers_is_refused(options, changes, words, monke
         monkeypatch.setattr(owner, name, value, raising=name != "compute_liger_loss")
     with pytest.raises(ValueError, match=words):
         check_run(trainer)
-    # Late pruning has every old log-probability; without contrast no image is perturbed; without
-    # both there is nothing to refuse.
-    allowed = {"use_vllm": late(HALF), "processing_class": HALF}
+    # Without contrast no image is perturbed; without pruning too there is nothing to refuse.
+    allowed = {"processing_class": HALF}
     for trainer.cppo in (allowed.get(next(iter(changes)), OFF), OFF):
         check_run(trainer)
 
 
-def test_runs_that_would_lose_rows_are_refused():
+@pytest.mark.parametrize("rows", [dict(gradient_accumulation_steps=4), dict(num_generations=16)])
+def test_an_entropy_bonus_is_not_scaled_with_rows_that_fill_up(rows, monkeypatch):
     parts = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    with pytest.raises(ValueError, match="2 of 8 completions are kept, which do not divide over"):
-        trainer_of(cppo=CPPO(prune_rate=0.75), **parts)
+    trainer = trainer_of(cppo=CPPO(prune_rate=0.75), **parts)
+    for name, value in rows.items():
+        monkeypatch.setattr(trainer.args if name != "num_generations" else trainer, name, value)
+    check_run(trainer)
+    monkeypatch.setattr(trainer, "aux_loss_enabled", True)
+    with pytest.raises(ValueError, match="would also scale the entropy bonus or the router's loss"):
+        check_run(trainer)
+    monkeypatch.setattr(trainer.args, "loss_type", "dapo")
+    check_run(trainer)
 
 
 @pytest.mark.parametrize(

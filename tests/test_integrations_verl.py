@@ -52,12 +52,16 @@ def test_check_finds_that_everything_fits():
 # Policy loss and advantages
 
 
-def policy_inputs():
-    generator = torch.Generator().manual_seed(0)
+MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
+         "seq-mean-token-sum-norm")  # fmt: skip
+
+
+def policy_inputs(seed=0, spread=0.8):
+    """Six completions; by default half of the ratios are outside of the clip range."""
+    generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([7, 3, 5, 1, 0, 6])
     old = -torch.rand(6, 7, generator=generator)
-    # Half of the ratios outside of the clip range, a few beyond the dual clip.
-    log_prob = old + 0.8 * torch.randn(6, 7, generator=generator)
+    log_prob = old + spread * torch.randn(6, 7, generator=generator)
     advantages = torch.randn(6, 1, generator=generator).expand(6, 7)
     return dict(
         old_log_prob=old,
@@ -67,31 +71,50 @@ def policy_inputs():
     )
 
 
-@pytest.mark.parametrize("is_weights", [False, True])
+def weights_of(kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = 2 * torch.rand(6, 7, generator=generator)
+    return dict(
+        none=None, tokens=tokens, sequences=tokens[:, :1].expand(6, 7), mask=tokens.gt(1).float()
+    )[kind]
+
+
+@pytest.mark.parametrize("weights", ["none", "tokens", "sequences", "mask"])
 @pytest.mark.parametrize("importance", ["token", "sequence"])
-@pytest.mark.parametrize(
-    "mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
-             "seq-mean-token-sum-norm"],
-)  # fmt: skip
-def test_policy_loss_is_verls_own_where_they_mean_the_same(mode, importance, is_weights):
-    actor = example.actor_config(mode, importance=importance)
-    actor.global_batch_info.update(dp_size=2, batch_num_tokens=50, global_batch_size=12)
-    actor.global_batch_info.update(loss_scale_factor=9)
-    inputs = policy_inputs()
-    # Per sequence, for ours has gradients across the tokens of a sequence, verl's gspo has not.
-    weights = torch.rand(6, 1).expand(6, 7) if is_weights else None
-    results = []
-    for name in ("cppo", "vanilla" if importance == "token" else "gspo"):
-        loss, metrics = core_algos.get_policy_loss_fn(name)(
-            **inputs, loss_agg_mode=mode, config=actor, rollout_is_weights=weights
-        )
-        (gradient,) = torch.autograd.grad(loss, inputs["log_prob"])
-        results.append((loss, gradient, metrics))
-    (loss, gradient, metrics), (their_loss, their_gradient, their_metrics) = results
-    torch.testing.assert_close(loss, their_loss)
-    torch.testing.assert_close(gradient, their_gradient)
-    assert metrics["actor/ppo_kl"] == pytest.approx(their_metrics["actor/ppo_kl"], abs=1e-6)
-    assert gradient.abs().max() > 0
+@pytest.mark.parametrize("mode", MODES)
+def test_policy_loss_is_verls_own_in_value_gradient_and_metrics(mode, importance, weights):
+    theirs = core_algos.get_policy_loss_fn("vanilla" if importance == "token" else "gspo")
+    for seed, spread in enumerate([1e-3, 0.3, 0.8, 2.0, 12.0, 40.0]):
+        # verl clamps what the two largest ones overflow; a dual clip that far lets them through.
+        actor = example.actor_config(mode, importance=importance)
+        object.__setattr__(actor, "clip_ratio_c", 1e12 if spread > 10 else 3.0)
+        if seed % 2:
+            actor.global_batch_info.update(dp_size=2, batch_num_tokens=50, global_batch_size=11.5)
+            actor.global_batch_info.update(loss_scale_factor=9)
+        inputs = policy_inputs(seed, spread)
+        if seed % 3 == 0:
+            inputs["advantages"] = inputs["advantages"] * torch.linspace(-1, 1, 7)
+        results = []
+        for loss_function in (core_algos.get_policy_loss_fn("cppo"), theirs):
+            loss, metrics = loss_function(
+                **inputs,
+                loss_agg_mode=mode,
+                config=actor,
+                rollout_is_weights=weights_of(weights, seed),
+            )
+            (gradient,) = torch.autograd.grad(loss, inputs["log_prob"])
+            results.append((loss, gradient, metrics))
+        (loss, gradient, metrics), (their_loss, their_gradient, their_metrics) = results
+        assert loss.isfinite() and gradient.abs().max() > 0
+        torch.testing.assert_close(loss, their_loss)
+        torch.testing.assert_close(gradient, their_gradient)
+        assert metrics == pytest.approx(their_metrics, rel=1e-5, abs=1e-6)
+
+
+def test_clip_fractions_are_counted_apart():
+    inputs = policy_inputs(spread=2.0)
+    _, metrics = verl_loss.policy_loss(**inputs, config=example.actor_config())
+    assert metrics["actor/pg_clipfrac"] > 0 and metrics["actor/pg_clipfrac_lower"] > 0
 
 
 def test_policy_loss_ignores_what_is_masked():
@@ -159,11 +182,11 @@ def test_advantages_are_those_of_verls_grpo(by_std):
 def test_the_page_runs(capsys):
     page = (ROOT / "docs" / "verl.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL)
-    assert [language for language, _ in blocks] == ["python", "bash", "python", "python"]
+    assert [language for language, _ in blocks] == ["python", "bash", "python", "bash", "python"]
     for language, code in blocks:
         if language == "python":
             exec(code, {"__name__": "page"})
-    assert "pruning trainer: fits" in capsys.readouterr().out
+    assert "pruning trainer, sync: fits" in capsys.readouterr().out
     assert get_trainer_cls("mine").__name__ == "MyTrainer"
 
     command = shlex.split(blocks[1][1].replace("\\\n", " "))
@@ -178,6 +201,3 @@ def test_the_page_runs(capsys):
     assert config.actor_rollout_ref.model.fused_kernel_options.impl_backend == "cppo"
     trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config)
     assert trainer.pruning == Pruning(prune_rate=0.875)
-    trainer.global_steps = 1
-    with trainer._kept_per_question():
-        assert trainer._get_required_batch_multiple(dp_size=8) == 512 * 2

@@ -1,8 +1,7 @@
 """The verl adapter on verl's FSDP2 engine: updates, gradients, processes, fused statistics."""
 
-import subprocess
-import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +11,11 @@ pytest.importorskip("verl", reason="needs verl >= 0.9: tests/run_verl.sh")
 
 from verl_cases import (  # noqa: E402
     LOSS,
-    ROOT,
     engine_for,
     gradients,
     half,
     load_example,
+    run_two,
     update,
     worst,
 )
@@ -27,7 +26,9 @@ from cppo.views import perturb_pixel_values, views_from_names  # noqa: E402
 
 example = load_example()
 
+from tensordict import TensorDict  # noqa: E402
 from verl.utils import tensordict_utils as tu  # noqa: E402
+from verl.workers.engine.base import BaseEngine  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -208,6 +209,38 @@ def test_without_contrast_the_forward_step_is_verls(engine, batch, policy_loss, 
     assert worst(ours, expected) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("policy_loss", "sees_images", "refused"),
+    [
+        (dict(), True, True),
+        (dict(), False, False),
+        (dict(cpl_coef=0), True, False),
+        (dict(loss_mode="vanilla"), True, False),
+    ],
+    ids=str,
+)
+def test_an_engine_without_the_views_refuses_them_in_words(policy_loss, sees_images, refused):
+    class MegatronEngine(BaseEngine):
+        def __init__(self):
+            vision = dict(vision_config={}) if sees_images else {}
+            self.model_config = SimpleNamespace(hf_config=SimpleNamespace(**vision))
+
+        def forward_step(self, batch_iter, model, *functions):
+            raise AssertionError
+
+        def optimizer_zero_grad(self):
+            raise KeyError("the update begins")
+
+    loss = partial(example.ppo_loss, config=example.actor_config(**policy_loss))
+    expected = (
+        (ValueError, "cpl_coef > 0: the perturbed views run in verl's FSDP engines only, got Mega")
+        if refused
+        else (KeyError, "the update begins")
+    )
+    with pytest.raises(expected[0], match=expected[1]):
+        MegatronEngine().train_batch(TensorDict({}, batch_size=0), loss)
+
+
 def test_entropy_reaches_the_loss_only_if_asked_for(engine, batch):
     seen = []
     actor = example.actor_config(**LOSS)
@@ -228,15 +261,8 @@ def test_entropy_reaches_the_loss_only_if_asked_for(engine, batch):
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """One of them has only completions with A <= 0, and must run the views all the same."""
-    expected, metrics = update(example, lambda batch: batch)
-    command = [sys.executable, str(ROOT / "tests" / "verl_cases.py")]
-    where = (str(tmp_path / "store"), str(tmp_path / "out"))
-    ranks = [
-        subprocess.Popen([*command, str(rank), *where], stdout=subprocess.DEVNULL)
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    found = [torch.load(tmp_path / f"out{rank}.pt", weights_only=False) for rank in range(2)]
+    expected, metrics = update(example)
+    found = run_two("halves", tmp_path)
     assert all(worst(own, expected) < 2e-4 for own, _ in found)
     assert [own["gated_completions"] > 0 for _, own in found] == [True, False]
     for name, value in metrics.items():

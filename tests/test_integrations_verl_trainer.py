@@ -54,6 +54,11 @@ class Workers:
             batch.keys, batch.partition_id, TensorDict(values, batch_size=len(batch))
         )
 
+    def save_model_to_cpu(self, number):
+        self.saved = number
+
+    restore_model_from_cpu = clear_cpu_model = save_model_to_cpu
+
     def compute_log_prob(self, batch):
         return self._log_probs("old_log_prob", batch)
 
@@ -61,7 +66,8 @@ class Workers:
         return self._log_probs("ref_log_prob", batch)
 
     def update_actor(self, batch):
-        fields = ("advantages", "returns", "old_log_probs", "ref_log_prob", "response_mask")
+        fields = ("advantages", "returns", "old_log_probs", "ref_log_prob", "response_mask",
+                  "rollout_is_weights")  # fmt: skip
         self._note("update_actor", batch, *fields)
         return {"metrics": {"mfu": 0.5, "pg_loss": 0.25}}
 
@@ -112,25 +118,32 @@ REWARDS = {
 KEPT = {"a_2_0", "a_5_0", "b_1_0", "b_7_0", "c_4_0", "c_4_1", "c_6_0"}
 
 
-def step(tq, mode, *overrides):
+def step(tq, mode, *overrides, rewards=None, ranks=2, sample=None):
     """One step of a trainer of verl on fake workers."""
     config = composed(f"trainer.v1.trainer_mode={mode}", *overrides)
     trainer = get_trainer_cls(mode)(config)
     workers = Workers(tq)
-    batch = rollouts(tq, REWARDS)
+    workers._dispatch_info = {"actor": list(range(ranks))}
+    batch = rollouts(tq, rewards or REWARDS)
     trainer.__dict__.update(
         actor_rollout_wg=workers,
         ref_policy_wg=workers,
         ref_in_actor=False,
         tokenizer=SimpleNamespace(eos_token_id=3),
         reward_loop_manager=SimpleNamespace(reward_loop_worker_handles=[]),
-        checkpoint_manager=SimpleNamespace(sleep_replicas=lambda: None),
-        replay_buffer=SimpleNamespace(sample=lambda **_: (batch, {})),
+        checkpoint_manager=SimpleNamespace(
+            sleep_replicas=lambda: None, abort_replicas=lambda: None
+        ),
         curr_step_profile=False,
+        _step_sample_wait_seconds=0.0,
         global_steps=1,
         distillation_config=None,
         _get_n_gpus_for_throughput=lambda: 2,
     )
+    if sample is None:
+        trainer.replay_buffer = SimpleNamespace(sample=lambda **_: (batch, {}))
+    else:
+        sample(trainer)
     metrics = {}
     torch.manual_seed(0)
     timing = {}
@@ -146,10 +159,11 @@ def test_the_trainer_prunes_before_old_and_reference_log_probabilities(queue):
     )
     assert [name for name, *_ in workers.calls] == ["old_log_prob", "ref_log_prob", "update_actor"]
     for _, keys, _, _ in workers.calls:
-        # A no-op row fills the mini-batch: 4 questions x 2 kept.
+        # An empty row fills the mini-batch, for two ranks; means are over the others.
         assert {key for key in keys if not key.startswith("pad")} == KEPT and len(keys) == 8
     _, keys, extra_info, data = workers.calls[-1]
-    assert extra_info["mini_batch_size"] == extra_info["global_batch_size"] == 4 * 2
+    assert extra_info["mini_batch_size"] == 8 and extra_info["global_batch_size"] == 7
+    assert trainer.config.actor_rollout_ref.actor.ppo_mini_batch_size == 4
     assert trainer.config.actor_rollout_ref.rollout.n == 8
     assert trainer.config.algorithm.rollout_correction is not None
     assert trainer.config.trainer.v1.trainer_mode == "sync"
@@ -190,6 +204,150 @@ def test_without_pruning_the_trainer_is_verls_own(queue):
         seen.append((infos, real, len(result), kept_metrics))
         queue.kv_clear(result.keys, "train")
     assert seen[0] == seen[1]
+
+
+def trained(workers):
+    """Keys, mini-batch size and what sequence means are divided by, of the update."""
+    name, keys, info, _ = workers.calls[-1]
+    assert name == "update_actor"
+    real = [key for key in keys if not key.startswith("pad")]
+    return real, len(keys), info["mini_batch_size"], info["global_batch_size"]
+
+
+PLAIN = {
+    question: [float((3 * number + shift) % 8) for number in range(8)]
+    for shift, question in enumerate("abcd")
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "rows", "mini_batch", "mean"),
+    [
+        # 32 completions in mini-batches of 16, 6 of 8 of each question are kept.
+        (["prune_rate=0.3"], 2, 24, 12, 12),
+        # Of the whole batch 32 - 9 are kept: one row is empty, and no mean counts it.
+        (["prune_rate=0.3", "prune_scope=batch"], 2, 23, 12, 11.5),
+        # 8 ranks do not divide mini-batches of 12.
+        (["prune_rate=0.3"], 8, 24, 16, 12),
+        (["prune_rate=0.9"], 8, 4, 8, 4),
+    ],
+)
+def test_mini_batches_of_what_is_kept(queue, overrides, ranks, rows, mini_batch, mean):
+    _, workers, metrics, _, result = step(
+        queue,
+        "cppo",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "data.train_batch_size=4",
+        *(f"+trainer.v1.cppo.{override}" for override in overrides),
+        rewards=PLAIN,
+        ranks=ranks,
+    )
+    real, padded, size, divisor = trained(workers)
+    assert len(real) == metrics["cppo/kept_completions"] == rows
+    assert (size, divisor) == (mini_batch, mean) and padded % size == 0 and size % ranks == 0
+    assert divisor * (padded // size) == rows
+    assert padded - rows < size  # no mini-batch is empty
+    queue.kv_clear(result.keys, "train")
+    assert not queue.kv_list("train").get("train")
+
+
+SEPARATE = """
+trainer.v1.separate_async.parameter_sync_step=1 data.train_batch_size=4
+actor_rollout_ref.rollout.nnodes=1 actor_rollout_ref.rollout.n_gpus_per_node=1
+actor_rollout_ref.rollout.checkpoint_engine.backend=nccl
+""".split()
+
+
+@pytest.mark.parametrize(
+    ("mode", "overrides"),
+    [("colocate_async", []), ("separate_async", SEPARATE)],
+)
+def test_asynchronous_trainers_prune(queue, mode, overrides):
+    trainer, workers, metrics, batch, result = step(
+        queue, f"cppo_{mode}", "+trainer.v1.cppo.prune_rate=0.75", *overrides
+    )
+    assert trainer.config.trainer.v1.trainer_mode == trainer.trainer_mode == mode
+    assert type(trainer.replay_buffer).__name__ != "ReplayBuffer"
+    assert set(trained(workers)[0]) == KEPT and metrics["cppo/kept_completions"] == 6
+    assert {key for key in result.keys if not key.startswith("pad")} == set(batch.keys)
+    queue.kv_clear(result.keys, "train")
+
+
+def test_each_update_between_two_weight_syncs_prunes_its_own_batch(queue):
+    trainer, workers, *_, first = step(
+        queue, "cppo_separate_async", *SEPARATE, "+trainer.v1.cppo.prune_rate=0.75", rewards=PLAIN
+    )
+    queue.kv_clear(first.keys, "train")
+    workers.calls.clear()
+    batches = [rollouts(queue, {question: PLAIN[question]}) for question in "ab"]
+    trainer.parameter_sync_step = 2
+    trainer.replay_buffer.sample = lambda **_: (batches[trainer.local_trigger_step], {})
+    trainer.prepare_step = dict
+    metrics = {}
+    result = trainer.step(metrics, {})
+    updates = [keys for name, keys, *_ in workers.calls if name == "update_actor"]
+    assert [{key.split("_")[0] for key in keys if key[:3] != "pad"} for keys in updates] == [
+        {"a"}, {"b"}]  # fmt: skip
+    assert all(sum(key[:3] != "pad" for key in keys) == 2 for keys in updates)
+    assert metrics["cppo/kept_completions"] == 2  # the mean over the updates
+    assert sum(key[:3] != "pad" for key in result.keys) == 16
+    queue.kv_clear(result.keys, "train")
+
+
+def test_in_bypass_mode_old_log_probabilities_are_those_of_the_rollout(queue):
+    _, workers, _, _, result = step(
+        queue,
+        "cppo",
+        "+trainer.v1.cppo.prune_rate=0.75",
+        "algorithm.rollout_correction.bypass_mode=True",
+    )
+    assert [name for name, *_ in workers.calls] == ["ref_log_prob", "update_actor"]
+    assert set(trained(workers)[0]) == KEPT
+    queue.kv_clear(result.keys, "train")
+
+
+def test_with_rollout_correction_weights_are_of_the_kept_completions(queue):
+    _, workers, metrics, _, result = step(
+        queue,
+        "cppo",
+        "+trainer.v1.cppo.prune_rate=0.75",
+        "algorithm.rollout_correction.rollout_is=token",
+        "actor_rollout_ref.rollout.calculate_log_probs=True",
+    )
+    keys, data = workers.calls[-1][1], workers.calls[-1][3]
+    assert set(trained(workers)[0]) == KEPT
+    for key, weights, mask in zip(
+        keys, data["rollout_is_weights"].unbind(), data["response_mask"].unbind(), strict=True
+    ):
+        assert len(weights) == len(mask)
+        assert key.startswith("pad") or weights.gt(0).all()
+    assert "rollout_corr/rollout_is_mean" in metrics
+    queue.kv_clear(result.keys, "train")
+
+
+def test_with_filter_groups_the_groups_that_verl_keeps_are_pruned(queue):
+    rewards = {**PLAIN, "e": [1.0] * 8}
+
+    def sample(trainer):
+        uids = sorted(rewards)
+        tag = dict(is_prompt=True, status="finished", global_steps=1)
+        queue.kv_batch_put(uids, "train", tags=[dict(tag) for _ in uids])
+
+    trainer, workers, metrics, _, result = step(
+        queue,
+        "cppo",
+        "+trainer.v1.cppo.prune_rate=0.75",
+        "algorithm.filter_groups.enable=True",
+        "algorithm.filter_groups.metric=reward",
+        rewards=rewards,
+        sample=sample,
+    )
+    assert type(trainer.replay_buffer).__name__ == "ReplayBuffer"
+    assert metrics["training/filter_groups/evicted_samples"] == 1
+    assert metrics["cppo/completions"] == 24 and metrics["cppo/kept_completions"] == 6
+    assert {key.split("_")[0] for key in trained(workers)[0]} < set("abcd")
+    queue.kv_clear(result.keys, "train")
+    assert not queue.kv_list("train").get("train")
 
 
 def test_the_trainer_says_what_it_cannot_do():

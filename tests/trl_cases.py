@@ -62,21 +62,25 @@ def noise(completions: list[Any], **columns: Any) -> list[float]:
     return [random.Random(text[0]["content"]).random() for text in completions]
 
 
+def completions_of(trainer: Any, prompt_ids: list[Any]) -> list[list[int]]:
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    letters = tokenizer("abcdefghij0123456789", add_special_tokens=False)["input_ids"]
+    first = trainer.accelerator.process_index * len(prompt_ids)
+    completions = []
+    for row, prompt in enumerate(prompt_ids):
+        rng = random.Random(repr((list(map(int, prompt)), first + row, trainer.state.global_step)))
+        # Many more short completions than long ones: half of a batch is padding.
+        length = rng.choice([2, 2, 3, 3, 4, trainer.max_completion_length])
+        completions.append([rng.choice(letters) for _ in range(length - 1)])
+        completions[-1].append(tokenizer.eos_token_id)
+    return completions
+
+
 class Fixed(GRPOTrainer):
     """A GRPOTrainer whose completions follow from their prompt and their place in the batch."""
 
     def _generate_single_turn(self, prompt_ids: list[Any], *rest: Any, **more: Any) -> Any:
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        letters = tokenizer("abcdefghij0123456789", add_special_tokens=False)["input_ids"]
-        first = self.accelerator.process_index * len(prompt_ids)
-        completions = []
-        for row, prompt in enumerate(prompt_ids):
-            rng = random.Random(repr((list(map(int, prompt)), first + row, self.state.global_step)))
-            # Many more short completions than long ones: half of a batch is padding.
-            length = rng.choice([2, 2, 3, 3, 4, self.max_completion_length])
-            completions.append([rng.choice(letters) for _ in range(length - 1)])
-            completions[-1].append(tokenizer.eos_token_id)
-        return completions, None
+        return completions_of(self, prompt_ids), None
 
 
 class CPPOFixed(CPPOMixin, Fixed):
@@ -88,13 +92,17 @@ def trainer_of(
     cppo: CPPO | None = None,
     *,
     base: type | None = None,
+    config: type = GRPOConfig,
     rewards: Callable[..., Any] = noise,
+    chat_template: str = "",
+    rows: Dataset | None = None,
     more: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """A trainer of a fresh tiny model, TRL's own without `cppo`."""
     model, processor = load_model(folder_of(family)), tiny(family)[1]
     processor = getattr(processor, "tokenizer", processor) if family == "text" else processor
+    processor.chat_template = chat_template or processor.chat_template
     options = {**SMALL, "output_dir": tempfile.mkdtemp(dir=SCRATCH.name), **options}
     torch.manual_seed(0)  # of LoRA's weights, which older TRL draws before it seeds
     if cppo is not None:
@@ -102,8 +110,8 @@ def trainer_of(
     return (base or (Fixed if cppo is None else CPPOFixed))(
         model=model,
         reward_funcs=rewards,
-        args=GRPOConfig(**options),
-        train_dataset=rows_of(family),
+        args=config(**{name: value for name, value in options.items() if value is not None}),
+        train_dataset=rows or rows_of(family),
         processing_class=processor,
         **(more or {}),
     )

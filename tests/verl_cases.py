@@ -1,13 +1,17 @@
 """What the verl tests share: the example's engine and batches, as a module of its own.
 
-As a script, `python tests/verl_cases.py RANK STORE OUTPUT`: one of two processes of an update, each
-on half of the batch: the completions with A > 0, and the others.
+As a script, `python tests/verl_cases.py RANK STORE OUTPUT HOW`: one of two processes of an update.
+HOW is "halves": each has half of the batch, the completions with A > 0 and the others; or
+"sequences" or "fused": both have the batch, and verl cuts the packed sequences between them
+(Ulysses), without or with our fused statistics.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from verl_flash import plain_flash_attention
 
 ROOT = Path(__file__).parents[1]
+FUSED = dict(use_fused_kernels=True, fused_kernel_options=dict(impl_backend="cppo"))
 LOSS = dict(loss_agg_mode="seq-mean-token-mean", cpl_coef=0.5)
 
 
@@ -28,14 +34,14 @@ algorithm.adv_estimator=grpo trainer.val_before_train=False
 """.split()
 
 
-def composed(*overrides: str) -> Any:
+def composed(*overrides: str, base: Sequence[str] = OVERRIDES) -> Any:
     """verl's configuration, as main_ppo composes it."""
     import verl
     from hydra import compose, initialize_config_dir
 
     folder = Path(verl.__file__).parent / "trainer" / "config"
     with initialize_config_dir(str(folder), version_base=None):
-        return compose("ppo_trainer", [*OVERRIDES, *overrides])
+        return compose("ppo_trainer", [*base, *overrides])
 
 
 def load_example() -> ModuleType:
@@ -101,16 +107,45 @@ def half(batch: Any, positive: bool) -> Any:
     return index_select_tensor_dict(batch, rows)
 
 
-def update(example: ModuleType, share: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+def update(
+    example: ModuleType, share: Any = None, packed: bool = False, **options: Any
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Gradients and metrics of an update on a share of the batch."""
-    engine = engine_for(example)
+    from verl.utils.tensordict_utils import assign_non_tensor
+
+    engine = engine_for(example, use_remove_padding=packed, **options)
     batch = example.made_up_batch(engine.model_config.processor, num_questions=4, seed=2)
+    fused = options.get("use_fused_kernels", False)
+    assign_non_tensor(batch, use_remove_padding=packed, use_fused_kernels=fused)
     example.add_old_log_probs(engine, batch)
-    return gradients_and_metrics(engine, share(batch), example.actor_config(**LOSS))
+    batch = share(batch) if share else batch
+    return gradients_and_metrics(engine, batch, example.actor_config(**LOSS))
+
+
+def run_two(how: str, folder: Path) -> list[tuple[dict[str, Tensor], dict[str, float]]]:
+    """Gradients and metrics of each of two processes of an update."""
+    command = [sys.executable, str(ROOT / "tests" / "verl_cases.py")]
+    where = (str(folder / "store"), str(folder / "out"), how)
+    ranks = [
+        subprocess.Popen([*command, str(rank), *where], stdout=subprocess.DEVNULL)
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    return [torch.load(folder / f"out{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def main(rank: int, store: str, output: str, how: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    example = load_example()
+    if how == "halves":
+        found = update(example, partial(half, positive=rank == 0))
+    else:
+        with plain_flash_attention():
+            fused = FUSED if how == "fused" else {}
+            found = update(example, packed=True, sequence_parallel=2, **fused)
+    torch.save(found, f"{output}{rank}.pt")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    rank = int(sys.argv[1])
-    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
-    torch.save(update(load_example(), partial(half, positive=rank == 0)), f"{sys.argv[3]}{rank}.pt")
-    dist.destroy_process_group()
+    main(int(sys.argv[1]), *sys.argv[2:])

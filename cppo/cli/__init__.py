@@ -1,7 +1,7 @@
-"""The command line: `cppo train`, `cppo eval`, `cppo info`, `cppo demo`, `cppo bench`.
+"""The command line: `cppo train`, `eval`, `info`, `demo`, `data`, `bench`.
 
 Reading order: command (which command runs, and how its errors are shown), train, evaluate, demo,
-info, bench (the commands), config_file and run_config (the YAML file), run_parts (from a
+info, data, bench (the commands), config_file and run_config (the YAML file), run_parts (from a
 configuration to a trainer), dry_run.
 """
 

@@ -10,8 +10,9 @@ its arguments and its result:
     _generate_and_score_completions     returns a scored rollout, a dict of rows; the pruned rows
                                         are taken out of it
     _get_per_token_logps_and_entropies  runs every forward. In a rollout (old and reference
-                                        log-probabilities) it waits until the rollout is pruned;
-                                        in the loss its arguments are remembered
+                                        log-probabilities) it waits until the rollout is pruned, or
+                                        until somebody reads what it returned; in the loss its
+                                        arguments are remembered
     _compute_loss                       the loss of a micro-batch. Its padding is cut off before;
                                         then the remembered forward is repeated on perturbed images
 
@@ -21,20 +22,27 @@ kernel for log-probabilities, and runs that cannot work are refused when the tra
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import cppo
-from cppo.integrations.contrast import contrastive_perception
-from cppo.integrations.fit import AnyTrainer
-from cppo.integrations.trl_fit import HAS_KERNEL, Fit, check, patch_trl
-from cppo.integrations.trl_options import CPPO, check_run, per_device_train_batch_size
-from cppo.records import Views
-from cppo.seeds import seed_from
-from cppo.views import perturb_pixel_values, views_from_names
+from cppo.integrations import trl_vllm
+from cppo.integrations.fit import AnyTrainer, parameters
+from cppo.integrations.trl_fit import OPTIONAL, Fit, check, patch_trl
+from cppo.integrations.trl_options import (
+    CPPO,
+    averages_rows,
+    check_run,
+    per_device_train_batch_size,
+)
+from cppo.integrations.trl_postponed import Postponed
+from cppo.integrations.trl_refill import sample
+from cppo.integrations.trl_rows import Batch, filled, keep, loss_mask, take_rows, trimmed
+from cppo.integrations.trl_views import Forwards, contrast, view_seeds
 
 __all__ = [
     "CPPO",
@@ -46,16 +54,6 @@ __all__ = [
     "per_device_train_batch_size",
 ]
 
-# Entries of a TRL batch with a column per token of the completion, or of prompt and completion.
-_PER_TOKEN = (
-    "completion_ids completion_mask tool_mask advantages importance_sampling_ratio "
-    "old_per_token_logps ref_per_token_logps sampling_per_token_logps"
-).split()
-_WHOLE = ("token_type_ids", "mm_token_type_ids")
-
-
-_Call = dict[str, Any]  # the arguments of a forward
-
 
 class CPPOMixin(AnyTrainer):
     """Goes before any GRPOTrainer: `class Mine(CPPOMixin, TheirGRPOTrainer): ...`.
@@ -66,56 +64,68 @@ class CPPOMixin(AnyTrainer):
     """
 
     def __init__(self, *args: Any, cppo: CPPO = CPPO(), **kwargs: Any) -> None:  # noqa: B008
-        unfit = [str(fit) for fit in check() if not fit.fits and fit.part != HAS_KERNEL]
+        unfit = [str(fit) for fit in check() if not fit.fits and fit.part not in OPTIONAL]
         if unfit:
             raise RuntimeError("cppo.integrations.trl: " + "; ".join(unfit))
         self.cppo = cppo
-        self._postponed: list[tuple[_Call, AbstractContextManager[Any], Tensor]] | None = None
-        self._remembered: list[tuple[_Call, Any]] | None = None
+        self._postpones = False
+        self._has_warned = False
+        self._forwards: Forwards | None = None
+        self._draw = (-1, 0)  # the last rollout's global step, and its number within that step
         super().__init__(*args, **kwargs)
         check_run(self)
+        if getattr(self, "use_vllm", False):
+            trl_vllm.mend_image_tokens(self)
 
     # A rollout
 
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+    def _generate_and_score_completions(self, inputs: Any) -> Batch:
         """TRL's rollout, then pruning, then the postponed forwards on the rows that are left."""
-        options = self.cppo
+        generate = super()._generate_and_score_completions
         if not self.model.training:
-            return super()._generate_and_score_completions(inputs)
-        self._postponed = [] if options.early and options.prune_rate > 0 else None
-        try:
-            rollout = super()._generate_and_score_completions(inputs)
-        finally:
-            postponed, self._postponed = self._postponed or [], None
-        if "image_grid_thw" in rollout and options.loss.cpl_coef > 0:
-            rollout["cppo_seed"] = self._view_seeds(rollout["advantages"])
-        if options.prune_rate == 0:
-            return rollout
-        kept = cppo.prune_completions(
-            _per_completion(rollout["advantages"]),
-            self.num_generations,
-            options.prune_rate,
-            scope=options.prune_scope,
-            prune=options.prune,
-        )
-        pruned = _take_rows(rollout, kept)
-        for call, adapters, placeholder in postponed:
-            (name,) = (name for name, value in rollout.items() if value is placeholder)
-            with torch.no_grad(), adapters:
-                pruned[name] = self._forward(call, kept)[0]
+            return generate(inputs)
+        # What a resumed run draws again: TRL restores the step, not its count of rollouts.
+        step, number = self._draw
+        number = number + 1 if step == self.state.global_step else 0
+        self._draw = (self.state.global_step, number)
+        draw = (self.args.seed, *self._draw)
+        corrects = self.cppo.early and self.cppo.prunes and trl_vllm.is_postponed(self, generate)
+        sampled = sample(self, inputs, draw, partial(self._rollout, generate, draw, corrects))
+        if not self.cppo.prunes:
+            return sampled.parts[0]
+        kept = keep(self, sampled.advantages(), sampled.lengths(), draw)
+        with torch.no_grad():
+            batch = filled(*sampled.take(kept.rows, self.accelerator.gather), kept)
+            if corrects:
+                if "old_per_token_logps" not in batch:
+                    batch["old_per_token_logps"] = self._old_logps(batch)
+                trl_vllm.correct(self, batch)
         # The denominator of "dapo", "cispo" and "vespo": tokens of the remaining completions.
-        tokens = pruned["completion_mask"] * pruned.get("tool_mask", 1)
-        pruned["num_items_in_batch"] = self.accelerator.gather(tokens.sum()).sum()
-        self._metrics["train"]["cppo/kept_share"].append(len(kept) / len(rollout["advantages"]))
-        return pruned
+        batch["num_items_in_batch"] = self.accelerator.gather(loss_mask(batch).sum()).sum()
+        self._metrics["train"]["cppo/kept_share"].append(kept.share)
+        return batch
 
-    def _view_seeds(self, advantages: Tensor) -> Tensor:
-        """(B,) seeds, one per completion and the same for all completions of a question."""
-        first = self.accelerator.process_index * len(advantages)
-        step = (self.args.seed, self.state.global_step, self._step)
-        rows = range(first, first + len(advantages))
-        seeds = [seed_from("views", *step, row // self.num_generations) for row in rows]
-        return torch.tensor(seeds, device=advantages.device)
+    def _rollout(
+        self, generate: Any, draw: tuple[int, ...], corrects: bool, inputs: Any, refill: int
+    ) -> Batch:
+        """TRL's rollout of these questions; what can wait for the pruning is not computed.
+
+        Args: corrects: whether the importance weights of vLLM can.
+        """
+        self._postpones = self.cppo.early and self.cppo.prunes
+        if corrects:
+            self.vllm_importance_sampling_correction = False
+        try:
+            rollout: Batch = generate(inputs)
+        finally:
+            self._postpones = False
+            if corrects:
+                self.vllm_importance_sampling_correction = True
+        if self.cppo.loss.cpl_coef > 0:
+            seeds = view_seeds(self, rollout, (*draw, refill) if refill else draw)
+            if seeds is not None:
+                rollout["cppo_seed"] = seeds
+        return rollout
 
     # A forward
 
@@ -128,25 +138,52 @@ class CPPOMixin(AnyTrainer):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """TRL's forward, or a placeholder while a rollout waits to be pruned."""
+        """TRL's forward, or a stand-in for it while a rollout waits to be pruned."""
         call = dict(kwargs, model=model, input_ids=input_ids, attention_mask=attention_mask)
         call |= dict(logits_to_keep=logits_to_keep, batch_size=batch_size)
-        if self._postponed is not None:
-            placeholder = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
-            self._postponed.append((call, self._adapters(), placeholder))
-            return placeholder, None, None
-        result = super()._get_per_token_logps_and_entropies(**call)
-        if self._remembered is not None:
-            self._remembered.append((call, result))
+        if self._postpones:
+            compute = partial(self._postponed, call, self._adapters())
+            shape = (len(input_ids), logits_to_keep)
+            return Postponed.of(shape, input_ids.device, compute), None, None
+        result = self._forward(call)
+        if self._forwards is not None:
+            self._forwards.append((call, result))
         return result
 
-    def _forward(self, call: _Call, kept: Tensor) -> Any:
-        """A postponed forward, on the rows that are left."""
-        size = min(call["batch_size"] or len(kept), len(kept))
-        # Equal parts: older TRL reads past the last image in a smaller one.
-        size = next(part for part in range(size, 0, -1) if len(kept) % part == 0)
-        call = _take_rows(call, kept) | {"batch_size": size}
+    def _forward(self, call: Batch) -> Any:
+        """TRL's forward, now."""
         return super()._get_per_token_logps_and_entropies(**call)
+
+    def _postponed(
+        self, call: Batch, adapters: AbstractContextManager[Any], rows: Tensor | None
+    ) -> Tensor:
+        """(K, T) log-probabilities of the rows that are left; None: of all, for who reads them."""
+        if rows is not None:
+            call = take_rows(call, rows)
+        elif not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "cppo.integrations.trl: the old or reference log-probabilities are read before the "
+                f"rollout of {type(self).__name__} is pruned: they are computed for every sampled "
+                "completion, as with CPPO(early=False)",
+                stacklevel=2,
+            )
+        size, count = call["batch_size"], len(call["input_ids"])
+        with torch.no_grad(), adapters:
+            return self._forward(call | {"batch_size": _part(size or count, count)})[0]
+
+    def _old_logps(self, batch: Batch) -> Tensor:
+        """(K, T) log-probabilities of a pruned rollout under the model that trains."""
+        ids, masks = (
+            torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1)
+            for name in ("ids", "mask")
+        )
+        names = parameters(super()._get_per_token_logps_and_entropies)
+        call = {name: batch[name] for name in names if name in batch}
+        call |= dict(model=self.model, input_ids=ids, attention_mask=masks)
+        call |= dict(logits_to_keep=batch["completion_ids"].shape[1])
+        size = _part(self.args.per_device_train_batch_size, len(ids))
+        return self._forward(call | {"batch_size": size})[0]
 
     def _adapters(self) -> AbstractContextManager[Any]:
         """Sets the LoRA adapters as they are now, for a forward that runs later."""
@@ -160,118 +197,32 @@ class CPPOMixin(AnyTrainer):
 
     # A micro-batch
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def _compute_loss(self, model: Any, inputs: Batch) -> Tensor:
         """TRL's loss of a micro-batch without its padding, plus contrastive perception."""
+        log = self._metrics["train" if self.model.training else "eval"]
         if self.cppo.trim:
-            inputs = self._trimmed(inputs)
-        if not self.model.training or "cppo_seed" not in inputs:
-            return super()._compute_loss(model, inputs)
-        self._remembered = []
+            inputs, share = trimmed(inputs, self.pad_to_multiple_of or 1)
+            log["cppo/width_share"].append(share)
+        looks = self.model.training and "cppo_seed" in inputs
+        self._forwards = [] if looks else None
         try:
             loss = super()._compute_loss(model, inputs)
         finally:
-            remembered, self._remembered = self._remembered, None
+            forwards, self._forwards = self._forwards, None
+        if "cppo_weight" in inputs and averages_rows(self.args):
+            loss = loss * inputs["cppo_weight"].max()
+        if forwards is None:
+            return loss
         weight = self.cppo.loss.cpl_coef / self.current_gradient_accumulation_steps
-        return loss + weight * self._contrastive_perception(inputs, *remembered[0])
-
-    def _trimmed(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The micro-batch without the columns that are padding in every row."""
-        prompt, length = inputs["prompt_mask"].shape[1], inputs["completion_mask"].shape[1]
-        multiple = self.pad_to_multiple_of or 1
-
-        def width(mask: Tensor) -> int:
-            used = max(1, int(mask.any(0).sum()))
-            return min(mask.shape[1], -(-used // multiple) * multiple)
-
-        start, end = prompt - width(inputs["prompt_mask"]), width(inputs["completion_mask"])
-        trimmed = dict(inputs)
-        for name, value in inputs.items():
-            if name in ("prompt_ids", "prompt_mask"):
-                trimmed[name] = value[:, start:]
-            elif name in _WHOLE:
-                trimmed[name] = value[:, start : prompt + end]
-            elif name in _PER_TOKEN and value.dim() == 2:
-                trimmed[name] = value[:, :end]
-        share = (prompt - start + end) / (prompt + length)
-        self._metrics["train" if self.model.training else "eval"]["cppo/width_share"].append(share)
-        return trimmed
-
-    def _contrastive_perception(
-        self, inputs: dict[str, Any], call: _Call, anchor: Any
-    ) -> Tensor | float:
-        """The contrastive loss of a micro-batch; both perturbed views in one forward."""
-        config = self.cppo.loss
-        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
-        gated = torch.tensor(inputs["num_images"], device=mask.device) > 0
-        if config.gating:
-            gated &= _per_completion(inputs["advantages"]) > 0
-        log = self._metrics["train"]
-        gated_share = self.accelerator.gather(gated.float()).mean().item()
-        log["cppo/gated_share"].append(gated_share)
-        # Every process runs the forward if one does: DDP and FSDP wait for each other in it.
-        if gated_share == 0:
-            log["cppo/cpl_loss"].append(0.0)
-            return 0.0
-        rows = gated.nonzero()[:, 0] if gated.any() else gated[:1].long() * 0
-        views = self._both_views(call, inputs["cppo_seed"], rows)
-        logps, entropies, *_ = super()._get_per_token_logps_and_entropies(**views)
-        contrast = contrastive_perception(
-            Views(anchor[0][rows], *logps.chunk(2)),
-            anchor[1][rows],
-            entropies.chunk(2)[1],
-            mask[rows] & gated[rows, None],
-            len(gated),
-            config,
-        )
-        log["cppo/cpl_loss"].append(self.accelerator.gather(contrast.loss.detach()).mean().item())
-        counts = torch.stack([contrast.selected.sum(), mask[gated].sum()])
-        selected, tokens = self.accelerator.gather(counts[None]).sum(0).tolist()
-        log["cppo/perception_share"].append(selected / max(tokens, 1))
-        return contrast.loss
-
-    def _both_views(self, call: _Call, seeds: Tensor, rows: Tensor) -> _Call:
-        """These rows twice: with their images under the positive and the negative view."""
-        views = _take_rows(call, rows)
-        counts = zip(seeds[rows].tolist(), views["num_images"], strict=True)
-        images = [(seed, number) for seed, count in counts for number in range(count)]
-        pixels = [
-            perturb_pixel_values(
-                views["pixel_values"],
-                views["image_grid_thw"],
-                views_from_names(getattr(self.cppo, f"{name}_views")),
-                seeds=[seed_from(name, *image) for image in images],
-                image_processor=self.processing_class.image_processor,
-            )
-            for name in ("positive", "negative")
-        ]
-        both = {k: _twice(v) for k, v in views.items()} | {"pixel_values": torch.cat(pixels)}
-        return both | {"batch_size": None, "compute_aux_loss": False}
+        return loss + weight * contrast(self, inputs, forwards)
 
 
-def _per_completion(advantages: Tensor) -> Tensor:
-    """(B,) advantages; where a subclass has (B, T), each completion's largest in size."""
-    if advantages.dim() == 1:
-        return advantages
-    return advantages.gather(1, advantages.abs().argmax(1, keepdim=True))[:, 0]
+def _part(size: int, count: int) -> int:
+    """The largest part of at most `size` rows that divides `count`.
 
-
-def _take_rows(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    """Some rows of a TRL batch, or of a forward's arguments, with their images."""
-    from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
-
-    def take(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim():
-            return value[rows]
-        return [value[row] for row in rows.tolist()] if isinstance(value, list) else value
-
-    split = split_pixel_values_by_grid({k: v for k, v in batch.items() if v is not None})
-    return unsplit_pixel_values_by_grid({k: take(v) for k, v in split.items()})
-
-
-def _twice(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return torch.cat([value, value])
-    return value + value if isinstance(value, list) else value
+    Equal parts: older TRL reads past the last image in a smaller one.
+    """
+    return next(part for part in range(min(size, count), 0, -1) if count % part == 0)
 
 
 CPPOGRPOTrainer: Any

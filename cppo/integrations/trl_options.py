@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from cppo import reference
 from cppo.config import PRUNES, SCOPES, CPPOConfig, LossConfig
 from cppo.integrations import contrast
-from cppo.ops.checks import check_choice, check_interval
+from cppo.integrations.fit import installed
+from cppo.ops.checks import check_choice, check_integer, check_interval
 from cppo.views import views_from_names
 
 
@@ -26,6 +28,11 @@ class CPPO:
     """"group": per question (the paper). "batch": over the process's completions (its code)."""
     prune: str = "smallest"
     """The side that is dropped by |advantage|: "smallest", "largest" or "random"."""
+    drop_zero_variance: bool = False
+    """Drop questions whose completions all have the same reward (dynamic sampling)."""
+    max_refills: int = 3
+    """With `drop_zero_variance`: how often a rollout may draw further questions of the dataset in
+    place of those that are dropped. 0: they are dropped only."""
     early: bool = True
     """Prune before the old and reference log-probabilities are computed, not after: the same
     parameters for less work."""
@@ -45,6 +52,7 @@ class CPPO:
         check_interval(op, "prune_rate", self.prune_rate, 0, 1, closed=False)
         check_choice(op, "prune_scope", self.prune_scope, SCOPES)
         check_choice(op, "prune", self.prune, PRUNES)
+        check_integer(op, "max_refills", self.max_refills, 0)
         check_choice(op, "loss.divergence", self.loss.divergence, contrast.DIVERGENCES)
         for field in fields(LossConfig):
             value = getattr(self.loss, field.name)
@@ -54,6 +62,11 @@ class CPPO:
                     "its own: beta, epsilon, epsilon_high, temperature, loss_type, ..."
                 )
         views_from_names(self.positive_views), views_from_names(self.negative_views)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any completion may be dropped."""
+        return self.prune_rate > 0 or self.drop_zero_variance
 
 
 def per_device_train_batch_size(
@@ -90,37 +103,52 @@ def check_run(trainer: Any) -> None:
     def refuse(words: str) -> None:
         raise ValueError(f"cppo.integrations.trl: {words}")
 
-    is_contrastive = options.loss.cpl_coef > 0 and trainer._is_vlm
-    if options.prune_rate == 0 and not is_contrastive:
+    images = getattr(trainer.processing_class, "image_processor", None)
+    is_contrastive = options.loss.cpl_coef > 0 and images is not None
+    if not options.prunes and not is_contrastive:
         return
-    if is_contrastive and not hasattr(trainer.processing_class.image_processor, "merge_size"):
+    if is_contrastive and not hasattr(images, "merge_size"):
         refuse(
             "contrastive perception perturbs the patches of Qwen2-VL, 2.5-VL and 3-VL processors; "
             "with another vision-language model set loss=LossConfig(cpl_coef=0)"
         )
-    if any(getattr(trainer, x, None) for x in ("tools", "environments", "environment_factories")):
-        refuse(
-            "tool calls and environments bring images and state of their own, which are neither "
-            "pruned nor perturbed with the rows; with them set prune_rate=0 and loss.cpl_coef=0"
-        )
     if hasattr(trainer, "compute_liger_loss") and args.use_liger_kernel:
         refuse("use_liger_kernel=True computes the loss elsewhere in this TRL; set it to False")
-    if options.prune_rate == 0:
+    if not options.prunes:
         return
-    if options.early and trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+    if options.drop_zero_variance and options.max_refills:
+        _check_refills(trainer, rows % group_size == 0, refuse)
+    extra = getattr(trainer, "_entropy_bonus_enabled", False) or trainer.aux_loss_enabled
+    if extra and averages_rows(args) and _fills(options, rows, group_size, steps):
         refuse(
-            "vLLM's importance sampling and its metrics need the old log-probabilities of every "
-            "sampled completion; set CPPO(early=False) or vllm_importance_sampling_correction=False"
+            f"what prune_rate = {options.prune_rate} leaves of {rows} completions per process is "
+            f"filled up to steps_per_generation = {steps} equal micro-batches; with loss_type = "
+            f"{args.loss_type!r} that would also scale the entropy bonus or the router's loss. "
+            "Choose numbers that divide, or loss_type='dapo'"
         )
-    if options.prune_scope == "group" and rows % group_size:
-        refuse(
-            "a question's completions must all be on one process: per_device_train_batch_size x "
-            f"steps_per_generation = {rows} must be a multiple of num_generations = {group_size}"
-        )
+
+
+def averages_rows(args: Any) -> bool:
+    """Whether TRL divides a micro-batch's loss by its rows, not by tokens; RLOO always does."""
+    return getattr(args, "loss_type", "grpo") in ("grpo", "dr_grpo", "luspo", "sapo")
+
+
+def _fills(options: CPPO, rows: int, group_size: int, steps: int) -> bool:
+    """Whether rows that weigh nothing may have to fill the micro-batches."""
+    if options.drop_zero_variance or options.prune_scope == "group" and rows % group_size:
+        return True
     unit = group_size if options.prune_scope == "group" else rows
-    kept = rows // unit * reference.kept_per_unit(unit, options.prune_rate)
-    if kept % steps:
+    return rows // unit * reference.kept_per_unit(unit, options.prune_rate) % steps > 0
+
+
+def _check_refills(trainer: Any, has_whole_groups: bool, refuse: Callable[[str], None]) -> None:
+    """Refuse further questions where they cannot be drawn or joined."""
+    if installed("trl")[1] < (1, 15):
+        refuse("max_refills needs trl 1.15, whose log-probabilities of padding are 0")
+    if not has_whole_groups:
         refuse(
-            f"{kept} of {rows} completions are kept, which do not divide over the "
-            f"steps_per_generation = {steps} micro-batches: TRL would drop the rest"
+            "max_refills replaces whole questions: per_device_train_batch_size x "
+            "steps_per_generation must be a multiple of num_generations. Or set max_refills=0"
         )
+    if not hasattr(trainer.train_dataset, "__getitem__"):
+        refuse("max_refills draws from a dataset with rows, not from a stream; set max_refills=0")

@@ -11,7 +11,9 @@ below, and the functions used there still have the parameters known here, this i
     models.transformers.monkey_patch,       model.use_fused_kernels with
     utils.experimental.torch_functional       model.fused_kernel_options.impl_backend=cppo:
                                             `cppo.linear_token_stats`
-    trainer.ppo.v1.trainer_sync             trainer "cppo": the synchronous one, which prunes
+    workers.engine.base                     no other engine runs an update whose views it would drop
+    trainer.ppo.v1.trainer_sync,            trainers "cppo", "cppo_colocate_async" and
+    trainer_colocate_async, _separate_async   "cppo_separate_async": verl's, which prune
 
 `check()` says what of the installed verl fits. Options are those of `PolicyLossConfig` and
 `Pruning`; docs/verl.md shows a command line with all of them.
@@ -20,9 +22,6 @@ below, and the functions used there still have the parameters known here, this i
 from __future__ import annotations
 
 import importlib.metadata
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -30,11 +29,13 @@ from typing import Any
 from torch import Tensor
 
 import cppo
-from cppo import reference
 from cppo.integrations.after_import import AfterImport, Hook
-from cppo.integrations.fit import AnyTrainer, Fit, installed
+from cppo.integrations.fit import Fit, installed
 from cppo.integrations.verl_loss import contrasts, group_advantages, loss_with_contrast, policy_loss
-from cppo.integrations.verl_options import Options, Pruning, check_run
+from cppo.integrations.verl_options import Options, Pruning
+from cppo.integrations.verl_trainer import CompletionPruning, register
+
+__all__ = ["CompletionPruning", "Options", "Pruning", "check"]
 
 OLDEST = (0, 9)
 
@@ -65,7 +66,25 @@ def _wrap_forward_step(transformer_impl: Any) -> None:
         with_contrast = partial(loss_with_contrast, engine, loss_function, asked)
         return plain(engine, micro_batch, with_contrast, forward_only)
 
+    forward_step.runs_views = True  # type: ignore[attr-defined]
     engine_class.forward_step = forward_step
+
+
+def _refuse_without_views(base: Any) -> None:
+    plain = base.BaseEngine.train_batch
+
+    @wraps(plain)
+    def train_batch(engine: Any, data: Any, loss_function: Any) -> Any:
+        runs_views = hasattr(type(engine).forward_step, "runs_views")
+        if not runs_views and contrasts(engine, loss_function):
+            raise ValueError(
+                f"cppo.integrations.verl: policy_loss.cpl_coef > 0: the perturbed views run in "
+                f"verl's FSDP engines only, got {type(engine).__name__}; use actor.strategy=fsdp2, "
+                f"or cpl_coef=0 of cppo.integrations.verl.PolicyLossConfig"
+            )
+        return plain(engine, data, loss_function)
+
+    base.BaseEngine.train_batch = train_batch
 
 
 # Fused statistics behind verl's switch
@@ -104,104 +123,36 @@ def _fuse_statistics(torch_functional: Any) -> None:
     torch_functional.FusedLinearForPPO = FusedLinearForPPO
 
 
-# The trainer that prunes
-
-
-class CompletionPruning(AnyTrainer):
-    """Goes before verl's `PPOTrainerSync`: drops completions before the old and reference forwards.
-
-    verl balances a step's completions over the ranks, computes old and reference log-probabilities,
-    then advantages, and updates. Here the advantages come first, and only kept completions go on.
-    Options: trainer.v1.cppo, see `Pruning`.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self.pruning = Pruning(**dict(config.trainer.v1.get("cppo", None) or {}))
-        if self.pruning.prune_rate:
-            check_run(config)
-        # Other parts of verl compare the mode with the names they know.
-        config.trainer.v1.trainer_mode = "sync"
-        super().__init__(config)
-
-    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> Any:
-        self._dropped: Any = None
-        batch = super()._step_once(metrics, timing_raw, sample_batch_size)
-        if self._dropped is None:
-            return batch
-        # Metrics are of all completions, and all are taken out of the queue.
-        keys, tags = batch.keys + self._dropped.keys, batch.tags + self._dropped.tags
-        return type(batch)(keys, tags, batch.partition_id, extra_info=batch.extra_info)
-
-    def _balance_batch(self, batch: Any, metrics: dict, *args: Any, **kwargs: Any) -> Any:
-        if self.pruning.prune_rate:
-            with _with(self.config.algorithm, rollout_correction=None):
-                super()._compute_advantage(batch, metrics)
-            batch = self._prune(batch, metrics)
-        with self._kept_per_question():
-            return super()._balance_batch(batch, metrics, *args, **kwargs)
-
-    def _prune(self, batch: Any, metrics: dict) -> Any:
-        import transfer_queue as tq
-
-        rows = tq.kv_batch_get(batch.keys, batch.partition_id, select_fields=["advantages"])
-        # A key is QUESTION_COMPLETION_OUTPUT: an agent's completion may have several outputs.
-        completions = [key.rsplit("_", 1)[0] for key in batch.keys]
-        sizes: dict[str, float] = defaultdict(float)
-        for completion, advantages in zip(completions, rows["advantages"].unbind(), strict=True):
-            sizes[completion] = max(sizes[completion], float(advantages.abs().max()))
-        kept = self.pruning.kept(sizes, seed=self.global_steps)
-        parts: dict[bool, list[str]] = {True: [], False: []}
-        for key, completion in zip(batch.keys, completions, strict=True):
-            parts[completion in kept].append(key)
-        self._dropped = batch.select_keys(parts[False])
-        metrics["cppo/completions"], metrics["cppo/kept_completions"] = len(sizes), len(kept)
-        return batch.select_keys(parts[True])
-
-    def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
-        if not self.pruning.prune_rate:
-            return super()._compute_advantage(batch, metrics)
-        import transfer_queue as tq
-
-        pairs = zip(batch.keys, batch.tags, strict=True)
-        keys = [key for key, tag in pairs if not tag.get("is_padding", False)]
-        where: dict[str, Any] = dict(keys=keys, partition_id=batch.partition_id)
-        whole = tq.kv_batch_get(**where, select_fields=["advantages", "returns"])
-        # verl's own call does the rollout correction and handles the rows that balancing added. It
-        # also computes advantages of the pruned groups; those of the whole groups replace them.
-        batch = super()._compute_advantage(batch, metrics)
-        tq.kv_batch_put(**where, fields=whole)
-        return batch
-
-    def _update_actor(self, batch: Any, metrics: dict) -> Any:
-        with self._kept_per_question():
-            return super()._update_actor(batch, metrics)
-
-    def _kept_per_question(self) -> Any:
-        """Sets rollout.n, by which verl multiplies mini-batches of questions, to what is kept."""
-        rollout = self.config.actor_rollout_ref.rollout
-        return _with(rollout, n=reference.kept_per_unit(rollout.n, self.pruning.prune_rate))
-
-
-@contextmanager
-def _with(config: Any, **values: Any) -> Iterator[None]:
-    before = {name: config[name] for name in values}
-    config.update(values)
-    try:
-        yield
-    finally:
-        config.update(before)
-
-
-def _register_trainer(trainer_sync: Any) -> None:
-    from verl.trainer.ppo.v1.trainer_base import register_trainer
-
-    bases = (CompletionPruning, trainer_sync.PPOTrainerSync)
-    register_trainer("cppo")(type("CPPOTrainerSync", bases, {"__module__": __name__}))
-
-
 # Where it hooks in: the module of verl, what is used of it, and what is done
 
 _ENGINE = "FSDPEngineWithLMHead"
+_TRAINERS = {
+    "sync": ("PPOTrainerSync", "cppo"),
+    "colocate_async": ("PPOTrainerColocateAsync", "cppo_colocate_async"),
+    "separate_async": ("PPOTrainerSeparateAsync", "cppo_separate_async"),
+}
+
+
+def _trainer_hook(mode: str) -> Hook:
+    base, name = _TRAINERS[mode]
+    used = {
+        "__init__": "self config",
+        "_step_once": "self metrics timing_raw sample_batch_size",
+        "_balance_batch": "self batch metrics",
+        "_get_required_batch_multiple": "self dp_size",
+        "_compute_advantage": "self batch metrics",
+        "_update_actor": "self batch metrics",
+    }
+    expected = {f"{base}.{method}": parameters for method, parameters in used.items()}
+
+    def install(module: Any) -> None:
+        register(getattr(module, base), name)
+
+    return Hook(
+        f"pruning trainer, {mode}", f"verl.trainer.ppo.v1.trainer_{mode}", expected, install
+    )
+
+
 HOOKS = [
     Hook(
         "policy loss and advantages",
@@ -224,6 +175,12 @@ HOOKS = [
         _wrap_forward_step,
     ),
     Hook(
+        "contrastive perception: other engines",
+        "verl.workers.engine.base",
+        {"BaseEngine.train_batch": "self data loss_function"},
+        _refuse_without_views,
+    ),
+    Hook(
         "fused statistics: the switch",
         "verl.models.transformers.monkey_patch",
         {"patch_forward_with_backends": "model use_fused_kernels fused_kernels_backend"},
@@ -238,18 +195,7 @@ HOOKS = [
         },
         _fuse_statistics,
     ),
-    Hook(
-        "pruning trainer",
-        "verl.trainer.ppo.v1.trainer_sync",
-        {
-            "PPOTrainerSync.__init__": "self config",
-            "PPOTrainerSync._step_once": "self metrics timing_raw sample_batch_size",
-            "PPOTrainerSync._balance_batch": "self batch metrics",
-            "PPOTrainerSync._compute_advantage": "self batch metrics",
-            "PPOTrainerSync._update_actor": "self batch metrics",
-        },
-        _register_trainer,
-    ),
+    *map(_trainer_hook, _TRAINERS),
 ]
 
 

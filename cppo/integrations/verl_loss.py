@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """The clipped surrogate of `cppo.cppo_loss`, called and reduced as verl's policy losses are.
 
-    Specification: `cppo.reference.policy_loss`, reduced by verl's `agg_loss`.
+    Specification: `cppo.reference.policy_loss`, reduced by verl's `agg_loss`. Value, gradient and
+    metrics are those of verl's "vanilla" (importance "token") and "gspo" ("sequence").
     Args:
         old_log_prob, log_prob, advantages, response_mask, rollout_is_weights: (B, T); gradients
             flow to log_prob. Masked entries may hold anything.
@@ -42,20 +44,35 @@ def policy_loss(
     """
     from verl.trainer.ppo.core_algos import agg_loss
 
-    valid = response_mask.bool()
-    logps, old_logps = log_prob[valid], old_log_prob[valid]
+    valid, options = response_mask.bool(), loss_config(config)
     owner = valid.nonzero()[:, 0]
-    options = loss_config(config)
+    log_ratio = torch.where(valid, log_prob - old_log_prob, 0.0)
+    kl = -log_ratio.detach()
+    if options.importance == "sequence":
+        # The ratio is the sequence's, the gradient each token's own, as in verl: so a weight acts
+        # on the token that it belongs to.
+        mean = -kl.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = (log_ratio + kl + mean).clamp(max=10.0)
+        options = replace(options, importance="token")
+    else:
+        log_ratio = log_ratio.clamp(-20.0, 20.0)
+        kl = -log_ratio.detach()
+    ratios, signs = log_ratio[valid], advantages[valid]
     weights = None if rollout_is_weights is None else rollout_is_weights[valid]
+    zeros = torch.zeros_like(ratios)
     per_row, clipped = reference.policy_loss(
-        logps, advantages[valid], old_logps, owner, len(valid), options, weights
+        ratios, signs, zeros, owner, len(valid), options, weights
     )
     losses = torch.zeros_like(log_prob).masked_scatter(valid, per_row.to(log_prob.dtype))
     loss = agg_loss(losses, valid, loss_agg_mode, **config.global_batch_info)
+    lower = torch.zeros_like(clipped)
+    if options.dual_clip is not None:
+        lower = (ratios.detach().exp() > options.dual_clip) & (signs < 0)
     count = max(len(owner), 1)
     return loss, {
-        "actor/pg_clipfrac": clipped.sum().item() / count,
-        "actor/ppo_kl": (old_logps - logps.detach()).sum().item() / count,
+        "actor/pg_clipfrac": (clipped & ~lower).sum().item() / count,
+        "actor/pg_clipfrac_lower": lower.sum().item() / count,
+        "actor/ppo_kl": kl[valid].sum().item() / count,
     }
 
 

@@ -1,0 +1,154 @@
+"""Dynamic sampling in TRL: further questions in place of those with equal rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cppo.integrations.trl_rows import EQUAL, PER_TOKEN, WHOLE, Batch, per_completion, take_rows
+from cppo.seeds import seed_from
+
+
+class Sampled(NamedTuple):
+    """A rollout in parts: each of its rows lies in one of them."""
+
+    parts: list[Batch]
+    part: Tensor
+    """(B,) the part that a row lies in."""
+    row: Tensor
+    """(B,) its place there."""
+    pad: int
+    """The token that fills up prompts and completions."""
+
+    def advantages(self) -> Tensor:
+        """(B,) advantages."""
+        return self._picked([per_completion(part["advantages"]) for part in self.parts])
+
+    def lengths(self) -> Tensor:
+        """(B,) tokens of prompt and completion."""
+        masks = [(part["prompt_mask"], part["completion_mask"]) for part in self.parts]
+        return self._picked([prompt.sum(1) + completion.sum(1) for prompt, completion in masks])
+
+    def _picked(self, values: list[Tensor]) -> Tensor:
+        first = torch.tensor([0, *map(len, values)], device=self.part.device).cumsum(0)
+        return torch.cat(values)[first[self.part] + self.row]
+
+    def take(self, rows: Tensor, gather: Callable[[Tensor], Tensor]) -> tuple[Batch, Tensor]:
+        """Some rows as one batch, and the order in which they stand there.
+
+        Args: gather: concatenates what all processes have.
+        """
+        if len(self.parts) == 1:
+            return take_rows(self.parts[0], rows), torch.arange(len(rows), device=rows.device)
+        places = [(self.part[rows] == number).nonzero()[:, 0] for number in range(len(self.parts))]
+        counts = torch.tensor([[len(place) for place in places]], device=rows.device)
+        taken = []
+        for part, place, most in zip(self.parts, places, gather(counts).amax(0), strict=True):
+            chosen = self.row[rows[place]]
+            # Every process runs the postponed forwards of as many rows of each part.
+            more = take_rows(part, F.pad(chosen, (0, int(most) - len(chosen)))) if most else {}
+            if len(place):
+                taken.append(take_rows(more, torch.arange(len(place), device=rows.device)))
+        return _joined(taken, self.pad), torch.cat(places)
+
+
+def sample(
+    trainer: Any, inputs: Any, draw: tuple[int, ...], generate: Callable[..., Batch]
+) -> Sampled:
+    """A rollout; with `drop_zero_variance` its questions of equal rewards are drawn anew.
+
+    All processes draw as often, and as many questions, as the one that lacks most.
+    Args: generate: called with the questions and with the number of the draw.
+    """
+    options, size = trainer.cppo, len(inputs)
+    parts = [generate(inputs, 0)]
+    device = parts[0]["advantages"].device
+    row = torch.arange(size, device=device)
+    part = torch.zeros_like(row)
+    sampled = Sampled(parts, part, row, trainer._tokenizer.pad_token_id or 0)
+    if not options.drop_zero_variance:
+        return sampled
+    group, log = trainer.num_generations, trainer._metrics["train"]
+    dead, refills = _equal(sampled.advantages(), group), 0
+    while refills < options.max_refills:
+        most = int(trainer.accelerator.gather(dead.sum()[None]).max())
+        if not most:
+            break
+        refills += 1
+        parts.append(generate(_questions(trainer, most, (*draw, refills)), refills))
+        fresh = (~_equal(per_completion(parts[-1]["advantages"]), group)).nonzero()[:, 0]
+        for old, new in zip(dead.nonzero()[:, 0].tolist(), fresh.tolist(), strict=False):
+            rows = slice(old * group, (old + 1) * group)
+            part[rows] = refills
+            row[rows] = torch.arange(new * group, (new + 1) * group, device=device)
+        dead = _equal(sampled.advantages(), group)
+    log["cppo/refills"].append(float(refills))
+    log["cppo/equal_share"].append(trainer.accelerator.gather(dead.float()).mean().item())
+    return sampled
+
+
+def _equal(advantages: Tensor, group_size: int) -> Tensor:
+    """(Q,) whether all completions of a question have the same reward."""
+    return (advantages.view(-1, group_size).abs() <= EQUAL).all(1)
+
+
+def _questions(trainer: Any, count: int, draw: tuple[int, ...]) -> list[dict[str, Any]]:
+    """This process's `count` further questions, each as often as it is sampled."""
+    dataset, accelerator = trainer.train_dataset, trainer.accelerator
+    generator = torch.Generator().manual_seed(seed_from("refill", *draw))
+    needed = count * accelerator.num_processes
+    order = torch.randperm(len(dataset), generator=generator).tolist()
+    chosen = [order[number % len(order)] for number in range(needed)]
+    mine = chosen[accelerator.process_index * count :][:count]
+    return [dict(dataset[index]) for index in mine for _ in range(trainer.num_generations)]
+
+
+def _joined(parts: list[Batch], pad: int) -> Batch:
+    """Batches of different widths as one: prompts padded on the left, completions on the right."""
+    prompt = max(part["prompt_ids"].shape[1] for part in parts)
+    length = max(part["completion_ids"].shape[1] for part in parts)
+    names = {name: None for part in parts for name in part}
+    batches = [_widened(part, prompt, length, pad) for part in parts]
+    joined: Batch = {}
+    for name in names:
+        values = [batch.get(name, _absent(name, batch)) for batch in batches]
+        values = [value for value in values if value is not None]
+        if isinstance(values[0], list):
+            joined[name] = sum(values, [])
+        else:
+            joined[name] = torch.cat(values) if values[0].dim() else values[0]
+    return joined
+
+
+def _widened(batch: Batch, prompt: int, length: int, pad: int) -> Batch:
+    left = prompt - batch["prompt_ids"].shape[1]
+    right = length - batch["completion_ids"].shape[1]
+    wide = dict(batch)
+    values = {"prompt_ids": pad, "completion_ids": pad, "importance_sampling_ratio": 1}
+    for name, value in batch.items():
+        filling = values.get(name, 0)
+        if name in ("prompt_ids", "prompt_mask"):
+            wide[name] = F.pad(value, (left, 0), value=filling)
+        elif name in WHOLE:
+            wide[name] = F.pad(value, (left, right))
+        elif name in PER_TOKEN and value.dim() == 2:
+            if name == "importance_sampling_ratio" and value.shape[1] == 1:
+                continue  # one per completion
+            wide[name] = F.pad(value, (0, right), value=filling)
+    return wide
+
+
+def _absent(name: str, batch: Batch) -> Any:
+    """What stands for an entry of images in a part that has none; None: nothing."""
+    ids, count = batch["completion_ids"], len(batch["prompt_ids"])
+    if name in ("num_images", "num_tiles"):
+        return [0] * count
+    if name in WHOLE:
+        return ids.new_zeros(count, batch["prompt_ids"].shape[1] + ids.shape[1])
+    if name == "tool_mask":
+        return torch.ones_like(ids)
+    return ids.new_zeros(count) if name == "cppo_seed" else None

@@ -1,0 +1,145 @@
+"""The rows of a TRL rollout: which stay, how they are taken out, filled up and trimmed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import cppo
+from cppo.integrations.trl_postponed import Postponed
+from cppo.seeds import seed_from
+
+Batch = dict[str, Any]  # a rollout, a micro-batch of it, or the arguments of a forward
+
+# Entries of a TRL batch with a column per token of the completion, or of prompt and completion.
+PER_TOKEN = (
+    "completion_ids completion_mask tool_mask advantages importance_sampling_ratio "
+    "old_per_token_logps ref_per_token_logps sampling_per_token_logps"
+).split()
+WHOLE = ("token_type_ids", "mm_token_type_ids")
+
+EQUAL = 1e-4  # advantages of equal rewards differ from 0 by rounding
+
+
+class Kept(NamedTuple):
+    """This process's rows after pruning, and what they stand for among all processes' rows."""
+
+    rows: Tensor
+    """(K,) rows of the rollout; K is the same on every process and a multiple of the steps."""
+    real: int
+    """The first of them stay; the others fill up and weigh nothing."""
+    scale: float
+    """Rows of all processes, by those that stay."""
+    share: float
+    """Completions of all processes that stay, of those sampled."""
+
+
+def keep(trainer: Any, advantages: Tensor, lengths: Tensor, draw: tuple[int, ...]) -> Kept:
+    """Choose the rows that stay, over all processes: a question may lie on several.
+
+    Args:
+        advantages: (B,) of this process's rows.
+        lengths: (B,) tokens of each.
+        draw: names the rollout; what prune="random" draws follows from it.
+    """
+    options, accelerator = trainer.cppo, trainer.accelerator
+    size, processes = len(advantages), accelerator.num_processes
+    first = size * accelerator.process_index
+    everyones = accelerator.gather(advantages)
+    if options.drop_zero_variance:
+        everyones = everyones.masked_fill(everyones.abs() <= EQUAL, 0)
+    # "batch" is over one process's completions, "group" over each question's, wherever they lie.
+    units = everyones.split(size) if options.prune_scope == "batch" else [everyones]
+    generator = torch.Generator().manual_seed(seed_from("prune", *draw))
+    kept = [
+        number * size
+        + cppo.prune_completions(
+            unit,
+            1 if options.prune_scope == "batch" else trainer.num_generations,
+            options.prune_rate,
+            scope=options.prune_scope,
+            prune=options.prune,
+            drop_zero=options.drop_zero_variance,
+            generator=generator,
+        )
+        for number, unit in enumerate(units)
+    ]
+    stay = torch.cat(kept)
+    most = int(torch.bincount(stay // size, minlength=processes).max())
+    steps = trainer.args.steps_per_generation
+    width = -(-max(most, 1) // steps) * steps
+    mine = stay[(stay >= first) & (stay < first + size)] - first
+    # The shortest completion costs least.
+    rows = torch.cat([mine, lengths.argmin().expand(width - len(mine))])
+    return Kept(rows, len(mine), width * processes / max(len(stay), 1), len(stay) / len(everyones))
+
+
+def filled(batch: Batch, order: Tensor, kept: Kept) -> Batch:
+    """The rows that stay and those that fill up, which get no advantage and no token.
+
+    Args: order: (K,) the place among `kept.rows` of each row of the batch.
+    """
+    if kept.scale == 1:
+        return batch
+    real = order < kept.real
+    # Not completion_mask, which is also what attention sees: the log-probabilities of the rollout
+    # and those of the loss must be of the same thing, or their ratio overflows.
+    mask = batch.get("tool_mask", torch.ones_like(batch["completion_mask"]))
+    advantages = batch["advantages"]
+    return batch | {
+        "tool_mask": mask * real[:, None].to(mask),
+        "advantages": advantages * real.to(advantages).view(-1, *[1] * (advantages.dim() - 1)),
+        "cppo_weight": real * kept.scale,
+    }
+
+
+def per_completion(advantages: Tensor) -> Tensor:
+    """(B,) advantages; where a subclass has (B, T), each completion's largest in size."""
+    if advantages.dim() == 1:
+        return advantages
+    return advantages.gather(1, advantages.abs().argmax(1, keepdim=True))[:, 0]
+
+
+def loss_mask(batch: Batch) -> Tensor:
+    """(B, T) tokens that are trained on: of the completion, not written by a tool."""
+    return batch["completion_mask"] * batch.get("tool_mask", 1)
+
+
+def take_rows(batch: Batch, rows: Tensor) -> Batch:
+    """Some rows of a TRL batch, or of a forward's arguments, with their images."""
+    from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Postponed):
+            return value.take(rows)
+        if isinstance(value, Tensor) and value.dim():
+            return value[rows]
+        return [value[row] for row in rows.tolist()] if isinstance(value, list) else value
+
+    split = split_pixel_values_by_grid({k: v for k, v in batch.items() if v is not None})
+    return unsplit_pixel_values_by_grid({k: take(v) for k, v in split.items()})
+
+
+def trimmed(inputs: Batch, multiple: int) -> tuple[Batch, float]:
+    """A micro-batch without the columns that are padding in every row, and the share that stays.
+
+    Args: multiple: widths are multiples of it, as far as there are columns.
+    """
+    prompt, length = inputs["prompt_mask"].shape[1], inputs["completion_mask"].shape[1]
+
+    def width(mask: Tensor) -> int:
+        used = max(1, int(mask.any(0).sum()))
+        return min(mask.shape[1], -(-used // multiple) * multiple)
+
+    start, end = prompt - width(inputs["prompt_mask"]), width(inputs["completion_mask"])
+    batch = dict(inputs)
+    for name, value in inputs.items():
+        if name in ("prompt_ids", "prompt_mask"):
+            batch[name] = value[:, start:]
+        elif name in WHOLE:
+            batch[name] = value[:, start : prompt + end]
+        elif name in PER_TOKEN and value.dim() == 2:
+            batch[name] = value[:, :end]
+    return batch, (prompt - start + end) / (prompt + length)

@@ -1,0 +1,119 @@
+"""vLLM under TRL: its importance weights on the rows that are left, and its image tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cppo.integrations.trl_rows import Batch, loss_mask
+
+
+def is_postponed(trainer: Any, generate: Any) -> bool:
+    """Whether the importance weights of vLLM can wait for the pruning.
+
+    They can where TRL alone would read them before: a class of somebody else's may read them too.
+    Args: generate: the `_generate_and_score_completions` behind the mixin.
+    """
+    return (
+        getattr(trainer, "use_vllm", False)
+        and trainer.vllm_importance_sampling_correction
+        and generate.__func__.__module__.startswith("trl.")
+    )
+
+
+def correct(trainer: Any, batch: Batch) -> None:
+    """Add TRL's importance weights and its metrics of them to a pruned rollout.
+
+    As in TRL's documentation of vllm_importance_sampling_mode: e^d, where d is the difference of
+    the old and the sampling log-probability of a token, or its sum over a completion; truncated it
+    is clamped to the bounds, masked it is 0 outside of them. A token that vLLM gave no
+    log-probability has d = 0.
+    """
+    mask, mode = loss_mask(batch), trainer.vllm_importance_sampling_mode
+    low, high = (getattr(trainer, f"vllm_importance_sampling_clip_{x}") for x in ("min", "max"))
+    difference = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
+    weights = (difference * mask).nan_to_num(nan=0.0)
+    if mode.startswith("sequence"):
+        weights = weights.sum(-1, keepdim=True)
+    weights = weights.exp()
+    if mode.endswith("truncate"):
+        weights = weights.clamp(low, high)
+    else:
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        weights = weights.masked_fill((weights < low) | (weights > high), 0.0)
+    batch["importance_sampling_ratio"] = weights
+    # One per completion, but not of the rows that only fill up; or one per token.
+    rows = batch.get("cppo_weight", torch.ones_like(batch["advantages"])) > 0
+    _log(
+        trainer,
+        difference.abs()[mask.bool()],
+        weights[rows] if mode.startswith("sequence") else weights[mask.bool()],
+    )
+
+
+def _log(trainer: Any, differences: Tensor, weights: Tensor) -> None:
+    """TRL's metrics "sampling/...", over all processes."""
+    log, gather = trainer._metrics["train"], trainer.accelerator.gather
+
+    def add(name: str, values: Tensor, over: str) -> None:
+        mine = getattr(values, over)() if values.numel() else values.new_tensor(math.nan)
+        everyones = gather(mine)
+        everyones = everyones[~everyones.isnan()]
+        value = getattr(everyones, over)().item() if len(everyones) else 0.0
+        log[f"sampling/{name}/{over}"].append(value)
+
+    for over in ("mean", "max"):
+        add("sampling_logp_difference", differences[~differences.isnan()], over)
+    for over in ("min", "mean", "max"):
+        add("importance_sampling_ratio", weights, over)
+
+
+def mend_image_tokens(trainer: Any) -> None:
+    """Hand a colocated vLLM each image as one token, which it expands itself.
+
+    TRL (1.16; huggingface/trl#6294) hands it over expanded already, and vLLM expands it once more:
+    the model then samples from another prompt than it is trained on. A prompt that has one token
+    per image is left alone.
+    Raises (at generation): RuntimeError if what vLLM makes of it is not the prompt trained on.
+    """
+    llm = getattr(getattr(trainer, "vllm_generation", None), "llm", None)
+    token = _image_token(trainer)
+    if llm is None or token is None:
+        return
+    generate = llm.generate
+
+    def mended(prompts: list[Any], *args: Any, **kwargs: Any) -> Any:
+        short = [_collapsed(prompt, token) for prompt in prompts]
+        outputs = generate(short, *args, **kwargs)
+        for prompt, given, output in zip(prompts, short, outputs, strict=True):
+            ids = prompt["prompt_token_ids"]
+            if given is not prompt and list(output.prompt_token_ids) != list(ids):
+                raise RuntimeError(
+                    "cppo.integrations.trl: vLLM samples from another prompt than TRL trains on: "
+                    f"of an image prompt of {len(ids)} tokens it made "
+                    f"{len(output.prompt_token_ids)} (huggingface/trl#6294); use "
+                    "vllm_mode='server', or use_vllm=False"
+                )
+        return outputs
+
+    llm.generate = mended
+
+
+def _image_token(trainer: Any) -> int | None:
+    """The token that stands for a part of an image in the model's prompts."""
+    token = getattr(trainer.processing_class, "image_token_id", None)
+    return getattr(trainer, "_image_pad_token_id", None) if token is None else token
+
+
+def _collapsed(prompt: Any, token: int) -> Any:
+    """A prompt of vLLM with one token per image; the same object if it has that already."""
+    images = prompt.get("multi_modal_data", {}).get("image")
+    ids = prompt["prompt_token_ids"]
+    count = len(images) if isinstance(images, list) else 1
+    if images is None or ids.count(token) == count:
+        return prompt
+    one_each = [x for x, before in zip(ids, [None, *ids], strict=False) if not x == before == token]
+    return {**prompt, "prompt_token_ids": one_each}

@@ -99,6 +99,20 @@ def test_engine_and_dtype_belong_to_a_run_and_where_it_is_does_not(
         trainer_for(tmp_path, max_steps=3).train(resume_from="auto")
 
 
+def test_prompts_that_vllm_has_no_room_for_are_bad_questions(
+    other: Any, tmp_path: Any, capsys: Any
+) -> None:
+    long = {"prompt": "How many? " * 40, "answer": "1"}
+    rows, server = [*text_rows(), long], VLLMConfig(max_model_len=100)
+    options: dict[str, Any] = dict(rows=rows, vllm=server, max_steps=4)
+    other(tmp_path / "0", skip_bad_questions=True, **options).train()
+    assert "are more than 100: vllm.max_model_len says so" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="are more than 100: vllm.max_model_len says so"):
+        other(tmp_path / "1", **options).train()
+    with pytest.raises(ValueError, match="max_completion_tokens must be below the 6 tokens"):
+        other(tmp_path / "2", vllm=VLLMConfig(max_model_len=6), max_steps=1)
+
+
 # Faults
 
 

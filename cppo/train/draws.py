@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from cppo.config import CPPOConfig
-from cppo.model.check import PositionLimit
+from cppo.model.check import PositionLimit, position_limit
 from cppo.model.prompts import EncodedQuestion, PromptEncoder
 from cppo.questions import Question
 from cppo.questions.errors import QuestionError
@@ -24,7 +26,7 @@ class QuestionDraws:
 
     Args:
         say: prints a line.
-        limit: of the model's positions; a prompt that leaves no room for a completion of
+        limit: as of `longest_sequence`; a prompt that leaves no room for a completion of
             `max_completion_tokens` is a bad question.
     Raises: ValueError if options leave out every question, or completions may be so long that no
         prompt fits before them.
@@ -182,6 +184,14 @@ class _LeftOut(NamedTuple):
     @property
     def is_bad(self) -> bool:
         return self.option == "skip_bad_questions"
+
+
+def longest_sequence(model: nn.Module, config: CPPOConfig) -> PositionLimit | None:
+    """What limits a prompt and its completion: the model's positions, or what vLLM was given."""
+    limits = [position_limit(model)]
+    if config.engine == "vllm" and config.vllm.max_model_len is not None:
+        limits.append(PositionLimit(config.vllm.max_model_len, "vllm.max_model_len says so"))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def check_room(

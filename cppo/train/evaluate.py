@@ -12,14 +12,13 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from cppo.config import CPPOConfig
-from cppo.model.check import position_limit
 from cppo.model.prompts import encode_questions
 from cppo.questions import Question
 from cppo.rollouts.engine import Engine
 from cppo.rollouts.rollout import Rollouts, sample_completions
 from cppo.seeds import seed_from
 from cppo.train.arguments import reward_weights
-from cppo.train.draws import check_room
+from cppo.train.draws import check_room, longest_sequence
 from cppo.train.scoring import RewardFunction, Scores, score
 
 
@@ -68,7 +67,7 @@ def evaluate(
     """
     own = range(share.rank, len(questions), share.size)
     weights = reward_weights(list(reward_functions), config)
-    limit = position_limit(model)
+    limit = longest_sequence(model, config)
     sampled = ("sampled", config.loss.temperature, config.eval_samples)
     modes = [sampled, ("greedy", None, 1)] if config.eval_greedy else [sampled]
     rows: list[dict[str, Any]] = []

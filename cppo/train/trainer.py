@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import TrainerState
 
 from cppo.config import CPPOConfig
-from cppo.model.check import position_limit
 from cppo.model.load import special_token_ids_to_suppress
 from cppo.model.prompts import EncodedQuestion
 from cppo.questions.rows import Dataset
@@ -44,7 +43,7 @@ from cppo.train.arguments import (
 )
 from cppo.train.batch import Batch
 from cppo.train.collect import Collector
-from cppo.train.draws import QuestionDraws
+from cppo.train.draws import QuestionDraws, longest_sequence
 from cppo.train.engine import PolicyEngine, new_engine
 from cppo.train.evaluate import Share, evaluate
 from cppo.train.metrics import Total, completion_rows, over_processes, rollout_metrics
@@ -104,7 +103,12 @@ class CPPOTrainer:
         self.log = RunLog(config.output_dir, config.max_steps, is_main=self.processes.is_main)
         check_model_and_processor(model, processor)
         self.questions = QuestionDraws(
-            train_dataset, processor, config, self.processes, self.log.say, position_limit(model)
+            train_dataset,
+            processor,
+            config,
+            self.processes,
+            self.log.say,
+            longest_sequence(model, config),
         )
         check_evaluation(config, eval_dataset, self.reward_functions)
         self.eval_questions = all_questions(eval_dataset)

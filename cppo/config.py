@@ -298,7 +298,7 @@ class CPPOConfig(CheckedFields):
     def _check_together(self) -> None:
         """Options that depend on each other."""
         self._set_correction()
-        self._check_ahead()
+        self._check_engine()
         if self.warmup_steps and self.lr_scheduler == "constant":
             self._fail("warmup_steps", "0 with lr_scheduler = 'constant', which has no warm-up")
         if self.loss.reduction == "dr_grpo" and self.loss.max_length is None:
@@ -309,7 +309,13 @@ class CPPOConfig(CheckedFields):
         if self.optimizer_steps > 1 and self.optimizer_steps > self.completions_kept():
             self._fail("optimizer_steps", f"<= {self.completions_kept()}, the completions kept")
 
-    def _check_ahead(self) -> None:
+    def _check_engine(self) -> None:
+        gpus = self.vllm.tensor_parallel_size
+        if gpus > 1 and self.engine == "vllm":
+            raise ValueError(
+                f"VLLMConfig.tensor_parallel_size must be 1 with engine = 'vllm', got {gpus}: "
+                "start a server that has several GPUs, and take engine = 'vllm_server'"
+            )
         if self.ahead > 1:
             self._fail("ahead", "0 or 1")
         if self.ahead and (self.engine != "vllm_server" or self.vllm.sleep):

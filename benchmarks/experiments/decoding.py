@@ -14,10 +14,8 @@ two commits can be measured in turn.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,8 @@ from cppo.model.forward import check_supported, set_attention
 from cppo.model.load import load_model, load_processor
 from cppo.model.prompts import Prompts, encode_questions
 from cppo.questions import as_question
+from cppo.rollouts.engine import Engine
+from cppo.rollouts.options import VLLMConfig
 from cppo.rollouts.rollout import sample_completions
 
 DEMOS = ("arithmetic", "digits")
@@ -59,15 +59,24 @@ def measure(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     path = CHECKPOINTS / options.model if options.model in DEMOS else options.model
     model, processor = load_model(path), load_processor(path)
     prompts = prompts_of(model, processor, options.model, options.prompts)
+    model.to(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    check_supported(model)
+    set_attention(model, "auto")
+    engine = None
     if options.engine == "vllm":
-        generate = _by_vllm(str(path), prompts, options, precision)
-    else:
-        generate = _by_cppo(model, processor, prompts, options, precision)
+        dtype = "float32" if precision == "fp32" else "bfloat16"
+        engine = _vllm(model, processor, prompts, options.tokens, dtype)
     rates = []
     for seed in range(options.repetitions):
         torch.manual_seed(seed)
         start = _clock(options.device)
-        tokens = sum(map(len, generate()))
+        with torch.autocast(options.device, torch.bfloat16, enabled=precision == "autocast"):
+            found = sample_completions(
+                model, processor, prompts, group_size=options.group,
+                max_new_tokens=options.tokens, temperature=1.0,
+                batch_size=options.prompts * options.group, engine=engine,
+            )  # fmt: skip
+        tokens = sum(map(len, found.completion_ids))
         spent = _clock(options.device) - start
         rates.append((tokens / spent, tokens, spent))
     rate, tokens, spent = max(rates)
@@ -76,49 +85,16 @@ def measure(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     return dict(zip(COLUMNS, (*values, f"{spent:.2f}", f"{rate:.1f}"), strict=True))
 
 
-Generate = Callable[[], Sequence[Sequence[int]]]
+def _vllm(model: Any, processor: Any, prompts: Prompts, tokens: int, dtype: str) -> Engine:
+    """vLLM in this process, which has the clock, after its first completions."""
+    from cppo.rollouts.vllm_engine import VLLMEngine
 
-
-def _by_cppo(
-    model: Any, processor: Any, prompts: Prompts, options: argparse.Namespace, precision: str
-) -> Generate:
-    model.to(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    check_supported(model)
-    set_attention(model, "auto")
-    is_cast = precision == "autocast"
-    kind = torch.autocast(options.device, torch.bfloat16) if is_cast else contextlib.nullcontext()
-
-    def generate() -> Sequence[Sequence[int]]:
-        with kind:
-            found = sample_completions(
-                model, processor, prompts, group_size=options.group,
-                max_new_tokens=options.tokens, temperature=1.0,
-                batch_size=options.prompts * options.group,
-            )  # fmt: skip
-        return found.completion_ids
-
-    return generate
-
-
-def _by_vllm(path: str, prompts: Prompts, options: argparse.Namespace, precision: str) -> Generate:
-    """In this process, which has the clock; without images."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    from vllm import LLM, SamplingParams
-
-    rows = zip(prompts.input_ids, prompts.attention_mask, strict=True)
-    ids = [{"prompt_token_ids": own[mask.bool()].tolist()} for own, mask in rows]
-    longest = prompts.input_ids.shape[1] + options.tokens
-    dtype = {"bf16": "bfloat16", "fp32": "float32"}[precision]
-    engine = LLM(path, dtype=dtype, max_model_len=longest, generation_config="vllm")
-    params = SamplingParams(n=options.group, temperature=1.0, max_tokens=options.tokens)
-    engine.generate(ids[:1], SamplingParams(max_tokens=2), use_tqdm=False)  # it compiles here
-
-    def generate() -> Sequence[Sequence[int]]:
-        found = engine.generate(ids, params, use_tqdm=False)
-        return [one.token_ids for request in found for one in request.outputs]
-
-    return generate
+    longest = VLLMConfig(max_model_len=prompts.input_ids.shape[1] + tokens)
+    engine = VLLMEngine(model, processor, longest, dtype)
+    few: dict[str, Any] = {"group_size": 1, "max_new_tokens": 2, "temperature": 1.0}
+    # It compiles here.
+    sample_completions(model, processor, prompts.of([0]), **few, engine=engine)
+    return engine
 
 
 def _clock(device: str) -> float:

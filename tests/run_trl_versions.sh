@@ -21,13 +21,14 @@ install() {  # FOLDER PACKAGE ...
 deepspeed="$PWD/build/trl/deepspeed"
 install "$deepspeed" deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops pydantic==2.14.3 \
     pydantic-core==2.50.4 annotated-types typing-inspection
+commit="$(git describe --always --dirty)"  # before the results make the tree another one
 for version in "${versions[@]}"; do
     folder="$PWD/build/trl/$version"
     # Older TRL imports requests, which its requirements do not name.
     install "$folder" "trl==$version" requests urllib3 charset-normalizer idna certifi
     export PYTHONPATH="$folder:$deepspeed"
     {
-        echo "$(date -u +%F), commit $(git describe --always --dirty)"
+        echo "$(date -u +%F), commit $commit"
         cd /
         "$bin/python" -W ignore -c "
 from importlib.metadata import version

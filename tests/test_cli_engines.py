@@ -9,6 +9,7 @@ import torch
 from cli_cases import ARITHMETIC, TINY, cppo
 from safetensors.torch import load_file
 
+from cppo import extras
 from cppo.cli import engines
 from cppo.cli.run_config import BUILDERS
 from cppo.config import CPPOConfig, VLLMConfig
@@ -37,7 +38,8 @@ def installed(monkeypatch):
                 raise PackageNotFoundError(name)
             return here[name][0]
 
-        monkeypatch.setattr(engines, "version", version)
+        for module in (engines, extras):
+            monkeypatch.setattr(module, "version", version)
         monkeypatch.setattr(engines, "requires", lambda name: here[name][1])
 
     return install

@@ -23,6 +23,7 @@ from trainer_cases import (
 from trainer_cases import image as picture
 from trl_cases import (
     HALF,
+    HALF_LOOK,
     LOOK,
     OFF,
     CPPOFixed,
@@ -43,8 +44,6 @@ from cppo.integrations.trl import CPPO, CPPOMixin, per_device_train_batch_size
 from cppo.integrations.trl_rows import trimmed
 from cppo.records import NumItems, Views
 from cppo.train.algorithm import microbatch_loss
-
-HALF_LOOK = dataclasses.replace(HALF, loss=LOOK.loss)
 
 
 @functools.cache

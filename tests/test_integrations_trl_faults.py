@@ -12,6 +12,7 @@ from trainer_cases import relative_difference, same, weights_of
 from trl import RLOOConfig, RLOOTrainer
 from trl_cases import (
     HALF,
+    HALF_LOOK,
     LOOK,
     CPPOFixed,
     Fixed,
@@ -26,9 +27,6 @@ from trl_cases import (
 
 from cppo.integrations.trl import CPPOMixin
 from cppo.integrations.trl_postponed import Postponed
-
-HALF_LOOK = dataclasses.replace(HALF, loss=LOOK.loss)
-
 
 # Old and reference log-probabilities that somebody reads
 
@@ -207,7 +205,7 @@ def test_a_resumed_run_draws_the_perturbations_of_the_whole_one(tmp_path):
 # Trainers that have nothing to wrap
 
 
-def test_a_trainer_without_what_is_wrapped_is_refused() -> None:
+def test_a_trainer_without_what_is_wrapped_is_refused():
     """TRL's own asynchronous one would train on everything, without a word."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experimental

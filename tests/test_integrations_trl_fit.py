@@ -16,7 +16,6 @@ from trl import GRPOTrainer
 from trl.trainer import utils
 from trl_cases import HALF, LOOK, OFF, trained, trainer_of
 
-import cppo
 from cppo.config import LossConfig
 from cppo.integrations import trl as adapter
 from cppo.integrations.trl import CPPO, check, patch_trl
@@ -130,19 +129,6 @@ def test_options_that_mean_nothing_are_refused(options, words):
 # The kernel
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The calls of cppo.linear_token_stats."""
-    noted, stats = [], cppo.linear_token_stats
-
-    def watch(*args, **kwargs):
-        noted.append(kwargs)
-        return stats(*args, **kwargs)
-
-    monkeypatch.setattr(cppo, "linear_token_stats", watch)
-    return noted
-
-
 @pytest.mark.skipif(HAS_KERNEL, reason="this TRL has the kernel that patch_trl swaps")
 def test_patch_trl_leaves_an_older_trl_alone():
     with pytest.raises(RuntimeError, match="cppo.patch_trl: patch_trl: does not fit"):
@@ -150,7 +136,7 @@ def test_patch_trl_leaves_an_older_trl_alone():
 
 
 @with_kernel
-def test_patch_trl_trains_the_same_and_can_be_undone(calls):
+def test_patch_trl_trains_the_same_and_can_be_undone(stats_calls):
     theirs, options = utils._ChunkedLogProbFunction, dict(temperature=0.7, top_entropy_quantile=0.5)
     undo = patch_trl("reference")
     try:
@@ -159,10 +145,11 @@ def test_patch_trl_trains_the_same_and_can_be_undone(calls):
     finally:
         undo()
     assert utils._ChunkedLogProbFunction is theirs
-    assert calls and calls[0]["temperature"] == 0.7 and calls[0]["backend"] == "reference"
-    del calls[:]
+    assert stats_calls and stats_calls[0]["temperature"] == 0.7
+    assert stats_calls[0]["backend"] == "reference"
+    stats_calls.clear()
     assert relative_difference(ours, weights_of(trained(**options).model)) < 1e-6
-    assert not calls
+    assert not stats_calls
 
 
 @with_kernel
@@ -176,7 +163,7 @@ def test_patch_trl_trains_the_same_and_can_be_undone(calls):
         (None, 1.0, ("log_probs", "entropy", "mean_logits", "is_top1"), False),
     ],
 )
-def test_patch_trl_computes_what_trl_computes(softcap, scale, outputs, is_ours, calls):
+def test_patch_trl_computes_what_trl_computes(softcap, scale, outputs, is_ours, stats_calls):
     generator = torch.Generator().manual_seed(0)
     head = [torch.randn(n, 4, generator=generator, requires_grad=True) for n in (5, 9)]
     bias = torch.randn(9, generator=generator, requires_grad=True)
@@ -187,7 +174,7 @@ def test_patch_trl_computes_what_trl_computes(softcap, scale, outputs, is_ours, 
         found = utils._ChunkedLogProbFunction.apply(*usual)
     finally:
         undo()
-    assert len(calls) == is_ours
+    assert len(stats_calls) == is_ours
     assert len(found) == len(expected) == 5
     for ours, exact in zip(found, expected, strict=True):
         assert (ours is None) == (exact is None)

@@ -15,7 +15,7 @@ from trl.chat_template_utils import qwen3_chat_template, qwen3_vl_chat_template
 from trl.trainer import grpo_trainer
 from trl_cases import (
     HALF,
-    LOOK,
+    HALF_LOOK,
     CPPOMixin,
     completions_of,
     late,
@@ -141,9 +141,8 @@ def test_images_that_a_tool_brings_are_perturbed_with_the_others(monkeypatch):
         return perturb(pixels, grid, *rest, seeds=seeds, **more)
 
     monkeypatch.setattr(trl_views, "perturb_pixel_values", watch)
-    looks = dataclasses.replace(HALF, loss=LOOK.loss)
     more = dict(family="qwen3_vl", template=qwen3_vl_chat_template, tools=[zoom])
-    runs = [tool_run(each, **more) for each in (looks, late(looks))]
+    runs = [tool_run(each, **more) for each in (HALF_LOOK, late(HALF_LOOK))]
     assert same(*(weights_of(trainer.model) for trainer, _ in runs))
     (trainer, seen), _ = runs
     (rollout,) = seen["rollouts"]

@@ -4,7 +4,6 @@ A stand-in takes vLLM's place: it returns token ids and log-probabilities as TRL
 does.
 """
 
-import dataclasses
 import importlib.metadata
 import random
 from types import SimpleNamespace
@@ -16,11 +15,10 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'
 
 from trainer_cases import same, weights_of
 from trl import GRPOTrainer
-from trl_cases import HALF, LOOK, CPPOMixin, late, logged, trainer_of, watched
+from trl_cases import HALF, HALF_LOOK, CPPOMixin, late, logged, trainer_of, watched
 
 from cppo.integrations.trl_vllm import mend_image_tokens
 
-HALF_LOOK = dataclasses.replace(HALF, loss=LOOK.loss)
 TRL = tuple(int(part) for part in importlib.metadata.version("trl").split(".")[:2])
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 RATIOS = [f"sampling/importance_sampling_ratio/{x}" for x in ("min", "mean", "max")]

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("verl", reason="needs verl >= 0.9: tests/run_verl.sh")
 
 from verl_cases import (  # noqa: E402
     LOSS,
+    engine_and_batch,
     engine_for,
     gradients,
     half,
@@ -30,24 +30,22 @@ from tensordict import TensorDict  # noqa: E402
 from verl.utils import tensordict_utils as tu  # noqa: E402
 from verl.workers.engine.base import BaseEngine  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.fixture(scope="module")
-def engine():
-    return engine_for(example)
+def made(one_process):
+    return engine_and_batch(example)
 
 
 @pytest.fixture(scope="module")
-def batch(engine):
-    batch = example.made_up_batch(engine.model_config.processor, num_questions=4, seed=2)
-    example.add_old_log_probs(engine, batch)
-    return batch
+def engine(made):
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def batch(made):
+    return made[1]
 
 
 def test_two_optimizer_steps_with_the_loss_and_the_views(capsys):
@@ -274,11 +272,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["cppo", "torch"])
-def test_fused_statistics_behind_verls_switch(engine, batch, backend, monkeypatch):
-    calls, plain = [], cppo.linear_token_stats
-    monkeypatch.setattr(
-        cppo, "linear_token_stats", lambda *a, **k: (calls.append(k), plain(*a, **k))[1]
-    )
+def test_fused_statistics_behind_verls_switch(engine, batch, backend, stats_calls):
     options = dict(use_fused_kernels=True, fused_kernel_options=dict(impl_backend=backend))
     model_class = type(example.build_tiny_vlm(size="test")[0])
     forward = model_class.forward
@@ -291,4 +285,4 @@ def test_fused_statistics_behind_verls_switch(engine, batch, backend, monkeypatc
     finally:
         model_class.forward = forward
     assert worst(ours, gradients(engine, batch, actor)) < 2e-4
-    assert bool(calls) == (backend == "cppo")
+    assert bool(stats_calls) == (backend == "cppo")

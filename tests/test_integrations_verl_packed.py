@@ -6,7 +6,6 @@ for it. Everything else is verl's own: packing, rolled labels, its forwards, Uly
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("verl", reason="needs verl >= 0.9: tests/run_verl.sh")
 
@@ -16,6 +15,7 @@ from transformers.utils import is_flash_attn_2_available  # noqa: E402
 from verl_cases import (  # noqa: E402
     FUSED,
     LOSS,
+    engine_and_batch,
     engine_for,
     gradients_and_metrics,
     load_example,
@@ -24,27 +24,19 @@ from verl_cases import (  # noqa: E402
 )
 from verl_flash import plain_flash_attention  # noqa: E402
 
-import cppo  # noqa: E402
 from cppo.demo.tiny import build_tiny_text_model  # noqa: E402
 
 example = load_example()
 
 from verl.utils import tensordict_utils as tu  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.fixture(scope="module")
-def padded():
+def padded(one_process):
     """Batch, gradients and metrics of an update with padding."""
-    engine = engine_for(example)
-    batch = example.made_up_batch(engine.model_config.processor, num_questions=4, seed=2)
-    example.add_old_log_probs(engine, batch)
+    engine, batch = engine_and_batch(example)
     return batch, *gradients_and_metrics(engine, batch, example.actor_config(**LOSS))
 
 
@@ -75,18 +67,14 @@ DYNAMIC = dict(use_dynamic_bsz=True, max_token_len_per_gpu=150)
     ids=["packed", "dynamic", "fused", "fused dynamic"],
 )
 def test_packed_sequences_have_the_gradients_of_padded_ones(
-    padded, flash, options, settings, monkeypatch
+    padded, flash, options, settings, stats_calls
 ):
-    calls, plain = [], cppo.linear_token_stats
-    monkeypatch.setattr(
-        cppo, "linear_token_stats", lambda *a, **k: (calls.append(k), plain(*a, **k))[1]
-    )
     batch, expected, their_metrics = padded
     found, metrics = packed_update(batch, options, **settings)
     assert worst(found, expected) < 2e-4
     assert metrics == pytest.approx(their_metrics, rel=1e-4)
     assert metrics["perception_tokens"] > 0 and metrics["gated_completions"] > 0
-    assert bool(calls) == bool(options)
+    assert bool(stats_calls) == bool(options)
 
 
 def text_batch(**settings):

@@ -115,7 +115,13 @@ REWARDS = {
     # Of several outputs of an agent's completion the last one's reward counts, for all of them.
     "c": [2.0, 2.0, 2.0, 2.0, [9.0, 0.0], 2.0, 7.0],
 }
+PRUNE = "+trainer.v1.cppo.prune_rate=0.75"
 KEPT = {"a_2_0", "a_5_0", "b_1_0", "b_7_0", "c_4_0", "c_4_1", "c_6_0"}
+
+
+def real(keys):
+    """Those of completions, without the rows that only fill up."""
+    return [key for key in keys if not key.startswith("pad")]
 
 
 def step(tq, mode, *overrides, rewards=None, ranks=2, sample=None):
@@ -154,13 +160,11 @@ def step(tq, mode, *overrides, rewards=None, ranks=2, sample=None):
 
 
 def test_the_trainer_prunes_before_old_and_reference_log_probabilities(queue):
-    trainer, workers, metrics, batch, result = step(
-        queue, "cppo", "+trainer.v1.cppo.prune_rate=0.75"
-    )
+    trainer, workers, metrics, batch, result = step(queue, "cppo", PRUNE)
     assert [name for name, *_ in workers.calls] == ["old_log_prob", "ref_log_prob", "update_actor"]
     for _, keys, _, _ in workers.calls:
         # An empty row fills the mini-batch, for two ranks; means are over the others.
-        assert {key for key in keys if not key.startswith("pad")} == KEPT and len(keys) == 8
+        assert {*real(keys)} == KEPT and len(keys) == 8
     _, keys, extra_info, data = workers.calls[-1]
     assert extra_info["mini_batch_size"] == 8 and extra_info["global_batch_size"] == 7
     assert trainer.config.actor_rollout_ref.actor.ppo_mini_batch_size == 4
@@ -183,7 +187,7 @@ def test_the_trainer_prunes_before_old_and_reference_log_probabilities(queue):
         torch.testing.assert_close(advantages, expected.expand(len(mask)))
 
     # Metrics and the clearing of the queue are of everything that was sampled.
-    assert sorted(k for k in result.keys if not k.startswith("pad")) == sorted(batch.keys)
+    assert sorted(real(result.keys)) == sorted(batch.keys)
     assert len(result.tags) == len(result.keys) == 25
     assert metrics["cppo/completions"] == 23 and metrics["cppo/kept_completions"] == 6
     assert metrics["critic/score/mean"] == pytest.approx((sum(map(sum, final.values())) + 9) / 24)
@@ -198,10 +202,10 @@ def test_without_pruning_the_trainer_is_verls_own(queue):
         _, workers, metrics, _, result = step(queue, mode)
         _, keys, _, data = workers.calls[-1]
         rows = dict(zip(keys, data["advantages"].unbind(), strict=True))
-        real = {key: row.tolist() for key, row in rows.items() if not key.startswith("pad")}
+        advantages = {key: rows[key].tolist() for key in real(keys)}
         infos = [(name, len(keys), info) for name, keys, info, _ in workers.calls]
         kept_metrics = {k: v for k, v in metrics.items() if not k.startswith(("timing", "perf"))}
-        seen.append((infos, real, len(result), kept_metrics))
+        seen.append((infos, advantages, len(result), kept_metrics))
         queue.kv_clear(result.keys, "train")
     assert seen[0] == seen[1]
 
@@ -210,8 +214,7 @@ def trained(workers):
     """Keys, mini-batch size and what sequence means are divided by, of the update."""
     name, keys, info, _ = workers.calls[-1]
     assert name == "update_actor"
-    real = [key for key in keys if not key.startswith("pad")]
-    return real, len(keys), info["mini_batch_size"], info["global_batch_size"]
+    return real(keys), len(keys), info["mini_batch_size"], info["global_batch_size"]
 
 
 PLAIN = {
@@ -242,8 +245,8 @@ def test_mini_batches_of_what_is_kept(queue, overrides, ranks, rows, mini_batch,
         rewards=PLAIN,
         ranks=ranks,
     )
-    real, padded, size, divisor = trained(workers)
-    assert len(real) == metrics["cppo/kept_completions"] == rows
+    kept, padded, size, divisor = trained(workers)
+    assert len(kept) == metrics["cppo/kept_completions"] == rows
     assert (size, divisor) == (mini_batch, mean) and padded % size == 0 and size % ranks == 0
     assert divisor * (padded // size) == rows
     assert padded - rows < size  # no mini-batch is empty
@@ -263,19 +266,17 @@ actor_rollout_ref.rollout.checkpoint_engine.backend=nccl
     [("colocate_async", []), ("separate_async", SEPARATE)],
 )
 def test_asynchronous_trainers_prune(queue, mode, overrides):
-    trainer, workers, metrics, batch, result = step(
-        queue, f"cppo_{mode}", "+trainer.v1.cppo.prune_rate=0.75", *overrides
-    )
+    trainer, workers, metrics, batch, result = step(queue, f"cppo_{mode}", PRUNE, *overrides)
     assert trainer.config.trainer.v1.trainer_mode == trainer.trainer_mode == mode
     assert type(trainer.replay_buffer).__name__ != "ReplayBuffer"
     assert set(trained(workers)[0]) == KEPT and metrics["cppo/kept_completions"] == 6
-    assert {key for key in result.keys if not key.startswith("pad")} == set(batch.keys)
+    assert {*real(result.keys)} == {*batch.keys}
     queue.kv_clear(result.keys, "train")
 
 
 def test_each_update_between_two_weight_syncs_prunes_its_own_batch(queue):
     trainer, workers, *_, first = step(
-        queue, "cppo_separate_async", *SEPARATE, "+trainer.v1.cppo.prune_rate=0.75", rewards=PLAIN
+        queue, "cppo_separate_async", *SEPARATE, PRUNE, rewards=PLAIN
     )
     queue.kv_clear(first.keys, "train")
     workers.calls.clear()
@@ -286,34 +287,26 @@ def test_each_update_between_two_weight_syncs_prunes_its_own_batch(queue):
     metrics = {}
     result = trainer.step(metrics, {})
     updates = [keys for name, keys, *_ in workers.calls if name == "update_actor"]
-    assert [{key.split("_")[0] for key in keys if key[:3] != "pad"} for keys in updates] == [
-        {"a"}, {"b"}]  # fmt: skip
-    assert all(sum(key[:3] != "pad" for key in keys) == 2 for keys in updates)
+    assert [[key.split("_")[0] for key in real(keys)] for keys in updates] == [["a"] * 2, ["b"] * 2]
     assert metrics["cppo/kept_completions"] == 2  # the mean over the updates
-    assert sum(key[:3] != "pad" for key in result.keys) == 16
+    assert len(real(result.keys)) == 16
     queue.kv_clear(result.keys, "train")
 
 
 def test_in_bypass_mode_old_log_probabilities_are_those_of_the_rollout(queue):
-    _, workers, _, _, result = step(
-        queue,
-        "cppo",
-        "+trainer.v1.cppo.prune_rate=0.75",
-        "algorithm.rollout_correction.bypass_mode=True",
-    )
+    bypass = "algorithm.rollout_correction.bypass_mode=True"
+    _, workers, _, _, result = step(queue, "cppo", PRUNE, bypass)
     assert [name for name, *_ in workers.calls] == ["ref_log_prob", "update_actor"]
     assert set(trained(workers)[0]) == KEPT
     queue.kv_clear(result.keys, "train")
 
 
 def test_with_rollout_correction_weights_are_of_the_kept_completions(queue):
-    _, workers, metrics, _, result = step(
-        queue,
-        "cppo",
-        "+trainer.v1.cppo.prune_rate=0.75",
+    weighted = (
         "algorithm.rollout_correction.rollout_is=token",
         "actor_rollout_ref.rollout.calculate_log_probs=True",
     )
+    _, workers, metrics, _, result = step(queue, "cppo", PRUNE, *weighted)
     keys, data = workers.calls[-1][1], workers.calls[-1][3]
     assert set(trained(workers)[0]) == KEPT
     for key, weights, mask in zip(
@@ -336,7 +329,7 @@ def test_with_filter_groups_the_groups_that_verl_keeps_are_pruned(queue):
     trainer, workers, metrics, _, result = step(
         queue,
         "cppo",
-        "+trainer.v1.cppo.prune_rate=0.75",
+        PRUNE,
         "algorithm.filter_groups.enable=True",
         "algorithm.filter_groups.metric=reward",
         rewards=rewards,

@@ -27,6 +27,7 @@ SCRATCH = tempfile.TemporaryDirectory(prefix="cppo-trl-")  # gone when the proce
 OFF = CPPO(trim=False, loss=LossConfig(cpl_coef=0))
 HALF = CPPO(prune_rate=0.5, loss=LossConfig(cpl_coef=0))
 LOOK = CPPO(loss=LossConfig(cpl_coef=1.0, cpl_reduction="sequence"))
+HALF_LOOK = CPPO(prune_rate=0.5, loss=LOOK.loss)
 # Plain gradient descent: Adam's first steps are the sign of a gradient, zero or not.
 SMALL = dict(
     use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,

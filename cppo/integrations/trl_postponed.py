@@ -33,7 +33,7 @@ class Postponed(Tensor):
     ) -> Postponed:
         """Return a stand-in of this shape.
 
-        Args: compute: called once, with (K,) row indices or with None for all rows.
+        Args: compute: called with (K,) row indices by each `take`, with None by the first `read`.
         """
         made = torch.zeros((), device=device).expand(shape).as_subclass(cls)
         made._compute, made._value = compute, None

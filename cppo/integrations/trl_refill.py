@@ -143,7 +143,7 @@ def _widened(batch: Batch, prompt: int, length: int, pad: int) -> Batch:
 
 
 def _absent(name: str, batch: Batch) -> Any:
-    """What stands for an entry of images in a part that has none; None: nothing."""
+    """What stands for an entry that this part has not and another has; None: nothing."""
     ids, count = batch["completion_ids"], len(batch["prompt_ids"])
     if name in ("num_images", "num_tiles"):
         return [0] * count

@@ -31,7 +31,7 @@ class Kept(NamedTuple):
     real: int
     """The first of them stay; the others fill up and weigh nothing."""
     scale: float
-    """Rows of all processes, by those that stay."""
+    """Rows that all processes run, divided by those that stay."""
     share: float
     """Completions of all processes that stay, of those sampled."""
 

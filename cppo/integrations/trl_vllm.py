@@ -14,7 +14,7 @@ from cppo.integrations.trl_rows import Batch, loss_mask
 def is_postponed(trainer: Any, generate: Any) -> bool:
     """Whether the importance weights of vLLM can wait for the pruning.
 
-    They can where TRL alone would read them before: a class of somebody else's may read them too.
+    They cannot if the rollout is not TRL's own: whoever changed it may read them.
     Args: generate: the `_generate_and_score_completions` behind the mixin.
     """
     return (
@@ -30,7 +30,8 @@ def correct(trainer: Any, batch: Batch) -> None:
     As in TRL's documentation of vllm_importance_sampling_mode: e^d, where d is the difference of
     the old and the sampling log-probability of a token, or its sum over a completion; truncated it
     is clamped to the bounds, masked it is 0 outside of them. A token that vLLM gave no
-    log-probability has d = 0.
+    log-probability has d = 0. `cppo.importance_weights` sums a completion exactly; this sums as TRL
+    does, so that early and late pruning have the same bits.
     """
     mask, mode = loss_mask(batch), trainer.vllm_importance_sampling_mode
     low, high = (getattr(trainer, f"vllm_importance_sampling_clip_{x}") for x in ("min", "max"))
@@ -74,9 +75,9 @@ def _log(trainer: Any, differences: Tensor, weights: Tensor) -> None:
 def mend_image_tokens(trainer: Any) -> None:
     """Hand a colocated vLLM each image as one token, which it expands itself.
 
-    TRL (1.16; huggingface/trl#6294) hands it over expanded already, and vLLM expands it once more:
-    the model then samples from another prompt than it is trained on. A prompt that has one token
-    per image is left alone.
+    TRL (1.7 to 1.16; huggingface/trl#6294) hands it over expanded already, and vLLM expands it once
+    more: the model then samples from another prompt than it is trained on. A prompt that has one
+    token per image is left alone.
     Raises (at generation): RuntimeError if what vLLM makes of it is not the prompt trained on.
     """
     llm = getattr(getattr(trainer, "vllm_generation", None), "llm", None)

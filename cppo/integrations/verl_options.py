@@ -19,8 +19,8 @@ from cppo.views import views_from_names
 class Options:
     """actor_rollout_ref.actor.policy_loss: names, meanings and defaults of `cppo.LossConfig`.
 
-    With cpl_coef 0 the perturbed views are not run; gating spares the other completions theirs.
-    divergence is not "full": it needs the whole vocabulary, which verl's loss does not see.
+    With cpl_coef 0 the perturbed views are not run, with gating only for completions with A > 0.
+    divergence cannot be "full": it needs the whole vocabulary, which verl's loss does not see.
 
     Raises: ValueError for a value out of range.
     """

@@ -93,7 +93,8 @@ def write_verl(
 
 def _message(message: dict[str, Any], has_images: bool, where: str) -> dict[str, str]:
     if more := set(message) - {"role", "content"}:
-        raise QuestionError(f"{where}a message has {', '.join(sorted(more))}, verl's rows have not")
+        found = ", ".join(sorted(more))
+        raise QuestionError(f"{where}a message has {found}; verl's rows hold role and content")
     content = message["content"]
     parts = [dict(type="text", text=content)] if isinstance(content, str) else content
     words = ""
@@ -103,7 +104,7 @@ def _message(message: dict[str, Any], has_images: bool, where: str) -> dict[str,
             continue
         for marker in _MARKERS if has_images else ():
             if marker in part["text"]:
-                raise QuestionError(f"{where}a text has {marker}, which verl takes for one")
+                raise QuestionError(f"{where}a text has {marker}; verl would put media there")
         words += part["text"]
     return dict(role=message["role"], content=words)
 

@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="needs vLLM: tests/run_vllm.sh makes an envir
 from cli_cases import ARITHMETIC, TINY, cppo
 
 from cppo.cli import engines
+from cppo.extras import vllm_build
 from cppo.train.progress import read_metrics
 
 VLLM = ["trainer.engine=vllm", "trainer.vllm.max_model_len=128", "trainer.vllm.check_every=1"]
@@ -22,7 +23,7 @@ def test_a_run_and_its_evaluations(tmp_path: Any, monkeypatch: Any, capsys: Any)
     monkeypatch.chdir(tmp_path)
     given = [*TINY, "trainer.max_completion_tokens=32", "data.eval.limit=16"]
     status, out, _ = cppo(capsys, "train", ARITHMETIC, *given, *VLLM)
-    name, number = engines.vllm_build() or ("", "")
+    name, number = vllm_build() or ("", "")
     assert status == 0 and f"rollouts: vllm {number} (float32), in this process" in out
     assert engines.support()["vllm"] == f"{version(name)} ({name})"
     rows = [row for row in read_metrics("run") if "loss" in row]

@@ -17,7 +17,7 @@ from trainer_cases import same, weights_of
 from trl import GRPOTrainer
 from trl_cases import HALF, HALF_LOOK, CPPOMixin, late, logged, trainer_of, watched
 
-from cppo.integrations.trl_vllm import mend_image_tokens
+from cppo.integrations import trl_vllm_images
 
 TRL = tuple(int(part) for part in importlib.metadata.version("trl").split(".")[:2])
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -164,11 +164,7 @@ class Expanding:
 
 def mended(token=7):
     llm = Expanding(token)
-    trainer = SimpleNamespace(
-        vllm_generation=SimpleNamespace(llm=llm),
-        processing_class=SimpleNamespace(image_token_id=token),
-    )
-    mend_image_tokens(trainer)
+    trl_vllm_images.mend_tokens(llm, token)
     return llm
 
 
@@ -198,7 +194,7 @@ def test_a_prompt_that_vllm_reads_otherwise_is_refused_in_words():
 
 
 def test_the_trl_here_expands_image_tokens_before_it_calls_vllm():
-    """If this fails, TRL has mended trl#6294: `mend_image_tokens` may go."""
+    """If this fails, TRL has mended trl#6294: `mend_tokens` may go."""
     trainer, _ = vllm_run("qwen2_5_vl", HALF, max_steps=1)
     token = trainer.processing_class.image_token_id
     seen = []

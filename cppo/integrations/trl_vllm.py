@@ -1,4 +1,4 @@
-"""vLLM under TRL: its importance weights on the rows that are left, and its image tokens."""
+"""vLLM under TRL: its importance weights on the rows that are left."""
 
 from __future__ import annotations
 
@@ -70,51 +70,3 @@ def _log(trainer: Any, differences: Tensor, weights: Tensor) -> None:
         add("sampling_logp_difference", differences[~differences.isnan()], over)
     for over in ("min", "mean", "max"):
         add("importance_sampling_ratio", weights, over)
-
-
-def mend_image_tokens(trainer: Any) -> None:
-    """Hand a colocated vLLM each image as one token, which it expands itself.
-
-    TRL (1.7 to 1.16; huggingface/trl#6294) hands it over expanded already, and vLLM expands it once
-    more: the model then samples from another prompt than it is trained on. A prompt that has one
-    token per image is left alone.
-    Raises (at generation): RuntimeError if what vLLM makes of it is not the prompt trained on.
-    """
-    llm = getattr(getattr(trainer, "vllm_generation", None), "llm", None)
-    token = _image_token(trainer)
-    if llm is None or token is None:
-        return
-    generate = llm.generate
-
-    def mended(prompts: list[Any], *args: Any, **kwargs: Any) -> Any:
-        short = [_collapsed(prompt, token) for prompt in prompts]
-        outputs = generate(short, *args, **kwargs)
-        for prompt, given, output in zip(prompts, short, outputs, strict=True):
-            ids = prompt["prompt_token_ids"]
-            if given is not prompt and list(output.prompt_token_ids) != list(ids):
-                raise RuntimeError(
-                    "cppo.integrations.trl: vLLM samples from another prompt than TRL trains on: "
-                    f"of an image prompt of {len(ids)} tokens it made "
-                    f"{len(output.prompt_token_ids)} (huggingface/trl#6294); use "
-                    "vllm_mode='server', or use_vllm=False"
-                )
-        return outputs
-
-    llm.generate = mended
-
-
-def _image_token(trainer: Any) -> int | None:
-    """The token that stands for a part of an image in the model's prompts."""
-    token = getattr(trainer.processing_class, "image_token_id", None)
-    return getattr(trainer, "_image_pad_token_id", None) if token is None else token
-
-
-def _collapsed(prompt: Any, token: int) -> Any:
-    """A prompt of vLLM with one token per image; the same object if it has that already."""
-    images = prompt.get("multi_modal_data", {}).get("image")
-    ids = prompt["prompt_token_ids"]
-    count = len(images) if isinstance(images, list) else 1
-    if images is None or ids.count(token) == count:
-        return prompt
-    one_each = [x for x, before in zip(ids, [None, *ids], strict=False) if not x == before == token]
-    return {**prompt, "prompt_token_ids": one_each}

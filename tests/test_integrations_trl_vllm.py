@@ -1,4 +1,4 @@
-"""The TRL adapter with vLLM: importance weights of the rows that are left, image tokens.
+"""The TRL adapter with vLLM: importance weights of the rows that are left; weights and images.
 
 A stand-in takes vLLM's place: it returns token ids and log-probabilities as TRL's `vllm_generation`
 does.
@@ -17,7 +17,7 @@ from trainer_cases import same, weights_of
 from trl import GRPOTrainer
 from trl_cases import HALF, HALF_LOOK, CPPOMixin, late, logged, trainer_of, watched
 
-from cppo.integrations import trl_vllm_images
+from cppo.integrations import trl_vllm_mend
 
 TRL = tuple(int(part) for part in importlib.metadata.version("trl").split(".")[:2])
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -164,7 +164,7 @@ class Expanding:
 
 def mended(token=7):
     llm = Expanding(token)
-    trl_vllm_images.mend_tokens(llm, token)
+    trl_vllm_mend.mend_tokens(llm, token)
     return llm
 
 
@@ -208,3 +208,69 @@ def test_the_trl_here_expands_image_tokens_before_it_calls_vllm():
     trainer._generate_and_score_completions([trainer.train_dataset[0]] * 8)
     assert len(seen) == 8
     assert all(list(ids).count(token) > len(images) for ids, images in seen)
+
+
+# Weights
+
+
+def test_a_colocated_vllm_forgets_images_after_every_sync():
+    done = []
+    engine = SimpleNamespace(reset_encoder_cache=lambda: done.append("reset"))
+    generation = SimpleNamespace(sync_weights=lambda: done.append("sync"))
+    generation.llm = SimpleNamespace(llm_engine=engine)
+    trl_vllm_mend.mend_features(generation)
+    generation.sync_weights()
+    generation.sync_weights()
+    assert done == ["sync", "reset"] * 2
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_server_forgets_images_after_a_sync_or_it_is_said_once(knows):
+    done = []
+
+    def post(url):
+        done.append(url)
+        return SimpleNamespace(ok=knows)
+
+    generation = SimpleNamespace(sync_weights=lambda: done.append("sync"))
+    session = SimpleNamespace(post=post)
+    generation.vllm_client = SimpleNamespace(base_url="http://here:8000", session=session)
+    trl_vllm_mend.mend_features(generation)
+    reset = ["sync", "http://here:8000/reset_encoder_cache"]
+    if knows:
+        generation.sync_weights()
+    else:
+        with pytest.warns(UserWarning, match="vision tower of an older step .*trl#7198"):
+            generation.sync_weights()
+    generation.sync_weights()
+    assert done == (reset * 2 if knows else [*reset, "sync"])
+
+
+def test_weights_that_are_taken_from_lora_stay_merged():
+    weight = torch.ones(2)
+
+    def iterate():
+        weight.add_(1)
+        yield "weight", weight
+        weight.sub_(1)
+
+    generation = SimpleNamespace(_iter_named_params=iterate)
+    trl_vllm_mend.mend_adapters(generation)
+    ((name, sent),) = list(generation._iter_named_params())
+    assert name == "weight" and sent.tolist() == [2, 2] and weight.tolist() == [1, 1]
+
+
+def test_tokens_of_a_server_get_the_name_that_trl_reads():
+    top = [{"token_id": 7, "logprob": -1.0}, {"token_id": 8, "logprob": -2.0}]
+    named = {"token": "token_id:9", "token_id": 9, "logprob": -1.0, "top_logprobs": None}
+    entries = [{"token_id": 7, "logprob": -1.0, "top_logprobs": top}, named]
+
+    def post(url, json=None):
+        return {"choices": [{"logprobs": {"content": entries}}, {"logprobs": None}]}
+
+    client = SimpleNamespace(_post=post)
+    trl_vllm_mend.mend_logprobs(client)
+    client._post("http://here/v1/completions", json={})
+    assert "token" not in entries[0]
+    client._post("http://here/inference/v1/generate", json={})
+    assert [entry["token"] for entry in (*entries, *top)] == [f"token_id:{x}" for x in (7, 9, 7, 8)]

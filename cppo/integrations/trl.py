@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cppo.integrations import trl_vllm, trl_vllm_images
+from cppo.integrations import trl_vllm, trl_vllm_mend
 from cppo.integrations.fit import AnyTrainer, parameters
 from cppo.integrations.trl_fit import OPTIONAL, Fit, check, patch_trl
 from cppo.integrations.trl_options import (
@@ -91,7 +91,7 @@ class CPPOMixin(AnyTrainer):
         self._draw = (-1, 0)  # the last rollout's global step, and its number within that step
         super().__init__(*args, **kwargs)
         check_run(self)
-        trl_vllm_images.mend(self)
+        trl_vllm_mend.mend(self)
 
     # A rollout
 

@@ -18,12 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import vllm._custom_ops
 from peft import LoraConfig
 from trl.generation import vllm_generation
-from trl_vllm_cases import EXACT, LOOK, STEPS, differences, logged, run
+from trl_vllm_cases import EXACT, LOOK, LORA, STEPS, differences, logged, run
 
-from cppo.integrations import trl_vllm_images
+from cppo.integrations import trl_vllm_mend
 
 COLOCATE = dict(vllm_mode="colocate", vllm_max_model_length=256)
-LORA = dict(r=4, lora_alpha=16, target_modules="all-linear")
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +54,7 @@ def test_images_that_come_again(
     mended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not mended:
-        monkeypatch.setattr(trl_vllm_images, "mend_features", lambda generation: None)
+        monkeypatch.setattr(trl_vllm_mend, "mend_features", lambda generation: None)
     trainer = run("images", tmp_path, questions=2, **COLOCATE)
     what = "features of the weights of the step" if mended else "features of older weights"
     first, *later = differences(trainer, f"the same two images in every step, {what}")
@@ -66,7 +65,7 @@ def test_images_that_come_again(
 def test_without_the_mending_vllm_samples_from_another_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trl_vllm_images, "mend_tokens", lambda llm, token: None)
+    monkeypatch.setattr(trl_vllm_mend, "mend_tokens", lambda llm, token: None)
     trainer = run("images", tmp_path, **COLOCATE)
     assert min(differences(trainer, "images, expanded twice")) > 100 * EXACT
 

@@ -17,6 +17,7 @@ from cppo.model.load import load_model, load_processor
 
 EXACT = 1e-4  # nats, in fp32
 STEPS = 4
+LORA: dict[str, Any] = dict(r=4, lora_alpha=16, target_modules="all-linear")
 LOOK = CPPO(prune_rate=0.5, loss=LossConfig(cpl_coef=0.02))
 
 

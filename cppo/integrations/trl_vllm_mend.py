@@ -1,4 +1,4 @@
-"""Images that TRL sends to vLLM: what goes wrong between the two, mended where it does."""
+"""What goes wrong between TRL and vLLM on the way of weights and images, mended where it does."""
 
 from __future__ import annotations
 
@@ -7,17 +7,35 @@ from typing import Any
 
 
 def mend(trainer: Any) -> None:
-    """Mend TRL's vLLM, if the trainer has one and its model sees images."""
+    """Mend the vLLM of a trainer, if it has one. Its server is known to the main process alone."""
     generation = getattr(trainer, "vllm_generation", None)
+    if generation is None:
+        return
+    client, llm = (getattr(generation, name, None) for name in ("vllm_client", "llm"))
+    if client is not None and hasattr(generation.model, "peft_config"):
+        mend_adapters(generation)
     token = getattr(trainer.processing_class, "image_token_id", None)
     token = getattr(trainer, "_image_pad_token_id", None) if token is None else token
-    if generation is None or token is None:
+    if token is None:
         return
     mend_features(generation)
-    if hasattr(generation, "llm"):
-        mend_tokens(generation.llm, token)
-    if hasattr(generation, "vllm_client"):  # of the main process
-        mend_logprobs(generation.vllm_client)
+    if llm is not None:
+        mend_tokens(llm, token)
+    if client is not None:
+        mend_logprobs(client)
+
+
+def mend_adapters(generation: Any) -> None:
+    """Send a server the weights that LoRA's are merged into.
+
+    vLLM packs up to 1 GiB of them after the last was taken, when TRL (1.16) has undone the merge in
+    place: it sends those of the checkpoint, in silence. A copy keeps what was taken.
+    """
+    iterate = getattr(generation, "_iter_named_params", None)  # older TRL sends one by one
+    if iterate is not None:
+        generation._iter_named_params = lambda: (
+            (name, weight.clone()) for name, weight in iterate()
+        )
 
 
 def mend_features(generation: Any) -> None:

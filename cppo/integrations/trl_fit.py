@@ -69,8 +69,6 @@ def _vllm_fit(trl: str, numbers: tuple[int, ...]) -> Fit:
         return Fit("vllm", True, f"version {version}; not tried with trl {trl}")
     low, high = VLLM[numbers]
     why = f"version {version}; trl {trl} goes with {low[0]}.{low[1]} to {high[0]}.{high[1]}"
-    if numbers == (1, 16) and found == (0, 32):
-        why += ", with 0.32 images in colocate mode only: its server names a field otherwise"
     return Fit("vllm", low <= found <= high, why)
 
 

@@ -84,8 +84,9 @@ def served(address: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.Mo
 
     def of(kind: str, *positional: Any, name: str = "", **options: Any) -> Any:
         (tmp_path / name).mkdir(exist_ok=True)
-        places = dict(vllm_server_base_url=address(kind), vllm_group_port=free_port())
-        return run(kind, tmp_path / name, *positional, vllm_mode="server", **places, **options)
+        options |= dict(vllm_server_base_url=address(kind), vllm_group_port=free_port())
+        options |= dict(vllm_mode="server", vllm_server_timeout=500.0)
+        return run(kind, tmp_path / name, *positional, **options)
 
     return of
 

@@ -160,7 +160,7 @@ def test_trl_stops_at_the_log_probabilities_of_image_prompts(
 def test_early_and_late_pruning_are_the_same_bit_for_bit(
     served: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the same completions: those of a server depend on which requests it runs together."""
+    """On the same completions: those of a server may depend on which requests it runs together."""
     generate, recorded = VLLMClient.generate, []
 
     def record(self: Any, prompts: Any, **options: Any) -> Any:

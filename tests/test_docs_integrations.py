@@ -94,16 +94,32 @@ def test_the_trl_examples_run(name, monkeypatch, capsys):
         assert row["cppo/cpl_loss"] > 0 and 0 < row["cppo/gated_share"] < 1
 
 
-def test_the_trl_table_is_the_committed_rows(monkeypatch):
+def rows_of_table(name: str) -> list[dict[str, str]]:
+    """Committed rows, of which docs/trl.md has the table."""
     pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
-    script = importlib.import_module("cppo.benchmarks.experiments.trl_update")
-    with (ROOT / "benchmarks" / "results" / "trl_update.csv").open() as file:
+    script = importlib.import_module(f"cppo.benchmarks.experiments.{name}")
+    with (ROOT / "benchmarks" / "results" / f"{name}.csv").open() as file:
         rows = list(csv.DictReader(file))
     page = (ROOT / "docs" / "trl.md").read_text()
-    (printed,) = re.findall(r"<!-- table: trl_update -->\n(.*?)\n<!-- /table -->", page, re.DOTALL)
+    (printed,) = re.findall(rf"<!-- table: {name} -->\n(.*?)\n<!-- /table -->", page, re.DOTALL)
     assert printed == script.summary(rows)
+    return rows
+
+
+def test_the_trl_table_is_the_committed_rows():
+    rows = rows_of_table("trl_update")
     pruned = [float(row["times_faster"]) for row in rows if row["variant"] == "prune 0.875"]
     assert len(pruned) == 2 and min(pruned) >= 4
+
+
+def test_the_table_of_packing_is_the_committed_rows():
+    faster = {
+        (row["prompts"], row["variant"]): float(row["times_faster"])
+        for row in rows_of_table("trl_packed")
+    }
+    for prompts in ("GSM8K", "pictures"):
+        assert 1 < faster[prompts, "trim"] < faster[prompts, "pack"]
+        assert faster[prompts, "pack"] < faster[prompts, "share prompts"]
 
 
 def test_the_trl_page(tmp_path):

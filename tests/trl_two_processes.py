@@ -37,6 +37,12 @@ CASES: dict[str, dict[str, Any]] = {
         gradient_accumulation_steps=2,
         num_iterations=1,
     ),
+    "packed": dict(
+        family="qwen2_5_vl",
+        cppo=dataclasses.replace(LOOKING, share_prompts=True),
+        gradient_accumulation_steps=2,
+        num_iterations=1,
+    ),
 }
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 KINDS = ("ddp", "fsdp2", "zero3") if HAS_DEEPSPEED else ("ddp", "fsdp2")
@@ -114,6 +120,7 @@ if __name__ == "__main__":
     for kind in KINDS:
         with fsdp2() if kind == "fsdp2" else nullcontext():
             save("vision", kind, Path(sys.argv[1]))
+            save("packed", kind, Path(sys.argv[1]))
             # A head in shards goes through our kernel too.
             undo = patch_trl("reference") if kind != "ddp" and check()[-1].fits else lambda: None
             save("dapo", kind, Path(sys.argv[1]))

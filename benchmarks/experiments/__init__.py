@@ -3,6 +3,7 @@
     step.py              what pruning saves of a whole training step, and what others take
     shared_prompts.py    what it saves to run a question's prompt once
     trl_update.py        how much of TRL's own update phase pruning saves
+    trl_packed.py        how much of it padding and repeated prompts cost
     demo_runs.py         the demo over seeds and settings
     host_time.py         what a call of the losses costs where computing costs nothing
     logits_dtype.py      what rounding the logits costs in log-probabilities, and saves in time

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -42,6 +42,7 @@ from cppo.benchmarks.environment import (
 from cppo.benchmarks.experiments.small_models import learned_tokenizer, read_texts, small_qwen3
 from cppo.benchmarks.experiments.step_models import noise
 from cppo.integrations.trl import CPPO, CPPOMixin
+from cppo.model.prompts import tokenizer_of
 
 GROUP = 16
 MICRO_BATCH = 8  # rows
@@ -94,85 +95,105 @@ class Pruned(CPPOMixin, Replayed):
     pass
 
 
-def update_seconds(
-    options: CPPO | None, folder: Path, tokenizer: Any, texts: Any, arguments: argparse.Namespace
-) -> float:
-    """One optimizer step; the seconds of its update."""
-    questions, answers = texts
+class Setting(NamedTuple):
+    """What a trainer is given: its model is made anew for each run.
+
+    completions: ids without the closing token; each prompt gets one of them.
+    """
+
+    model: Callable[[], Any]
+    processor: Any
+    rows: list[dict[str, Any]]
+    completions: list[list[int]]
+
+
+def gsm8k(folder: Path) -> Setting:
+    """Questions and answers of GSM8K, and a small Qwen3 in a folder."""
+    questions, answers = read_texts(2000)
+    tokenizer = learned_tokenizer([*questions, *answers])
+    small_qwen3(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id).save_pretrained(
+        folder
+    )
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in questions[:64]]
-    watch = Stopwatch()
-    sampled = GROUP * arguments.questions
-    steps = round(sampled * (1 - (options.prune_rate if options else 0))) // MICRO_BATCH
-    config = GRPOConfig(
-        output_dir=str(folder / "out"),
-        num_generations=GROUP,
-        per_device_train_batch_size=sampled // steps,
-        gradient_accumulation_steps=steps,
-        max_completion_length=1024,
-        max_steps=1,
-        beta=arguments.beta,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        bf16=False,
-        use_cpu=True,
-    )
-    trainer_class: Any = Replayed if options is None else Pruned
-    trainer = trainer_class(
-        model=Qwen3ForCausalLM.from_pretrained(folder),
-        reward_funcs=noise,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[watch],
-        **({} if options is None else {"cppo": options}),
-    )
-    trainer.watch = watch
     ids = tokenizer(answers[:512], add_special_tokens=False)["input_ids"]
-    rng = random.Random(0)
-    trainer.completions = lambda prompts: [
-        rng.choice(ids) + [tokenizer.eos_token_id] for _ in prompts
-    ]
-    trainer.train()
+    return Setting(lambda: Qwen3ForCausalLM.from_pretrained(folder), tokenizer, rows, ids)
+
+
+def update_seconds(options: CPPO | None, setting: Setting, questions: int, beta: float) -> float:
+    """One optimizer step; the seconds of its update."""
+    watch = Stopwatch()
+    sampled = GROUP * questions
+    steps = round(sampled * (1 - (options.prune_rate if options else 0))) // MICRO_BATCH
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder,
+            num_generations=GROUP,
+            per_device_train_batch_size=sampled // steps,
+            gradient_accumulation_steps=steps,
+            max_completion_length=1024,
+            max_steps=1,
+            beta=beta,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            bf16=False,
+            use_cpu=True,
+        )
+        trainer_class: Any = Replayed if options is None else Pruned
+        trainer = trainer_class(
+            model=setting.model(),
+            reward_funcs=noise,
+            args=config,
+            train_dataset=Dataset.from_list(setting.rows),
+            processing_class=setting.processor,
+            callbacks=[watch],
+            **({} if options is None else {"cppo": options}),
+        )
+        trainer.watch = watch
+        rng = random.Random(0)
+        end = tokenizer_of(setting.processor).eos_token_id
+        trainer.completions = lambda prompts: [
+            [*rng.choice(setting.completions), end] for _ in prompts
+        ]
+        trainer.train()
     return watch.steps[0]
+
+
+def medians(
+    setting: Setting, variants: dict[str, CPPO | None], options: argparse.Namespace, beta: float
+) -> dict[str, dict[str, Any]]:
+    """Seconds of every variant, which take turns, and how much faster than the first that is."""
+    update_seconds(list(variants.values())[-1], setting, options.questions, beta)  # warm-up
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(options.rounds):
+        for name, variant in variants.items():
+            took = update_seconds(variant, setting, options.questions, beta)
+            seconds[name].append(took)
+            print(f"beta {beta}, {name}: {took:.2f} s", flush=True)
+    base = statistics.median(next(iter(seconds.values())))
+    return {
+        name: {
+            "sampled": GROUP * options.questions,
+            "update_seconds": round(statistics.median(all_of_it), 3),
+            "fastest": round(min(all_of_it), 3),
+            "slowest": round(max(all_of_it), 3),
+            "rounds": options.rounds,
+            "times_faster": round(base / statistics.median(all_of_it), 2),
+        }
+        for name, all_of_it in seconds.items()
+    }
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
-    rows = []
     with tempfile.TemporaryDirectory() as name:
-        folder, texts = Path(name), read_texts(2000)
-        tokenizer = learned_tokenizer([*texts[0], *texts[1]])
-        small_qwen3(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id).save_pretrained(
-            folder
-        )
-        for arguments.beta in (0.0, 0.04):
-            update_seconds(CPPO(prune_rate=0.875), folder, tokenizer, texts, arguments)  # warm-up
-            seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-            for _ in range(arguments.rounds):
-                for variant, options in VARIANTS.items():
-                    took = update_seconds(options, folder, tokenizer, texts, arguments)
-                    seconds[variant].append(took)
-                    print(f"beta {arguments.beta}, {variant}: {took:.2f} s", flush=True)
-            base = statistics.median(seconds["trl"])
-            for variant, all_of_it in seconds.items():
-                median = statistics.median(all_of_it)
-                rows.append(
-                    {
-                        "variant": variant,
-                        "beta": arguments.beta,
-                        "sampled": GROUP * arguments.questions,
-                        "update_seconds": round(median, 3),
-                        "fastest": round(min(all_of_it), 3),
-                        "slowest": round(max(all_of_it), 3),
-                        "rounds": arguments.rounds,
-                        "times_faster": round(base / median, 2),
-                        "trl": version("trl"),
-                        **environment(),
-                    }
-                )
-    return rows
+        setting = gsm8k(Path(name))
+        return [
+            {"variant": variant, "beta": beta, **row, "trl": version("trl"), **environment()}
+            for beta in (0.0, 0.04)
+            for variant, row in medians(setting, VARIANTS, arguments, beta).items()
+        ]
 
 
 def summary(rows: list[dict[str, str]]) -> str:
@@ -191,8 +212,9 @@ def summary(rows: list[dict[str, str]]) -> str:
     return report.markdown(columns, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(text: str) -> argparse.Namespace:
+    """The options of a measurement of updates; a smoke run is one round."""
+    parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--questions", type=int, default=4, help="per optimizer step, 16 completions each"
@@ -201,11 +223,16 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the committed rows")
     add_record_option(parser)
     options = parser.parse_args()
+    if options.smoke:
+        options.rounds = 1
+    return options
+
+
+def main() -> None:
+    options = arguments(__doc__.splitlines()[0])
     if options.table:
         print(summary(report.read(report.committed("trl_update"))))
         return
-    if options.smoke:
-        options.rounds = 1
     rows = measure(options)
     print(summary([{k: str(v) for k, v in row.items()} for row in rows]))
     if not options.smoke:

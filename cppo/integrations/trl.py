@@ -4,7 +4,7 @@
 
     trainer = CPPOGRPOTrainer(model, rewards, args=GRPOConfig(...), cppo=CPPO(prune_rate=0.75))
 
-No code of TRL is copied. Three of its methods are wrapped; each calls `super()` and changes only
+No code of TRL is copied. Four of its methods are wrapped; each calls `super()` and changes only
 its arguments and its result:
 
     _generate_and_score_completions     returns a scored rollout, a dict of rows; the pruned rows
@@ -15,6 +15,8 @@ its arguments and its result:
                                         arguments are remembered
     _compute_loss                       the loss of a micro-batch. Its padding is cut off before;
                                         then the remembered forward is repeated on perturbed images
+    _prepare_inputs                     the micro-batches of a rollout; where prompts are shared,
+                                        the rows of a question are brought together
 
 `check()` says whether the installed TRL has what is wrapped here, `patch_trl()` gives TRL our
 kernel for log-probabilities, and runs that cannot work are refused when the trainer is made.
@@ -30,13 +32,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cppo.integrations import trl_vllm, trl_vllm_mend
+from cppo.integrations import trl_packed, trl_vllm, trl_vllm_mend
 from cppo.integrations.fit import AnyTrainer, parameters
 from cppo.integrations.trl_fit import OPTIONAL, Fit, check, patch_trl
 from cppo.integrations.trl_options import (
     CPPO,
     averages_rows,
     check_run,
+    exchanged,
     per_device_train_batch_size,
 )
 from cppo.integrations.trl_postponed import Postponed
@@ -91,6 +94,7 @@ class CPPOMixin(AnyTrainer):
         self._draw = (-1, 0)  # the last rollout's global step, and its number within that step
         super().__init__(*args, **kwargs)
         check_run(self)
+        self._limit = trl_packed.prepare(self) if cppo.packs else None
         trl_vllm_mend.mend(self)
 
     # A rollout
@@ -169,7 +173,9 @@ class CPPOMixin(AnyTrainer):
         return result
 
     def _forward(self, call: Batch) -> Any:
-        """TRL's forward, now."""
+        """TRL's forward, now; without its padding where that is wanted."""
+        if self.cppo.packs:
+            call = call | {"model": trl_packed.Packed(self, call, self._limit)}
         return super()._get_per_token_logps_and_entropies(**call)
 
     def _postponed(
@@ -214,6 +220,17 @@ class CPPOMixin(AnyTrainer):
         return use_adapter(model, model.active_adapter if enabled else None)
 
     # A micro-batch
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """TRL's micro-batch; the rows of a question meet in one where prompts are shared."""
+        trainer: Any = self
+        before = getattr(trainer, "_buffered_inputs", None)
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.cppo.share_prompts or trainer._buffered_inputs is before:
+            return inputs
+        parts = trl_packed.together(trainer._buffered_inputs, exchanged(self))
+        trainer._buffered_inputs = parts
+        return parts[trainer._step % self.args.steps_per_generation]
 
     def _compute_loss(self, model: Any, inputs: Batch) -> Tensor:
         """TRL's loss of a micro-batch without its padding, plus contrastive perception."""

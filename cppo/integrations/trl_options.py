@@ -39,6 +39,11 @@ class CPPO:
     trim: bool = True
     """Cut each micro-batch to its own longest prompt and completion. For models with relative
     positions (rotary), which see the same distances."""
+    pack: bool = False
+    """Run every forward on one stream without padding, and without a kernel of flash-attn."""
+    share_prompts: bool = False
+    """Pack, and run the prompt of a question, with its images, once for all its completions of a
+    micro-batch. They are brought together there where the loss does not depend on it."""
     loss: LossConfig = LossConfig()
     """Contrastive perception, where there are images: cpl_coef (0: off), divergence, tau, fraction,
     gating, detach_anchor, cpl_reduction."""
@@ -62,6 +67,11 @@ class CPPO:
                     "its own: beta, epsilon, epsilon_high, temperature, loss_type, ..."
                 )
         views_from_names(self.positive_views), views_from_names(self.negative_views)
+
+    @property
+    def packs(self) -> bool:
+        """Whether forwards run without padding."""
+        return self.pack or self.share_prompts
 
     @property
     def prunes(self) -> bool:
@@ -103,6 +113,8 @@ def check_run(trainer: Any) -> None:
     def refuse(words: str) -> None:
         raise ValueError(f"cppo.integrations.trl: {words}")
 
+    if options.packs:
+        _check_packing(trainer, refuse)
     images = getattr(trainer.processing_class, "image_processor", None)
     is_contrastive = options.loss.cpl_coef > 0 and images is not None
     if not options.prunes and not is_contrastive:
@@ -128,9 +140,36 @@ def check_run(trainer: Any) -> None:
         )
 
 
+def _check_packing(trainer: Any, refuse: Callable[[str], None]) -> None:
+    """Refuse what has no meaning in a packed stream; the model is checked next door."""
+    if hasattr(trainer, "compute_liger_loss") and trainer.args.use_liger_kernel:
+        refuse("use_liger_kernel=True runs the model elsewhere in this TRL, not packed")
+    if getattr(trainer, "aux_loss_enabled", False):
+        refuse("the router's loss of a mixture of experts is not computed on a packed stream")
+    if not hasattr(trainer, "_buffered_inputs"):
+        refuse("share_prompts deals the rows of TRL's buffer, which this trainer does not have")
+
+
 def averages_rows(args: Any) -> bool:
     """Whether TRL divides a micro-batch's loss by its rows, not by tokens; RLOO always does."""
     return getattr(args, "loss_type", "grpo") in ("grpo", "dr_grpo", "luspo", "sapo")
+
+
+def exchanged(trainer: Any) -> int:
+    """Micro-batches among which rows may change places without another sum of gradients.
+
+    They are those of an optimizer step, if the loss is a sum over rows or tokens. It is not where
+    a micro-batch has a mean, a threshold or an entropy of its own.
+    """
+    args = trainer.args
+    sums = averages_rows(args) or args.loss_type in ("dapo", "cispo", "vespo")
+    alone = getattr(trainer, "_entropy_bonus_enabled", False) or not sums
+    if alone or getattr(trainer, "top_entropy_quantile", 1.0) < 1.0:
+        return 1
+    steps, accumulated = args.steps_per_generation, args.gradient_accumulation_steps
+    if steps % accumulated and accumulated % steps:
+        return 1
+    return min(steps, accumulated)
 
 
 def _fills(options: CPPO, rows: int, group_size: int, steps: int) -> bool:

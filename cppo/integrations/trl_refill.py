@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cppo.integrations.trl_rows import EQUAL, PER_TOKEN, WHOLE, Batch, per_completion, take_rows
+from cppo.integrations.trl_rows import EQUAL, Batch, joined, per_completion, take_rows
 from cppo.seeds import seed_from
 
 
@@ -53,7 +53,7 @@ class Sampled(NamedTuple):
             more = take_rows(part, F.pad(chosen, (0, int(most) - len(chosen)))) if most else {}
             if len(place):
                 taken.append(take_rows(more, torch.arange(len(place), device=rows.device)))
-        return _joined(taken, self.pad), torch.cat(places)
+        return joined(taken, self.pad), torch.cat(places)
 
 
 def sample(
@@ -105,50 +105,3 @@ def _questions(trainer: Any, count: int, draw: tuple[int, ...]) -> list[dict[str
     chosen = [order[number % len(order)] for number in range(needed)]
     mine = chosen[accelerator.process_index * count :][:count]
     return [dict(dataset[index]) for index in mine for _ in range(trainer.num_generations)]
-
-
-def _joined(parts: list[Batch], pad: int) -> Batch:
-    """Batches of different widths as one: prompts padded on the left, completions on the right."""
-    prompt = max(part["prompt_ids"].shape[1] for part in parts)
-    length = max(part["completion_ids"].shape[1] for part in parts)
-    names = {name: None for part in parts for name in part}
-    batches = [_widened(part, prompt, length, pad) for part in parts]
-    joined: Batch = {}
-    for name in names:
-        values = [batch.get(name, _absent(name, batch)) for batch in batches]
-        values = [value for value in values if value is not None]
-        if isinstance(values[0], list):
-            joined[name] = sum(values, [])
-        else:
-            joined[name] = torch.cat(values) if values[0].dim() else values[0]
-    return joined
-
-
-def _widened(batch: Batch, prompt: int, length: int, pad: int) -> Batch:
-    left = prompt - batch["prompt_ids"].shape[1]
-    right = length - batch["completion_ids"].shape[1]
-    wide = dict(batch)
-    values = {"prompt_ids": pad, "completion_ids": pad, "importance_sampling_ratio": 1}
-    for name, value in batch.items():
-        filling = values.get(name, 0)
-        if name in ("prompt_ids", "prompt_mask"):
-            wide[name] = F.pad(value, (left, 0), value=filling)
-        elif name in WHOLE:
-            wide[name] = F.pad(value, (left, right))
-        elif name in PER_TOKEN and value.dim() == 2:
-            if name == "importance_sampling_ratio" and value.shape[1] == 1:
-                continue  # one per completion
-            wide[name] = F.pad(value, (0, right), value=filling)
-    return wide
-
-
-def _absent(name: str, batch: Batch) -> Any:
-    """What stands for an entry that this part has not and another has; None: nothing."""
-    ids, count = batch["completion_ids"], len(batch["prompt_ids"])
-    if name in ("num_images", "num_tiles"):
-        return [0] * count
-    if name in WHOLE:
-        return ids.new_zeros(count, batch["prompt_ids"].shape[1] + ids.shape[1])
-    if name == "tool_mask":
-        return torch.ones_like(ids)
-    return ids.new_zeros(count) if name == "cppo_seed" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import cppo
@@ -120,6 +121,53 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
 
     split = split_pixel_values_by_grid({k: v for k, v in batch.items() if v is not None})
     return unsplit_pixel_values_by_grid({k: take(v) for k, v in split.items()})
+
+
+def joined(parts: list[Batch], pad: int) -> Batch:
+    """Batches of different widths as one: prompts padded on the left, completions on the right."""
+    prompt = max(part["prompt_ids"].shape[1] for part in parts)
+    length = max(part["completion_ids"].shape[1] for part in parts)
+    names = {name: None for part in parts for name in part}
+    batches = [_widened(part, prompt, length, pad) for part in parts]
+    joined: Batch = {}
+    for name in names:
+        values = [batch.get(name, _absent(name, batch)) for batch in batches]
+        values = [value for value in values if value is not None]
+        if isinstance(values[0], list):
+            joined[name] = sum(values, [])
+        else:
+            joined[name] = torch.cat(values) if values[0].dim() else values[0]
+    return joined
+
+
+def _widened(batch: Batch, prompt: int, length: int, pad: int) -> Batch:
+    left = prompt - batch["prompt_ids"].shape[1]
+    right = length - batch["completion_ids"].shape[1]
+    wide = dict(batch)
+    values = {"prompt_ids": pad, "completion_ids": pad, "importance_sampling_ratio": 1}
+    for name, value in batch.items():
+        filling = values.get(name, 0)
+        if name in ("prompt_ids", "prompt_mask"):
+            wide[name] = F.pad(value, (left, 0), value=filling)
+        elif name in WHOLE:
+            wide[name] = F.pad(value, (left, right))
+        elif name in PER_TOKEN and value.dim() == 2:
+            if name == "importance_sampling_ratio" and value.shape[1] == 1:
+                continue  # one per completion
+            wide[name] = F.pad(value, (0, right), value=filling)
+    return wide
+
+
+def _absent(name: str, batch: Batch) -> Any:
+    """What stands for an entry that this part has not and another has; None: nothing."""
+    ids, count = batch["completion_ids"], len(batch["prompt_ids"])
+    if name in ("num_images", "num_tiles"):
+        return [0] * count
+    if name in WHOLE:
+        return ids.new_zeros(count, batch["prompt_ids"].shape[1] + ids.shape[1])
+    if name == "tool_mask":
+        return torch.ones_like(ids)
+    return ids.new_zeros(count) if name == "cppo_seed" else None
 
 
 def trimmed(inputs: Batch, multiple: int) -> tuple[Batch, float]:

@@ -254,21 +254,33 @@ def run_packed(
 ) -> Tensor:
     """`cppo.packed_hidden` of a model that has been checked."""
     base = unwrap(model)
+    if shared is not None and len(image_of):
+        image_of = [image_of[k] for k in shared.first]
+    arguments, rows = stream_arguments(batch, positions, shared)
+    output = base.model(**arguments, **image_arguments(base, images, image_of))
+    return output.last_hidden_state[0, rows]
+
+
+def stream_arguments(
+    batch: PackedBatch, positions: Tensor | None = None, shared: SharedStream | None = None
+) -> tuple[dict[str, Any], Tensor]:
+    """What a model is called with for a stream, but for its images.
+
+    Returns: the arguments, and (T,) the places in the stream whose next token is a target.
+    """
     position_ids = batch.position_ids[None] if positions is None else positions
-    input_ids, rows, options = batch.input_ids, batch.rows, _bounds(batch)
+    input_ids, rows = batch.input_ids, batch.rows
     if shared is not None:
         position_ids = position_ids[:, shared.token_index]
-        input_ids, rows, options = input_ids[shared.token_index], shared.rows, _bounds(shared)
-        image_of = [image_of[k] for k in shared.first] if len(image_of) else image_of
-    output = base.model(
-        input_ids=input_ids[None],
-        attention_mask=no_mask(input_ids.device),
-        position_ids=position_ids if positions is None else position_ids[:, None],
-        use_cache=False,
-        **options,
-        **image_arguments(base, images, image_of),
-    )
-    return output.last_hidden_state[0, rows]
+        input_ids, rows = input_ids[shared.token_index], shared.rows
+    arguments = {
+        "input_ids": input_ids[None],
+        "attention_mask": no_mask(input_ids.device),
+        "position_ids": position_ids if positions is None else position_ids[:, None],
+        "use_cache": False,
+        **_bounds(batch if shared is None else shared),
+    }
+    return arguments, rows
 
 
 def _bounds(stream: PackedBatch | SharedStream) -> dict[str, Any]:

@@ -1,0 +1,214 @@
+"""TRL's forward without padding: a model that takes TRL's padded batch and runs it packed.
+
+    padded   TRL: model(input_ids (B, L), attention_mask, images, ...)
+    packed   every row's own tokens, one row after the other, in one stream
+    shared   the rows of a question have their prompt, and its images, in common
+
+TRL builds the arguments of the model and reads its outputs; `Packed` stands between the two. What
+runs is the model that TRL has, wrapped as it is, with TRL's own LM head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cppo.integrations.trl_rows import Batch, joined, take_rows
+from cppo.model.check import PositionLimit, check_model, position_limit
+from cppo.model.forward import rotary_positions, set_attention, stream_arguments
+from cppo.model.shared_prompts import share_prompts
+from cppo.ops.pack import pack_completions
+from cppo.packed_batch import PackedBatch
+
+# Arguments of the model that packing does not change.
+_SAME = ("fused_lm_head",)
+# Those that say where the images are, and these are read off the ids.
+_DROPPED = ("mm_token_type_ids",)
+
+Images = list[tuple[Tensor, Tensor]]  # of each row: its patches (P, C), its grids (I, 3)
+
+
+def prepare(trainer: Any) -> PositionLimit | None:
+    """Give the trainer's models the attention of packed sequences, and check that they are right.
+
+    Returns: how long a sequence may be; None: as long as it likes.
+    Raises: ValueError for a model that cannot be packed.
+    """
+    if any(hasattr(p, "ds_id") for p in trainer.model.parameters()):
+        raise ValueError(
+            "cppo.integrations.trl: pack and share_prompts compare the packed forward with the "
+            "model's own, which DeepSpeed ZeRO-3 has cut into shards already: load the model "
+            "before the GRPOConfig is made"
+        )
+    for model in (trainer.model, getattr(trainer, "ref_model", None)):
+        if model is not None:
+            set_attention(trainer.accelerator.unwrap_model(model), "auto")
+    check_model(trainer.model, shares=trainer.cppo.share_prompts)
+    return position_limit(trainer.model)
+
+
+class Packed:
+    """Stands for `model` in one call of TRL's `_get_per_token_logps_and_entropies`.
+
+    Args:
+        call: the arguments of that call. TRL may cut its rows into several calls of the model,
+            in order.
+        limit: how long a sequence may be.
+    """
+
+    def __init__(self, trainer: Any, call: Batch, limit: PositionLimit | None) -> None:
+        self.model, self._limit = call["model"], limit
+        self._plain = trainer.accelerator.unwrap_model(self.model)
+        self._shares = trainer.cppo.share_prompts
+        self._length = call["logits_to_keep"]
+        self._num_images = list(call.get("num_images") or [])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, **given: Any) -> Any:
+        grids = given.get("image_grid_thw")
+        images, given = self._images(len(input_ids), given)
+        attended, start = attention_mask.bool(), input_ids.shape[1] - self._length
+        sizes = torch.stack([attended.sum(1), attended[:, start:].sum(1)]).tolist()
+        order = list(range(len(input_ids)))
+        if self._shares:
+            prompts = questions(input_ids[:, :start], attended[:, :start], images)
+            order.sort(key=prompts.__getitem__)
+        lengths, responses = ([size[row] for row in order] for size in sizes)
+        self._check_length(max(lengths))
+        is_response = torch.zeros_like(attended)
+        is_response[:, start:] = True
+        kept = torch.tensor(order, device=input_ids.device)
+        stream = pack_completions(
+            input_ids, attended, is_response, kept, lengths=(lengths, responses)
+        )
+        shared = None
+        if self._shares:
+            # A row keeps the last token of its prompt, which predicts its first own token.
+            own = lengths, [response + 1 for response in responses]
+            shared = share_prompts(stream, [prompts[row] for row in order], own)
+            order = [order[first] for first in shared.first]
+        positions = rotary_positions(self._plain, input_ids, attention_mask, grids)
+        if positions is not None:
+            positions = positions.flatten(1)[:, stream.token_index]
+        arguments, rows = stream_arguments(stream, positions, shared)
+        shown = {} if images is None else _joined_images([images[row] for row in order])
+        return self._run({**arguments, **shown}, rows, stream, given)
+
+    def _run(
+        self, arguments: dict[str, Any], rows: Tensor, stream: PackedBatch, given: dict[str, Any]
+    ) -> Any:
+        """What TRL reads off the model's output, at the places where it reads it."""
+        extra = {name: given[name] for name in _SAME if name in given}
+        if "labels" in given:
+            labels = torch.full_like(arguments["input_ids"], -100)
+            labels[0, rows + 1] = stream.targets
+            output = self.model(**arguments, **extra, labels=labels)
+            found = {"log_probs": output.log_probs, "entropy": output.entropy}
+            placed = {
+                name: None if value is None else stream.unpack(value[0, rows])
+                for name, value in found.items()
+            }
+            return SimpleNamespace(**placed, aux_loss=output.aux_loss)
+        # Older TRL computes both from the logits of the completion and of the token before it.
+        if "logits_to_keep" in given:
+            logits = self.model(**arguments, **extra, logits_to_keep=rows).logits[0]
+        else:
+            logits = self.model(**arguments, **extra).logits[0, rows]
+        count, length = stream.shape
+        row, column = stream.target_index // length, stream.target_index % length
+        column = column - (length - self._length)
+        whole = logits.new_zeros(count, self._length + 1, logits.shape[-1])
+        return SimpleNamespace(logits=whole.index_put((row, column), logits))
+
+    def _images(self, count: int, given: dict[str, Any]) -> tuple[Images | None, dict[str, Any]]:
+        """The images of the next `count` rows, and the other arguments.
+
+        Raises: ValueError for an argument with something per token or image that is not known.
+        """
+        given = {name: value for name, value in given.items() if name not in _DROPPED}
+        pixels, grids = given.pop("pixel_values", None), given.pop("image_grid_thw", None)
+        unknown = [
+            name for name, value in given.items() if isinstance(value, Tensor) and name != "labels"
+        ]
+        if unknown or (pixels is not None and grids is None):
+            raise ValueError(
+                "cppo.integrations.trl: pack and share_prompts know input_ids, attention_mask and "
+                f"the images of Qwen-VL, got {' and '.join(unknown or ['pixel_values'])}"
+            )
+        counts, self._num_images = self._num_images[:count], self._num_images[count:]
+        if pixels is None:
+            return None, given
+        return row_images(pixels, grids, counts), given
+
+    def _check_length(self, longest: int) -> None:
+        if self._limit is not None and longest > self._limit.tokens:
+            raise ValueError(
+                f"cppo.integrations.trl: a sequence of {longest} tokens is longer than "
+                f"{self._limit.tokens}: {self._limit.reason}"
+            )
+
+
+def questions(prompts: Tensor, mask: Tensor, images: Images | None) -> list[int]:
+    """A number per row, equal for rows of the same prompt and the same images.
+
+    Args: prompts, mask: (B, P).
+    """
+    same = prompts.masked_fill(~mask.bool(), -1).unique(dim=0, return_inverse=True)[1].tolist()
+    if images is None:
+        return same
+    found: list[tuple[int, tuple[Tensor, Tensor]]] = []
+    numbers = []
+    for text, own in zip(same, images, strict=True):
+        number = next(
+            (i for i, (other, image) in enumerate(found) if text == other and _equal(own, image)),
+            len(found),
+        )
+        if number == len(found):
+            found.append((text, own))
+        numbers.append(number)
+    return numbers
+
+
+def row_images(pixels: Tensor, grids: Tensor, counts: Sequence[int]) -> Images:
+    """The patches and grids of each row, which has `counts` images."""
+    own_grids = grids.split(list(counts))
+    patches = pixels.split([int(grid.prod(1).sum()) for grid in own_grids])
+    return list(zip(patches, own_grids, strict=True))
+
+
+def together(batches: list[Batch], window: int) -> list[Batch]:
+    """The same micro-batches with rows dealt anew, so that the rows of a question meet.
+
+    Args: window: micro-batches among which rows may change places, those of an optimizer step.
+    """
+    return [
+        batch
+        for first in range(0, len(batches), window)
+        for batch in _dealt(batches[first : first + window])
+    ]
+
+
+def _dealt(batches: list[Batch]) -> list[Batch]:
+    whole = joined(batches, pad=0)
+    images = None
+    if whole.get("image_grid_thw") is not None:
+        images = row_images(whole["pixel_values"], whole["image_grid_thw"], whole["num_images"])
+    numbers = torch.tensor(questions(whole["prompt_ids"], whole["prompt_mask"], images))
+    order = numbers.sort(stable=True).indices.to(whole["prompt_ids"].device)
+    sizes = [len(batch["prompt_ids"]) for batch in batches]
+    return [take_rows(whole, rows) for rows in order.split(sizes)]
+
+
+def _equal(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _joined_images(images: Images) -> dict[str, Any]:
+    pixels, grids = (torch.cat(parts) for parts in zip(*images, strict=True))
+    return {"pixel_values": pixels, "image_grid_thw": grids} if len(grids) else {}

@@ -20,7 +20,8 @@ from cppo.values import CheckedFields, is_finite_number
 
 SCALES = ("group", "none", "batch")
 SCOPES = ("group", "batch")
-PRUNES = ("smallest", "largest", "random")
+PRUNES = ("smallest", "largest", "random", "variance", "shortest", "efficiency", "unbiased")
+ADVANTAGES_OF = ("sampled", "kept")
 PRECISIONS = ("fp32", "bf16")
 SCHEDULES = (
     *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"),

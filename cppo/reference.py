@@ -165,7 +165,8 @@ def prune_score(
     if prune in ("random", "unbiased"):
         return noise
     if prune == "variance":
-        return rewards
+        assert rewards is not None
+        return rewards.double()
     if prune == "shortest":
         assert lengths is not None
         return -lengths.double()

@@ -1,7 +1,8 @@
 """The CUDA kernels of packing and pruning, run on the CPU by an emulation of blocks and barriers.
 
 The kernels themselves are compiled by nvcc in test_packaging and run on a GPU in
-test_pack_completions and test_backends; here their arithmetic is held to the reference where there is neither.
+test_pack_completions and test_backends; here their arithmetic is held to the reference where there
+is neither.
 """
 
 from __future__ import annotations

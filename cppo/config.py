@@ -21,6 +21,7 @@ from cppo.values import CheckedFields, is_finite_number
 SCALES = ("group", "none", "batch")
 SCOPES = ("group", "batch")
 PRUNES = ("smallest", "largest", "random", "variance", "shortest", "efficiency", "unbiased")
+BY_ADVANTAGE = PRUNES[:3]  # those that need nothing else
 ADVANTAGES_OF = ("sampled", "kept")
 PRECISIONS = ("fp32", "bf16")
 SCHEDULES = (

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
 
+from chance_cases import outcomes
 from trainer_cases import relative_difference, weights_of
 from trl_cases import HALF, trained, trainer_of, watched_run
 
@@ -33,12 +34,6 @@ def test_the_rows_that_stay(prune):
     )
     assert len(expected) == 4 and torch.equal(rest["advantages"], advantages[expected])
     assert torch.equal(rest["completion_ids"], everything["completion_ids"][expected])
-
-
-def outcomes(p):
-    """(u, probability) of every outcome of systematic sampling."""
-    ends = sorted({0.0, 1.0, *(float(end) % 1 for end in p.cumsum(0))})
-    return [((a + b) / 2, b - a) for a, b in itertools.pairwise(ends) if b - a > 1e-9]
 
 
 def graded(completions, **columns):

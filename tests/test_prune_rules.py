@@ -1,4 +1,4 @@
-"""What stays by "variance", "shortest", "efficiency" and "unbiased"; weights; chosen groups.
+"""What stays by "variance", "shortest", "efficiency" and "unbiased", and the weights of chance.
 
 Each rule is held to a reading of its formula that shares no code with ours: exact fractions for
 the rewards, all outcomes of chance enumerated for "unbiased".
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from chance_cases import outcomes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -132,12 +133,6 @@ def probabilities(advantages: Tensor, keep: int) -> Tensor:
         enough = (middle * weight).clamp(max=1).sum() >= keep
         low, high = (low, middle) if enough else (middle, high)
     return (high * weight).clamp(max=1)
-
-
-def outcomes(p: Tensor) -> list[tuple[float, float]]:
-    """(u, probability) of every outcome of systematic sampling: between two neighbouring ends."""
-    ends = sorted({0.0, 1.0, *(float(end) % 1 for end in p.cumsum(0))})
-    return [((a + b) / 2, b - a) for a, b in itertools.pairwise(ends) if b - a > 1e-9]
 
 
 def with_chance(monkeypatch: Any, chance: float | Tensor) -> None:
@@ -350,48 +345,6 @@ def test_the_other_rules_weigh_everything_alike(prune):
     assert cppo.prune_weights(torch.empty(0), torch.empty(0).long(), 4, 0.5).numel() == 0
 
 
-# Groups
-
-
-def chosen_by_hand(rewards: list[list[int]], top_p: Fraction) -> list[int]:
-    variances = []
-    for own in rewards:
-        mean = Fraction(sum(own), len(own))
-        variances.append(sum((reward - mean) ** 2 for reward in own) / len(own))
-    order = sorted(range(len(rewards)), key=lambda q: (-variances[q], q))
-    stays: list[int] = []
-    for q in order:
-        if sum(variances[i] for i in stays) >= top_p * sum(variances):
-            break
-        stays.append(q)
-    return sorted(stays)
-
-
-@given(
-    st.lists(st.lists(numbers, min_size=3, max_size=3), max_size=7),
-    st.sampled_from([Fraction(0), Fraction(1, 2), Fraction(3, 4), Fraction(7, 8), Fraction(1)]),
-)
-@settings(max_examples=200, deadline=None)
-def test_the_fewest_groups_that_hold_the_share_of_the_variance(rewards, top_p):
-    flat = torch.tensor(rewards, dtype=torch.float64).flatten() / 7
-    ours = cppo.select_groups(flat, 3, top_p=float(top_p))
-    assert ours.tolist() == chosen_by_hand(rewards, top_p) and ours.dtype == torch.int64
-
-
-def test_groups_by_hand():
-    # Variances 0.25, 0, 0.1875 and 1 (divided by n), as in the release: 1.25 of 1.4375 is 87 %.
-    rewards = torch.tensor([0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1, 0, 2, 0, 2.0])
-    assert cppo.select_groups(rewards, 4, top_p=0.6).tolist() == [3]
-    assert cppo.select_groups(rewards, 4, top_p=0.85).tolist() == [0, 3]
-    assert cppo.select_groups(rewards, 4, top_p=0.9).tolist() == [0, 2, 3]
-    assert cppo.select_groups(rewards, 4, top_p=1).tolist() == [0, 2, 3]
-    assert cppo.select_groups(torch.tensor([0, 1, 2, 3.0]), 2, top_p=0.5).tolist() == [0]
-    assert cppo.select_groups(torch.full((6,), 0.1), 3, top_p=1).tolist() == []
-    assert cppo.select_groups(torch.empty(0), 3, top_p=1).tolist() == []
-    unscored = torch.tensor([True, True, False, False])
-    assert reference.select_groups(torch.tensor([0, 1, 0, 9.0]), 2, 1.0, unscored).tolist() == [0]
-
-
 R = torch.rand(8)
 ERRORS = [
     (
@@ -430,8 +383,6 @@ ERRORS = [
         lambda: cppo.advantages_and_prune(R, 4, 0.5, prune="unbiased", advantages_of="kept"),
         "advantages_of with prune = 'unbiased' must be one of 'sampled', got 'kept'",
     ),
-    (lambda: cppo.select_groups(R, 4, top_p=1.5), "top_p must be a number in [0, 1], got 1.5"),
-    (lambda: cppo.select_groups(R, 3, top_p=0.5), "a multiple of group_size = 3 values, got 8"),
     (
         lambda: cppo.prune_weights(R, torch.zeros(2, 2).long(), 4, 0.5),
         "kept must be (B,), got shape (2, 2)",

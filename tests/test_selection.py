@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from chance_cases import outcomes
 from torch import Tensor
 from trainer_cases import (
     config,
@@ -36,84 +37,74 @@ LENGTHS = torch.tensor([5, 2, 7, 1, 4, 6, 2, 3])
 NAN = math.nan
 
 
-def ends_of_parts(p: Tensor) -> list[tuple[float, float]]:
-    """(u, probability) of every outcome of systematic sampling."""
-    ends = sorted({0.0, 1.0, *(float(end) % 1 for end in p.cumsum(0))})
-    return [((a + b) / 2, b - a) for a, b in itertools.pairwise(ends) if b - a > 1e-9]
-
-
-class TestMeanGradient:
+@pytest.mark.parametrize(
+    ("options", "rewards"),
+    [
+        ({}, REWARDS),
+        ({"reduction": "dapo"}, REWARDS),
+        ({"reduction": "dr_grpo"}, REWARDS),
+        ({"scale_rewards": "batch", "drop_zero_variance": True}, REWARDS.clamp(max=0.5)),
+        ({"reduction": "dapo", "drop_zero_variance": True}, REWARDS.clamp(max=0.5)),
+        ({"reduction": "dapo", "mask_overlong": True}, REWARDS),
+        ({"mask_overlong": True}, REWARDS),
+        ({"group_top_p": 0.5}, REWARDS),
+        ({"reduction": "dapo"}, torch.tensor([1, 0, NAN, 0.5, NAN, 2, 0, 1]).double()),
+        ({"batch_size": 3, "dynamic_allocation": True, "reduction": "dapo"}, REWARDS),
+        ({"batch_size": 3, "dynamic_allocation": True}, REWARDS),
+    ],
+    ids=str,
+)
+def test_the_mean_gradient_is_the_unpruned_one(options, rewards, tmp_path):
     """Over all outcomes of two questions with four completions each, of a tiny model in fp64."""
-
-    @pytest.mark.parametrize(
-        ("options", "rewards"),
-        [
-            ({}, REWARDS),
-            ({"reduction": "dapo"}, REWARDS),
-            ({"reduction": "dr_grpo"}, REWARDS),
-            ({"scale_rewards": "batch", "drop_zero_variance": True}, REWARDS.clamp(max=0.5)),
-            ({"reduction": "dapo", "drop_zero_variance": True}, REWARDS.clamp(max=0.5)),
-            ({"reduction": "dapo", "mask_overlong": True}, REWARDS),
-            ({"mask_overlong": True}, REWARDS),
-            ({"group_top_p": 0.5}, REWARDS),
-            ({"reduction": "dapo"}, torch.tensor([1, 0, NAN, 0.5, NAN, 2, 0, 1]).double()),
-            ({"batch_size": 3, "dynamic_allocation": True, "reduction": "dapo"}, REWARDS),
-            ({"batch_size": 3, "dynamic_allocation": True}, REWARDS),
-        ],
-        ids=str,
+    model, processor = tiny("text", dtype=torch.float64)
+    common = dict(batch_size=8, dynamic_allocation=False, max_length=9)
+    pruned = config(
+        **{**common, **options}, group_size=4, prune="unbiased", prune_rate=0.5,
+        output_dir=tmp_path,
+    )  # fmt: skip
+    trainer = trainer_for(tmp_path, model=model, processor=processor)
+    rollouts = fixed_rollouts(
+        trainer.model,
+        processor,
+        questions_for("text")[:2],
+        group_size=4,
+        lengths=LENGTHS.tolist(),
     )
-    def test_is_the_unpruned_one(self, options, rewards, tmp_path):
-        model, processor = tiny("text", dtype=torch.float64)
-        common = dict(batch_size=8, dynamic_allocation=False, max_length=9)
-        pruned = config(
-            **{**common, **options}, group_size=4, prune="unbiased", prune_rate=0.5,
-            output_dir=tmp_path,
-        )  # fmt: skip
-        trainer = trainer_for(tmp_path, model=model, processor=processor)
-        rollouts = fixed_rollouts(
-            trainer.model,
-            processor,
-            questions_for("text")[:2],
-            group_size=4,
-            lengths=LENGTHS.tolist(),
-        )
-        truncated = torch.arange(8) % 4 == 2
-        rollouts = dataclasses.replace(rollouts, truncated=truncated)
+    truncated = torch.arange(8) % 4 == 2
+    rollouts = dataclasses.replace(rollouts, truncated=truncated)
 
-        def gradient(chosen: Any) -> dict[str, Tensor]:
-            trainer.policy.config = chosen
-            batch = trainer.make_batch(rollouts, rewards)
-            model = trainer.model
-            items = NumItems(*batch.counts(batch.kept))
+    def gradient(chosen: Any) -> dict[str, Tensor]:
+        trainer.policy.config = chosen
+        batch = trainer.make_batch(rollouts, rewards)
+        model = trainer.model
+        items = NumItems(*batch.counts(batch.kept))
 
-            def accumulate() -> None:
-                for part in batch.microbatches(batch.kept, 40):
-                    packed = batch, part, items, chosen, processor
-                    microbatch_loss(model, *packed).loss.backward()
+        def accumulate() -> None:
+            for part in batch.microbatches(batch.kept, 40):
+                packed = batch, part, items, chosen, processor
+                microbatch_loss(model, *packed).loss.backward()
 
-            return gradients(model, accumulate)
+        return gradients(model, accumulate)
 
-        everything = dict(prune="smallest", prune_rate=0.0, batch_size=8, dynamic_allocation=False)
-        expected = gradient(dataclasses.replace(pruned, **everything))
+    everything = dict(prune="smallest", prune_rate=0.0, batch_size=8, dynamic_allocation=False)
+    expected = gradient(dataclasses.replace(pruned, **everything))
 
-        scored = ~rewards.isnan()
-        advantages = reference.group_advantages(rewards, 4, pruned.scale_rewards, mask=scored)
-        p = reference.inclusion_probabilities(advantages, 4, 2, scored)
-        cuts = [0.125, 0.375, 0.625, 0.875] if pruned.dynamic_allocation else [0.5]
-        mean = {name: torch.zeros_like(value) for name, value in expected.items()}
-        for (u, a), (v, b), start in itertools.product(
-            ends_of_parts(p[:4]), ends_of_parts(p[4:]), cuts
-        ):
-            chances = torch.tensor([u, 0, 0, 0, v, 0, 0, 0], dtype=torch.float64)
+    scored = ~rewards.isnan()
+    advantages = reference.group_advantages(rewards, 4, pruned.scale_rewards, mask=scored)
+    p = reference.inclusion_probabilities(advantages, 4, 2, scored)
+    cuts = [0.125, 0.375, 0.625, 0.875] if pruned.dynamic_allocation else [0.5]
+    mean = {name: torch.zeros_like(value) for name, value in expected.items()}
+    for (u, a), (v, b), start in itertools.product(outcomes(p[:4]), outcomes(p[4:]), cuts):
+        chances = torch.tensor([u, 0, 0, 0, v, 0, 0, 0], dtype=torch.float64)
 
-            def rand(size: Any, chances: Any = chances, start: Any = start, **_: Any) -> Tensor:
-                return chances if size == 8 else torch.tensor(start, dtype=torch.float64)
+        def rand(size: Any, chances: Any = chances, start: Any = start, **_: Any) -> Tensor:
+            return chances if size == 8 else torch.tensor(start, dtype=torch.float64)
 
-            with patch.object(torch, "rand", rand):
-                for name, value in gradient(pruned).items():
-                    mean[name] += value * a * b / len(cuts)
-        # Weights are fp32.
-        assert relative_difference(mean, expected) < 1e-6
+        with patch.object(torch, "rand", rand):
+            for name, value in gradient(pruned).items():
+                mean[name] += value * a * b / len(cuts)
+    # Weights are fp32.
+    assert relative_difference(mean, expected) < 1e-6
 
 
 def test_a_rate_of_zero_weighs_everything_as_one(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from cppo import backends, reference
+from cppo.config import PRUNES, SCALES, SCOPES
 from cppo.fused import extension
 
 needs_cpp = pytest.mark.skipif(bool(extension.missing["cpp"]), reason=extension.missing["cpp"])
@@ -15,8 +16,6 @@ needs_cuda = pytest.mark.skipif(
     bool(extension.missing["cuda"]) or not torch.cuda.is_available(),
     reason=extension.missing["cuda"] or "no CUDA device",
 )
-
-SCALES, SCOPES, SIDES = ("group", "batch", "none"), ("group", "batch"), ("smallest", "largest")
 
 
 @pytest.fixture(autouse=True)
@@ -152,14 +151,15 @@ def check_advantages_and_prune(device, dtype, seed):
         torch.testing.assert_close(ours, spec, rtol=2e-7, atol=1e-12)
         assert torch.equal(ours == 0, spec == 0)
         for scope in SCOPES:
-            for prune in (*SIDES, "random"):
+            for prune in PRUNES:
                 for drop_zero in (False, True):
                     options = (scope, prune, drop_zero, noise)
+                    more = {"rewards": rewards, "lengths": (noise * 9).long()}
                     advantages, kept = extension.advantages_and_prune(
-                        rewards, group_size, rate, scale, 1e-4, *options
+                        rewards, group_size, rate, scale, 1e-4, *options, lengths=more["lengths"]
                     )
-                    expected = reference.prune_completions(spec, group_size, rate, *options)
-                    again = extension.prune_completions(spec, group_size, rate, *options)
+                    expected = reference.prune_completions(spec, group_size, rate, *options, **more)
+                    again = extension.prune_completions(spec, group_size, rate, *options, **more)
                     assert torch.equal(advantages, ours)
                     assert torch.equal(kept, expected) and torch.equal(again, expected)
                     assert kept.dtype == torch.int64

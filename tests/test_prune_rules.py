@@ -135,12 +135,6 @@ def probabilities(advantages: Tensor, keep: int) -> Tensor:
     return (high * weight).clamp(max=1)
 
 
-def with_chance(monkeypatch: Any, chance: float | Tensor) -> None:
-    """Makes `chance` the number, or the numbers (B,), that all units draw."""
-    module = "cppo.ops.advantages.torch.rand"
-    monkeypatch.setattr(module, lambda count, **_: torch.zeros(count, dtype=torch.float64) + chance)
-
-
 SIZES = [
     ([0.5, -2.0, 0.1, 1.5, 0.0, -0.1], 0.5),
     ([0.0, 0.0, 0.0, 0.0, 0.0], 0.6),
@@ -161,7 +155,8 @@ def test_unbiased_keeps_each_with_its_probability(backend, sizes, rate, monkeypa
     assert p.sum().item() == pytest.approx(keep) and (p > 0).all()
     often = torch.zeros(2 * n, dtype=torch.float64)
     for u, probability in outcomes(p):
-        with_chance(monkeypatch, u)
+        noise = torch.full((2 * n,), u, dtype=torch.float64)
+        monkeypatch.setattr("cppo.ops.advantages._noise", lambda *_, noise=noise: noise)
         options: dict[str, Any] = {"prune": "unbiased", "backend": backend}
         kept = cppo.prune_completions(advantages, n, rate, **options)
         assert len(kept) == 2 * keep and torch.equal(kept, kept.unique())

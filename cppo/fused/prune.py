@@ -106,7 +106,7 @@ class PruneBackend:
         **named: Any,
     ) -> tuple[Tensor, Tensor]:
         """`arguments` and `named` are those of a `Pruning` behind its rate."""
-        pruning = Pruning(group_size, prune_rate, *arguments, **named, rewards=rewards)
+        pruning = Pruning(group_size, prune_rate, *arguments, **named)._replace(rewards=rewards)
         unit_size, keep = pruning.unit(len(rewards))
         if unit_size > self._longest:
             advantages = self.group_advantages(rewards, group_size, scale, eps)

@@ -291,3 +291,17 @@ def test_planner_errors_name_index_and_length():
         extension.balance_ranks([-2], 2)
     with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
         extension.balance_ranks([2], 0)
+
+
+@needs_cpp
+@pytest.mark.parametrize("prune", PRUNES)
+def test_units_that_are_too_long_for_a_kernel_are_pruned_by_the_specification(prune, monkeypatch):
+    rewards, noise = rewards_of(2, 8, 1), torch.rand(16)
+    options = (0.5, "group", 1e-4, "group", prune, True, noise)
+    of = "sampled" if prune == "unbiased" else "kept"
+    more = {"lengths": torch.arange(16), "advantages_of": of}
+    monkeypatch.setattr(extension._prune, "_longest", 4)
+    monkeypatch.setattr(extension._prune, "_ops", None)
+    ours = extension.advantages_and_prune(rewards, 8, *options, **more)
+    expected = reference.advantages_and_prune(rewards, 8, *options, **more)
+    assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))

@@ -31,7 +31,7 @@ def _noise(values: Tensor, prune: str, generator: torch.Generator | None) -> Ten
         return None
     device = "cpu" if generator is None else generator.device
     noise = torch.rand(values.numel(), generator=generator, device=device, dtype=torch.float32)
-    return noise.to(values.device)
+    return noise.to(values.device, non_blocking=True)  # else the host waits for the GPU
 
 
 def _check_pruning(op: str, prune_rate: float, scope: str, prune: str) -> None:

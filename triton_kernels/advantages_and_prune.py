@@ -110,7 +110,7 @@ def _store_by_chance(
     certain = 0
     scale = keep / tl.sum(weight, 0)
     found = tl.sum((scale * weight >= 1).to(tl.int32), 0)
-    while (found > certain) & (found < keep):
+    while found > certain:
         certain = found
         scale = (keep - certain) / tl.sum(tl.where(scale * weight >= 1, 0.0, weight), 0)
         found = tl.sum((scale * weight >= 1).to(tl.int32), 0)

@@ -21,6 +21,7 @@ import cppo
 from cppo import backends
 from cppo.benchmarks import inputs as draw
 from cppo.benchmarks.inputs import DTYPES, Inputs, Sizes
+from cppo.config import PRUNES
 
 SHAPES = ("toy", "small", "paper", "full")
 QWEN = 151_936  # the vocabulary of Qwen2, Qwen2.5 and their vision-language models
@@ -223,17 +224,9 @@ def _batch_cases(shapes: str) -> Iterator[Case]:
     toy = shapes == "toy"
     for count in (32,) if toy else (512,) if shapes == "small" else (512, 8192):
         for scope in ("group", "batch"):
-            yield Case(
-                "advantages_and_prune",
-                f"B={count} G=16 scope={scope}",
-                "",
-                lambda device, n=count, s=scope: {  # type: ignore[misc]
-                    "rewards": draw.rewards(n, device),
-                    "group_size": 16,
-                    "prune_rate": 0.75,
-                    "scope": s,
-                },
-            )
+            yield _pruning(count, f"scope={scope}", scope=scope)
+        for rule in PRUNES[3:]:
+            yield _pruning(count, f"prune={rule}", prune=rule)
     sizes = ((8, 32),) if toy else ((64, 1024),) if shapes == "small" else ((64, 1024), (512, 2048))
     for count, length in sizes:
         yield Case(
@@ -251,6 +244,22 @@ def _batch_cases(shapes: str) -> Iterator[Case]:
             call=_unpack,
             moved=_packing_bytes(count, length, unpack=True),
         )
+
+
+def _pruning(count: int, name: str, **options: Any) -> Case:
+    def inputs(device: torch.device) -> Inputs:
+        given = {"rewards": draw.rewards(count, device), **options}
+        if options.get("prune") in ("shortest", "efficiency"):
+            given["lengths"] = torch.arange(count, device=device) % 97
+        return {**given, "group_size": 16, "prune_rate": 0.75}
+
+    def seeded(inputs: Inputs, backend: str) -> Any:
+        # Every backend draws the same.
+        generator = torch.Generator().manual_seed(0)
+        return cppo.advantages_and_prune(**inputs, generator=generator, backend=backend)
+
+    call = seeded if options.get("prune") == "unbiased" else None
+    return Case("advantages_and_prune", f"B={count} G=16 {name}", "", inputs, call=call)
 
 
 def _unpack(inputs: Inputs, backend: str) -> Any:

@@ -16,7 +16,9 @@ from cppo.ops.advantages import (
     advantages_and_prune,
     group_advantages,
     prune_completions,
+    prune_weights,
     questions_needed,
+    select_groups,
 )
 from cppo.ops.importance_weights import importance_weights
 from cppo.ops.loss import cppo_loss, linear_cppo_loss
@@ -54,7 +56,9 @@ __all__ = [
     "perception_mask",
     "plan_microbatches",
     "prune_completions",
+    "prune_weights",
     "questions_needed",
+    "select_groups",
     "set_attention",
     "token_stats",
 ]

@@ -20,7 +20,9 @@ from cppo.values import CheckedFields, is_finite_number
 
 SCALES = ("group", "none", "batch")
 SCOPES = ("group", "batch")
-PRUNES = ("smallest", "largest", "random")
+PRUNES = ("smallest", "largest", "random", "variance", "shortest", "efficiency", "unbiased")
+BY_ADVANTAGE = PRUNES[:3]  # those that need nothing else
+ADVANTAGES_OF = ("sampled", "kept")
 PRECISIONS = ("fp32", "bf16")
 SCHEDULES = (
     *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"),
@@ -84,6 +86,7 @@ _INTEGERS = {
 _CHOICES = {
     "prune_scope": SCOPES,
     "prune": PRUNES,
+    "advantages_of": ADVANTAGES_OF,
     "scale_rewards": SCALES,
     "precision": PRECISIONS,
     "lr_scheduler": SCHEDULES,
@@ -122,12 +125,21 @@ class CPPOConfig(CheckedFields):
     prune_scope: str = "group"
     """"group": per question (the paper). "batch": over all completions of the step (its code)."""
     prune: str = "smallest"
-    """The side that is dropped by |advantage|: "smallest", "largest" or "random" (ablations)."""
+    """Which are dropped: those with the "smallest" |advantage|; the "largest" or "random" ones
+    (ablations); or which stay: those of the largest reward "variance", the "shortest", those of the
+    best "efficiency" (reward per token), or by chance with a weight that keeps the gradient
+    "unbiased" (`cppo.prune_completions`, docs/methods.md)."""
+    advantages_of: str = "sampled"
+    """Mean and std of the advantages are those of all "sampled" completions of a question, or only
+    of the "kept" ones."""
     drop_zero_variance: bool = False
     """Also drop completions with A = 0: whole groups of equal reward."""
+    group_top_p: float | None = None
+    """Keep the fewest groups whose reward variances sum up to this share of all, in (0, 1]
+    (`cppo.select_groups`); the others are dropped after pruning. None: all groups."""
     max_refills: int = 3
-    """With `drop_zero_variance` and `dynamic_allocation`: how often a step may draw more questions
-    to replace the groups that were dropped. 0: the batch shrinks instead."""
+    """With `drop_zero_variance` or `group_top_p`, and `dynamic_allocation`: how often a step may
+    draw more questions to replace the groups that were dropped. 0: the batch shrinks instead."""
     scale_rewards: str = "group"
     """Advantages are divided by the std of their "group", of the whole "batch" over all processes,
     or "none"."""
@@ -261,6 +273,8 @@ class CPPOConfig(CheckedFields):
             self._one_of(name, choices)
         self._boolean(*_BOOLEANS)
         self._number("prune_rate", at_least=0, below=1)
+        if self.group_top_p is not None:
+            self._number("group_top_p", above=0, at_most=1)
         self._number("learning_rate", above=0, below=math.inf)
         self._number("weight_decay", "max_grad_norm", "save_minutes", at_least=0, below=math.inf)
         self._number("process_timeout", above=0, at_most=LONGEST_WAIT)
@@ -299,6 +313,7 @@ class CPPOConfig(CheckedFields):
         """Options that depend on each other."""
         self._set_correction()
         self._check_engine()
+        self._check_advantages()
         if self.warmup_steps and self.lr_scheduler == "constant":
             self._fail("warmup_steps", "0 with lr_scheduler = 'constant', which has no warm-up")
         if self.loss.reduction == "dr_grpo" and self.loss.max_length is None:
@@ -308,6 +323,14 @@ class CPPOConfig(CheckedFields):
             self._fail("batch_size", f"a multiple of group_size = {self.group_size}")
         if self.optimizer_steps > 1 and self.optimizer_steps > self.completions_kept():
             self._fail("optimizer_steps", f"<= {self.completions_kept()}, the completions kept")
+
+    def _check_advantages(self) -> None:
+        if self.advantages_of == "sampled":
+            return
+        if self.prune == "unbiased":
+            self._fail("advantages_of", "'sampled' with prune = 'unbiased', which it would bias")
+        if self.prune_scope == "group" and kept_per_unit(self.group_size, self.prune_rate) == 1:
+            self._fail("advantages_of", "'sampled' where one completion of a question is kept")
 
     def _check_engine(self) -> None:
         gpus = self.vllm.tensor_parallel_size

@@ -45,6 +45,17 @@ def _std(values: Tensor, scored: Tensor, dim: int | None = None) -> Tensor:
     return (total(centred.square()) / (count - 1).clamp(min=1)).sqrt()
 
 
+def _centred(rewards: Tensor, scored: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """(Q, G) rewards, and rewards minus the mean of their question; 0 where there is none."""
+    groups = rewards.double().masked_fill(~scored, 0.0).view(-1, group_size)
+    scored = scored.view(-1, group_size)
+    mean = groups.sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
+    # Within the rounding error of the mean a difference is zero, and no advantage (equal rewards).
+    error = group_size * 2.0**-52 * groups.abs().amax(1, keepdim=True)
+    centred = groups - mean
+    return groups, centred.masked_fill(~scored | (centred.abs() <= error), 0.0)
+
+
 def group_advantages(
     rewards: Tensor,
     group_size: int,
@@ -57,18 +68,112 @@ def group_advantages(
     Where `mask` (B,) is False a completion has no reward: A = 0, and neither mean nor std sees it.
     """
     scored = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.bool()
-    groups = rewards.double().masked_fill(~scored, 0.0).view(-1, group_size)
+    groups, centred = _centred(rewards, scored, group_size)
     scored = scored.view(-1, group_size)
-    mean = groups.sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
-    # Within the rounding error of the mean a difference is zero, and no advantage (equal rewards).
-    error = group_size * 2.0**-52 * groups.abs().amax(1, keepdim=True)
-    centred = groups - mean
-    centred = centred.masked_fill(~scored | (centred.abs() <= error), 0.0)
     if scale == "group":
         centred = centred / (_std(groups, scored, dim=1) + eps)
     elif scale == "batch":
         centred = centred / (_std(groups, scored) + eps)
     return centred.flatten().float()
+
+
+# A probability of staying is in proportion to |A|, but to no less than this share of the mean |A|.
+INCLUSION_FLOOR = 0.1
+
+
+def _by_variance(rewards: Tensor, scored: Tensor, keep: int) -> Tensor:
+    """(U, n) bool: the i highest and m - i lowest rewards, m = `keep`, of the largest variance.
+
+    The step from i to i + 1 trades the reward `low` for `high`, and the variance grows where
+    high + low > mean_i + mean_(i+1). The left side falls with i and the right side rises: the best
+    i is behind the last step that gains. Of equal variances the smaller i >= 1.
+    """
+    count = scored.sum(1, keepdim=True)
+    keeps = count.clamp(max=keep)
+    rewards = rewards.double().masked_fill(~scored, -math.inf)
+    ranked = rewards.sort(1, descending=True).values
+    step = torch.arange(min(keep, rewards.shape[1]), device=rewards.device)
+    high = ranked[:, : len(step)].masked_fill(step >= keeps, 0.0)
+    low = ranked.gather(1, (count - keeps + step).clamp(max=rewards.shape[1] - 1))
+    low = low.masked_fill(step >= keeps, 0.0)
+    # Sums, not means: of the i highest and m - i lowest, before and after the step.
+    after = low.sum(1, keepdim=True) + (high - low).cumsum(1)
+    before = after - (high - low)
+    # What is within the rounding error of the means is equal.
+    error = 4 * count * 2.0**-52 * ranked.masked_fill(ranked.isinf(), 0.0).abs().amax(1, True)
+    gains = keeps * (high + low) - (before + after) > keeps * error
+    gains = (gains | (step == 0)) & (step < keeps)
+    split = gains.long().cumprod(1).sum(1, keepdim=True)
+    # Of equal rewards, some of which stay, the lower index: `above` larger ones and `upto` - 1
+    # further equal ones are in front of the last of them.
+    falling = -ranked
+    above = torch.searchsorted(falling, -rewards)
+    upto = torch.searchsorted(falling, -rewards, right=True)
+    equal = upto - above
+    taken = torch.minimum((split - above).clamp(min=0), equal)
+    taken = taken + torch.minimum((upto - (count - keeps + split)).clamp(min=0), equal)
+    rank = rewards.sort(dim=1, descending=True, stable=True).indices.argsort(1)
+    return rank - above < taken
+
+
+def inclusion_probabilities(
+    advantages: Tensor, unit_size: int, keep: int, mask: Tensor | None = None
+) -> Tensor:
+    """(B,) fp64: the probability with which `prune="unbiased"` keeps each completion.
+
+    p_i = min(1, c w_i), w_i = max(|A_i|, a tenth of the unit's mean |A|), with the c that makes
+    them sum up to `keep`; all equal where every A is 0.
+    """
+    scored = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask.bool()
+    scored = scored.view(-1, unit_size)
+    size = advantages.double().abs().view(-1, unit_size).masked_fill(~scored, 0.0)
+    count = scored.sum(1, keepdim=True)
+    keeps = count.clamp(max=keep)
+    total = size.sum(1, keepdim=True)
+    weight = torch.maximum(size, INCLUSION_FLOOR * total / count.clamp(min=1))
+    weight = weight.masked_fill(total == 0, 1.0).masked_fill(~scored, 0.0)
+    # Those with c w >= 1 stay for certain; c is of the others.
+    ranked = weight.sort(1, descending=True).values
+    tail = ranked.flip(1).cumsum(1).flip(1)
+    left = keeps - torch.arange(unit_size, device=advantages.device)
+    certain = (left > 0) & (left * ranked >= tail)
+    num_certain = certain.long().cumprod(1).sum(1, keepdim=True)
+    rest = F.pad(tail, (0, 1)).gather(1, num_certain)
+    p = weight * ((keeps - num_certain) / rest)
+    p = torch.where(keeps >= count, 1.0, p.clamp(max=1))
+    return p.masked_fill(~scored, 0.0).flatten()
+
+
+def _by_chance(p: Tensor, noise: Tensor) -> Tensor:
+    """(U, n) bool: systematic sampling, one number in [0, 1) of each unit decides for all of it.
+
+    Completion i stays where u, u + 1, u + 2, ... hit its part [P_(i-1), P_i) of the line from 0 to
+    P_n = m; P is the running sum of p.
+    """
+    hits = (p.cumsum(1) - noise.double()).ceil().clamp(min=0)
+    return hits.diff(dim=1, prepend=torch.zeros_like(hits[:, :1])) > 0
+
+
+def prune_score(
+    prune: str, noise: Tensor | None, rewards: Tensor | None, lengths: Tensor | None
+) -> Tensor | None:
+    """(B,) what a rule needs beside the advantages; None: nothing.
+
+    "random" and "unbiased" need the noise, "variance" the rewards; "shortest" ranks by -length and
+    "efficiency" by reward per token. A completion without tokens counts as one token.
+    """
+    if prune in ("random", "unbiased"):
+        return noise
+    if prune == "variance":
+        assert rewards is not None
+        return rewards.double()
+    if prune == "shortest":
+        assert lengths is not None
+        return -lengths.double()
+    if prune == "efficiency":
+        assert lengths is not None and rewards is not None
+        return rewards.double() / lengths.double().clamp(min=1)
+    return None
 
 
 def prune_completions(
@@ -80,29 +185,67 @@ def prune_completions(
     drop_zero: bool = False,
     noise: Tensor | None = None,
     mask: Tensor | None = None,
+    rewards: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Indices of the completions that stay, ascending: (K,) int64.
 
-    `noise` (B,) ranks the completions when `prune="random"`. Where `mask` (B,) is False a
-    completion has no reward and never stays.
+    Of a unit those with the largest score, of equal ones the lower index. The score: |A|
+    ("smallest" are dropped), -|A| ("largest"), `noise` ("random"), -`lengths` ("shortest"),
+    `rewards` / `lengths` ("efficiency"); or 1 for what `_by_variance` ("variance": PODS, arXiv
+    2504.13818) or `_by_chance` ("unbiased") keeps, else 0. All of those are (B,), and `noise` is in
+    [0, 1). Where `mask` (B,) is False a completion has no reward and never stays.
     """
     unit_size = group_size if scope == "group" else advantages.numel()
     if advantages.numel() == 0:
         return torch.empty(0, dtype=torch.int64, device=advantages.device)
-    if prune == "random":
-        assert noise is not None
-        score = noise
-    else:
+    keep = kept_per_unit(unit_size, prune_rate)
+    given = prune_score(prune, noise, rewards, lengths)
+    scored = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask.bool()
+    if given is None:
         score = advantages.abs() if prune == "smallest" else -advantages.abs()
+    elif prune == "variance":
+        score = _by_variance(given.view(-1, unit_size), scored.view(-1, unit_size), keep)
+    elif prune == "unbiased":
+        p = inclusion_probabilities(advantages, unit_size, keep, mask)
+        score = _by_chance(p.view(-1, unit_size), given.view(-1, unit_size)[:, :1])
+    else:
+        score = given
+    score = score.double().flatten()
     if mask is not None:
-        score = score.masked_fill(~mask.bool(), -math.inf)
+        score = score.masked_fill(~scored, -math.inf)
     ranked = score.view(-1, unit_size).sort(dim=1, descending=True, stable=True).indices
-    in_unit = ranked[:, : kept_per_unit(unit_size, prune_rate)].sort(dim=1).values
+    in_unit = ranked[:, :keep].sort(dim=1).values
     first = torch.arange(0, advantages.numel(), unit_size, device=advantages.device)
     kept = (first[:, None] + in_unit).flatten()
     if mask is not None:
-        kept = kept[mask.bool()[kept]]
+        kept = kept[scored[kept]]
     return kept[advantages[kept] != 0] if drop_zero else kept
+
+
+def prune_weights(
+    advantages: Tensor,
+    kept: Tensor,
+    group_size: int,
+    prune_rate: float,
+    scope: str = "group",
+    prune: str = "unbiased",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """(K,) fp64: 1 / p of each completion that "unbiased" kept; ones for the other rules."""
+    if prune != "unbiased" or advantages.numel() == 0:
+        return torch.ones_like(kept, dtype=torch.float64)
+    unit_size = group_size if scope == "group" else advantages.numel()
+    keep = kept_per_unit(unit_size, prune_rate)
+    return 1 / inclusion_probabilities(advantages, unit_size, keep, mask)[kept]
+
+
+def advantages_of_kept(
+    rewards: Tensor, kept: Tensor, group_size: int, scale: str = "group", eps: float = 1e-4
+) -> Tensor:
+    """(B,) fp32 advantages whose mean and std are of the kept rewards; 0 of the others."""
+    stays = torch.zeros_like(rewards, dtype=torch.bool).index_fill(0, kept, True)
+    return group_advantages(rewards, group_size, scale, eps, stays)
 
 
 def advantages_and_prune(
@@ -116,11 +259,41 @@ def advantages_and_prune(
     drop_zero: bool = False,
     noise: Tensor | None = None,
     mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    advantages_of: str = "sampled",
 ) -> tuple[Tensor, Tensor]:
-    """Both of the above: advantages (B,) fp32 and kept (K,) int64."""
+    """All of the above: advantages (B,) fp32 and kept (K,) int64.
+
+    With `advantages_of="kept"` the advantages are worked out once more, from the kept rewards;
+    `drop_zero` looks at those.
+    """
     advantages = group_advantages(rewards, group_size, scale, eps, mask)
-    pruning = (group_size, prune_rate, scope, prune, drop_zero, noise, mask)
-    return advantages, prune_completions(advantages, *pruning)
+    again = advantages_of == "kept"
+    options = (scope, prune, drop_zero and not again, noise, mask, rewards, lengths)
+    kept = prune_completions(advantages, group_size, prune_rate, *options)
+    if again:
+        advantages = advantages_of_kept(rewards, kept, group_size, scale, eps)
+        kept = kept[advantages[kept] != 0] if drop_zero else kept
+    return advantages, kept
+
+
+def select_groups(
+    rewards: Tensor, group_size: int, top_p: float, mask: Tensor | None = None
+) -> Tensor:
+    """Indices of the groups that stay, ascending: (Q',) int64 (RAGEN-2, arXiv 2604.06268).
+
+    The fewest groups whose variances (divided by n) sum up to at least top_p of the sum over all;
+    of equal ones the lower index. A group without variance never stays.
+    """
+    scored = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.bool()
+    count = scored.view(-1, group_size).sum(1).clamp(min=1)
+    centred = _centred(rewards, scored, group_size)[1]
+    ranked = (centred.square().sum(1) / count).sort(descending=True, stable=True)
+    total = ranked.values.cumsum(0)
+    # A sum within rounding of what is asked for is enough.
+    enough = top_p * total[-1:] * (1 - len(total) * 2.0**-52)
+    stays = (total - ranked.values < enough) & (ranked.values > 0)
+    return ranked.indices[stays].sort().values
 
 
 # Packing and planning

@@ -13,11 +13,11 @@ STABLE_TORCH_LIBRARY(cppo, m) {
   // SCHEMAS of cppo/fused/prune.py, word by word.
   m.def("group_advantages(Tensor rewards, int group_size, str scale, float eps) -> Tensor");
   m.def(
-      "prune_completions(Tensor advantages, int unit_size, int keep, str prune, Tensor? noise) "
+      "prune_completions(Tensor advantages, int unit_size, int keep, str prune, Tensor? score) "
       "-> Tensor");
   m.def(
       "advantages_and_prune(Tensor rewards, int group_size, int unit_size, int keep, str scale, "
-      "float eps, str prune, Tensor? noise) -> (Tensor, Tensor)");
+      "float eps, str prune, Tensor? score) -> (Tensor, Tensor)");
   // Sizes first, so that the streams are allocated once: cu_seqlens, row_cu_seqlens, and [tokens,
   // rows, longest, first kept completion whose response has no prompt or -1]. Where the host knows
   // the lengths it needs no pack_sizes.

@@ -1,5 +1,6 @@
-// Runs the kernels of csrc/cuda/pack_kernels.cuh on the CPU, a thread for every CUDA thread, so that
-// their arithmetic is tested where there is no GPU. Blocks run one after the other.
+// Runs the kernels of csrc/cuda/pack_kernels.cuh and prune_kernel.cuh on the CPU, a thread for every
+// CUDA thread, so that their arithmetic is tested where there is no GPU. Blocks run one after the
+// other.
 #include <barrier>
 #include <cstdint>
 #include <memory>
@@ -35,6 +36,7 @@ static unsigned __ballot_sync(unsigned, bool flag) {
 }
 
 #include "cuda/pack_kernels.cuh"
+#include "cuda/prune_kernel.cuh"
 
 // Runs kernel() as `blocks` blocks of `size` threads.
 template <class Kernel>
@@ -72,6 +74,10 @@ void sizes(unsigned threads, const Masks* masks, int32_t* tokens, int32_t* rows,
 
 void pack(unsigned threads, const Masks* masks, const Streams* out, const Columns* columns) {
   launch(masks->num_kept, threads, [&] { pack_kernel(*masks, *out, *columns); });
+}
+
+void prune(unsigned threads, const PruneArgs* args) {
+  launch(args->total / args->unit_size, threads, [&] { advantages_and_prune_kernel(*args); });
 }
 
 void move(bool unpack, unsigned blocks, unsigned threads, const int64_t* index, int64_t num_rows,

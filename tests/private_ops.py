@@ -139,8 +139,8 @@ def extension_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
     whole = torch.randn(2, 6)
     return {
         "group_advantages": (rewards, 4, "group", 1e-4),
-        "prune_completions": (rewards, 4, 2, "random", torch.rand(8)),
-        "advantages_and_prune": (rewards, 4, 4, 2, "group", 1e-4, "random", torch.rand(8)),
+        "prune_completions": (rewards, 4, 2, "score", torch.rand(8)),
+        "advantages_and_prune": (rewards, 4, 4, 2, "group", 1e-4, "unbiased", torch.rand(8)),
         "pack_sizes": (attention, completion, kept),
         "pack_completions": (
             ids,

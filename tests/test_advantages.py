@@ -152,7 +152,7 @@ OPTION_ERRORS = [
     (lambda: cppo.prune_completions(R, 4, -0.1), "got -0.1"),
     (lambda: cppo.prune_completions(R, 4, NAN), "got nan"),
     (lambda: cppo.prune_completions(R, 4, 0.5, scope="row"), "one of 'group', 'batch', got 'row'"),
-    (lambda: cppo.prune_completions(R, 4, 0.5, prune="all"), "'random', got 'all'"),
+    (lambda: cppo.prune_completions(R, 4, 0.5, prune="all"), "'unbiased', got 'all'"),
     (lambda: cppo.advantages_and_prune(R, 4, 2), "prune_rate"),
     (lambda: cppo.advantages_and_prune(R, 4, 0.5, scale="std"), "scale must be one of 'group'"),
     (lambda: cppo.group_advantages(R, 4, scale="std"), "got 'std'"),

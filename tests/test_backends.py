@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from cppo import backends, reference
+from cppo.config import PRUNES, SCALES, SCOPES
 from cppo.fused import extension
 
 needs_cpp = pytest.mark.skipif(bool(extension.missing["cpp"]), reason=extension.missing["cpp"])
@@ -15,8 +16,6 @@ needs_cuda = pytest.mark.skipif(
     bool(extension.missing["cuda"]) or not torch.cuda.is_available(),
     reason=extension.missing["cuda"] or "no CUDA device",
 )
-
-SCALES, SCOPES, SIDES = ("group", "batch", "none"), ("group", "batch"), ("smallest", "largest")
 
 
 @pytest.fixture(autouse=True)
@@ -152,14 +151,15 @@ def check_advantages_and_prune(device, dtype, seed):
         torch.testing.assert_close(ours, spec, rtol=2e-7, atol=1e-12)
         assert torch.equal(ours == 0, spec == 0)
         for scope in SCOPES:
-            for prune in (*SIDES, "random"):
+            for prune in PRUNES:
                 for drop_zero in (False, True):
                     options = (scope, prune, drop_zero, noise)
+                    more = {"rewards": rewards, "lengths": (noise * 9).long()}
                     advantages, kept = extension.advantages_and_prune(
-                        rewards, group_size, rate, scale, 1e-4, *options
+                        rewards, group_size, rate, scale, 1e-4, *options, lengths=more["lengths"]
                     )
-                    expected = reference.prune_completions(spec, group_size, rate, *options)
-                    again = extension.prune_completions(spec, group_size, rate, *options)
+                    expected = reference.prune_completions(spec, group_size, rate, *options, **more)
+                    again = extension.prune_completions(spec, group_size, rate, *options, **more)
                     assert torch.equal(advantages, ours)
                     assert torch.equal(kept, expected) and torch.equal(again, expected)
                     assert kept.dtype == torch.int64
@@ -232,8 +232,12 @@ def test_compiled_checks_name_op_argument_expected_and_got():
          "group_size must divide B = 5, got 4"),
         ("group_advantages", (torch.zeros(4), 4, "median", 1e-4),
          "scale must be 'group', 'batch' or 'none', got 'median'"),
+        ("prune_completions", (torch.zeros(4), 4, 2, "variance", None),
+         "score (B,) is needed for this rule"),
+        ("prune_completions", (torch.zeros(4), 4, 2, "score", torch.zeros(3)),
+         "score must be (B,) = (4,), got (3,)"),
         ("prune_completions", (torch.zeros(4), 4, 2, "random", None),
-         "noise (B,) is needed for prune = 'random'"),
+         "prune must be 'smallest', 'largest', 'score', 'variance' or 'unbiased', got 'random'"),
         ("prune_completions", (torch.zeros(4), 4, 5, "smallest", None),
          "keep must be in [1, unit_size = 4], got 5"),
     ]  # fmt: skip
@@ -254,7 +258,9 @@ def test_opcheck():
     samples = [
         (ops.group_advantages, (rewards, 4, "group", 1e-4)),
         (ops.prune_completions, (rewards, 4, 2, "smallest", None)),
-        (ops.prune_completions, (rewards, 4, 2, "random", noise)),
+        (ops.prune_completions, (rewards, 4, 2, "score", noise)),
+        (ops.prune_completions, (rewards, 4, 2, "unbiased", noise)),
+        (ops.advantages_and_prune, (rewards, 4, 8, 3, "group", 1e-4, "variance", rewards)),
         (ops.advantages_and_prune, (rewards, 4, 8, 3, "batch", 1e-4, "largest", None)),
         (ops.advantages_and_prune, (rewards, 4, 4, 3, "none", 1e-4, "smallest", None)),
         (ops.pack_sizes, (mask, mask, kept)),
@@ -285,3 +291,17 @@ def test_planner_errors_name_index_and_length():
         extension.balance_ranks([-2], 2)
     with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
         extension.balance_ranks([2], 0)
+
+
+@needs_cpp
+@pytest.mark.parametrize("prune", PRUNES)
+def test_units_that_are_too_long_for_a_kernel_are_pruned_by_the_specification(prune, monkeypatch):
+    rewards, noise = rewards_of(2, 8, 1), torch.rand(16)
+    options = (0.5, "group", 1e-4, "group", prune, True, noise)
+    of = "sampled" if prune == "unbiased" else "kept"
+    more = {"lengths": torch.arange(16), "advantages_of": of}
+    monkeypatch.setattr(extension._prune, "_longest", 4)
+    monkeypatch.setattr(extension._prune, "_ops", None)
+    ours = extension.advantages_and_prune(rewards, 8, *options, **more)
+    expected = reference.advantages_and_prune(rewards, 8, *options, **more)
+    assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))

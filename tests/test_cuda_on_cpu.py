@@ -1,7 +1,8 @@
-"""The CUDA kernels of packing, run on the CPU by an emulation of blocks, warps and barriers.
+"""The CUDA kernels of packing and pruning, run on the CPU by an emulation of blocks and barriers.
 
 The kernels themselves are compiled by nvcc in test_packaging and run on a GPU in
-test_pack_completions; here their arithmetic is held to the reference where there is neither.
+test_pack_completions and test_backends; here their arithmetic is held to the reference where there
+is neither.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from cppo import reference
+from cppo.config import PRUNES, SCALES, SCOPES, kept_per_unit
+from cppo.fused.prune import Pruning
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++") or shutil.which("c++")
@@ -55,6 +58,21 @@ class Streams(ctypes.Structure):
             "target_index",
         )
     ] + [("input_ids", Column)]
+
+
+class PruneArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, P) for name in ("rewards", "given", "score", "advantages")),
+        *((name, P) for name in ("ranked", "rank", "kept")),
+        *((name, L) for name in ("total", "group_size", "unit_size", "keep")),
+        ("eps", ctypes.c_double),
+        ("scale", I),
+        ("prune", I),
+    ]
+
+
+# In the order of csrc/prune_rules.h.
+RULES = ("smallest", "largest", "score", "variance", "unbiased")
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +181,40 @@ def test_emulated_lengths_that_are_too_small_write_nothing_past_the_streams(
     kernels.pack(32, ctypes.byref(masks), ctypes.byref(streams), ctypes.byref(columns))
     assert positions.tolist() == [0, 1, 2, 77, 77, 77]
     assert targets.tolist() == [1, 77, 77, 77, 77, 77]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("prune", PRUNES)
+@pytest.mark.parametrize("group_size", [1, 5, 40])
+def test_emulated_pruning_equals_the_reference(
+    kernels: ctypes.CDLL, group_size: int, prune: str, scale: str, scope: str
+) -> None:
+    total = 2 * group_size
+    rewards = torch.randint(0, 4, (total,)).double() / 3
+    given = {"noise": torch.rand(total).double(), "lengths": torch.randint(0, 9, (total,))}
+    pruning = Pruning(group_size, 0.6, scope, prune, rewards=rewards, **given)
+    unit_size, keep = pruning.unit(total)
+    rule, score = pruning.rule
+    options = (scale, 1e-4, scope, prune)
+    expected = reference.advantages_and_prune(rewards, group_size, 0.6, *options, **given)
+
+    advantages, kept = filled(total, dtype=torch.float32), filled(total // unit_size * keep)
+    ranked, rank = filled(total, dtype=torch.float64), filled(total, dtype=torch.int32)
+    again = filled(len(kept))
+    exact = expected[0].double()
+    where = {"score": score, "ranked": ranked, "rank": rank}
+    sizes = {"total": total, "group_size": group_size, "unit_size": unit_size, "keep": keep}
+    for tensors in (
+        {"rewards": rewards, "advantages": advantages, "kept": kept},
+        {"given": exact, "kept": again},
+    ):
+        pointers = {k: v.data_ptr() for k, v in {**where, **tensors}.items() if v is not None}
+        # In the order of csrc/prune_rules.h.
+        scales = {"group": 0, "batch": 1, "none": 2}
+        args = PruneArgs(**pointers, **sizes, eps=1e-4, scale=scales[scale])
+        args.prune = RULES.index(rule)
+        kernels.prune(32, ctypes.byref(args))
+    torch.testing.assert_close(advantages, expected[0], rtol=2e-7, atol=1e-12)
+    assert torch.equal(kept, expected[1]) and torch.equal(again, expected[1])
+    assert len(kept) == total // unit_size * kept_per_unit(unit_size, 0.6)

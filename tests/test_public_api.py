@@ -12,10 +12,12 @@ import cppo
 FUNCTIONS = [n for n in cppo.__all__ if inspect.isfunction(getattr(cppo, n))]
 SIGNATURES = {
     "group_advantages": "rewards, group_size, *, scale, eps, backend",
-    "prune_completions": "advantages, group_size, prune_rate, *, scope, prune, drop_zero, "
-    "generator, backend",
+    "prune_completions": "advantages, group_size, prune_rate, *, scope, prune, drop_zero, rewards, "
+    "lengths, generator, backend",
     "advantages_and_prune": "rewards, group_size, prune_rate, *, scale, eps, scope, prune, "
-    "drop_zero, generator, backend",
+    "drop_zero, lengths, advantages_of, generator, backend",
+    "prune_weights": "advantages, kept, group_size, prune_rate, *, scope, prune",
+    "select_groups": "rewards, group_size, *, top_p",
     "pack_completions": "input_ids, attention_mask, completion_mask, kept, *, per_token, lengths, "
     "backend",
     "packed_hidden": "model, batch, positions, images, image_of, shared",

@@ -5,7 +5,9 @@ whole batch), in fp64:
 
     mean_g = sum r / G,  A_i = (r_i - mean_g) / (std + eps),  0 within the rounding of the mean
     rank_i = number of j in u that come before i: larger score, or equal score and lower index
-    score  = |A|, -|A| or noise;  i stays if rank_i < keep, at the place that counts such j < i
+    score  = |A|, -|A| or one that is given;  i stays if rank_i < keep, at the place that counts
+             such j < i
+    "variance" and "unbiased" choose in their own way, see below
 
 Scores are turned into integers of the same order, so that a NaN has a rank too. Counting ranks is
 O(n^2), but compiles in a second where two sorts in registers take half a minute.
@@ -42,7 +44,7 @@ def _std_of_all(rewards_ptr, total, CHUNK: tl.constexpr):
 def _key(value, PRUNE: tl.constexpr):
     """int64 in the order of the score; a NaN is the largest."""
     score = value.to(tl.float64)
-    if PRUNE != "random":
+    if PRUNE == "smallest" or PRUNE == "largest":
         score = tl.abs(score)
     if PRUNE == "largest":
         score = -score
@@ -52,34 +54,123 @@ def _key(value, PRUNE: tl.constexpr):
 
 
 @triton.jit
-def _store_kept(
-    score_ptr, kept_ptr, unit, unit_size, keep, PRUNE: tl.constexpr, BLOCK: tl.constexpr
+def _rank(score_ptr, first, unit_size, PRUNE: tl.constexpr, BLOCK: tl.constexpr):
+    """How many scores of the unit are larger, and equal, and equal with a lower index."""
+    local = tl.arange(0, BLOCK)
+    key = _key(tl.load(score_ptr + first + local, local < unit_size, 0.0), PRUNE)
+    above = tl.zeros((BLOCK,), tl.int32)
+    equal = tl.zeros((BLOCK,), tl.int32)
+    before = tl.zeros((BLOCK,), tl.int32)
+    for other in range(unit_size):
+        other_key = _key(tl.load(score_ptr + first + other), PRUNE)
+        is_equal = other_key == key
+        above += other_key > key
+        equal += is_equal
+        before += is_equal & (other < local)
+    return above, equal, before
+
+
+@triton.jit
+def _of_largest_variance(score_ptr, first, unit_size, keep, BLOCK: tl.constexpr):
+    """Which completions stay by "variance"; csrc/prune_rules.h has the same steps."""
+    local = tl.arange(0, BLOCK)
+    inside = local < unit_size
+    above, equal, before = _rank(score_ptr, first, unit_size, "variance", BLOCK)
+    rank = tl.where(inside, above + before, BLOCK)
+    reward = tl.load(score_ptr + first + local, inside, 0.0).to(tl.float64)
+    largest = tl.max(tl.abs(reward), 0)
+    error = 4.0 * keep * largest * unit_size * 2.220446049250313e-16
+    total = tl.sum(tl.where(inside & (rank >= unit_size - keep), reward, 0.0), 0)
+    split = 0
+    gains = True
+    while (split < keep) & gains:
+        high = tl.sum(tl.where(rank == split, reward, 0.0), 0)
+        low = tl.sum(tl.where(rank == unit_size - keep + split, reward, 0.0), 0)
+        after = total + (high - low)
+        gains = (split == 0) | (keep * (high + low) - (total + after) > error)
+        split += gains.to(tl.int32)
+        total = after
+    first_taken = tl.minimum(tl.maximum(split - above, 0), equal)
+    last_taken = tl.minimum(tl.maximum(above + equal - (unit_size - keep + split), 0), equal)
+    return before < first_taken + last_taken
+
+
+@triton.jit
+def _store_by_chance(
+    advantages_ptr, score_ptr, kept_ptr, unit, unit_size, keep, BLOCK: tl.constexpr
 ):
+    """Stores what stays by "unbiased"; csrc/prune_rules.h has the same steps."""
     local = tl.arange(0, BLOCK)
     inside = local < unit_size
     first = unit * unit_size
-    key = _key(tl.load(score_ptr + first + local, inside, 0.0), PRUNE)
-    rank = tl.zeros((BLOCK,), tl.int32)
-    for other in range(unit_size):
-        other_key = _key(tl.load(score_ptr + first + other), PRUNE)
-        rank += (other_key > key) | ((other_key == key) & (other < local))
-    stays = inside & (rank < keep)
-    place = tl.cumsum(stays.to(tl.int32), 0) - 1
-    tl.store(kept_ptr + unit * keep + place, first + local, stays)
+    size = tl.abs(tl.load(advantages_ptr + first + local, inside, 0.0).to(tl.float64))
+    total = tl.sum(size, 0)
+    floor = tl.where(total == 0, 1.0, 0.1 * total / unit_size)
+    weight = tl.where(inside, tl.where(size > floor, size, floor), 0.0)
+    certain = 0
+    scale = keep / tl.sum(weight, 0)
+    found = tl.sum((scale * weight >= 1).to(tl.int32), 0)
+    while found > certain:
+        certain = found
+        scale = (keep - certain) / tl.sum(tl.where(scale * weight >= 1, 0.0, weight), 0)
+        found = tl.sum((scale * weight >= 1).to(tl.int32), 0)
+    chance = tl.load(score_ptr + first).to(tl.float64)
+    sums = chance * 0
+    taken = 0
+    for i in range(unit_size):
+        own = tl.abs(tl.load(advantages_ptr + first + i).to(tl.float64))
+        p = scale * tl.where(own > floor, own, floor)
+        sums += tl.where((p < 1) & (keep < unit_size), p, 1.0)
+        takes = (taken < keep) & ((sums > chance + taken) | (unit_size - i == keep - taken))
+        tl.store(kept_ptr + unit * keep + taken, first + i, takes)
+        taken += takes.to(tl.int32)
+
+
+@triton.jit
+def _store_kept(
+    advantages_ptr,
+    score_ptr,
+    kept_ptr,
+    unit,
+    unit_size,
+    keep,
+    PRUNE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if PRUNE == "unbiased":
+        _store_by_chance(advantages_ptr, score_ptr, kept_ptr, unit, unit_size, keep, BLOCK)
+    else:
+        local = tl.arange(0, BLOCK)
+        inside = local < unit_size
+        first = unit * unit_size
+        if PRUNE == "variance":
+            stays = inside & _of_largest_variance(score_ptr, first, unit_size, keep, BLOCK)
+        else:
+            ranked_ptr = score_ptr if PRUNE == "score" else advantages_ptr
+            above, equal, before = _rank(ranked_ptr, first, unit_size, PRUNE, BLOCK)
+            stays = inside & (above + before < keep)
+        place = tl.cumsum(stays.to(tl.int32), 0) - 1
+        tl.store(kept_ptr + unit * keep + place, first + local, stays)
 
 
 @triton.jit
 def _prune_completions_kernel(
-    score_ptr, kept_ptr, unit_size, keep, PRUNE: tl.constexpr, BLOCK: tl.constexpr
+    advantages_ptr,
+    score_ptr,
+    kept_ptr,
+    unit_size,
+    keep,
+    PRUNE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     unit = tl.program_id(0).to(tl.int64)
-    _store_kept(score_ptr, kept_ptr, unit, unit_size, keep, PRUNE, BLOCK)
+    _store_kept(advantages_ptr, score_ptr, kept_ptr, unit, unit_size, keep, PRUNE, BLOCK)
 
 
 @triton.jit
 def _advantages_and_prune_kernel(
     rewards_ptr,
-    noise_ptr,
+    score_ptr,
     advantages_ptr,
     kept_ptr,
     total,
@@ -120,10 +211,9 @@ def _advantages_and_prune_kernel(
     tl.store(advantages_ptr + at, advantage, inside)
 
     if PRUNE != "nothing":
-        # The scores of the other completions are read back from where this program put them.
+        # The advantages of the other completions are read back from where this program put them.
         tl.debug_barrier()
-        score_ptr = noise_ptr if PRUNE == "random" else advantages_ptr
-        _store_kept(score_ptr, kept_ptr, unit, unit_size, keep, PRUNE, BLOCK)
+        _store_kept(advantages_ptr, score_ptr, kept_ptr, unit, unit_size, keep, PRUNE, BLOCK)
 
 
 def _num_warps(unit_size: int) -> int:
@@ -143,7 +233,7 @@ def advantages_and_prune(
     scale: str,
     eps: float,
     prune: str,
-    noise: Tensor | None,
+    score: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     total = rewards.shape[0]
     advantages = rewards.new_empty(total, dtype=torch.float32)
@@ -153,7 +243,7 @@ def advantages_and_prune(
     rewards = rewards.double().contiguous()
     _advantages_and_prune_kernel[(total // unit_size,)](
         rewards_ptr=rewards,
-        noise_ptr=rewards if noise is None else noise.contiguous(),
+        score_ptr=rewards if score is None else score.contiguous(),
         advantages_ptr=advantages,
         kept_ptr=kept,
         total=total,
@@ -171,14 +261,15 @@ def advantages_and_prune(
 
 
 def prune_completions(
-    advantages: Tensor, unit_size: int, keep: int, prune: str, noise: Tensor | None
+    advantages: Tensor, unit_size: int, keep: int, prune: str, score: Tensor | None
 ) -> Tensor:
-    scores = noise if prune == "random" and noise is not None else advantages
-    units = scores.shape[0] // unit_size
-    kept = scores.new_empty(units * keep, dtype=torch.int64)
+    units = advantages.shape[0] // unit_size
+    kept = advantages.new_empty(units * keep, dtype=torch.int64)
     if units:
+        advantages = advantages.contiguous()
         _prune_completions_kernel[(units,)](
-            score_ptr=scores.contiguous(),
+            advantages_ptr=advantages,
+            score_ptr=advantages if score is None else score.contiguous(),
             kept_ptr=kept,
             unit_size=unit_size,
             keep=keep,

@@ -195,6 +195,10 @@ def _advantages(dtype: torch.dtype) -> None:
     ops.advantages_and_prune(rewards, 16, 0.5)
     random: dict[str, Any] = {"scope": "batch", "prune": "random", "noise": rewards.float()}
     ops.advantages_and_prune(rewards, 16, 0.5, "batch", **random)
+    for prune in ("variance", "unbiased"):
+        more: dict[str, Any] = {"prune": prune, "noise": rewards.float()}
+        ops.advantages_and_prune(rewards, 16, 0.5, **more)
+        ops.prune_completions(rewards.float(), 16, 0.5, **more, rewards=rewards)
     ops.prune_completions(rewards, 16, 0.5, prune="largest")
 
 

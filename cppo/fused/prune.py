@@ -2,7 +2,10 @@
 
 B completions in blocks of `group_size` (a question) and of `unit_size` (what is pruned together: a
 question, or all of them); `keep` completions of each unit stay. Kernels know no rate, no scope and
-no zeros to drop: this file does.
+no zeros to drop: this file does. They know five rules: by |A|, "smallest" or "largest"; by a
+"score" (B,) that is given, which is how "random", "shortest" and "efficiency" come to them; of the
+largest "variance" of that score; and "unbiased", with the score's first entry of each unit as the
+number that decides by chance.
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ from cppo.config import kept_per_unit
 
 SCHEMAS = {
     "group_advantages": "(Tensor rewards, int group_size, str scale, float eps) -> Tensor",
-    "prune_completions": "(Tensor advantages, int unit_size, int keep, str prune, Tensor? noise) "
+    "prune_completions": "(Tensor advantages, int unit_size, int keep, str prune, Tensor? score) "
     "-> Tensor",
     "advantages_and_prune": "(Tensor rewards, int group_size, int unit_size, int keep, str scale, "
-    "float eps, str prune, Tensor? noise) -> (Tensor, Tensor)",
+    "float eps, str prune, Tensor? score) -> (Tensor, Tensor)",
 }
 
 
@@ -34,6 +37,15 @@ class Pruning(NamedTuple):
     prune: str = "smallest"
     drop_zero: bool = False
     noise: Tensor | None = None
+    rewards: Tensor | None = None
+    lengths: Tensor | None = None
+
+    @property
+    def rule(self) -> tuple[str, Tensor | None]:
+        """The rule as the kernels know it, and its score."""
+        score = reference.prune_score(self.prune, self.noise, self.rewards, self.lengths)
+        by_score = self.prune in ("random", "shortest", "efficiency")
+        return "score" if by_score else self.prune, score
 
     def unit(self, total: int) -> tuple[int, int]:
         """The size of a unit of so many completions, and how many of it stay."""
@@ -78,10 +90,8 @@ class PruneBackend:
         pruning = Pruning(*arguments, **named)
         unit_size, keep = pruning.unit(len(advantages))
         if unit_size > self._longest:
-            return reference.prune_completions(advantages, *pruning)
-        kept = self._ops.prune_completions(
-            advantages, unit_size, keep, pruning.prune, pruning.noise
-        )
+            return reference.prune_completions(advantages, **pruning._asdict())
+        kept = self._ops.prune_completions(advantages, unit_size, keep, *pruning.rule)
         return pruning.without_zeros(kept, advantages)
 
     def advantages_and_prune(
@@ -92,17 +102,21 @@ class PruneBackend:
         scale: str = "group",
         eps: float = 1e-4,
         *arguments: Any,
+        advantages_of: str = "sampled",
         **named: Any,
     ) -> tuple[Tensor, Tensor]:
         """`arguments` and `named` are those of a `Pruning` behind its rate."""
-        pruning = Pruning(group_size, prune_rate, *arguments, **named)
+        pruning = Pruning(group_size, prune_rate, *arguments, **named)._replace(rewards=rewards)
         unit_size, keep = pruning.unit(len(rewards))
         if unit_size > self._longest:
             advantages = self.group_advantages(rewards, group_size, scale, eps)
-            return advantages, self.prune_completions(advantages, *pruning)
-        advantages, kept = self._ops.advantages_and_prune(
-            rewards, group_size, unit_size, keep, scale, eps, pruning.prune, pruning.noise
-        )
+            kept = self.prune_completions(advantages, *pruning._replace(drop_zero=False))
+        else:
+            advantages, kept = self._ops.advantages_and_prune(
+                rewards, group_size, unit_size, keep, scale, eps, *pruning.rule
+            )
+        if advantages_of == "kept":
+            advantages = reference.advantages_of_kept(rewards, kept, group_size, scale, eps)
         return advantages, pruning.without_zeros(kept, advantages)
 
 

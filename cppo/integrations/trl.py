@@ -113,7 +113,7 @@ class CPPOMixin(AnyTrainer):
         sampled = sample(self, inputs, draw, partial(self._rollout, generate, draw, corrects))
         if not self.cppo.prunes:
             return sampled.parts[0]
-        kept = keep(self, sampled.advantages(), sampled.lengths(), draw)
+        kept = keep(self, sampled.advantages(), sampled.lengths(), sampled.tokens(), draw)
         with torch.no_grad():
             batch = filled(*sampled.take(kept.rows, self.accelerator.gather), kept)
             if corrects:

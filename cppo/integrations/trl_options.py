@@ -27,7 +27,10 @@ class CPPO:
     prune_scope: str = "group"
     """"group": per question (the paper). "batch": over the process's completions (its code)."""
     prune: str = "smallest"
-    """The side that is dropped by |advantage|: "smallest", "largest" or "random"."""
+    """Which are dropped: those of the "smallest", "largest" or "random" |advantage|; or which stay:
+    those of the largest reward "variance" of a question, the "shortest", or by chance, with
+    advantages A / p that leave the gradient "unbiased" (docs/methods.md). Not "efficiency": a
+    rollout of TRL holds no rewards."""
     drop_zero_variance: bool = False
     """Drop questions whose completions all have the same reward (dynamic sampling)."""
     max_refills: int = 3
@@ -56,7 +59,12 @@ class CPPO:
         op = "integrations.trl.CPPO"
         check_interval(op, "prune_rate", self.prune_rate, 0, 1, closed=False)
         check_choice(op, "prune_scope", self.prune_scope, SCOPES)
-        check_choice(op, "prune", self.prune, PRUNES)
+        check_choice(op, "prune", self.prune, [name for name in PRUNES if name != "efficiency"])
+        if self.prune == "variance" and self.prune_scope == "batch":
+            raise ValueError(
+                f"cppo.{op}: prune = 'variance' must have prune_scope = 'group', got 'batch': a "
+                "rollout of TRL holds advantages, which are like rewards within a question only"
+            )
         check_integer(op, "max_refills", self.max_refills, 0)
         check_choice(op, "loss.divergence", self.loss.divergence, contrast.DIVERGENCES)
         for field in fields(LossConfig):
@@ -130,6 +138,16 @@ def check_run(trainer: Any) -> None:
         return
     if options.drop_zero_variance and options.max_refills:
         _check_refills(trainer, rows % group_size == 0, refuse)
+    if options.prune == "unbiased" and getattr(args, "loss_type", "") == "bnpo":
+        refuse(
+            "prune='unbiased' would be biased with loss_type='bnpo', which divides a micro-batch "
+            "by the tokens that are left in it; take 'dapo'"
+        )
+    if options.prune == "shortest" and getattr(args, "mask_truncated_completions", False):
+        refuse(
+            "prune='shortest' needs mask_truncated_completions=False: with it TRL does not say how "
+            "long a completion is that was cut"
+        )
     extra = getattr(trainer, "_entropy_bonus_enabled", False) or trainer.aux_loss_enabled
     if extra and averages_rows(args) and _fills(options, rows, group_size, steps):
         refuse(

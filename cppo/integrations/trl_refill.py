@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cppo.integrations.trl_rows import EQUAL, Batch, joined, per_completion, take_rows
+from cppo.integrations.trl_rows import (
+    EQUAL,
+    Batch,
+    joined,
+    loss_mask,
+    per_completion,
+    take_rows,
+)
 from cppo.seeds import seed_from
 
 
@@ -32,6 +39,10 @@ class Sampled(NamedTuple):
         """(B,) tokens of prompt and completion."""
         masks = [(part["prompt_mask"], part["completion_mask"]) for part in self.parts]
         return self._picked([prompt.sum(1) + completion.sum(1) for prompt, completion in masks])
+
+    def tokens(self) -> Tensor:
+        """(B,) tokens of the completion that are trained on."""
+        return self._picked([loss_mask(part).sum(1) for part in self.parts])
 
     def _picked(self, values: list[Tensor]) -> Tensor:
         first = torch.tensor([0, *map(len, values)], device=self.part.device).cumsum(0)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cppo
+from cppo.integrations.trl_options import averages_rows
 from cppo.integrations.trl_postponed import Postponed
 from cppo.seeds import seed_from
 
@@ -35,46 +36,76 @@ class Kept(NamedTuple):
     """Rows that all processes run, divided by those that stay."""
     share: float
     """Completions of all processes that stay, of those sampled."""
+    weights: Tensor | None
+    """(K,) what the advantages are multiplied by; None: nothing."""
 
 
-def keep(trainer: Any, advantages: Tensor, lengths: Tensor, draw: tuple[int, ...]) -> Kept:
+def keep(
+    trainer: Any, advantages: Tensor, lengths: Tensor, tokens: Tensor, draw: tuple[int, ...]
+) -> Kept:
     """Choose the rows that stay, over all processes: a question may lie on several.
 
     Args:
         advantages: (B,) of this process's rows.
         lengths: (B,) tokens of each.
-        draw: names the rollout; what prune="random" draws follows from it.
+        tokens: (B,) those that are trained on.
+        draw: names the rollout; what chance decides follows from it.
     """
     options, accelerator = trainer.cppo, trainer.accelerator
     size, processes = len(advantages), accelerator.num_processes
     first = size * accelerator.process_index
-    everyones = accelerator.gather(advantages)
+    everyones, of_all = accelerator.gather(advantages), accelerator.gather(tokens)
     if options.drop_zero_variance:
         everyones = everyones.masked_fill(everyones.abs() <= EQUAL, 0)
-    # "batch" is over one process's completions, "group" over each question's, wherever they lie.
-    units = everyones.split(size) if options.prune_scope == "batch" else [everyones]
-    generator = torch.Generator().manual_seed(seed_from("prune", *draw))
-    kept = [
-        number * size
-        + cppo.prune_completions(
-            unit,
-            1 if options.prune_scope == "batch" else trainer.num_generations,
-            options.prune_rate,
-            scope=options.prune_scope,
-            prune=options.prune,
-            drop_zero=options.drop_zero_variance,
-            generator=generator,
-        )
-        for number, unit in enumerate(units)
-    ]
-    stay = torch.cat(kept)
+    stay, weights = _stay(trainer, everyones, of_all, size, draw)
     most = int(torch.bincount(stay // size, minlength=processes).max())
     steps = trainer.args.steps_per_generation
     width = -(-max(most, 1) // steps) * steps
-    mine = stay[(stay >= first) & (stay < first + size)] - first
+    here = (stay >= first) & (stay < first + size)
+    mine = stay[here] - first
     # The shortest completion costs least.
     rows = torch.cat([mine, lengths.argmin().expand(width - len(mine))])
-    return Kept(rows, len(mine), width * processes / max(len(stay), 1), len(stay) / len(everyones))
+    if options.prune == "unbiased":
+        weights = torch.cat([weights[here], weights.new_ones(width - len(mine))])
+    scale, share = width * processes / max(len(stay), 1), len(stay) / len(everyones)
+    return Kept(rows, len(mine), scale, share, weights if options.prune == "unbiased" else None)
+
+
+def _stay(
+    trainer: Any, everyones: Tensor, tokens: Tensor, size: int, draw: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """The rows of all processes that stay, and the weights of their advantages: (K,) each.
+
+    TRL divides by the rows, or tokens, that are left, and has no weights of its own: so A / p is
+    also multiplied by these over those sampled, and the gradient is that of all rows in the mean.
+    """
+    options = trainer.cppo
+    # "batch" is over one process's completions, "group" over each question's, wherever they lie.
+    by_process = options.prune_scope == "batch"
+    units = everyones.split(size) if by_process else [everyones]
+    group = 1 if by_process else trainer.num_generations
+    generator = torch.Generator().manual_seed(seed_from("prune", *draw))
+    rule: dict[str, Any] = {"scope": options.prune_scope, "prune": options.prune}
+    kept, weights, start = [], [], 0
+    for unit in units:
+        rows = cppo.prune_completions(
+            unit,
+            group,
+            options.prune_rate,
+            **rule,
+            drop_zero=options.drop_zero_variance,
+            # Within a question, advantages are rewards up to a shift and a factor.
+            rewards=unit,
+            lengths=tokens[start : start + len(unit)],
+            generator=generator,
+        )
+        kept.append(start + rows)
+        weights.append(cppo.prune_weights(unit, rows, group, options.prune_rate, **rule))
+        start += len(unit)
+    stay, weight = torch.cat(kept), torch.cat(weights)
+    count = torch.ones_like(tokens) if averages_rows(trainer.args) else tokens
+    counted = count[everyones != 0] if options.drop_zero_variance else count
+    return stay, weight * (count[stay].sum() / counted.sum().clamp(min=1))
 
 
 def filled(batch: Batch, order: Tensor, kept: Kept) -> Batch:
@@ -82,18 +113,24 @@ def filled(batch: Batch, order: Tensor, kept: Kept) -> Batch:
 
     Args: order: (K,) the place among `kept.rows` of each row of the batch.
     """
+    if kept.weights is not None:
+        batch = batch | {"advantages": _each(batch["advantages"], kept.weights[order])}
     if kept.scale == 1:
         return batch
     real = order < kept.real
     # Not completion_mask, which is also what attention sees: the log-probabilities of the rollout
     # and those of the loss must be of the same thing, or their ratio overflows.
     mask = batch.get("tool_mask", torch.ones_like(batch["completion_mask"]))
-    advantages = batch["advantages"]
     return batch | {
         "tool_mask": mask * real[:, None].to(mask),
-        "advantages": advantages * real.to(advantages).view(-1, *[1] * (advantages.dim() - 1)),
+        "advantages": _each(batch["advantages"], real),
         "cppo_weight": real * kept.scale,
     }
+
+
+def _each(advantages: Tensor, factor: Tensor) -> Tensor:
+    """(B,) or (B, T) advantages, times a factor of each row."""
+    return advantages * factor.to(advantages).view(-1, *[1] * (advantages.dim() - 1))
 
 
 def per_completion(advantages: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import cppo
-from cppo.config import PRUNES, SCOPES, CPPOConfig, LossConfig
+from cppo.config import BY_ADVANTAGE, SCOPES, CPPOConfig, LossConfig
 from cppo.integrations.contrast import DIVERGENCES, FIELDS
 from cppo.ops.checks import check_choice, check_interval
 from cppo.views import views_from_names
@@ -81,13 +81,14 @@ class Pruning:
     prune_scope: str = "group"
     """"group": per question (the paper). "batch": over the whole batch (its code)."""
     prune: str = "smallest"
-    """The side that is dropped by |advantage|: "smallest", "largest" or "random"."""
+    """The side that is dropped by |advantage|: "smallest", "largest" or "random". The other rules
+    need rewards, lengths or loss weights, which are not at hand where verl's trainers prune."""
 
     def __post_init__(self) -> None:
         op = "integrations.verl"
         check_interval(op, "prune_rate", self.prune_rate, 0, 1, closed=False)
         check_choice(op, "prune_scope", self.prune_scope, SCOPES)
-        check_choice(op, "prune", self.prune, PRUNES)
+        check_choice(op, "prune", self.prune, BY_ADVANTAGE)
 
     def kept(self, sizes: dict[str, float], seed: int) -> set[str]:
         """Which completions stay.

@@ -50,6 +50,11 @@ class Rollouts:
     truncated: Tensor
     sampling_logps: Tensor | None = None
 
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64 on the CPU: tokens of each completion, with the closing one."""
+        return torch.tensor([len(ids) for ids in self.completion_ids], dtype=torch.int64)
+
     def question_of(self, row: int) -> Question:
         """The question of a row of the batch."""
         return self.prompts.questions[row // self.group_size]

@@ -26,7 +26,7 @@ from cppo.train.batch import Batch
 from cppo.train.mismatch import mismatch
 from cppo.train.policy import Policy
 from cppo.train.processes import Processes
-from cppo.train.selection import cut_surplus, select_completions
+from cppo.train.selection import select_completions, unbiased_weights, without_surplus
 from cppo.train.update import Update
 from cppo.train.views import forward_views
 
@@ -57,12 +57,17 @@ def select(
     config = policy.config
     # A = (r - mean) / std within a question; of each question, the completions with the largest |A|
     # are kept. Every process works this out from the rewards of all.
-    (everyones, truncated), own = processes.joined(rewards, rollouts.truncated)
-    advantages, kept = select_completions(everyones, config, step)
-    if config.dynamic_allocation:
-        kept = cut_surplus(kept, advantages, config.group_size, config.batch_size)
+    of_all, own = processes.joined(rewards, rollouts.truncated, rollouts.lengths)
+    everyones, truncated, lengths = of_all
+    advantages, pruned = select_completions(everyones, config, step, lengths)
+    kept = without_surplus(pruned, advantages, config, step)
     if config.mask_overlong:
         kept = kept[~truncated[kept]]
+    per_token = {}
+    if config.prune == "unbiased":
+        weights = unbiased_weights(kept, len(pruned), advantages, of_all, config)[own]
+        weights = weights.to(rollouts.input_ids.device)[:, None]
+        per_token["token_weights"] = weights.expand_as(rollouts.input_ids).contiguous()
     places = ((own.start <= kept) & (kept < own.stop)).nonzero()[:, 0]
     return Batch(
         rollouts,
@@ -70,6 +75,7 @@ def select(
         kept[places] - own.start,
         suppressed=policy.suppressed,
         seed=seed_from(config.seed, "views", step, processes.rank),
+        per_token=per_token,
         share_prompts=config.share_prompts,
         places=places,
     )
@@ -106,6 +112,7 @@ def microbatch_loss(
         old_logps=packed.per_token.get("old_logps"),
         ref_logps=packed.per_token.get("ref_logps"),
         sampling_logps=packed.per_token.get("sampling_logps"),
+        token_weights=packed.per_token.get("token_weights"),
         cu_seqlens=packed.row_cu_seqlens,
         num_items=num_items,
         config=dataclasses.replace(config.loss, max_length=max_length),

@@ -34,7 +34,7 @@ class Batch:
         places: (K,) int64, on the CPU, their places among the kept completions of all processes.
         suppressed: token ids that are never sampled.
         seed: seed of this batch's perturbations.
-        per_token: old and reference log-probabilities (B, L), where they are needed.
+        per_token: old and reference log-probabilities and weights (B, L), where they are needed.
         share_prompts: run a question's prompt once for all its completions of a micro-batch.
     """
 

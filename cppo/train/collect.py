@@ -69,9 +69,10 @@ class Collector:
 
     @property
     def _may_refill(self) -> bool:
-        """Whether a step may draw questions in place of those with equal rewards."""
+        """Whether a step may draw questions in place of those that are dropped."""
         config = self._config
-        return config.drop_zero_variance and config.dynamic_allocation and config.max_refills > 0
+        drops = config.drop_zero_variance or config.group_top_p is not None
+        return drops and config.dynamic_allocation and config.max_refills > 0
 
     def collect(self, step: int, journal: Journal, timer: PhaseTimer) -> tuple[Rollouts, Scores]:
         """Rollouts with their rewards, and more of them for the groups that `_missing` counts.
@@ -98,7 +99,8 @@ class Collector:
                 call = functools.partial(self._scored, rollouts[-1], step)
                 scores.append(Scores(**once(call)))
             rewards = torch.cat([part.total for part in scores])
-            count = self._missing(rewards, step, len(scores) - 1)
+            lengths = torch.cat([part.lengths for part in rollouts])
+            count = self._missing(rewards, lengths, step, len(scores) - 1)
         if self._may_refill:  # which questions come next is known only now
             self._sample_ahead(step + 1)
         self._engine.sleep()
@@ -150,20 +152,21 @@ class Collector:
             say=self._say,
         )._asdict()
 
-    def _missing(self, rewards: Tensor, step: int, refills: int) -> int:
-        """Questions that every process should draw in place of those with equal rewards."""
+    def _missing(self, rewards: Tensor, lengths: Tensor, step: int, refills: int) -> int:
+        """Questions that every process should draw in place of those that are dropped."""
         config = self._config
         if not self._may_refill:
             return 0
-        (everyones,), _ = self._processes.joined(rewards)
-        kept = len(select_completions(everyones, config, step)[1])
+        (everyones, lengths), _ = self._processes.joined(rewards, lengths)
+        kept = len(select_completions(everyones, config, step, lengths)[1])
         lacking = max(0, config.batch_size - kept)
         missing = questions_needed(lacking, config.group_size, config.prune_rate)
         if missing and refills == config.max_refills:
             self._say(
                 f"step {step + 1}: {kept} of {config.batch_size} completions after "
                 f"{refills} refills ({len(everyones) // config.group_size} questions): most "
-                "groups have equal rewards; use easier or harder questions, or raise max_refills"
+                "groups have equal rewards or are below group_top_p; use easier or harder "
+                "questions, or raise max_refills"
             )
             return 0
         return math.ceil(missing / self._processes.size)

@@ -61,7 +61,7 @@ class Update:
         if config.balance_processes and self.processes.size > 1:
             with self._timer("balance"):
                 batch = balanced(batch, self.processes)
-        per_token: dict[str, Tensor] = {}
+        per_token = dict(batch.per_token)
         once = self._journal.once_breakable
         policy.model.eval()
         if engine_differs(config) and batch.rollouts.sampling_logps is not None:

@@ -39,43 +39,78 @@ struct PruneArgs {
   const char* op;
   int64_t unit_size, keep;
   Prune prune;
-  std::optional<Tensor> noise;
+  std::optional<Tensor> score;
 };
 
-template <class T>
-std::vector<double> scores(const T* advantages, int64_t total, const PruneArgs& args) {
-  std::vector<double> score(total);
-  if (args.prune == Prune::kRandom) {
-    CPPO_CHECK(args.noise.has_value(), args.op, "noise (B,) is needed for prune = 'random'");
-    check_cpu(args.op, "noise", *args.noise);
-    CPPO_CHECK(args.noise->dim() == 1 && args.noise->size(0) == total, args.op,
-               "noise must be (B,) = (", total, ",), got ", shape_of(*args.noise));
-    const Tensor noise =
-        torch::stable::contiguous(torch::stable::to(*args.noise, ScalarType::Double));
-    std::copy_n(static_cast<const double*>(noise.const_data_ptr()), total, score.begin());
-    return score;
+// (B,) what a rule reads beside the advantages.
+std::vector<double> given_scores(int64_t total, const PruneArgs& args) {
+  CPPO_CHECK(args.score.has_value(), args.op, "score (B,) is needed for this rule");
+  check_cpu(args.op, "score", *args.score);
+  CPPO_CHECK(args.score->dim() == 1 && args.score->size(0) == total, args.op,
+             "score must be (B,) = (", total, ",), got ", shape_of(*args.score));
+  const Tensor exact =
+      torch::stable::contiguous(torch::stable::to(*args.score, ScalarType::Double));
+  const double* values = static_cast<const double*>(exact.const_data_ptr());
+  return std::vector<double>(values, values + total);
+}
+
+using Indices = std::vector<int64_t>;
+
+// Puts what stays of the unit [first, first + n) behind `kept`, ascending; `order` is scratch.
+void keep_by_rank(const double* score, int64_t n, int64_t keep, int64_t first, Indices& order,
+                  Indices& kept) {
+  std::iota(order.begin(), order.end(), 0);
+  std::nth_element(order.begin(), order.begin() + (keep - 1), order.end(), [&](int64_t a, int64_t b) {
+    return stays_before(score[a], a, score[b], b);
+  });
+  std::sort(order.begin(), order.begin() + keep);
+  for (int64_t i = 0; i < keep; ++i) kept.push_back(first + order[i]);
+}
+
+void keep_by_variance(const double* score, int64_t n, int64_t keep, int64_t first, Indices& order,
+                      Indices& kept) {
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(),
+            [&](int64_t a, int64_t b) { return stays_before(score[a], a, score[b], b); });
+  std::vector<double> ranked(n);
+  for (int64_t i = 0; i < n; ++i) ranked[i] = score[order[i]];
+  const int64_t split = variance_split(ranked.data(), n, keep);
+  const size_t begin = kept.size();
+  for (int64_t above = 0, end = 0; above < n; above = end) {
+    while (end < n && !is_larger(ranked[above], ranked[end])) ++end;
+    const int64_t taken = taken_of_equals(above, end - above, n, keep, split);
+    for (int64_t i = 0; i < taken; ++i) kept.push_back(first + order[above + i]);
   }
-  const double sign = args.prune == Prune::kSmallest ? 1.0 : -1.0;
-  for (int64_t i = 0; i < total; ++i) {
-    score[i] = sign * std::fabs(static_cast<double>(advantages[i]));
-  }
-  return score;
+  std::sort(kept.begin() + begin, kept.end());
 }
 
 template <class T>
 Tensor prune(const Tensor& like, const T* advantages, int64_t total, const PruneArgs& args) {
   check_prune(args.op, total, args.unit_size, args.keep);
-  const std::vector<double> score = scores(advantages, total, args);
+  const int64_t n = args.unit_size, keep = args.keep;
+  std::vector<double> score(total);
+  if (needs_score(args.prune)) {
+    score = given_scores(total, args);
+  } else {
+    const double sign = args.prune == Prune::kSmallest ? 1.0 : -1.0;
+    for (int64_t i = 0; i < total; ++i) {
+      score[i] = sign * std::fabs(static_cast<double>(advantages[i]));
+    }
+  }
   // Of nothing, a unit may have any size.
-  std::vector<int64_t> kept, unit(std::min(total, args.unit_size));
-  kept.reserve(total / args.unit_size * args.keep);
-  for (int64_t first = 0; first < total; first += args.unit_size) {
-    std::iota(unit.begin(), unit.end(), first);
-    std::nth_element(
-        unit.begin(), unit.begin() + (args.keep - 1), unit.end(),
-        [&](int64_t a, int64_t b) { return stays_before(score[a], a, score[b], b); });
-    std::sort(unit.begin(), unit.begin() + args.keep);
-    std::copy_n(unit.begin(), args.keep, std::back_inserter(kept));
+  Indices kept, order(std::min(total, n));
+  kept.reserve(total / n * keep);
+  for (int64_t first = 0; first < total; first += n) {
+    if (args.prune == Prune::kUnbiased) {
+      const auto size = [&](int64_t i) {
+        return std::fabs(static_cast<double>(advantages[first + i]));
+      };
+      draw(size, n, keep, score[first], [&](int64_t i) { kept.push_back(first + i); });
+    } else if (args.prune == Prune::kVariance) {
+      keep_by_variance(&score[first], n, keep, first, order, kept);
+    } else {
+      keep_by_rank(&score[first], n, keep, first, order, kept);
+    }
   }
   Tensor out = torch::stable::new_empty(like, {static_cast<int64_t>(kept.size())},
                                         ScalarType::Long);
@@ -99,24 +134,24 @@ Tensor group_advantages(Tensor rewards, int64_t group_size, std::string scale, d
   return advantages_of("group_advantages", rewards, group_size, scale, eps);
 }
 
-Tensor prune_completions(Tensor advantages, int64_t unit_size, int64_t keep, std::string prune_side,
-                         std::optional<Tensor> noise) {
+Tensor prune_completions(Tensor advantages, int64_t unit_size, int64_t keep, std::string rule,
+                         std::optional<Tensor> score) {
   const char* op = "prune_completions";
   check_dim(op, "advantages", advantages, 1);
   const Tensor exact = torch::stable::contiguous(torch::stable::to(advantages, ScalarType::Double));
   return prune(advantages, static_cast<const double*>(exact.const_data_ptr()), advantages.size(0),
-               {op, unit_size, keep, parse_prune(op, prune_side), noise});
+               {op, unit_size, keep, parse_prune(op, rule), score});
 }
 
 std::tuple<Tensor, Tensor> advantages_and_prune(Tensor rewards, int64_t group_size,
                                                 int64_t unit_size, int64_t keep, std::string scale,
-                                                double eps, std::string prune_side,
-                                                std::optional<Tensor> noise) {
+                                                double eps, std::string rule,
+                                                std::optional<Tensor> score) {
   const char* op = "advantages_and_prune";
   Tensor advantages = advantages_of(op, rewards, group_size, scale, eps);
   Tensor kept = prune(advantages, static_cast<const float*>(advantages.const_data_ptr()),
                       advantages.size(0),
-                      {op, unit_size, keep, parse_prune(op, prune_side), noise});
+                      {op, unit_size, keep, parse_prune(op, rule), score});
   return {advantages, kept};
 }
 

@@ -1,10 +1,4 @@
-// Advantages and pruning on CUDA (specification: cppo/reference.py), one launch for both.
-//
-// One block per unit (a question, or the whole batch). Means and deviations are summed in index
-// order in fp64 by every thread that needs them: groups are small, and the result is the CPU's.
-// A completion stays if fewer than `keep` completions of its unit rank before it; its place among
-// the kept ones is the number of kept completions with a lower index. O(n^2) per unit, without
-// a sort, atomics or a second launch, hence repeatable.
+// Advantages and pruning on CUDA: the launch of prune_kernel.cuh.
 
 #include <cstdint>
 #include <optional>
@@ -16,6 +10,7 @@
 
 #include "advantages.h"
 #include "launch.h"
+#include "prune_kernel.cuh"
 
 namespace cppo::cuda {
 namespace {
@@ -24,68 +19,7 @@ using torch::headeronly::ScalarType;
 
 constexpr int kMaxThreads = 1024;
 
-struct Args {
-  const double* rewards;  // (B,), or null where the advantages are given
-  const double* given;    // (B,) those advantages, or null
-  const double* noise;    // (B,), with Prune::kRandom only
-  float* advantages;      // (B,), written where the rewards are given
-  int32_t* rank;          // (B,) scratch
-  int64_t* kept;          // (B / unit_size * keep,), or null where nothing is pruned
-  int64_t total, group_size, unit_size, keep;
-  double eps;
-  Scale scale;
-  Prune prune;
-};
-
-__device__ float advantage_of(const Args& args, int64_t i, double batch_std) {
-  const int64_t size = args.group_size;
-  const double* group = args.rewards + i / size * size;
-  const double centred = args.rewards[i] - mean_of(group, size);
-  if (fabs(centred) <= mean_error(group, size)) return 0.0f;
-  double divisor = 1.0;
-  if (args.scale == Scale::kGroup && size > 1) divisor = std_of(group, size) + args.eps;
-  if (args.scale == Scale::kBatch && args.total > 1) divisor = batch_std + args.eps;
-  return static_cast<float>(centred / divisor);
-}
-
-__device__ double score_of(const Args& args, int64_t i) {
-  if (args.prune == Prune::kRandom) return args.noise[i];
-  const double size = fabs(args.given != nullptr ? args.given[i] : args.advantages[i]);
-  return args.prune == Prune::kSmallest ? size : -size;
-}
-
-__global__ void advantages_and_prune_kernel(Args args) {
-  const int64_t first = blockIdx.x * args.unit_size;
-  const int64_t end = first + args.unit_size;
-  if (args.rewards != nullptr) {
-    __shared__ double batch_std;
-    if (args.scale == Scale::kBatch) {
-      if (threadIdx.x == 0) batch_std = args.total > 1 ? std_of(args.rewards, args.total) : 0.0;
-      __syncthreads();
-    }
-    const double divisor = args.scale == Scale::kBatch ? batch_std : 0.0;
-    for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) {
-      args.advantages[i] = advantage_of(args, i, divisor);
-    }
-    __syncthreads();
-  }
-  if (args.kept == nullptr) return;
-  for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) {
-    const double score = score_of(args, i);
-    int32_t rank = 0;
-    for (int64_t j = first; j < end; ++j) rank += stays_before(score_of(args, j), j, score, i);
-    args.rank[i] = rank;
-  }
-  __syncthreads();
-  for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) {
-    if (args.rank[i] >= args.keep) continue;
-    int64_t place = 0;
-    for (int64_t j = first; j < i; ++j) place += args.rank[j] < args.keep;
-    args.kept[blockIdx.x * args.keep + place] = i;
-  }
-}
-
-void run(const char* op, const Tensor& like, const Args& args) {
+void run(const char* op, const Tensor& like, const PruneArgs& args) {
   if (args.total == 0) return;
   const Launch launch(like);
   const int64_t units = args.total / args.unit_size;
@@ -107,20 +41,24 @@ Tensor empty(const Tensor& like, int64_t size, ScalarType type) {
 struct Pruning {
   int64_t unit_size, keep;
   Prune prune;
-  std::optional<Tensor> noise;
+  std::optional<Tensor> score;
 };
 
 // Fills the pruning half of `args` and runs the kernel; returns the kept indices.
-Tensor prune_and_run(const char* op, const Tensor& like, Args args, const Pruning& pruning) {
+Tensor prune_and_run(const char* op, const Tensor& like, PruneArgs args, const Pruning& pruning) {
   check_prune(op, args.total, pruning.unit_size, pruning.keep);
-  std::optional<Tensor> noise;
-  if (pruning.prune == Prune::kRandom) {
-    CPPO_CHECK(pruning.noise.has_value(), op, "noise (B,) is needed for prune = 'random'");
-    CPPO_CHECK(pruning.noise->is_cuda(), op, "noise must be on the device of the rewards");
-    CPPO_CHECK(pruning.noise->dim() == 1 && pruning.noise->size(0) == args.total, op,
-               "noise must be (B,) = (", args.total, ",), got ", shape_of(*pruning.noise));
-    noise = dense(*pruning.noise, ScalarType::Double);
-    args.noise = static_cast<const double*>(noise->const_data_ptr());
+  std::optional<Tensor> score, ranked;
+  if (needs_score(pruning.prune)) {
+    CPPO_CHECK(pruning.score.has_value(), op, "score (B,) is needed for this rule");
+    CPPO_CHECK(pruning.score->is_cuda(), op, "score must be on the device of the rewards");
+    CPPO_CHECK(pruning.score->dim() == 1 && pruning.score->size(0) == args.total, op,
+               "score must be (B,) = (", args.total, ",), got ", shape_of(*pruning.score));
+    score = dense(*pruning.score, ScalarType::Double);
+    args.score = static_cast<const double*>(score->const_data_ptr());
+  }
+  if (pruning.prune == Prune::kVariance) {
+    ranked = empty(like, args.total, ScalarType::Double);
+    args.ranked = static_cast<double*>(ranked->mutable_data_ptr());
   }
   const Tensor rank = empty(like, args.total, ScalarType::Int);
   const Tensor kept = empty(like, args.total / pruning.unit_size * pruning.keep, ScalarType::Long);
@@ -133,11 +71,11 @@ Tensor prune_and_run(const char* op, const Tensor& like, Args args, const Prunin
   return kept;
 }
 
-Args advantage_args(const char* op, const Tensor& rewards, const Tensor& exact,
+PruneArgs advantage_args(const char* op, const Tensor& rewards, const Tensor& exact,
                     const Tensor& advantages, int64_t group_size, Scale scale, double eps) {
   check_dim(op, "rewards", rewards, 1);
   check_blocks(op, "group_size", rewards.size(0), group_size);
-  Args args = {};
+  PruneArgs args = {};
   args.rewards = static_cast<const double*>(exact.const_data_ptr());
   args.advantages = static_cast<float*>(advantages.mutable_data_ptr());
   args.total = rewards.size(0);
@@ -156,30 +94,30 @@ Tensor group_advantages(Tensor rewards, int64_t group_size, std::string scale, d
   return advantages;
 }
 
-Tensor prune_completions(Tensor advantages, int64_t unit_size, int64_t keep, std::string prune,
-                         std::optional<Tensor> noise) {
+Tensor prune_completions(Tensor advantages, int64_t unit_size, int64_t keep, std::string rule,
+                         std::optional<Tensor> score) {
   const char* op = "prune_completions";
   check_dim(op, "advantages", advantages, 1);
   const Tensor exact = dense(advantages, ScalarType::Double);
-  Args args = {};
+  PruneArgs args = {};
   args.given = static_cast<const double*>(exact.const_data_ptr());
   args.total = advantages.size(0);
-  return prune_and_run(op, advantages, args, {unit_size, keep, parse_prune(op, prune), noise});
+  return prune_and_run(op, advantages, args, {unit_size, keep, parse_prune(op, rule), score});
 }
 
 std::tuple<Tensor, Tensor> advantages_and_prune(Tensor rewards, int64_t group_size,
                                                 int64_t unit_size, int64_t keep, std::string scale,
-                                                double eps, std::string prune,
-                                                std::optional<Tensor> noise) {
+                                                double eps, std::string rule,
+                                                std::optional<Tensor> score) {
   const char* op = "advantages_and_prune";
   CPPO_CHECK(unit_size % group_size == 0, op, "unit_size must be a multiple of group_size = ",
              group_size, ", got ", unit_size);
   const Tensor exact = dense(rewards, ScalarType::Double);
   Tensor advantages = empty(rewards, rewards.numel(), ScalarType::Float);
-  const Args args =
+  const PruneArgs args =
       advantage_args(op, rewards, exact, advantages, group_size, parse_scale(op, scale), eps);
   Tensor kept =
-      prune_and_run(op, rewards, args, {unit_size, keep, parse_prune(op, prune), noise});
+      prune_and_run(op, rewards, args, {unit_size, keep, parse_prune(op, rule), score});
   return {advantages, kept};
 }
 

@@ -81,6 +81,25 @@ def test_each_digit_stays_in_its_slot():
     assert 16**2 <= ink.sum() <= 22**2
 
 
+@pytest.mark.parametrize("sizes", [(5, 5), (14, 18)])
+def test_print_is_as_small_as_asked(sizes):
+    full, sides = [np.ones((8, 8), np.float32)] * 3, set()
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        image = np.asarray(compose_scene(full, rng, noise=0.0, print_size=sizes))[:, :, 0]
+        for slot in np.split(image > image.min(), 3, axis=1):
+            sides |= {slot.any(0).sum(), slot.any(1).sum()}
+    assert sides == set(range(sizes[0], sizes[1] + 1))
+
+
+def test_the_print_task_asks_for_the_sums_of_the_digits_task():
+    small, again = (TASKS["print"].rows("train", 30, seed=5) for _ in range(2))
+    for row, repeated, same in zip(small, again, DigitSums("train", 30, seed=5), strict=True):
+        assert fields(row) == fields(repeated)
+        assert fields(row)["images"] != fields(same)["images"]
+        assert fields(row) | {"images": 0} == fields(same) | {"images": 0}
+
+
 def test_completions_by_hand():
     assert worked_answer([3, 5, 9]) == "I see 3, 5, 9. 3+5=8, 8+9=17. \\boxed{17}"
     assert worked_answer([4]) == "I see 4. \\boxed{4}"
@@ -144,6 +163,11 @@ def test_hints_are_right_as_often_as_asked_and_wrong_in_one_digit():
         (lambda: DigitSums("test"), ValueError, "split must be one of .*'test'"),
         (lambda: DigitSums(size=-1), ValueError, "size must be >= 0, got -1"),
         (lambda: DigitSums(num_digits=(3, 2)), ValueError, r"num_digits must be .*got \(3, 2\)"),
+        (
+            lambda: DigitSums(print_size=(20, 25)),
+            ValueError,
+            r"print_size .*got \(20, 25\)",
+        ),
         (lambda: DigitSums(noise=-0.1), ValueError, "noise must be >= 0, got -0.1"),
         (lambda: ArithmeticProblems(num_steps=(1, 3)), ValueError, "num_steps must be"),
         (lambda: HintedSums(hint_right=1.5), ValueError, r"hint_right must be in \[0, 1\], got 1"),
@@ -257,12 +281,12 @@ def test_a_demo_that_was_stopped_goes_on_and_can_be_evaluated(tmp_path, monkeypa
     assert status == 0 and "resumed from" in out
 
 
-@pytest.mark.parametrize("command", ["demo --task=digits", "demo --task=shortcut"])
-def test_a_demo_without_scikit_learn_is_one_line(command, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("task", ["digits", "shortcut", "print"])
+def test_a_demo_without_scikit_learn_is_one_line(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     handwriting.cache_clear()
-    status, _, err = cppo(capsys, *command.split(), f"--output={tmp_path}/run")
+    status, _, err = cppo(capsys, "demo", f"--task={task}", f"--output={tmp_path}/run")
     assert status == 2 and err.strip() == (
         "cppo demo: error: cppo.demo: the handwritten digits come with scikit-learn: "
         "pip install 'cppo[demo]'"

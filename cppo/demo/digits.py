@@ -19,6 +19,7 @@ from cppo.rewards import boxed
 QUESTION = "What is the sum of the digits?"
 SPLITS = ("train", "heldout")
 SLOT = 24  # pixels: one digit per slot, one image token per slot
+PRINT_SIZE = (16, 22)  # pixels: the smallest and the largest digit
 NUM_QUESTIONS = 100_000  # of a loader; a question is made when it is taken
 _NUM_HELDOUT = 500
 
@@ -71,6 +72,7 @@ class DigitSums(DemoRows):
         seed: int = 0,
         num_digits: tuple[int, int] = (2, 3),
         noise: float = 0.08,
+        print_size: tuple[int, int] = PRINT_SIZE,
     ) -> None:
         """Args:
             split: "train" or "heldout", which decides whose handwriting is used.
@@ -78,6 +80,7 @@ class DigitSums(DemoRows):
             seed: of the scenes.
             num_digits: fewest and most digits in a scene, each equally likely.
             noise: standard deviation of the pixel noise, for pixels in [0, 1].
+            print_size: smallest and largest digit in pixels, each equally likely.
         Raises: ValueError for an unknown split, size < 0, a bad range or negative noise.
         """
         super().__init__(split, size, seed)
@@ -88,7 +91,13 @@ class DigitSums(DemoRows):
             )
         if noise < 0:
             raise ValueError(f"DigitSums: noise must be >= 0, got {noise}")
-        self.num_digits, self.noise = (low, high), noise
+        smallest, largest = print_size
+        if not 1 <= smallest <= largest <= SLOT:
+            raise ValueError(
+                "DigitSums: print_size must be (smallest, largest), 1 <= smallest <= largest <= "
+                f"{SLOT}, got {print_size}"
+            )
+        self.num_digits, self.noise, self.print_size = (low, high), noise, (smallest, largest)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = self._rng(index)
@@ -108,23 +117,30 @@ class DigitSums(DemoRows):
         chosen = rng.integers(
             len(labels), size=rng.integers(self.num_digits[0], self.num_digits[1] + 1)
         )
-        image = compose_scene([scans[i] for i in chosen], rng, noise=self.noise)
+        image = compose_scene(
+            [scans[i] for i in chosen], rng, noise=self.noise, print_size=self.print_size
+        )
         return [int(labels[i]) for i in chosen], image
 
 
 def compose_scene(
-    scans: Sequence[np.ndarray], rng: np.random.Generator, *, noise: float = 0.08
+    scans: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    *,
+    noise: float = 0.08,
+    print_size: tuple[int, int] = PRINT_SIZE,
 ) -> Image.Image:
-    """Return an image of digits side by side, each 16-22 pixels large somewhere in its slot.
+    """Return an image of digits side by side, each somewhere in its slot.
 
     Args:
         scans: (8, 8) arrays in [0, 1], ink bright.
         rng: draws size, place, brightness, contrast and noise.
         noise: standard deviation of the pixel noise.
+        print_size: smallest and largest digit in pixels.
     """
     canvas = np.zeros((SLOT, SLOT * len(scans)), dtype=np.float32)
     for slot, scan in enumerate(scans):
-        side = int(rng.integers(16, 23))
+        side = int(rng.integers(print_size[0], print_size[1] + 1))
         top, left = rng.integers(SLOT - side + 1, size=2)
         scaled = Image.fromarray(scan).resize((side, side), Image.Resampling.BILINEAR)
         canvas[top : top + side, slot * SLOT + left : slot * SLOT + left + side] = np.asarray(

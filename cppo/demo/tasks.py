@@ -1,9 +1,10 @@
-"""The demo's three tasks: their questions, their rewards, and the curriculum of their warm-up."""
+"""The demo's four tasks: their questions, their rewards, and the curriculum of their warm-up."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +82,20 @@ TASKS = {
         build=_digits_checkpoint,
         phases=(Phase(90, {"num_digits": (2, 3), "hint_right": 1.0, "noise": 0.6}),),
         peak_lr=1e-3,
+        is_shipped=False,
+    ),
+    # The sums of "digits" in smaller print, so that looking is what fails. Seed 0 ends right in
+    # 30 % of 300 held-out questions, sampled. Where it shows its work it reads all digits right in
+    # 48 %, and of those sums 99 % are right.
+    "print": replace(
+        _DIGITS,
+        title="Sums of handwritten digits in small print",
+        rows=partial(DigitSums, print_size=(14, 18)),
+        build=_digits_checkpoint,
+        phases=(
+            Phase(60, {"print_size": (10, 18)}),
+            Phase(60, {"print_size": (10, 18)}, direct_fraction=0.4),
+        ),
         is_shipped=False,
     ),
     "arithmetic": Task(

@@ -44,7 +44,7 @@ def warm_up(
     """Train a demo's tiny model up to where RL starts.
 
     Args:
-        task: "digits", "shortcut" or "arithmetic".
+        task: "digits", "shortcut", "print" or "arithmetic".
         seed: of the weights and of the questions.
         report: called with a line of progress now and then.
     Returns: (model in eval mode, fp32; processor or tokenizer).

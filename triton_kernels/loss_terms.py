@@ -6,7 +6,8 @@ w = 1 / (denominator [x tokens of the completion]):
     policy = -min(rho A, clip(rho) A),  d policy / d logp = -rho A where no clip binds
     KL = min(k3(ref - logp), kl_clamp),  d k3(d) / d d = e^d - 1 inside the clamps
     CPL = softplus(margin / tau) where selected,  d CPL / d margin = sigmoid(margin / tau) / tau
-    loss = sum w (v policy + kl_coef KL - entropy_coef H) + cpl_coef sum CPL / selected
+    K = min(k3(removed - logp), 10): PAPO's, maximised
+    loss = sum w (v policy + kl_coef KL - papo_coef K - entropy_coef H) + cpl_coef sum CPL / selected
 
 with v = `weights`. A mean of log-ratios couples the rows of a completion: each moves it by 1 / n,
 which moves all of them, so that the derivative by each logp has the mean of v in place of v.
@@ -174,6 +175,7 @@ def _loss_kernel(
     old_logps_ptr,
     ref_logps_ptr,
     weights_ptr,
+    removed_logps_ptr,
     advantages_ptr,
     cu_seqlens_ptr,
     denominators_ptr,
@@ -186,6 +188,7 @@ def _loss_kernel(
     kl_coef: tl.float64,
     kl_clamp: tl.float64,
     entropy_coef: tl.float64,
+    papo_coef: tl.float64,
     cpl_coef: tl.float64,
     tau: tl.float64,
     HAS_DUAL_CLIP: tl.constexpr,
@@ -221,6 +224,7 @@ def _loss_kernel(
     sum_entropy = tl.zeros((BLOCK,), tl.float64)
     sum_clipped = tl.zeros((BLOCK,), tl.float64)
     sum_kl = tl.zeros((BLOCK,), tl.float64)
+    sum_papo = tl.zeros((BLOCK,), tl.float64)
     sum_cpl = tl.zeros((BLOCK,), tl.float64)
     for first in range(start, end, BLOCK):
         row = first + column
@@ -242,6 +246,11 @@ def _loss_kernel(
             kl, slope = _k3(ref, logp, as_scalar(kl_clamp, ACC))
             d_logp -= slope * as_scalar(kl_coef, ACC)
             sum_kl += _where(valid, kl)
+        if removed_logps_ptr is not None:
+            removed = tl.load(removed_logps_ptr + row, valid, 0.0).to(ACC)
+            depends, slope = _k3(removed, logp, 10.0)
+            d_logp += slope * as_scalar(papo_coef, ACC)
+            sum_papo += _where(valid, depends)
         sum_policy += _where(valid, policy)
         sum_entropy += _where(valid, entropy)
         sum_clipped += _where(valid & clipped, 1.0)
@@ -272,7 +281,8 @@ def _loss_kernel(
     tl.store(at + 1, tl.sum(sum_entropy, 0) * share)
     tl.store(at + 2, tl.sum(sum_clipped, 0) * share)
     tl.store(at + 3, tl.sum(sum_kl, 0) * share)
-    tl.store(at + 4, tl.sum(sum_cpl, 0) * cpl_share)
+    tl.store(at + 4, tl.sum(sum_papo, 0) * share)
+    tl.store(at + 5, tl.sum(sum_cpl, 0) * cpl_share)
 
 
 @triton.jit
@@ -295,6 +305,7 @@ def _finish_kernel(
     num_completions: tl.int32,
     kl_coef: tl.float64,
     entropy_coef: tl.float64,
+    papo_coef: tl.float64,
     cpl_coef: tl.float64,
     CHUNK: tl.constexpr,
 ):
@@ -304,8 +315,9 @@ def _finish_kernel(
     entropy = _term(sums_ptr, 1, num_completions, CHUNK) / denominator
     clipped = _term(sums_ptr, 2, num_completions, CHUNK) / denominator
     kl = _term(sums_ptr, 3, num_completions, CHUNK) / denominator
-    cpl = _term(sums_ptr, 4, num_completions, CHUNK) / tl.load(denominators_ptr + 1)
-    loss = policy + kl_coef * kl + cpl_coef * cpl
+    papo = _term(sums_ptr, 4, num_completions, CHUNK) / denominator
+    cpl = _term(sums_ptr, 5, num_completions, CHUNK) / tl.load(denominators_ptr + 1)
+    loss = policy + kl_coef * kl - papo_coef * papo + cpl_coef * cpl
     # An infinite entropy must not become 0 * inf where there is no entropy term.
     if entropy_coef != 0:
         loss -= entropy_coef * entropy
@@ -314,7 +326,8 @@ def _finish_kernel(
     tl.store(metrics_ptr + 1, entropy)
     tl.store(metrics_ptr + 2, clipped)
     tl.store(metrics_ptr + 3, kl)
-    tl.store(metrics_ptr + 4, cpl)
+    tl.store(metrics_ptr + 4, papo)
+    tl.store(metrics_ptr + 5, cpl)
 
 
 def loss_terms(
@@ -328,6 +341,7 @@ def loss_terms(
     old_logps: Tensor | None,
     ref_logps: Tensor | None,
     weights: Tensor | None,
+    removed_logps: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor,
     denominators: Tensor,
@@ -356,6 +370,7 @@ def loss_terms(
             old_logps_ptr=contiguous(old_logps),
             ref_logps_ptr=contiguous(ref_logps),
             weights_ptr=contiguous(weights),
+            removed_logps_ptr=contiguous(removed_logps),
             advantages_ptr=advantages.contiguous(),
             cu_seqlens_ptr=cu_seqlens.contiguous(),
             denominators_ptr=denominators,
@@ -368,6 +383,7 @@ def loss_terms(
             kl_coef=options.kl_coef,
             kl_clamp=math.inf if options.kl_clamp is None else options.kl_clamp,
             entropy_coef=options.entropy_coef,
+            papo_coef=options.papo_coef,
             cpl_coef=options.cpl_coef,
             tau=options.tau,
             HAS_DUAL_CLIP=options.dual_clip is not None,
@@ -390,6 +406,7 @@ def loss_terms(
         num_completions=num_completions,
         kl_coef=options.kl_coef,
         entropy_coef=options.entropy_coef,
+        papo_coef=options.papo_coef,
         cpl_coef=options.cpl_coef,
         CHUNK=CHUNK,
     )

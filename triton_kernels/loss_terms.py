@@ -6,8 +6,9 @@ w = 1 / (denominator [x tokens of the completion]):
     policy = -min(rho A, clip(rho) A),  d policy / d logp = -rho A where no clip binds
     KL = min(k3(ref - logp), kl_clamp),  d k3(d) / d d = e^d - 1 inside the clamps
     CPL = softplus(margin / tau) where selected,  d CPL / d margin = sigmoid(margin / tau) / tau
-    K = min(k3(removed - logp), 10): PAPO's, maximised
-    loss = sum w (v policy + kl_coef KL - papo_coef K - entropy_coef H) + cpl_coef sum CPL / selected
+    K = min(k3(removed - logp), 10): PAPO's, which is maximised
+    loss = sum w (v policy + kl_coef KL - papo_coef K - entropy_coef H)
+           + cpl_coef sum CPL / selected
 
 with v = `weights`. A mean of log-ratios couples the rows of a completion: each moves it by 1 / n,
 which moves all of them, so that the derivative by each logp has the mean of v in place of v.

@@ -136,6 +136,18 @@ class LossConfig(CheckedFields):
         return self.cpl_coef > 0 and self.perception in ("cpl", "cpl_all")
 
     @property
+    def penalises_removed(self) -> bool:
+        """Whether a gradient flows through the removing view: PAPO's penalty on its entropy."""
+        return self.perception == "papo" and self.papo_entropy_coef > 0
+
+    @property
+    def perturbed_views(self) -> tuple[str, ...]:
+        """Which perturbed views are run at all."""
+        if self.contrasts:
+            return "positive", "negative"
+        return ("negative",) if self.compares_removed or self.penalises_removed else ()
+
+    @property
     def compares_removed(self) -> bool:
         """Whether the loss needs log-probabilities under the removing view, without a gradient."""
         return self.perception == "vppo" or (self.perception == "papo" and self.papo_coef > 0)

@@ -26,6 +26,7 @@ class Options:
     """
 
     importance: str = LossConfig.importance
+    perception: str = LossConfig.perception
     cpl_coef: float = LossConfig.cpl_coef
     divergence: str = LossConfig.divergence
     tau: float = LossConfig.tau

@@ -122,7 +122,7 @@ def loss_with_contrast(
     data: Any,
     dp_group: Any = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """verl's loss of a micro-batch plus cpl_coef times the contrastive loss, or plus PAPO's term."""
+    """verl's loss of a micro-batch plus the contrastive loss times cpl_coef, or PAPO's term."""
     from verl.utils.metric import AggregationType, Metric
     from verl.utils.tensordict_utils import index_select_tensor_dict
     from verl.workers.utils.padding import no_padding_2_padding

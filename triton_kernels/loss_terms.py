@@ -6,15 +6,13 @@ w = 1 / (denominator [x tokens of the completion]):
     policy = -min(rho A, clip(rho) A),  d policy / d logp = -rho A where no clip binds
     KL = min(k3(ref - logp), kl_clamp),  d k3(d) / d d = e^d - 1 inside the clamps
     CPL = softplus(margin / tau) where selected,  d CPL / d margin = sigmoid(margin / tau) / tau
-    K = min(k3(removed - logp), 10): PAPO's, which is maximised
-    loss = sum w (v policy + kl_coef KL - papo_coef K - entropy_coef H)
+    loss = sum w (v policy + kl_coef KL - papo_coef min(k3(removed - logp), 10) - entropy_coef H)
            + cpl_coef sum CPL / selected
 
 with v = `weights`. A mean of log-ratios couples the rows of a completion: each moves it by 1 / n,
 which moves all of them, so that the derivative by each logp has the mean of v in place of v.
 
-`_loss_kernel` has one program per completion, `_finish_kernel` adds the completions up in one
-order.
+`_loss_kernel` has one program per completion, `_finish_kernel` adds them up in one order.
 """
 
 from __future__ import annotations
@@ -33,6 +31,7 @@ from cppo.triton_kernels.rows import as_scalar
 # Rows per step of a program: two per thread, so that the sums stay in registers.
 BLOCK = 512
 CHUNK = 1024
+_CONSTANTS = ("IMPORTANCE", "REDUCTION", "DIVERGENCE", "CPL_REDUCTION", "DETACH_ANCHOR")
 NUM_TERMS = tl.constexpr(len(TERMS))
 
 
@@ -357,21 +356,18 @@ def loss_terms(
     loss, metrics, coefficients = new(), new(len(TERMS)), new(len(COEFFICIENTS), num_rows)
     sums = new(num_completions, NUM_TERMS.value, dtype=torch.float64)
     denominators = denominators.contiguous()
+    rows = dict(logps=logps, entropy=entropy, old_logps=old_logps, ref_logps=ref_logps)
+    rows |= dict(positive=positive_logps if margin is None else margin, negative=negative_logps)
+    rows |= dict(weights=weights, removed_logps=removed_logps)
+    coefs = {f"{x}_coef": getattr(options, f"{x}_coef") for x in ("kl", "entropy", "papo", "cpl")}
     if num_completions:
         launch(
             _loss_kernel,
             num_completions,
             8,
-            logps_ptr=logps.contiguous(),
-            entropy_ptr=entropy.contiguous(),
-            positive_ptr=contiguous(positive_logps if margin is None else margin),
-            negative_ptr=contiguous(negative_logps),
+            **{f"{name}_ptr": contiguous(values) for name, values in rows.items()},
             selected_ptr=bytes_of(selected),
             mask_ptr=bytes_of(mask),
-            old_logps_ptr=contiguous(old_logps),
-            ref_logps_ptr=contiguous(ref_logps),
-            weights_ptr=contiguous(weights),
-            removed_logps_ptr=contiguous(removed_logps),
             advantages_ptr=advantages.contiguous(),
             cu_seqlens_ptr=cu_seqlens.contiguous(),
             denominators_ptr=denominators,
@@ -381,18 +377,11 @@ def loss_terms(
             clip_low=options.clip_low,
             clip_high=options.clip_high,
             dual_clip=options.dual_clip or 0.0,
-            kl_coef=options.kl_coef,
+            **coefs,
             kl_clamp=math.inf if options.kl_clamp is None else options.kl_clamp,
-            entropy_coef=options.entropy_coef,
-            papo_coef=options.papo_coef,
-            cpl_coef=options.cpl_coef,
             tau=options.tau,
             HAS_DUAL_CLIP=options.dual_clip is not None,
-            IMPORTANCE=options.importance,
-            REDUCTION=options.reduction,
-            DIVERGENCE=options.divergence,
-            CPL_REDUCTION=options.cpl_reduction,
-            DETACH_ANCHOR=options.detach_anchor,
+            **{name: getattr(options, name.lower()) for name in _CONSTANTS},
             ACC=tl_accumulator(logps),
             BLOCK=BLOCK,
         )
@@ -405,10 +394,7 @@ def loss_terms(
         loss_ptr=loss,
         metrics_ptr=metrics,
         num_completions=num_completions,
-        kl_coef=options.kl_coef,
-        entropy_coef=options.entropy_coef,
-        papo_coef=options.papo_coef,
-        cpl_coef=options.cpl_coef,
+        **coefs,
         CHUNK=CHUNK,
     )
     return loss, metrics, coefficients

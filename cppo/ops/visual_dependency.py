@@ -36,8 +36,7 @@ def visual_dependency(
     d = removed_logp - old_logp a token has S = min(e^d - d - 1, 10). Of a completion of n tokens
     the ceil(fraction n) with the largest S are trained on, of equal ones the first; its advantage
     is multiplied by b + (1 - b) s / mean(s), where b = floor and s is its mean S, moved to [0, 1]
-    by the least and the largest mean of a completion of the optimizer step. In plain PyTorch, on
-    any device, without a wait for it.
+    by the least and the largest mean of the optimizer step. Plain PyTorch, without a host wait.
 
     Args:
         old_logps: (B, L), or packed (T,) with cu_seqlens; floating. Of the policy before its
@@ -47,8 +46,7 @@ def visual_dependency(
         mask: like old_logps, 1 or True at response tokens. None: all.
         cu_seqlens: (B + 1,) int32 or int64, where the packed completions start and end; from 0 to
             T, not decreasing.
-        fraction: share of a completion's tokens that are trained on, in (0, 1]. A whole number of
-            tokens but for 1e-6 counts as whole.
+        fraction: share of a completion's tokens that are trained on, in (0, 1].
         floor: factor of the completion with the least mean S, in [0, 1].
         of_all: (N,) `per_completion` of every completion of the optimizer step where these are a
             part of it, of all processes for example. None: these are all.

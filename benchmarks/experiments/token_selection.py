@@ -3,8 +3,8 @@
     python benchmarks/experiments/token_selection.py            this machine
     python benchmarks/experiments/token_selection.py --smoke    toy sizes, writes nothing
 
-Rows "head": `linear_cppo_loss` of one view (V = 151,936) with `token_weights` of all tokens, and of
-the 40 % that VPPO keeps. The backward is what a call with gradients takes beyond one without.
+Rows "head": `linear_cppo_loss` of one view with `token_weights` of all tokens, and of the 40 % that
+VPPO keeps. The backward is what a call with gradients takes beyond one without.
 Rows "update": an update of the demo's model on the same 256 completions for each
 `LossConfig.perception`; relative to GRPO, `cpl_coef` = 0. One thread; seconds of the process's own
 time, the variants in turn, and of each the median.
@@ -31,7 +31,7 @@ from cppo.demo.run import build_trainer, demo_config
 from cppo.train.algorithm import cppo_update
 from cppo.train.progress import PhaseTimer
 
-_HEAD = (512, 151_936, 256)  # T, V, D
+_HEADS = ((2048, 32_000, 512), (512, 151_936, 256))  # T, V, D
 _METHODS = {
     "GRPO": LossConfig(cpl_coef=0.0),
     "cpl": LossConfig(),
@@ -146,10 +146,10 @@ def updates(questions: int, group_size: int, rounds: int) -> Iterator[report.Row
 
 
 def measure(smoke: bool) -> Iterator[report.Row]:
-    sizes, rounds = ((48, 193, 16), 1) if smoke else (_HEAD, 9)
     here = environment()
-    for row in head(sizes, rounds):
-        yield {**row, **here}
+    for sizes in ((48, 193, 16),) if smoke else _HEADS:
+        for row in head(sizes, 1 if smoke else 5):
+            yield {**row, **here}
     for row in updates(*((2, 2) if smoke else (16, 16)), 1 if smoke else 7):
         yield {**row, **here}
 

@@ -16,8 +16,9 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ _METHODS = {
 }  # fmt: skip
 
 
-def _in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def _in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """The median of each, in seconds; the first round is not counted."""
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
@@ -70,7 +71,7 @@ def head(sizes: tuple[int, int, int], rounds: int) -> Iterator[report.Row]:
 
     def loss(share: str, hidden: torch.Tensor, weight: torch.Tensor) -> Any:
         rows = (targets, torch.tensor([1.0, -1.0] * 4))
-        given = {"cu_seqlens": bounds, "token_weights": weights[share]}
+        given: dict[str, Any] = {"cu_seqlens": bounds, "token_weights": weights[share]}
         found[share] = cppo.linear_cppo_loss(hidden, weight, *rows, **given)
         return found[share].loss
 
@@ -81,8 +82,8 @@ def head(sizes: tuple[int, int, int], rounds: int) -> Iterator[report.Row]:
         with torch.no_grad():
             loss(share, hidden, weight)
 
-    calls = {f"{share} both": (lambda s=share: both(s)) for share in weights}
-    calls |= {f"{share} forward": (lambda s=share: forward(s)) for share in weights}
+    calls = {f"{share} both": partial(both, share) for share in weights}
+    calls |= {f"{share} forward": partial(forward, share) for share in weights}
     seconds = _in_turn(calls, rounds)
     backward = {share: seconds[f"{share} both"] - seconds[f"{share} forward"] for share in weights}
     for share in weights:
@@ -131,7 +132,7 @@ def updates(questions: int, group_size: int, rounds: int) -> Iterator[report.Row
             cppo_update(run, rollouts, rewards)
             told[name] = run.metrics()
 
-        calls = {name: (lambda n=name: update(n)) for name in trainers}
+        calls = {name: partial(update, name) for name in trainers}
         seconds = _in_turn(calls, rounds)
     for name in trainers:
         yield {

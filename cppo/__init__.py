@@ -25,8 +25,9 @@ from cppo.ops.loss import cppo_loss, linear_cppo_loss
 from cppo.ops.pack import balance_ranks, pack_completions, plan_microbatches
 from cppo.ops.perception_mask import perception_mask
 from cppo.ops.token_stats import linear_token_stats, token_stats
+from cppo.ops.visual_dependency import visual_dependency
 from cppo.packed_batch import PackedBatch
-from cppo.records import LossOutput, NumItems, TokenStats, Views
+from cppo.records import Dependency, LossOutput, NumItems, TokenStats, Views
 
 if TYPE_CHECKING:
     from cppo.train.trainer import CPPOTrainer
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CPPOConfig",
     "CPPOTrainer",
+    "Dependency",
     "LoraConfig",
     "LossConfig",
     "LossOutput",
@@ -61,6 +63,7 @@ __all__ = [
     "select_groups",
     "set_attention",
     "token_stats",
+    "visual_dependency",
 ]
 
 # Public names whose module imports transformers and accelerate.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from cppo.values import CheckedFields
+from cppo.values import CheckedFields, is_finite_number
 
 IMPORTANCE = ("token", "sequence")
 CORRECTIONS = (
@@ -19,6 +19,7 @@ CORRECTIONS = (
 REDUCTIONS = ("grpo", "dapo", "dr_grpo")
 DIVERGENCES = ("k3", "k1", "full")
 CPL_REDUCTIONS = ("token", "sequence")
+PERCEPTIONS = ("cpl", "cpl_all", "vppo", "papo")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,14 @@ class LossConfig(CheckedFields):
     """Bound of a token's k3 estimate, without a gradient above it. > 0; verl's form is 10. None: no
     bound, so that a token far from the reference is pulled back."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus. >= 0."""
+    """Weight of the entropy bonus; below 0 entropy is penalised (VPPO: -0.06)."""
+    perception: str = "cpl"
+    """What the image's removal does to tokens (docs/methods.md). "cpl": contrastive perception on
+    the tokens that `fraction` selects. "cpl_all": on every token of a gated completion. "vppo":
+    the policy loss of the tokens, and its size, by how much they depend on the image
+    (`cppo.visual_dependency`, passed as `token_weights`). "papo": a bonus for depending on it
+    (`removed_logps`). The last two have no contrastive loss; the papers' removing view is
+    "masked_patches"."""
     cpl_coef: float = 0.01
     """Weight of the contrastive perception loss. >= 0; acts where perturbed views are given."""
     divergence: str = "k3"
@@ -66,6 +74,18 @@ class LossConfig(CheckedFields):
     cpl_reduction: str = "sequence"
     """"sequence": mean over completions of their token mean, independent of how a batch is cut into
     micro-batches. "token": mean over the selected tokens (the authors' code)."""
+    vppo_fraction: float = 0.4
+    """"vppo": share of a completion's tokens that keep their policy loss. In (0, 1]."""
+    vppo_floor: float = 0.9
+    """"vppo": factor of the completion that depends least on the image; the mean is 1. In
+    [0, 1]."""
+    papo_coef: float = 0.01
+    """"papo": weight of the k3 estimate of KL(policy || policy without the image), which is
+    maximised. >= 0; needs `removed_logps`."""
+    papo_entropy_coef: float = 0.0
+    """"papo": weight of the penalty on the entropy without the image (the paper: 0.03, and as much
+    on the policy's own by entropy_coef = -0.03). >= 0. The trainer adds it, with a gradient
+    through the removing view; the losses do not see that view."""
     importance_correction: str = "none"
     """Corrects for an engine (vLLM, say) that sampled with other log-probabilities than the
     model's: the surrogate of a token is multiplied by w, of d = old_logp - sampling_logp.
@@ -85,7 +105,12 @@ class LossConfig(CheckedFields):
         self._take_plain()
         self._number("temperature", "tau", above=0, below=math.inf)
         self._number("clip_low", "fraction", at_least=0, at_most=1)
-        self._number("clip_high", "kl_coef", "entropy_coef", "cpl_coef", at_least=0, below=math.inf)
+        self._number("clip_high", "kl_coef", "cpl_coef", at_least=0, below=math.inf)
+        if not is_finite_number(self.entropy_coef):
+            self._fail("entropy_coef", "a finite number")
+        self._number("vppo_fraction", above=0, at_most=1)
+        self._number("vppo_floor", at_least=0, at_most=1)
+        self._number("papo_coef", "papo_entropy_coef", at_least=0, below=math.inf)
         if self.dual_clip is not None:
             self._number("dual_clip", above=1, below=math.inf)
         if self.kl_clamp is not None:
@@ -100,6 +125,29 @@ class LossConfig(CheckedFields):
         self._one_of("reduction", REDUCTIONS)
         self._one_of("divergence", DIVERGENCES)
         self._one_of("cpl_reduction", CPL_REDUCTIONS)
+        self._one_of("perception", PERCEPTIONS)
         self._boolean("gating", "detach_anchor")
         # Made here, and not where torch.compile would trace it.
         self._set("text", " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self)))
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether the loss has a contrastive term where perturbed views are given."""
+        return self.cpl_coef > 0 and self.perception in ("cpl", "cpl_all")
+
+    @property
+    def penalises_removed(self) -> bool:
+        """Whether a gradient flows through the removing view: PAPO's penalty on its entropy."""
+        return self.perception == "papo" and self.papo_entropy_coef > 0
+
+    @property
+    def perturbed_views(self) -> tuple[str, ...]:
+        """Which perturbed views are run at all."""
+        if self.contrasts:
+            return "positive", "negative"
+        return ("negative",) if self.compares_removed or self.penalises_removed else ()
+
+    @property
+    def compares_removed(self) -> bool:
+        """Whether the loss needs log-probabilities under the removing view, without a gradient."""
+        return self.perception == "vppo" or (self.perception == "papo" and self.papo_coef > 0)

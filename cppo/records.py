@@ -34,6 +34,18 @@ class TokenStats(NamedTuple):
     entropy: Tensor
 
 
+class Dependency(NamedTuple):
+    """How much tokens and completions depend on the image; of `cppo.visual_dependency`.
+
+    token_weights, per_token: like the log-probabilities, fp32 or better, zero where masked: what
+    the losses take, and S. per_completion: (B,) fp64, the mean S of each; NaN: not known.
+    """
+
+    token_weights: Tensor
+    per_token: Tensor
+    per_completion: Tensor
+
+
 class NumItems(NamedTuple):
     """Sizes of the whole batch of which one call sees a part (a micro-batch, a rank's share).
 
@@ -56,6 +68,7 @@ class LossOutput(NamedTuple):
     policy_loss, cpl_loss: their parts of the loss, before cpl_coef.
     entropy, clip_fraction, kl: means over completions of the token mean ("grpo") or over tokens
     ("dapo", "dr_grpo"); of a batch in parts, what each part adds to the mean of the whole.
+    papo/kl: how much the tokens depend on the image, a mean like kl.
     perception_share: selected tokens / tokens of completions whose perturbed views count;
     num_selected: the former. head_gemm_rows, head_resident_rows: what a fused head multiplied.
     """

@@ -24,7 +24,7 @@ from torch.amp import is_autocast_available
 
 from cppo.config import kept_per_unit
 from cppo.loss_config import LossConfig
-from cppo.records import LossOutput, NumItems, TokenStats, Views
+from cppo.records import Dependency, LossOutput, NumItems, TokenStats, Views
 
 
 def _promote(x: Tensor) -> Tensor:
@@ -646,6 +646,68 @@ def importance_weights(
     return weights.masked_fill(~valid, 0.0)
 
 
+# Completions whose dependencies differ by less depend on the image alike (VPPO's code).
+LEAST_SPREAD = 1e-6
+
+
+def visual_dependency(
+    old_logps: Tensor,
+    removed_logps: Tensor,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    fraction: float = 0.4,
+    floor: float = 0.9,
+    of_all: Tensor | None = None,
+) -> Dependency:
+    """VPPO's weights of tokens, m (b + (1 - b) s / mean(s)) with b = `floor` (arXiv 2510.09285).
+
+    S = min(e^d - d - 1, 10) of a token, d = removed_logp - old_logp. m is 1 at the
+    ceil(fraction n) tokens of a completion with the largest S, of equal ones the first. s is the
+    completion's mean S, of which the least and the largest among `of_all` become 0 and 1; the mean
+    is over all of these. A completion with a NaN among its removed logps, or without a token, has
+    no part in them and weights of 1.
+    """
+    shape, count = old_logps.shape, len(old_logps) if cu_seqlens is None else len(cu_seqlens) - 1
+    dtype = torch.promote_types(_promote(old_logps).dtype, removed_logps.dtype)
+    old, removed = old_logps.detach().double().flatten(), removed_logps.detach().double().flatten()
+    valid = torch.ones_like(old, dtype=torch.bool) if mask is None else mask.bool().flatten()
+    bounds = cu_seqlens
+    if bounds is None:
+        bounds = torch.arange(count + 1, device=old.device) * old_logps.shape[1]
+    owner = _completion_of_row(bounds, old.numel())
+    d = removed - old
+    per_token = _k3(torch.where(valid & ~d.isnan(), d, 0.0), bound=10)
+
+    tokens, without = (
+        _sum_per_completion(rows.long(), owner, count) for rows in (valid, valid & removed.isnan())
+    )
+    # Of multiples of 2^-36 a sum in fp64 is exact, in whatever order a GPU adds them.
+    exact = (per_token * 2.0**36).round() * 2.0**-36
+    own = _sum_per_completion(exact, owner, count) / tokens
+    own = own.masked_fill(without > 0, math.nan)
+    # Least first what matters least: stable sorts by row, by S, by completion.
+    order = per_token.masked_fill(~valid, -1.0).sort(descending=True, stable=True).indices
+    order = order[owner[order].sort(stable=True).indices]
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    rank -= bounds[:-1][owner]
+    learns = rank < (tokens.double() * fraction - 1e-6).ceil()[owner]
+    weights = learns * _dependency_factors(own, own if of_all is None else of_all, floor)[owner]
+    weights = weights.masked_fill(without[owner] > 0, 1.0).masked_fill(~valid, 0.0)
+    return Dependency(weights.to(dtype).view(shape), per_token.to(dtype).view(shape), own)
+
+
+def _dependency_factors(own: Tensor, of_all: Tensor, floor: float) -> Tensor:
+    """b + (1 - b) s / mean(s) of the mean S of completions; 1 where all are alike."""
+    of_all = F.pad(of_all.detach().to(own), (0, 1), value=math.nan)  # never empty
+    unknown = of_all.isnan()
+    low = of_all.masked_fill(unknown, math.inf).amin()
+    spread = of_all.masked_fill(unknown, -math.inf).amax() - low
+    mean = of_all.nanmean()
+    # s is (S - low) / spread, and so is its mean.
+    factors = floor + (1 - floor) * (own - low) / (mean - low)
+    return torch.where((spread > LEAST_SPREAD) & ~own.isnan(), factors, 1.0)
+
+
 def correct(
     logps: Tensor,
     old_logps: Tensor | None,
@@ -668,6 +730,11 @@ def correct(
     old = logps if old_logps is None else old_logps
     weights = importance_weights(old, sampling_logps, mask, cu_seqlens, config)
     return old_logps, weights if token_weights is None else weights * token_weights
+
+
+def where_known(removed_logps: Tensor, logps: Tensor) -> Tensor:
+    """The logps without the image; the own ones, which are equal, where there are none (NaN)."""
+    return torch.where(removed_logps.isnan(), logps.detach(), removed_logps)
 
 
 def policy_loss(
@@ -794,6 +861,7 @@ def _cppo_loss(
     ref_logps: Tensor | None,
     sampling_logps: Tensor | None,
     token_weights: Tensor | None,
+    removed_logps: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     num_items: int | float | Tensor | NumItems | None,
@@ -828,6 +896,11 @@ def _cppo_loss(
         kl = _k3(ref_logps[valid].to(logps) - logps, config.kl_clamp)
         metrics["kl"] = kl
         per_row = per_row + config.kl_coef * kl
+    if removed_logps is not None:
+        # The authors' bound: depending on the image even more earns a token nothing.
+        depends = _k3(where_known(removed_logps[valid].to(logps), logps) - logps, bound=10)
+        metrics["papo/kl"] = depends
+        per_row = per_row - config.papo_coef * depends
 
     selected = torch.zeros_like(owner, dtype=torch.bool)
     cpl = logps.new_zeros(0)
@@ -845,7 +918,7 @@ def _cppo_loss(
         negative_all = view_logp_all(views.negative)
         negative = _stats(negative_all, targets[rows].long())
         counts = torch.bincount(owner[use], minlength=num_completions)
-        selected[use] = perception_mask(
+        selected[use] = config.perception == "cpl_all" or perception_mask(
             entropy[use],
             negative.entropy,
             config.fraction,
@@ -899,6 +972,7 @@ def cppo_loss(
     ref_logps: Tensor | None = None,
     sampling_logps: Tensor | None = None,
     token_weights: Tensor | None = None,
+    removed_logps: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_items: int | float | Tensor | NumItems | None = None,
@@ -914,6 +988,7 @@ def cppo_loss(
         ref_logps,
         sampling_logps,
         token_weights,
+        removed_logps,
         mask,
         cu_seqlens,
         num_items,
@@ -931,6 +1006,7 @@ def linear_cppo_loss(
     ref_logps: Tensor | None = None,
     sampling_logps: Tensor | None = None,
     token_weights: Tensor | None = None,
+    removed_logps: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_items: int | float | Tensor | NumItems | None = None,
@@ -951,6 +1027,7 @@ def linear_cppo_loss(
         ref_logps,
         sampling_logps,
         token_weights,
+        removed_logps,
         mask,
         cu_seqlens,
         num_items,

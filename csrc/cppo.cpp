@@ -60,7 +60,8 @@ STABLE_TORCH_LIBRARY(cppo, m) {
   m.def(
       "loss_terms(Tensor logps, Tensor entropy, Tensor? positive_logps, Tensor? negative_logps, "
       "Tensor? margin, Tensor? selected, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, "
-      "Tensor? weights, Tensor? mask, Tensor cu_seqlens, Tensor denominators, str config) "
+      "Tensor? weights, Tensor? removed_logps, Tensor? mask, Tensor cu_seqlens, "
+      "Tensor denominators, str config) "
       "-> (Tensor, Tensor, Tensor)");
   m.def("row_capability() -> str");
 }

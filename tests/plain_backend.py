@@ -115,7 +115,7 @@ def contrast_backward_(anchor, positive, negative, *rest):
 
 def loss_terms(
     logps, entropy, positive_logps, negative_logps, margin, selected, advantages, old_logps,
-    ref_logps, weights, mask, cu_seqlens, denominators, config,
+    ref_logps, weights, removed_logps, mask, cu_seqlens, denominators, config,
 ):  # fmt: skip
     options, count = from_text(config), advantages.numel()
     per_policy, per_contrast = denominators.tolist()
@@ -139,16 +139,20 @@ def loss_terms(
         options,
         None if weights is None else weights[at].to(logp),
     )
-    terms = [mean(policy), mean(h), mean(clipped.to(logp)), logp.new_zeros(())]
+    nothing = logp.new_zeros(())
+    terms = [mean(policy), mean(h), mean(clipped.to(logp)), nothing, nothing]
     loss = terms[0]
     if options.entropy_coef:
         loss = loss - options.entropy_coef * terms[1]
     if ref_logps is not None:
         terms[3] = mean(reference._k3(ref_logps[at].to(logp) - logp, options.kl_clamp))
         loss = loss + options.kl_coef * terms[3]
+    if removed_logps is not None:
+        terms[4] = mean(reference._k3(removed_logps[at].to(logp) - logp, bound=10))
+        loss = loss - options.papo_coef * terms[4]
     cpl = _contrastive(logp, rows[2:], margins, selected, at, owner, count, options)
     terms.append(cpl / per_contrast)
-    loss = loss + options.cpl_coef * terms[4]
+    loss = loss + options.cpl_coef * terms[5]
     inputs = [logp, h, rows[2] if margins is None else margins, rows[3]]
     given = [x for x in inputs if x is not None]
     found = iter(_gradient([loss], given, [torch.ones_like(loss)]))

@@ -75,7 +75,7 @@ def calls(namespace: str) -> dict[str, tuple[Any, ...]]:
     for divergence in ("k3", "full"):
         config = LossConfig(divergence=divergence, **options)
         by = denominators(targets, mask, bounds, None, config)
-        of_rows = (targets, advantages, logps, logps, logps, weights, mask, bounds)
+        of_rows = (targets, advantages, logps, logps, logps, weights, logps, mask, bounds)
         loss = (*views, *of_rows, by.values, True, config.temperature, config.text, False)
         found[f"cppo_loss {divergence}"] = loss
         kept = ops.cppo_loss(*loss)[-4:]
@@ -94,7 +94,7 @@ def calls(namespace: str) -> dict[str, tuple[Any, ...]]:
         found[f"cppo_loss_backward_ {divergence}"] = backward
         margin = logps if divergence == "full" else None
         terms = (logps, entropy, logps - 0.1, logps - 0.2, margin, mask, advantages, logps, logps)
-        terms = (*terms, weights, mask, bounds)
+        terms = (*terms, weights, logps - 0.3, mask, bounds)
         found[f"loss_terms {divergence}"] = (*terms, by.values, config.text)
     if namespace == "cppo":
         found |= extension_calls(ops) | head_calls(ops)
@@ -113,7 +113,8 @@ def head_calls(ops: Any) -> dict[str, tuple[Any, ...]]:
     by = denominators(targets, mask, bounds, None, config)
     head, wants = (weight, bias, suppressed), [True] * 5
     options = (by.values, False, 1.0, config.text, 30.0, "fp32", wants)
-    loss = (*views, *head, targets, advantages, *[logps] * 3, logps.exp(), mask, bounds, *options)
+    of_rows = (*[logps] * 3, logps.exp(), logps - 0.3)
+    loss = (*views, *head, targets, advantages, *of_rows, mask, bounds, *options)
     coefficients = ops.linear_cppo_loss(*loss, False)[8]
     backward = (torch.ones(()), *views, *head, targets, advantages, bounds, coefficients)
     stats, logits = (views.anchor, *head, targets, mask), (None, "fp32", [True] * 3)

@@ -9,8 +9,8 @@ papers per function, autograd, and AdamW written out. From top to bottom it read
     rewards -> advantages -> pruning -> log-probabilities -> loss -> gradient -> AdamW
 
 Papers: CPPO (completion pruning, arXiv 2503.22342), contrastive perception (2601.00501), GRPO
-(2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071), AdamW (1711.05101),
-LoRA (2106.09685).
+(2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071), VPPO (2510.09285), PAPO
+(2507.06448), AdamW (1711.05101), LoRA (2106.09685).
 """
 
 from __future__ import annotations
@@ -190,28 +190,85 @@ def contrast(policy: Policy, anchor: Tensor, completion: Completion) -> Tensor:
     loss, pixels = policy.run.config.loss, completion.pixel_values
     positive, negative = (policy(completion, view(pixels)) for view in policy.run.views)
     selected = perception_tokens(entropy(anchor), entropy(negative), loss.fraction)
+    if loss.perception == "cpl_all":
+        selected = torch.ones_like(selected)
     anchor = anchor.detach() if loss.detach_anchor else anchor
     near = divergence(anchor, positive, completion, loss.divergence)
     far = divergence(anchor, negative, completion, loss.divergence)
     return F.softplus((near - far) / loss.tau)[selected]
 
 
-# A kept completion, its advantage, and its log-probabilities under pi_old and under pi_ref.
-Row = tuple[Completion, float, Tensor, Tensor]
+# A kept completion, its advantage, and its log-probabilities under pi_old, under pi_ref, and under
+# pi_old without the image, which None has.
+Row = tuple[Completion, float, Tensor, Tensor, Tensor | None]
+
+
+def dependency(logps: Tensor, removed: Tensor) -> Tensor:
+    """k3 of the tokens without and with the image: how much they depend on it, at most 10."""
+    d = (removed - logps).clamp(-20, 20)
+    return (d.exp() - d - 1).clamp(max=10)
+
+
+def vppo_weights(rows: list[Row], loss: Any) -> list[Tensor]:
+    """VPPO: which tokens of each completion are trained on, times the size of its advantage.
+
+    The completions of an optimizer step are compared, those with an image and an advantage.
+    """
+    weights = [torch.ones_like(row[2]) for row in rows]
+    seen = {
+        i: dependency(old, removed)
+        for i, (_, advantage, old, _, removed) in enumerate(rows)
+        if removed is not None and advantage != 0
+    }
+    means = torch.stack([of_tokens.mean() for of_tokens in seen.values()])
+    shares = (means - means.min()) / (means.max() - means.min())
+    for (i, of_tokens), share in zip(seen.items(), shares, strict=True):
+        count = math.ceil(round(loss.vppo_fraction * len(of_tokens), 6))
+        size = loss.vppo_floor + (1 - loss.vppo_floor) * share / shares.mean()
+        weights[i] = torch.zeros_like(of_tokens)
+        weights[i][of_tokens.topk(count).indices] = size
+    return weights
+
+
+def papo_term(policy: Policy, logps: Tensor, row: Row) -> Tensor:
+    """PAPO: less of it, the more a token depends on the image; and the entropy without that."""
+    loss, completion, removed = policy.run.config.loss, row[0], row[4]
+    if completion.pixel_values is None:
+        return torch.zeros_like(logps)
+    without = torch.zeros(())
+    if loss.papo_entropy_coef:
+        negative = policy(completion, policy.run.views[1](completion.pixel_values))
+        removed, without = of_answer(negative, completion).detach(), entropy(negative)
+    assert removed is not None
+    return loss.papo_entropy_coef * without - loss.papo_coef * dependency(logps, removed)
+
+
+def without_image(policy: Policy, completion: Completion) -> Tensor | None:
+    """(C,) log-probabilities of the tokens under the removing view, where VPPO or PAPO has one."""
+    if completion.pixel_values is None or policy.run.config.loss.perception not in ("vppo", "papo"):
+        return None
+    return of_answer(policy(completion, policy.run.views[1](completion.pixel_values)), completion)
 
 
 def batch_loss(policy: Policy, rows: list[Row]) -> Tensor:
     """policy + kl_coef KL - entropy_coef H + cpl_coef CPL, over all rows of an optimizer step."""
     loss = policy.run.config.loss
     per_token, contrasts = [], []
-    for completion, advantage, old, reference in rows:
+    weights = (
+        vppo_weights(rows, loss) if loss.perception == "vppo" else [torch.tensor(1.0)] * len(rows)
+    )
+    for row, weight in zip(rows, weights, strict=True):
+        completion, advantage, old, reference, _ = row
         anchor = policy(completion)
         logps = of_answer(anchor, completion)
-        value = policy_loss(logps, old, advantage, loss)
+        value = weight * policy_loss(logps, old, advantage, loss)
+        if loss.perception == "papo":
+            value = value + papo_term(policy, logps, row)
         value = value + loss.kl_coef * reference_kl(logps, reference)
         per_token.append(value - loss.entropy_coef * entropy(anchor))
         # Gating: where an answer was not good, looking harder at the picture teaches nothing.
-        if completion.pixel_values is not None and (advantage > 0 or not loss.gating):
+        is_gated = completion.pixel_values is not None and (advantage > 0 or not loss.gating)
+        if is_gated and loss.perception in ("cpl", "cpl_all"):
             contrasts.append(contrast(policy, anchor, completion))
     # The mean of all perception tokens, or of the completions' means, 0 where none is selected.
     by_token = loss.cpl_reduction == "token"
@@ -279,7 +336,8 @@ def retrain(run: Run) -> tuple[Outcome, Weights]:
             with torch.no_grad():
                 old = of_answer(Policy(run, weights)(completions[i]), completions[i])
                 reference = of_answer(Policy(run, run.start)(completions[i]), completions[i])
-            rows.append((completions[i], advantages[i].item(), old, reference))
+                removed = without_image(Policy(run, weights), completions[i])
+            rows.append((completions[i], advantages[i].item(), old, reference, removed))
         norms = []
         # The completions are dealt to the optimizer steps like cards.
         for part in [*range(config.optimizer_steps)] * config.num_iterations:

@@ -59,11 +59,29 @@ ONE_PROCESS: dict[str, dict[str, Any]] = {
         family="qwen3_vl", lora=LoraConfig(r=4, alpha=8), cpl_coef=0.5, num_iterations=2,
         share_prompts=True,
     ),
+    "every token": dict(family="qwen2_5_vl", perception="cpl_all", cpl_coef=0.5, prune_rate=0.5),
+    "vppo": dict(
+        family="qwen2_5_vl", perception="vppo", vppo_floor=0.5, prune_rate=0.5, batch_size=16,
+        max_tokens_per_microbatch=200,
+    ),
+    "vppo, several passes": dict(
+        family="qwen3_vl", perception="vppo", vppo_floor=0.0, vppo_fraction=0.2, reduction="dapo",
+        num_iterations=2, optimizer_steps=2, kl_coef=0.5, batch_size=16,
+    ),
+    "papo": dict(family="qwen2_5_vl", perception="papo", papo_coef=30.0, prune_rate=0.5),
+    "papo, entropies": dict(
+        family="qwen2_vl", perception="papo", papo_coef=30.0, papo_entropy_coef=0.5,
+        entropy_coef=-0.3, reduction="dr_grpo", num_iterations=2, max_tokens_per_microbatch=200,
+    ),
 }  # fmt: skip
 TWO_PROCESSES: dict[str, dict[str, Any]] = {
     "vision": dict(
         family="qwen2_5_vl", reduction="dapo", prune_rate=0.5, cpl_coef=0.5, kl_coef=0.5,
         num_iterations=2,
+    ),
+    "vppo": dict(
+        family="qwen2_5_vl", perception="vppo", vppo_floor=0.5, prune_rate=0.5, optimizer_steps=2,
+        batch_size=16,
     ),
     "text": dict(prune_rate=0.5, temperature=0.8, entropy_coef=0.5),
     "batch scale": dict(prune_rate=0.5, scale_rewards="batch"),

@@ -43,6 +43,7 @@ CONFIGS = {
         importance="sequence", importance_correction="sequence_mask", correction_min=0.5
     ),
     "bypass": LossConfig(importance_correction="bypass", divergence="full"),
+    "cpl_all": LossConfig(perception="cpl_all", cpl_reduction="token", cpl_coef=1.0),
 }
 every_run = pytest.mark.parametrize(("op", "backend"), RUNS)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

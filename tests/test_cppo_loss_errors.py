@@ -99,6 +99,23 @@ PADDED_ERRORS = [
         ValueError,
         "ref_logps must be given when config.kl_coef > 0, got None with kl_coef = 0.1",
     ),
+    (
+        {"config": LossConfig(perception="vppo"), "logits": PADDED["logits"].anchor},
+        ValueError,
+        "token_weights must be given with config.perception = 'vppo', got None",
+    ),
+    (
+        {"config": LossConfig(perception="papo"), "logits": PADDED["logits"].anchor},
+        ValueError,
+        "removed_logps must be given with config.perception = 'papo', got None",
+    ),
+    (
+        {"config": LossConfig(perception="papo"), "removed_logps": LOGPS},
+        ValueError,
+        "logits must be the anchor alone with config.perception = 'papo', which has no",
+    ),
+    ({"removed_logps": LOGPS[:, 1:]}, ValueError, "removed_logps must be (B, L) = (6, 7)"),
+    ({"removed_logps": Y}, TypeError, "removed_logps must be of floating dtype"),
     ({"cu_seqlens": ints(0, 42)}, ValueError, "cu_seqlens must be None for padded targets"),
     ({"num_items": 0}, ValueError, "num_items must be a number or 0-dim tensor > 0, got 0"),
     ({"num_items": -2.0}, ValueError, "got -2.0"),

@@ -33,3 +33,11 @@ def test_the_costs_of_reliability_at_toy_size(tmp_path: Path) -> None:
 def test_the_time_of_the_host_at_toy_size(tmp_path: Path) -> None:
     printed = _printed("host_time.py", tmp_path)
     assert len(printed) == 8 and all(int(line.split()[-2]) > 0 for line in printed)
+
+
+def test_the_costs_of_selecting_tokens_at_toy_size(tmp_path: Path) -> None:
+    printed = _printed("token_selection.py", tmp_path)
+    # So small a backward is lost in what a call costs; the updates are not.
+    assert sum(line.startswith("head") for line in printed) == 2
+    rows = [line.split() for line in printed if line.startswith("update")]
+    assert len(rows) == 6 and all(float(row[-1]) > 0 for row in rows)

@@ -30,6 +30,7 @@ from trl_cases import (
     Fixed,
     late,
     logged,
+    micro_batch,
     trained,
     trainer_of,
     watched,
@@ -299,23 +300,7 @@ def test_gradients_are_those_of_our_trainer_on_the_same_batch(cpl_reduction):
     trainer = trainer_of("qwen2_5_vl", cppo=CPPO(loss=loss, **views), **options)
     trainer.model.load_state_dict(model.state_dict())
     trainer.current_gradient_accumulation_steps = 1
-    width = rollouts.prompts.input_ids.shape[1]
-    prompts, images = rollouts.prompts, rollouts.prompts.images
-    order = [number for number in range(2) for _ in range(3)]
-    patches = images.pixel_values.split(images.image_grid_thw.prod(1).tolist())
-    inputs = {
-        "prompt_ids": prompts.input_ids[order],
-        "prompt_mask": prompts.attention_mask[order].long(),
-        "completion_ids": rollouts.input_ids[:, width:],
-        "completion_mask": rollouts.completion_mask[:, width:].long(),
-        "advantages": batch.advantages,
-        "num_items_in_batch": rollouts.completion_mask.sum(),
-        "pixel_values": torch.cat([patches[i] for i in order]),
-        "image_grid_thw": images.image_grid_thw[order],
-        "num_images": [1] * 6,
-        "mm_token_type_ids": (rollouts.input_ids == model.config.image_token_id).int(),
-        "cppo_seed": torch.zeros(6, dtype=torch.int64),
-    }
+    inputs = micro_batch(rollouts, batch.advantages, model.config.image_token_id)
     theirs = trainer.model.train()
     found = gradients(theirs, lambda: trainer.compute_loss(theirs, inputs).backward())
     assert relative_difference(found, ours(loss)) < 1e-5

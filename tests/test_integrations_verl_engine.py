@@ -98,6 +98,7 @@ def seen_as(engine, batch, name, perturbations):
         dict(divergence="k1", tau=0.5, detach_anchor=True),
         dict(gating=False, fraction=0.25),
         dict(cpl_reduction="token"),
+        dict(perception="cpl_all"),
     ],
     ids=str,
 )
@@ -138,6 +139,44 @@ def test_gradients_are_those_of_cppo_loss_on_three_views(engine, batch, options)
     # The contrastive term is no rounding error of these gradients.
     assert worst(gradients(engine, whole, example.actor_config(**LOSS | dict(cpl_coef=0))),
                  expected) > 1e-2  # fmt: skip
+
+
+@pytest.mark.parametrize("entropy", [0.0, 0.5])
+def test_gradients_of_papo_are_those_of_cppo_loss(engine, batch, entropy):
+    """Completions with images all have a removing view; its entropy has a gradient of its own."""
+    whole = batch.copy()
+    tu.assign_non_tensor(whole, micro_batch_size_per_gpu=len(batch))
+    options = dict(perception="papo", papo_coef=20.0)
+    more = dict(papo_entropy_coef=entropy, negative_views=["masked_patches"])
+    actor = example.actor_config(LOSS["loss_agg_mode"], **options, **more)
+    ours = gradients(engine, whole, actor)
+    negative = response_logits(engine, seen_as(engine, batch, "negative", ("masked_patches",)))
+    padded = batch.select("responses", "response_mask", "old_log_probs").to_padded_tensor()
+    mask = padded["response_mask"].bool()
+    without = cppo.token_stats(negative, padded["responses"], mask=mask)
+    output = cppo.cppo_loss(
+        response_logits(engine, batch),
+        padded["responses"],
+        torch.stack([row[0] for row in batch["advantages"].unbind()]),
+        old_logps=padded["old_log_probs"],
+        removed_logps=without.logps.detach(),
+        mask=mask,
+        config=cppo.LossConfig(dual_clip=3.0, **options),
+    )
+    engine.optimizer_zero_grad()
+    (output.loss + entropy * (without.entropy.sum(1) / mask.sum(1)).mean()).backward()
+    expected = {
+        name: parameter.grad.full_tensor().clone()
+        for name, parameter in engine.module.named_parameters()
+        if parameter.grad is not None
+    }
+    engine.optimizer_zero_grad()
+    assert worst(ours, expected) < 2e-4
+    plain = example.actor_config(LOSS["loss_agg_mode"], cpl_coef=0.0)
+    assert worst(gradients(engine, whole, plain), expected) > 1e-2
+    cut = batch.copy()
+    tu.assign_non_tensor(cut, micro_batch_size_per_gpu=4)
+    assert worst(gradients(engine, cut, actor), ours) < 2e-4
 
 
 def test_micro_batches_do_not_change_the_gradient(engine, batch):

@@ -109,6 +109,8 @@ def test_loss_config_reads_what_verl_was_told():
     [
         (dict(divergence="full"), "policy_loss.divergence must be one of 'k3', 'k1', got 'full'"),
         (dict(tau=0), "tau"),
+        (dict(perception="vppo"), "must be 'cpl', 'cpl_all' or 'papo', got 'vppo': its weights"),
+        (dict(papo_coef=-1.0), "papo_coef"),
         (dict(negative_views=("sunglasses",)), "sunglasses"),
     ],
 )

@@ -92,7 +92,7 @@ def test_places_and_configs_that_do_not_fit_are_refused_in_words() -> None:
         ops.contrast(rows, rows, rows[1:], counted, None, None, 1.0)
 
     bounds, by = torch.tensor([0, 3]), torch.ones(2, dtype=torch.float64)
-    given = (rows[:, 0], rows[:, 1], *[None] * 4, torch.ones(1), *[None] * 4, bounds, by)
+    given = (rows[:, 0], rows[:, 1], *[None] * 4, torch.ones(1), *[None] * 5, bounds, by)
     text = LossConfig().text
     ops.loss_terms(*given, text)
     for old, new, expected in (

@@ -29,12 +29,13 @@ SIGNATURES = {
     "linear_token_stats": "hidden, weight, targets, *, bias, suppressed, temperature, logit_scale, "
     "softcap, logits_dtype, mask, backend",
     "perception_mask": "anchor_entropy, negative_entropy, *, fraction, mask, cu_seqlens, backend",
+    "visual_dependency": "old_logps, removed_logps, *, mask, cu_seqlens, fraction, floor, of_all",
     "importance_weights": "old_logps, sampling_logps, *, mask, cu_seqlens, config",
     "cppo_loss": "logits, targets, advantages, *, old_logps, ref_logps, sampling_logps, "
-    "token_weights, mask, cu_seqlens, num_items, config, inplace, backend",
+    "token_weights, removed_logps, mask, cu_seqlens, num_items, config, inplace, backend",
     "linear_cppo_loss": "hidden, weight, targets, advantages, *, bias, suppressed, old_logps, "
-    "ref_logps, sampling_logps, token_weights, mask, cu_seqlens, num_items, config, logit_scale, "
-    "softcap, logits_dtype, backend",
+    "ref_logps, sampling_logps, token_weights, removed_logps, mask, cu_seqlens, num_items, config, "
+    "logit_scale, softcap, logits_dtype, backend",
 }
 
 

@@ -231,7 +231,7 @@ def weight_by_hand(d, config):
     return w if w == math.exp(d) or config.importance_correction.endswith("truncate") else 0.0
 
 
-def loss_by_loops(views, targets, advantages, old, ref, sampling, weights, mask, config):
+def loss_by_loops(views, targets, advantages, old, ref, sampling, weights, removed, mask, config):
     """The loss of padded views, one token at a time, straight from the definitions."""
 
     def per_token(b, t):
@@ -258,6 +258,9 @@ def loss_by_loops(views, targets, advantages, old, ref, sampling, weights, mask,
             total = total - surrogate * weights[b, t] * weight_by_hand(d[t], config)
             total = total + config.kl_coef * (far.exp() - far - 1)
             total = total - config.entropy_coef * entropies[0]
+            if removed is not None:
+                away = removed[b, t] - logps[0]
+                total = total - config.papo_coef * (away.exp() - away - 1).clamp(max=10)
         policy_sums.append(total)
         lengths.append(len(tokens))
         if A <= 0 and config.gating:
@@ -268,7 +271,7 @@ def loss_by_loops(views, targets, advantages, old, ref, sampling, weights, mask,
         score = {t: rise[t] / (stats[t][1][2].item() + 1e-6) for t in rising}
         chosen = sorted(rising, key=lambda t: -score[t])[:k]
         ours = []
-        for t in chosen:
+        for t in tokens if config.perception == "cpl_all" else chosen:
             (lo, lp, ln), _, (o, p, n) = stats[t]
             if config.divergence == "full":
                 margin = (o.exp() * (o - p)).sum() - (o.exp() * (o - n)).sum()
@@ -298,10 +301,12 @@ CONFIGS = {
     "full": LossConfig(divergence="full", cpl_coef=1.0, tau=0.5, gating=False, fraction=0.8),
     "corrected": LossConfig(importance_correction="token_mask", correction_max=1.3, kl_coef=0.1),
     "corrected gspo": LossConfig(importance="sequence", importance_correction="sequence_truncate"),
+    "cpl_all": LossConfig(perception="cpl_all", cpl_coef=0.5),
+    "papo": LossConfig(perception="papo", papo_coef=0.3, entropy_coef=-0.1, cpl_coef=0.0),
 }
 
 
-def example():
+def example(config):
     """Three completions of 4, 2 and 3 tokens over a vocabulary of 6, all in fp64."""
     generator = torch.Generator().manual_seed(3)
     anchor, noise = torch.randn(2, 3, 4, 6, generator=generator, dtype=torch.float64)
@@ -314,13 +319,14 @@ def example():
     sampling[0, 1] = math.nan
     weights = torch.rand(3, 4, generator=generator, dtype=torch.float64)
     weights[0, 2] = 0
-    return views, targets, fp64(1.0, -0.7, 0.4), (old, ref, sampling, weights, mask)
+    removed = logps - torch.linspace(-4, 2, 4) if config.perception == "papo" else None
+    return views, targets, fp64(1.0, -0.7, 0.4), (old, ref, sampling, weights, removed, mask)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_equals_plain_loops(name):
-    views, targets, advantages, of_rows = example()
     config = CONFIGS[name]
+    views, targets, advantages, of_rows = example(config)
     ours = [view.clone().requires_grad_() for view in views]
     loops = [view.clone().requires_grad_() for view in views]
     out = reference.cppo_loss(Views(*ours), targets, advantages, *of_rows, config=config)
@@ -355,18 +361,15 @@ def test_reductions_by_hand():
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("linear", [False, True])
 def test_gradcheck_of_the_losses(name, linear):
-    views, targets, advantages, of_rows = example()
+    views, targets, advantages, of_rows = example(CONFIGS[name])
     shared = (*of_rows, None, None, CONFIGS[name])
     if linear:
-        generator = torch.Generator().manual_seed(1)
-        weight = 0.5 * torch.randn(6, 6, generator=generator, dtype=torch.float64)
-        bias = 0.5 * torch.randn(6, generator=generator, dtype=torch.float64)
+        torch.manual_seed(1)
+        weight, bias = (0.5 * torch.randn(*s, dtype=torch.float64) for s in ((6, 6), (6,)))
 
         def loss(anchor, positive, negative, weight, bias):
-            hidden = Views(anchor, positive, negative)
-            return reference.linear_cppo_loss(
-                hidden, weight, targets, advantages, bias, *shared
-            ).loss
+            rows = (Views(anchor, positive, negative), weight, targets, advantages, bias)
+            return reference.linear_cppo_loss(*rows, *shared).loss
 
         inputs = (*views, weight, bias)
     else:

@@ -245,6 +245,18 @@ FAULTS = {
         "vision, whole vocabulary", option(cpl_reduction="sequence"),
     ),
     "the other estimate": ("vision, k1", option(divergence="k3")),
+    "the perception tokens alone": ("every token", option(perception="cpl")),
+    "VPPO's floor 1 % too high": ("vppo", option(vppo_floor=one_percent)),
+    "VPPO on other tokens": (
+        "vppo", formula("dependency", lambda right: lambda *a: 1 / (right(*a) + 1e-9)),
+    ),
+    "PAPO 1 % too heavy": ("papo", option(papo_coef=one_percent)),
+    "PAPO the wrong way round": (
+        "papo", formula("dependency", lambda right: lambda a, b: right(b.detach(), a)),
+    ),
+    "no gradient through the removing view": (
+        "papo, entropies", option(papo_entropy_coef=1e-9),
+    ),
 }  # fmt: skip
 
 

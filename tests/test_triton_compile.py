@@ -119,7 +119,7 @@ def step(num_rows, cu_seqlens, config):
     views, places = (logits,) * 3, (targets, None)
     contrasts = PRIMITIVES["contrast"](*views, selected, *places, temperature)
     advantages = torch.ones(len(cu_seqlens) - 1)
-    rows = (selected, advantages, logps, None, logps.exp(), mask, cu_seqlens)
+    rows = (selected, advantages, logps, None, logps.exp(), logps, mask, cu_seqlens)
     _, _, coefficients = PRIMITIVES["loss_terms"](
         logps, entropy, None, None, contrasts[4], *rows, torch.ones(2).double(), config.text
     )

@@ -14,6 +14,7 @@ from cppo.views import (
     BlackSquares,
     ColorJitter,
     GaussianBlur,
+    MaskedPatches,
     NoisePatches,
     RandomPerspective,
     RandomRotation,
@@ -201,12 +202,25 @@ def test_black_squares_reach_the_borders_as_often_as_the_middle():
     assert abs(float(mean[0, 0]) - 0.5) < 0.16 and abs(float(mean[15, 15]) - 0.5) < 0.16
 
 
+def test_masked_patches_are_a_grid_of_squares():
+    image = torch.full((3, 60, 45), 0.5)
+    view = MaskedPatches(14, 0.6)(image, generator(2))
+    for top in range(0, 60, 14):
+        for left in range(0, 45, 14):
+            assert len(view[:, top : top + 14, left : left + 14].unique()) == 1
+    black = [(MaskedPatches(7, 0.6)(image, generator(s)) == 0).float().mean() for s in range(50)]
+    assert abs(float(torch.stack(black).mean()) - 0.6) < 0.02
+    assert torch.equal(MaskedPatches(share=0.0)(image, generator()), image)
+    assert not MaskedPatches(share=1.0)(image, generator()).any()
+
+
 def test_paper_parameters_are_the_defaults():
     assert ColorJitter() == ColorJitter((0.2, 1.3), (0.2, 1.8), (0.2, 1.8))
     assert RandomPerspective() == RandomPerspective(0.2, 0.5)
     assert RandomRotation().degrees == 10 and GaussianBlur() == GaussianBlur(3, 1.0)
     assert NoisePatches() == NoisePatches(50, (0.05, 0.15)) and ZoomCrop() == ZoomCrop((0.6, 0.7))
     assert BlackSquares() == BlackSquares(14, 0.8)
+    assert MaskedPatches() == MaskedPatches(14, 0.6)
     kinds = [type(p).__name__ for p in PRESERVING + REMOVING]
     assert (
         kinds
@@ -267,6 +281,8 @@ def test_bad_names(entries, message):
         (lambda: NoisePatches(scale=(0.1, 1.2)), "scale"),
         (lambda: ZoomCrop(scale=(0.9, 0.8)), "scale"),
         (lambda: BlackSquares(side=0), "side"),
+        (lambda: MaskedPatches(side=0), "side"),
+        (lambda: MaskedPatches(share=1.1), r"share must be a number in \[0.0, 1.0\], got 1.1"),
         (lambda: BlackSquares(coverage=80), r"coverage must be a number in \[0.0, 1.0\], got 80"),
     ],
 )

@@ -167,3 +167,24 @@ def watched_run(*args: Any, **options: Any) -> tuple[Any, dict[str, list[Any]]]:
     seen = watched(trainer)
     trainer.train()
     return trainer, seen
+
+
+def micro_batch(rollouts: Any, advantages: Any, image_token: int) -> dict[str, Any]:
+    """Our rollouts, one image a question, as TRL's inputs of a loss."""
+    width, prompts = rollouts.prompts.input_ids.shape[1], rollouts.prompts
+    questions, group = len(prompts.questions), rollouts.group_size
+    order = [number for number in range(questions) for _ in range(group)]
+    patches = prompts.images.pixel_values.split(prompts.images.image_grid_thw.prod(1).tolist())
+    return {
+        "prompt_ids": prompts.input_ids[order],
+        "prompt_mask": prompts.attention_mask[order].long(),
+        "completion_ids": rollouts.input_ids[:, width:],
+        "completion_mask": rollouts.completion_mask[:, width:].long(),
+        "advantages": advantages,
+        "num_items_in_batch": rollouts.completion_mask.sum(),
+        "pixel_values": torch.cat([patches[i] for i in order]),
+        "image_grid_thw": prompts.images.image_grid_thw[order],
+        "num_images": [1] * len(order),
+        "mm_token_type_ids": (rollouts.input_ids == image_token).int(),
+        "cppo_seed": torch.zeros(len(order), dtype=torch.int64),
+    }

@@ -6,13 +6,13 @@ w = 1 / (denominator [x tokens of the completion]):
     policy = -min(rho A, clip(rho) A),  d policy / d logp = -rho A where no clip binds
     KL = min(k3(ref - logp), kl_clamp),  d k3(d) / d d = e^d - 1 inside the clamps
     CPL = softplus(margin / tau) where selected,  d CPL / d margin = sigmoid(margin / tau) / tau
-    loss = sum w (v policy + kl_coef KL - entropy_coef H) + cpl_coef sum CPL / selected
+    loss = sum w (v policy + kl_coef KL - papo_coef min(k3(removed - logp), 10) - entropy_coef H)
+           + cpl_coef sum CPL / selected
 
 with v = `weights`. A mean of log-ratios couples the rows of a completion: each moves it by 1 / n,
 which moves all of them, so that the derivative by each logp has the mean of v in place of v.
 
-`_loss_kernel` has one program per completion, `_finish_kernel` adds the completions up in one
-order.
+`_loss_kernel` has one program per completion, `_finish_kernel` adds them up in one order.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from cppo.triton_kernels.rows import as_scalar
 # Rows per step of a program: two per thread, so that the sums stay in registers.
 BLOCK = 512
 CHUNK = 1024
+_CONSTANTS = ("IMPORTANCE", "REDUCTION", "DIVERGENCE", "CPL_REDUCTION", "DETACH_ANCHOR")
 NUM_TERMS = tl.constexpr(len(TERMS))
 
 
@@ -174,6 +175,7 @@ def _loss_kernel(
     old_logps_ptr,
     ref_logps_ptr,
     weights_ptr,
+    removed_logps_ptr,
     advantages_ptr,
     cu_seqlens_ptr,
     denominators_ptr,
@@ -186,6 +188,7 @@ def _loss_kernel(
     kl_coef: tl.float64,
     kl_clamp: tl.float64,
     entropy_coef: tl.float64,
+    papo_coef: tl.float64,
     cpl_coef: tl.float64,
     tau: tl.float64,
     HAS_DUAL_CLIP: tl.constexpr,
@@ -221,6 +224,7 @@ def _loss_kernel(
     sum_entropy = tl.zeros((BLOCK,), tl.float64)
     sum_clipped = tl.zeros((BLOCK,), tl.float64)
     sum_kl = tl.zeros((BLOCK,), tl.float64)
+    sum_papo = tl.zeros((BLOCK,), tl.float64)
     sum_cpl = tl.zeros((BLOCK,), tl.float64)
     for first in range(start, end, BLOCK):
         row = first + column
@@ -242,6 +246,11 @@ def _loss_kernel(
             kl, slope = _k3(ref, logp, as_scalar(kl_clamp, ACC))
             d_logp -= slope * as_scalar(kl_coef, ACC)
             sum_kl += _where(valid, kl)
+        if removed_logps_ptr is not None:
+            removed = tl.load(removed_logps_ptr + row, valid, 0.0).to(ACC)
+            depends, slope = _k3(removed, logp, 10.0)
+            d_logp += slope * as_scalar(papo_coef, ACC)
+            sum_papo += _where(valid, depends)
         sum_policy += _where(valid, policy)
         sum_entropy += _where(valid, entropy)
         sum_clipped += _where(valid & clipped, 1.0)
@@ -272,7 +281,8 @@ def _loss_kernel(
     tl.store(at + 1, tl.sum(sum_entropy, 0) * share)
     tl.store(at + 2, tl.sum(sum_clipped, 0) * share)
     tl.store(at + 3, tl.sum(sum_kl, 0) * share)
-    tl.store(at + 4, tl.sum(sum_cpl, 0) * cpl_share)
+    tl.store(at + 4, tl.sum(sum_papo, 0) * share)
+    tl.store(at + 5, tl.sum(sum_cpl, 0) * cpl_share)
 
 
 @triton.jit
@@ -295,6 +305,7 @@ def _finish_kernel(
     num_completions: tl.int32,
     kl_coef: tl.float64,
     entropy_coef: tl.float64,
+    papo_coef: tl.float64,
     cpl_coef: tl.float64,
     CHUNK: tl.constexpr,
 ):
@@ -304,8 +315,9 @@ def _finish_kernel(
     entropy = _term(sums_ptr, 1, num_completions, CHUNK) / denominator
     clipped = _term(sums_ptr, 2, num_completions, CHUNK) / denominator
     kl = _term(sums_ptr, 3, num_completions, CHUNK) / denominator
-    cpl = _term(sums_ptr, 4, num_completions, CHUNK) / tl.load(denominators_ptr + 1)
-    loss = policy + kl_coef * kl + cpl_coef * cpl
+    papo = _term(sums_ptr, 4, num_completions, CHUNK) / denominator
+    cpl = _term(sums_ptr, 5, num_completions, CHUNK) / tl.load(denominators_ptr + 1)
+    loss = policy + kl_coef * kl - papo_coef * papo + cpl_coef * cpl
     # An infinite entropy must not become 0 * inf where there is no entropy term.
     if entropy_coef != 0:
         loss -= entropy_coef * entropy
@@ -314,7 +326,8 @@ def _finish_kernel(
     tl.store(metrics_ptr + 1, entropy)
     tl.store(metrics_ptr + 2, clipped)
     tl.store(metrics_ptr + 3, kl)
-    tl.store(metrics_ptr + 4, cpl)
+    tl.store(metrics_ptr + 4, papo)
+    tl.store(metrics_ptr + 5, cpl)
 
 
 def loss_terms(
@@ -328,6 +341,7 @@ def loss_terms(
     old_logps: Tensor | None,
     ref_logps: Tensor | None,
     weights: Tensor | None,
+    removed_logps: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor,
     denominators: Tensor,
@@ -342,20 +356,18 @@ def loss_terms(
     loss, metrics, coefficients = new(), new(len(TERMS)), new(len(COEFFICIENTS), num_rows)
     sums = new(num_completions, NUM_TERMS.value, dtype=torch.float64)
     denominators = denominators.contiguous()
+    rows = dict(logps=logps, entropy=entropy, old_logps=old_logps, ref_logps=ref_logps)
+    rows |= dict(positive=positive_logps if margin is None else margin, negative=negative_logps)
+    rows |= dict(weights=weights, removed_logps=removed_logps)
+    coefs = {f"{x}_coef": getattr(options, f"{x}_coef") for x in ("kl", "entropy", "papo", "cpl")}
     if num_completions:
         launch(
             _loss_kernel,
             num_completions,
             8,
-            logps_ptr=logps.contiguous(),
-            entropy_ptr=entropy.contiguous(),
-            positive_ptr=contiguous(positive_logps if margin is None else margin),
-            negative_ptr=contiguous(negative_logps),
+            **{f"{name}_ptr": contiguous(values) for name, values in rows.items()},
             selected_ptr=bytes_of(selected),
             mask_ptr=bytes_of(mask),
-            old_logps_ptr=contiguous(old_logps),
-            ref_logps_ptr=contiguous(ref_logps),
-            weights_ptr=contiguous(weights),
             advantages_ptr=advantages.contiguous(),
             cu_seqlens_ptr=cu_seqlens.contiguous(),
             denominators_ptr=denominators,
@@ -365,17 +377,11 @@ def loss_terms(
             clip_low=options.clip_low,
             clip_high=options.clip_high,
             dual_clip=options.dual_clip or 0.0,
-            kl_coef=options.kl_coef,
+            **coefs,
             kl_clamp=math.inf if options.kl_clamp is None else options.kl_clamp,
-            entropy_coef=options.entropy_coef,
-            cpl_coef=options.cpl_coef,
             tau=options.tau,
             HAS_DUAL_CLIP=options.dual_clip is not None,
-            IMPORTANCE=options.importance,
-            REDUCTION=options.reduction,
-            DIVERGENCE=options.divergence,
-            CPL_REDUCTION=options.cpl_reduction,
-            DETACH_ANCHOR=options.detach_anchor,
+            **{name: getattr(options, name.lower()) for name in _CONSTANTS},
             ACC=tl_accumulator(logps),
             BLOCK=BLOCK,
         )
@@ -388,9 +394,7 @@ def loss_terms(
         loss_ptr=loss,
         metrics_ptr=metrics,
         num_completions=num_completions,
-        kl_coef=options.kl_coef,
-        entropy_coef=options.entropy_coef,
-        cpl_coef=options.cpl_coef,
+        **coefs,
         CHUNK=CHUNK,
     )
     return loss, metrics, coefficients

@@ -127,7 +127,9 @@ def memory(
         trained -= model.vision_parameters
     if config.lora is not None:
         trained = model.lora_parameters
-    views = 3 if config.loss.cpl_coef > 0 and model.vision_parameters else 1
+    views = 1
+    if model.vision_parameters:
+        views = 3 if config.loss.contrasts else 1 + config.loss.penalises_removed
     layer = 8 * model.hidden + 4 * model.intermediate
     stored = layer * model.layers
     if config.gradient_checkpointing:

@@ -150,7 +150,7 @@ class RunConfig:
                 f"rewards, got {len(weights or ())}",
             ),
             (
-                loss.cpl_coef > 0 and not (options.positive_views and options.negative_views),
+                not all(getattr(options, f"{view}_views") for view in loss.perturbed_views),
                 "trainer.positive_views and negative_views must name a perturbation each while "
                 "trainer.loss.cpl_coef > 0; for plain GRPO set that to 0",
             ),

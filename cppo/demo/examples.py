@@ -43,7 +43,7 @@ def example_completions(trainer: CPPOTrainer, count: int = 6) -> list[dict[str, 
     config = dataclasses.replace(
         trainer.config,
         # Any positive coefficient makes the views run.
-        loss=dataclasses.replace(trainer.config.loss, gating=False, cpl_coef=1.0),
+        loss=dataclasses.replace(trainer.config.loss, gating=False, cpl_coef=1.0, perception="cpl"),
     )
     torch.manual_seed(seed_from(config.seed, "examples") % 2**32)
     asked = trainer.eval_questions[: 4 * count]

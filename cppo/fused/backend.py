@@ -24,7 +24,7 @@ from cppo.ops.checks import under_transform
 from cppo.records import LossOutput, TokenStats, Views
 
 # Means over completions or tokens, of a loss that divides by something else.
-_MEANS = ("entropy", "clip_fraction", "kl")
+_MEANS = ("entropy", "clip_fraction", "kl", "papo/kl")
 
 
 def _without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,7 +121,7 @@ class Backend:
         config = given.config
         options = (by.values, by.per_selected, config.temperature, config.text, inplace)
         found = RESULTS["cppo_loss"](*self._ops.cppo_loss(*given.logits, *rows, *options))
-        metrics = _metrics(found, given.logits, given.ref_logps, by)
+        metrics = _metrics(found, given.logits, given, by)
         return LossOutput(found.loss, found.logps, found.entropy, found.selected, metrics)
 
     def linear_cppo_loss(self, *arguments: Any, **named: Any) -> LossOutput:
@@ -148,7 +148,7 @@ class Backend:
         found = RESULTS["linear_cppo_loss"](
             *self._ops.linear_cppo_loss(*inputs, given.suppressed, *rows, *options, *plan)
         )
-        metrics = _metrics(found, views, given.ref_logps, by)
+        metrics = _metrics(found, views, given, by)
         # Divided by the rows that count they are GEMM units, and the share that was resident.
         work = found.work.to(found.metrics.dtype)
         metrics["head_gemm_rows"], metrics["head_resident_rows"] = work.unbind()
@@ -184,15 +184,15 @@ def _is_eager(*inputs: Tensor | None) -> bool:
     return wanted and plain and not traced
 
 
-def _metrics(
-    found: Any, views: Views, ref_logps: Tensor | None, by: Denominators
-) -> dict[str, Tensor]:
+def _metrics(found: Any, views: Views, given: Any, by: Denominators) -> dict[str, Tensor]:
     """The metrics by name, those that make sense for what was given."""
     metrics, dtype = dict(zip(TERMS, found.metrics.unbind(), strict=True)), found.metrics.dtype
     if by.metric_scale is not None:
         metrics |= {name: (metrics[name] * by.metric_scale).to(dtype) for name in _MEANS}
-    if ref_logps is None:
+    if given.ref_logps is None:
         del metrics["kl"]
+    if given.removed_logps is None:
+        del metrics["papo/kl"]
     if views.positive is None:
         del metrics["cpl_loss"]
     if views.negative is not None:

@@ -25,7 +25,7 @@ from cppo.records import Views
 ANCHOR, POSITIVE, NEGATIVE = range(3)
 
 # What the losses take besides, one entry per row.
-OF_ROWS = ("old_logps", "ref_logps", "sampling_logps", "token_weights")
+OF_ROWS = ("old_logps", "ref_logps", "sampling_logps", "token_weights", "removed_logps")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Batch:
         targets: (T,).
         advantages: (B,).
         cu_seqlens: (B + 1,), where each completion starts and the last one ends.
-        old_logps, ref_logps, sampling_logps, token_weights: (T,), or None.
+        old_logps, ref_logps, sampling_logps, token_weights, removed_logps: (T,), or None.
         mask: (T,) bool, the rows that count; None: all of them.
         in_view: (T,) bool, the rows of gated completions, masked or not; None: there is no
             perturbed view.
@@ -50,6 +50,7 @@ class Batch:
     ref_logps: Tensor | None = None
     sampling_logps: Tensor | None = None
     token_weights: Tensor | None = None
+    removed_logps: Tensor | None = None
     mask: Tensor | None = None
     in_view: Tensor | None = None
     gated: Tensor | None = None

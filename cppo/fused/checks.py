@@ -35,7 +35,7 @@ _LEADING = ("logits", "anchor", "hidden", "anchor_entropy", "logps")
 _PER_ROW = (
     *("targets", "mask", "selected", "logps", "entropy", "positive_logps", "negative_logps"),
     *("margin", "old_logps", "ref_logps", "sampling_logps", "token_weights", "weights"),
-    *("grad_logps", "grad_entropy"),
+    *("removed_logps", "grad_logps", "grad_entropy"),
     *("anchor_entropy", "negative_entropy", "places", "positive_places", "negative_places"),
 )
 # What a forward leaves to its backward has so many rows.

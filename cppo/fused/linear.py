@@ -61,7 +61,8 @@ def _earns(batch: Batch, config: LossConfig) -> Tensor | None:
     Where A = 0 the clipped loss has none: of a question whose rewards are equal, for one.
     """
     contrasts = batch.gated is not None and not config.gating
-    if config.kl_coef or config.entropy_coef or contrasts:
+    depends = batch.removed_logps is not None and config.papo_coef
+    if config.kl_coef or config.entropy_coef or depends or contrasts:
         return None
     return batch.advantages != 0
 

@@ -84,9 +84,11 @@ def terms(
     negative = positive = contrasts = selected = None
     if tiles.has(NEGATIVE):
         negative = tiles.statistics(NEGATIVE, batch.gated)
-        selected = kernels.perception_mask(
-            anchor.entropy, negative.entropy, config.fraction, batch.gated, batch.cu_seqlens
-        )
+        selected = batch.gated
+        if config.perception != "cpl_all":
+            selected = kernels.perception_mask(
+                anchor.entropy, negative.entropy, config.fraction, batch.gated, batch.cu_seqlens
+            )
     if tiles.has(POSITIVE) and selected is not None:
         if config.divergence == "full":
             contrasts = tiles.contrast(selected)
@@ -99,6 +101,9 @@ def terms(
     old_logps, weights = reference.correct(
         anchor.logps, *given, batch.mask, batch.cu_seqlens, config
     )
+    removed_logps = batch.removed_logps
+    if removed_logps is not None:
+        removed_logps = reference.where_known(removed_logps, anchor.logps)
     loss, metrics, coefficients = kernels.loss_terms(
         anchor.logps,
         anchor.entropy,
@@ -110,6 +115,7 @@ def terms(
         old_logps,
         batch.ref_logps,
         weights,
+        removed_logps,
         batch.mask,
         batch.cu_seqlens,
         denominators,

@@ -42,7 +42,7 @@ CONTRASTS = (
 # by the margin, and the last is zero.
 COEFFICIENTS = ("anchor_logp", "anchor_entropy", "positive_logp", "negative_logp")
 # What `loss_terms` returns besides the loss.
-TERMS = ("policy_loss", "entropy", "clip_fraction", "kl", "cpl_loss")
+TERMS = ("policy_loss", "entropy", "clip_fraction", "kl", "papo/kl", "cpl_loss")
 
 _STATS = "Tensor logits, Tensor targets, Tensor? mask, Tensor? places"
 _STATS_GRADIENTS = "Tensor? grad_logps, Tensor? grad_entropy"
@@ -69,7 +69,8 @@ PRIMITIVES = {
     # clipped surrogates; None: 1.
     "loss_terms": "(Tensor logps, Tensor entropy, Tensor? positive_logps, Tensor? negative_logps, "
     "Tensor? margin, Tensor? selected, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, "
-    "Tensor? weights, Tensor? mask, Tensor cu_seqlens, Tensor denominators, str config) "
+    "Tensor? weights, Tensor? removed_logps, Tensor? mask, Tensor cu_seqlens, "
+    "Tensor denominators, str config) "
     "-> (Tensor, Tensor, Tensor)",
 }
 
@@ -80,8 +81,8 @@ _HEAD = "Tensor weight, Tensor? bias, Tensor? suppressed"
 _LOGITS = "float? softcap, str logits_dtype"  # "fp32" or "input"
 _ROWS = (
     "Tensor targets, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, "
-    "Tensor? sampling_logps, Tensor? token_weights, Tensor? mask, Tensor? cu_seqlens, "
-    "Tensor denominators, bool per_selected, float temperature, str config"
+    "Tensor? sampling_logps, Tensor? token_weights, Tensor? removed_logps, Tensor? mask, "
+    "Tensor? cu_seqlens, Tensor denominators, bool per_selected, float temperature, str config"
 )
 # `metrics` are TERMS.
 _LOSS = (

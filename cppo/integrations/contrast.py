@@ -18,6 +18,7 @@ from cppo.records import Views
 
 # Fields of LossConfig that say how images are contrasted; the trainer decides the others.
 FIELDS = (
+    "perception",
     "cpl_coef",
     "divergence",
     "tau",
@@ -26,6 +27,8 @@ FIELDS = (
     "detach_anchor",
     "cpl_reduction",
 )
+# And those of VPPO and PAPO.
+REMOVING_FIELDS = ("vppo_fraction", "vppo_floor", "papo_coef", "papo_entropy_coef")
 DIVERGENCES = ("k3", "k1")  # "full" needs the whole vocabulary
 
 
@@ -58,9 +61,11 @@ def contrastive_perception(
     Returns: Contrast(loss, selected); the loss is exactly 0, with a graph, if nothing is selected.
     """
     assert logps.positive is not None and logps.negative is not None
-    selected = cppo.perception_mask(
-        anchor_entropy, negative_entropy, fraction=config.fraction, mask=mask
-    )
+    selected = mask
+    if config.perception != "cpl_all":
+        selected = cppo.perception_mask(
+            anchor_entropy, negative_entropy, fraction=config.fraction, mask=mask
+        )
     views = (logps.anchor, logps.positive, logps.negative)
     values = reference.contrastive_loss(views, views, selected, config)
     if config.cpl_reduction == "token":

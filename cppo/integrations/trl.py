@@ -42,8 +42,9 @@ from cppo.integrations.trl_options import (
     exchanged,
     per_device_train_batch_size,
 )
+from cppo.integrations.trl_perception import papo, weigh
 from cppo.integrations.trl_postponed import Postponed
-from cppo.integrations.trl_refill import sample
+from cppo.integrations.trl_refill import Sampled, sample
 from cppo.integrations.trl_rows import Batch, filled, keep, loss_mask, take_rows, trimmed
 from cppo.integrations.trl_views import Forwards, contrast, view_seeds
 
@@ -111,8 +112,14 @@ class CPPOMixin(AnyTrainer):
         draw = (self.args.seed, *self._draw)
         corrects = self.cppo.early and self.cppo.prunes and trl_vllm.is_postponed(self, generate)
         sampled = sample(self, inputs, draw, partial(self._rollout, generate, draw, corrects))
-        if not self.cppo.prunes:
-            return sampled.parts[0]
+        batch = self._pruned(sampled, draw, corrects) if self.cppo.prunes else sampled.parts[0]
+        if self.cppo.loss.perception != "vppo":
+            return batch
+        with torch.no_grad():
+            return weigh(self, batch)
+
+    def _pruned(self, sampled: Sampled, draw: tuple[int, ...], corrects: bool) -> Batch:
+        """The rows that stay; corrects: whether vLLM's importance weights waited for it."""
         kept = keep(self, sampled.advantages(), sampled.lengths(), sampled.tokens(), draw)
         with torch.no_grad():
             batch = filled(*sampled.take(kept.rows, self.accelerator.gather), kept)
@@ -143,7 +150,7 @@ class CPPOMixin(AnyTrainer):
             self._postpones = False
             if corrects:
                 self.vllm_importance_sampling_correction = True
-        if self.cppo.loss.cpl_coef > 0:
+        if self.cppo.loss.perturbed_views:
             seeds = view_seeds(self, rollout, (*draw, refill))
             if seeds is not None:
                 rollout["cppo_seed"] = seeds
@@ -198,6 +205,10 @@ class CPPOMixin(AnyTrainer):
 
     def _old_logps(self, batch: Batch) -> Tensor:
         """(K, T) log-probabilities of a pruned rollout under the model that trains."""
+        return self._forward(self._call_of(batch))[0]
+
+    def _call_of(self, batch: Batch) -> Batch:
+        """The arguments of the forward of a rollout under the model that trains."""
         ids, masks = (
             torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1)
             for name in ("ids", "mask")
@@ -207,7 +218,7 @@ class CPPOMixin(AnyTrainer):
         call |= dict(model=self.model, input_ids=ids, attention_mask=masks)
         call |= dict(logits_to_keep=batch["completion_ids"].shape[1])
         size = _part(self.args.per_device_train_batch_size, len(ids))
-        return self._forward(call | {"batch_size": size})[0]
+        return call | {"batch_size": size}
 
     def _adapters(self) -> AbstractContextManager[Any]:
         """Sets the LoRA adapters as they are now, for a forward that runs later."""
@@ -238,7 +249,9 @@ class CPPOMixin(AnyTrainer):
         if self.cppo.trim:
             inputs, share = trimmed(inputs, self.pad_to_multiple_of or 1)
             log["cppo/width_share"].append(share)
-        looks = self.model.training and "cppo_seed" in inputs
+        loss_config = self.cppo.loss
+        # What VPPO has to say is in the advantages.
+        looks = self.model.training and "cppo_seed" in inputs and loss_config.perception != "vppo"
         self._forwards = [] if looks else None
         try:
             loss = super()._compute_loss(model, inputs)
@@ -248,7 +261,9 @@ class CPPOMixin(AnyTrainer):
             loss = loss * inputs["cppo_weight"].max()
         if forwards is None:
             return loss
-        weight = self.cppo.loss.cpl_coef / self.current_gradient_accumulation_steps
+        if loss_config.perception == "papo":
+            return loss + papo(self, inputs, forwards)
+        weight = loss_config.cpl_coef / self.current_gradient_accumulation_steps
         return loss + weight * contrast(self, inputs, forwards)
 
 

@@ -48,8 +48,9 @@ class CPPO:
     """Pack, and run the prompt of a question, with its images, once for all its completions of a
     micro-batch. They are brought together there where the loss does not depend on it."""
     loss: LossConfig = LossConfig()
-    """Contrastive perception, where there are images: cpl_coef (0: off), divergence, tau, fraction,
-    gating, detach_anchor, cpl_reduction."""
+    """What removing the image does to the loss, where there are images (docs/methods.md):
+    perception, cpl_coef (0: no contrastive loss), divergence, tau, fraction, gating, detach_anchor,
+    cpl_reduction; vppo_fraction, vppo_floor; papo_coef, papo_entropy_coef."""
     positive_views: tuple[Any, ...] = CPPOConfig.positive_views
     """Information-preserving perturbations, one is drawn per image."""
     negative_views: tuple[Any, ...] = CPPOConfig.negative_views
@@ -69,7 +70,8 @@ class CPPO:
         check_choice(op, "loss.divergence", self.loss.divergence, contrast.DIVERGENCES)
         for field in fields(LossConfig):
             value = getattr(self.loss, field.name)
-            if field.name not in contrast.FIELDS and value != field.default:
+            named = (*contrast.FIELDS, *contrast.REMOVING_FIELDS)
+            if field.name not in named and value != field.default:
                 raise ValueError(
                     f"cppo.{op}: loss.{field.name} = {value!r} would have no effect; TRL has "
                     "its own: beta, epsilon, epsilon_high, temperature, loss_type, ..."
@@ -124,13 +126,18 @@ def check_run(trainer: Any) -> None:
     if options.packs:
         _check_packing(trainer, refuse)
     images = getattr(trainer.processing_class, "image_processor", None)
-    is_contrastive = options.loss.cpl_coef > 0 and images is not None
-    if not options.prunes and not is_contrastive:
+    looks = bool(options.loss.perturbed_views) and images is not None
+    if not options.prunes and not looks:
         return
-    if is_contrastive and not hasattr(images, "merge_size"):
+    if looks and options.loss.perception in ("vppo", "papo") and not hasattr(args, "loss_type"):
         refuse(
-            "contrastive perception perturbs the patches of Qwen2-VL, 2.5-VL and 3-VL processors; "
-            "with another vision-language model set loss=LossConfig(cpl_coef=0)"
+            f"perception = {options.loss.perception!r} needs a loss of tokens; that of "
+            f"{type(trainer).__name__} is of completions: take GRPOTrainer"
+        )
+    if looks and not hasattr(images, "merge_size"):
+        refuse(
+            "contrastive perception (and VPPO, PAPO) perturbs the patches of Qwen2-VL, 2.5-VL and "
+            "3-VL processors; with another vision-language model set loss=LossConfig(cpl_coef=0)"
         )
     if hasattr(trainer, "compute_liger_loss") and args.use_liger_kernel:
         refuse("use_liger_kernel=True computes the loss elsewhere in this TRL; set it to False")

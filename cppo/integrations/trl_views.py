@@ -93,19 +93,29 @@ def both_views(trainer: Any, call: Batch, seeds: Tensor, rows: Tensor) -> Batch:
     both |= {"compute_aux_loss": False}
     if "pixel_values" not in views:
         return both
-    counts = zip(seeds[rows].tolist(), views["num_images"], strict=True)
-    images = [(seed, number) for seed, count in counts for number in range(count)]
-    pixels = [
-        perturb_pixel_values(
-            views["pixel_values"],
-            views["image_grid_thw"],
-            views_from_names(getattr(trainer.cppo, f"{name}_views")),
-            seeds=[seed_from(name, *image) for image in images],
-            image_processor=trainer.processing_class.image_processor,
-        )
-        for name in ("positive", "negative")
-    ]
+    pixels = [_perturbed(trainer, views, seeds[rows], name) for name in ("positive", "negative")]
     return both | {"pixel_values": torch.cat(pixels)}
+
+
+def removing_view(trainer: Any, call: Batch, seeds: Tensor) -> Batch:
+    """The arguments of a forward with their images under the negative view."""
+    view = call | {"compute_aux_loss": False}
+    if "pixel_values" not in call:
+        return view
+    return view | {"pixel_values": _perturbed(trainer, call, seeds, "negative")}
+
+
+def _perturbed(trainer: Any, rows: Batch, seeds: Tensor, name: str) -> Tensor:
+    """The pixel values of some rows under a view; seeds: (B,) of the rows."""
+    counts = zip(seeds.tolist(), rows["num_images"], strict=True)
+    images = [(seed, number) for seed, count in counts for number in range(count)]
+    return perturb_pixel_values(
+        rows["pixel_values"],
+        rows["image_grid_thw"],
+        views_from_names(getattr(trainer.cppo, f"{name}_views")),
+        seeds=[seed_from(name, *image) for image in images],
+        image_processor=trainer.processing_class.image_processor,
+    )
 
 
 def _same_pixels(call: Batch, inputs: Batch) -> bool:

@@ -80,7 +80,7 @@ def _refuse_without_views(base: Any) -> None:
             raise ValueError(
                 f"cppo.integrations.verl: policy_loss.cpl_coef > 0: the perturbed views run in "
                 f"verl's FSDP engines only, got {type(engine).__name__}; use actor.strategy=fsdp2, "
-                f"or cpl_coef=0 of cppo.integrations.verl.PolicyLossConfig"
+                f"or cpl_coef=0 of cppo.integrations.verl.PolicyLossConfig (papo_coef=0 with PAPO)"
             )
         return plain(engine, data, loss_function)
 

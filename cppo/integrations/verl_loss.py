@@ -109,7 +109,8 @@ def contrasts(engine: Any, loss_function: Any) -> bool:
     if not is_ppo or not hasattr(engine.model_config.hf_config, "vision_config"):
         return False
     actor = loss_function.keywords["config"]
-    return actor.policy_loss.get("loss_mode") == "cppo" and Options.of(actor).cpl_coef > 0
+    is_ours = actor.policy_loss.get("loss_mode") == "cppo"
+    return is_ours and bool(loss_config(actor).perturbed_views)
 
 
 def loss_with_contrast(
@@ -121,7 +122,7 @@ def loss_with_contrast(
     data: Any,
     dp_group: Any = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """verl's loss of a micro-batch plus cpl_coef times the contrastive perception loss."""
+    """verl's loss of a micro-batch plus the contrastive loss times cpl_coef, or PAPO's term."""
     from verl.utils.metric import AggregationType, Metric
     from verl.utils.tensordict_utils import index_select_tensor_dict
     from verl.workers.utils.padding import no_padding_2_padding
@@ -132,6 +133,11 @@ def loss_with_contrast(
     loss, metrics = loss_function(model_output=seen, data=data, dp_group=dp_group)
     actor = loss_function.keywords["config"]  # type: ignore[attr-defined]
     config, options, dp_size = loss_config(actor), Options.of(actor), data["dp_size"]
+    if config.perception == "papo":
+        logps = no_padding_2_padding(model_output["log_probs"], data)
+        term, kl = _papo(engine, actor, logps, data, dp_group)
+        metrics["actor/papo_kl"] = Metric(AggregationType.SUM, kl.detach())
+        return loss + term, metrics
 
     mask, is_gated = _gated(data, config)
     gated_rows = is_gated.nonzero()[:, 0]
@@ -167,6 +173,37 @@ def loss_with_contrast(
     ):
         metrics[f"actor/{name}"] = Metric(AggregationType.SUM, value)
     return loss + config.cpl_coef * cpl, metrics
+
+
+def _papo(
+    engine: Any, actor: Any, logps: Tensor, data: Any, dp_group: Any
+) -> tuple[Tensor, Tensor]:
+    """PAPO's term (arXiv 2507.06448) and its k3, both reduced as verl reduces its KL loss."""
+    from verl.trainer.ppo.core_algos import agg_loss
+    from verl.utils.tensordict_utils import index_select_tensor_dict
+
+    config = replace(loss_config(actor), gating=False)
+    mask, looks = _gated(data, config)
+    rows = looks.nonzero()[:, 0]
+    per_token, depends = torch.zeros(2, *logps.shape).to(logps)
+    if _any_rank(len(rows) > 0, dp_group, logps.device):
+        # Every rank runs the view if one does, here on a row that counts for nothing.
+        rows = rows if len(rows) else looks.new_zeros(1, dtype=torch.int64)
+        part, views = index_select_tensor_dict(data, rows), Options.of(actor).negative_views
+        with torch.set_grad_enabled(config.penalises_removed):
+            removed, entropy = _view(engine, part, "negative", views)
+        own = logps[rows, : removed.shape[1]]
+        seen = mask[rows, : removed.shape[1]] & looks[rows, None]
+        k3 = reference._k3(removed.detach() - own, bound=10) * seen
+        places = rows[:, None], torch.arange(removed.shape[1], device=rows.device)
+        depends = depends.index_put(places, k3)
+        term = config.papo_entropy_coef * entropy * seen - config.papo_coef * k3
+        per_token = per_token.index_put(places, term.to(logps.dtype))
+    found = [
+        agg_loss(values, mask, actor.loss_agg_mode, **actor.global_batch_info)
+        for values in (per_token, depends)
+    ]
+    return found[0], found[1]
 
 
 def _gated(data: Any, config: LossConfig) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ from cppo.integrations.contrast import DIVERGENCES, FIELDS
 from cppo.ops.checks import check_choice, check_interval
 from cppo.views import views_from_names
 
+_FIELDS = (*FIELDS, "papo_coef", "papo_entropy_coef")
+
 
 @dataclass
 class Options:
@@ -21,11 +23,15 @@ class Options:
 
     With cpl_coef 0 the perturbed views are not run, with gating only for completions with A > 0.
     divergence cannot be "full": it needs the whole vocabulary, which verl's loss does not see.
+    perception cannot be "vppo": its weights compare the completions of a mini-batch before the
+    first of their micro-batches, where no function of verl's runs. PAPO's log-probabilities
+    without the image are the policy's of now, not of before the update.
 
     Raises: ValueError for a value out of range.
     """
 
     importance: str = LossConfig.importance
+    perception: str = LossConfig.perception
     cpl_coef: float = LossConfig.cpl_coef
     divergence: str = LossConfig.divergence
     tau: float = LossConfig.tau
@@ -33,6 +39,8 @@ class Options:
     gating: bool = LossConfig.gating
     detach_anchor: bool = LossConfig.detach_anchor
     cpl_reduction: str = LossConfig.cpl_reduction
+    papo_coef: float = LossConfig.papo_coef
+    papo_entropy_coef: float = LossConfig.papo_entropy_coef
     positive_views: Sequence[Any] = CPPOConfig.positive_views
     """Information-preserving perturbations, one is drawn per image."""
     negative_views: Sequence[Any] = CPPOConfig.negative_views
@@ -40,7 +48,13 @@ class Options:
 
     def __post_init__(self) -> None:
         check_choice("integrations.verl", "policy_loss.divergence", self.divergence, DIVERGENCES)
-        LossConfig(importance=self.importance, **{name: getattr(self, name) for name in FIELDS})
+        LossConfig(importance=self.importance, **{name: getattr(self, name) for name in _FIELDS})
+        if self.perception == "vppo":
+            raise ValueError(
+                "cppo.integrations.verl: policy_loss.perception must be 'cpl', 'cpl_all' or "
+                "'papo', got 'vppo': its weights of tokens compare the completions of a whole "
+                "mini-batch, and verl's loss sees a micro-batch"
+            )
         views_from_names(list(self.positive_views)), views_from_names(list(self.negative_views))
 
     @classmethod
@@ -65,7 +79,7 @@ def loss_config(actor: Any) -> LossConfig:
         clip_high=actor.clip_ratio if high is None else high,
         dual_clip=actor.get("clip_ratio_c", 3.0) if options.importance == "token" else None,
         importance=options.importance,
-        **{name: getattr(options, name) for name in FIELDS},
+        **{name: getattr(options, name) for name in _FIELDS},
     )
 
 

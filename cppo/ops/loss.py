@@ -46,6 +46,7 @@ class _Rows(NamedTuple):
     ref_logps: Tensor | None
     sampling_logps: Tensor | None
     token_weights: Tensor | None
+    removed_logps: Tensor | None
     mask: Tensor | None
     cu_seqlens: Tensor | None
 
@@ -62,6 +63,11 @@ def _check_views(op: str, name: str, views: Views, rows: _Rows, config: LossConf
     """The perturbed views: both or neither, like the anchor, all rows or the gated ones."""
     if views.positive is not None and views.negative is None:
         raise ValueError(f"cppo.{op}: {name}.negative must be given with {name}.positive, got None")
+    if config.perception in ("vppo", "papo") and any(view is not None for view in views[1:]):
+        raise ValueError(
+            f"cppo.{op}: {name} must be the anchor alone with config.perception = "
+            f"{config.perception!r}, which has no contrastive loss, got perturbed views"
+        )
     if views.negative is not None and views.positive is None and config.cpl_coef > 0:
         raise ValueError(
             f"cppo.{op}: {name}.positive must be given with {name}.negative when "
@@ -148,9 +154,10 @@ def _checked_rows(op: str, name: str, anchor: Tensor, rows: _Rows, config: LossC
             f"cppo.{op}: ref_logps must be given when config.kl_coef > 0, got None with "
             f"kl_coef = {config.kl_coef:g}"
         )
+    _check_perception(op, rows, config)
     symbols = "(T,)" if targets.ndim == 1 else "(B, L)"
     of_rows: dict[str, Tensor | None] = {}
-    for field in ("old_logps", "ref_logps", "sampling_logps", "token_weights"):
+    for field in rows._fields[2:-2]:
         values = getattr(rows, field)
         if values is not None:
             check_tensor(op, field, values, "floating")
@@ -161,7 +168,19 @@ def _checked_rows(op: str, name: str, anchor: Tensor, rows: _Rows, config: LossC
         check_weights(op, "token_weights", rows.token_weights, mask)
     if not _corrects(op, rows, config):
         of_rows["sampling_logps"] = None
+    if config.perception != "papo":
+        of_rows["removed_logps"] = None
     return _Rows(targets, advantages.detach(), **of_rows, mask=mask, cu_seqlens=rows.cu_seqlens)
+
+
+def _check_perception(op: str, rows: _Rows, config: LossConfig) -> None:
+    """What a comparison with the removing view left for the loss."""
+    needed = "token_weights" if config.perception == "vppo" else "removed_logps"
+    if config.compares_removed and getattr(rows, needed) is None:
+        raise ValueError(
+            f"cppo.{op}: {needed} must be given with config.perception = {config.perception!r}, "
+            "got None"
+        )
 
 
 def _corrects(op: str, rows: _Rows, config: LossConfig) -> bool:
@@ -201,6 +220,7 @@ def cppo_loss(
     ref_logps: Tensor | None = None,
     sampling_logps: Tensor | None = None,
     token_weights: Tensor | None = None,
+    removed_logps: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_items: float | Tensor | NumItems | None = None,
@@ -209,6 +229,9 @@ def cppo_loss(
     backend: str = "auto",
 ) -> LossOutput:
     """The training loss: policy + kl_coef * KL + cpl_coef * CPL - entropy_coef * H.
+
+    With config.perception = "papo" it is policy + kl_coef * KL - papo_coef * k3 - entropy_coef * H,
+    k3 of `removed_logps`; with "vppo" the policy's `token_weights` are all there is to it.
 
     Specification: `cppo.reference.cppo_loss`. Policy: the clipped surrogate of GRPO
     (arXiv 2402.03300) and its variants (`LossConfig`); CPL: the contrastive perception loss
@@ -231,7 +254,11 @@ def cppo_loss(
             takes the policy's own logps where old_logps are None. No gradients flow.
         token_weights: like targets, floating, finite and >= 0 where not masked: multiplies each
             token's clipped surrogate, and nothing else; the loss is divided by as much as without.
-            None: 1. No gradients flow.
+            None: 1. No gradients flow. Needed when config.perception = "vppo": of
+            `cppo.visual_dependency`.
+        removed_logps: like targets, of the policy under the removing view; NaN in a completion that
+            has none. Needed when config.perception = "papo" (with papo_coef > 0), else not read. No
+            gradients flow.
         mask: like targets, 1 or True at response tokens. None: all.
         cu_seqlens: (B + 1,) int32 or int64, where the packed completions start and end; from 0
             to T, not decreasing.
@@ -245,8 +272,9 @@ def cppo_loss(
     Returns: a `LossOutput`. The loss is exactly 0, and attached, where nothing counts.
     Raises:
         ValueError: shapes or devices that disagree; a positive without a negative (or the other
-            way round with cpl_coef > 0); no ref_logps with kl_coef > 0; no sampling_logps with an
-            importance_correction, or old_logps with that of "bypass"; cu_seqlens missing,
+            way round with cpl_coef > 0), or one with perception "vppo" or "papo"; no ref_logps with
+            kl_coef > 0, token_weights with "vppo" or removed_logps with "papo"; no sampling_logps
+            with an importance_correction, or old_logps with that of "bypass"; cu_seqlens missing,
             superfluous or not from 0 to T; num_items <= 0; expanded logits with inplace=True, or
             views that share memory with each other or with targets, advantages or masks; an
             unmasked target out of range, non-finite advantages, an unmasked weight that is not
@@ -257,7 +285,7 @@ def cppo_loss(
     op = "cppo_loss"
     check_config(op, config)
     views, name = _as_views(op, "logits", logits)
-    of_rows = (old_logps, ref_logps, sampling_logps, token_weights)
+    of_rows = (old_logps, ref_logps, sampling_logps, token_weights, removed_logps)
     rows = _Rows(targets, advantages, *of_rows, mask, cu_seqlens)
     rows = _checked_rows(op, name, views.anchor, rows, config)
     _check_views(op, "logits", views, rows, config)
@@ -284,6 +312,7 @@ def linear_cppo_loss(
     ref_logps: Tensor | None = None,
     sampling_logps: Tensor | None = None,
     token_weights: Tensor | None = None,
+    removed_logps: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_items: float | Tensor | NumItems | None = None,
@@ -307,8 +336,8 @@ def linear_cppo_loss(
         advantages: (B,) floating and finite, one per completion. No gradients flow.
         bias: (V,) of hidden's dtype; gradients flow. None: 0.
         suppressed: (K,) int64, tokens that are never sampled. None: none.
-        old_logps, ref_logps, sampling_logps, token_weights, mask, cu_seqlens, num_items, config:
-            as in `cppo_loss`.
+        old_logps, ref_logps, sampling_logps, token_weights, removed_logps, mask, cu_seqlens,
+            num_items, config: as in `cppo_loss`.
         logit_scale, softcap: of the model's logits, > 0.
         logits_dtype: "fp32", or "input" for logits rounded to the dtype of hidden.
         backend: "auto", "reference", "cpp" or "triton".
@@ -321,7 +350,7 @@ def linear_cppo_loss(
     op = "linear_cppo_loss"
     check_config(op, config)
     views, name = _as_views(op, "hidden", hidden)
-    of_rows = (old_logps, ref_logps, sampling_logps, token_weights)
+    of_rows = (old_logps, ref_logps, sampling_logps, token_weights, removed_logps)
     rows = _Rows(targets, advantages, *of_rows, mask, cu_seqlens)
     rows = _checked_rows(op, name, views.anchor, rows, config)
     _check_views(op, "hidden", views, rows, config)

@@ -24,6 +24,7 @@ from cppo.rollouts.rollout import Rollouts
 from cppo.seeds import seed_from
 from cppo.train.batch import Batch
 from cppo.train.mismatch import mismatch
+from cppo.train.perception import removed_entropy
 from cppo.train.policy import Policy
 from cppo.train.processes import Processes
 from cppo.train.selection import select_completions, unbiased_weights, without_surplus
@@ -102,6 +103,8 @@ def microbatch_loss(
     # perception mask, of the tokens whose entropy rises most in the negative view; the clipped
     # policy loss of all tokens, and the contrastive loss of the selected ones.
     head = lm_head(model, batch.suppressed, hidden.anchor.dtype)
+    removed = removed_entropy(model, batch, packed, num_items, config, processor)
+    removed_logps = packed.per_token.get("removed_logps") if removed is None else removed.logps
     # "dr_grpo" divides by the same length in every micro-batch.
     max_length = config.loss.max_length or config.max_completion_tokens
     output = linear_cppo_loss(
@@ -113,8 +116,15 @@ def microbatch_loss(
         ref_logps=packed.per_token.get("ref_logps"),
         sampling_logps=packed.per_token.get("sampling_logps"),
         token_weights=packed.per_token.get("token_weights"),
+        removed_logps=removed_logps,
         cu_seqlens=packed.row_cu_seqlens,
         num_items=num_items,
         config=dataclasses.replace(config.loss, max_length=max_length),
     )
-    return output._replace(metrics=output.metrics | mismatch(output.logps, packed, config.loss))
+    metrics = output.metrics | mismatch(output.logps, packed, config.loss)
+    if removed is None:
+        return output._replace(metrics=metrics)
+    metrics["papo/entropy"] = removed.metrics["entropy"]
+    for name in metrics.keys() & {"head_gemm_rows"}:
+        metrics[name] = metrics[name] + removed.metrics[name]
+    return output._replace(loss=output.loss + removed.loss, metrics=metrics)

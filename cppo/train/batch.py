@@ -34,7 +34,8 @@ class Batch:
         places: (K,) int64, on the CPU, their places among the kept completions of all processes.
         suppressed: token ids that are never sampled.
         seed: seed of this batch's perturbations.
-        per_token: old and reference log-probabilities and weights (B, L), where they are needed.
+        per_token: what the loss takes besides (old and reference log-probabilities, weights of
+            tokens, ...), by its name there, (B, L).
         share_prompts: run a question's prompt once for all its completions of a micro-batch.
     """
 
@@ -87,12 +88,29 @@ class Batch:
         With gating, completions with A <= 0 select no perception token, so their perturbed views
         are never run: the loss and its gradients are the same, the work is not.
         """
-        if loss.cpl_coef == 0:
+        if not loss.contrasts:
             return completions[:0]
         gated = self.have_images(completions)
         if loss.gating:
             gated &= self.advantages[completions] > 0
         return completions[gated]
+
+    def compared(self, completions: Tensor, loss: LossConfig) -> Tensor:
+        """Those of the completions that run under the removing view alone, for VPPO and PAPO.
+
+        Both need an image; VPPO weighs a policy loss, which is not there where A = 0.
+        """
+        if loss.contrasts or not loss.perturbed_views:
+            return completions[:0]
+        compared = self.have_images(completions)
+        if loss.perception == "vppo":
+            compared &= self.advantages[completions] != 0
+        return completions[compared]
+
+    def views_run(self, completions: Tensor, loss: LossConfig) -> int:
+        """How many perturbed views of completions a micro-batch runs."""
+        alone = len(self.compared(completions, loss)) if loss.penalises_removed else 0
+        return 2 * len(self.gated(completions, loss)) + alone
 
     def have_images(self, completions: Tensor) -> Tensor:
         """Which of the completions belong to a question with images: a bool for each."""

@@ -20,7 +20,10 @@ from cppo.train.processes import Processes
 from cppo.train.scoring import Scores
 
 # What the micro-batches of all processes add up to. Which are there depends on the options.
-_OF_LOSS = ("loss", "policy_loss", "entropy", "clip_fraction", "kl", "cpl_loss")
+_OF_LOSS = (
+    *("loss", "policy_loss", "entropy", "clip_fraction", "kl", "cpl_loss"),
+    *("papo/kl", "papo/entropy"),
+)
 
 
 class Mean(NamedTuple):
@@ -128,7 +131,8 @@ def update_metrics(
     """Means over the optimizer steps of what the micro-batches added up to in `total`.
 
     `microbatch_fill` is the share of their token budget that the micro-batches use,
-    `perception_share` the selected tokens among those of completions whose perturbed views ran.
+    `perception_share` the selected tokens among those of completions whose perturbed views ran,
+    `perturbed_views` how many of these ran, for each completion of an optimizer step.
     """
     parts = {n: Largest(value) if n in LARGEST else Total(value) for n, value in total.items()}
     sums = over_processes(parts, processes)
@@ -136,6 +140,10 @@ def update_metrics(
     metrics |= {name: sums[name] / max(updates, 1) for name in _OF_LOSS if name in sums}
     if sums.get("gated_tokens"):
         metrics["perception_share"] = sums["num_selected"] / sums["gated_tokens"]
+    if sums.get("completions"):
+        metrics["perturbed_views"] = sums["views"] / sums["completions"]
+    if "head_gemm_rows" in sums:
+        metrics["head_gemm_rows"] = sums["head_gemm_rows"] / max(updates, 1)
     if sums.get("microbatches"):
         budget = sums["microbatches"] * config.max_tokens_per_microbatch
         metrics["microbatch_fill"] = sums["computed_tokens"] / budget

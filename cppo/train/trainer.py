@@ -116,8 +116,8 @@ class CPPOTrainer:
         check_images(model, questions)
         self.questions.check_held_out(self.eval_questions)
         check_signatures(self.reward_functions, questions)
-        if config.loss.cpl_coef > 0:
-            views_from_names(config.positive_views), views_from_names(config.negative_views)
+        for view in config.loss.perturbed_views:
+            views_from_names(getattr(config, f"{view}_views"))
         self.suppressed = tuple(special_token_ids_to_suppress(model, processor))
         device = self.accelerator.device
         self.policy = Policy(model, processor, config, device, self.suppressed)

@@ -13,12 +13,16 @@ from cppo.records import LossOutput, NumItems
 from cppo.train.balance import balanced
 from cppo.train.batch import Batch
 from cppo.train.journal import Journal
-from cppo.train.metrics import update_metrics
+from cppo.train.metrics import Metric, over_processes, update_metrics
 from cppo.train.mismatch import LARGEST, engine_differs
+from cppo.train.perception import compared, to_compare
 from cppo.train.policy import Policy
 from cppo.train.processes import Processes
 from cppo.train.progress import PhaseTimer
 from cppo.train.views import token_logps
+
+# What a micro-batch counts without the device.
+_COUNTS = ("computed_tokens", "gated_tokens", "completions", "views")
 
 
 class Update:
@@ -49,12 +53,15 @@ class Update:
         self._found: list[dict[str, Any]] = []
         self._grad_norms: list[float] = []
         self._learning_rate = 0.0
+        self._of_comparison: dict[str, Metric] = {}
+        self._views_before = 0
 
     def prepared(self, batch: Batch) -> Batch:
         """The batch with what its losses need beside it, shared evenly over the processes.
 
-        These are old log-probabilities if the policy moves within the update, and those of the
-        reference policy if the loss has a KL term.
+        These are old log-probabilities if the policy moves within the update, those of the
+        reference policy if the loss has a KL term, and what VPPO and PAPO take from the removing
+        view.
         """
         self._report(batch)
         policy, config = self.policy, self.policy.config
@@ -74,6 +81,15 @@ class Update:
         if config.loss.kl_coef > 0:
             with self._timer("ref_logps"), policy.autocast(), policy.as_reference() as reference:
                 per_token["ref_logps"] = token_logps(reference, batch, config, once)
+        if config.loss.compares_removed:
+            self._views_before = len(to_compare(batch, config.loss))
+            given = per_token.get("old_logps"), once, self.processes
+            with self._timer("removed_logps"), policy.autocast():
+                found, self._of_comparison = compared(policy, batch, *given)
+            if "token_weights" in per_token and "token_weights" in found:
+                # A weight of chance (prune="unbiased") and one of the image.
+                found["token_weights"] = found["token_weights"] * per_token["token_weights"]
+            per_token |= found
         policy.model.train()
         return dataclasses.replace(batch, per_token=per_token)
 
@@ -118,6 +134,8 @@ class Update:
                 "values": torch.stack([value.double() for value in of_loss.values()]),
                 "computed_tokens": batch.computed_tokens(part),
                 "gated_tokens": batch.counts(batch.gated(part, config.loss))[1],
+                "completions": len(part),
+                "views": batch.views_run(part, config.loss),
             }
 
         self._found.append(self._journal.once(run))
@@ -126,6 +144,7 @@ class Update:
         """The loss's metrics, over all optimizer steps and processes. Collective."""
         steps = len(self._grad_norms)
         metrics = update_metrics(self._totals(), steps, self.policy.config, self.processes)
+        metrics |= over_processes(self._of_comparison, self.processes)
         metrics["grad_norm"] = sum(self._grad_norms) / max(steps, 1)
         return metrics | {"learning_rate": self._learning_rate}
 
@@ -135,9 +154,9 @@ class Update:
             return {}
         device = self._found[-1]["values"].device  # earlier ones may come from a checkpoint
         values = iter(torch.cat([own["values"].to(device) for own in self._found]).tolist())
-        totals: dict[str, float] = {"microbatches": len(self._found)}
+        totals: dict[str, float] = {"microbatches": len(self._found), "views": self._views_before}
         for own in self._found:
-            counts = {name: own[name] for name in ("computed_tokens", "gated_tokens")}
+            counts = {name: own[name] for name in _COUNTS}
             for name, value in {**{name: next(values) for name in own["names"]}, **counts}.items():
                 if name in LARGEST:
                     totals[name] = max(totals.get(name, value), value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,19 +47,42 @@ def anchor_hidden(model: nn.Module, batch: Batch, packed: PackedBatch) -> Tensor
     return _hidden(model, batch, packed, *_images_of(batch, packed.kept))
 
 
-@torch.no_grad()
+def removed_hidden(
+    model: nn.Module, batch: Batch, packed: PackedBatch, config: CPPOConfig, processor: Any
+) -> Tensor:
+    """Hidden states of a stream of completions with images, under the removing view of these."""
+    images, questions = _images_of(batch, packed.kept)
+    assert images is not None
+    names = "negative", config.negative_views
+    view = _perturbed(batch, images, questions, *names, processor)
+    return _hidden(model, batch, packed, view, questions)
+
+
 def token_logps(model: nn.Module, batch: Batch, config: CPPOConfig, once: Once = now) -> Tensor:
     """Log-probabilities of the kept completions' response tokens: (B, L) fp32, zero elsewhere.
 
     Args:
         once: runs a micro-batch, or returns what it gave before (`cppo.train.journal`).
     """
+    return logps_of(model, batch, batch.kept, config, once, partial(anchor_hidden, model, batch))
+
+
+@torch.no_grad()
+def logps_of(
+    model: nn.Module,
+    batch: Batch,
+    chosen: Tensor,
+    config: CPPOConfig,
+    once: Once,
+    hidden_of: Callable[[PackedBatch], Tensor],
+) -> Tensor:
+    """As `token_logps`, of the completions `chosen`, from the hidden states of a stream."""
     logps = torch.zeros(batch.rollouts.input_ids.shape, device=batch.rollouts.input_ids.device)
-    for completions in batch.microbatches(batch.kept, config.max_tokens_per_microbatch):
+    for completions in batch.microbatches(chosen, config.max_tokens_per_microbatch):
         packed = batch.pack(completions)
 
         def compute(packed: PackedBatch = packed) -> Tensor:
-            hidden = anchor_hidden(model, batch, packed)
+            hidden = hidden_of(packed)
             return linear_token_stats(
                 hidden,
                 targets=packed.targets,
@@ -73,27 +97,37 @@ def token_logps(model: nn.Module, batch: Batch, config: CPPOConfig, once: Once =
 def perturbed_images(
     batch: Batch, images: ImageBatch, questions: Sequence[int], config: CPPOConfig, processor: Any
 ) -> tuple[ImageBatch, ImageBatch]:
-    """The positive and the negative view of the images of some questions.
+    """The positive and the negative view of the images of some questions."""
+    given = batch, images, questions
+    positive = _perturbed(*given, "positive", config.positive_views, processor)
+    return positive, _perturbed(*given, "negative", config.negative_views, processor)
+
+
+def _perturbed(
+    batch: Batch,
+    images: ImageBatch,
+    questions: Sequence[int],
+    name: str,
+    perturbations: Sequence[Any],
+    processor: Any,
+) -> ImageBatch:
+    """A view of the images of some questions.
 
     A perturbation depends on the batch's seed and on the question, not on the micro-batch.
     """
-
-    def view(name: str, perturbations: Sequence[Any]) -> ImageBatch:
-        seeds = [
-            seed_from(batch.seed, name, question, number)
-            for question, count in zip(questions, images.per_question, strict=True)
-            for number in range(count)
-        ]
-        pixel_values = perturb_pixel_values(
-            images.pixel_values,
-            images.image_grid_thw,
-            views_from_names(list(perturbations)),
-            seeds=seeds,
-            image_processor=processor.image_processor,
-        )
-        return ImageBatch(pixel_values, images.image_grid_thw, images.per_question)
-
-    return view("positive", config.positive_views), view("negative", config.negative_views)
+    seeds = [
+        seed_from(batch.seed, name, question, number)
+        for question, count in zip(questions, images.per_question, strict=True)
+        for number in range(count)
+    ]
+    pixel_values = perturb_pixel_values(
+        images.pixel_values,
+        images.image_grid_thw,
+        views_from_names(list(perturbations)),
+        seeds=seeds,
+        image_processor=processor.image_processor,
+    )
+    return ImageBatch(pixel_values, images.image_grid_thw, images.per_question)
 
 
 def _images_of(batch: Batch, completions: Tensor) -> tuple[ImageBatch | None, list[int]]:

@@ -30,6 +30,7 @@ PERTURBATIONS: dict[str, type[perturbations.BasePerturbation]] = {
     "noise_patches": perturbations.NoisePatches,
     "zoom_crop": perturbations.ZoomCrop,
     "black_squares": perturbations.BlackSquares,
+    "masked_patches": perturbations.MaskedPatches,
 }
 
 

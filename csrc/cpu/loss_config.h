@@ -73,7 +73,7 @@ struct LossConfig {
   bool sequence_importance, mean_of_tokens;  // "sequence"; "grpo"
   double kl_coef;
   std::optional<double> kl_clamp;
-  double entropy_coef, cpl_coef;
+  double entropy_coef, papo_coef, cpl_coef;
   Divergence divergence;
   double tau;
   bool detach_anchor, mean_of_selected;  // the latter: "sequence"
@@ -89,6 +89,7 @@ struct LossConfig {
         kl_coef(text.number("kl_coef")),
         kl_clamp(text.optional_number("kl_clamp")),
         entropy_coef(text.number("entropy_coef")),
+        papo_coef(text.number("papo_coef")),
         cpl_coef(text.number("cpl_coef")),
         divergence(text.choice<Divergence>("divergence", {{"k3", Divergence::kK3},
                                                           {"k1", Divergence::kK1},

@@ -31,7 +31,8 @@ Term k3(double d, double bound) {
   return {std::min(value, bound), inside ? std::exp(d) - 1.0 : 0.0};
 }
 
-// Of two views: the authors' code bounds it, so that one token cannot carry the contrast.
+// Of two views: the authors' code bounds it, so that one token cannot carry the contrast (nor, of
+// PAPO, all of the dependence on the image).
 Term divergence_k3(double d) { return k3(d, 10.0); }
 
 // The clipped surrogate, its derivative by the log-ratio, and whether the clip stops it.
@@ -63,7 +64,8 @@ double sigmoid(double x) { return x > 20.0 ? 1.0 : 1.0 / (1.0 + std::exp(-x)); }
 // One number per row, for every statistic that is given.
 struct Statistics {
   Values logps, entropy;
-  std::optional<Values> positive_logps, negative_logps, margin, old_logps, ref_logps, weights;
+  std::optional<Values> positive_logps, negative_logps, margin, old_logps, ref_logps, weights,
+      removed_logps;
   Mask selected;
   bool has_contrast;
 
@@ -84,8 +86,9 @@ struct Denominators {
   double policy, contrast;
 };
 
-// Sums of the terms, or one completion's share of them.
-using Terms = std::array<double, 5>;
+// Sums of the terms, or one completion's share of them: TERMS of cppo/fused/schema.py.
+constexpr size_t kContrast = 5;
+using Terms = std::array<double, kContrast + 1>;
 
 // The terms of one completion. Derivatives go to `coefficients` (4, T).
 class Completion {
@@ -120,10 +123,15 @@ class Completion {
         sums[3] += weight * kl.value;
         if (config_.kl_coef != 0.0) d_logp -= config_.kl_coef * kl.slope;
       }
+      if (of_.removed_logps) {
+        const Term depends = divergence_k3((*of_.removed_logps)[i] - of_.logps[i]);
+        sums[4] += weight * depends.value;
+        d_logp += config_.papo_coef * depends.slope;
+      }
       add(0, i, d_logp * weight / by_.policy);
       add(1, i, -config_.entropy_coef * weight / by_.policy);
     }
-    if (of_.has_contrast) sums[4] = contrast();
+    if (of_.has_contrast) sums[kContrast] = contrast();
     return sums;
   }
 
@@ -197,7 +205,8 @@ double loss_of(const Terms& terms, const Statistics& of, const LossConfig& confi
   double loss = terms[0];
   if (config.entropy_coef != 0.0) loss -= config.entropy_coef * terms[1];
   if (of.ref_logps) loss += config.kl_coef * terms[3];
-  if (of.has_contrast) loss += config.cpl_coef * terms[4];
+  if (of.removed_logps) loss -= config.papo_coef * terms[4];
+  if (of.has_contrast) loss += config.cpl_coef * terms[kContrast];
   return loss;
 }
 
@@ -205,8 +214,9 @@ std::tuple<Tensor, Tensor, Tensor> loss_terms(
     Tensor logps, Tensor entropy, std::optional<Tensor> positive_logps,
     std::optional<Tensor> negative_logps, std::optional<Tensor> margin,
     std::optional<Tensor> selected, Tensor advantages, std::optional<Tensor> old_logps,
-    std::optional<Tensor> ref_logps, std::optional<Tensor> weights, std::optional<Tensor> mask,
-    Tensor cu_seqlens, Tensor denominators, std::string config_text) {
+    std::optional<Tensor> ref_logps, std::optional<Tensor> weights,
+    std::optional<Tensor> removed_logps, std::optional<Tensor> mask, Tensor cu_seqlens,
+    Tensor denominators, std::string config_text) {
   const LossConfig config(ConfigText(kOp, config_text));
   const ScalarType type = accumulator(logps);
   const int64_t count = logps.numel();
@@ -221,6 +231,7 @@ std::tuple<Tensor, Tensor, Tensor> loss_terms(
                                  of_rows("old_logps", old_logps),
                                  of_rows("ref_logps", ref_logps),
                                  of_rows("weights", weights),
+                                 of_rows("removed_logps", removed_logps),
                                  Mask(kOp, "selected", selected, count),
                                  positive_logps.has_value() || margin.has_value()};
   statistics.check(config.divergence);
@@ -242,12 +253,12 @@ std::tuple<Tensor, Tensor, Tensor> loss_terms(
   });
   Terms terms{};
   for (const Terms& share : shares) {
-    for (int k = 0; k < 4; ++k) terms[k] += share[k] / by.policy;
-    terms[4] += share[4] / by.contrast;
+    for (size_t k = 0; k < kContrast; ++k) terms[k] += share[k] / by.policy;
+    terms[kContrast] += share[kContrast] / by.contrast;
   }
-  const Values loss = new_zeros(logps, {}, type), metrics = new_zeros(logps, {5}, type);
+  const Values loss = new_zeros(logps, {}, type), metrics = new_zeros(logps, {kContrast + 1}, type);
   loss.set(0, loss_of(terms, statistics, config));
-  for (int k = 0; k < 5; ++k) metrics.set(k, terms[k]);
+  for (size_t k = 0; k < terms.size(); ++k) metrics.set(k, terms[k]);
   return {loss.tensor(), metrics.tensor(), coefficients.tensor()};
 }
 

@@ -1,0 +1,178 @@
+"""VPPO, PAPO and every gated token in TRL: the gradients of our trainer, and what is run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
+
+from trainer_cases import (
+    fixed_batch,
+    fixed_rollouts,
+    gradients,
+    packed,
+    question,
+    relative_difference,
+    same,
+    tiny,
+    weights_of,
+)
+from trainer_cases import image as picture
+from trl import RLOOConfig, RLOOTrainer
+from trl_cases import logged, micro_batch, trained, trainer_of, watched_run
+
+import cppo
+from cppo import LossConfig
+from cppo.integrations import trl_perception
+from cppo.integrations.trl import CPPO, CPPOMixin
+from cppo.integrations.trl_perception import weigh
+from cppo.records import NumItems
+from cppo.train.algorithm import microbatch_loss
+from cppo.train.perception import compared
+from cppo.train.policy import Policy
+
+VPPO = LossConfig(perception="vppo", vppo_floor=0.5)
+PAPO = LossConfig(perception="papo", papo_coef=30.0)
+OPTIONS = {
+    "cpl_all": LossConfig(perception="cpl_all", cpl_coef=2.0),
+    "vppo": VPPO,
+    "papo": PAPO,
+    "papo, entropies": dataclasses.replace(PAPO, papo_entropy_coef=0.5),
+}
+
+
+def dimmed(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return 0.9 * pixels + 0.05
+
+
+def darkened(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return 0.2 * pixels
+
+
+VIEWS = {"positive_views": (dimmed,), "negative_views": (darkened,)}
+
+
+class Alone:
+    size, rank = 1, 0
+
+
+def of_our_trainer(model: Any, processor: Any, batch: Any, loss: LossConfig) -> Any:
+    config, rows = cppo.CPPOConfig(loss=loss, max_completion_tokens=9, **VIEWS), torch.arange(6)
+    items = NumItems(*batch.counts(rows))
+    if loss.compares_removed:
+        policy = Policy(model, processor, config, torch.device("cpu"))
+        found, _ = compared(policy, batch, None, lambda call: call(), Alone())  # type: ignore[arg-type]
+        batch = dataclasses.replace(batch, per_token=found)
+    return gradients(
+        model.train(),
+        lambda: microbatch_loss(model, batch, rows, items, config, processor).loss.backward(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [(name, "grpo") for name in OPTIONS] + [("papo, entropies", "dapo"), ("papo", "dr_grpo")],
+)
+def test_gradients_are_those_of_our_trainer_on_the_same_batch(name: str, reduction: str) -> None:
+    model, processor = tiny("qwen2_5_vl")
+    questions = [
+        question("How many?", [picture(48, 24, 1)]),
+        question("What is the sum of the digits?", [picture(24, 72, 2)]),
+    ]
+    rollouts = fixed_rollouts(packed(model), processor, questions, group_size=3)
+    batch = fixed_batch(rollouts)
+    batch.advantages[4] = 0
+    loss = OPTIONS[name]
+    ours = dataclasses.replace(loss, reduction=reduction)
+    options = dict(num_generations=3, per_device_train_batch_size=6, beta=0.0, num_iterations=1)
+    cppo_options = CPPO(loss=loss, **VIEWS)
+    trainer = trainer_of("qwen2_5_vl", cppo=cppo_options, loss_type=reduction, **options)
+    trainer.model.load_state_dict(model.state_dict())
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = micro_batch(rollouts, batch.advantages, model.config.image_token_id)
+    theirs = trainer.model.train()
+    if name == "vppo":
+        with torch.no_grad():
+            inputs = weigh(trainer, inputs)
+        assert inputs["advantages"].shape == inputs["completion_ids"].shape
+        assert 0.4 <= trainer._metrics["train"]["cppo/vppo_token_share"][0] < 0.7
+    found = gradients(theirs, lambda: trainer.compute_loss(theirs, inputs).backward())
+    expected = of_our_trainer(model, processor, batch, ours)
+    assert relative_difference(found, expected) < 1e-5
+    plain = dataclasses.replace(ours, perception="cpl", cpl_coef=0.0)
+    assert relative_difference(found, of_our_trainer(model, processor, batch, plain)) > 1e-2
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "luspo", "cispo", "sapo"])
+def test_the_term_is_divided_as_the_distance_to_the_reference_is(loss_type: str) -> None:
+    """Both are means of k3: with the reference's log-probabilities for those without the image."""
+    trainer = trainer_of("qwen2_5_vl", cppo=CPPO(loss=PAPO), loss_type=loss_type, num_iterations=1)
+    trainer.current_gradient_accumulation_steps = 2
+    trainer.args.steps_per_generation = 4
+    torch.manual_seed(0)
+    mask = (torch.rand(4, 5) < 0.7).long()
+    mask[:, 0] = 1
+    logps = -torch.rand(4, 5)
+    kl = (-0.5 * logps).exp() + 0.5 * logps - 1
+    inputs = {"completion_mask": mask, "num_items_in_batch": torch.tensor(37)}
+    ours = trl_perception._reduced(trainer, kl * mask, mask, inputs)
+    trainer.beta = 1.0
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return logps, torch.zeros_like(logps), None
+
+    trainer._forward = lambda call: forward()
+    ids = torch.ones(4, 5, dtype=torch.long)
+    inputs |= {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids}
+    inputs |= {"advantages": torch.zeros(4), "ref_per_token_logps": logps - 0.5 * logps}
+    trainer.model.train()
+    assert torch.allclose(trainer._compute_loss(trainer.model, inputs), ours)
+
+
+@pytest.mark.parametrize("prune_rate", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["vppo", "papo"])
+def test_a_run(name: str, prune_rate: float) -> None:
+    options = CPPO(prune_rate=prune_rate, loss=OPTIONS[name], negative_views=("masked_patches",))
+    trainer, seen = watched_run("qwen2_5_vl", cppo=options, num_iterations=1, beta=0.0)
+    keys = {
+        "vppo": ("vppo_dependency", "vppo_token_share", "vppo_largest_factor"),
+        "papo": ("papo_kl",),
+    }
+    for key in keys[name]:
+        values = logged(trainer, f"cppo/{key}")
+        assert len(values) == 2 and all(value > 0 for value in values)
+    for rollout in seen["rollouts"]:
+        assert rollout["advantages"].dim() == (2 if name == "vppo" else 1)
+    if name == "vppo":
+        for micro in seen["micro"]:
+            counts = micro["completion_mask"].sum(1)
+            learning = (micro["advantages"] != 0).sum(1)
+            assert ((learning == (0.4 * counts - 1e-6).ceil()) | (learning == 0)).all()
+        # A rollout of 8 or 4 rows: the policy's own logps and those without the image.
+        tokens = [
+            micro["prompt_ids"].numel() + micro["completion_ids"].numel() for micro in seen["micro"]
+        ]
+        assert len(seen["tokens"]) >= 2 * len(tokens)
+    assert not same(weights_of(trainer.model), weights_of(trainer_of("qwen2_5_vl").model))
+
+
+@pytest.mark.parametrize("name", ["vppo", "papo"])
+def test_text_alone_is_plain_trl_bit_for_bit(name: str) -> None:
+    ours = trained("text", cppo=CPPO(trim=False, loss=OPTIONS[name]))
+    assert same(weights_of(ours.model), weights_of(trained("text").model))
+
+
+@pytest.mark.parametrize("name", ["vppo", "papo"])
+def test_a_loss_of_completions_is_refused(name: str) -> None:
+    class Mine(CPPOMixin, RLOOTrainer):
+        pass
+
+    with pytest.raises(ValueError, match=f"perception = '{name}' needs a loss of tokens; that of"):
+        trainer_of(
+            "qwen2_5_vl", cppo=CPPO(loss=OPTIONS[name]), base=Mine, config=RLOOConfig,
+            loss_type=None,
+        )  # fmt: skip

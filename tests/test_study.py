@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from cppo.benchmarks import report
 from cppo.benchmarks.experiments import study
-from cppo.benchmarks.experiments.study import CPL, Cell, Options, append, config_of, plan, run_cell
+from cppo.benchmarks.experiments.study import (
+    CPL,
+    METHODS,
+    Cell,
+    Options,
+    append,
+    config_of,
+    plan,
+    run_cell,
+)
 from cppo.benchmarks.experiments.study_report import (
     Curve,
     best_coefficient,
@@ -61,15 +72,28 @@ def test_the_best_coefficient_is_planned_once_it_is_known():
     assert cell.methods == (*study.PLAN["digits"], CPL[1])
 
 
-@pytest.mark.parametrize("method", ["GRPO", "pruning", *CPL])
+# What a method changes beside its coefficient of CPL.
+CHANGES: dict[str, dict[str, Any]] = {
+    "pruning": {},
+    "PODS": {"prune": "variance", "advantages_of": "kept"},
+    "unbiased pruning": {"prune": "unbiased"},
+    "VPPO": {"perception": "vppo", "negative_views": ("masked_patches",)},
+    "PAPO": {"perception": "papo", "negative_views": ("masked_patches",)},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_methods_differ_from_grpo_in_what_they_name_alone(method):
     base, config = (config_of("digits", name, 5, 40) for name in ("GRPO", method))
     assert (base.prune_rate, base.loss.cpl_coef, base.seed, base.max_steps) == (0, 0, 5, 40)
-    assert config.prune_rate == (0.75 if method == "pruning" else 0)
-    assert config.loss.cpl_coef == float(method.split()[1] if method in CPL else 0)
-    assert config.batch_size == (64 if method == "pruning" else 256)
-    same = {"prune_rate": 0, "batch_size": 256}
-    assert study.replace(config, loss=base.loss, **same) == base
+    changes = dict(CHANGES.get(method, {}))
+    perception = changes.pop("perception", "cpl")
+    prunes = method in ("pruning", "PODS", "unbiased pruning")
+    if prunes:  # a quarter of the same 256 completions
+        changes |= {"prune_rate": 0.75, "batch_size": 64}
+    coefficient = float(method.split()[1]) if method in CPL else 0.0
+    loss = study.replace(base.loss, cpl_coef=coefficient, perception=perception)
+    assert config == study.replace(base, loss=loss, **changes)
 
 
 def test_runs_are_paired_and_are_not_repeated(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "CPL 0.2": {"cpl_coef": 0.2},
     "VPPO": {"loss": {"perception": "vppo"}, **_REMOVED},
     "PAPO": {"loss": {"perception": "papo"}, **_REMOVED},
-    "PODS": {"prune_rate": 0.75, "prune": "variance"},
+    "PODS": {"prune_rate": 0.75, "prune": "variance", "advantages_of": "kept"},
     "unbiased pruning": {"prune_rate": 0.75, "prune": "unbiased"},
 }
 CPL = tuple(name for name in METHODS if name.startswith("CPL"))
@@ -118,7 +118,7 @@ class Options(NamedTuple):
 
     rows: Path
     starts: Path
-    steps: int = 30
+    steps: int = 20
     eval_every: int = 10
     held_out: int = 4000
 
@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--tune", action="store_true", help="CPL's coefficients on other seeds")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--eval-every", type=int, default=10)
     parser.add_argument("--held-out", type=int, default=4000)
     parser.add_argument("--starts", type=Path, default=Path("cppo-bench/study_starts"))

@@ -20,9 +20,14 @@ from typing import Any
 import torch
 
 from cppo.benchmarks import report
-from cppo.benchmarks.environment import environment, results_folder, version
+from cppo.benchmarks.environment import (
+    add_record_option,
+    environment,
+    results_folder,
+    version,
+)
 from cppo.benchmarks.experiments.step_models import Pictures
-from cppo.benchmarks.experiments.trl_update import Setting, arguments, gsm8k, medians
+from cppo.benchmarks.experiments.trl_update import Setting, gsm8k, medians, parser_of
 from cppo.config import LossConfig
 from cppo.demo.tiny import build_tiny_vlm
 from cppo.integrations.trl import CPPO
@@ -52,10 +57,14 @@ def pictures(text: Setting) -> Setting:
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0])
+    parser = parser_of(__doc__.splitlines()[0])
+    add_record_option(parser)
+    options = parser.parse_args()
     if options.table:
         print(summary(report.read(report.committed("trl_packed"))))
         return
+    if options.smoke:
+        options.rounds = 1
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:

@@ -212,27 +212,27 @@ def summary(rows: list[dict[str, str]]) -> str:
     return report.markdown(columns, lines)
 
 
-def arguments(text: str) -> argparse.Namespace:
-    """The options of a measurement of updates; a smoke run is one round."""
+def parser_of(text: str) -> argparse.ArgumentParser:
+    """The options of a measurement of updates."""
     parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--questions", type=int, default=4, help="per optimizer step, 16 completions each"
     )
-    parser.add_argument("--smoke", action="store_true", help="one small round, writes nothing")
+    parser.add_argument("--smoke", action="store_true", help="one round, writes nothing")
     parser.add_argument("--table", action="store_true", help="print the committed rows")
-    add_record_option(parser)
-    options = parser.parse_args()
-    if options.smoke:
-        options.rounds = 1
-    return options
+    return parser
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0])
+    parser = parser_of(__doc__.splitlines()[0])
+    add_record_option(parser)
+    options = parser.parse_args()
     if options.table:
         print(summary(report.read(report.committed("trl_update"))))
         return
+    if options.smoke:
+        options.rounds = 1
     rows = measure(options)
     print(summary([{k: str(v) for k, v in row.items()} for row in rows]))
     if not options.smoke:

@@ -690,7 +690,7 @@ def visual_dependency(
     order = order[owner[order].sort(stable=True).indices]
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     rank -= bounds[:-1][owner]
-    learns = rank < (tokens.double() * fraction - 1e-6).ceil()[owner]
+    learns = rank < (tokens.double() * fraction - 1e-6).ceil().clamp(min=1)[owner]
     weights = learns * _dependency_factors(own, own if of_all is None else of_all, floor)[owner]
     weights = weights.masked_fill(without[owner] > 0, 1.0).masked_fill(~valid, 0.0)
     return Dependency(weights.to(dtype).view(shape), per_token.to(dtype).view(shape), own)

@@ -11,6 +11,7 @@ from cppo.ops.checks import (
     check_choice,
     check_finite,
     check_groups,
+    check_indices,
     check_integer,
     check_interval,
     check_positive,
@@ -255,8 +256,8 @@ def prune_weights(
     Returns: (K,) fp32, >= 1.
     Raises:
         ValueError: advantages not (B,), not a multiple of group_size or not finite (with the
-            index; on a GPU only with CPPO_DEBUG=1); kept not (K,) or on another device; prune_rate
-            outside [0, 1); unknown scope or prune.
+            index; on a GPU only with CPPO_DEBUG=1); kept not (K,), on another device or not indices
+            of advantages (likewise); prune_rate outside [0, 1); unknown scope or prune.
         TypeError: advantages, kept or group_size of the wrong type.
     """
     op = "prune_weights"
@@ -265,6 +266,8 @@ def prune_weights(
     check_vector(op, "kept", kept)
     check_same_device(op, advantages=advantages, kept=kept)
     _check_pruning(op, prune_rate, scope, prune)
+    if may_read(kept):
+        check_indices(op, "kept", kept, len(advantages))
     sizes = group_size, prune_rate
     return reference.prune_weights(advantages.detach(), kept, *sizes, scope, prune).float()
 

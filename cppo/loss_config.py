@@ -38,8 +38,8 @@ class LossConfig(CheckedFields):
     dual_clip: float | None = None
     """For A < 0 the surrogate is bounded below by dual_clip * A. > 1; None: off."""
     importance: str = "token"
-    """"token": a ratio per token (GRPO). "sequence": its geometric mean per completion (GSPO), whose
-    gradient reaches every token: not with perception "vppo"."""
+    """"token": a ratio per token (GRPO). "sequence": its geometric mean per completion (GSPO),
+    whose gradient reaches every token: not with perception "vppo"."""
     reduction: str = "grpo"
     """"grpo": mean over completions of the token mean. "dapo": sum over tokens / tokens.
     "dr_grpo": sum over tokens / (completions x max_length)."""

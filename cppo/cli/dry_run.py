@@ -61,8 +61,8 @@ def step_sizes(config: CPPOConfig, prompt_tokens: int) -> StepSizes:
 
     Specification: with dynamic allocation ceil(batch_size / kept per question) questions, else
     batch_size / group_size; kept per question = G - floor(round(G * prune_rate, 6)), or of all of
-    them with prune_scope = "batch"; the surplus over batch_size is cut. A micro-batch holds as many of the longest completions as fit in
-    max_tokens_per_microbatch, at least one.
+    them with prune_scope = "batch"; the surplus over batch_size is cut. A micro-batch holds as many
+    of the longest completions as fit in max_tokens_per_microbatch, at least one.
     Args:
         config: the trainer's options.
         prompt_tokens: of the longest prompt.

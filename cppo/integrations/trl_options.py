@@ -169,8 +169,8 @@ def _check_perception(trainer: Any, images: Any, refuse: Callable[[str], None]) 
     # The gradient of these is through the log-probability of the token, not through the ratio.
     if perception == "vppo" and of_all and args.loss_type not in ("cispo", "vespo"):
         refuse(
-            "perception = 'vppo' chooses tokens, and the gradient of a ratio per completion reaches "
-            "all of them: take importance_sampling_level='token'"
+            "perception = 'vppo' chooses tokens, and the gradient of a ratio per completion "
+            "reaches all of them: take importance_sampling_level='token'"
         )
     if not hasattr(images, "merge_size"):
         refuse(

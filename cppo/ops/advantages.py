@@ -277,8 +277,8 @@ def select_groups(rewards: Tensor, group_size: int, *, top_p: float) -> Tensor:
 
     Specification: `cppo.reference.select_groups` (RAGEN-2, arXiv 2604.06268). A group's variance is
     that of its rewards (divided by n); of equal ones, to 32 bits, the lower index. A group of equal
-    rewards never stays, and if all are, none does. A few small operations of PyTorch, which wait for a GPU
-    once, for the size of the result: a kernel would gain nothing.
+    rewards never stays, and if all are, none does. A few small operations of PyTorch, which wait
+    for a GPU once, for the size of the result: a kernel would gain nothing.
 
     Args:
         rewards: (B,) any real dtype, finite; completions of a question are neighbours. No

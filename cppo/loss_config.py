@@ -38,7 +38,8 @@ class LossConfig(CheckedFields):
     dual_clip: float | None = None
     """For A < 0 the surrogate is bounded below by dual_clip * A. > 1; None: off."""
     importance: str = "token"
-    """"token": a ratio per token (GRPO). "sequence": its geometric mean per completion (GSPO)."""
+    """"token": a ratio per token (GRPO). "sequence": its geometric mean per completion (GSPO),
+    whose gradient reaches every token: not with perception "vppo"."""
     reduction: str = "grpo"
     """"grpo": mean over completions of the token mean. "dapo": sum over tokens / tokens.
     "dr_grpo": sum over tokens / (completions x max_length)."""
@@ -127,6 +128,9 @@ class LossConfig(CheckedFields):
         self._one_of("cpl_reduction", CPL_REDUCTIONS)
         self._one_of("perception", PERCEPTIONS)
         self._boolean("gating", "detach_anchor")
+        if self.perception == "vppo" and self.importance == "sequence":
+            # Their ratio is one for all: its gradient would reach the tokens of weight 0, too.
+            self._fail("importance", "'token' with perception = 'vppo', which chooses tokens")
         # Made here, and not where torch.compile would trace it.
         self._set("text", " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self)))
 

@@ -283,17 +283,20 @@ def select_groups(
     """Indices of the groups that stay, ascending: (Q',) int64 (RAGEN-2, arXiv 2604.06268).
 
     The fewest groups whose variances (divided by n) sum up to at least top_p of the sum over all;
-    of equal ones the lower index. A group without variance never stays.
+    of equal ones, to 32 bits, the lower index. A group without variance never stays.
     """
     scored = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.bool()
     count = scored.view(-1, group_size).sum(1).clamp(min=1)
     centred = _centred(rewards, scored, group_size)[1]
-    ranked = (centred.square().sum(1) / count).sort(descending=True, stable=True)
-    total = ranked.values.cumsum(0)
+    variance = centred.square().sum(1) / count
+    # Equal is what agrees to 32 bits: those of [1, 1, 0] and [1, 0, 0] are rounded apart.
+    order = ((variance.view(torch.int64) + 2**19) >> 20).sort(descending=True, stable=True).indices
+    ranked = variance[order]
+    total = ranked.cumsum(0)
     # A sum within rounding of what is asked for is enough.
     enough = top_p * total[-1:] * (1 - len(total) * 2.0**-52)
-    stays = (total - ranked.values < enough) & (ranked.values > 0)
-    return ranked.indices[stays].sort().values
+    stays = total - ranked < enough if top_p < 1 else ranked > 0
+    return order[stays & (ranked > 0)].sort().values
 
 
 # Packing and planning
@@ -690,7 +693,7 @@ def visual_dependency(
     order = order[owner[order].sort(stable=True).indices]
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     rank -= bounds[:-1][owner]
-    learns = rank < (tokens.double() * fraction - 1e-6).ceil()[owner]
+    learns = rank < (tokens.double() * fraction - 1e-6).ceil().clamp(min=1)[owner]
     weights = learns * _dependency_factors(own, own if of_all is None else of_all, floor)[owner]
     weights = weights.masked_fill(without[owner] > 0, 1.0).masked_fill(~valid, 0.0)
     return Dependency(weights.to(dtype).view(shape), per_token.to(dtype).view(shape), own)

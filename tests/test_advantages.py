@@ -223,3 +223,9 @@ def test_a_mask_of_ones_changes_nothing(scale):
     rewards = make_inputs("group_advantages")["rewards"]
     masked = reference.group_advantages(rewards, 4, scale, mask=torch.ones(len(rewards)))
     assert torch.equal(masked, reference.group_advantages(rewards, 4, scale))
+
+
+@pytest.mark.parametrize("index", [-1, 8])
+def test_weights_of_indices_that_are_none(index):
+    with pytest.raises(ValueError, match=rf"prune_weights: kept must be in \[0, 8\), got {index}"):
+        cppo.prune_weights(torch.rand(8), torch.tensor([0, index]), 4, 0.5)

@@ -108,6 +108,15 @@ BAD_OVERRIDES = [
     ("rewards=[]", "rewards must name at least one reward"),
     ("trainer.warmup_steps=-1", "trainer.warmup_steps must be an integer >= 0, got -1"),
     ("trainer.reward_weights=[1, 2]", "a number for each of the 1 rewards, got 2"),
+    (
+        "trainer={batch_size: 8, negative_views: [], loss: {perception: vppo}}",
+        "trainer.negative_views must name a perturbation with trainer.loss.perception = 'vppo'",
+    ),
+    (
+        "trainer.loss={importance: sequence, perception: vppo}",
+        "trainer.loss.importance must be 'token' with perception = 'vppo', which chooses tokens, "
+        "got 'sequence'",
+    ),
     ("trainer.positive_views=[]", "must name a perturbation each while trainer.loss.cpl_coef > 0"),
     # overrides that are none
     ("trainer.seed", "an override must be key.sub=value, got 'trainer.seed'"),

@@ -62,6 +62,10 @@ def test_step_sizes_by_hand():
     fixed = CPPOConfig(batch_size=64, group_size=16, prune_rate=0.75, dynamic_allocation=False)
     step = dry_run.step_sizes(fixed, prompt_tokens=1)
     assert (step.questions, step.sampled, step.kept) == (4, 64, 16)
+    # 4 questions for 2 completions of each; of all 12 a batch keeps 6.
+    whole = CPPOConfig(batch_size=8, group_size=3, prune_rate=0.5, prune_scope="batch")
+    step = dry_run.step_sizes(whole, prompt_tokens=1)
+    assert (step.questions, step.sampled, step.kept) == (4, 12, 6)
 
 
 def test_the_engine_and_its_memory(tmp_path, monkeypatch, capsys):

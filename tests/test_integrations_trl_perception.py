@@ -160,6 +160,37 @@ def test_a_run(name: str, prune_rate: float) -> None:
     assert not same(weights_of(trainer.model), weights_of(trainer_of("qwen2_5_vl").model))
 
 
+def test_a_rollout_whose_completions_were_all_cut_is_weighed() -> None:
+    """mask_truncated_completions leaves no token of them."""
+    model, processor = tiny("qwen2_5_vl")
+    questions = [question("How many?", [picture(48, 24, i)]) for i in (1, 2)]
+    rollouts = fixed_rollouts(packed(model), processor, questions, group_size=3)
+    options = dict(num_generations=3, per_device_train_batch_size=6, beta=0.0, num_iterations=1)
+    trainer = trainer_of("qwen2_5_vl", cppo=CPPO(loss=VPPO, **VIEWS), **options)
+    advantages = torch.tensor([1.0, 0.0, -1.0, 1.0, 0.0, -1.0])
+    inputs = micro_batch(rollouts, advantages, model.config.image_token_id)
+    inputs["tool_mask"] = torch.zeros_like(inputs["completion_mask"])
+    trainer.model.train()
+    with torch.no_grad():
+        rollout = weigh(trainer, inputs)
+    assert not rollout["advantages"].any()
+    assert trainer._metrics["train"]["cppo/vppo_token_share"] == [0.0]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo"])
+def test_a_ratio_of_the_whole_completion_chooses_no_tokens(loss_type: str) -> None:
+    options = dict(importance_sampling_level="sequence", loss_type=loss_type, num_iterations=1)
+
+    def made() -> Any:
+        return trainer_of("qwen2_5_vl", cppo=CPPO(loss=VPPO), **options)
+
+    if loss_type == "cispo":
+        made()  # its gradient is through the token's own log-probability
+        return
+    with pytest.raises(ValueError, match="take importance_sampling_level='token'"):
+        made()
+
+
 @pytest.mark.parametrize("name", ["vppo", "papo"])
 def test_text_alone_is_plain_trl_bit_for_bit(name: str) -> None:
     ours = trained("text", cppo=CPPO(trim=False, loss=OPTIONS[name]))

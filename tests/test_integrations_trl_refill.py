@@ -128,3 +128,13 @@ def test_where_further_questions_cannot_be_drawn(monkeypatch):
     check_run(trainer)
     with pytest.raises(ValueError, match="max_refills must be >= 0, got -1"):
         dataclasses.replace(FILL, max_refills=-1)
+
+
+def test_equal_rewards_are_seen_whatever_their_mean_is_rounded_to():
+    def equal(completions, **columns):
+        return [0.7] * len(completions)  # of seven the mean is not 0.7 in fp32: TRL has A = 6e-4
+
+    options = dict(num_generations=7, per_device_train_batch_size=7, max_steps=1)
+    trainer, _ = run(DROP, rewards=equal, beta=0.0, **options)
+    assert logged(trainer, "cppo/kept_share") == [0.0]
+    assert logged(trainer, "cppo/equal_share") == [1.0]

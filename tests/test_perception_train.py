@@ -15,6 +15,7 @@ from trainer_cases import (
     config,
     fixed_batch,
     fixed_rollouts,
+    noise,
     questions_for,
     relative_difference,
     same,
@@ -168,6 +169,40 @@ def test_the_weights_of_vppo_are_where_they_belong() -> None:
         share.terms == mask[known].sum() and share.total == (weights[known][mask[known]] > 0).sum()
     )
     assert metrics["vppo/largest_factor"].value == pytest.approx(weights.max().item())
+
+
+def test_weights_of_chance_and_of_the_image_multiply(tmp_path: Any) -> None:
+    options: dict[str, Any] = dict(prune="unbiased", prune_rate=0.5, rewards=noise, batch_size=16)
+    trainer = trainer_for(
+        tmp_path,
+        "qwen2_5_vl",
+        dynamic_allocation=False,
+        perception="vppo",
+        vppo_floor=0.5,
+        **options,
+    )
+    questions = questions_for("qwen2_5_vl")
+    rollouts = fixed_rollouts(trainer.model, trainer.processor, questions, group_size=4)
+    batch = trainer.make_batch(rollouts, torch.tensor(noise(rollouts.texts)).double())
+    chance = batch.per_token["token_weights"]
+    trainer.model.eval()
+    image = compared(trainer.policy, batch, None, now, Alone())[0]["token_weights"]  # type: ignore[arg-type]
+    both = trainer.new_update(PhaseTimer(), lambda batch: None).prepared(batch)
+    mask = rollouts.completion_mask.bool()
+    expected, ours = (chance * image)[mask], both.per_token["token_weights"][mask]
+    torch.testing.assert_close(ours, expected)
+    # Neither is 1 everywhere, and the image's 0 stays 0.
+    assert chance[batch.kept].unique().numel() > 2 and image[mask].unique().numel() > 2
+    assert ((ours == 0) == ((chance == 0) | (image == 0))[mask]).all()
+    # And the loss takes the product.
+    packed = both.pack(both.kept)
+    assert torch.equal(packed.per_token["token_weights"], ours[packed_order(both, mask)])
+
+
+def packed_order(batch: Any, mask: torch.Tensor) -> torch.Tensor:
+    """The places of the kept completions' response tokens among those of all."""
+    places = torch.full(mask.shape, -1).masked_scatter(mask, torch.arange(int(mask.sum())))
+    return places[batch.kept][mask[batch.kept]]
 
 
 def test_completions_of_other_processes_are_compared_too() -> None:

@@ -117,6 +117,8 @@ def test_of_equal_ones_the_lower_index_stays(backend):
     # Three of six: one 1 and two 0 vary as much as two 1 and one 0. The fewer highest.
     assert kept("variance", [0, 1, 0, 1, 0, 1], 0.5) == [0, 1, 2]
     assert kept("variance", [2, 2, 2, 2], 0.5) == [0, 1]
+    assert kept("variance", [0.0, -0.0, 1.0, 0.0, -0.0, 1.0], 0.34) == [0, 1, 2, 5]
+    assert kept("efficiency", [-1.0, 0.0, -0.0, 0.0], 0.5) == [1, 2]
     assert kept("variance", [0, 3, 1, 3], 0.9) == [1]  # of one, which varies by 0, the highest
     assert kept("shortest", [0, 3, 1, 3], 0.5) == [0, 1]
     assert kept("efficiency", [0, 3, 1, 3], 0.75) == [1]

@@ -66,3 +66,21 @@ def test_groups_by_hand():
 def test_bad_options(group_size, top_p, message):
     with pytest.raises(ValueError, match=rf"^cppo\.select_groups: .*{re.escape(message)}"):
         cppo.select_groups(torch.rand(8), group_size, top_p=top_p)
+
+
+def test_equal_variances_are_equal_however_they_are_rounded():
+    # 2 / 9 each, of which fp64 makes two numbers; 1 of n and n - 1 of n right answers.
+    for first, second in (([2, 2, 1], [1, 0, 0]), ([1, 0, 0], [2, 2, 1])):
+        groups = cppo.select_groups(torch.tensor([*first, *second, 3, 3, 3]), 3, top_p=0.4)
+        assert groups.tolist() == [0]
+    for size in range(3, 40):
+        one = [1.0] + [0.0] * (size - 1)
+        other = [0.0] + [1.0] * (size - 1)
+        for pair in (one + other, other + one):
+            assert cppo.select_groups(torch.tensor(pair), size, top_p=0.4).tolist() == [0]
+
+
+def test_a_share_of_one_keeps_the_smallest_variance():
+    rewards = torch.tensor([0, 1, 0, 1e-9, 5, 5], dtype=torch.float64)
+    assert cppo.select_groups(rewards, 2, top_p=1.0).tolist() == [0, 1]
+    assert cppo.select_groups(rewards, 2, top_p=0.99).tolist() == [0]

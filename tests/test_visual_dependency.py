@@ -182,6 +182,7 @@ def test_every_whole_share_is_whole():
         for fraction in (0.1, 0.2, 0.4, 0.7):
             ours = cppo.visual_dependency(row, row, fraction=fraction).token_weights.sum()
             assert ours == -(-count * round(fraction * 10) // 10)
+        assert cppo.visual_dependency(row, row, fraction=1e-9).token_weights.sum() == 1
 
 
 class _Reads(TorchDispatchMode):

@@ -48,6 +48,7 @@ def _key(value, PRUNE: tl.constexpr):
         score = tl.abs(score)
     if PRUNE == "largest":
         score = -score
+    score = tl.where(score == 0, 0.0, score)  # -0.0 has other bits
     bits = score.to(tl.int64, bitcast=True)
     ordered = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
     return tl.where(score == score, ordered, 0x7FFFFFFFFFFFFFFF)

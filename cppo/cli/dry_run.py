@@ -60,24 +60,21 @@ def step_sizes(config: CPPOConfig, prompt_tokens: int) -> StepSizes:
     """Count one step: questions, completions, tokens, micro-batches.
 
     Specification: with dynamic allocation ceil(batch_size / kept per question) questions, else
-    batch_size / group_size; kept per question = G - floor(round(G * prune_rate, 6)); the surplus
-    over batch_size is cut. A micro-batch holds as many of the longest completions as fit in
-    max_tokens_per_microbatch, at least one.
+    batch_size / group_size; kept per question = G - floor(round(G * prune_rate, 6)), or of all of
+    them with prune_scope = "batch"; the surplus over batch_size is cut. A micro-batch holds as many
+    of the longest completions as fit in max_tokens_per_microbatch, at least one.
     Args:
         config: the trainer's options.
         prompt_tokens: of the longest prompt.
     """
     from cppo import questions_needed
-    from cppo.config import kept_per_unit
 
     group = config.group_size
-    kept_each = kept_per_unit(group, config.prune_rate)
+    kept = config.completions_kept()
     if config.dynamic_allocation:
         questions = questions_needed(config.batch_size, group, config.prune_rate)
-        kept = config.batch_size
     else:
         questions = config.batch_size // group
-        kept = questions * kept_each
     longest = prompt_tokens + config.max_completion_tokens
     per_part = max(1, config.max_tokens_per_microbatch // longest)
     own = math.ceil(kept / config.optimizer_steps)

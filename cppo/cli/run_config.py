@@ -150,9 +150,14 @@ class RunConfig:
                 f"rewards, got {len(weights or ())}",
             ),
             (
-                not all(getattr(options, f"{view}_views") for view in loss.perturbed_views),
+                loss.contrasts and not (options.positive_views and options.negative_views),
                 "trainer.positive_views and negative_views must name a perturbation each while "
                 "trainer.loss.cpl_coef > 0; for plain GRPO set that to 0",
+            ),
+            (
+                loss.perturbed_views == ("negative",) and not options.negative_views,
+                "trainer.negative_views must name a perturbation with trainer.loss.perception = "
+                f"{loss.perception!r}",
             ),
         ]
         for wrong, message in mistakes:

@@ -45,7 +45,15 @@ from cppo.integrations.trl_options import (
 from cppo.integrations.trl_perception import papo, weigh
 from cppo.integrations.trl_postponed import Postponed
 from cppo.integrations.trl_refill import Sampled, sample
-from cppo.integrations.trl_rows import Batch, filled, keep, loss_mask, take_rows, trimmed
+from cppo.integrations.trl_rows import (
+    Batch,
+    filled,
+    keep,
+    loss_mask,
+    settled,
+    take_rows,
+    trimmed,
+)
 from cppo.integrations.trl_views import Forwards, contrast, view_seeds
 
 __all__ = [
@@ -150,6 +158,8 @@ class CPPOMixin(AnyTrainer):
             self._postpones = False
             if corrects:
                 self.vllm_importance_sampling_correction = True
+        if self.cppo.drop_zero_variance or self.cppo.loss.perception == "vppo":
+            rollout["advantages"] = settled(self, rollout["advantages"])
         if self.cppo.loss.perturbed_views:
             seeds = view_seeds(self, rollout, (*draw, refill))
             if seeds is not None:

@@ -129,16 +129,8 @@ def check_run(trainer: Any) -> None:
     looks = bool(options.loss.perturbed_views) and images is not None
     if not options.prunes and not looks:
         return
-    if looks and options.loss.perception in ("vppo", "papo") and not hasattr(args, "loss_type"):
-        refuse(
-            f"perception = {options.loss.perception!r} needs a loss of tokens; that of "
-            f"{type(trainer).__name__} is of completions: take GRPOTrainer"
-        )
-    if looks and not hasattr(images, "merge_size"):
-        refuse(
-            "contrastive perception (and VPPO, PAPO) perturbs the patches of Qwen2-VL, 2.5-VL and "
-            "3-VL processors; with another vision-language model set loss=LossConfig(cpl_coef=0)"
-        )
+    if looks:
+        _check_perception(trainer, images, refuse)
     if hasattr(trainer, "compute_liger_loss") and args.use_liger_kernel:
         refuse("use_liger_kernel=True computes the loss elsewhere in this TRL; set it to False")
     if not options.prunes:
@@ -162,6 +154,28 @@ def check_run(trainer: Any) -> None:
             f"filled up to steps_per_generation = {steps} equal micro-batches; with loss_type = "
             f"{args.loss_type!r} that would also scale the entropy bonus or the router's loss. "
             "Choose numbers that divide, or loss_type='dapo'"
+        )
+
+
+def _check_perception(trainer: Any, images: Any, refuse: Callable[[str], None]) -> None:
+    """Refuse a loss, or a model, that the chosen `perception` cannot act on."""
+    perception, args = trainer.cppo.loss.perception, trainer.args
+    if perception in ("vppo", "papo") and not hasattr(args, "loss_type"):
+        refuse(
+            f"perception = {perception!r} needs a loss of tokens; that of "
+            f"{type(trainer).__name__} is of completions: take GRPOTrainer"
+        )
+    of_all = getattr(args, "importance_sampling_level", "token") == "sequence"
+    # The gradient of these is through the log-probability of the token, not through the ratio.
+    if perception == "vppo" and of_all and args.loss_type not in ("cispo", "vespo"):
+        refuse(
+            "perception = 'vppo' chooses tokens, and the gradient of a ratio per completion "
+            "reaches all of them: take importance_sampling_level='token'"
+        )
+    if not hasattr(images, "merge_size"):
+        refuse(
+            "contrastive perception (and VPPO, PAPO) perturbs the patches of Qwen2-VL, 2.5-VL and "
+            "3-VL processors; with another vision-language model set loss=LossConfig(cpl_coef=0)"
         )
 
 

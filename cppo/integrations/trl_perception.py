@@ -59,8 +59,8 @@ def weigh(trainer: Any, batch: Batch) -> Batch:
     sums = torch.stack([dependency.per_token[seen].sum(), (weights[seen] > 0).sum(), seen.sum()])
     total, learn, tokens = gather(sums[None]).sum(0).tolist()
     log = trainer._metrics["train"]
-    log["cppo/vppo_dependency"].append(total / tokens)
-    log["cppo/vppo_token_share"].append(learn / tokens)
+    log["cppo/vppo_dependency"].append(total / max(tokens, 1))
+    log["cppo/vppo_token_share"].append(learn / max(tokens, 1))
     log["cppo/vppo_largest_factor"].append(gather(weights.max()).max().item())
     spread = advantages if advantages.dim() == 2 else advantages[:, None]
     return batch | {"advantages": spread * weights}

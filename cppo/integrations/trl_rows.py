@@ -22,7 +22,7 @@ PER_TOKEN = (
 ).split()
 WHOLE = ("token_type_ids", "mm_token_type_ids")
 
-EQUAL = 1e-4  # advantages of equal rewards differ from 0 by rounding
+EQUAL = 1e-4  # advantages of rewards that differ by rounding alone are as far from 0
 
 
 class Kept(NamedTuple):
@@ -106,6 +106,18 @@ def _stay(
     count = torch.ones_like(tokens) if averages_rows(trainer.args) else tokens
     counted = count[everyones != 0] if options.drop_zero_variance else count
     return stay, weight * (count[stay].sum() / counted.sum().clamp(min=1))
+
+
+def settled(trainer: Any, advantages: Tensor) -> Tensor:
+    """Advantages of a rollout, 0 where all rewards of a question are equal.
+
+    There TRL has the rounding error of their mean, divided by 1e-4: the same for all completions.
+    """
+    accelerator, size = trainer.accelerator, len(advantages)
+    everyones = accelerator.gather(per_completion(advantages)).view(-1, trainer.num_generations)
+    equal = (everyones == everyones[:, :1]).all(1).repeat_interleave(trainer.num_generations)
+    mine = equal[size * accelerator.process_index :][:size]
+    return advantages.masked_fill(mine.view(-1, *[1] * (advantages.dim() - 1)), 0)
 
 
 def filled(batch: Batch, order: Tensor, kept: Kept) -> Batch:

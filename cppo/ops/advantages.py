@@ -11,6 +11,7 @@ from cppo.ops.checks import (
     check_choice,
     check_finite,
     check_groups,
+    check_indices,
     check_integer,
     check_interval,
     check_positive,
@@ -255,8 +256,8 @@ def prune_weights(
     Returns: (K,) fp32, >= 1.
     Raises:
         ValueError: advantages not (B,), not a multiple of group_size or not finite (with the
-            index; on a GPU only with CPPO_DEBUG=1); kept not (K,) or on another device; prune_rate
-            outside [0, 1); unknown scope or prune.
+            index; on a GPU only with CPPO_DEBUG=1); kept not (K,), on another device or not indices
+            of advantages (likewise); prune_rate outside [0, 1); unknown scope or prune.
         TypeError: advantages, kept or group_size of the wrong type.
     """
     op = "prune_weights"
@@ -265,6 +266,8 @@ def prune_weights(
     check_vector(op, "kept", kept)
     check_same_device(op, advantages=advantages, kept=kept)
     _check_pruning(op, prune_rate, scope, prune)
+    if may_read(kept):
+        check_indices(op, "kept", kept, len(advantages))
     sizes = group_size, prune_rate
     return reference.prune_weights(advantages.detach(), kept, *sizes, scope, prune).float()
 
@@ -273,9 +276,9 @@ def select_groups(rewards: Tensor, group_size: int, *, top_p: float) -> Tensor:
     """The groups with the most signal: the fewest that hold the share `top_p` of all variance.
 
     Specification: `cppo.reference.select_groups` (RAGEN-2, arXiv 2604.06268). A group's variance is
-    that of its rewards (divided by n); of equal ones the lower index. A group of equal rewards
-    never stays, and if all are, none does. A few small operations of PyTorch, which wait for a GPU
-    once, for the size of the result: a kernel would gain nothing.
+    that of its rewards (divided by n); of equal ones, to 32 bits, the lower index. A group of equal
+    rewards never stays, and if all are, none does. A few small operations of PyTorch, which wait
+    for a GPU once, for the size of the result: a kernel would gain nothing.
 
     Args:
         rewards: (B,) any real dtype, finite; completions of a question are neighbours. No

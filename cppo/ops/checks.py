@@ -188,6 +188,14 @@ def check_groups(op: str, name: str, values: Tensor, group_size: int) -> None:
     check_finite(op, name, values)
 
 
+def check_indices(op: str, name: str, indices: Tensor, size: int) -> None:
+    """ValueError unless all are in [0, size); reads them."""
+    bad = ((indices < 0) | (indices >= size)).nonzero()
+    if len(bad):
+        value = indices[bad[0, 0]].item()
+        raise ValueError(f"cppo.{op}: {name} must be in [0, {size}), got {value}")
+
+
 def check_cu_seqlens(
     op: str, cu_seqlens: Tensor, num_rows: int, num_completions: int | None = None
 ) -> None:

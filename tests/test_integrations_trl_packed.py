@@ -13,7 +13,8 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'
 
 from datasets import Dataset
 from trainer_cases import image as picture
-from trainer_cases import relative_difference, same, weights_of
+from trainer_cases import relative_difference, same, tiny, weights_of
+from transformers import OPTConfig, OPTForCausalLM
 from trl_cases import (
     CPPO,
     HALF,
@@ -79,7 +80,9 @@ def test_text_trains_as_padded(options, how):
 
 
 @pytest.mark.parametrize("how", PACKED)
-@pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize(
+    "loss_type", ["dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
+)
 def test_every_kind_of_loss_trains_as_padded(loss_type, how):
     run = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4)
     check_equal(OFF, how, family="text", loss_type=loss_type, **run)
@@ -109,6 +112,20 @@ def test_questions_with_two_images_and_one_train_as_padded(how):
     ]
     run = dict(rows=Dataset.from_list(rows), per_device_train_batch_size=16, num_iterations=1)
     check_equal(HALF_LOOK, how, family="qwen2_5_vl", **run)
+
+
+@pytest.mark.parametrize("how", PACKED)
+def test_learned_positions_train_as_padded(how, monkeypatch):
+    """Those of OPT begin behind the padding, as they do in the stream."""
+
+    def opt(folder: str) -> Any:
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=len(tiny("text")[1]), hidden_size=32, word_embed_proj_dim=32)
+        sizes |= dict(ffn_dim=48, num_hidden_layers=2, num_attention_heads=4)
+        return OPTForCausalLM(OPTConfig(dropout=0.0, max_position_embeddings=128, **sizes))
+
+    monkeypatch.setattr("trl_cases.load_model", opt)
+    check_equal(OFF, how, family="text", beta=0.0)
 
 
 @pytest.mark.parametrize("how", PACKED)

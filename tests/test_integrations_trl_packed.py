@@ -13,7 +13,8 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'
 
 from datasets import Dataset
 from trainer_cases import image as picture
-from trainer_cases import relative_difference, same, weights_of
+from trainer_cases import relative_difference, same, tiny, weights_of
+from transformers import OPTConfig, OPTForCausalLM
 from trl_cases import (
     CPPO,
     HALF,
@@ -28,11 +29,14 @@ from trl_cases import (
     watched_run,
 )
 
+from cppo.config import LossConfig
 from cppo.integrations.trl import CPPOMixin
 from cppo.integrations.trl_options import check_run, exchanged
 from cppo.integrations.trl_packed import questions
 
 PACKED = {"pack": dict(pack=True), "shared": dict(share_prompts=True)}
+# A mean over the perception tokens of a micro-batch.
+BY_TOKEN = LossConfig(cpl_coef=1.0, cpl_reduction="token")
 # What fp64 leaves of a model that normalises in fp32.
 ROUNDING = 1e-6
 
@@ -76,7 +80,9 @@ def test_text_trains_as_padded(options, how):
 
 
 @pytest.mark.parametrize("how", PACKED)
-@pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize(
+    "loss_type", ["dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
+)
 def test_every_kind_of_loss_trains_as_padded(loss_type, how):
     run = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4)
     check_equal(OFF, how, family="text", loss_type=loss_type, **run)
@@ -90,6 +96,12 @@ def test_images_and_their_views_train_as_padded(family, how):
 
 
 @pytest.mark.parametrize("how", PACKED)
+def test_contrast_over_tokens_trains_as_padded(how):
+    run = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4, num_iterations=1)
+    check_equal(CPPO(loss=BY_TOKEN), how, family="qwen2_5_vl", loss_type="dapo", **run)
+
+
+@pytest.mark.parametrize("how", PACKED)
 def test_questions_with_two_images_and_one_train_as_padded(how):
     """The texts are alike, so that the images alone tell the questions apart."""
     prompt = [{"role": "user", "content": "What is the sum?"}]
@@ -100,6 +112,20 @@ def test_questions_with_two_images_and_one_train_as_padded(how):
     ]
     run = dict(rows=Dataset.from_list(rows), per_device_train_batch_size=16, num_iterations=1)
     check_equal(HALF_LOOK, how, family="qwen2_5_vl", **run)
+
+
+@pytest.mark.parametrize("how", PACKED)
+def test_learned_positions_train_as_padded(how, monkeypatch):
+    """Those of OPT begin behind the padding, as they do in the stream."""
+
+    def opt(folder: str) -> Any:
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=len(tiny("text")[1]), hidden_size=32, word_embed_proj_dim=32)
+        sizes |= dict(ffn_dim=48, num_hidden_layers=2, num_attention_heads=4)
+        return OPTForCausalLM(OPTConfig(dropout=0.0, max_position_embeddings=128, **sizes))
+
+    monkeypatch.setattr("trl_cases.load_model", opt)
+    check_equal(OFF, how, family="text", beta=0.0)
 
 
 @pytest.mark.parametrize("how", PACKED)
@@ -146,7 +172,7 @@ def exchange(steps: int = 1, accumulated: int = 1, loss_type: str = "grpo", **mo
     args = SimpleNamespace(
         steps_per_generation=steps, gradient_accumulation_steps=accumulated, loss_type=loss_type
     )
-    return exchanged(SimpleNamespace(args=args, **more))
+    return exchanged(SimpleNamespace(**{"args": args, "cppo": CPPO(), **more}))
 
 
 def test_rows_change_places_within_an_optimizer_step_alone():
@@ -158,18 +184,35 @@ def test_rows_change_places_within_an_optimizer_step_alone():
     assert exchange(4, 4, "bnpo") == 1
     assert exchange(4, 4, top_entropy_quantile=0.2) == 1
     assert exchange(4, 4, _entropy_bonus_enabled=True) == 1
+    assert exchange(4, 4, cppo=CPPO(loss=BY_TOKEN)) == 1
+    assert exchange(4, 4, cppo=CPPO(loss=dataclasses.replace(BY_TOKEN, cpl_coef=0))) == 4
 
 
 def test_prompts_are_one_question_if_text_and_images_are():
     ids = torch.tensor([[9, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 3], [0, 1, 2]])
     mask = torch.tensor([[0, 1, 1]] * 4 + [[1, 1, 1]])
-    text = questions(ids, mask, None)
+    text = questions(ids, mask, [[]] * 5)
     assert text[0] == text[1] == text[2] and len(set(text)) == 3
-    grid = torch.tensor([[1, 2, 2]])
-    images = [(torch.full((4, 3), value), grid) for value in (1.0, 1.0, 2.0, 1.0, 1.0)]
+    grid = torch.tensor([1, 2, 2])
+    images = [[(torch.full((4, 3), value), grid)] for value in (1.0, 1.0, 2.0, 1.0, 1.0)]
     assert questions(ids, mask, images) == [0, 0, 1, 2, 3]
-    wide = [(torch.ones(4, 3), grid), (torch.ones(4, 3), torch.tensor([[1, 1, 4]]))]
+    wide = [[(torch.ones(4, 3), grid)], [(torch.ones(4, 3), torch.tensor([1, 1, 4]))]]
     assert questions(ids[:2], mask[:2], wide) == [0, 1]
+    assert questions(ids[:2], mask[:2], [wide[0], wide[0] * 2]) == [0, 1]
+
+
+def test_an_entry_without_a_value_stays_without_one():
+    class Extra(Fixed):
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            return super()._generate_and_score_completions(inputs) | {"extra": None}
+
+    class CPPOExtra(CPPOMixin, Extra):
+        pass
+
+    run = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    for options in (packed(OFF, "shared"), HALF):
+        _, seen = watched_run(cppo=options, base=CPPOExtra, **run)
+        assert all(micro["extra"] is None for micro in seen["micro"])
 
 
 def test_a_micro_batch_without_a_token_has_a_gradient_of_zero():
@@ -200,5 +243,15 @@ def test_what_cannot_be_packed_is_refused():
         pixels = torch.zeros(2, 3, 8, 8)
         trainer._forward(call | {"pixel_values": pixels, "num_images": [1, 1]})
     trainer.aux_loss_enabled = True
-    with pytest.raises(ValueError, match="router's loss"):
+    with pytest.raises(ValueError, match="router's loss.*router_aux_loss_coef=0"):
         check_run(trainer)
+    trainer.aux_loss_enabled, trainer.use_transformers_continuous_batching = False, True
+    with pytest.raises(ValueError, match="continuous_batching=True samples with an attention"):
+        check_run(trainer)
+    # What only shared prompts need is not asked of packing.
+    trainer.use_transformers_continuous_batching = False
+    del trainer._buffered_inputs
+    with pytest.raises(ValueError, match="deals the rows of TRL's buffer"):
+        check_run(trainer)
+    trainer.cppo = packed(OFF, "pack")
+    check_run(trainer)

@@ -9,13 +9,14 @@ import torch
 pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
 
 from trainer_cases import image as picture
-from trainer_cases import same, weights_of
+from trainer_cases import relative_difference, same, weights_of
 from trl import GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template, qwen3_vl_chat_template
 from trl.trainer import grpo_trainer
 from trl_cases import (
     HALF,
     HALF_LOOK,
+    LOOK,
     CPPOMixin,
     completions_of,
     late,
@@ -157,3 +158,64 @@ def test_images_that_a_tool_brings_are_perturbed_with_the_others(monkeypatch):
     for pixels, patches, found, seeds in shown:
         assert pixels == patches and found == images == seeds
     assert all(value > 0 for value in logged(trainer, "cppo/cpl_loss"))
+
+
+class ZoomingAlike(Calling):
+    """Every call brings the same picture; one answer after it may be cut short."""
+
+    def _generate_single_turn(self, prompt_ids, *rest, **more):
+        answers, logps = super()._generate_single_turn(prompt_ids, *rest, **more)
+        tokenizer = self.processing_class.tokenizer
+        call = tokenizer(CALL.format(name="zoom", number=3), add_special_tokens=False)["input_ids"]
+        called = ["tool_call" in tokenizer.decode(answer) for answer in answers]
+        if self.mask_truncated_completions and not any(called):  # the second turn
+            answers[0].pop()
+        return [
+            [*call, answer[-1]] if calls else answer
+            for calls, answer in zip(called, answers, strict=True)
+        ], logps
+
+
+class MineAlike(CPPOMixin, ZoomingAlike):
+    pass
+
+
+def zoomed(options, masked=False):
+    """How far the weights moved in a run in fp64, and the tokens that were computed."""
+    trainer = trainer_of(
+        "qwen3_vl",
+        options,
+        base=MineAlike,
+        rewards=last_answer,
+        max_completion_length=200,
+        mask_truncated_completions=masked,
+        loss_type="dapo",
+        chat_template=qwen3_vl_chat_template,
+        more=dict(tools=[zoom]),
+    )
+    trainer.model.double()
+    before = {name: p.detach().clone() for name, p in weights_of(trainer.model).items()}
+    seen = watched(trainer)
+    trainer.train()
+    (rollout,) = seen["rollouts"]
+    assert {*rollout["num_images"]} == {1, 2}
+    assert bool((rollout["completion_mask"].sum(1) == 0).any()) == masked
+    after = weights_of(trainer.model)
+    return {name: after[name] - before[name] for name in before}, sum(seen["grad_tokens"])
+
+
+def test_images_that_a_tool_brings_train_packed_as_padded():
+    """They stand behind a prompt that is run once."""
+    padded, tokens = zoomed(LOOK)
+    for how in ("pack", "share_prompts"):
+        moved, fewer = zoomed(dataclasses.replace(LOOK, **{how: True}))
+        assert relative_difference(moved, padded) < 1e-6
+        assert fewer < tokens
+        tokens = fewer
+
+
+def test_images_of_a_masked_completion_are_left_out():
+    """A padded Qwen-VL itself cannot run them."""
+    alone, _ = zoomed(dataclasses.replace(LOOK, pack=True), masked=True)
+    shared, _ = zoomed(dataclasses.replace(LOOK, share_prompts=True), masked=True)
+    assert relative_difference(shared, alone) < 1e-6

@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "luspo": dict(loss_type="luspo", importance_sampling_level="sequence"),
     "random": dict(cppo=dataclasses.replace(PRUNED, prune="random")),
     "vision": dict(family="qwen2_5_vl", cppo=LOOKING),
+    "shared": dict(family="qwen2_5_vl", cppo=dataclasses.replace(LOOKING, share_prompts=True)),
 }
 METRICS = ("cppo/kept_share", "reward")
 

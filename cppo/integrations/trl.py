@@ -132,7 +132,7 @@ class CPPOMixin(AnyTrainer):
         with torch.no_grad():
             batch = filled(*sampled.take(kept.rows, self.accelerator.gather), kept)
             if corrects:
-                if "old_per_token_logps" not in batch:
+                if batch.get("old_per_token_logps") is None:
                     batch["old_per_token_logps"] = self._old_logps(batch)
                 trl_vllm.correct(self, batch)
         # The denominator of "dapo", "cispo" and "vespo": tokens of the remaining completions.
@@ -249,7 +249,8 @@ class CPPOMixin(AnyTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.cppo.share_prompts or trainer._buffered_inputs is before:
             return inputs
-        parts = trl_packed.together(trainer._buffered_inputs, exchanged(self))
+        model = self.accelerator.unwrap_model(self.model)
+        parts = trl_packed.together(model, trainer._buffered_inputs, exchanged(self))
         trainer._buffered_inputs = parts
         return parts[trainer._step % self.args.steps_per_generation]
 

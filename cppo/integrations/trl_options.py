@@ -184,8 +184,16 @@ def _check_packing(trainer: Any, refuse: Callable[[str], None]) -> None:
     if hasattr(trainer, "compute_liger_loss") and trainer.args.use_liger_kernel:
         refuse("use_liger_kernel=True runs the model elsewhere in this TRL, not packed")
     if getattr(trainer, "aux_loss_enabled", False):
-        refuse("the router's loss of a mixture of experts is not computed on a packed stream")
-    if not hasattr(trainer, "_buffered_inputs"):
+        refuse(
+            "the router's loss of a mixture of experts is not computed on a packed stream; set "
+            "router_aux_loss_coef=0"
+        )
+    if getattr(trainer, "use_transformers_continuous_batching", False):
+        refuse(
+            "use_transformers_continuous_batching=True samples with an attention of its own, which "
+            "pack and share_prompts replace; set it to False, or take vLLM"
+        )
+    if trainer.cppo.share_prompts and not hasattr(trainer, "_buffered_inputs"):
         refuse("share_prompts deals the rows of TRL's buffer, which this trainer does not have")
 
 
@@ -200,9 +208,11 @@ def exchanged(trainer: Any) -> int:
     They are those of an optimizer step, if the loss is a sum over rows or tokens. It is not where
     a micro-batch has a mean, a threshold or an entropy of its own.
     """
-    args = trainer.args
+    args, loss = trainer.args, trainer.cppo.loss
     sums = averages_rows(args) or args.loss_type in ("dapo", "cispo", "vespo")
     alone = getattr(trainer, "_entropy_bonus_enabled", False) or not sums
+    # The contrastive loss, divided by the perception tokens of a micro-batch.
+    alone |= loss.contrasts and loss.cpl_reduction == "token"
     if alone or getattr(trainer, "top_entropy_quantile", 1.0) < 1.0:
         return 1
     steps, accumulated = args.steps_per_generation, args.gradient_accumulation_steps

@@ -11,15 +11,22 @@ runs is the model that TRL has, wrapped as it is, with TRL's own LM head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cppo.integrations.trl_rows import Batch, joined, take_rows
 from cppo.model.check import PositionLimit, check_model, position_limit
-from cppo.model.forward import rotary_positions, set_attention, stream_arguments
+from cppo.model.forward import (
+    image_token_mask,
+    rotary_positions,
+    set_attention,
+    stream_arguments,
+)
 from cppo.model.shared_prompts import share_prompts
 from cppo.ops.pack import pack_completions
 from cppo.packed_batch import PackedBatch
@@ -29,7 +36,8 @@ _SAME = ("fused_lm_head",)
 # Those that say where the images are, and these are read off the ids.
 _DROPPED = ("mm_token_type_ids",)
 
-Images = list[tuple[Tensor, Tensor]]  # of each row: its patches (P, C), its grids (I, 3)
+Image = tuple[Tensor, Tensor]  # its patches (P, C), its grid (3,)
+Images = list[list[Image]]  # those of each row
 
 
 def prepare(trainer: Any) -> PositionLimit | None:
@@ -71,13 +79,15 @@ class Packed:
         return getattr(self.model, name)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, **given: Any) -> Any:
-        grids = given.get("image_grid_thw")
         images, given = self._images(len(input_ids), given)
         attended, start = attention_mask.bool(), input_ids.shape[1] - self._length
         sizes = torch.stack([attended.sum(1), attended[:, start:].sum(1)]).tolist()
         order = list(range(len(input_ids)))
+        # A completion that is masked as truncated is not in the stream, nor are a tool's images.
+        images = first_images(self._plain, images, input_ids, attended)
+        asked = first_images(self._plain, images, input_ids[:, :start], attended[:, :start])
         if self._shares:
-            prompts = questions(input_ids[:, :start], attended[:, :start], images)
+            prompts = questions(input_ids[:, :start], attended[:, :start], asked)
             order.sort(key=prompts.__getitem__)
         lengths, responses = ([size[row] for row in order] for size in sizes)
         self._check_length(max(lengths))
@@ -92,13 +102,21 @@ class Packed:
             # A row keeps the last token of its prompt, which predicts its first own token.
             own = lengths, [response + 1 for response in responses]
             shared = share_prompts(stream, [prompts[row] for row in order], own)
-            order = [order[first] for first in shared.first]
-        positions = rotary_positions(self._plain, input_ids, attention_mask, grids)
+        grids = [grid for own in images for _, grid in own]
+        positions = rotary_positions(
+            self._plain, input_ids, attention_mask, torch.stack(grids) if grids else None
+        )
         if positions is not None:
             positions = positions.flatten(1)[:, stream.token_index]
         arguments, rows = stream_arguments(stream, positions, shared)
-        shown = {} if images is None else _joined_images([images[row] for row in order])
-        return self._run({**arguments, **shown}, rows, stream, given)
+        # Where a prompt stands already, only what comes after it is new.
+        brings = set(range(len(order)) if shared is None else shared.first)
+        shown = [
+            image
+            for place, row in enumerate(order)
+            for image in images[row][0 if place in brings else len(asked[row]) :]
+        ]
+        return self._run({**arguments, **_joined(shown)}, rows, stream, given)
 
     def _run(
         self, arguments: dict[str, Any], rows: Tensor, stream: PackedBatch, given: dict[str, Any]
@@ -126,7 +144,7 @@ class Packed:
         whole = logits.new_zeros(count, self._length + 1, logits.shape[-1])
         return SimpleNamespace(logits=whole.index_put((row, column), logits))
 
-    def _images(self, count: int, given: dict[str, Any]) -> tuple[Images | None, dict[str, Any]]:
+    def _images(self, count: int, given: dict[str, Any]) -> tuple[Images, dict[str, Any]]:
         """The images of the next `count` rows, and the other arguments.
 
         Raises: ValueError for an argument with something per token or image that is not known.
@@ -142,9 +160,7 @@ class Packed:
                 f"the images of Qwen-VL, got {' and '.join(unknown or ['pixel_values'])}"
             )
         counts, self._num_images = self._num_images[:count], self._num_images[count:]
-        if pixels is None:
-            return None, given
-        return row_images(pixels, grids, counts), given
+        return row_images(pixels, grids, counts) if counts else [[]] * count, given
 
     def _check_length(self, longest: int) -> None:
         if self._limit is not None and longest > self._limit.tokens:
@@ -154,15 +170,15 @@ class Packed:
             )
 
 
-def questions(prompts: Tensor, mask: Tensor, images: Images | None) -> list[int]:
+def questions(prompts: Tensor, mask: Tensor, images: Images) -> list[int]:
     """A number per row, equal for rows of the same prompt and the same images.
 
-    Args: prompts, mask: (B, P).
+    Args:
+        prompts, mask: (B, P).
+        images: those of the prompts.
     """
     same = prompts.masked_fill(~mask.bool(), -1).unique(dim=0, return_inverse=True)[1].tolist()
-    if images is None:
-        return same
-    found: list[tuple[int, tuple[Tensor, Tensor]]] = []
+    found: list[tuple[int, list[Image]]] = []
     numbers = []
     for text, own in zip(same, images, strict=True):
         number = next(
@@ -175,14 +191,27 @@ def questions(prompts: Tensor, mask: Tensor, images: Images | None) -> list[int]
     return numbers
 
 
-def row_images(pixels: Tensor, grids: Tensor, counts: Sequence[int]) -> Images:
-    """The patches and grids of each row, which has `counts` images."""
-    own_grids = grids.split(list(counts))
-    patches = pixels.split([int(grid.prod(1).sum()) for grid in own_grids])
-    return list(zip(patches, own_grids, strict=True))
+def row_images(pixels: Tensor | None, grids: Tensor | None, counts: Sequence[int]) -> Images:
+    """The images of each row, which has `counts` of them."""
+    if pixels is None or grids is None:
+        return [[] for _ in counts]
+    images = iter(zip(pixels.split(grids.prod(1).tolist()), grids, strict=True))
+    return [list(islice(images, count)) for count in counts]
 
 
-def together(batches: list[Batch], window: int) -> list[Batch]:
+def first_images(model: Any, images: Images, ids: Tensor, mask: Tensor) -> Images:
+    """The first images of each row, as many as stand in these columns of it.
+
+    Args: ids, mask: (B, L); each image is one run of its token.
+    """
+    if not any(images):
+        return images
+    stands = image_token_mask(model, ids) & mask.bool()
+    counts = (stands & ~F.pad(stands, (1, 0))[:, :-1]).sum(1).tolist()
+    return [own[:count] for own, count in zip(images, counts, strict=True)]
+
+
+def together(model: Any, batches: list[Batch], window: int) -> list[Batch]:
     """The same micro-batches with rows dealt anew, so that the rows of a question meet.
 
     Args: window: micro-batches among which rows may change places, those of an optimizer step.
@@ -190,25 +219,32 @@ def together(batches: list[Batch], window: int) -> list[Batch]:
     return [
         batch
         for first in range(0, len(batches), window)
-        for batch in _dealt(batches[first : first + window])
+        for batch in _dealt(model, batches[first : first + window])
     ]
 
 
-def _dealt(batches: list[Batch]) -> list[Batch]:
+def _dealt(model: Any, batches: list[Batch]) -> list[Batch]:
     whole = joined(batches, pad=0)
-    images = None
-    if whole.get("image_grid_thw") is not None:
-        images = row_images(whole["pixel_values"], whole["image_grid_thw"], whole["num_images"])
-    numbers = torch.tensor(questions(whole["prompt_ids"], whole["prompt_mask"], images))
-    order = numbers.sort(stable=True).indices.to(whole["prompt_ids"].device)
+    ids, mask = whole["prompt_ids"], whole["prompt_mask"]
+    counts = whole.get("num_images") or [0] * len(ids)
+    images = row_images(whole.get("pixel_values"), whole.get("image_grid_thw"), counts)
+    numbers = torch.tensor(questions(ids, mask, first_images(model, images, ids, mask)))
+    order = numbers.sort(stable=True).indices.to(ids.device)
     sizes = [len(batch["prompt_ids"]) for batch in batches]
     return [take_rows(whole, rows) for rows in order.split(sizes)]
 
 
-def _equal(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def _equal(ones: list[Image], others: list[Image]) -> bool:
+    return len(ones) == len(others) and all(
+        torch.equal(a, b)
+        for one, other in zip(ones, others, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
-def _joined_images(images: Images) -> dict[str, Any]:
-    pixels, grids = (torch.cat(parts) for parts in zip(*images, strict=True))
-    return {"pixel_values": pixels, "image_grid_thw": grids} if len(grids) else {}
+def _joined(images: list[Image]) -> dict[str, Tensor]:
+    """The model's arguments for these images, in the order of their places."""
+    if not images:
+        return {}
+    pixels, grids = zip(*images, strict=True)
+    return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack(grids)}

@@ -169,7 +169,8 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
         return [value[row] for row in rows.tolist()] if isinstance(value, list) else value
 
     split = split_pixel_values_by_grid({k: v for k, v in batch.items() if v is not None})
-    return unsplit_pixel_values_by_grid({k: take(v) for k, v in split.items()})
+    taken = unsplit_pixel_values_by_grid({k: take(v) for k, v in split.items()})
+    return {k: taken.get(k) for k in {**batch, **taken}}
 
 
 def joined(parts: list[Batch], pad: int) -> Batch:
@@ -182,7 +183,9 @@ def joined(parts: list[Batch], pad: int) -> Batch:
     for name in names:
         values = [batch.get(name, _absent(name, batch)) for batch in batches]
         values = [value for value in values if value is not None]
-        if isinstance(values[0], list):
+        if not values:
+            joined[name] = None
+        elif isinstance(values[0], list):
             joined[name] = sum(values, [])
         else:
             joined[name] = torch.cat(values) if values[0].dim() else values[0]
@@ -196,6 +199,8 @@ def _widened(batch: Batch, prompt: int, length: int, pad: int) -> Batch:
     values = {"prompt_ids": pad, "completion_ids": pad, "importance_sampling_ratio": 1}
     for name, value in batch.items():
         filling = values.get(name, 0)
+        if value is None:
+            continue
         if name in ("prompt_ids", "prompt_mask"):
             wide[name] = F.pad(value, (left, 0), value=filling)
         elif name in WHOLE:

@@ -22,7 +22,7 @@ def view_seeds(trainer: Any, rollout: Batch, draw: tuple[int, ...]) -> Tensor | 
     None if no process has an image: what follows is done by all of them or by none.
     """
     device, size = rollout["advantages"].device, len(rollout["advantages"])
-    has_images = torch.tensor(["image_grid_thw" in rollout], device=device)
+    has_images = torch.tensor([rollout.get("image_grid_thw") is not None], device=device)
     if not trainer.accelerator.gather(has_images).any():
         return None
     first = trainer.accelerator.process_index * size
@@ -91,7 +91,7 @@ def both_views(trainer: Any, call: Batch, seeds: Tensor, rows: Tensor) -> Batch:
     views = take_rows(call, rows)
     both = {k: _twice(v) for k, v in views.items()} | {"batch_size": None}
     both |= {"compute_aux_loss": False}
-    if "pixel_values" not in views:
+    if views.get("pixel_values") is None:
         return both
     pixels = [_perturbed(trainer, views, seeds[rows], name) for name in ("positive", "negative")]
     return both | {"pixel_values": torch.cat(pixels)}
@@ -100,7 +100,7 @@ def both_views(trainer: Any, call: Batch, seeds: Tensor, rows: Tensor) -> Batch:
 def removing_view(trainer: Any, call: Batch, seeds: Tensor) -> Batch:
     """The arguments of a forward with their images under the negative view."""
     view = call | {"compute_aux_loss": False}
-    if "pixel_values" not in call:
+    if call.get("pixel_values") is None:
         return view
     return view | {"pixel_values": _perturbed(trainer, call, seeds, "negative")}
 

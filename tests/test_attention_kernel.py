@@ -110,6 +110,20 @@ def test_sdpa_reads_the_bounds_once_per_forward_and_in_bf16() -> None:
     assert counts[1] == counts[2]
 
 
+def test_the_kernel_is_chosen_for_where_the_model_will_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def why_not(name: str, device: object, layers: object) -> str:
+        runs = name == "sdpa" or (name == "varlen" and str(device) == "cuda")
+        return "" if runs else "not here"
+
+    monkeypatch.setattr(attention, "why_not", why_not)
+    model, _ = tiny("text")
+    for device, name in ((None, "sdpa"), (torch.device("cuda"), "varlen")):
+        forward.set_attention(model, "auto", device)
+        assert forward.unwrap(model).config._attn_implementation == attention.NAMES[name]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_kernel_on_the_gpu_is_the_one_that_was_chosen() -> None:

@@ -30,6 +30,7 @@ from trl_cases import (
 )
 
 from cppo.config import LossConfig
+from cppo.integrations import trl_packed
 from cppo.integrations.trl import CPPOMixin
 from cppo.integrations.trl_options import check_run, exchanged
 from cppo.integrations.trl_packed import questions
@@ -255,3 +256,15 @@ def test_what_cannot_be_packed_is_refused():
         check_run(trainer)
     trainer.cppo = packed(OFF, "pack")
     check_run(trainer)
+
+
+def test_the_attention_is_chosen_for_the_device_of_training(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(
+        trl_packed, "set_attention", lambda model, name, device: chosen.append((name, device))
+    )
+    trainer = trainer_of(cppo=OFF)
+    trainer.cppo = packed(OFF, "pack")
+    monkeypatch.setattr(trl_packed, "check_model", lambda model, shares: None)
+    trl_packed.prepare(trainer)
+    assert chosen == [("auto", trainer.accelerator.device)] * 2  # the reference model's, too

@@ -54,7 +54,9 @@ def prepare(trainer: Any) -> PositionLimit | None:
         )
     for model in (trainer.model, getattr(trainer, "ref_model", None)):
         if model is not None:
-            set_attention(trainer.accelerator.unwrap_model(model), "auto")
+            # FSDP and DeepSpeed leave it on the CPU until training begins.
+            plain, device = trainer.accelerator.unwrap_model(model), trainer.accelerator.device
+            set_attention(plain, "auto", device)
     check_model(trainer.model, shares=trainer.cppo.share_prompts)
     return position_limit(trainer.model)
 

@@ -75,7 +75,7 @@ class ImageBatch:
         return range(first, first + self.per_question[question])
 
 
-def set_attention(model: nn.Module, name: str) -> None:
+def set_attention(model: nn.Module, name: str, device: torch.device | None = None) -> None:
     """Gives a model the attention of packed sequences, in place.
 
     Specification: every token attends to its own sequence of a packed stream, up to itself, within
@@ -85,7 +85,8 @@ def set_attention(model: nn.Module, name: str) -> None:
     Args:
         model: a transformers causal model, or a peft model around one.
         name: "flash_attention_2" (CUDA, flash-attn installed), "varlen" (CUDA, PyTorch's own),
-            "sdpa" (anywhere), or "auto": the first of them that runs on the model's device.
+            "sdpa" (anywhere), or "auto": the first of them that runs on the device.
+        device: where the model will run. None: where it is.
     Returns: None.
     Raises: ValueError if the model does not let its attention be chosen, for another name, and for
         an attention that cannot run here.
@@ -99,7 +100,7 @@ def set_attention(model: nn.Module, name: str) -> None:
         raise ValueError(
             f"cppo.set_attention: model must be a model of transformers, got {type(base).__name__}"
         )
-    device = next(base.parameters()).device
+    device = next(base.parameters()).device if device is None else device
     attention = choose_attention(name, device, "cppo.set_attention: name", layers_of(base))
     registered = register(attention)
     if has_vision(base):

@@ -1,6 +1,6 @@
 """What became of TRL's tests with each variant of the trainer, against TRL alone.
 
-    python compare.py FOLDER        # with the files of plugin.py
+python compare.py FOLDER        # with the files of plugin.py
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def compared(plain: Outcomes, other: Outcomes) -> Iterator[str]:
         for pair in zip(plain[name].get("digests", []), test.get("digests", []), strict=False)
     ]
     same = sum(ours == theirs for ours, theirs in pairs)
-    yield f"  trainings that end with the same logs and parameters, bit for bit: {same} of {len(pairs)}"
+    yield f"  {same} of {len(pairs)} trainings end with the same logs and parameters, bit for bit"
 
 
 def report(folder: Path) -> Iterator[str]:

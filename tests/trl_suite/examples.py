@@ -24,8 +24,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import vision_operators  # noqa: F401  (before transformers imports torchvision)
+import vision_operators  # noqa: F401  (before anything imports torchvision)
 
+# isort: split
 os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1")
 
 from datasets import Dataset
@@ -112,7 +113,7 @@ class Example:
         """GRPOConfig as in the first command line of the docstring, where TrlParser reads it."""
         if not any(self._calls("TrlParser")):
             return {}
-        first = (ast.get_docstring(self.tree) or _comment(self.tree)).split(".py", 1)[1]
+        first = str(ast.get_docstring(self.tree)).split(".py", 1)[1]
         words = shlex.split(first.split("\n\n")[0].split("```")[0].replace("\\\n", " "))
         chosen = [word.rstrip(",") for word in words]
         parsed, _ = HfArgumentParser([GRPOConfig]).parse_known_args(chosen)
@@ -209,7 +210,11 @@ def make(example: Example, hub: Path, **cppo: CPPO) -> None:
     config["output_dir"] = tempfile.gettempdir()
     stand_in = next(name for part, name in MODELS.items() if part in example.model)
     row: dict[str, Any] = {"prompt": [{"role": "user", "content": "Hi"}]}
-    if "VL" in stand_in or "Conditional" in stand_in and "environment_factory" not in example.handed:
+    if (
+        "VL" in stand_in
+        or "Conditional" in stand_in
+        and "environment_factory" not in example.handed
+    ):
         row["image"] = Image.new("RGB", (64, 64))
     handed: dict[str, Any] = {}
     for name, value in example.handed.items():
@@ -263,7 +268,7 @@ def what(example: Example) -> str:
     parts += [name for name in ("tools", "environment_factory") if name in example.handed]
     if example.config.get("use_vllm"):
         parts.append(f"vLLM {example.config.get('vllm_mode', GRPOConfig.vllm_mode)}")
-    if processes(example) > 1:
+    if example.trainer == "GRPOTrainer" and processes(example) > 1:
         parts.append(f"{processes(example)} processes or more")
     parts += [name for name in ("use_liger_kernel",) if example.config.get(name)]
     return ", ".join(parts)

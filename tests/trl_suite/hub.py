@@ -19,6 +19,10 @@ from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
+import vision_operators  # noqa: F401  (before anything imports torchvision)
+
+# isort: split
+import models
 import numpy as np
 from datasets import DatasetDict
 
@@ -63,8 +67,6 @@ def _module(path: Path) -> Any:
 
 def write_hubs(folder: Path, checkout: Path) -> None:
     """FOLDER, and FOLDER/whole, where Qwen's models have the vocabulary of the real ones."""
-    import models
-
     write_data(folder, checkout)
     models.write_all(folder / NAME)
     whole = folder / "whole" / NAME

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import vision_operators  # noqa: F401  (before transformers imports torchvision)
+import vision_operators  # noqa: F401  (before anything imports torchvision)
 
+# isort: split
 import pytest
 import torch
 

@@ -16,8 +16,11 @@ checkout="$(realpath "${TRL_CHECKOUT:?names a clone of huggingface/trl}")"
 suite="$PWD/tests/trl_suite" folder="$PWD/build/trl/suite"
 # PIP_OPTIONS is several words.
 # shellcheck disable=SC2086
-[ -d "$folder/site" ] || "$bin/pip" install --quiet ${PIP_OPTIONS:-} --no-deps \
-  --target "$folder/site" jmespath "torchvision${TORCHVISION:-==0.28.0}"
+if [ ! -d "$folder/site" ]; then
+  "$bin/pip" install --quiet ${PIP_OPTIONS:-} --no-deps --target "$folder/site" jmespath \
+    "torchvision${TORCHVISION:-==0.28.0}"
+  sed -i "1i import vision_operators" "$folder/site/torchvision/__init__.py"
+fi
 
 commit="$(git describe --always --dirty)"  # before the results make the tree another one
 theirs="$(git -C "$checkout" describe --always --tags 2>/dev/null || cat "$checkout/VERSION")"
@@ -42,7 +45,6 @@ run contrast -k TestGRPOTrainerVLM "$@"
 {
   echo "$(date -u +%F), commit $commit; TRL's tests and examples: $theirs"
   "$bin/python" -W ignore -c "
-import vision_operators
 from importlib.metadata import version
 names = ('trl', 'torch', 'transformers', 'accelerate', 'peft')
 print(*(f'{name} {version(name)}' for name in names), sep=', ')"

@@ -24,9 +24,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import vision_operators  # noqa: F401  (before anything imports torchvision)
-
-# isort: split
 os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1")
 
 from datasets import Dataset

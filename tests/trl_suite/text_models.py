@@ -21,8 +21,8 @@ TEXT: dict[str, Any] = dict(
     max_position_embeddings=4096,
 )
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-# Tokens of Qwen that TRL's tests write as numbers, and what they stand for. Tokens below 256 are
-# single bytes in every tokenizer of this kind.
+# Tokens that TRL's tests write as numbers of Qwen's tokenizers, and what they stand for. Those
+# below 256 are single bytes, here too.
 QWEN = {
     330: ' "', 293: " b", 314: " {", 397: ">\n", 411: "out", 450: "de", 497: '",', 522: "</",
     606: "name", 788: '":', 894: " any", 927: "sh", 944: "'t", 1318: "text", 1414: " know",
@@ -35,20 +35,35 @@ QWEN_3_5 = {
     510: "</", 866: " any", 914: "'t", 1366: " know", 1459: " don", 1628: "function",
     5224: " tool", 13744: "=s", 16936: "Done", 22076: "_tool", 30091: "creenshot",
 }  # fmt: skip
+PIECES = tuple(dict.fromkeys((QWEN | QWEN_3_5).values()))
 QWEN_SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
     *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>"),
     *("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
-QWEN_WORDS = ("<tool_call>", "</tool_call>")  # tokens of their own that decoding leaves in
+# Tokens that decoding leaves in. The long ones keep what tools answer as short as the tests want.
+QWEN_WORDS = (
+    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
+    *("user\n", "assistant\n", " got an unexpected keyword argument "),
+)
+FIRST = 480  # special token of a small vocabulary; Qwen's, which has 151,643 tokens before it:
+QWEN_FIRST, QWEN_3_5_FIRST = 151643, 248044
+
+
+def numbers() -> dict[int, int]:
+    """The number that a token of Qwen's has here, by the number it has there."""
+    found = {real: 256 + PIECES.index(text) for real, text in (QWEN | QWEN_3_5).items()}
+    for first in (QWEN_FIRST, QWEN_3_5_FIRST):
+        found |= {first + i: FIRST + i for i in range(len(QWEN_SPECIAL) + 2)}
+    return found
 
 
 def tokenizer(
     special: tuple[str, ...],
     template: str,
     *,
-    first: int = 480,
-    pieces: dict[int, str] | None = None,
+    first: int = FIRST,
+    pieces: tuple[str, ...] = (),
     words: tuple[str, ...] = (),
     end: str,
     pad: str,
@@ -57,8 +72,8 @@ def tokenizer(
     """A byte-level tokenizer without merges: it reads bytes, and writes longer tokens.
 
     Args:
-        first: the id of the first special token; the ids below are bytes, `pieces` and, so that
-            random completions differ, made-up words.
+        first: the id of the first special token. The ids below are bytes, then `pieces` and, so
+            that random completions differ, made-up words.
         words: tokens that follow the special ones and are no special tokens.
     """
     to_characters = bytes_to_unicode()
@@ -68,7 +83,7 @@ def tokenizer(
 
     tokens = dict(enumerate(to_characters.values()))
     tokens |= {i: f"{characters(' ')}w{i}" for i in range(len(tokens), first)}
-    tokens |= {i: characters(text) for i, text in (pieces or {}).items()}
+    tokens |= {256 + i: characters(text) for i, text in enumerate(pieces)}
     tokens |= dict(enumerate((*special, *words), first))
     core = Tokenizer(models.BPE({token: i for i, token in sorted(tokens.items())}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -83,31 +98,27 @@ def tokenizer(
     return made
 
 
-def qwen(template: str, whole: bool) -> hf.PreTrainedTokenizerFast:
-    """Qwen's special tokens; those that tests write as numbers too, under these, if `whole`."""
+def qwen(template: str, first: int = FIRST, **names: str) -> hf.PreTrainedTokenizerFast:
     return tokenizer(
         QWEN_SPECIAL,
         template,
+        first=first,
+        pieces=PIECES,
         words=QWEN_WORDS,
         end="<|im_end|>",
         pad="<|endoftext|>",
-        **(dict(first=151643, pieces=QWEN) if whole else {}),
+        **names,
     )
 
 
-def qwen_3_5(template: str, whole: bool) -> hf.PreTrainedTokenizerFast:
-    """As `qwen`, for Qwen3.5 and 3.6, whose tokens have other numbers."""
-    return tokenizer(
-        QWEN_SPECIAL,
+def qwen_3_5(template: str) -> hf.PreTrainedTokenizerFast:
+    """As `qwen`, for Qwen3.5 and 3.6, whose tokenizers name the tokens around images."""
+    return qwen(
         template,
-        words=QWEN_WORDS,
-        end="<|im_end|>",
-        pad="<|endoftext|>",
         image_token="<|image_pad|>",
         video_token="<|video_pad|>",
         vision_bos_token="<|vision_start|>",
         vision_eos_token="<|vision_end|>",
-        **(dict(first=248044, pieces=QWEN_3_5) if whole else {}),
     )
 
 
@@ -132,25 +143,32 @@ def text_model(kind: str, made: Any, head: str = "ForCausalLM", **options: Any) 
     return getattr(hf, f"{kind}{head}")(config)
 
 
-def qwens(whole: bool) -> dict[str, tuple[Any, Any]]:
+SMALL: dict[str, Any] = dict(hidden_size=8)
+SCORE: dict[str, Any] = dict(head="ForSequenceClassification", num_labels=1)
+
+
+def qwens() -> dict[str, tuple[Any, Any]]:
     """Qwen's text models with a tokenizer, by name."""
-    qwen2, qwen3 = qwen("qwen2_5", whole), qwen("qwen3", whole)
-    small = dict(hidden_size=8)
-    score: dict[str, Any] = dict(head="ForSequenceClassification", num_labels=1)
-    moe = small | EXPERTS | dict(head_dim=8)
+    made = qwen("qwen3")
+    moe = SMALL | EXPERTS | dict(head_dim=8)
+    return qwen2(FIRST) | {
+        "Qwen3ForCausalLM": (text_model("Qwen3", made, head_dim=8, **SMALL), made),
+        "Qwen3ForSequenceClassification": (text_model("Qwen3", made, head_dim=8, **SCORE), made),
+        "Qwen3MoeForCausalLM": (text_model("Qwen3Moe", made, **moe), made),
+    }
+
+
+def qwen2(first: int) -> dict[str, tuple[Any, Any]]:
+    made = qwen("qwen2_5", first)
     return {
-        "Qwen2ForCausalLM-2.5": (text_model("Qwen2", qwen2, **small), qwen2),
-        "Qwen2ForSequenceClassification-2.5": (text_model("Qwen2", qwen2, **score), qwen2),
-        "Qwen3ForCausalLM": (text_model("Qwen3", qwen3, head_dim=8, **small), qwen3),
-        "Qwen3ForSequenceClassification": (text_model("Qwen3", qwen3, head_dim=8, **score), qwen3),
-        "Qwen3MoeForCausalLM": (text_model("Qwen3Moe", qwen3, **moe), qwen3),
+        "Qwen2ForCausalLM-2.5": (text_model("Qwen2", made, **SMALL), made),
+        "Qwen2ForSequenceClassification-2.5": (text_model("Qwen2", made, **SCORE), made),
     }
 
 
 def others() -> dict[str, tuple[Any, Any]]:
     """The other families' text models with a tokenizer, by name."""
     made = llama("llama3_2")
-    small: dict[str, Any] = dict(hidden_size=8)
     nemotron = EXPERTS | dict(
         layers_block_type=["mamba", "attention", "moe"],
         num_hidden_layers=3,
@@ -163,15 +181,14 @@ def others() -> dict[str, tuple[Any, Any]]:
     )
     glm = EXPERTS | dict(head_dim=4, n_routed_experts=4, first_k_dense_replace=1)
     oss = dict(num_local_experts=4, num_experts_per_tok=2)
-    score: dict[str, Any] = dict(head="ForSequenceClassification", num_labels=1)
     built = {
-        "Cohere2ForCausalLM": text_model("Cohere2", made, **small, logit_scale=1.0),
-        "Gemma2ForCausalLM": text_model("Gemma2", made, **small),
+        "Cohere2ForCausalLM": text_model("Cohere2", made, **SMALL, logit_scale=1.0),
+        "Gemma2ForCausalLM": text_model("Gemma2", made, **SMALL),
         "Glm4MoeForCausalLM": text_model("Glm4Moe", made, **glm),
         "GptOssForCausalLM": text_model("GptOss", made, **oss),
-        "LlamaForCausalLM-3.2": text_model("Llama", made, **small),
-        "LlamaForSequenceClassification-3.2": text_model("Llama", made, **score),
-        "MistralForCausalLM-0.2": text_model("Mistral", made, **small),
+        "LlamaForCausalLM-3.2": text_model("Llama", made, **SMALL),
+        "LlamaForSequenceClassification-3.2": text_model("Llama", made, **SCORE),
+        "MistralForCausalLM-0.2": text_model("Mistral", made, **SMALL),
         "NemotronHForCausalLM-nano": text_model("NemotronH", made, **nemotron),
     }
     return {name: (model, made) for name, model in built.items()}

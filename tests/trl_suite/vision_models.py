@@ -42,9 +42,7 @@ def qwen_vl(kind: str, made: Any, head_dim: int = 4, **text: Any) -> tuple[Any, 
     return getattr(hf, f"{kind}ForConditionalGeneration")(config), processor
 
 
-def qwen_3_5_vl(
-    template: str, whole: bool = False, kind: str = "Qwen3_5", **more: Any
-) -> tuple[Any, Any]:
+def qwen_3_5_vl(template: str, kind: str = "Qwen3_5", **more: Any) -> tuple[Any, Any]:
     """As `qwen_vl`, for the families that mix linear attention with full attention."""
     linear = dict(
         layer_types=["linear_attention", "full_attention"],
@@ -57,7 +55,7 @@ def qwen_3_5_vl(
     rope = dict(
         rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], partial_rotary_factor=1.0
     )
-    return qwen_vl(kind, qwen_3_5(template, whole), **linear, rope_parameters=rope, **more)
+    return qwen_vl(kind, qwen_3_5(template), **linear, rope_parameters=rope, **more)
 
 
 def llava(kind: str) -> tuple[Any, Any]:
@@ -160,21 +158,18 @@ def gemma4() -> tuple[Any, Any]:
     return hf.Gemma4ForConditionalGeneration(config), processor
 
 
-def qwen_3_5_built(whole: bool) -> dict[str, tuple[Any, Any]]:
-    return {"Qwen3_5ForConditionalGeneration-NoThink": qwen_3_5_vl("qwen3_5_nothink", whole)}
-
-
 def built() -> dict[str, tuple[Any, Any]]:
     """Models with a processor, by name."""
-    qwen2 = qwen("qwen2_5_vl", False)
+    qwen2 = qwen("qwen2_5_vl")
     experts = EXPERTS | dict(shared_expert_intermediate_size=32)
-    return qwen_3_5_built(False) | {
+    return {
         "Gemma3ForConditionalGeneration": gemma3(),
         "Gemma4ForConditionalGeneration": gemma4(),
         "LlavaForConditionalGeneration": llava("Llava"),
         "LlavaNextForConditionalGeneration": llava("LlavaNext"),
         "Qwen2VLForConditionalGeneration": qwen_vl("Qwen2VL", qwen2),
         "Qwen2_5_VLForConditionalGeneration": qwen_vl("Qwen2_5_VL", qwen2),
+        "Qwen3_5ForConditionalGeneration-NoThink": qwen_3_5_vl("qwen3_5_nothink"),
         "Qwen3_5MoeForConditionalGeneration-3.6": qwen_3_5_vl(
             "qwen3_6", kind="Qwen3_5Moe", **experts
         ),

@@ -41,6 +41,7 @@ run() {  # VARIANT [OPTIONS]: the tests may fail, what became of each is in a fi
 run plain "$@"
 run off "$@"
 run pruned "$@"
+run late "$@"
 run contrast -k TestGRPOTrainerVLM "$@"
 {
   echo "$(date -u +%F), commit $commit; TRL's tests and examples: $theirs"

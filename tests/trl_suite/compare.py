@@ -16,8 +16,10 @@ VARIANTS = {
     "plain": "TRL alone",
     "off": "the adapter with everything off",
     "pruned": "CPPO(prune_rate=0.5), without contrast",
+    "late": "the same with early=False",
     "contrast": "CPPO(cpl_coef=1), tests with images",
 }
+SAME = {"off": "plain", "late": "pruned"}  # whose trainings must end with the same numbers
 Outcomes = dict[str, dict[str, Any]]
 
 
@@ -26,20 +28,24 @@ def counts(outcomes: Outcomes) -> str:
     return ", ".join(f"{of[name]} {name}" for name in sorted(of, key=lambda name: -of[name]))
 
 
-def compared(plain: Outcomes, other: Outcomes) -> Iterator[str]:
-    """Tests that end otherwise, and how many of the trainings end with the same numbers."""
+def changed(plain: Outcomes, other: Outcomes) -> Iterator[str]:
+    """The tests that end otherwise than with TRL alone, and why."""
     for name, test in other.items():
         before = plain[name]["outcome"]
         if test["outcome"] != before:
             why = test.get("why", plain[name].get("why", ""))
             yield f"  {name}: {test['outcome']}, TRL alone {before}. {why}"
+
+
+def equal(one: Outcomes, other: Outcomes) -> str:
+    """How many trainings end with the same numbers."""
     pairs = [
         pair
         for name, test in other.items()
-        for pair in zip(plain[name].get("digests", []), test.get("digests", []), strict=False)
+        for pair in zip(one[name].get("digests", []), test.get("digests", []), strict=True)
     ]
     same = sum(ours == theirs for ours, theirs in pairs)
-    yield f"  {same} of {len(pairs)} trainings end with the same logs and parameters, bit for bit"
+    return f"{same} of {len(pairs)} trainings end with the same logs and parameters, bit for bit"
 
 
 def report(folder: Path) -> Iterator[str]:
@@ -47,8 +53,9 @@ def report(folder: Path) -> Iterator[str]:
     of: dict[str, Outcomes] = {name: json.loads(path.read_text()) for name, path in paths.items()}
     for name, words in VARIANTS.items():
         yield f"{words}: {counts(of[name])}"
-        if name != "plain":
-            yield from compared(of["plain"], of[name])
+        yield from changed(of["plain"], of[name])
+        if name in SAME:
+            yield f"  as {VARIANTS[SAME[name]]}: {equal(of[SAME[name]], of[name])}"
     yield "TRL alone, failed:"
     for name, test in of["plain"].items():
         if test["outcome"] == "failed":

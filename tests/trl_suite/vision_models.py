@@ -98,7 +98,8 @@ def gemma3() -> tuple[Any, Any]:
         image_token="<image_soft_token>",
         eoi_token="<end_of_image>",
     )
-    vision = dict(image_size=56, patch_size=14, hidden_size=16, intermediate_size=32)
+    vision: dict[str, Any] = dict(image_size=56, patch_size=14, vision_use_head=False)
+    vision |= dict(hidden_size=16, intermediate_size=32)
     config = hf.Gemma3Config(
         text_config=dict(**TEXT, **ids(made), head_dim=8),
         vision_config=dict(**vision, num_hidden_layers=2, num_attention_heads=4),

@@ -86,6 +86,8 @@ def test_text_trains_as_padded(options, how):
 )
 def test_every_kind_of_loss_trains_as_padded(loss_type, how):
     run = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4)
+    if loss_type == "luspo":  # before 1.15 TRL's means of it are over padding, too, but for these
+        run |= dict(importance_sampling_level="sequence", beta=0.0)
     check_equal(OFF, how, family="text", loss_type=loss_type, **run)
 
 

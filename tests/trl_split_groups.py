@@ -32,7 +32,8 @@ CASES: dict[str, dict[str, Any]] = {
     "grpo": dict(loss_type="grpo"),
     "dapo": dict(loss_type="dapo"),
     "dr_grpo": dict(loss_type="dr_grpo", cppo=dataclasses.replace(PRUNED, early=False)),
-    "luspo": dict(loss_type="luspo", importance_sampling_level="sequence"),
+    # Before 1.15, TRL's mean of the distance to the reference is over padding, too.
+    "luspo": dict(loss_type="luspo", importance_sampling_level="sequence", beta=0.0),
     "random": dict(cppo=dataclasses.replace(PRUNED, prune="random")),
     "vision": dict(family="qwen2_5_vl", cppo=LOOKING),
     "shared": dict(family="qwen2_5_vl", cppo=dataclasses.replace(LOOKING, share_prompts=True)),

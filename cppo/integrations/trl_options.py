@@ -165,6 +165,8 @@ def _check_perception(trainer: Any, images: Any, refuse: Callable[[str], None]) 
             f"perception = {perception!r} needs a loss of tokens; that of "
             f"{type(trainer).__name__} is of completions: take GRPOTrainer"
         )
+    if perception == "papo" and installed("trl")[1] < (1, 15):
+        refuse("perception = 'papo' needs trl 1.15: before, entropies had no gradient")
     of_all = getattr(args, "importance_sampling_level", "token") == "sequence"
     # The gradient of these is through the log-probability of the token, not through the ratio.
     if perception == "vppo" and of_all and args.loss_type not in ("cispo", "vespo"):

@@ -32,7 +32,11 @@ Function = Callable[..., Tensor]
 def function_of(op: str, backend: str, of: str = "") -> tuple[Function, Tensor]:
     """The op as a function of one tensor, the anchor where none is named, and that tensor."""
     inputs = make_inputs(op, layout="packed", lengths=(2, 3))
-    if of in OF_ROWS:
+    if of == "removed_logps":  # PAPO's, which takes no perturbed views
+        views = "hidden" if "linear" in op else "logits"
+        inputs |= {views: inputs[views].anchor, of: inputs["old_logps"] - 0.5}
+        inputs["config"] = LossConfig(perception="papo")
+    elif of in OF_ROWS:
         inputs["config"] = LossConfig(importance_correction="token_truncate")
         inputs = with_weights(inputs)
     name = of or ("hidden" if "linear" in op else "logits")

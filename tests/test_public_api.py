@@ -21,7 +21,7 @@ SIGNATURES = {
     "pack_completions": "input_ids, attention_mask, completion_mask, kept, *, per_token, lengths, "
     "backend",
     "packed_hidden": "model, batch, positions, images, image_of, shared",
-    "set_attention": "model, name",
+    "set_attention": "model, name, device",
     "plan_microbatches": "lengths, max_tokens",
     "balance_ranks": "lengths, world_size",
     "questions_needed": "batch_size, group_size, prune_rate",

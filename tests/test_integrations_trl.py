@@ -342,11 +342,11 @@ def test_two_processes_train_like_one(tmp_path):
     # DeepSpeed compiles optimizers that nobody asked for.
     variables = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "TORCH_COMPILE_DISABLE": "1"}
     torchrun("trl_two_processes.py", str(tmp_path), **variables)
-    from trl_two_processes import CASES, METRICS, kinds_of, run
+    from trl_two_processes import CASES, KINDS, METRICS, run
 
     for name in CASES:
         one = run(name, 1)
-        for kind in kinds_of(name):
+        for kind in KINDS:
             two = torch.load(tmp_path / f"{name}-{kind}.pt", weights_only=True)
             metrics = two.pop("metrics")
             assert relative_difference(two, weights_of(one.model)) < 1e-6, (name, kind)

@@ -57,11 +57,6 @@ ZERO3 = {
 METRICS = ("cppo/kept_share", "cppo/gated_share", "cppo/cpl_loss")
 
 
-def kinds_of(name: str) -> tuple[str, ...]:
-    """How a case is run: TRL before 1.15 cuts a model into ZeRO-3's shards before we see it."""
-    return KINDS if name != "packed" or check()[-1].fits else ("ddp", "fsdp2")
-
-
 def run(name: str, processes: int, **options: Any) -> Any:
     """A trainer after its run, on `processes` processes."""
     case = dict(CASES[name])
@@ -124,9 +119,9 @@ if __name__ == "__main__":
         folder_of(case["family"])  # once there is a process group, only the first one saves
     for kind in KINDS:
         with fsdp2() if kind == "fsdp2" else nullcontext():
+            # First: once a ZeRO-3 config was made, models are loaded in shards, and not packed.
+            save("packed", kind, Path(sys.argv[1]))
             save("vision", kind, Path(sys.argv[1]))
-            if kind in kinds_of("packed"):
-                save("packed", kind, Path(sys.argv[1]))
             # A head in shards goes through our kernel too.
             undo = patch_trl("reference") if kind != "ddp" and check()[-1].fits else lambda: None
             save("dapo", kind, Path(sys.argv[1]))

@@ -54,11 +54,11 @@ class LossConfig(CheckedFields):
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; below 0 entropy is penalised (VPPO: -0.06)."""
     perception: str = "cpl"
-    """What the image's removal does to tokens (docs/methods.md). "cpl": contrastive perception on
-    the tokens that `fraction` selects. "cpl_all": on every token of a gated completion. "vppo":
-    the policy loss of the tokens, and its size, by how much they depend on the image
-    (`cppo.visual_dependency`, passed as `token_weights`). "papo": a bonus for depending on it
-    (`removed_logps`). The last two have no contrastive loss; the papers' removing view is
+    """How tokens are treated that depend on the image (docs/methods.md). "cpl": the contrastive
+    loss acts on the tokens that `fraction` selects. "cpl_all": it acts on every token of a gated
+    completion. "vppo": `token_weights` let the policy loss act on the tokens that depend on the
+    image most (`cppo.visual_dependency`). "papo": depending on it earns a bonus
+    (`removed_logps`). The last two have no contrastive loss; their papers remove the image by
     "masked_patches"."""
     cpl_coef: float = 0.01
     """Weight of the contrastive perception loss. >= 0; acts where perturbed views are given."""

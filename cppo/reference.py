@@ -609,6 +609,11 @@ def contrastive_loss(
     return F.softplus(margin / config.tau)
 
 
+def _in_exact_steps(values: Tensor) -> Tensor:
+    """fp64, to a multiple of 2^-36: their sum is exact, in whatever order a GPU adds them."""
+    return (values.double() * 2.0**36).round() * 2.0**-36
+
+
 # At most e^20 is an importance weight that has no other bound.
 LARGEST_LOG_WEIGHT = 20.0
 
@@ -632,8 +637,7 @@ def importance_weights(
     if correction in ("none", "bypass"):
         return valid.to(d)
     if correction.startswith("sequence"):
-        # Of multiples of 2^-36 a sum in fp64 is exact, in whatever order a GPU adds them.
-        exact = (d.double() * 2.0**36).round() * 2.0**-36
+        exact = _in_exact_steps(d)
         if cu_seqlens is None:
             total = exact.sum(1, keepdim=True).expand_as(d)
         else:
@@ -684,11 +688,9 @@ def visual_dependency(
     tokens, without = (
         _sum_per_completion(rows.long(), owner, count) for rows in (valid, valid & removed.isnan())
     )
-    # Of multiples of 2^-36 a sum in fp64 is exact, in whatever order a GPU adds them.
-    exact = (per_token * 2.0**36).round() * 2.0**-36
-    own = _sum_per_completion(exact, owner, count) / tokens
+    own = _sum_per_completion(_in_exact_steps(per_token), owner, count) / tokens
     own = own.masked_fill(without > 0, math.nan)
-    # Least first what matters least: stable sorts by row, by S, by completion.
+    # In each completion the largest S first: a stable sort by S, then one by completion.
     order = per_token.masked_fill(~valid, -1.0).sort(descending=True, stable=True).indices
     order = order[owner[order].sort(stable=True).indices]
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

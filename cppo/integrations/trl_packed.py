@@ -33,7 +33,7 @@ from cppo.packed_batch import PackedBatch
 
 # Arguments of the model that packing does not change.
 _SAME = ("fused_lm_head",)
-# Those that say where the images are, and these are read off the ids.
+# They say where the images are, which is read off the ids here.
 _DROPPED = ("mm_token_type_ids",)
 
 Image = tuple[Tensor, Tensor]  # its patches (P, C), its grid (3,)
@@ -92,7 +92,8 @@ class Packed:
             prompts = questions(input_ids[:, :start], attended[:, :start], asked)
             order.sort(key=prompts.__getitem__)
         lengths, responses = ([size[row] for row in order] for size in sizes)
-        self._check_length(max(lengths))
+        if self._limit is not None:
+            self._limit.check(max(lengths))
         is_response = torch.zeros_like(attended)
         is_response[:, start:] = True
         kept = torch.tensor(order, device=input_ids.device)
@@ -163,13 +164,6 @@ class Packed:
             )
         counts, self._num_images = self._num_images[:count], self._num_images[count:]
         return row_images(pixels, grids, counts) if counts else [[]] * count, given
-
-    def _check_length(self, longest: int) -> None:
-        if self._limit is not None and longest > self._limit.tokens:
-            raise ValueError(
-                f"cppo.integrations.trl: a sequence of {longest} tokens is longer than "
-                f"{self._limit.tokens}: {self._limit.reason}"
-            )
 
 
 def questions(prompts: Tensor, mask: Tensor, images: Images) -> list[int]:

@@ -65,19 +65,20 @@ def keep(
     mine = stay[here] - first
     # The shortest completion costs least.
     rows = torch.cat([mine, lengths.argmin().expand(width - len(mine))])
-    if options.prune == "unbiased":
+    if weights is not None:
         weights = torch.cat([weights[here], weights.new_ones(width - len(mine))])
     scale, share = width * processes / max(len(stay), 1), len(stay) / len(everyones)
-    return Kept(rows, len(mine), scale, share, weights if options.prune == "unbiased" else None)
+    return Kept(rows, len(mine), scale, share, weights)
 
 
 def _stay(
     trainer: Any, everyones: Tensor, tokens: Tensor, size: int, draw: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """The rows of all processes that stay, and the weights of their advantages: (K,) each.
+) -> tuple[Tensor, Tensor | None]:
+    """The rows of all processes that stay, and what their advantages are multiplied by: (K,) each.
 
-    TRL divides by the rows, or tokens, that are left, and has no weights of its own: so A / p is
-    also multiplied by these over those sampled, and the gradient is that of all rows in the mean.
+    Only "unbiased" has weights. TRL divides by the rows, or tokens, that are left, and has no
+    weights of its own: so A / p is also multiplied by these over those sampled, and the gradient is
+    that of all rows in the mean.
     """
     options = trainer.cppo
     # "batch" is over one process's completions, "group" over each question's, wherever they lie.
@@ -102,10 +103,12 @@ def _stay(
         kept.append(start + rows)
         weights.append(cppo.prune_weights(unit, rows, group, options.prune_rate, **rule))
         start += len(unit)
-    stay, weight = torch.cat(kept), torch.cat(weights)
+    stay = torch.cat(kept)
+    if options.prune != "unbiased":
+        return stay, None
     count = torch.ones_like(tokens) if averages_rows(trainer.args) else tokens
     counted = count[everyones != 0] if options.drop_zero_variance else count
-    return stay, weight * (count[stay].sum() / counted.sum().clamp(min=1))
+    return stay, torch.cat(weights) * (count[stay].sum() / counted.sum().clamp(min=1))
 
 
 def settled(trainer: Any, advantages: Tensor) -> Tensor:

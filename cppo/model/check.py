@@ -63,6 +63,13 @@ class PositionLimit(NamedTuple):
     tokens: int
     reason: str
 
+    def check(self, longest: int) -> None:
+        """Raises ValueError for a sequence of too many tokens."""
+        if longest > self.tokens:
+            raise ValueError(
+                f"cppo: a sequence of {longest} tokens is longer than {self.tokens}: {self.reason}"
+            )
+
 
 class _Facts(NamedTuple):
     """What is known of a model that passed.
@@ -101,11 +108,8 @@ def check_model(model: nn.Module, *, shares: bool = False, longest: int = 0) -> 
         if not any(p.is_meta for p in base.parameters()):
             _compare(model, shares)
         facts = passed[key] = _Facts(shares, position_limit(model))
-    limit = facts.limit
-    if limit is not None and longest > limit.tokens:
-        raise ValueError(
-            f"cppo: a sequence of {longest} tokens is longer than {limit.tokens}: {limit.reason}"
-        )
+    if facts.limit is not None:
+        facts.limit.check(longest)
 
 
 def _active(model: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cppo import backends
+from cppo.fused.batch import OF_ROWS
 from cppo.loss_config import LossConfig
 from cppo.ops.checks import (
     LOGITS_DTYPES,
@@ -157,7 +158,7 @@ def _checked_rows(op: str, name: str, anchor: Tensor, rows: _Rows, config: LossC
     _check_perception(op, rows, config)
     symbols = "(T,)" if targets.ndim == 1 else "(B, L)"
     of_rows: dict[str, Tensor | None] = {}
-    for field in rows._fields[2:-2]:
+    for field in OF_ROWS:
         values = getattr(rows, field)
         if values is not None:
             check_tensor(op, field, values, "floating")
@@ -174,7 +175,7 @@ def _checked_rows(op: str, name: str, anchor: Tensor, rows: _Rows, config: LossC
 
 
 def _check_perception(op: str, rows: _Rows, config: LossConfig) -> None:
-    """What a comparison with the removing view left for the loss."""
+    """Raises ValueError where what VPPO or PAPO takes from the removing view is missing."""
     needed = "token_weights" if config.perception == "vppo" else "removed_logps"
     if config.compares_removed and getattr(rows, needed) is None:
         raise ValueError(

@@ -103,11 +103,12 @@ def test_two_updates_of_a_rollout(tmp_path: Path) -> None:
     assert len(logged(trainer, "grad_norm")) == 2 * STEPS
 
 
-def test_early_and_late_pruning_are_the_same_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["text", "images"])
+def test_early_and_late_pruning_are_the_same_bit_for_bit(kind: str, tmp_path: Path) -> None:
     weights = []
     for name in ("early", "late"):
         (tmp_path / name).mkdir()
         options = dataclasses.replace(LOOK, early=name == "early")
-        weights.append(run("text", tmp_path / name, options, **COLOCATE).model.state_dict())
+        weights.append(run(kind, tmp_path / name, options, **COLOCATE).model.state_dict())
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name

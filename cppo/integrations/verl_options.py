@@ -25,7 +25,7 @@ class Options:
     divergence cannot be "full": it needs the whole vocabulary, which verl's loss does not see.
     perception cannot be "vppo": its weights compare the completions of a mini-batch before the
     first of their micro-batches, where no function of verl's runs. PAPO's log-probabilities
-    without the image are the policy's of now, not of before the update.
+    without the image are the current policy's, not those of before the update.
 
     Raises: ValueError for a value out of range.
     """

@@ -191,7 +191,7 @@ def completions_of(rollouts: Any, rewards: Tensor) -> list[Completion]:
         seen: tuple[Tensor, ...] = ()
         if images is not None and images.per_question[row // rollouts.group_size]:
             own = images.of([row // rollouts.group_size])
-            seen = (own.pixel_values.double(), own.image_grid_thw)
+            seen = (own.joined("pixel_values").double(), own.joined("image_grid_thw"))
         completions.append(Completion(ids[is_prompt], ids[is_answer], reward, *seen))
     return completions
 

@@ -17,6 +17,7 @@ import cppo
 from cppo.model import attention, forward
 from cppo.model.check import check_model
 from cppo.model.stream_sdpa import Runs, stream_sdpa
+from cppo.model.wrappers import unwrap
 
 
 class Attentions(TorchDispatchMode):
@@ -84,7 +85,7 @@ def test_autocast_reaches_the_kernel_in_bf16(
     with a_varlen_kernel(monkeypatch) as got:
         forward.set_attention(model, "varlen")
         check_model(model, shares=is_shared)  # in fp64, before what is counted
-        layers = forward.unwrap(model).config.get_text_config().num_hidden_layers
+        layers = unwrap(model).config.get_text_config().num_hidden_layers
         got.clear()
         model.train()
         with torch.autocast("cpu", torch.bfloat16), Attentions() as ops:
@@ -102,7 +103,7 @@ def test_sdpa_reads_the_bounds_once_per_forward_and_in_bf16() -> None:
     check_model(model)
     counts = {}
     for layers in (1, 2):
-        forward.unwrap(model).config.num_hidden_layers = layers
+        unwrap(model).config.num_hidden_layers = layers
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), Attentions() as ops:
             cppo.packed_hidden(model, batch)
         assert len(ops.seen) == layers and {d for _, d in ops.seen} == {torch.bfloat16}
@@ -121,7 +122,7 @@ def test_the_kernel_is_chosen_for_where_the_model_will_run(
     model, _ = tiny("text")
     for device, name in ((None, "sdpa"), (torch.device("cuda"), "varlen")):
         forward.set_attention(model, "auto", device)
-        assert forward.unwrap(model).config._attn_implementation == attention.NAMES[name]
+        assert unwrap(model).config._attn_implementation == attention.NAMES[name]
 
 
 @pytest.mark.gpu

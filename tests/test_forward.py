@@ -26,7 +26,9 @@ from trainer_cases import (
 
 import cppo
 from cppo.model import forward
+from cppo.model.images import image_token_mask
 from cppo.model.prompts import encode_questions
+from cppo.model.wrappers import unwrap
 from cppo.packed_batch import PackedBatch
 from cppo.rollouts.sampler import _draw
 from cppo.train.batch import Batch
@@ -123,9 +125,9 @@ def test_set_attention_leaves_padded_batches_and_generate_right(family: str) -> 
     prompts = encode_questions(stock, processor, questions_for(family))
     inputs = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask.long()}
     if prompts.images is not None:
-        inputs["pixel_values"] = prompts.images.pixel_values
-        inputs["image_grid_thw"] = prompts.images.image_grid_thw
-        inputs["mm_token_type_ids"] = forward.image_token_mask(stock, prompts.input_ids).int()
+        inputs["pixel_values"] = prompts.images.joined("pixel_values")
+        inputs["image_grid_thw"] = prompts.images.joined("image_grid_thw")
+        inputs["mm_token_type_ids"] = image_token_mask(stock, prompts.input_ids).int()
     options = {"max_new_tokens": 8, "do_sample": False}
     model = packed(tiny(family)[0])
     with torch.no_grad():
@@ -234,7 +236,7 @@ def test_set_attention_through_wrappers_and_its_errors():
     ):
         model = wrap(tiny("text")[0])
         cppo.set_attention(model, "sdpa")
-        assert forward.is_packed(forward.unwrap(model))
+        assert forward.is_packed(unwrap(model))
         assert cppo.packed_hidden(model, stream_of([5, 3])).shape == (6, 32)
     model, _ = tiny("text")
     with pytest.raises(ValueError, match="name must be one of .*'auto', 'sdpa'.* got 'eager'"):

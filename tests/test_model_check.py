@@ -12,8 +12,9 @@ from torch import Tensor
 from trainer_cases import VISION_FAMILIES, tiny
 
 import cppo
-from cppo.model import attention, forward
+from cppo.model import attention, comparison, forward
 from cppo.model import check as model_check
+from cppo.model.wrappers import unwrap
 from cppo.ops.pack import pack_completions
 
 
@@ -223,7 +224,7 @@ def test_a_model_is_left_as_it_was_found(kind):
     else:
         model = tiny(kind)[0] if kind in VISION_FAMILIES else tiny_family(kind)
     forward.set_attention(model, "sdpa")
-    base = forward.unwrap(model)
+    base = unwrap(model)
     base.train()
     base.model.layers[0].eval() if hasattr(base.model, "layers") else None
     base(input_ids=torch.arange(3, 12)[None]).logits.sum().backward()
@@ -330,7 +331,7 @@ def test_what_fails_without_words_is_said_with_its_kind(monkeypatch):
     def broken(*call, **options):
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr(model_check, "run_packed", broken)
+    monkeypatch.setattr(comparison, "run_packed", broken)
     words = "'llama' cannot be run on packed sequences: IndexError: list index out of range"
     with pytest.raises(ValueError, match=words):
         model_check.check_model(packed_family("llama"))

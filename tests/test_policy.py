@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from trainer_cases import config, tiny, trainer_for
 
 import cppo
+from cppo.model import ways
 from cppo.train import policy
 
 CPU = torch.device("cpu")
@@ -66,21 +67,40 @@ def test_a_model_of_which_only_the_frozen_tower_was_to_be_trained():
         policy.prepare(model, config(freeze_vision_tower=True), CPU)
 
 
-def test_a_model_that_would_run_wrongly_is_refused_by_the_trainer(tmp_path):
+def family_model(name):
     from families import tiny_family
 
-    _, tokenizer = tiny("text")
-    model = tiny_family("lfm2")
-    model.resize_token_embeddings(len(tokenizer))
-    with pytest.raises(ValueError, match="'lfm2' .*on packed sequences, its logits are off by"):
-        trainer_for(tmp_path, model=model)
+    model = tiny_family(name)
+    model.resize_token_embeddings(len(tiny("text")[1]))
+    return model
+
+
+def test_a_model_that_would_run_wrongly_is_refused_by_the_trainer(tmp_path):
+    words = "'modernbert-decoder' .*by its LM head, its logits are off by"
+    with pytest.raises(ValueError, match=words):
+        trainer_for(tmp_path, model=family_model("modernbert-decoder"))
+
+
+@pytest.mark.parametrize("family", ["lfm2", "gpt_oss", "gemma2"])
+def test_a_model_that_cannot_be_packed_is_padded_and_the_run_says_so(family, tmp_path, capsys):
+    model = family_model(family)
+    own = model.config._attn_implementation
+    trainer = trainer_for(tmp_path, model=model, share_prompts=True)
+    assert not trainer.policy.ways.text and model.config._attn_implementation == own
+    said = capsys.readouterr().out
+    assert "padded: all sequences run as padded batches, because model_type" in said
+    assert "share_prompts has no effect" in said
 
 
 def test_shared_prompts_are_checked_where_they_are_asked_for(
     monkeypatch,
 ):
     asked = []
-    monkeypatch.setattr(policy, "check_model", lambda model, shares: asked.append(shares))
+
+    def checked(model, *, shares=False, **_):
+        asked.append(shares)
+
+    monkeypatch.setattr(ways, "check_model", checked)
     for shares in (False, True):
         policy.prepare(tiny("text")[0], config(share_prompts=shares), CPU)
     assert asked == [False, True]
@@ -101,7 +121,7 @@ def test_the_reference_has_the_attention_of_its_own_device(monkeypatch):
         "choose_attention",
         lambda name, device, *_: asked.append(torch.device(device).type) or "sdpa",
     )
-    monkeypatch.setattr(policy.forward, "set_attention", lambda model, name: None)
+    monkeypatch.setattr(policy, "choose_ways", lambda *_, **__: ways.Ways())
     policy.frozen_copy(tiny("text")[0], config(), torch.device("meta"))
     assert asked == ["meta"]
 

@@ -13,9 +13,11 @@ from trainer_cases import config, questions_for, tiny, trainer_for, weights_of
 
 import cppo
 from cppo.model import forward
+from cppo.model.images import image_token_mask
 from cppo.model.load import load_model
 from cppo.model.precision import hold_weights, whole
 from cppo.model.prompts import encode_questions
+from cppo.model.wrappers import unwrap
 from cppo.train import policy
 from cppo.train.checkpoint import last_checkpoint
 
@@ -49,7 +51,7 @@ def test_a_small_step_changes_weights_that_were_stored_in_half(stored, precision
 
 
 def layers_of(model, kind):
-    base = forward.unwrap(model)
+    base = unwrap(model)
     return {n: m for n, m in base.named_modules() if isinstance(m, kind)}
 
 
@@ -121,9 +123,9 @@ def test_under_autocast_a_frozen_vision_model_gives_the_same_bits(family):
             output = model(
                 input_ids=prompts.input_ids,
                 attention_mask=prompts.attention_mask.long(),
-                pixel_values=images.pixel_values,
-                image_grid_thw=images.image_grid_thw,
-                mm_token_type_ids=forward.image_token_mask(model, prompts.input_ids).int(),
+                pixel_values=images.joined("pixel_values"),
+                image_grid_thw=images.joined("image_grid_thw"),
+                mm_token_type_ids=image_token_mask(model, prompts.input_ids).int(),
             )
         logits.append(output.logits)
     assert torch.equal(*logits)

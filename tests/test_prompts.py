@@ -92,8 +92,8 @@ def test_ids_and_pixels_are_those_of_one_call_for_the_whole_batch(family):
         prompts.input_ids[prompts.attention_mask], whole["input_ids"][prompts.attention_mask]
     )
     assert prompts.images is not None and prompts.images.per_question == (1, 2, 0, 1)
-    assert torch.equal(prompts.images.image_grid_thw, whole["image_grid_thw"])
-    assert torch.equal(prompts.images.pixel_values, whole["pixel_values"])
+    assert torch.equal(prompts.images.joined("image_grid_thw"), whole["image_grid_thw"])
+    assert torch.equal(prompts.images.joined("pixel_values"), whole["pixel_values"])
     # A token covers 24 x 24 pixels: images of 2, 3 + 8, 0 and 9 tokens.
     placeholders = (prompts.input_ids == model.config.image_token_id).sum(1)
     assert placeholders.tolist() == [2, 11, 0, 9]
@@ -115,7 +115,7 @@ def test_greyscale_and_colour_images_are_one_thing_to_the_processor():
     encoder = PromptEncoder(vision_processor(CHATML))
     grey = image(48, 24).convert("L")
     pixels = [
-        encoder(as_question({"prompt": "?", "image": own})).pixel_values
+        encoder(as_question({"prompt": "?", "image": own})).processed["pixel_values"]
         for own in (grey, grey.convert("RGB"))
     ]
     assert torch.equal(*pixels)

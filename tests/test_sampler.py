@@ -14,6 +14,7 @@ from cppo.demo.digits import DigitSums
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
 from cppo.demo.warmup import CHECKPOINTS
 from cppo.model import forward
+from cppo.model.images import image_token_mask
 from cppo.model.load import load_model, load_processor, special_token_ids_to_suppress
 from cppo.model.prompts import Prompts, encode_questions
 from cppo.questions import as_question
@@ -48,9 +49,9 @@ def test_greedy_completions_are_those_of_generate(family: str) -> None:
         "attention_mask": prompts.attention_mask.long(),
     }
     if prompts.images is not None:
-        inputs["pixel_values"] = prompts.images.pixel_values
-        inputs["image_grid_thw"] = prompts.images.image_grid_thw
-        inputs["mm_token_type_ids"] = forward.image_token_mask(model, prompts.input_ids).int()
+        inputs["pixel_values"] = prompts.images.joined("pixel_values")
+        inputs["image_grid_thw"] = prompts.images.joined("image_grid_thw")
+        inputs["mm_token_type_ids"] = image_token_mask(model, prompts.input_ids).int()
     options = GenerationConfig(do_sample=False, max_new_tokens=TOKENS)
     expected = model.generate(**inputs, generation_config=options)
     ours = _sample(model, processor, prompts)

@@ -168,14 +168,13 @@ def test_a_questions_views_do_not_depend_on_its_microbatch(family):
 
     def views(questions, seed=7):
         moved = dataclasses.replace(batch, seed=seed)
-        both = perturbed_images(moved, images.of(questions), questions, config(), processor)
         result = []
-        for view in both:
-            patches = view.pixel_values.split(view.image_grid_thw.prod(1).tolist())
+        for view in perturbed_images(moved, questions, config(), processor):
             assert view.per_question == tuple(images.per_question[q] for q in questions)
             split = {}
-            for question, count in zip(questions, view.per_question, strict=True):
-                split[question], patches = patches[:count], patches[count:]
+            for question, own in zip(questions, view.prepared, strict=True):
+                sizes = own["image_grid_thw"].prod(1).tolist() if own else []
+                split[question] = own["pixel_values"].split(sizes) if own else ()
             result.append(split)
         return result
 
@@ -199,9 +198,9 @@ def test_images_are_encoded_once_per_question_and_view(family, budget, monkeypat
     encoded = []
     stock = model.model.get_image_features
 
-    def encode(pixels, grid, **options):
-        encoded.append(len(grid))
-        return stock(pixels, grid, **options)
+    def encode(*, image_grid_thw, **options):
+        encoded.append(len(image_grid_thw))
+        return stock(image_grid_thw=image_grid_thw, **options)
 
     monkeypatch.setattr(model.model, "get_image_features", encode)
     parts = batch.microbatches(batch.kept, budget)

@@ -18,7 +18,7 @@ from trainer_cases import (
 )
 
 from cppo.config import LoraConfig
-from cppo.model.forward import vision_tower
+from cppo.model.wrappers import vision_tower
 from cppo.train import algorithm
 from cppo.train.algorithm import cppo_update
 from cppo.train.checkpoint import last_checkpoint

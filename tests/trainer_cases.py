@@ -152,11 +152,10 @@ def padded_logps(model: Any, rollouts: Rollouts) -> Tensor:
     vision: dict[str, Any] = {}
     if images is not None:
         questions = [row // rollouts.group_size for row in range(len(rollouts.texts))]
-        order = [i for question in questions for i in images.image_ids(question)]
-        patches = images.pixel_values.split(images.image_grid_thw.prod(1).tolist())
+        of_rows = images.of(questions)
         vision = {
-            "pixel_values": torch.cat([patches[i] for i in order]),
-            "image_grid_thw": images.image_grid_thw[order],
+            "pixel_values": of_rows.joined("pixel_values"),
+            "image_grid_thw": of_rows.joined("image_grid_thw"),
             "mm_token_type_ids": (rollouts.input_ids == model.config.image_token_id).int(),
         }
     else:

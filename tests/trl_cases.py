@@ -174,7 +174,7 @@ def micro_batch(rollouts: Any, advantages: Any, image_token: int) -> dict[str, A
     width, prompts = rollouts.prompts.input_ids.shape[1], rollouts.prompts
     questions, group = len(prompts.questions), rollouts.group_size
     order = [number for number in range(questions) for _ in range(group)]
-    patches = prompts.images.pixel_values.split(prompts.images.image_grid_thw.prod(1).tolist())
+    images = prompts.images.of(order)
     return {
         "prompt_ids": prompts.input_ids[order],
         "prompt_mask": prompts.attention_mask[order].long(),
@@ -182,8 +182,8 @@ def micro_batch(rollouts: Any, advantages: Any, image_token: int) -> dict[str, A
         "completion_mask": rollouts.completion_mask[:, width:].long(),
         "advantages": advantages,
         "num_items_in_batch": rollouts.completion_mask.sum(),
-        "pixel_values": torch.cat([patches[i] for i in order]),
-        "image_grid_thw": prompts.images.image_grid_thw[order],
+        "pixel_values": images.joined("pixel_values"),
+        "image_grid_thw": images.joined("image_grid_thw"),
         "num_images": [1] * len(order),
         "mm_token_type_ids": (rollouts.input_ids == image_token).int(),
         "cppo_seed": torch.zeros(len(order), dtype=torch.int64),

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cppo.benchmarks import eager
 from cppo.benchmarks.experiments.step_models import noise
-from cppo.model.forward import image_arguments, unwrap
+from cppo.model.images import image_arguments
+from cppo.model.wrappers import unwrap
 from cppo.records import Views
 from cppo.train.batch import Batch
 from cppo.train.progress import PhaseTimer
@@ -76,7 +77,7 @@ def _logits(trainer: CPPOTrainer, batch: Batch, part: Tensor) -> list[Tensor]:
     views: list[Any] = [None]
     if rollouts.prompts.images is not None:
         own = rollouts.prompts.images.of(shown)
-        views = [own, *perturbed_images(batch, own, shown, trainer.config, trainer.processor)]
+        views = [own, *perturbed_images(batch, shown, trainer.config, trainer.processor)]
     positions = rollouts.positions
     found = []
     for images in views:

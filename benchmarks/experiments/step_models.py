@@ -30,9 +30,9 @@ from cppo.benchmarks.experiments.small_models import (
 from cppo.cli import run_config
 from cppo.demo.digits import DigitSums
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm, build_tokenizer
-from cppo.model.forward import has_vision, unwrap
 from cppo.model.load import image_only, load_model, load_processor
 from cppo.model.prompts import tokenizer_of
+from cppo.model.wrappers import has_vision, unwrap
 from cppo.questions import load_gsm8k
 from cppo.rewards import completion_text, gsm8k_reward
 

@@ -20,13 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cppo.integrations.trl_rows import Batch, joined, take_rows
-from cppo.model.check import PositionLimit, check_model, position_limit
-from cppo.model.forward import (
-    image_token_mask,
-    rotary_positions,
-    set_attention,
-    stream_arguments,
-)
+from cppo.model.check import check_model
+from cppo.model.forward import set_attention, stream_arguments
+from cppo.model.images import image_token_mask, rotary_positions
+from cppo.model.limits import PositionLimit, position_limit
 from cppo.model.shared_prompts import share_prompts
 from cppo.ops.pack import pack_completions
 from cppo.packed_batch import PackedBatch

@@ -1,14 +1,11 @@
-"""Whether a model computes on packed sequences what it computes on each of them alone.
+"""Whether a model computes as it is run here what it computes on each sequence alone.
 
 Nothing a model says about itself settles that: layers may drop the bounds of the sequences, carry
-a state from one into the next, or add sinks to their attention; a head may scale its logits; an
-adapter may act outside the model that it wraps. So when a model is first met, two short sequences
-go through everything that training calls, and the logits are compared with the model's own, by its
-eager attention, one sequence at a time:
-
-    packed     both in one stream, as in an update
-    shared     their common prompt once in the stream, as with share_prompts
-    decoded    padded on the left, token by token with a cache, as in a rollout
+a state from one into the next, or add sinks to their attention; images may be attended to both
+ways; a head may scale its logits; an adapter may act outside the model that it wraps. So when a
+model is first met, a few short sequences go through everything that training calls, and the logits
+are compared with the model's own, by its eager attention, one sequence at a time
+(`cppo.model.comparison`): sequences of text, and answers to a question with an image.
 
 The arithmetic is fp64 (`cppo.model.double_precision`), so that what differs is not rounding.
 Windows are made shorter than the sequences, and adapters are moved away from their start, where
@@ -17,7 +14,6 @@ most are zero, so that neither is right by accident. The model is left as it was
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
@@ -26,28 +22,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from cppo.model.comparison import Case, image_case, pairs, text_case
 from cppo.model.double_precision import DoublePrecision
-from cppo.model.forward import (
-    LMHead,
-    cache_argument,
-    check_supported,
-    has_adapters,
-    has_vision,
-    lm_head,
-    own_modules,
-    run_packed,
-    unwrap,
-    vision_tower,
-)
+from cppo.model.forward import check_supported, run_packed
+from cppo.model.images import ImageBatch
 from cppo.model.left_as_found import left_as_found, model_configs
-from cppo.model.shared_prompts import share_prompts
-from cppo.ops.pack import pack_completions
-from cppo.packed_batch import PackedBatch
+from cppo.model.limits import PositionLimit, position_limit
+from cppo.model.padded import run_padded
+from cppo.model.wrappers import has_adapters, own_modules, unwrap
 
 _T = TypeVar("_T")
 
-# Tokens of the two sequences, which begin alike, and tokens of that beginning.
-LENGTHS, PROMPT = (8, 6), 4
 WINDOW = 3
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 # Of the largest logit. In fp64 rounding stays below 1e-12 of it: all above is another computation.
@@ -57,36 +42,41 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 0.02, tor
 TF32 = 0.02  # of fp32 where its products have the digits of fp16
 
 
-class PositionLimit(NamedTuple):
-    """How many tokens a sequence may have, and why no more."""
+class Shown(NamedTuple):
+    """A question with images: what a model is compared on besides text.
 
-    tokens: int
-    reason: str
+    prompt: (P,) int64, its tokens. images: of this question.
+    """
 
-    def check(self, longest: int) -> None:
-        """Raises ValueError for a sequence of too many tokens."""
-        if longest > self.tokens:
-            raise ValueError(
-                f"cppo: a sequence of {longest} tokens is longer than {self.tokens}: {self.reason}"
-            )
+    prompt: Tensor
+    images: ImageBatch
 
 
 class _Facts(NamedTuple):
     """What is known of a model that passed.
 
     shares: whether prompts were shared as well.
+    images: whether there was a question with images.
     limit: of its positions; None: there is none.
     """
 
     shares: bool
+    images: bool
     limit: PositionLimit | None
 
 
-# By model, and by what it is: its wrapper, its head, its active adapters.
+# By model, and by what it is: its wrapper, its head, its active adapters; and how it is run.
 _PASSED: WeakKeyDictionary[nn.Module, dict[Any, _Facts]] = WeakKeyDictionary()
 
 
-def check_model(model: nn.Module, *, shares: bool = False, longest: int = 0) -> None:
+def check_model(
+    model: nn.Module,
+    *,
+    packed: bool = True,
+    shares: bool = False,
+    longest: int = 0,
+    shown: Callable[[], Shown] | None = None,
+) -> None:
     """Raises ValueError for a model that cppo would run wrongly.
 
     Runs the model four times on a dozen tokens when it is first met, or met with another adapter;
@@ -94,20 +84,29 @@ def check_model(model: nn.Module, *, shares: bool = False, longest: int = 0) -> 
 
     Args:
         model: a transformers causal model, or a peft model around one, in any mode and precision,
-            with the attention of `cppo.set_attention`.
+            with the attention of `cppo.set_attention` if it is packed.
+        packed: whether it will be run on streams; else on padded batches.
         shares: whether it will be run on prompts that several completions share (one run more).
         longest: tokens of the longest sequence it is about to be run on.
+        shown: returns a question with images, if it will be run on such (six runs more).
     """
     base = unwrap(model)
     passed = _PASSED.setdefault(base, {})
-    key = (type(model), id(base.get_output_embeddings()), _active(model))
-    facts = passed.get(key)
-    if facts is None or shares > facts.shares:
+    key = (type(model), id(base.get_output_embeddings()), _active(model), packed)
+    facts = passed.get(key, _Facts(False, False, None))
+    is_new = key not in passed or shares > facts.shares
+    if is_new or (shown is not None and not facts.images):
         check_supported(model)
         _check_adapters(model)
         if not any(p.is_meta for p in base.parameters()):
-            _compare(model, shares)
-        facts = passed[key] = _Facts(shares, position_limit(model))
+            cases = [text_case(base)] if is_new else []
+            cases += [] if shown is None else [image_case(base, *shown())]
+            for case in cases:
+                _compare(model, case, packed, shares)
+        facts = _Facts(
+            shares or facts.shares, shown is not None or facts.images, position_limit(model)
+        )
+        passed[key] = facts
     if facts.limit is not None:
         facts.limit.check(longest)
 
@@ -143,59 +142,34 @@ def _check_adapters(model: Any) -> None:
             )
 
 
-def position_limit(model: nn.Module) -> PositionLimit | None:
-    """The sequences for which a model has positions that do not depend on their neighbours.
-
-    That ends where a table of learned positions ends, and where rotary positions begin to follow
-    the longest sequence of the batch. None: it never ends.
-    """
-    base = unwrap(model)
-    config = base.config.get_text_config()
-    family = f"model_type {base.config.model_type!r}"
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters] if "rope_type" in parameters else parameters.values()
-    ends = []
-    for kind in kinds:
-        if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
-            ends.append(kind["original_max_position_embeddings"])
-        elif isinstance(kind, dict) and "dynamic" in str(kind.get("rope_type")):
-            ends.append(config.max_position_embeddings)
-    follows = (
-        f"beyond that the rotary positions of {family} depend on the longest sequence of a batch, "
-        "so that packed sequences would change each other"
-    )
-    limits = [PositionLimit(end, follows) for end in ends]
-    tower = set(vision_tower(model).modules()) if has_vision(base) else set()
-    for name, part in base.named_modules():
-        # Tables of relative positions hold distances, which are cut at their end.
-        is_named = re.match(r"(?!.*rel).*(pos(ition|$|_)|wpe$)", name.rpartition(".")[2])
-        if is_named and isinstance(part, nn.Embedding) and part not in tower:
-            size = part.num_embeddings - getattr(part, "offset", 0)
-            limits.append(PositionLimit(size, f"{family} has learned positions for no more"))
-    return min(limits, default=None)
-
-
 # The comparison
 
 
-def check_training_mode(model: nn.Module) -> None:
+def check_training_mode(
+    model: nn.Module, *, packed: bool = True, shown: Callable[[], Shown] | None = None
+) -> None:
     """Raises ValueError if a model, its adapters aside, computes something else in training mode.
 
     Completions are sampled in eval mode: the update would take dropout and other noise for a change
-    of the policy.
+    of the policy. The arguments are those of `check_model`.
     """
     base = unwrap(model)
     if any(p.is_meta for p in base.parameters()):
         return
+    case = text_case(base) if shown is None else image_case(base, *shown())
+    run = run_packed if packed else run_padded
+
+    def hidden() -> Tensor:
+        batch, positions = case.stream(base, case.prompts)
+        return run(model, batch, positions, case.images, case.questions)
 
     def both_modes() -> tuple[Tensor, Tensor]:
-        batch = _stream(_tokens(base), 1)
-        sampled = run_packed(model, batch, _positions(base, batch))
+        sampled = hidden()
         for module in own_modules(model):
             module.training = True
-        return run_packed(model, batch, _positions(base, batch)), sampled
+        return hidden(), sampled
 
-    trained, sampled = _computed(model, both_modes)
+    trained, sampled = _computed(model, packed, both_modes)
     scale = sampled.abs().max().item()
     off = (trained - sampled).abs().nan_to_num(torch.inf).max().item()
     if off > _tolerance(sampled) * scale:
@@ -206,10 +180,13 @@ def check_training_mode(model: nn.Module) -> None:
         )
 
 
-def _compare(model: nn.Module, shares: bool) -> None:
+def _compare(model: nn.Module, case: Case, packed: bool, shares: bool) -> None:
     """Raises ValueError if the logits of any way of calling the model are not its own."""
-    pairs = _computed(model, lambda: dict(_logits(model, shares)))
-    for way, (ours, own) in pairs.items():
+    found = _computed(
+        model, packed, lambda: dict(pairs(model, case, packed=packed, shares=shares and packed))
+    )
+    where = ", with images" if case.has_images else ""
+    for way, (ours, own) in found.items():
         if own.isnan().any() or own.isposinf().any():
             raise ValueError(
                 f"cppo: model_type {unwrap(model).config.model_type!r} must have finite logits, "
@@ -218,10 +195,10 @@ def _compare(model: nn.Module, shares: bool) -> None:
         scale = own[own.isfinite()].abs().max().item()
         off = torch.where(ours == own, 0.0, (ours - own).abs()).nan_to_num(torch.inf).max().item()
         if off > _tolerance(own) * scale:
-            _refuse(model, way, off, scale, own)
+            _refuse(model, way + where, off, scale, own)
 
 
-def _computed(model: nn.Module, compute: Callable[[], _T]) -> _T:
+def _computed(model: nn.Module, packed: bool, compute: Callable[[], _T]) -> _T:
     """What is computed with a model, in fp64 where it can; the model is left as it was found."""
     exact: list[Any] = [DoublePrecision()] if _is_plain(model) else []
     for arithmetic in [*exact, nullcontext()]:
@@ -234,8 +211,9 @@ def _computed(model: nn.Module, compute: Callable[[], _T]) -> _T:
             # What is not said in words, such as an index out of range, needs its kind beside it.
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(
-                f"cppo: model_type {unwrap(model).config.model_type!r} cannot be run on packed "
-                f"sequences: {kind}{str(error).removeprefix('cppo: ')}"
+                f"cppo: model_type {unwrap(model).config.model_type!r} cannot be run on "
+                f"{'packed' if packed else 'padded'} sequences: "
+                f"{kind}{str(error).removeprefix('cppo: ')}"
             ) from error
     raise AssertionError("the last arithmetic returns or raises")
 
@@ -269,95 +247,6 @@ def _refuse(model: nn.Module, way: str, off: float, scale: float, own: Tensor) -
         "those that it gives for each sequence alone by its eager attention; "
         f"{_tolerance(own):g} of the largest is allowed ({reason})"
     )
-
-
-def _logits(model: Any, shares: bool) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Logits by each way of calling the model, and the model's own for the same tokens."""
-    base = unwrap(model)
-    ids = _tokens(base)
-    own, hidden = _by_itself(model, ids)
-    head = lm_head(model)
-    if hidden is not None:
-        yield "by its LM head", (head.logits(hidden), own)
-
-    def packed(prompt: int, is_shared: bool) -> tuple[Tensor, Tensor]:
-        batch = _stream(ids, prompt)
-        positions = _positions(base, batch)
-        shared = share_prompts(batch, [0, 0]) if is_shared else None
-        rows = [row[prompt - 1 : end - 1] for row, end in zip(own, LENGTHS, strict=True)]
-        return head.logits(run_packed(model, batch, positions, shared=shared)), torch.cat(rows)
-
-    yield "on packed sequences", packed(1, False)
-    if shares:
-        yield "on packed sequences that share a prompt", packed(PROMPT, True)
-    ends = torch.stack([row[end - 2 : end] for row, end in zip(own, LENGTHS, strict=True)])
-    yield "on prompts padded to one length, with a cache", (_decoded(base, head, ids), ends)
-
-
-def _by_itself(model: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The model's own logits, and the hidden states that its head was given.
-
-    One batch without padding: every sequence is alone in its row.
-    """
-    base = unwrap(model)
-    configs = model_configs(base)
-    attentions = [config._attn_implementation_internal for config in configs]
-    seen: list[Tensor] = []
-    # A model that goes around its own body shows none.
-    hook = base.model.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
-    with hook:
-        base.set_attn_implementation("eager")
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    for config, attention in zip(configs, attentions, strict=True):
-        config._attn_implementation_internal = attention
-    return output.logits, seen[0] if seen else None
-
-
-def _tokens(base: Any) -> Tensor:
-    """Two rows of ordinary tokens that all differ, but for the common beginning."""
-    table = base.get_input_embeddings().weight
-    named = {**vars(base.config.get_text_config()), **vars(base.config)}
-    special = {value for name, value in named.items() if "token" in name and type(value) is int}
-    ordinary = [token for token in range(table.shape[0]) if token not in special]
-    total = 2 * max(LENGTHS) - PROMPT
-    chosen = [ordinary[i * len(ordinary) // total] for i in range(total)]
-    first, rest = chosen[: max(LENGTHS)], chosen[max(LENGTHS) :]
-    return torch.tensor([first, first[:PROMPT] + rest], device=table.device)
-
-
-def _stream(ids: Tensor, prompt: int) -> PackedBatch:
-    place = torch.arange(ids.shape[1], device=ids.device)
-    mask = place < torch.tensor(LENGTHS, device=ids.device)[:, None]
-    return pack_completions(ids, mask, mask & (place >= prompt))
-
-
-def _positions(base: Any, batch: PackedBatch) -> Tensor | None:
-    return batch.position_ids.expand(3, -1) if has_vision(base) else None
-
-
-def _decoded(base: Any, head: LMHead, ids: Tensor) -> Tensor:
-    """(2, 2, V) logits of the last two tokens, the last one with a cache, as the sampler does."""
-    from cppo.model.cache import completion_cache, prompt_cache
-
-    cache = prompt_cache(base)
-    longest = max(LENGTHS)
-    padding = torch.tensor([longest - length for length in LENGTHS], device=ids.device)
-    place = torch.arange(longest, device=ids.device) - padding[:, None]
-    ids, mask, place = ids.gather(1, place.clamp(min=0)), (place >= 0).long(), place.clamp(min=0)
-    positions = place.expand(3, -1, -1) if has_vision(base) else place
-    logits = []
-    for start, stop in ((0, longest - 1), (longest - 1, longest)):
-        output = base.model(
-            input_ids=ids[:, start:stop],
-            attention_mask=mask[:, :stop],
-            position_ids=positions[..., start:stop],
-            use_cache=True,
-            **cache_argument(base, cache),
-        )
-        logits.append(head.logits(output.last_hidden_state[:, -1]))
-        if not start:
-            cache = completion_cache([cache], 1, 1)
-    return torch.stack(logits, dim=1)
 
 
 # What the model is while it is compared

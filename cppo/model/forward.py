@@ -1,21 +1,18 @@
-"""How a model family is called on a packed stream. The only file that knows.
+"""How a model family is called on a packed stream.
 
 A packed stream holds many sequences in one row. What keeps them apart is `cu_seqlens`: the
 attention of cppo.model.attention attends within each sequence and needs no mask at all, so the same
 model also serves padded batches and `generate` (where it is plain sdpa).
 Rules that hold for every family, each one wrong when broken: `use_cache=False`, positions that
-restart in each sequence, and for the Qwen-VL families three rows of rotary positions computed from
-the image grid. That the model then computes what it computes by itself is not taken for granted:
+restart in each sequence, and for the families that have three rows of rotary positions those of the
+image grid. That the model then computes what it computes by itself is not taken for granted:
 `cppo.model.check` compares the two when a model is first met.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,48 +28,14 @@ from cppo.model.attention import (
     no_mask,
     register,
 )
+from cppo.model.images import ImageBatch, image_arguments
+from cppo.model.left_as_found import model_configs
 from cppo.model.shared_prompts import SharedStream
 from cppo.model.stream_sdpa import Runs
+from cppo.model.wrappers import has_vision, unwrap
 from cppo.packed_batch import PackedBatch
 
 __all__ = ["choose_attention", "set_attention"]
-
-VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-
-
-@dataclass(frozen=True)
-class ImageBatch:
-    """Processor-ready images of a list of questions, in their order.
-
-    Args:
-        pixel_values: (P, C) patches of all images, one image after the other.
-        image_grid_thw: (I, 3) int64, patches of each image along time, height and width.
-        per_question: number of images of each question; sums to I.
-    """
-
-    pixel_values: Tensor
-    image_grid_thw: Tensor
-    per_question: tuple[int, ...]
-
-    def of(self, questions: Sequence[int]) -> ImageBatch:
-        """The images of some questions, in the order given."""
-        image_ids = [i for q in questions for i in self.image_ids(q)]
-        counts = tuple(self.per_question[q] for q in questions)
-        if not image_ids:
-            return ImageBatch(self.pixel_values[:0], self.image_grid_thw[:0], counts)
-        pixel_values = torch.cat([self._patches[i] for i in image_ids])
-        grids = torch.stack([self.image_grid_thw[i] for i in image_ids])
-        return ImageBatch(pixel_values, grids, counts)
-
-    @functools.cached_property
-    def _patches(self) -> tuple[Tensor, ...]:
-        """The patches of each image. Their numbers are read from the device once."""
-        return self.pixel_values.split(self.image_grid_thw.prod(1).tolist())
-
-    def image_ids(self, question: int) -> range:
-        """Indices of the images of one question."""
-        first = sum(self.per_question[:question])
-        return range(first, first + self.per_question[question])
 
 
 def set_attention(model: nn.Module, name: str, device: torch.device | None = None) -> None:
@@ -115,6 +78,22 @@ def set_attention(model: nn.Module, name: str, device: torch.device | None = Non
         )
 
 
+class Attention(NamedTuple):
+    """The attention of a model's configs, so that it can be put back."""
+
+    configs: list[Any]
+    names: list[Any]
+
+    @classmethod
+    def of(cls, base: Any) -> Attention:
+        configs = model_configs(base)
+        return cls(configs, [config._attn_implementation_internal for config in configs])
+
+    def restore(self) -> None:
+        for config, name in zip(self.configs, self.names, strict=True):
+            config._attn_implementation_internal = name
+
+
 def layers_of(model: nn.Module, dtype: torch.dtype | None = None) -> Layers:
     """What the choice of a kernel must know of a model that computes its attention in `dtype`."""
     return Layers(head_sizes(unwrap(model).config.get_text_config()), dtype)
@@ -124,41 +103,6 @@ def is_packed(base: Any) -> bool:
     """Whether the model has one of the attentions of `set_attention`."""
     config = getattr(base, "config", None)
     return config is not None and config.get_text_config()._attn_implementation in NAMES.values()
-
-
-def unwrap(model: Any) -> Any:
-    """The transformers model inside a compiled or a peft wrapper, or the model itself."""
-    model = getattr(model, "_orig_mod", model)
-    peft = sys.modules.get("peft")
-    if peft is not None and isinstance(model, peft.PeftMixedModel):
-        return model.base_model.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def has_adapters(model: nn.Module) -> bool:
-    """Whether the model has adapters of peft, however they were added."""
-    peft = sys.modules.get("peft")
-    if peft is None:
-        return False
-    kind = peft.tuners.tuners_utils.BaseTunerLayer
-    return bool(getattr(model, "peft_config", None)) or any(
-        isinstance(module, kind) for module in model.modules()
-    )
-
-
-def own_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model without those that adapters brought."""
-    if isinstance(getattr(model, "base_layer", None), nn.Module):
-        yield from own_modules(model.base_layer)  # type: ignore[arg-type]
-        return
-    yield model
-    for child in model.children():
-        yield from own_modules(child)
-
-
-def has_vision(model: nn.Module) -> bool:
-    """Whether the model takes images."""
-    return getattr(unwrap(model).config, "vision_config", None) is not None
 
 
 def check_supported(model: nn.Module) -> None:
@@ -177,11 +121,6 @@ def check_supported(model: nn.Module) -> None:
             "cppo: model must be a causal language model of transformers with its body in `model` "
             f"and an LM head, got {type(base).__name__}"
         )
-    if has_vision(base) and base.config.model_type not in VISION_FAMILIES:
-        raise ValueError(
-            "cppo: vision-language model must be of the Qwen2-VL, Qwen2.5-VL or Qwen3-VL family, "
-            f"got model_type {base.config.model_type!r}"
-        )
 
 
 def _is_encoder_decoder(config: Any) -> bool:
@@ -192,51 +131,6 @@ def _is_encoder_decoder(config: Any) -> bool:
     return getattr(config, "is_encoder_decoder", False) or (
         type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     )
-
-
-def vision_tower(model: nn.Module) -> nn.Module:
-    """The vision encoder of a Qwen-VL model."""
-    return unwrap(model).model.visual
-
-
-def rotary_positions(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, image_grid_thw: Tensor | None
-) -> Tensor | None:
-    """(3, B, L) rotary positions of padded prompts with images; None for a text model."""
-    if not has_vision(model):
-        return None
-    base = unwrap(model)
-    positions, _ = base.model.get_rope_index(
-        input_ids,
-        mm_token_type_ids=image_token_mask(model, input_ids).int(),
-        image_grid_thw=image_grid_thw,
-        attention_mask=attention_mask,
-    )
-    return positions
-
-
-def image_token_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Where the placeholders of image patches stand: bool like `input_ids`."""
-    return input_ids == unwrap(model).config.image_token_id
-
-
-def image_arguments(base: Any, images: ImageBatch | None, shown: Sequence[int]) -> dict[str, Any]:
-    """What the model is called with for its images; sequence k gets those of question `shown[k]`.
-
-    Each image is encoded once, however many sequences look at it.
-    """
-    if images is None or len(images.image_grid_thw) == 0:
-        return {}
-    order = [i for question in shown for i in images.image_ids(question)]
-    features = base.model.get_image_features(
-        images.pixel_values, images.image_grid_thw, return_dict=True
-    )
-    fields = {"pooler_output": [features.pooler_output[i] for i in order]}
-    if getattr(features, "deepstack_features", None) is not None:
-        fields["deepstack_features"] = [
-            [layer[i] for i in order] for layer in features.deepstack_features
-        ]
-    return {"mm_encoder_outputs": {"image": type(features)(**fields)}}
 
 
 def cache_argument(base: Any, cache: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cppo.model.forward import unwrap
+from cppo.model.wrappers import unwrap
 
 # What peft puts into the name of a layer that has adapters, or copies that are trained.
 _WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")

@@ -35,8 +35,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, is_torchvision_available, logging
 
-from cppo.model.forward import unwrap
 from cppo.model.processor_files import save_processor
+from cppo.model.wrappers import unwrap
 
 __all__ = [
     "check_saveable",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from cppo.model.check import check_model
-from cppo.model.forward import ImageBatch, is_packed, run_packed, unwrap
+from cppo.model.check import Shown, check_model
+from cppo.model.forward import is_packed, run_packed
+from cppo.model.images import ImageBatch
 from cppo.model.shared_prompts import SharedStream
+from cppo.model.wrappers import unwrap
 from cppo.packed_batch import PackedBatch
 
 
@@ -25,7 +28,8 @@ def packed_hidden(
 
     Specification: row for row those of the model on each sequence by itself, in its mode
     (`train`, `eval`), precision and with its adapters; gradients flow. The first call with a model
-    compares the two on a dozen tokens (`cppo.model.check`); later calls do not.
+    compares the two on a dozen tokens, the first with images on one of their questions, too
+    (`cppo.model.check`); later calls do not.
     Args:
         model: a transformers causal model, or a peft model around one, with the attention of
             `cppo.set_attention`.
@@ -50,5 +54,18 @@ def packed_hidden(
             'cppo.set_attention(model, "auto") once before the first packed forward'
         )
     if not torch.compiler.is_compiling():
-        check_model(model, shares=shared is not None, longest=batch.max_seqlen)
+        shown = (
+            None
+            if images is None or not any(images.per_question)
+            else partial(_shown, batch, images, image_of)
+        )
+        check_model(model, shares=shared is not None, longest=batch.max_seqlen, shown=shown)
     return run_packed(model, batch, positions, images, image_of, shared)
+
+
+def _shown(batch: PackedBatch, images: ImageBatch, image_of: Sequence[int]) -> Shown:
+    """The stream's first question with images."""
+    number = next(k for k, question in enumerate(image_of) if images.per_question[question])
+    start = int(batch.cu_seqlens[number])
+    end = int(batch.rows[batch.row_cu_seqlens[number]]) + 1
+    return Shown(batch.input_ids[start:end], images.of([image_of[number]]))

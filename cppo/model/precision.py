@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cppo.model.forward import unwrap
+from cppo.model.wrappers import unwrap
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALF)

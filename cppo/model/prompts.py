@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cppo.model.forward import ImageBatch, has_vision, rotary_positions
+from cppo.model.images import (
+    PER_TOKEN,
+    ImageBatch,
+    image_token_mask,
+    prepared_images,
+    rotary_positions,
+)
+from cppo.model.wrappers import has_vision, unwrap
 from cppo.questions.errors import QuestionError
 from cppo.questions.messages import (
     Messages,
@@ -54,7 +61,7 @@ class Prompts:
         questions: Q questions.
         input_ids: (Q, L) int64, padded on the left.
         attention_mask: (Q, L) bool.
-        positions: (3, Q, L) rotary positions of a vision-language model, else None.
+        positions: (3, Q, L) rotary positions of a model that has three rows of them, else None.
         images: the questions' images as the processor prepared them; None without any.
         generation_prompts: Q texts that the chat template puts after the last message and that a
             completion continues, such as "<|im_start|>assistant\\n<think>\\n"; empty where it puts
@@ -92,15 +99,13 @@ class EncodedQuestion(NamedTuple):
         question: what was asked.
         input_ids: token ids, image placeholders included.
         generation_prompt: as in `Prompts`.
-        pixel_values: (P, C) patches of its images; None without any.
-        image_grid_thw: (I, 3) int64, as in `cppo.model.forward.ImageBatch`; None without any.
+        processed: what the processor made of its images, by name; empty without any.
     """
 
     question: Question
     input_ids: list[int]
     generation_prompt: str
-    pixel_values: Tensor | None
-    image_grid_thw: Tensor | None
+    processed: Mapping[str, Any]
 
 
 def encode_questions(
@@ -120,16 +125,14 @@ def encode_questions(
 
 
 def collate(model: nn.Module, encoded: Sequence[EncodedQuestion]) -> Prompts:
-    """Puts questions that a `PromptEncoder` encoded into one batch, on the model's device."""
+    """Puts questions that a `PromptEncoder` encoded into one batch, on the model's device.
+
+    Raises: ValueError for images that the model does not take.
+    """
     device = next(model.parameters()).device
     input_ids, attention_mask = (x.to(device) for x in _padded([own.input_ids for own in encoded]))
-    images = grid = None
-    pixel_values = [own.pixel_values for own in encoded if own.pixel_values is not None]
-    if pixel_values:
-        grids = [own.image_grid_thw for own in encoded if own.image_grid_thw is not None]
-        grid = torch.cat(grids).to(device)
-        counts = tuple(len(own.question.images) for own in encoded)
-        images = ImageBatch(torch.cat(pixel_values).to(device), grid, counts)
+    images = _images(model, encoded, input_ids, device)
+    grid = None if images is None else images.joined("image_grid_thw")
     return Prompts(
         [own.question for own in encoded],
         input_ids,
@@ -138,6 +141,23 @@ def collate(model: nn.Module, encoded: Sequence[EncodedQuestion]) -> Prompts:
         images,
         [own.generation_prompt for own in encoded],
     )
+
+
+def _images(
+    model: nn.Module, encoded: Sequence[EncodedQuestion], input_ids: Tensor, device: torch.device
+) -> ImageBatch | None:
+    if not any(own.processed for own in encoded):
+        return None
+    prepared = tuple(prepared_images(unwrap(model), own.processed, device) for own in encoded)
+    tokens = image_token_mask(model, input_ids).sum(1).tolist()
+    for own, arguments, count in zip(encoded, prepared, tokens, strict=True):
+        if own.question.images and not (arguments and count):
+            raise ValueError(
+                f"cppo: {_name(own.question)}: its {len(own.question.images)} images must have "
+                f"tokens in the prompt and tensors that the model takes, got {count} tokens and "
+                f"{sorted(own.processed)}"
+            )
+    return ImageBatch(prepared, tuple(len(own.question.images) for own in encoded), tuple(tokens))
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -190,7 +210,7 @@ class PromptEncoder:
                 raise QuestionError("has images, which a tokenizer does not prepare")
             self._check_text(question.messages)
             self._check_rendered(question, self._render(question))
-            return self._encode(question)
+            return self.encode(question)
         except QuestionError as error:
             raise QuestionError(f"cppo: {_name(question)}: {error}") from error.__cause__
 
@@ -255,14 +275,25 @@ class PromptEncoder:
             raise QuestionError(
                 "the chat template writes a list of parts as it stands; give plain text"
             )
-        token = getattr(self._processor, "image_token", None)
-        if token and rendered.count(token) != len(question.images):
-            raise QuestionError(
-                f"the chat template places {rendered.count(token)} images, "
-                f"the question has {len(question.images)}"
-            )
+        # Some processors add an image's tokens by themselves.
+        placed = self._placed(rendered)
+        if placed and placed != len(question.images):
+            raise _misplaced(placed, question)
 
-    def _encode(self, question: Question) -> EncodedQuestion:
+    def _placed(self, rendered: str) -> int:
+        """How many images the template has placed in the text."""
+        marks = (getattr(self._processor, name, None) for name in ("image_token", "boi_token"))
+        return max(
+            (rendered.count(mark) for mark in marks if isinstance(mark, str) and mark), default=0
+        )
+
+    @property
+    def image_processor(self) -> Any:
+        """That of the processor."""
+        return self._processor.image_processor
+
+    def encode(self, question: Question) -> EncodedQuestion:
+        """As a call, of a question whose text and template were checked before."""
         try:
             encoded = self._processor.apply_chat_template(
                 with_images(question.messages, question.images),
@@ -277,12 +308,14 @@ class PromptEncoder:
         ids = encoded["input_ids"][0].tolist()
         if not ids:
             raise QuestionError("the chat template makes no tokens of it")
+        token = getattr(self._processor, "image_token_id", None)
+        if question.images and token is not None and token not in ids:
+            raise _misplaced(0, question)
         return EncodedQuestion(
             question,
             ids,
             self._generation_prompt(question),
-            encoded.get("pixel_values"),
-            encoded.get("image_grid_thw"),
+            {name: value for name, value in encoded.items() if name not in PER_TOKEN},
         )
 
     def _refusal(self, question: Question, error: Exception) -> QuestionError:
@@ -295,6 +328,8 @@ class PromptEncoder:
                 return QuestionError(
                     f"the image processor refused image {number} ({width} x {height}): {own}"
                 )
+        if question.images and not self._placed(self._render(question)):
+            return _misplaced(0, question)
         return QuestionError(f"the processor refused it: {type(error).__name__}: {error}")
 
     def _generation_prompt(self, question: Question) -> str:
@@ -317,6 +352,12 @@ class PromptEncoder:
         # "<|assistant|>" and "<|endoftext|>" have "<|" in common: a tag is not cut.
         inside = [tag.start() for tag in _TAG.finditer(opened) if tag.start() < common < tag.end()]
         return opened[min([common, *inside]) :]
+
+
+def _misplaced(placed: int, question: Question) -> QuestionError:
+    return QuestionError(
+        f"the chat template places {placed} images, the question has {len(question.images)}"
+    )
 
 
 def _before(end: str, text: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cppo.model.attention import head_sizes
-from cppo.model.forward import unwrap
+from cppo.model.wrappers import unwrap
 
 # Of the free memory; the rest is for what the layers compute.
 _SHARE = 0.5

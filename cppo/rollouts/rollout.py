@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cppo.model.forward import ImageBatch
+from cppo.model.images import ImageBatch, no_images
 from cppo.model.load import closing_token_ids
 from cppo.model.prompts import Prompts, tokenizer_of
 from cppo.questions import Question
@@ -31,7 +31,7 @@ class Rollouts:
         input_ids: (B, L) int64, prompt padded on the left, completion on the right.
         attention_mask: (B, L) bool, prompt and completion tokens.
         completion_mask: (B, L) bool, completion tokens with the closing one.
-        positions: (3, B, L) rotary positions of a vision-language model, else None.
+        positions: (3, B, L) rotary positions of a model with three rows of them, else None.
         completion_ids: the B completions as token ids, with the closing one.
         texts: the B completions, decoded without special tokens.
         truncated: (B,) bool, cut at the token limit.
@@ -246,17 +246,13 @@ def merge(parts: Sequence[Rollouts]) -> Rollouts:
 
 
 def _merged_images(prompts: Sequence[Prompts]) -> ImageBatch | None:
-    images = [own.images for own in prompts if own.images is not None]
-    if not images:
+    if all(own.images is None for own in prompts):
         return None
-    counts = [
-        own.images.per_question if own.images is not None else (0,) * len(own.questions)
-        for own in prompts
-    ]
+    parts = [own.images or no_images(len(own.questions)) for own in prompts]
     return ImageBatch(
-        torch.cat([own.pixel_values for own in images]),
-        torch.cat([own.image_grid_thw for own in images]),
-        tuple(count for own in counts for count in own),
+        tuple(own for part in parts for own in part.prepared),
+        tuple(count for part in parts for count in part.per_question),
+        tuple(count for part in parts for count in part.tokens),
     )
 
 

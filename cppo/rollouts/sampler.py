@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cppo.model.cache import can_be_joined, completion_cache, prompt_cache
-from cppo.model.forward import LMHead, cache_argument, image_arguments, lm_head, unwrap
+from cppo.model.forward import LMHead, cache_argument, lm_head
+from cppo.model.images import image_arguments, token_types
 from cppo.model.prompts import Prompts
+from cppo.model.wrappers import unwrap
 
 # Finished rows leave the batch once they are this share of it: dropping copies the cache.
 _DROP_SHARE = 0.2
@@ -200,6 +202,7 @@ def _run_prompts(base: Any, prompts: Prompts, sampling: Sampling) -> _Rows:
                 prompts.input_ids[own],
                 mask[own],
                 positions[..., own, :],
+                **token_types(base, prompts.input_ids[own]),
                 **image_arguments(base, images, range(len(part))),
             )
         )

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from cppo.extras import require_package
-from cppo.model.forward import has_vision, unwrap
 from cppo.model.hub_weights import apart, hub_weights
 from cppo.model.processor_files import save_processor
 from cppo.model.prompts import Prompts
+from cppo.model.wrappers import has_vision, unwrap
 from cppo.rollouts.engine import EngineError
 from cppo.rollouts.memory import free_memory, token_bytes
 from cppo.rollouts.options import VLLMConfig

@@ -77,7 +77,7 @@ def select(
         suppressed=policy.suppressed,
         seed=seed_from(config.seed, "views", step, processes.rank),
         per_token=per_token,
-        share_prompts=config.share_prompts,
+        share_prompts=config.share_prompts and policy.ways.packed,
         places=places,
     )
 

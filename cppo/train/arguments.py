@@ -11,6 +11,7 @@ from cppo.config import CPPOConfig
 from cppo.model import forward
 from cppo.model.load import check_saveable, closing_token_ids
 from cppo.model.prompts import tokenizer_of
+from cppo.model.wrappers import has_vision, unwrap
 from cppo.questions import Question, QuestionError
 from cppo.questions.rows import Dataset, question_at
 from cppo.train.scoring import RewardFunction, check_signature, metric_name, reward_name
@@ -50,14 +51,14 @@ def check_processor(model: nn.Module, processor: Any) -> None:
     tokenizer = tokenizer_of(processor)
     if not hasattr(processor, "apply_chat_template") or not hasattr(tokenizer, "decode"):
         raise TypeError(f"cppo.CPPOTrainer: processor must be a processor or tokenizer, got {kind}")
-    if forward.has_vision(model) and not hasattr(processor, "image_processor"):
+    if has_vision(model) and not hasattr(processor, "image_processor"):
         raise TypeError(
             "cppo.CPPOTrainer: processor must be the processor of a vision-language model (see "
             f"cppo.model.load.load_processor), got the tokenizer {kind}"
         )
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"cppo.CPPOTrainer: processor must have a chat template, {kind} has none")
-    vocabulary = forward.unwrap(model).get_input_embeddings().weight.shape[0]
+    vocabulary = unwrap(model).get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
         raise ValueError(
             f"cppo.CPPOTrainer: processor must be the model's: its {len(tokenizer)} tokens are "
@@ -110,7 +111,7 @@ def first_question(dataset: Dataset, config: CPPOConfig) -> list[Question]:
 def check_images(model: nn.Module, questions: Sequence[Question]) -> None:
     """Raises for questions with images that the model does not take."""
     for question in questions:
-        if question.images and not forward.has_vision(model):
+        if question.images and not has_vision(model):
             raise ValueError(
                 "cppo.CPPOTrainer: model takes no images, but there are questions with images: "
                 f"{question.messages!r}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cppo.config import LossConfig
+from cppo.model.image_views import MadeViews
 from cppo.ops.pack import pack_completions, plan_microbatches
 from cppo.packed_batch import PackedBatch
 from cppo.rollouts.rollout import Rollouts
@@ -37,6 +38,7 @@ class Batch:
         per_token: what the loss takes besides (old and reference log-probabilities, weights of
             tokens, ...), by its name there, (B, L).
         share_prompts: run a question's prompt once for all its completions of a micro-batch.
+        views: of images that the processor has prepared for this batch (`cppo.model.image_views`).
     """
 
     rollouts: Rollouts
@@ -47,6 +49,7 @@ class Batch:
     per_token: dict[str, Tensor] = field(default_factory=dict)
     share_prompts: bool = False
     places: Tensor | None = None
+    views: MadeViews = field(default_factory=dict, repr=False, compare=False)
 
     def dealt(self, parts: int) -> list[Tensor]:
         """The kept completions, dealt like cards, so that every part has some of each question.

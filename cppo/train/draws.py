@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cppo.config import CPPOConfig
-from cppo.model.check import PositionLimit, position_limit
+from cppo.model.limits import PositionLimit, position_limit
 from cppo.model.prompts import EncodedQuestion, PromptEncoder
 from cppo.questions import Question
 from cppo.questions.errors import QuestionError

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from cppo.config import CPPOConfig
-from cppo.model.forward import has_vision, unwrap
 from cppo.model.hub_weights import hub_weights
 from cppo.model.prompts import Prompts
+from cppo.model.wrappers import has_vision, unwrap
 from cppo.questions import Question
 from cppo.rollouts.engine import BuiltinEngine, Engine, EngineError, StaleWeights
 from cppo.rollouts.rollout import assembled

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from cppo.config import CPPOConfig
 from cppo.extras import require_package
 from cppo.model import forward
-from cppo.model.check import check_model, check_training_mode
+from cppo.model.check import Shown, check_training_mode
 from cppo.model.precision import hold_weights
+from cppo.model.prompts import encode_questions
+from cppo.model.ways import choose_ways, ways_of
+from cppo.model.wrappers import has_adapters, has_vision, own_modules, unwrap, vision_tower
+from cppo.questions import QuestionError, as_question
 from cppo.train.checkpoint import last_checkpoint
 
 # Devices on which one kernel makes the optimizer's step, without temporaries as large as the model.
@@ -44,8 +50,9 @@ class Policy:
         self.processor, self.config, self.suppressed = processor, config, suppressed
         self.reference: nn.Module | None = None
         if config.loss.kl_coef > 0 and config.lora is None:
-            self.reference = frozen_copy(model, config, device)
-        self.model: Any = prepare(model, config, device)
+            self.reference = frozen_copy(model, config, device, processor)
+        self.model: Any = prepare(model, config, device, processor)
+        self.ways = ways_of(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -58,6 +65,13 @@ class Policy:
         self.version = 0
         """Counts the changes of the weights."""
         self._device = device
+
+    def warnings(self) -> list[str]:
+        """What is slower with this model than with others."""
+        found = [] if self.ways.packed else [str(self.ways)]
+        if self.config.share_prompts and not self.ways.packed:
+            found.append("share_prompts has no effect on this model, whose batches are padded")
+        return found
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of `config.precision`."""
@@ -92,31 +106,32 @@ class Policy:
         return norm
 
 
-def frozen_copy(model: nn.Module, config: CPPOConfig, device: torch.device) -> nn.Module:
+def frozen_copy(
+    model: nn.Module, config: CPPOConfig, device: torch.device, processor: Any = None
+) -> nn.Module:
     """The reference policy: a copy on the device that is never trained."""
     reference = copy.deepcopy(model).eval().requires_grad_(False).to(device)
-    _set_attention(reference, config)
     hold_weights(reference, config.precision, may_round=True)
+    _choose_ways(reference, config, processor)
     return reference
 
 
-def prepare(model: Any, config: CPPOConfig, device: torch.device) -> Any:
+def prepare(model: Any, config: CPPOConfig, device: torch.device, processor: Any = None) -> Any:
     """Attention, frozen parts, adapters, checkpointing and precision, as the config asks.
 
     Raises: ValueError or ImportError naming the option, before anything is trained: for adapters
-        that cannot be added, a model of which nothing would be trained, and one that the packed
-        forward would run wrongly.
+        that cannot be added, a model of which nothing would be trained, and one that would be run
+        wrongly.
     """
     _check_lora(model, config)
     model = model.to(device)
-    _set_attention(model, config)
     if config.freeze_vision_tower:
-        if not forward.has_vision(model):
+        if not has_vision(model):
             raise ValueError(
                 "CPPOConfig.freeze_vision_tower must be False for a model without a vision tower, "
-                f"got True for {type(forward.unwrap(model)).__name__}"
+                f"got True for {type(unwrap(model)).__name__}"
             )
-        forward.vision_tower(model).requires_grad_(False)
+        vision_tower(model).requires_grad_(False)
     without_noise(model)
     if config.gradient_checkpointing:
         # transformers renamed it within 5.x.
@@ -136,17 +151,35 @@ def prepare(model: Any, config: CPPOConfig, device: torch.device) -> Any:
         )
     # Of a peft model, only the adapters are saved.
     hold_weights(model, config.precision, may_round=hasattr(model, "peft_config"))
-    check_model(model, shares=config.share_prompts)
-    check_training_mode(model)
+    _choose_ways(model, config, processor)
     return model
 
 
-def _set_attention(model: nn.Module, config: CPPOConfig) -> None:
+def _choose_ways(model: nn.Module, config: CPPOConfig, processor: Any) -> None:
     device = next(model.parameters()).device
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     layers = forward.layers_of(model, dtype)
     name = forward.choose_attention(config.attention, device, "CPPOConfig.attention", layers)
-    forward.set_attention(model, name)
+    shown = _shown(model, processor, config) if has_vision(model) else None
+    ways = choose_ways(model, name, shares=config.share_prompts, shown=shown)
+    is_packed = ways.text if shown is None else ways.images
+    check_training_mode(model, packed=is_packed, shown=shown)
+
+
+def _shown(model: nn.Module, processor: Any, config: CPPOConfig) -> Callable[[], Shown] | None:
+    """A question with a small picture, as the processor prepares it; None if it takes none."""
+    if not hasattr(processor, "image_processor"):
+        return None
+    noise = numpy.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=numpy.uint8)
+    picture = {"prompt": "What is this?", "image": Image.fromarray(noise)}
+    try:
+        arguments = config.chat_template_kwargs or {}
+        prompts = encode_questions(model, processor, [as_question(picture)], arguments)
+    except QuestionError:  # its chat template is one of text alone
+        return None
+    assert prompts.images is not None
+    shown = Shown(prompts.input_ids[0], prompts.images)
+    return lambda: shown
 
 
 def without_noise(model: nn.Module) -> None:
@@ -155,7 +188,7 @@ def without_noise(model: nn.Module) -> None:
     The completions were sampled without it, so with it their importance ratios would be noise. The
     dropout of adapters stays (`LoraConfig.dropout`), and so does what is saved as config.json.
     """
-    for module in forward.own_modules(model):
+    for module in own_modules(model):
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
@@ -167,7 +200,7 @@ def _check_lora(model: Any, config: CPPOConfig) -> None:
     if config.lora is None:
         return
     require_package("CPPOConfig.lora", "peft", "peft")
-    if forward.has_adapters(model):
+    if has_adapters(model):
         adapters = list(getattr(model, "peft_config", ()))
         raise ValueError(
             "CPPOConfig.lora must be None for a model that has adapters already, "
@@ -187,7 +220,7 @@ def _with_adapters(model: Any, config: CPPOConfig) -> Any:
     lora = config.lora
     assert lora is not None
     targets = lora.target_modules
-    is_frozen = config.freeze_vision_tower and forward.has_vision(model)
+    is_frozen = config.freeze_vision_tower and has_vision(model)
     options = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

@@ -141,7 +141,7 @@ class CPPOTrainer:
             self.processes,
             self.log.say,
         )
-        for warning in warnings(model, processor, config):
+        for warning in [*warnings(model, processor, config), *self.policy.warnings()]:
             self.log.say(warning)
         # What a caller may want to look at or to change.
         self.model, self.reference = self.policy.model, self.policy.reference

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from cppo.config import CPPOConfig
-from cppo.model.forward import ImageBatch, lm_head
-from cppo.model.packed import packed_hidden
+from cppo.model.forward import lm_head
+from cppo.model.image_views import views_of
+from cppo.model.images import ImageBatch
 from cppo.model.shared_prompts import share_prompts
+from cppo.model.ways import hidden_states
 from cppo.ops.token_stats import linear_token_stats
 from cppo.packed_batch import PackedBatch
 from cppo.records import Views
 from cppo.seeds import seed_from
 from cppo.train.batch import Batch
 from cppo.train.journal import Once, now
-from cppo.views import perturb_pixel_values, views_from_names
+from cppo.views import views_from_names
 
 
 def forward_views(
@@ -34,9 +36,8 @@ def forward_views(
     gated = batch.gated(completions, config.loss)
     if len(gated) == 0:
         return Views(anchor), packed
-    images, questions = _images_of(batch, gated)
-    assert images is not None
-    perturbed = perturbed_images(batch, images, questions, config, processor)
+    _, questions = _images_of(batch, gated)
+    perturbed = perturbed_images(batch, questions, config, processor)
     stream = batch.pack(gated)
     positive, negative = (_hidden(model, batch, stream, view, questions) for view in perturbed)
     return Views(anchor, positive, negative), packed
@@ -51,10 +52,8 @@ def removed_hidden(
     model: nn.Module, batch: Batch, packed: PackedBatch, config: CPPOConfig, processor: Any
 ) -> Tensor:
     """Hidden states of a stream of completions with images, under the removing view of these."""
-    images, questions = _images_of(batch, packed.kept)
-    assert images is not None
-    names = "negative", config.negative_views
-    view = _perturbed(batch, images, questions, *names, processor)
+    _, questions = _images_of(batch, packed.kept)
+    view = _perturbed(batch, questions, config, processor, "negative")
     return _hidden(model, batch, packed, view, questions)
 
 
@@ -95,39 +94,28 @@ def logps_of(
 
 
 def perturbed_images(
-    batch: Batch, images: ImageBatch, questions: Sequence[int], config: CPPOConfig, processor: Any
+    batch: Batch, questions: Sequence[int], config: CPPOConfig, processor: Any
 ) -> tuple[ImageBatch, ImageBatch]:
     """The positive and the negative view of the images of some questions."""
-    given = batch, images, questions
-    positive = _perturbed(*given, "positive", config.positive_views, processor)
-    return positive, _perturbed(*given, "negative", config.negative_views, processor)
+    given = batch, questions, config, processor
+    return _perturbed(*given, "positive"), _perturbed(*given, "negative")
 
 
 def _perturbed(
-    batch: Batch,
-    images: ImageBatch,
-    questions: Sequence[int],
-    name: str,
-    perturbations: Sequence[Any],
-    processor: Any,
+    batch: Batch, questions: Sequence[int], config: CPPOConfig, processor: Any, name: str
 ) -> ImageBatch:
-    """A view of the images of some questions.
-
-    A perturbation depends on the batch's seed and on the question, not on the micro-batch.
-    """
-    seeds = [
-        seed_from(batch.seed, name, question, number)
-        for question, count in zip(questions, images.per_question, strict=True)
-        for number in range(count)
-    ]
-    pixel_values = perturb_pixel_values(
-        images.pixel_values,
-        images.image_grid_thw,
-        views_from_names(list(perturbations)),
-        seeds=seeds,
-        image_processor=processor.image_processor,
+    """A view of the images of some questions: what is drawn depends on the batch's seed and on the
+    question, not on the micro-batch."""
+    chosen = config.positive_views if name == "positive" else config.negative_views
+    return views_of(
+        batch.rollouts.prompts,
+        questions,
+        views_from_names(list(chosen)),
+        seed_of=partial(seed_from, batch.seed, name),
+        processor=processor,
+        chat_template_kwargs=config.chat_template_kwargs or {},
+        made=batch.views,
     )
-    return ImageBatch(pixel_values, images.image_grid_thw, images.per_question)
 
 
 def _images_of(batch: Batch, completions: Tensor) -> tuple[ImageBatch | None, list[int]]:
@@ -154,4 +142,4 @@ def _hidden(
     if batch.share_prompts:
         lengths = batch.lengths(packed.kept), batch.response_lengths(packed.kept)
         shared = share_prompts(packed, questions, lengths)
-    return packed_hidden(model, packed, positions, images, image_of, shared)
+    return hidden_states(model, packed, positions, images, image_of, shared)

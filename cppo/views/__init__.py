@@ -19,6 +19,7 @@ from cppo.views.perturbations import (
     RandomRotation,
     ZoomCrop,
 )
+from cppo.views.pictures import cuts_patches, prepared_views
 from cppo.views.registry import (
     PERTURBATIONS,
     PRESERVING,
@@ -40,8 +41,10 @@ __all__ = [
     "RandomPerspective",
     "RandomRotation",
     "ZoomCrop",
+    "cuts_patches",
     "image_seed",
     "perturb",
     "perturb_pixel_values",
+    "prepared_views",
     "views_from_names",
 ]

@@ -28,7 +28,8 @@ from cppo.config import LoraConfig
 from cppo.demo.arithmetic import ArithmeticProblems
 from cppo.demo.digits import DigitSums
 from cppo.demo.tasks import CHECKPOINTS
-from cppo.model.forward import image_arguments, lm_head, rotary_positions, unwrap
+from cppo.model.forward import lm_head
+from cppo.model.images import image_arguments, rotary_positions
 from cppo.model.load import (
     closing_token_ids,
     load_model,
@@ -36,6 +37,7 @@ from cppo.model.load import (
     special_token_ids_to_suppress,
 )
 from cppo.model.prompts import Prompts, encode_questions
+from cppo.model.wrappers import unwrap
 from cppo.questions import as_question
 from cppo.rollouts.engine import EngineError, StaleWeights
 from cppo.rollouts.options import VLLMConfig
@@ -174,7 +176,7 @@ def difference(case: Case, prompts: Prompts, sampling: Sampling, sampled: Sample
         length = closing[0] + 1 if closing else len(tokens)
         ids = torch.cat([own.input_ids[0, own.attention_mask[0]], tokens[:length]])[None]
         extra = image_arguments(base, own.images, range(1))
-        grid = None if own.images is None else own.images.image_grid_thw
+        grid = None if own.images is None else own.images.joined("image_grid_thw")
         positions = rotary_positions(case.model, ids, torch.ones_like(ids).bool(), grid)
         hidden = base.model(
             input_ids=ids, position_ids=positions, use_cache=False, **extra

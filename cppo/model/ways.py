@@ -1,0 +1,114 @@
+"""How the trainer runs a model: packed where that is right, else as padded batches.
+
+It is found out once, when training is set up, by the comparison of `cppo.model.check`: for text,
+and for questions with images, whose tokens some families let attend both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from cppo.model.check import Shown, check_model
+from cppo.model.forward import Attention, set_attention
+from cppo.model.images import ImageBatch
+from cppo.model.packed import packed_hidden
+from cppo.model.padded import run_padded
+from cppo.model.shared_prompts import SharedStream
+from cppo.model.wrappers import unwrap
+from cppo.packed_batch import PackedBatch
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a model is run.
+
+    Args:
+        text, images: whether sequences without images, and those with them, are packed.
+        reason: why one of them is not; "" if both are.
+    """
+
+    text: bool = True
+    images: bool = True
+    reason: str = ""
+
+    @property
+    def packed(self) -> bool:
+        """Whether everything is."""
+        return self.text and self.images
+
+    def __str__(self) -> str:
+        if self.packed:
+            return "packed"
+        what = "sequences with images" if self.text else "all sequences"
+        return f"padded: {what} run as padded batches, because {self.reason}"
+
+
+_CHOSEN: WeakKeyDictionary[nn.Module, Ways] = WeakKeyDictionary()
+
+
+def choose_ways(
+    model: nn.Module,
+    attention: str,
+    *,
+    device: torch.device | None = None,
+    shares: bool = False,
+    shown: Callable[[], Shown] | None = None,
+) -> Ways:
+    """Gives a model the attention of packed sequences where they are right for it.
+
+    Where they are not, it keeps its own attention and its batches are padded.
+    Args:
+        attention, device: as in `cppo.set_attention`.
+        shares, shown: as in `cppo.model.check.check_model`.
+    Raises: ValueError for a model that is right neither way.
+    """
+    base = unwrap(model)
+    before = Attention.of(base)
+    try:
+        set_attention(model, attention, device)
+        check_model(model, shares=shares)
+    except ValueError as error:
+        before.restore()
+        ways = Ways(False, False, str(error).removeprefix("cppo: "))
+        check_model(model, packed=False, shown=shown)
+    else:
+        ways = _of_images(model, shares, shown)
+    _CHOSEN[base] = ways
+    return ways
+
+
+def _of_images(model: nn.Module, shares: bool, shown: Callable[[], Shown] | None) -> Ways:
+    if shown is None:
+        return Ways()
+    try:
+        check_model(model, shares=shares, shown=shown)
+    except ValueError as error:
+        check_model(model, packed=False, shown=shown)
+        return Ways(True, False, str(error).removeprefix("cppo: "))
+    return Ways()
+
+
+def ways_of(model: nn.Module) -> Ways:
+    """What was chosen for a model; packed if nothing was."""
+    return _CHOSEN.get(unwrap(model), Ways())
+
+
+def hidden_states(
+    model: nn.Module,
+    batch: PackedBatch,
+    positions: Tensor | None = None,
+    images: ImageBatch | None = None,
+    image_of: Sequence[int] = (),
+    shared: SharedStream | None = None,
+) -> Tensor:
+    """`cppo.packed_hidden`, or the same by a padded batch where that was chosen."""
+    ways, has_images = ways_of(model), images is not None and any(images.per_question)
+    if ways.images if has_images else ways.text:
+        return packed_hidden(model, batch, positions, images, image_of, shared)
+    check_model(model, packed=False, longest=batch.max_seqlen)
+    return run_padded(model, batch, positions, images, image_of)

@@ -187,7 +187,7 @@ def test_a_questions_views_do_not_depend_on_its_microbatch(family):
             not torch.equal(a, b) for a, b in zip(alone[which][1], other[which][1], strict=True)
         )
     original = images.of([1])
-    assert not torch.equal(torch.cat(alone[0][1]), original.pixel_values)
+    assert not torch.equal(torch.cat(alone[0][1]), original.joined("pixel_values"))
     assert not torch.equal(torch.cat(alone[0][1]), torch.cat(alone[1][1]))
 
 

@@ -34,6 +34,17 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _Processor = TypeVar("_Processor", bound=type)
 
 
+class _LeftOut:
+    """In a video processor's place: a stock class may ask for a setting, which is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise ValueError("cppo: the processor was loaded without its video part; it takes images")
+
+
 def image_only(processor_class: _Processor) -> _Processor:
     """Return a subclass of a stock processor class that has no video processor.
 
@@ -51,6 +62,8 @@ def image_only(processor_class: _Processor) -> _Processor:
     stock_parts = processor_class.get_attributes()  # type: ignore[attr-defined]
 
     class WithoutVideo(ProcessorMixin):
+        video_processor = _LeftOut()
+
         def __init__(self, *parts: Any, **named: Any) -> None:
             named |= dict(zip(stock_parts, parts, strict=False))
             named.pop(_VIDEO, None)

@@ -88,7 +88,7 @@ def image_only(processor_class: _Processor) -> _Processor:
             )
 
         @classmethod
-        def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
             processor = super().from_pretrained(path, *args, **kwargs)
             processor._video_settings = _video_settings(path, kwargs.get("revision"))
             return processor
@@ -118,9 +118,8 @@ def _video_class(processor: str, image_processor: str) -> str | None:
 def _video_settings(path: Any, revision: str | None) -> dict[str, Any] | None:
     """The settings of a checkpoint's video processor, where transformers looks for them."""
     for name in ("processor_config.json", "video_preprocessor_config.json"):
-        settings = _read(path, name, revision)
-        if name == "processor_config.json":
-            settings = settings.get(_VIDEO)
+        found = _read(path, name, revision)
+        settings = found.get(_VIDEO) if name == "processor_config.json" else found
         if settings:
             return settings
     return _read(path, "preprocessor_config.json", revision) or None
@@ -214,8 +213,7 @@ def _has_video_config(path: str | Path) -> bool:
     folder = Path(path)
     if not folder.is_dir() or (folder / "video_preprocessor_config.json").is_file():
         return True
-    file = folder / "processor_config.json"
-    return file.is_file() and "video_processor" in json.loads(file.read_text())
+    return _VIDEO in _read(folder, "processor_config.json", None)
 
 
 def first_line(error: BaseException) -> str:

@@ -88,7 +88,7 @@ def vision_processor(template: str, *, bos: bool = True) -> Any:
     from transformers import Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from cppo.model.load import image_only
+    from cppo.model.processors import image_only
 
     images = Qwen2VLImageProcessorPil(
         patch_size=12, merge_size=2, min_pixels=24 * 24, max_pixels=256 * 256

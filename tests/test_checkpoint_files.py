@@ -205,7 +205,7 @@ def test_plain_auto_processor_with_torchvision(tmp_path):
     """A checkpoint that was written without torchvision, opened where there is one."""
     from transformers import Qwen2_5_VLProcessor
 
-    from cppo.model.load import image_only
+    from cppo.model.processors import image_only
 
     folders = [CHECKPOINTS / "digits"]
     for video in ("nested", "file", "none"):

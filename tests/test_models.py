@@ -153,7 +153,7 @@ def test_a_folder_without_video_configuration_loads_with_torchvision_too(tmp_pat
     settings = json.loads((tmp_path / "processor_config.json").read_text())
     del settings["video_processor"]
     (tmp_path / "processor_config.json").write_text(json.dumps(settings))
-    monkeypatch.setattr("cppo.model.load.is_torchvision_available", lambda: True)
+    monkeypatch.setattr("cppo.model.processors.is_torchvision_available", lambda: True)
     loaded = load_processor(tmp_path)
     assert type(loaded).get_attributes() == ["image_processor", "tokenizer"]
 

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from cppo.model.load import image_only
+from cppo.model.processors import image_only
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",

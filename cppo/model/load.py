@@ -1,41 +1,30 @@
-"""Loading and saving models and processors, and the ids that end a text or never stand in one.
-
-The stock processors of the Qwen-VL families build a video processor, which needs torchvision. The
-trainer uses images only, so `load_processor` leaves the video part out where it cannot be built;
-its settings stay with the processor and are saved with it.
-"""
+"""Loading and saving models, and the ids that end a text or never stand in one."""
 
 from __future__ import annotations
 
-import json
 import operator
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
-    ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import cached_file, is_torchvision_available, logging
+from transformers.utils import logging
 
 from cppo.model.processor_files import save_processor
+from cppo.model.processors import first_line, image_only, load_config, load_processor
 from cppo.model.wrappers import unwrap
 
 __all__ = [
@@ -65,110 +54,6 @@ _VISION_ID_FIELDS = (
 _INPUT_ONLY_TOKEN = re.compile(
     r"image|video|vision|audio|\bpad\b|im_start|endoftext|unknown", re.IGNORECASE
 )
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-_Processor = TypeVar("_Processor", bound=type)
-
-
-def image_only(processor_class: _Processor) -> _Processor:
-    """Return a subclass of a Qwen-VL processor class that has no video processor.
-
-    Specification: transformers reads a processor's parts off the signature of `__init__`; the
-    subclass names only the image processor and the tokenizer, and keeps the stock class's name, so
-    that what it saves is an ordinary checkpoint folder. The settings of the video processor are
-    those of the folder it was loaded from, or those of the image processor; they are saved.
-    Args:
-        processor_class: the stock class, e.g. `transformers.Qwen2_5_VLProcessor`.
-    Returns: the class; call it or use `from_pretrained` as on the stock class.
-    """
-
-    class ImageOnly(processor_class):  # type: ignore[misc, valid-type]
-        def __init__(
-            self,
-            image_processor: Any = None,
-            tokenizer: Any = None,
-            chat_template: Any = None,
-            **_: Any,
-        ) -> None:
-            for name in ("image", "video", "vision_start", "vision_end"):
-                stock = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
-                token = getattr(tokenizer, f"{name}_token", None) or stock
-                setattr(self, f"{name}_token", token)
-                setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
-            self._video_settings: dict[str, Any] | None = None
-            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-
-        @classmethod
-        def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-            processor = super().from_pretrained(path, *args, **kwargs)
-            processor._video_settings = _video_settings(path, kwargs.get("revision"))
-            return processor
-
-        def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            settings = self._video_settings
-            if settings is None:
-                settings = dict(self.image_processor.to_dict())
-                settings.pop("image_processor_type", None)
-                kind = "Qwen3VL" if processor_class.__name__.startswith("Qwen3") else "Qwen2VL"
-                settings["video_processor_type"] = f"{kind}VideoProcessor"
-            return {**super().to_dict(*args, **kwargs), "video_processor": settings}
-
-    ImageOnly.__name__ = ImageOnly.__qualname__ = processor_class.__name__
-    return ImageOnly  # type: ignore[return-value]
-
-
-def _video_settings(path: Any, revision: str | None) -> dict[str, Any] | None:
-    """The settings of a checkpoint's video processor, where transformers looks for them."""
-    options = {"revision": revision} if revision else {}
-    for name in ("processor_config.json", "video_preprocessor_config.json"):
-        try:
-            file = cached_file(path, name, **options)
-        except OSError:
-            continue  # not there
-        settings = json.loads(Path(str(file)).read_text("utf-8"))
-        if name == "processor_config.json":
-            settings = settings.get("video_processor")
-        if settings is not None:
-            return settings
-    return None
-
-
-def load_processor(path: str | Path, **kwargs: Any) -> Any:
-    """Load the processor of a vision-language checkpoint or the tokenizer of a text checkpoint.
-
-    Specification: `AutoProcessor.from_pretrained`, except that a processor whose video part needs
-    torchvision, or whose folder has no video configuration, is loaded without its video part.
-    Args:
-        path: a folder written by `save_pretrained`, or a Hugging Face hub name.
-        kwargs: passed on to `from_pretrained`.
-    Returns: a processor (has `.tokenizer` and `.image_processor`) or a tokenizer; both pad on
-        the left.
-    Raises: ValueError if the folder, its config.json or its tokenizer is missing, or the family is
-        not known to transformers.
-    """
-    config = _load_config(path, "load_processor")
-    # transformers would make up an empty tokenizer.
-    folder = Path(path).expanduser()
-    if folder.is_dir() and not any(any(folder.glob(p)) for p in _TOKENIZER_FILES):
-        raise ValueError(f"cppo.load_processor: path {str(path)!r} has no tokenizer files")
-    stock: Any = PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else None
-    loader: Any = (
-        AutoProcessor if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoTokenizer
-    )
-    if stock is not None and "video_processor" in stock.get_attributes():
-        if not is_torchvision_available() or not _has_video_config(path):
-            loader = image_only(stock)
-    try:
-        processor = loader.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
-            f"cppo.load_processor: path {str(path)!r} (model_type {config.model_type!r}) has no "
-            f"processor or tokenizer that loads: {_first_line(error)}"
-        ) from error
-    # Prompts of unequal length are sampled together: their last tokens must line up.
-    getattr(processor, "tokenizer", processor).padding_side = "left"
-    return processor
 
 
 def load_model(
@@ -188,7 +73,7 @@ def load_model(
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"cppo.load_model: dtype must be a floating torch.dtype, got {dtype!r}")
-    config = _load_config(path, "load_model")
+    config = load_config(path, "load_model")
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         loader: Any = AutoModelForImageTextToText
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -204,7 +89,7 @@ def load_model(
     except OSError as error:
         raise ValueError(
             f"cppo.load_model: path {str(path)!r} has a config.json but no weights that load: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -345,38 +230,6 @@ def _check_shared(model: PreTrainedModel) -> None:
     except ImportError:  # an earlier transformers finds out when it saves
         return
     remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
-
-
-def _load_config(path: str | Path, op: str) -> PretrainedConfig:
-    """The checkpoint's config, with our words for a path that leads nowhere."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"cppo.{op}: path {str(path)!r} is a folder without a config.json")
-    elif folder.exists() or not _HUB_NAME.fullmatch(str(path)):
-        kind = "a file" if folder.exists() else "missing"
-        raise ValueError(
-            f"cppo.{op}: path must be a model folder or a hub name, {str(path)!r} is {kind}"
-        )
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"cppo.{op}: path {str(path)!r} gives no model configuration: {_first_line(error)}"
-        ) from error
-
-
-def _has_video_config(path: str | Path) -> bool:
-    """Whether a checkpoint configures a video processor; a hub name is taken to."""
-    folder = Path(path)
-    if not folder.is_dir() or (folder / "video_preprocessor_config.json").is_file():
-        return True
-    file = folder / "processor_config.json"
-    return file.is_file() and "video_processor" in json.loads(file.read_text())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -68,10 +68,8 @@ def _has_code(base: Path) -> bool:
 
 def _settings_of(part: str) -> Callable[[Any], dict[str, Any] | None]:
     def settings(processor: Any) -> dict[str, Any] | None:
-        own = getattr(processor, part, None)
-        if own is None:  # an image-only processor keeps the settings of the part that it lacks
-            return processor.to_dict().get(part) if hasattr(processor, "to_dict") else None
-        return json.loads(own.to_json_string())
+        # An image-only processor keeps the settings of the part that it lacks.
+        return processor.to_dict().get(part) if hasattr(processor, "to_dict") else None
 
     return settings
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,17 +12,21 @@ import torch
 from PIL import Image
 from trainer_cases import config, fixed_batch, fixed_rollouts, question, relative_difference
 from transformers import AutoModelForImageTextToText
+from transformers.utils import is_torchvision_available
 from vision_families import FAMILIES, tiny_vision
 
+from cppo.model import image_views
 from cppo.model.forward import lm_head
-from cppo.model.load import load_model, load_processor
+from cppo.model.load import load_model, load_processor, special_token_ids_to_suppress
 from cppo.model.processor_files import save_processor
 from cppo.model.ways import ways_of
 from cppo.records import NumItems
 from cppo.rollouts.rollout import sample_completions
 from cppo.train.algorithm import microbatch_loss
 from cppo.train.policy import prepare
-from cppo.train.views import anchor_hidden, perturbed_images, token_logps
+from cppo.train.views import anchor_hidden, forward_views, perturbed_images, token_logps
+from cppo.views import pictures
+from cppo.views.pictures import as_seen, cuts_patches, seen_size
 
 CPU = torch.device("cpu")
 # Text that is packed, and questions with images that are.
@@ -30,6 +35,9 @@ PACKED = dict.fromkeys(FAMILIES, (True, True)) | {
     "paligemma": (False, False),
     "qwen3_5": (False, False),
 }
+
+
+PATCHES = {name: name.startswith(("qwen", "glm")) for name in FAMILIES}
 
 
 @functools.cache
@@ -175,6 +183,8 @@ def test_two_steps_with_contrast_lower_the_loss_of_a_fixed_batch(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_opens_in_plain_transformers_and_trains_on(family, tmp_path):
+    if family == "mistral3" and not is_torchvision_available():
+        pytest.skip("the processor of Mistral 3 needs torchvision")
     model, processor, batch = case(family)
     model.save_pretrained(tmp_path)
     save_processor(processor, tmp_path)
@@ -217,3 +227,99 @@ def test_views_change_the_pictures_and_nothing_else(family):
     assert all(0 < near < far for near, far in zip(*distance, strict=True))
     again = perturbed_images(batch, [1], options, processor)[1]
     assert torch.equal(again.prepared[0]["pixel_values"], black.prepared[1]["pixel_values"])
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if PATCHES[name]])
+def test_patches_and_pictures_are_the_same_views(family, monkeypatch):
+    _, processor, batch = case(family)
+    scale = max(processor.image_processor.image_std) * 255
+    views = [perturbed_images(batch, [0, 1, 3], config(), processor)]
+    monkeypatch.setattr(image_views, "cuts_patches", lambda processor: False)
+    views.append(perturbed_images(batch, [0, 1, 3], config(), processor))
+    for of_patches, of_pictures in zip(*views, strict=True):
+        for one, other in zip(of_patches.prepared, of_pictures.prepared, strict=True):
+            assert torch.equal(one["image_grid_thw"], other["image_grid_thw"])
+            off = (one["pixel_values"] - other["pixel_values"]).abs().max() * scale
+            assert off < 0.51  # pictures are rounded to whole levels
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patches_are_perturbed_only_where_they_read_back(family):
+    assert cuts_patches(_built(family)[1].image_processor) == PATCHES[family]
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "expected"),
+    [
+        ("qwen2_5_vl", (50, 30), (48, 24)),
+        ("llava", (60, 32), (52, 28)),  # then its middle is cut out
+        ("gemma3", (60, 32), (56, 56)),
+        ("paligemma", (500, 100), (28, 28)),
+        ("llava_next", (600, 300), (56, 28)),  # and a small copy of the whole
+        ("idefics3", (600, 300), (56, 28)),
+        ("internvl", (600, 300), (56, 28)),
+        ("mistral3", (64, 32), (56, 28)),
+    ],
+)
+def test_pictures_are_perturbed_at_the_size_that_the_model_sees(family, size, expected):
+    image_processor = _built(family)[1].image_processor
+    assert seen_size(image_processor, size) == expected
+    assert as_seen(picture(*size), image_processor).size == expected
+    assert "resize" not in vars(image_processor)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_views_are_made_once_per_question(family, monkeypatch):
+    model, processor, batch = case(family)
+    made = []
+    plain = type(processor.image_processor).__call__
+
+    def counted(own, images, *args, **kwargs):
+        made.append(1)
+        return plain(own, images, *args, **kwargs)
+
+    perturbed_images(batch, [0], config(), processor)  # sizes are found out
+    batch.views.clear()
+    monkeypatch.setattr(type(processor.image_processor), "__call__", counted)
+    for rows in (torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1])):
+        forward_views(model, batch, rows, config(cpl_coef=0.1, gating=False), processor)
+    assert len(made) in ((0,) if PATCHES[family] else (2, 4))  # 4 at the size of the originals
+
+
+def test_a_view_with_other_tokens_is_an_error_in_words(monkeypatch):
+    _, processor, batch = case("internvl")
+
+    def cropped(images, *args, **kwargs):
+        return [image.crop((0, 0, 20, 80)).resize((20, 80)) for image in images]
+
+    monkeypatch.setattr(pictures, "perturb", cropped)
+    monkeypatch.setattr(Image.Image, "resize", lambda image, *_, **__: image)
+    words = r"GotOcr2ImageProcessorPil does not \(60 x 32\)"
+    with pytest.raises(ValueError, match=words):
+        perturbed_images(batch, [0], config(), processor)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_placeholder_of_an_image_is_sampled(family):
+    model, processor = _built(family)
+    tokenizer = processor.tokenizer
+    asked = processed(processor, question("", [picture(60, 32)]))["input_ids"][0].tolist()
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    suppressed = special_token_ids_to_suppress(model, processor)
+    left = special.intersection(asked) - {*suppressed}
+    marks = tokenizer.convert_ids_to_tokens(sorted(left))
+    # Those of turns.
+    known = re.compile(r"im_|turn|utterance|user|assistant|INST|^</?s>$|sop|gMASK")
+    assert [mark for mark in marks if not known.search(mark)] == []
+    assert model.config.image_token_id in suppressed
+
+
+def test_what_a_forward_pass_hangs_into_a_model_is_not_there_twice():
+    model, processor = copy.deepcopy(_built("llava"))
+    stock = copy.deepcopy(model)
+    prepare(model, config(), CPU, processor)
+    pixels = processed(processor, questions("llava")[0])["pixel_values"]
+    ours, own = (one.model.get_image_features(pixels).pooler_output[0] for one in (model, stock))
+    assert torch.equal(ours, own)
+    hooks = [sum(len(part._forward_hooks) for part in one.modules()) for one in (model, stock)]
+    assert hooks[0] == hooks[1] > 0

@@ -21,7 +21,14 @@ from cppo.model.check import Shown, check_training_mode
 from cppo.model.precision import hold_weights
 from cppo.model.prompts import encode_questions
 from cppo.model.ways import choose_ways, ways_of
-from cppo.model.wrappers import has_adapters, has_vision, own_modules, unwrap, vision_tower
+from cppo.model.wrappers import (
+    IN_TOWER,
+    has_adapters,
+    has_vision,
+    own_modules,
+    unwrap,
+    vision_tower,
+)
 from cppo.questions import QuestionError, as_question
 from cppo.train.checkpoint import last_checkpoint
 
@@ -226,7 +233,7 @@ def _with_adapters(model: Any, config: CPPOConfig) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=r".*visual.*" if is_frozen else None,
+        exclude_modules=IN_TOWER if is_frozen else None,
         task_type="CAUSAL_LM",
     )
     _check_targets(model, targets)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import json
 import math
 import re
 
@@ -10,20 +11,31 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trainer_cases import config, fixed_batch, fixed_rollouts, question, relative_difference
+from trainer_cases import (
+    config,
+    digit_share,
+    fixed_batch,
+    fixed_rollouts,
+    question,
+    relative_difference,
+)
 from transformers import AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
 from vision_families import FAMILIES, tiny_vision
 
+from cppo.cli import info
+from cppo.config import LoraConfig
 from cppo.model import image_views
 from cppo.model.forward import lm_head
 from cppo.model.load import load_model, load_processor, special_token_ids_to_suppress
 from cppo.model.processor_files import save_processor
 from cppo.model.ways import ways_of
+from cppo.model.wrappers import IN_TOWER
 from cppo.records import NumItems
 from cppo.rollouts.rollout import sample_completions
 from cppo.train.algorithm import microbatch_loss
 from cppo.train.policy import prepare
+from cppo.train.trainer import CPPOTrainer
 from cppo.train.views import anchor_hidden, forward_views, perturbed_images, token_logps
 from cppo.views import pictures
 from cppo.views.pictures import as_seen, cuts_patches, seen_size
@@ -287,14 +299,15 @@ def test_views_are_made_once_per_question(family, monkeypatch):
 
 
 def test_a_view_with_other_tokens_is_an_error_in_words(monkeypatch):
-    _, processor, batch = case("internvl")
+    _, processor, batch = case("qwen2_vl")
+    monkeypatch.setattr(image_views, "cuts_patches", lambda processor: False)
 
     def cropped(images, *args, **kwargs):
         return [image.crop((0, 0, 20, 80)).resize((20, 80)) for image in images]
 
     monkeypatch.setattr(pictures, "perturb", cropped)
     monkeypatch.setattr(Image.Image, "resize", lambda image, *_, **__: image)
-    words = r"GotOcr2ImageProcessorPil does not \(60 x 32\)"
+    words = r"Qwen2VLImageProcessorPil does not \(60 x 32\)"
     with pytest.raises(ValueError, match=words):
         perturbed_images(batch, [0], config(), processor)
 
@@ -323,3 +336,55 @@ def test_what_a_forward_pass_hangs_into_a_model_is_not_there_twice():
     assert torch.equal(ours, own)
     hooks = [sum(len(part._forward_hooks) for part in one.modules()) for one in (model, stock)]
     assert hooks[0] == hooks[1] > 0
+
+
+HARD = {
+    "share_prompts": True,
+    "gradient_checkpointing": True,
+    "freeze_vision_tower": True,
+    "precision": "bf16",
+    "num_iterations": 2,
+    "kl_coef": 0.05,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{}, HARD, {"lora": LoraConfig(r=2)}], ids=["", "hard", "lora"])
+def test_two_steps_of_the_trainer(family, options, tmp_path):
+    if "lora" in options:
+        pytest.importorskip("peft")
+    model, processor = copy.deepcopy(_built(family))
+    asked = [{"prompt": "How many?", "image": picture(60, 32, i)} for i in range(3)]
+    asked += [{"prompt": "Which?", "images": [picture(28, 76), picture(96, 40)]}]
+    asked += [] if family == "paligemma" else [{"prompt": "And now?"}]
+    sizes = {"batch_size": 12, "group_size": 4, "max_completion_tokens": 5, "max_steps": 2}
+    trainer = CPPOTrainer(
+        model,
+        digit_share,
+        asked,
+        config=config(
+            output_dir=str(tmp_path), cpl_coef=0.1, perception="cpl_all", **sizes, **options
+        ),
+        processor=processor,
+    )
+    frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    before = {n: p.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert any(not torch.equal(after[name], own) for name, own in before.items())
+    assert all(torch.equal(after[name], own) for name, own in frozen.items())
+    if options.get("freeze_vision_tower"):
+        assert any(re.fullmatch(IN_TOWER, name) for name in frozen)
+    assert sum(row.get("perturbed_views", 0) for row in trainer.history) > 0
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava"])
+def test_info_says_how_a_model_is_run(family, tmp_path, capsys):
+    model, processor = _built(family)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert info.main([str(tmp_path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    expected = "packed" if family == "llava" else "padded (with images), because packed"
+    assert said["forward"].startswith(expected)
+    assert said["attention"] == "sdpa" and "views are made of pictures" in said["images"]

@@ -37,7 +37,7 @@ from cppo.train.algorithm import microbatch_loss
 from cppo.train.policy import prepare
 from cppo.train.trainer import CPPOTrainer
 from cppo.train.views import anchor_hidden, forward_views, perturbed_images, token_logps
-from cppo.views import pictures
+from cppo.views import MaskedPatches, prepared_views
 from cppo.views.pictures import as_seen, cuts_patches, seen_size
 
 CPU = torch.device("cpu")
@@ -298,18 +298,29 @@ def test_views_are_made_once_per_question(family, monkeypatch):
     assert len(made) in ((0,) if PATCHES[family] else (2, 4))  # 4 at the size of the originals
 
 
-def test_a_view_with_other_tokens_is_an_error_in_words(monkeypatch):
-    _, processor, batch = case("qwen2_vl")
-    monkeypatch.setattr(image_views, "cuts_patches", lambda processor: False)
+def test_a_view_with_other_tokens_is_made_at_the_first_size_or_an_error_in_words():
+    image_processor = _built("mistral3")[1].image_processor
+    tried = []
 
-    def cropped(images, *args, **kwargs):
-        return [image.crop((0, 0, 20, 80)).resize((20, 80)) for image in images]
+    def prepare(views):
+        tried.append([view.size for view in views])
+        return "prepared" if len(tried) == enough else None
 
-    monkeypatch.setattr(pictures, "perturb", cropped)
-    monkeypatch.setattr(Image.Image, "resize", lambda image, *_, **__: image)
-    words = r"Qwen2VLImageProcessorPil does not \(60 x 32\)"
-    with pytest.raises(ValueError, match=words):
-        perturbed_images(batch, [0], config(), processor)
+    def made():
+        tried.clear()
+        return prepared_views(
+            [picture(64, 32)],
+            [MaskedPatches()],
+            seeds=[0],
+            image_processor=image_processor,
+            prepare=prepare,
+        )
+
+    for enough in (1, 2):
+        assert made() == "prepared" and tried == [[(56, 28)], [(64, 32)]][:enough]
+    enough = 3
+    with pytest.raises(ValueError, match=r"PixtralImageProcessorPil does not \(64 x 32\)"):
+        made()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

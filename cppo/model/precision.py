@@ -3,8 +3,7 @@
 What is trained is fp32: a step of 1e-6 is lost in a bf16 weight of 0.1, and AdamW's averages have
 the dtype of their parameter. What is frozen, autocast would cast to bf16 in every call; it is cast
 once, where that gives the same bits: weights and biases that nothing reads but the forward of a
-linear or a convolution layer. Norms, embeddings and the LM head stay fp32, and so does the model's
-first layer, whose dtype transformers takes for that of the model (`model.dtype`).
+linear or a convolution layer. Norms, embeddings and the LM head stay fp32.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from cppo.model.wrappers import unwrap
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALF)
+# Families that cast their images to `model.dtype`, which is that of the first layer.
+_CASTS_TO_FIRST = {"idefics2", "idefics3", "smolvlm"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -66,7 +67,8 @@ def _cast_by_autocast(model: Any) -> dict[int, nn.Parameter]:
         *(getattr(base, "_keep_in_fp32_modules_strict", None) or ()),
     }
     wide = {id(part) for part in base.get_output_embeddings().modules()}
-    wide.add(next((id(part) for part in base.modules() if part._parameters), 0))
+    if base.config.model_type in _CASTS_TO_FIRST:
+        wide.add(next(id(part) for part in base.modules() if part._parameters))
     for module in base.modules():
         if _reads_weight_of_layer(module):
             wide.update(id(part) for part in module.modules())

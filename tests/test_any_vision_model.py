@@ -7,10 +7,8 @@ import json
 import math
 import re
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from trainer_cases import (
     config,
     digit_share,
@@ -22,6 +20,7 @@ from trainer_cases import (
 from transformers import AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
 from vision_families import FAMILIES, tiny_vision
+from vision_pictures import picture
 
 from cppo.cli import info
 from cppo.config import LoraConfig
@@ -55,11 +54,6 @@ PATCHES = {name: name.startswith(("qwen", "glm")) for name in FAMILIES}
 @functools.cache
 def _built(family):
     return tiny_vision(family)
-
-
-def picture(width, height, seed=0):
-    noise = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3))
-    return Image.fromarray(noise.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
 
 
 def questions(family):

@@ -1,0 +1,122 @@
+"""Packed, padded or refused: what is chosen for models that do otherwise than they seem to."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from families import tiny_family
+from models_table import PAGE, rendered
+from trainer_cases import tiny
+from vision_families import tiny_vision
+
+from cppo.model import ways
+from cppo.model.packed import packed_hidden
+from cppo.model.prompts import encode_questions
+from cppo.model.ways import choose_ways, hidden_states, shown_picture, ways_of
+from cppo.ops.pack import pack_completions
+from cppo.questions import as_question
+
+
+def chosen(model, processor, **options):
+    return choose_ways(model, "sdpa", shown=shown_picture(model, processor), **options)
+
+
+def changed_call(module, change):
+    """Has a module called with other arguments."""
+    plain = module.forward
+
+    def forward(*args, **kwargs):
+        return plain(*args, **change(kwargs))
+
+    forward.__signature__ = inspect.signature(plain)
+    module.forward = forward
+
+
+def without(*names):
+    return lambda arguments: {k: v for k, v in arguments.items() if k not in names}
+
+
+def test_the_page_says_what_the_models_show():
+    assert rendered(PAGE.read_text("utf-8")) == PAGE.read_text("utf-8")
+
+
+def test_images_that_attend_both_ways_only_where_a_config_says_so_are_padded():
+    model, processor = tiny_vision("gemma4")
+    assert chosen(copy.deepcopy(model), processor).packed
+    model.config.text_config.use_bidirectional_attention = "vision"
+    found = chosen(model, processor)
+    assert found.text and not found.images and "with images, its logits are off" in found.reason
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_body_that_drops_the_bounds_of_sequences_is_padded(family):
+    model, processor = tiny_vision(family)
+    changed_call(model.model.language_model, without("cu_seq_lens_q", "cu_seq_lens_k"))
+    before = model.config.get_text_config()._attn_implementation
+    assert not chosen(model, processor).text
+    assert model.config.get_text_config()._attn_implementation == before
+    with pytest.raises(ValueError, match="call cppo.set_attention"):
+        packed_hidden(model, batch_of(model, processor)[0])
+
+
+def test_a_body_that_ignores_positions_is_padded_where_they_are_learned():
+    model = tiny_family("opt")
+    changed_call(model.model.decoder, without("position_ids"))
+    found = choose_ways(model, "sdpa")
+    assert not found.text and "on packed sequences, its logits are off by" in found.reason
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_a_body_that_ignores_masks_is_refused(family):
+    model, processor = tiny_vision(family)
+    changed_call(model.model, lambda own: own | {"attention_mask": None})
+    with pytest.raises(ValueError, match=f"model_type '{family}' "):
+        chosen(model, processor)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_a_body_that_ignores_encoded_images_is_refused(family):
+    model, processor = tiny_vision(family)
+    changed_call(model.model, without("mm_encoder_outputs"))
+    with pytest.raises(ValueError, match="on padded sequences, with images, its logits are off by"):
+        chosen(model, processor)
+
+
+def test_a_model_that_cannot_encode_images_by_themselves_is_refused():
+    model, processor = tiny_vision("llava")
+    plain = model.model.forward
+    model.model.forward = lambda input_ids, pixel_values=None, **kwargs: plain(
+        input_ids, pixel_values=pixel_values, **kwargs
+    )
+    with pytest.raises(ValueError, match=r"get_image_features.*model_type 'llava'"):
+        chosen(model, processor)
+
+
+def batch_of(model, processor):
+    """A stream of two answers to a question with a picture, and its images."""
+    from vision_pictures import picture
+
+    question = as_question({"prompt": "What?", "image": picture(60, 32)})
+    prompts = encode_questions(model, processor, [question])
+    ids = torch.cat([prompts.input_ids.repeat(2, 1), torch.tensor([[3, 4], [5, 6]])], 1)
+    mask = torch.ones_like(ids).bool()
+    is_answer = torch.arange(ids.shape[1]) >= prompts.input_ids.shape[1]
+    return pack_completions(ids, mask, mask & is_answer), prompts.images
+
+
+def test_packed_hidden_refuses_images_that_attend_both_ways():
+    model, processor = tiny_vision("gemma3")
+    ways.set_attention(model, "sdpa")
+    batch, images = batch_of(model, processor)
+    with pytest.raises(ValueError, match="on packed sequences, with images, its logits are off by"):
+        packed_hidden(model, batch, None, images, [0, 0])
+    assert chosen(model, processor).text
+    padded = hidden_states(model, batch, None, images, [0, 0])
+    assert padded.shape == (4, 32) and not ways_of(model).images
+
+
+def test_without_a_choice_it_is_packed():
+    model, _ = tiny("text")
+    assert ways_of(model).packed and str(ways_of(model)) == "packed"
+    assert shown_picture(*tiny("text")) is None

@@ -28,7 +28,14 @@ from cppo.rollouts.engine import EngineError
 from cppo.rollouts.memory import free_memory, token_bytes
 from cppo.rollouts.options import VLLMConfig
 from cppo.rollouts.sampler import Draws, Sampled, Sampling
-from cppo.rollouts.vllm_requests import Choice, Request, collected, requests, sampling_arguments
+from cppo.rollouts.vllm_requests import (
+    Choice,
+    Request,
+    check_prompt,
+    collected,
+    requests,
+    sampling_arguments,
+)
 
 _ROWS = 256  # completions that vLLM runs together unless it is told otherwise
 
@@ -108,20 +115,15 @@ class VLLMEngine:
         return None  # vLLM runs as many as it has room for
 
     def generate(self, prompts: Prompts, sampling: Sampling, draws: Draws) -> Sampled:
-        asked = requests(prompts, sampling, draws, self._image_token)
-        expanded = prompts.attention_mask.sum(1).tolist()
-        self._check_lengths(expanded, sampling)
+        asked = requests(prompts, sampling, draws)
+        self._check_lengths([len(own.expanded) for own in asked], sampling)
         params = [self._params(**sampling_arguments(sampling, own.seed)) for own in asked]
         # vLLM draws from the generators of the process even where every request has its own.
         generators = [self._device] if self._device.type == "cuda" else []
         with self._in_one_piece("failed"), torch.random.fork_rng(generators):
             found = self._llm.generate([_input(own) for own in asked], params, use_tqdm=False)
-        for own, length in zip(found, expanded, strict=False):
-            if len(own.prompt_token_ids) != length:
-                raise EngineError(
-                    f"cppo.rollouts: vLLM reads a prompt of {length} tokens as "
-                    f"{len(own.prompt_token_ids)}: its image processor makes other patches"
-                )
+        for request, own in zip(asked, found, strict=False):
+            check_prompt(list(own.prompt_token_ids), request, "vLLM", self._image_token)
         answers = [[_choice(completion) for completion in own.outputs] for own in found]
         return collected(answers, asked, sampling, self._vocab)
 

@@ -7,6 +7,7 @@ parallel).
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import tempfile
@@ -189,7 +190,10 @@ def _save(model: nn.Module, processor: Any, folder: str) -> None:
     from huggingface_hub import save_torch_state_dict
 
     base = unwrap(model)
-    base.config.save_pretrained(folder)
+    config = copy.deepcopy(base.config)
+    # A model made from a config has none yet, and vLLM would take it for one of embeddings.
+    config.architectures = config.architectures or [type(base).__name__]
+    config.save_pretrained(folder)
     save_processor(processor, folder)
     # Of two names that share memory the file would have one, and not the one that vLLM reads.
     save_torch_state_dict(apart(hub_weights(model)), folder)

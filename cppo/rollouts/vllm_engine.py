@@ -80,6 +80,8 @@ class VLLMEngine:
             file.unlink()  # they are loaded, and are as large as the model
         self._params: Any = SamplingParams
         self._limit = int(self._llm.model_config.max_model_len)
+        # Of its attentions the one of CPUs knows no other mask than the causal one, and is taken.
+        self._hides_image = self._device.type == "cpu" and self._llm.model_config.is_mm_prefix_lm
 
     def _arguments(self, base: Any, options: VLLMConfig, dtype: str) -> dict[str, Any]:
         """The arguments of `vllm.LLM`."""
@@ -117,6 +119,12 @@ class VLLMEngine:
 
     def generate(self, prompts: Prompts, sampling: Sampling, draws: Draws) -> Sampled:
         asked = requests(prompts, sampling, draws)
+        if self._hides_image and any(own.images for own in asked):
+            raise EngineError(
+                "cppo.rollouts: vLLM on a CPU hides from a token of an image those behind it, and "
+                "the tokens of an image of this model see each other both ways: it would sample "
+                "from another model; take engine 'builtin', or a GPU"
+            )
         self._check_lengths([len(own.expanded) for own in asked], sampling)
         params = [self._params(**sampling_arguments(sampling, own.seed)) for own in asked]
         # vLLM draws from the generators of the process even where every request has its own.

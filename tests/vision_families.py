@@ -154,6 +154,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         text=dict(model_type="gemma"),
         vision=dict(model_type="siglip_vision_model", vision_use_head=False),
         named=dict(image_token="<image>"),
+        words=("\n",),
         images=("Siglip", dict(size=_SQUARE, image_seq_length=4)),
         processor=("PaliGemma", {}),
         template=("<image>", "", "", ""),

@@ -41,9 +41,16 @@ EXACT = 1e-4  # nats, in fp32
 OPTIONS = VLLMConfig(max_model_len=256, check_every=1)
 # vLLM's attention on a CPU has no smaller heads.
 _TEXT: dict[str, Any] = dict(hidden_size=128, head_dim=32)
+_ROPE = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=1.0)
+_CHANGES: dict[str, dict[str, Any]] = {
+    "glm4v": dict(
+        text=_TEXT | dict(rope_parameters=_ROPE | dict(mrope_section=[8, 4, 4])),
+        vision=dict(out_hidden_size=128),
+    )
+}
 # What stands between `vision_tower.` and the rest in files of the hub.
 _TOWERS = {"clip_vision_model", "siglip_vision_model"}
-FAMILIES = ("llava", "internvl", "smolvlm", "mistral3", "llava_next")
+FAMILIES = ("llava", "internvl", "smolvlm", "mistral3", "glm4v")
 PICTURES = (image(48, 24, 1), image(96, 60, 2), image(36, 108, 3))
 
 
@@ -51,7 +58,7 @@ class Case:
     """A tiny model of a family as its checkpoint is loaded, with questions for it."""
 
     def __init__(self, family: str, folder: Path) -> None:
-        made, processor = tiny_vision(family, text=_TEXT)
+        made, processor = tiny_vision(family, **_CHANGES.get(family, dict(text=_TEXT)))
         made.config.save_pretrained(folder)
         save_processor(processor, folder)
         weights = apart(hub_weights(made))
@@ -173,7 +180,22 @@ def test_an_image_whose_tokens_see_each_other_is_refused_on_a_cpu(
         case.move("all", 0.2)
         engine.sync(hub_weights(case.model))
         assert max(case.differences(engine, case.questions[4:])) < EXACT
+        # It is wrong indeed.
         engine._hides_image = False
         assert max(case.differences(engine)) > 100 * EXACT
+    finally:
+        engine.close()
+
+
+def test_an_image_that_vllm_expands_otherwise_is_refused(tmp_path: Path) -> None:
+    """Of two images of a question, transformers cuts none into tiles for LLaVA-OneVision."""
+    case = Case("llava_onevision", tmp_path)
+    engine = VLLMEngine(case.model, case.processor, OPTIONS, "float32")
+    try:
+        for _ in range(2):
+            with pytest.raises(EngineError, match="which is another prompt from token"):
+                case.sampled(engine, case.questions)
+            # Nothing of it is left behind.
+            assert max(case.differences(engine, [*case.questions[:3], case.questions[4]])) < EXACT
     finally:
         engine.close()

@@ -21,7 +21,6 @@ from trainer_cases import image, noise, question, small_run
 from vision_families import tiny_vision
 
 from cppo.config import VLLMConfig
-from cppo.model.forward import set_attention
 from cppo.model.hub_weights import apart, hub_weights
 from cppo.model.load import (
     load_model,
@@ -71,7 +70,6 @@ class Case:
         self.model = load_model(folder, dtype=torch.float32)
         self.processor = load_processor(folder)
         self.suppressed = special_token_ids_to_suppress(self.model, self.processor)
-        set_attention(self.model, "sdpa")
         self.questions = [question(f"Number {i}?", [own]) for i, own in enumerate(PICTURES)]
         self.questions += [question("Which is larger?", PICTURES[:2]), question("Hi")]
 

@@ -15,6 +15,7 @@ from cppo.views import (
     perturb_pixel_values,
 )
 from cppo.views.patches import PatchLayout, images_from_patches, patches_from_images
+from cppo.views.pictures import seen_size
 
 
 def pil_scene(mode="RGB", size=(56, 40), seed=0):
@@ -253,3 +254,27 @@ def test_bad_patches(patches, grid, options, message):
 def test_bad_images_to_patches(images, message):
     with pytest.raises(ValueError, match=f"cppo.patches_from_images: .*{message}"):
         patches_from_images(images, PatchLayout.of(FakeProcessor()))
+
+
+# ---- The size at which a model sees a picture
+
+
+@pytest.mark.parametrize("name", [None, "image", "images"])
+def test_the_size_is_seen_however_a_processor_calls_its_resize(name):
+    class Halves:
+        def resize(self, images, size):
+            return images[..., : size[1], : size[0]]
+
+        def __call__(self, images, return_tensors):
+            pixels = np.asarray(images[0]).transpose(2, 0, 1)
+            half = (pixels.shape[2] // 2, pixels.shape[1] // 2)
+            if name is None:
+                self.resize(pixels, half)
+            else:
+                self.resize(size=half, **{name: pixels})
+
+    class HalvesOne(Halves):
+        def resize(self, image, size):
+            return super().resize(image, size)
+
+    assert seen_size((HalvesOne if name == "image" else Halves)(), (48, 24)) == (24, 12)

@@ -82,6 +82,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
             image_token="<image_soft_token>",
         ),
         special=("<start_of_turn>", "<end_of_turn>"),
+        words=("\n", "\n\n", "\n\n\n", "\n\n\n\n"),
         images=("Gemma3", dict(size=dict(height=56, width=56))),
         processor=("Gemma3", dict(image_seq_length=4)),
         template=(
@@ -153,6 +154,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         text=dict(model_type="gemma"),
         vision=dict(model_type="siglip_vision_model", vision_use_head=False),
         named=dict(image_token="<image>"),
+        words=("\n",),
         images=("Siglip", dict(size=_SQUARE, image_seq_length=4)),
         processor=("PaliGemma", {}),
         template=("<image>", "", "", ""),
@@ -269,16 +271,21 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 FAMILIES = (*_QWEN, *_FAMILIES)
 
 
-def tiny_vision(family: str, *, seed: int = 0) -> tuple[Any, Any]:
+def tiny_vision(family: str, *, seed: int = 0, **changes: dict[str, Any]) -> tuple[Any, Any]:
     """A tiny random model of a family (in eval mode, fp32) and its processor.
 
     Images may have 24 to 256 pixels a side; families that cut images into tiles cut all but the
     smallest. SmolVLM and Mistral 3 come with stand-ins for what their stock processors ask for and
     do not use for images (`_stock_processor`); `load_processor` has no such stand-ins.
+
+    Args:
+        changes: `config`, `text` or `vision`, to the numbers of the family's configs.
     """
     if family in _QWEN:
         return build_tiny_vlm(family, seed, size="test")
-    parts = _FAMILIES[family]
+    parts = dict(_FAMILIES[family])
+    for name, own in changes.items():
+        parts[name] = parts.get(name, {}) | own
     tokenizer = _tokenizer(parts)
     kind, options = parts["images"]
     options = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3) | options
@@ -348,6 +355,7 @@ def _tokenizer(parts: dict[str, Any]) -> hf.PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(list(special))
+    core.add_tokens(list(parts.get("words", ())))
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",

@@ -63,14 +63,18 @@ def weights(value: float = 1.0) -> Iterator[tuple[str, Tensor]]:
 def prompts(questions: int = 3, images: int = 0) -> Prompts:
     """Of different lengths, and padded on the left."""
     pictures = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(images)]
-    # Text between the images, as every chat template has it.
-    tail = [token for _ in range(images) for token in (*[IMAGE] * PATCHES, 5)]
-    rows = [[4] * (number + 1) + tail for number in range(questions)]
+
+    def row(number: int, patches: int) -> list[int]:
+        # As in some chat templates, no text stands between the images.
+        return [4] * (number + 1) + [IMAGE] * images * patches + [5] * bool(images)
+
+    rows = [row(number, PATCHES) for number in range(questions)]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]).bool()
     asked = as_question({"prompt": "Hi"})._replace(images=pictures)
-    return Prompts([asked] * questions, ids, mask, None, None)
+    short = [row(number, 1) for number in range(questions)]
+    return Prompts([asked] * questions, ids, mask, None, None, unexpanded=short)
 
 
 def sample(found: ServerEngine, sampling: Sampling = SAMPLING, **options: Any) -> Sampled:

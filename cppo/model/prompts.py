@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cppo.model.chat_template import check_template_arguments, control_tokens
 from cppo.model.images import (
     PER_TOKEN,
     ImageBatch,
@@ -35,18 +36,6 @@ from cppo.questions.messages import (
 )
 from cppo.questions.question import Question
 
-# What apply_chat_template takes besides what the template reads.
-_PASSED_ON = ("chat_template", "tools", "documents")
-_OWN = (
-    "messages",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-    "return_dict",
-    "return_tensors",
-)
-# Reasoning and answers stand between these, in prompts too, whatever the tokenizer calls them.
-_FORMAT_TAGS = {"<think>", "</think>", "<answer>", "</answer>"}
 _TAG = re.compile(r"<[^<>\n]*>|\[[^\[\]\n]*\]")
 _END_OF_TEXT = "(cppo: the last message ends here)"
 _SURROGATE = re.compile("[\ud800-\udfff]")  # which no tokenizer takes
@@ -66,6 +55,8 @@ class Prompts:
         generation_prompts: Q texts that the chat template puts after the last message and that a
             completion continues, such as "<|im_start|>assistant\\n<think>\\n"; empty where it puts
             nothing there.
+        unexpanded: Q prompts as the chat template writes them, in token ids: an image is what
+            stands for it there, whatever a processor makes of that.
     """
 
     questions: list[Question]
@@ -74,10 +65,18 @@ class Prompts:
     positions: Tensor | None
     images: ImageBatch | None
     generation_prompts: list[str] = field(default_factory=list)
+    unexpanded: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.generation_prompts:
             object.__setattr__(self, "generation_prompts", [""] * len(self.questions))
+        if not self.unexpanded:
+            object.__setattr__(self, "unexpanded", self.token_ids())
+
+    def token_ids(self) -> list[list[int]]:
+        """Each question's own ids, without the padding."""
+        rows = zip(self.input_ids.cpu(), self.attention_mask.cpu(), strict=True)
+        return [ids[own].tolist() for ids, own in rows]
 
     def of(self, questions: Sequence[int]) -> Prompts:
         """Some of the questions, in the order given."""
@@ -89,6 +88,7 @@ class Prompts:
             None if self.positions is None else self.positions[:, own],
             None if self.images is None else self.images.of(questions),
             [self.generation_prompts[q] for q in questions],
+            [self.unexpanded[q] for q in questions],
         )
 
 
@@ -98,13 +98,14 @@ class EncodedQuestion(NamedTuple):
     Fields:
         question: what was asked.
         input_ids: token ids, image placeholders included.
-        generation_prompt: as in `Prompts`.
+        generation_prompt, unexpanded: as in `Prompts`.
         processed: what the processor made of its images, by name; empty without any.
     """
 
     question: Question
     input_ids: list[int]
     generation_prompt: str
+    unexpanded: list[int]
     processed: Mapping[str, Any]
 
 
@@ -140,6 +141,7 @@ def collate(model: nn.Module, encoded: Sequence[EncodedQuestion]) -> Prompts:
         rotary_positions(model, input_ids, attention_mask, grid),
         images,
         [own.generation_prompt for own in encoded],
+        [own.unexpanded for own in encoded],
     )
 
 
@@ -193,10 +195,10 @@ class PromptEncoder:
     """
 
     def __init__(self, processor: Any, chat_template_kwargs: Mapping[str, Any] = {}) -> None:
-        _check_template_arguments(processor, chat_template_kwargs)
+        check_template_arguments(processor, chat_template_kwargs)
         self._processor = processor
         self._arguments = chat_template_kwargs
-        self._control = _control_tokens(processor)
+        self._control = control_tokens(processor, tokenizer_of(processor))
 
     def __call__(self, question: Question) -> EncodedQuestion:
         """Return a question's ids and pixels.
@@ -315,8 +317,16 @@ class PromptEncoder:
             question,
             ids,
             self._generation_prompt(question),
+            self._unexpanded(question) if question.images else ids,
             {name: value for name, value in encoded.items() if name not in PER_TOKEN},
         )
+
+    def _unexpanded(self, question: Question) -> list[int]:
+        """The ids of the rendered text itself."""
+        text, tokenizer = self._render(question), tokenizer_of(self._processor)
+        # As `apply_chat_template` does: what the template begins with is not put there again.
+        has_begin = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        return tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
 
     def _refusal(self, question: Question, error: Exception) -> QuestionError:
         """The error of a processor, with the image that it is about, if it is about one."""
@@ -373,39 +383,6 @@ def _padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         ids[row, width - len(own) :] = torch.tensor(own)
         mask[row, width - len(own) :] = True
     return ids, mask
-
-
-def _check_template_arguments(processor: Any, arguments: Mapping[str, Any]) -> None:
-    if not isinstance(arguments, Mapping):
-        raise TypeError(f"cppo: chat_template_kwargs must be a mapping, got {arguments!r}")
-    template = arguments.get("chat_template") or getattr(processor, "chat_template", None)
-    if template is None:
-        raise ValueError(
-            f"cppo: processor {type(processor).__name__} has no chat template; take that of an "
-            "instruction-tuned model, or set processor.chat_template"
-        )
-    for name in arguments:
-        if name in _OWN:
-            raise ValueError(f"cppo: chat_template_kwargs must not have {name!r}, which cppo sets")
-        if name not in _PASSED_ON and not re.search(rf"\b{re.escape(name)}\b", str(template)):
-            raise ValueError(
-                f"cppo: chat_template_kwargs has {name!r}, which the chat template does not read"
-            )
-
-
-def _control_tokens(processor: Any) -> re.Pattern[str]:
-    """Matches the tokens that only the template may write: special ones, and placeholders."""
-    tokenizer = tokenizer_of(processor)
-    tokens = set(tokenizer.all_special_tokens)
-    tokens |= {own.content for own in tokenizer.added_tokens_decoder.values() if own.special}
-    tokens |= {
-        value
-        for name, value in vars(processor).items()
-        if name.endswith("_token") and isinstance(value, str)
-    }
-    known = [token for token in tokens - _FORMAT_TAGS if token.strip()]
-    longest_first = sorted(known, key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _name(question: Question) -> str:

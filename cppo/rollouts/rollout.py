@@ -230,6 +230,7 @@ def merge(parts: Sequence[Rollouts]) -> Rollouts:
         joined_if_known([part.prompts.positions for part in parts], 0),
         _merged_images([part.prompts for part in parts]),
         [text for part in parts for text in part.prompts.generation_prompts],
+        [ids for part in parts for ids in part.prompts.unexpanded],
     )
     return Rollouts(
         prompts,

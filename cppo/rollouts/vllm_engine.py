@@ -7,6 +7,7 @@ parallel).
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import tempfile
@@ -28,7 +29,14 @@ from cppo.rollouts.engine import EngineError
 from cppo.rollouts.memory import free_memory, token_bytes
 from cppo.rollouts.options import VLLMConfig
 from cppo.rollouts.sampler import Draws, Sampled, Sampling
-from cppo.rollouts.vllm_requests import Choice, Request, collected, requests, sampling_arguments
+from cppo.rollouts.vllm_requests import (
+    Choice,
+    Request,
+    check_prompt,
+    collected,
+    requests,
+    sampling_arguments,
+)
 
 _ROWS = 256  # completions that vLLM runs together unless it is told otherwise
 
@@ -72,6 +80,8 @@ class VLLMEngine:
             file.unlink()  # they are loaded, and are as large as the model
         self._params: Any = SamplingParams
         self._limit = int(self._llm.model_config.max_model_len)
+        # Of its attentions the one of CPUs knows no other mask than the causal one, and is taken.
+        self._hides_image = self._device.type == "cpu" and self._llm.model_config.is_mm_prefix_lm
 
     def _arguments(self, base: Any, options: VLLMConfig, dtype: str) -> dict[str, Any]:
         """The arguments of `vllm.LLM`."""
@@ -108,20 +118,21 @@ class VLLMEngine:
         return None  # vLLM runs as many as it has room for
 
     def generate(self, prompts: Prompts, sampling: Sampling, draws: Draws) -> Sampled:
-        asked = requests(prompts, sampling, draws, self._image_token)
-        expanded = prompts.attention_mask.sum(1).tolist()
-        self._check_lengths(expanded, sampling)
+        asked = requests(prompts, sampling, draws)
+        if self._hides_image and any(own.images for own in asked):
+            raise EngineError(
+                "cppo.rollouts: vLLM on a CPU hides from a token of an image those behind it, and "
+                "the tokens of an image of this model see each other both ways: it would sample "
+                "from another model; take engine 'builtin', or a GPU"
+            )
+        self._check_lengths([len(own.expanded) for own in asked], sampling)
         params = [self._params(**sampling_arguments(sampling, own.seed)) for own in asked]
         # vLLM draws from the generators of the process even where every request has its own.
         generators = [self._device] if self._device.type == "cuda" else []
         with self._in_one_piece("failed"), torch.random.fork_rng(generators):
             found = self._llm.generate([_input(own) for own in asked], params, use_tqdm=False)
-        for own, length in zip(found, expanded, strict=False):
-            if len(own.prompt_token_ids) != length:
-                raise EngineError(
-                    f"cppo.rollouts: vLLM reads a prompt of {length} tokens as "
-                    f"{len(own.prompt_token_ids)}: its image processor makes other patches"
-                )
+        for request, own in zip(asked, found, strict=False):
+            check_prompt(list(own.prompt_token_ids), request, "vLLM", self._image_token)
         answers = [[_choice(completion) for completion in own.outputs] for own in found]
         return collected(answers, asked, sampling, self._vocab)
 
@@ -187,7 +198,10 @@ def _save(model: nn.Module, processor: Any, folder: str) -> None:
     from huggingface_hub import save_torch_state_dict
 
     base = unwrap(model)
-    base.config.save_pretrained(folder)
+    config = copy.deepcopy(base.config)
+    # A model made from a config has none yet, and vLLM would take it for one of embeddings.
+    config.architectures = config.architectures or [type(base).__name__]
+    config.save_pretrained(folder)
     save_processor(processor, folder)
     # Of two names that share memory the file would have one, and not the one that vLLM reads.
     save_torch_state_dict(apart(hub_weights(model)), folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,13 +23,15 @@ _HIGHEST = 1e-2
 class Request(NamedTuple):
     """One question.
 
-    token_ids: of its prompt, with one token for each image: vLLM writes as many as an image has
-        patches by itself, and would write them for each placeholder of an expanded prompt.
+    token_ids: of its prompt as the chat template writes it: vLLM expands the images by itself, and
+        would expand each placeholder of an expanded prompt again.
+    expanded: what vLLM must make of them.
     images: in their order.
     seed: of its completions.
     """
 
     token_ids: list[int]
+    expanded: list[int]
     images: list[Image.Image]
     seed: int
 
@@ -42,36 +43,41 @@ class Choice(NamedTuple):
     logps: Sequence[float]
 
 
-def requests(
-    prompts: Prompts, sampling: Sampling, draws: Draws, image_token: int | None
-) -> list[Request]:
-    """A request for each question.
-
-    Args:
-        image_token: the placeholder of a patch; None: of a text model.
-    Raises: EngineError where the images of a prompt cannot be told apart.
-    """
+def requests(prompts: Prompts, sampling: Sampling, draws: Draws) -> list[Request]:
+    """A request for each question."""
+    rows = zip(prompts.questions, prompts.unexpanded, prompts.token_ids(), strict=True)
     found = []
-    for number, question in enumerate(prompts.questions):
-        ids = prompts.input_ids[number][prompts.attention_mask[number]].tolist()
-        if question.images and image_token is not None:
-            ids = _one_per_image(ids, image_token, len(question.images))
+    for number, (question, ids, expanded) in enumerate(rows):
         row = draws.own.start + number * sampling.group_size
         # vLLM adds the number of the completion to it.
-        found.append(Request(ids, question.images, seed_from(draws.seed, row) % 2**62))
+        seed = seed_from(draws.seed, row) % 2**62
+        found.append(Request(ids, expanded, question.images, seed))
     return found
 
 
-def _one_per_image(ids: list[int], image_token: int, images: int) -> list[int]:
-    runs = itertools.groupby(ids, lambda token: token == image_token)
-    parts = [[image_token] if is_image else list(run) for is_image, run in runs]
-    short = [token for part in parts for token in part]
-    if short.count(image_token) != images:
-        raise EngineError(
-            f"cppo.rollouts: a prompt with {images} images has {short.count(image_token)} runs of "
-            "the image's token: vLLM cannot tell them apart; put text between the images"
-        )
-    return short
+def check_prompt(theirs: list[int], request: Request, name: str, image_token: int | None) -> None:
+    """Raises EngineError unless vLLM made the prompt that the trainer has.
+
+    Args:
+        theirs: the ids that vLLM sampled behind.
+        name: of the engine, for the error.
+        image_token: the placeholder of a patch; None: of a text model.
+    """
+    ours = request.expanded
+    if theirs == ours:
+        return
+    images = ""
+    if image_token is not None:
+        counts = (ids.count(image_token) for ids in (theirs, ours))
+        images = " ({} and {} of them of images)".format(*counts)
+    pairs = enumerate(zip(theirs, ours, strict=False))
+    first = next((n for n, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
+    raise EngineError(
+        f"cppo.rollouts: {name} made a prompt of {len(theirs)} tokens of ours of "
+        f"{len(ours)}{images}, which is another prompt from token {first} on: has it the same "
+        "model, image processor and vLLM >= 0.32, and does it expand the images of this family "
+        "as transformers does?"
+    )
 
 
 def sampling_arguments(sampling: Sampling, seed: int) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from cppo.rollouts.vllm_http import PassingError, Server, start_command
 from cppo.rollouts.vllm_requests import (
     Choice,
     Request,
+    check_prompt,
     collected,
     requests,
     sampling_arguments,
@@ -119,14 +120,12 @@ class ServerEngine:
                 f"cppo.rollouts: the vLLM server at {self._options.address} has no weights that "
                 "are known: sync them first"
             )
-        asked = requests(prompts, sampling, draws, self._image_token)
-        rows = zip(prompts.input_ids.tolist(), prompts.attention_mask.tolist(), strict=True)
-        own = [[token for token, kept in zip(*row, strict=True) if kept] for row in rows]
-        self._check_lengths(own, sampling)
+        asked = requests(prompts, sampling, draws)
+        self._check_lengths([len(own.expanded) for own in asked], sampling)
         answers = self._server.post_all(
             _GENERATE,
             [functools.partial(_body, request, sampling) for request in asked],
-            lambda number, answer: self._choices(answer, own[number]),
+            lambda number, answer: self._choices(answer, asked[number]),
         )
         return collected(answers, asked, sampling, self._vocab)
 
@@ -218,8 +217,8 @@ class ServerEngine:
             f"{self.max_model_len} tokens at most"
         )
 
-    def _check_lengths(self, own: list[list[int]], sampling: Sampling) -> None:
-        longest = max(map(len, own), default=0)
+    def _check_lengths(self, prompts: list[int], sampling: Sampling) -> None:
+        longest = max(prompts, default=0)
         if longest + sampling.max_new_tokens > self.max_model_len:
             raise EngineError(
                 f"cppo.rollouts: a prompt of {longest} tokens and {sampling.max_new_tokens} new "
@@ -227,12 +226,8 @@ class ServerEngine:
                 f"{self._options.address} takes: start it with a larger --max-model-len"
             )
 
-    def _choices(self, answer: Any, prompt: list[int]) -> list[Choice]:
-        """The completions of an answer to one question.
-
-        Args:
-            prompt: token ids, image placeholders included.
-        """
+    def _choices(self, answer: Any, request: Request) -> list[Choice]:
+        """The completions of an answer to one question."""
         try:
             theirs = list(answer["prompt_token_ids"])
             choices = [
@@ -251,8 +246,8 @@ class ServerEngine:
                 f"cppo.rollouts: the vLLM server at {self._options.address} answers in another "
                 f"form than vLLM 0.32 does ({type(error).__name__}: {error}): {str(answer)[:300]}"
             ) from error
-        if theirs != prompt:
-            raise EngineError(self._other_prompt(theirs, prompt))
+        name = f"the vLLM server at {self._options.address}"
+        check_prompt(theirs, request, name, self._image_token)
         if any(sampled_by != {self.version} for sampled_by in versions):
             found = ", ".join(sorted(set().union(*versions) - {self.version}))
             self.version = None
@@ -262,17 +257,6 @@ class ServerEngine:
                 "somebody else changed them"
             )
         return choices
-
-    def _other_prompt(self, theirs: list[int], ours: list[int]) -> str:
-        images = ""
-        if self._image_token is not None:
-            counts = (ids.count(self._image_token) for ids in (theirs, ours))
-            images = " ({} and {} of them of images)".format(*counts)
-        return (
-            f"cppo.rollouts: the vLLM server at {self._options.address} made a prompt of "
-            f"{len(theirs)} tokens of ours of {len(ours)}{images}, which is another prompt: has it "
-            "the same model, image processor and vLLM >= 0.32?"
-        )
 
 
 def _body(request: Request, sampling: Sampling) -> dict[str, Any]:

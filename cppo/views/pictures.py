@@ -47,8 +47,10 @@ class _Noted:
     def __init__(self, plain: Any, size: tuple[int, int], found: list[tuple[int, int]]) -> None:
         self._plain, self._size, self._found = plain, size, found
 
-    def __call__(self, image: Any, *args: Any, **kwargs: Any) -> Any:
-        resized = self._plain(image, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # By position, or under one of two names: processors do all of it.
+        image = args[0] if args else kwargs.get("image", kwargs.get("images"))
+        resized = self._plain(*args, **kwargs)
         if _size(image) == self._size:
             self._found.append(_size(resized))
         return resized

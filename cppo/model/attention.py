@@ -41,7 +41,7 @@ _KNOWN = {
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "key_index", "runs"),
     *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits"),
     *("return_dict", "num_items_in_batch", "token_type_ids", "mm_token_type_ids"),
-    *("position_embeddings", "cache", "past_key_values", "deterministic"),
+    *("position_embeddings", "cache", "past_key_values", "deterministic", "logits_to_keep"),
 }
 _MEANINGS = {"s_aux": "attention sinks", "softcap": "attn_logit_softcapping"}
 

@@ -328,7 +328,7 @@ def test_no_placeholder_of_an_image_is_sampled(family):
     marks = tokenizer.convert_ids_to_tokens(sorted(left))
     # Those of turns.
     known = re.compile(r"im_|turn|utterance|user|assistant|INST|^</?s>$|sop|gMASK")
-    assert [mark for mark in marks if not known.search(mark)] == []
+    assert [mark for mark in marks if mark.strip() and not known.search(mark)] == []
     assert model.config.image_token_id in suppressed
 
 

@@ -7,6 +7,8 @@ from transformers import DynamicCache
 
 from cppo.model import check as model_check
 from cppo.model import forward
+from cppo.model.padded import run_padded
+from cppo.model.ways import choose_ways
 from cppo.ops.pack import pack_completions
 
 CLOSE = 2e-5  # of the largest logit; what is wrong is off by far more, rounding in fp32 by far less
@@ -16,13 +18,13 @@ def relative(ours, expected):
     return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 
-def packed_logits(model, sequences):
-    """Logits of whole sequences but for their last token, by the packed forward in fp32."""
+def logits_by(run, model, sequences):
+    """Logits of whole sequences but for their last token, by a forward of ours in fp32."""
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     lengths = torch.tensor([len(s) for s in sequences])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     batch = pack_completions(ids, mask, mask & (torch.arange(ids.shape[1]) >= 1))
-    hidden = forward.run_packed(model, batch)
+    hidden = run(model, batch)
     logits = forward.lm_head(model).logits(hidden)
     return list(logits.split((lengths - 1).tolist()))
 
@@ -57,7 +59,7 @@ def runs_right(family):
         alone = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
         try:
             forward.set_attention(model, "sdpa")
-            packed = packed_logits(model, sequences)
+            packed = logits_by(forward.run_packed, model, sequences)
             decoded = decoded_logits(model, sequences)
         except Exception:
             return False
@@ -85,3 +87,39 @@ def test_the_verdict_is_that_of_an_independent_comparison(family):
     words = verdict(family)
     assert runs_right(family) == (not words), words
     assert not words or repr(family) in words
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_cannot_be_packed_is_padded_and_right_or_refused(family):
+    if not is_known(family):
+        pytest.skip(f"this transformers has no {family}")
+    model = tiny_family(family, window=5)
+    draw = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(3, 60, (n,), generator=draw) for n in (13, 9, 11)]
+    with torch.no_grad():
+        alone = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
+    try:
+        ways = choose_ways(model, "sdpa")
+    except ValueError as error:
+        assert repr(family) in str(error)
+        return
+    run = forward.run_packed if ways.text else run_padded
+    with torch.no_grad():
+        ours, decoded = logits_by(run, model, sequences), decoded_logits(model, sequences)
+    errors = [relative(found, own[:-1]) for found, own in zip(ours, alone, strict=True)]
+    errors += [relative(found, own[-4:]) for found, own in zip(decoded, alone, strict=True)]
+    assert max(errors) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("family", "is_packed"),
+    [
+        ("llama", True),
+        ("gpt_oss", False),
+        ("gemma2", False),
+        ("gemma3_text", True),
+        ("lfm2", False),
+    ],
+)
+def test_which_way_is_chosen(family, is_packed):
+    assert choose_ways(tiny_family(family, window=5), "sdpa").text == is_packed

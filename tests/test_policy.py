@@ -88,7 +88,7 @@ def test_a_model_that_cannot_be_packed_is_padded_and_the_run_says_so(family, tmp
     trainer = trainer_for(tmp_path, model=model, share_prompts=True)
     assert not trainer.policy.ways.text and model.config._attn_implementation == own
     said = capsys.readouterr().out
-    assert "padded: all sequences run as padded batches, because model_type" in said
+    assert "padded (all), because packed sequences would be wrong: model_type" in said
     assert "share_prompts has no effect" in said
 
 

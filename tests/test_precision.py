@@ -118,7 +118,7 @@ def test_under_autocast_a_frozen_vision_model_gives_the_same_bits(family):
         model.requires_grad_(False)
         if is_held:
             hold_weights(model, "bf16", may_round=True)
-            assert model.model.visual.patch_embed.proj.weight.dtype == torch.bfloat16
+            assert model.model.visual.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             output = model(
                 input_ids=prompts.input_ids,

@@ -8,6 +8,7 @@ byte counts are for one process; every process holds the whole model.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,6 +165,8 @@ def model_sizes(model: ModelConfig, lora_rank: int = 0) -> tuple[ModelSizes, str
     from torch import nn
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    from cppo.model.wrappers import IN_TOWER
+
     config, source = _model_config(model)
     has_vision = getattr(config, "vision_config", None) is not None
     auto: Any = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
@@ -179,7 +182,9 @@ def model_sizes(model: ModelConfig, lora_rank: int = 0) -> tuple[ModelSizes, str
     sizes = ModelSizes(
         family=config.model_type,
         parameters=sum(p.numel() for p in built.parameters()),
-        vision_parameters=sum(p.numel() for n, p in built.named_parameters() if ".visual." in n),
+        vision_parameters=sum(
+            p.numel() for n, p in built.named_parameters() if re.fullmatch(IN_TOWER, n)
+        ),
         lora_parameters=lora_rank * sum(m.in_features + m.out_features for m in linear),
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,

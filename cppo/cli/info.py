@@ -168,16 +168,43 @@ def render(facts: dict[str, Any], console: Console) -> None:
     console.print(_fact_table("versions", facts["versions"]))
 
 
+def _model_info(path: str, as_json: bool) -> int:
+    from cppo.cli.model_info import model_facts
+    from cppo.model.load import quiet
+
+    try:
+        with quiet():
+            facts = model_facts(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if as_json:
+        _print_json(facts)
+    else:
+        _console().print(_fact_table("how the trainer runs it", facts))
+    return 0
+
+
+def _print_json(facts: dict[str, Any]) -> None:
+    json.dump(facts, sys.stdout, indent=1)
+    print()
+
+
+def _console() -> Console:
+    # A pipe has no width of its own; long reasons should not wrap at 80 columns there.
+    return Console(width=None if sys.stdout.isatty() else 110)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `cppo info [--json]`; return the exit status."""
+    """Run `cppo info [MODEL] [--json]`; return the exit status."""
     parser = argparse.ArgumentParser(prog="cppo info", description=__doc__)
+    parser.add_argument("model", nargs="?", help="a checkpoint: how the trainer would run it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     arguments = parser.parse_args(argv)
+    if arguments.model is not None:
+        return _model_info(arguments.model, arguments.json)
     facts = collect()
     if arguments.json:
-        json.dump(facts, sys.stdout, indent=1)
-        print()
+        _print_json(facts)
     else:
-        # A pipe has no width of its own; long reasons should not wrap at 80 columns there.
-        render(facts, Console(width=None if sys.stdout.isatty() else 110))
+        render(facts, _console())
     return 0

@@ -40,13 +40,38 @@ def completion_cache(parts: Sequence[DynamicCache], repeats: int, room: int) -> 
     for number, layer in enumerate(whole.layers):
         if type(layer) not in _IN_PLACE:
             if repeats > 1:
-                layer.batch_repeat_interleave(repeats)
+                _repeat(layer, repeats)
         elif layer.is_initialized:  # one that shares another's keys is not
             ours = _IN_PLACE[type(layer)](**_window(layer))
             ours.hold([part.layers[number] for part in parts], repeats, room)
             for part in parts:
                 part.layers[number] = ours
     return whole
+
+
+def select_rows(cache: DynamicCache, indices: Tensor) -> None:
+    """Keeps some rows of a cache, in place."""
+    for layer in cache.layers:
+        _selects(layer)(indices)
+
+
+def _repeat(layer: Any, repeats: int) -> None:
+    if hasattr(layer, "batch_repeat_interleave"):
+        layer.batch_repeat_interleave(repeats)
+    elif (state := _state(layer)) is not None:
+        index = torch.arange(len(state), device=state.device).repeat_interleave(repeats)
+        layer.reorder_cache(index)
+
+
+def _selects(layer: Any) -> Any:
+    """What selects rows of a layer; one with the state of a recurrence has another name for it."""
+    return getattr(layer, "batch_select_indices", layer.reorder_cache)
+
+
+def _state(layer: Any) -> Tensor | None:
+    """A state of a layer that has no keys and values; None before the first token."""
+    stored = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    return next((state for state in stored if state is not None), None)
 
 
 class _InPlace:

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _LOOKUP = torch.ops.aten.embedding.default
 
 
@@ -25,6 +27,18 @@ class DoublePrecision(TorchDispatchMode):
     fp32, autocast) becomes fp64 too. What is written into a tensor that was there before is
     rounded to its dtype.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._convolutions = _Convolutions()
+
+    def __enter__(self) -> Any:
+        self._convolutions.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._convolutions.__exit__(*error)
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -41,6 +55,17 @@ class DoublePrecision(TorchDispatchMode):
             kwargs = {name: _cast(value, dtype, written) for name, value in kwargs.items()}
         output = op(*args, **kwargs)
         return output if written else _cast(output, torch.float64, [])
+
+
+class _Convolutions(TorchFunctionMode):
+    """Casts what convolutions are called with: they compare dtypes before they dispatch."""
+
+    def __torch_function__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if op in _CONVOLUTIONS:
+            args = _cast(args, torch.float64, [])
+        return op(*args, **(kwargs or {}))
 
 
 def _written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from cppo.model.images import ImageBatch, Prepared
 from cppo.model.prompts import PromptEncoder, Prompts
@@ -93,9 +92,8 @@ def _of_pictures(
 
         def prepare(pictures: list[Image.Image]) -> Prepared | None:
             encoded = encoder.encode(question._replace(images=pictures))
-            if encoded.input_ids != ids:
-                return None
-            return {name: torch.as_tensor(encoded.processed[name]) for name in own}
+            view = {name: torch.as_tensor(encoded.processed[name]) for name in own}
+            return view if encoded.input_ids == ids and _is_like(view, own) else None
 
         view = prepared_views(
             question.images,
@@ -105,8 +103,12 @@ def _of_pictures(
             prepare=prepare,
         )
         known = made[tuple(seeds)] = question, view
-    return {name: _like(own[name], value) for name, value in known[1].items()}
+    return {name: value.to(own[name].device) for name, value in known[1].items()}
 
 
-def _like(original: Tensor, view: Tensor) -> Tensor:
-    return view.to(original.device, non_blocking=True)
+def _is_like(view: Prepared, own: Prepared) -> bool:
+    """Whether only the pixels differ: sizes, masks and tiles say which tokens a picture has."""
+    return all(
+        view[name].shape == x.shape and (name == "pixel_values" or torch.equal(view[name], x.cpu()))
+        for name, x in own.items()
+    )

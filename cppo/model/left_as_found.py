@@ -18,12 +18,19 @@ _SMALL = 1 << 16
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients, autocast or compilation; everything is put back afterwards.
 
-    Put back are the attributes, modes and buffers of every module, its configs, and the state of
-    the random number generators. Parameters are not: a forward pass leaves them alone.
+    Put back are the attributes, modes, hooks and buffers of every module, its configs, and the
+    state of the random number generators. Parameters are not: a forward pass leaves them alone.
     """
     device = next(model.parameters()).device
     modules, configs = list(model.modules()), model_configs(model)
     attributes = [(vars(holder), dict(vars(holder))) for holder in [*modules, *configs]]
+    # transformers adds hooks at the first forward, and notes in an attribute that they are there.
+    attributes += [
+        (hooks, dict(hooks))
+        for module in modules
+        for name, hooks in vars(module).items()
+        if "hooks" in name and isinstance(hooks, dict)
+    ]
     buffers = [(module._buffers, dict(module._buffers)) for module in modules]
     values = [
         (buffer, buffer._version, buffer.clone())

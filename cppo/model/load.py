@@ -48,11 +48,15 @@ _VISION_ID_FIELDS = (
     "vision_end_token_id",
     "vision_token_id",
     "boi_token_id",
+    "boi_token_index",
     "eoi_token_id",
+    "eoi_token_index",
+    "image_start_token_id",
+    "image_end_token_id",
 )
 # Not here: grounding and tool-call markers (<|box_start|>, <tool_call>), which a policy may answer.
 _INPUT_ONLY_TOKEN = re.compile(
-    r"image|video|vision|audio|\bpad\b|im_start|endoftext|unknown", re.IGNORECASE
+    r"image|\bimg|row_\d+_col_|video|vision|audio|\bpad\b|im_start|endoftext|unknown", re.IGNORECASE
 )
 
 

@@ -3,7 +3,8 @@
 What is trained is fp32: a step of 1e-6 is lost in a bf16 weight of 0.1, and AdamW's averages have
 the dtype of their parameter. What is frozen, autocast would cast to bf16 in every call; it is cast
 once, where that gives the same bits: weights and biases that nothing reads but the forward of a
-linear or a convolution layer. Norms, embeddings and the LM head stay fp32.
+linear or a convolution layer. Norms, embeddings and the LM head stay fp32, and so does the model's
+first layer, whose dtype transformers takes for that of the model (`model.dtype`).
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def _cast_by_autocast(model: Any) -> dict[int, nn.Parameter]:
         *(getattr(base, "_keep_in_fp32_modules_strict", None) or ()),
     }
     wide = {id(part) for part in base.get_output_embeddings().modules()}
+    wide.add(next((id(part) for part in base.modules() if part._parameters), 0))
     for module in base.modules():
         if _reads_weight_of_layer(module):
             wide.update(id(part) for part in module.modules())

@@ -6,11 +6,14 @@ and for questions with images, whose tokens some families let attend both ways.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from cppo.model.check import Shown, check_model
@@ -18,9 +21,11 @@ from cppo.model.forward import Attention, set_attention
 from cppo.model.images import ImageBatch
 from cppo.model.packed import packed_hidden
 from cppo.model.padded import run_padded
+from cppo.model.prompts import encode_questions
 from cppo.model.shared_prompts import SharedStream
-from cppo.model.wrappers import unwrap
+from cppo.model.wrappers import has_vision, unwrap
 from cppo.packed_batch import PackedBatch
+from cppo.questions import QuestionError, as_question
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class Ways:
     def __str__(self) -> str:
         if self.packed:
             return "packed"
-        what = "sequences with images" if self.text else "all sequences"
-        return f"padded: {what} run as padded batches, because {self.reason}"
+        what = "with images" if self.text else "all"
+        return f"padded ({what}), because packed sequences would be wrong: {self.reason}"
 
 
 _CHOSEN: WeakKeyDictionary[nn.Module, Ways] = WeakKeyDictionary()
@@ -74,7 +79,7 @@ def choose_ways(
         check_model(model, shares=shares)
     except ValueError as error:
         before.restore()
-        ways = Ways(False, False, str(error).removeprefix("cppo: "))
+        ways = Ways(False, False, _reason(error))
         check_model(model, packed=False, shown=shown)
     else:
         ways = _of_images(model, shares, shown)
@@ -89,8 +94,33 @@ def _of_images(model: nn.Module, shares: bool, shown: Callable[[], Shown] | None
         check_model(model, shares=shares, shown=shown)
     except ValueError as error:
         check_model(model, packed=False, shown=shown)
-        return Ways(True, False, str(error).removeprefix("cppo: "))
+        return Ways(True, False, _reason(error))
     return Ways()
+
+
+def _reason(error: ValueError) -> str:
+    first = str(error).removeprefix("cppo: ").split("; ")[0]
+    return first.replace(" cannot be trained here: ", ": ")
+
+
+def shown_picture(
+    model: nn.Module, processor: Any, chat_template_kwargs: Mapping[str, Any] = {}
+) -> Callable[[], Shown] | None:
+    """A question with a small picture, as the processor prepares it.
+
+    None where the model or the processor takes none, or its chat template is one of text alone.
+    """
+    if not has_vision(model) or not hasattr(processor, "image_processor"):
+        return None
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    question = as_question({"prompt": "What is this?", "image": Image.fromarray(noise)})
+    try:
+        prompts = encode_questions(model, processor, [question], chat_template_kwargs)
+    except QuestionError:
+        return None
+    assert prompts.images is not None
+    shown = Shown(prompts.input_ids[0], prompts.images)
+    return lambda: shown
 
 
 def ways_of(model: nn.Module) -> Ways:

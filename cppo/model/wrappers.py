@@ -10,6 +10,8 @@ from torch import nn
 
 # What the families of transformers name it.
 _TOWERS = ("visual", "vision_tower", "vision_model", "vision_encoder", "image_tower")
+IN_TOWER = rf"(.*\.)?({'|'.join(_TOWERS)})\..*"
+"""Matches the names of the modules in a vision encoder."""
 
 
 def unwrap(model: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cppo.model.cache import can_be_joined, completion_cache, prompt_cache
+from cppo.model.cache import can_be_joined, completion_cache, prompt_cache, select_rows
 from cppo.model.forward import LMHead, cache_argument, lm_head
 from cppo.model.images import image_arguments, token_types
 from cppo.model.prompts import Prompts
@@ -165,7 +165,7 @@ class _Rows:
     def keep(self, left: list[int], drawn: Tensor) -> Tensor:
         """Keeps some rows; returns their tokens."""
         index = torch.tensor(left, device=drawn.device)
-        self.cache.batch_select_indices(index)
+        select_rows(self.cache, index)
         for name in ("hidden", "mask", "position", "numbers", "is_open"):
             setattr(self, name, getattr(self, name)[index])
         return drawn[index]

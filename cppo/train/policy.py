@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import numpy
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from cppo.config import CPPOConfig
 from cppo.extras import require_package
 from cppo.model import forward
-from cppo.model.check import Shown, check_training_mode
+from cppo.model.check import check_training_mode
 from cppo.model.precision import hold_weights
-from cppo.model.prompts import encode_questions
-from cppo.model.ways import choose_ways, ways_of
-from cppo.model.wrappers import has_adapters, has_vision, own_modules, unwrap, vision_tower
-from cppo.questions import QuestionError, as_question
+from cppo.model.ways import choose_ways, shown_picture, ways_of
+from cppo.model.wrappers import (
+    IN_TOWER,
+    has_adapters,
+    has_vision,
+    own_modules,
+    unwrap,
+    vision_tower,
+)
 from cppo.train.checkpoint import last_checkpoint
 
 # Devices on which one kernel makes the optimizer's step, without temporaries as large as the model.
@@ -160,26 +163,10 @@ def _choose_ways(model: nn.Module, config: CPPOConfig, processor: Any) -> None:
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     layers = forward.layers_of(model, dtype)
     name = forward.choose_attention(config.attention, device, "CPPOConfig.attention", layers)
-    shown = _shown(model, processor, config) if has_vision(model) else None
+    shown = shown_picture(model, processor, config.chat_template_kwargs or {})
     ways = choose_ways(model, name, shares=config.share_prompts, shown=shown)
     is_packed = ways.text if shown is None else ways.images
     check_training_mode(model, packed=is_packed, shown=shown)
-
-
-def _shown(model: nn.Module, processor: Any, config: CPPOConfig) -> Callable[[], Shown] | None:
-    """A question with a small picture, as the processor prepares it; None if it takes none."""
-    if not hasattr(processor, "image_processor"):
-        return None
-    noise = numpy.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=numpy.uint8)
-    picture = {"prompt": "What is this?", "image": Image.fromarray(noise)}
-    try:
-        arguments = config.chat_template_kwargs or {}
-        prompts = encode_questions(model, processor, [as_question(picture)], arguments)
-    except QuestionError:  # its chat template is one of text alone
-        return None
-    assert prompts.images is not None
-    shown = Shown(prompts.input_ids[0], prompts.images)
-    return lambda: shown
 
 
 def without_noise(model: nn.Module) -> None:
@@ -226,7 +213,7 @@ def _with_adapters(model: Any, config: CPPOConfig) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=r".*visual.*" if is_frozen else None,
+        exclude_modules=IN_TOWER if is_frozen else None,
         task_type="CAUSAL_LM",
     )
     _check_targets(model, targets)

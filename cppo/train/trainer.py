@@ -65,7 +65,8 @@ class CPPOTrainer:
     trains by pruned GRPO.
 
     Args:
-        model: a transformers causal model, or one of the Qwen2-VL, Qwen2.5-VL, Qwen3-VL families.
+        model: a transformers causal model, or a vision-language one (AutoModelForImageTextToText),
+            of any family that passes the comparison of `cppo.model.check` (docs/models.md).
         reward_functions: one or more callables `f(completions, *, prompts, **columns)` that return
             one number per completion (TRL's call shape); `columns` are the dataset's other columns.
         train_dataset: rows in TRL's or verl's format, see `cppo.questions.as_question`.

@@ -20,17 +20,6 @@ from cppo.integrations.trl_rows import Batch
 from cppo.seeds import seed_from
 from cppo.views import cuts_patches, prepared_views, views_from_names
 
-# What TRL passes to the model of its images; each is a tensor.
-_FIELDS = (
-    "pixel_values",
-    "pixel_attention_mask",
-    "image_grid_thw",
-    "image_sizes",
-    "image_position_ids",
-    "spatial_shapes",
-)
-_PADDED = ("pixel_values", "pixel_attention_mask")  # with zeros, to the largest of a batch
-
 
 class Pictures:
     """The pictures of a question in a rollout, and the views of them that were made.
@@ -42,26 +31,25 @@ class Pictures:
 
     def __init__(self, text: str, images: Sequence[Image.Image], seed: int) -> None:
         self.text, self.images, self.seed = text, list(images), seed
-        self._views: dict[str, Mapping[str, Tensor]] = {}
+        self._views: dict[str, Tensor] = {}
 
     def shows(self, text: str, images: Sequence[Image.Image], seed: int) -> bool:
         """Whether this is the same question."""
         return (self.text, self.seed) == (text, seed) and self.images == list(images)
 
-    def view(self, trainer: Any, name: str) -> Mapping[str, Tensor]:
-        """What the processor makes of the pictures under the "positive" or the "negative" view.
+    def view(self, trainer: Any, name: str) -> Tensor:
+        """The pixel values of the pictures under the "positive" or the "negative" view.
 
-        Raises: ValueError if it has other image tokens than the question.
+        Raises: ValueError if anything else of them is not as the question's own.
         """
         if name not in self._views:
             processor = trainer.processing_class
-            own = _prepared(processor, self.text, self.images)["input_ids"].tolist()
+            own = _prepared(processor, self.text, self.images)
 
-            def prepare(images: list[Image.Image]) -> Mapping[str, Tensor] | None:
-                found = _prepared(processor, self.text, images)
-                if found["input_ids"].tolist() != own:
-                    return None
-                return {field: found[field] for field in _FIELDS if field in found}
+            def prepare(images: list[Image.Image]) -> Tensor | None:
+                view = _prepared(processor, self.text, images)
+                pixels: Tensor = view["pixel_values"]
+                return pixels if _differ_in_pixels_alone(view, own) else None
 
             self._views[name] = prepared_views(
                 self.images,
@@ -77,6 +65,17 @@ def _prepared(processor: Any, text: str, images: list[Image.Image]) -> Mapping[s
     """As TRL calls the processor, which may change a list that it is given."""
     found: Mapping[str, Tensor] = processor(images=[list(images)], text=[text], return_tensors="pt")
     return found
+
+
+def _differ_in_pixels_alone(view: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Whether tokens, sizes, masks and tiles are the same."""
+    return all(
+        torch.equal(view[field], value)
+        if field != "pixel_values"
+        else view[field].shape == value.shape
+        for field, value in own.items()
+        if isinstance(value, Tensor)
+    )
 
 
 def pictures_of(
@@ -138,41 +137,28 @@ def _images_in(prompt: Any) -> list[Image.Image]:
     return images
 
 
-def shown(trainer: Any, rows: Batch, pictures: Sequence[Pictures | None], name: str) -> Batch:
-    """The image arguments of a forward's rows under a view.
+def pixels_of(trainer: Any, rows: Batch, pictures: Sequence[Pictures | None], name: str) -> Tensor:
+    """The pixel values of a forward's rows under a view, in the shape of their own.
 
     Args:
         rows: arguments of a forward, with images.
         pictures: of each row.
-    Raises: ValueError for a view whose tensors do not have the shapes of the row's own.
     """
-    from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+    from trl.trainer.utils import split_pixel_values_by_grid
 
-    split = split_pixel_values_by_grid({k: v for k, v in rows.items() if v is not None})
-    views = [None if own is None else own.view(trainer, name) for own in pictures]
-    found: Batch = {}
-    for field in _FIELDS:
-        if field not in split:
-            continue
-        # A list has a tensor of all of a row's images, a tensor has one entry per row.
-        listed = isinstance(split[field], list)
-        each = [
-            own if view is None else _like(own, view[field] if listed else view[field][0], field)
-            for own, view in zip(split[field], views, strict=True)
-        ]
-        found[field] = each if listed else torch.stack(each)
-    joined: Batch = unsplit_pixel_values_by_grid(found)
-    return joined
+    own = split_pixel_values_by_grid({k: v for k, v in rows.items() if v is not None})[
+        "pixel_values"
+    ]
+    # A list has a tensor of all images of a row, a tensor has one entry per row.
+    listed = isinstance(own, list)
+    views = []
+    for pixels, shown in zip(own, pictures, strict=True):
+        view = pixels if shown is None else shown.view(trainer, name).to(pixels)
+        views.append(_padded(view if listed or shown is None else view[0], pixels))
+    return torch.cat(views) if listed else torch.stack(views)
 
 
-def _like(own: Tensor, view: Tensor, field: str) -> Tensor:
-    """A view, padded as the row's own images were padded to the largest of their batch."""
-    missing = [mine - its for mine, its in zip(own.shape, view.shape, strict=False)]
-    fits = own.dim() == view.dim() and min(missing, default=0) >= 0
-    if not fits or (any(missing) and field not in _PADDED):
-        raise ValueError(
-            f"cppo.integrations.trl: {field} of a perturbed image must have the shape of the "
-            f"original's, {tuple(own.shape)}, got {tuple(view.shape)}"
-        )
-    padding = [side for more in reversed(missing) for side in (0, more)]
-    return F.pad(view.to(own), padding) if any(missing) else view.to(own)
+def _padded(view: Tensor, own: Tensor) -> Tensor:
+    """A question's pixels, padded as those of its rows were to the largest of their batch."""
+    missing = [wanted - size for wanted, size in zip(own.shape, view.shape, strict=True)]
+    return F.pad(view, [side for more in reversed(missing) for side in (0, more)])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cppo.integrations.contrast import contrastive_perception
-from cppo.integrations.trl_pictures import shown
+from cppo.integrations.trl_pictures import pixels_of
 from cppo.integrations.trl_rows import Batch, loss_mask, per_completion, take_rows
 from cppo.records import Views
 from cppo.seeds import seed_from
@@ -97,10 +97,8 @@ def both_views(trainer: Any, call: Batch, inputs: Batch, rows: Tensor) -> Batch:
     both |= {"compute_aux_loss": False}
     if views.get("pixel_values") is None:
         return both
-    positive, negative = (
-        _perturbed(trainer, views, inputs, rows, name) for name in ("positive", "negative")
-    )
-    return both | {field: torch.cat([positive[field], negative[field]]) for field in positive}
+    pixels = [_perturbed(trainer, views, inputs, rows, name) for name in ("positive", "negative")]
+    return both | {"pixel_values": torch.cat(pixels)}
 
 
 def removing_view(trainer: Any, call: Batch, inputs: Batch, rows: Tensor) -> Batch:
@@ -111,24 +109,23 @@ def removing_view(trainer: Any, call: Batch, inputs: Batch, rows: Tensor) -> Bat
     view = call | {"compute_aux_loss": False}
     if call.get("pixel_values") is None:
         return view
-    return view | _perturbed(trainer, call, inputs, rows, "negative")
+    return view | {"pixel_values": _perturbed(trainer, call, inputs, rows, "negative")}
 
 
-def _perturbed(trainer: Any, call: Batch, inputs: Batch, rows: Tensor, name: str) -> Batch:
-    """What of a forward's arguments a view changes; the forward is of these rows of `inputs`."""
+def _perturbed(trainer: Any, call: Batch, inputs: Batch, rows: Tensor, name: str) -> Tensor:
+    """The pixel values of a forward, which is of these rows of `inputs`, under a view."""
     pictures = inputs.get("cppo_pictures")
     if pictures is not None:
-        return shown(trainer, call, [pictures[row] for row in rows.tolist()], name)
+        return pixels_of(trainer, call, [pictures[row] for row in rows.tolist()], name)
     counts = zip(inputs["cppo_seed"][rows].tolist(), call["num_images"], strict=True)
     images = [(seed, number) for seed, count in counts for number in range(count)]
-    pixels = perturb_pixel_values(
+    return perturb_pixel_values(
         call["pixel_values"],
         call["image_grid_thw"],
         views_from_names(getattr(trainer.cppo, f"{name}_views")),
         seeds=[seed_from(name, *image) for image in images],
         image_processor=trainer.processing_class.image_processor,
     )
-    return {"pixel_values": pixels}
 
 
 def _same_pixels(call: Batch, inputs: Batch) -> bool:

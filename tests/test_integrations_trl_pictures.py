@@ -5,7 +5,6 @@ What each family's processor makes of images has another layout, and TRL pads an
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from typing import Any
@@ -15,16 +14,26 @@ import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
 
-from trainer_cases import fixed_batch, fixed_rollouts, gradients, question, relative_difference
+from datasets import Dataset
+from trainer_cases import (
+    fixed_batch,
+    fixed_rollouts,
+    gradients,
+    question,
+    relative_difference,
+    same,
+    weights_of,
+)
 from trainer_cases import image as picture
 from trl.trainer.utils import split_pixel_values_by_grid
-from trl_cases import logged, micro_batch, rows_of, tiny, trainer_of, watched_run
+from trl_cases import late, logged, micro_batch, tiny, trainer_of, watched_run
 
 import cppo
 from cppo import LossConfig
+from cppo.integrations import trl_pictures
 from cppo.integrations.trl import CPPO, check
 from cppo.integrations.trl_perception import weigh
-from cppo.integrations.trl_pictures import Pictures
+from cppo.integrations.trl_pictures import pixels_of
 from cppo.records import NumItems
 from cppo.train.algorithm import microbatch_loss
 from cppo.train.perception import compared
@@ -59,6 +68,10 @@ VIEWS = {"positive_views": (dimmed,), "negative_views": (darkened,)}
 
 class Alone:
     size, rank = 1, 0
+
+
+def unchanged(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return pixels
 
 
 def skip_papo(name: str) -> None:
@@ -119,3 +132,104 @@ def test_gradients_are_those_of_our_trainer_on_the_same_batch(family: str, name:
     assert relative_difference(found, of_our_trainer(family, ours)) < 1e-5
     plain = dataclasses.replace(ours, perception="cpl", cpl_coef=0.0)
     assert relative_difference(found, of_our_trainer(family, plain)) > 1e-2
+
+
+# A run of TRL
+
+
+def skip_several(family: str) -> None:
+    if not SEVERAL and family == "internvl":
+        pytest.skip("this TRL cannot train InternVL")
+
+
+def rows(count: int = 8) -> Dataset:
+    """Questions with pictures of all sizes, one or two where TRL can split them."""
+    sizes = [(48, 24), (24, 72), (96, 48), (60, 40)]
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"What is {'it ' * (i % 3)}{i}?"}],
+                "images": [picture(*sizes[(i + j) % 4], i + j) for j in range(1 + i % 2 * SEVERAL)],
+            }
+            for i in range(count)
+        ]
+    )
+
+
+def run(family: str, options: CPPO, **more: Any) -> Any:
+    more = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2) | more
+    return watched_run(family, options, rows=rows(), **more)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava_next", "idefics3", "internvl", "gemma4"])
+def test_a_run_makes_each_view_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though a question's completions are dealt over two micro-batches, and trained on twice."""
+    skip_several(family)
+    made, original = [], trl_pictures.prepared_views
+
+    def watch(images: Any, *args: Any, **options: Any) -> Any:
+        made.append(id(images))
+        return original(images, *args, **options)
+
+    monkeypatch.setattr(trl_pictures, "prepared_views", watch)
+    options = CPPO(prune_rate=0.5, loss=LOSSES["cpl_all"])
+    trainer, seen = run(family, options)
+    assert all(value > 0 for value in logged(trainer, "cppo/cpl_loss"))
+    (rollout,) = seen["rollouts"]
+    shown = {
+        id(own): own
+        for own, advantage in zip(rollout["cppo_pictures"], rollout["advantages"], strict=True)
+        if advantage > 0
+    }
+    assert len(made) == 2 * len(shown) > 2  # of two questions
+    assert len({own.seed for own in shown.values()}) == len(shown)
+    after, _ = run(family, late(options))
+    assert same(weights_of(trainer.model), weights_of(after.model))
+    plain, _ = run(family, dataclasses.replace(options, loss=LossConfig(cpl_coef=0)))
+    assert not same(weights_of(trainer.model), weights_of(plain.model))
+
+
+# Mistral 3's processor does not take prompts of different lengths as TRL tokenizes them.
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mistral3"])
+def test_each_row_keeps_its_own_pictures(family: str) -> None:
+    """A view that changes nothing gives each row of each micro-batch the pixels that it has."""
+    skip_several(family)
+    views = {"positive_views": (unchanged,), "negative_views": (unchanged,)}
+    trainer, seen = run(family, CPPO(prune_rate=0.25, loss=LOSSES["cpl_all"], **views))
+    for micro in seen["micro"]:
+        if "cppo_pictures" not in micro:
+            assert family in ("glm4v", "qwen3_5")
+            continue
+        pixels = micro["pixel_values"]
+        found = pixels_of(trainer, micro, micro["cppo_pictures"], "negative")
+        assert found.shape == pixels.shape
+        assert (found - pixels).abs().mean() < 0.05 < 0.2 < pixels.std()
+
+
+@pytest.mark.parametrize("name", ["vppo", "papo"])
+def test_a_run_of_another_perception(name: str) -> None:
+    skip_papo(name)
+    trainer, _ = run("gemma3", CPPO(prune_rate=0.5, loss=LOSSES[name]), num_iterations=1)
+    key = {"vppo": "vppo_dependency", "papo": "papo_kl"}[name]
+    assert all(value > 0 for value in logged(trainer, f"cppo/{key}"))
+
+
+@pytest.mark.parametrize("family", ["llava_next", "idefics3"])
+def test_further_questions_are_padded_as_the_others(family: str) -> None:
+    """Their pictures are cut into more, or fewer, than those of the questions that stay."""
+    skip_papo("papo")
+
+    def sometimes(completions: Any, prompts: Any, **columns: Any) -> list[float]:
+        texts = [text[0]["content"] for text in completions]
+        is_even = [int(prompt[-1]["content"][-1]["text"][-2]) % 2 == 0 for prompt in prompts]
+        return [len(t) % 5 + len(t) / 9 if even else 0.1 for t, even in zip(texts, is_even, strict=True)]
+
+    views = {"positive_views": (unchanged,), "negative_views": (unchanged,)}
+    options = CPPO(drop_zero_variance=True, loss=LOSSES["cpl_all"], **views)
+    trainer, seen = run(
+        family, options, rewards=sometimes, num_iterations=1, loss_type="dapo", max_steps=4
+    )
+    assert max(logged(trainer, "cppo/refills")) > 0
+    for micro in seen["micro"]:
+        found = pixels_of(trainer, micro, micro["cppo_pictures"], "negative")
+        assert (found - micro["pixel_values"]).abs().mean() < 0.05

@@ -33,7 +33,7 @@ from cppo import LossConfig
 from cppo.integrations import trl_pictures
 from cppo.integrations.trl import CPPO, check
 from cppo.integrations.trl_perception import weigh
-from cppo.integrations.trl_pictures import pixels_of
+from cppo.integrations.trl_pictures import pictures_of, pixels_of
 from cppo.records import NumItems
 from cppo.train.algorithm import microbatch_loss
 from cppo.train.perception import compared
@@ -222,7 +222,9 @@ def test_further_questions_are_padded_as_the_others(family: str) -> None:
     def sometimes(completions: Any, prompts: Any, **columns: Any) -> list[float]:
         texts = [text[0]["content"] for text in completions]
         is_even = [int(prompt[-1]["content"][-1]["text"][-2]) % 2 == 0 for prompt in prompts]
-        return [len(t) % 5 + len(t) / 9 if even else 0.1 for t, even in zip(texts, is_even, strict=True)]
+        return [
+            len(t) % 5 + len(t) / 9 if even else 0.1 for t, even in zip(texts, is_even, strict=True)
+        ]
 
     views = {"positive_views": (unchanged,), "negative_views": (unchanged,)}
     options = CPPO(drop_zero_variance=True, loss=LOSSES["cpl_all"], **views)
@@ -233,3 +235,24 @@ def test_further_questions_are_padded_as_the_others(family: str) -> None:
     for micro in seen["micro"]:
         found = pixels_of(trainer, micro, micro["cppo_pictures"], "negative")
         assert (found - micro["pixel_values"]).abs().mean() < 0.05
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(num_images=[2]), "a completion has 2 images, of which its prompt has 1 .tools may"),
+        (dict(image="cat.png"), "perturbs PIL images, got an image as str"),
+        (dict(prompts=None), "has 1 images, of which its prompt has 0"),
+    ],
+)
+def test_pictures_that_cannot_be_perturbed_are_told(change: dict[str, Any], words: str) -> None:
+    trainer = trainer_of("gemma3", CPPO())
+    image = change.get("image", picture(24, 24))
+    prompts = [[{"role": "user", "content": [{"type": "image", "image": image}]}]]
+    rollout = {"num_images": change.get("num_images", [1]), "cppo_seed": torch.zeros(1)}
+    rollout["pixel_values"] = torch.zeros(1, 3, 56, 56)
+    with pytest.raises(ValueError, match=words):
+        pictures_of(trainer, change.get("prompts", prompts), rollout)

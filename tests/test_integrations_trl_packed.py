@@ -264,6 +264,6 @@ def test_the_attention_is_chosen_for_the_device_of_training(monkeypatch):
     )
     trainer = trainer_of(cppo=OFF)
     trainer.cppo = packed(OFF, "pack")
-    monkeypatch.setattr(trl_packed, "check_model", lambda model, shares, **shown: None)
+    monkeypatch.setattr(trl_packed, "check_model", lambda model, shares, shown: None)
     trl_packed.prepare(trainer)
     assert chosen == [("auto", trainer.accelerator.device)] * 2  # the reference model's, too

@@ -62,11 +62,10 @@ def prepare(trainer: Any) -> PositionLimit | None:
             # FSDP and DeepSpeed leave it on the CPU until training begins.
             plain, device = trainer.accelerator.unwrap_model(model), trainer.accelerator.device
             set_attention(plain, "auto", device)
-    shown = {}
-    if _has_images(trainer):
-        shown = {"shown": shown_picture(trainer.model, trainer.processing_class)}
+    has_images = _has_images(trainer)
+    shown = shown_picture(trainer.model, trainer.processing_class) if has_images else None
     try:
-        check_model(trainer.model, shares=trainer.cppo.share_prompts, **shown)
+        check_model(trainer.model, shares=trainer.cppo.share_prompts, shown=shown)
     except ValueError as error:
         raise ValueError(
             "cppo.integrations.trl: pack and share_prompts are not for this model, leave them off: "
@@ -76,7 +75,7 @@ def prepare(trainer: Any) -> PositionLimit | None:
 
 
 def _has_images(trainer: Any) -> bool:
-    """Whether the dataset has images; also where that cannot be said without reading a stream."""
+    """Whether the dataset's columns or its first prompt have images; True if that is not known."""
     dataset = trainer.train_dataset
     columns = getattr(dataset, "column_names", None) or ()
     if not columns or {"image", "images"} & {*columns} or not hasattr(dataset, "__getitem__"):

@@ -196,10 +196,14 @@ def test_prompts_are_one_question_if_text_and_images_are():
     mask = torch.tensor([[0, 1, 1]] * 4 + [[1, 1, 1]])
     text = questions(ids, mask, [[]] * 5)
     assert text[0] == text[1] == text[2] and len(set(text)) == 3
-    grid = torch.tensor([1, 2, 2])
-    images = [[(torch.full((4, 3), value), grid)] for value in (1.0, 1.0, 2.0, 1.0, 1.0)]
+
+    def image(value: float, *grid: int) -> dict[str, torch.Tensor]:
+        patches = torch.full((4, 3), value)
+        return {"pixel_values": patches, "image_grid_thw": torch.tensor([grid])}
+
+    images = [[image(value, 1, 2, 2)] for value in (1.0, 1.0, 2.0, 1.0, 1.0)]
     assert questions(ids, mask, images) == [0, 0, 1, 2, 3]
-    wide = [[(torch.ones(4, 3), grid)], [(torch.ones(4, 3), torch.tensor([1, 1, 4]))]]
+    wide = [[image(1.0, 1, 2, 2)], [image(1.0, 1, 1, 4)]]
     assert questions(ids[:2], mask[:2], wide) == [0, 1]
     assert questions(ids[:2], mask[:2], [wide[0], wide[0] * 2]) == [0, 1]
 

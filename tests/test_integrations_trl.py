@@ -300,7 +300,7 @@ def test_gradients_are_those_of_our_trainer_on_the_same_batch(cpl_reduction):
     trainer = trainer_of("qwen2_5_vl", cppo=CPPO(loss=loss, **views), **options)
     trainer.model.load_state_dict(model.state_dict())
     trainer.current_gradient_accumulation_steps = 1
-    inputs = micro_batch(rollouts, batch.advantages, model.config.image_token_id)
+    inputs = micro_batch(trainer, rollouts, batch.advantages)
     theirs = trainer.model.train()
     found = gradients(theirs, lambda: trainer.compute_loss(theirs, inputs).backward())
     assert relative_difference(found, ours(loss)) < 1e-5
@@ -312,9 +312,9 @@ def test_perturbed_views_run_only_where_the_advantage_is_positive(monkeypatch):
     trainer = trainer_of("qwen2_5_vl", cppo=LOOK, num_iterations=1, beta=0.0)
     seen, shown, both_views = watched(trainer), [], trl_views.both_views
 
-    def watch(trainer, call, seeds, looking):
+    def watch(trainer, call, inputs, looking):
         shown.append(len(looking))
-        return both_views(trainer, call, seeds, looking)
+        return both_views(trainer, call, inputs, looking)
 
     monkeypatch.setattr(trl_views, "both_views", watch)
     trainer.train()

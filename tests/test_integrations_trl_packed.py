@@ -196,10 +196,14 @@ def test_prompts_are_one_question_if_text_and_images_are():
     mask = torch.tensor([[0, 1, 1]] * 4 + [[1, 1, 1]])
     text = questions(ids, mask, [[]] * 5)
     assert text[0] == text[1] == text[2] and len(set(text)) == 3
-    grid = torch.tensor([1, 2, 2])
-    images = [[(torch.full((4, 3), value), grid)] for value in (1.0, 1.0, 2.0, 1.0, 1.0)]
+
+    def image(value: float, *grid: int) -> dict[str, torch.Tensor]:
+        patches = torch.full((4, 3), value)
+        return {"pixel_values": patches, "image_grid_thw": torch.tensor([grid])}
+
+    images = [[image(value, 1, 2, 2)] for value in (1.0, 1.0, 2.0, 1.0, 1.0)]
     assert questions(ids, mask, images) == [0, 0, 1, 2, 3]
-    wide = [[(torch.ones(4, 3), grid)], [(torch.ones(4, 3), torch.tensor([1, 1, 4]))]]
+    wide = [[image(1.0, 1, 2, 2)], [image(1.0, 1, 1, 4)]]
     assert questions(ids[:2], mask[:2], wide) == [0, 1]
     assert questions(ids[:2], mask[:2], [wide[0], wide[0] * 2]) == [0, 1]
 
@@ -242,9 +246,6 @@ def test_what_cannot_be_packed_is_refused():
     call |= dict(attention_mask=torch.ones(2, 4, dtype=torch.long), logits_to_keep=2)
     with pytest.raises(ValueError, match="know input_ids.*got token_type_ids"):
         trainer._forward(call | {"token_type_ids": torch.zeros(2, 4, dtype=torch.long)})
-    with pytest.raises(ValueError, match="the images of Qwen-VL, got pixel_values"):
-        pixels = torch.zeros(2, 3, 8, 8)
-        trainer._forward(call | {"pixel_values": pixels, "num_images": [1, 1]})
     trainer.aux_loss_enabled = True
     with pytest.raises(ValueError, match="router's loss.*router_aux_loss_coef=0"):
         check_run(trainer)
@@ -267,6 +268,6 @@ def test_the_attention_is_chosen_for_the_device_of_training(monkeypatch):
     )
     trainer = trainer_of(cppo=OFF)
     trainer.cppo = packed(OFF, "pack")
-    monkeypatch.setattr(trl_packed, "check_model", lambda model, shares: None)
+    monkeypatch.setattr(trl_packed, "check_model", lambda model, shares, shown: None)
     trl_packed.prepare(trainer)
     assert chosen == [("auto", trainer.accelerator.device)] * 2  # the reference model's, too

@@ -99,7 +99,7 @@ def test_gradients_are_those_of_our_trainer_on_the_same_batch(name: str, reducti
     trainer = trainer_of("qwen2_5_vl", cppo=cppo_options, loss_type=reduction, **options)
     trainer.model.load_state_dict(model.state_dict())
     trainer.current_gradient_accumulation_steps = 1
-    inputs = micro_batch(rollouts, batch.advantages, model.config.image_token_id)
+    inputs = micro_batch(trainer, rollouts, batch.advantages)
     theirs = trainer.model.train()
     if name == "vppo":
         with torch.no_grad():
@@ -176,7 +176,7 @@ def test_a_rollout_whose_completions_were_all_cut_is_weighed() -> None:
     options = dict(num_generations=3, per_device_train_batch_size=6, beta=0.0, num_iterations=1)
     trainer = trainer_of("qwen2_5_vl", cppo=CPPO(loss=VPPO, **VIEWS), **options)
     advantages = torch.tensor([1.0, 0.0, -1.0, 1.0, 0.0, -1.0])
-    inputs = micro_batch(rollouts, advantages, model.config.image_token_id)
+    inputs = micro_batch(trainer, rollouts, advantages)
     inputs["tool_mask"] = torch.zeros_like(inputs["completion_mask"])
     trainer.model.train()
     with torch.no_grad():

@@ -49,6 +49,14 @@ def test_check_finds_that_everything_fits():
     assert str(fits[0]) == f"verl {verl.__version__}: fits (loads this plugin)"
 
 
+def test_images_of_which_verl_keeps_no_pictures_are_refused():
+    assert verl_loss._images({}) is None
+    with pytest.raises(
+        ValueError, match=r"made \(image_sizes, pixel_values\), but not the pictures"
+    ):
+        verl_loss._images({"pixel_values": torch.zeros(1), "image_sizes": torch.zeros(1)})
+
+
 # Policy loss and advantages
 
 

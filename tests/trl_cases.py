@@ -15,13 +15,20 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
 import torch
 from datasets import Dataset
-from trainer_cases import text_rows, tiny
+from trainer_cases import FAMILIES as BUILT
+from trainer_cases import text_rows
+from trainer_cases import tiny as built
 from trl import GRPOConfig, GRPOTrainer
+from trl.data_utils import apply_chat_template
+from vision_families import tiny_vision
 
 from cppo.config import LossConfig
 from cppo.demo.digits import DigitSums
 from cppo.integrations.trl import CPPO, CPPOMixin
+from cppo.integrations.trl_pictures import pictures_of
+from cppo.integrations.trl_rows import WHOLE
 from cppo.model.load import load_model
+from cppo.questions.messages import with_images
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="cppo-trl-")  # gone when the process ends
 OFF = CPPO(trim=False, loss=LossConfig(cpl_coef=0))
@@ -35,6 +42,11 @@ SMALL = dict(
     max_completion_length=9, learning_rate=0.1, optim="sgd", loss_type="grpo", beta=0.1,
     num_iterations=2,
 )  # fmt: skip
+
+
+def tiny(family: str) -> tuple[Any, Any]:
+    """A tiny model of any family, and its processor."""
+    return built(family) if family in BUILT else tiny_vision(family)
 
 
 @functools.cache
@@ -169,22 +181,56 @@ def watched_run(*args: Any, **options: Any) -> tuple[Any, dict[str, list[Any]]]:
     return trainer, seen
 
 
-def micro_batch(rollouts: Any, advantages: Any, image_token: int) -> dict[str, Any]:
-    """Our rollouts, one image a question, as TRL's inputs of a loss."""
+def micro_batch(trainer: Any, rollouts: Any, advantages: Any) -> dict[str, Any]:
+    """Our rollouts as TRL's inputs of a loss; each question has images."""
     width, prompts = rollouts.prompts.input_ids.shape[1], rollouts.prompts
-    questions, group = len(prompts.questions), rollouts.group_size
-    order = [number for number in range(questions) for _ in range(group)]
-    images = prompts.images.of(order)
-    return {
+    questions, group = prompts.questions, rollouts.group_size
+    order = [number for number in range(len(questions)) for _ in range(group)]
+    asked = [with_images(questions[q].messages, questions[q].images) for q in order]
+    # As TRL calls the processor.
+    processed = trainer.processing_class(
+        images=[list(questions[q].images) for q in order],
+        text=[
+            apply_chat_template({"prompt": p}, trainer.processing_class)["prompt"] for p in asked
+        ],
+        padding=True,
+        return_tensors="pt",
+    )
+    assert torch.equal(processed.pop("input_ids"), _padded_as(trainer, prompts)[order])
+    processed.pop("attention_mask")
+    completion_ids = rollouts.input_ids[:, width:]
+    for name in WHOLE:
+        if name in processed:
+            answers = completion_ids.new_zeros(completion_ids.shape)
+            processed[name] = torch.cat([processed[name], answers], 1)
+    inputs = {
         "prompt_ids": prompts.input_ids[order],
         "prompt_mask": prompts.attention_mask[order].long(),
-        "completion_ids": rollouts.input_ids[:, width:],
+        "completion_ids": completion_ids,
         "completion_mask": rollouts.completion_mask[:, width:].long(),
         "advantages": advantages,
         "num_items_in_batch": rollouts.completion_mask.sum(),
-        "pixel_values": images.joined("pixel_values"),
-        "image_grid_thw": images.joined("image_grid_thw"),
-        "num_images": [1] * len(order),
-        "mm_token_type_ids": (rollouts.input_ids == image_token).int(),
+        **processed,
+        "num_images": [len(questions[q].images) for q in order],
         "cppo_seed": torch.zeros(len(order), dtype=torch.int64),
     }
+    tiles = _tiles(trainer, questions, inputs)
+    if tiles is not None:
+        inputs["num_tiles"] = [tiles[q] for q in order]
+    pictures = pictures_of(trainer, asked, inputs)
+    return inputs if pictures is None else inputs | {"cppo_pictures": pictures}
+
+
+def _padded_as(trainer: Any, prompts: Any) -> torch.Tensor:
+    pad = trainer.processing_class.tokenizer.pad_token_id
+    ids: torch.Tensor = prompts.input_ids.masked_fill(~prompts.attention_mask, pad)
+    return ids
+
+
+def _tiles(trainer: Any, questions: Any, inputs: dict[str, Any]) -> list[int] | None:
+    """What each question's images are cut into, where TRL counts that."""
+    pixels = inputs["pixel_values"]
+    if pixels.dim() != 4 or len(pixels) == sum(inputs["num_images"]):
+        return None
+    cut = trainer.processing_class.image_processor
+    return [len(cut(images=list(own.images))["pixel_values"]) for own in questions]

@@ -37,6 +37,12 @@ CASES: dict[str, dict[str, Any]] = {
         gradient_accumulation_steps=2,
         num_iterations=1,
     ),
+    "pictures": dict(
+        family="gemma3",
+        cppo=LOOKING,
+        gradient_accumulation_steps=2,
+        num_iterations=1,
+    ),
     "packed": dict(
         family="qwen2_5_vl",
         cppo=dataclasses.replace(LOOKING, share_prompts=True),

@@ -4,11 +4,13 @@
 
     trainer = CPPOGRPOTrainer(model, rewards, args=GRPOConfig(...), cppo=CPPO(prune_rate=0.75))
 
-No code of TRL is copied. Four of its methods are wrapped; each calls `super()` and changes only
+No code of TRL is copied. Five of its methods are wrapped; each calls `super()` and changes only
 its arguments and its result:
 
     _generate_and_score_completions     returns a scored rollout, a dict of rows; the pruned rows
                                         are taken out of it
+    _generate                           makes the completions; its prompts, with their images, are
+                                        remembered
     _get_per_token_logps_and_entropies  runs every forward. In a rollout (old and reference
                                         log-probabilities) it waits until the rollout is pruned, or
                                         until somebody reads what it returned; in the loss its
@@ -43,6 +45,7 @@ from cppo.integrations.trl_options import (
     per_device_train_batch_size,
 )
 from cppo.integrations.trl_perception import papo, weigh
+from cppo.integrations.trl_pictures import pictures_of
 from cppo.integrations.trl_postponed import Postponed
 from cppo.integrations.trl_refill import Sampled, sample
 from cppo.integrations.trl_rows import (
@@ -100,6 +103,7 @@ class CPPOMixin(AnyTrainer):
         self._postpones = False
         self._has_warned = False
         self._forwards: Forwards | None = None
+        self._prompts: list[Any] | None = None  # of the rollout that is being made
         self._draw = (-1, 0)  # the last rollout's global step, and its number within that step
         super().__init__(*args, **kwargs)
         check_run(self)
@@ -156,6 +160,7 @@ class CPPOMixin(AnyTrainer):
             rollout: Batch = generate(inputs)
         finally:
             self._postpones = False
+            prompts, self._prompts = self._prompts, None
             if corrects:
                 self.vllm_importance_sampling_correction = True
         if self.cppo.drop_zero_variance or self.cppo.loss.perception == "vppo":
@@ -164,7 +169,15 @@ class CPPOMixin(AnyTrainer):
             seeds = view_seeds(self, rollout, (*draw, refill))
             if seeds is not None:
                 rollout["cppo_seed"] = seeds
+                pictures = pictures_of(self, prompts, rollout)
+                if pictures is not None:
+                    rollout["cppo_pictures"] = pictures
         return rollout
+
+    def _generate(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's completions; what they are of is remembered, with its images."""
+        self._prompts = prompts
+        return super()._generate(prompts, *args, **kwargs)
 
     # A forward
 

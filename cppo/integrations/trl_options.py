@@ -130,7 +130,7 @@ def check_run(trainer: Any) -> None:
     if not options.prunes and not looks:
         return
     if looks:
-        _check_perception(trainer, images, refuse)
+        _check_perception(trainer, refuse)
     if hasattr(trainer, "compute_liger_loss") and args.use_liger_kernel:
         refuse("use_liger_kernel=True computes the loss elsewhere in this TRL; set it to False")
     if not options.prunes:
@@ -157,8 +157,8 @@ def check_run(trainer: Any) -> None:
         )
 
 
-def _check_perception(trainer: Any, images: Any, refuse: Callable[[str], None]) -> None:
-    """Refuse a loss, or a model, that the chosen `perception` cannot act on."""
+def _check_perception(trainer: Any, refuse: Callable[[str], None]) -> None:
+    """Refuse a loss that the chosen `perception` cannot act on."""
     perception, args = trainer.cppo.loss.perception, trainer.args
     if perception in ("vppo", "papo") and not hasattr(args, "loss_type"):
         refuse(
@@ -173,11 +173,6 @@ def _check_perception(trainer: Any, images: Any, refuse: Callable[[str], None]) 
         refuse(
             "perception = 'vppo' chooses tokens, and the gradient of a ratio per completion "
             "reaches all of them: take importance_sampling_level='token'"
-        )
-    if not hasattr(images, "merge_size"):
-        refuse(
-            "contrastive perception (and VPPO, PAPO) perturbs the patches of Qwen2-VL, 2.5-VL and "
-            "3-VL processors; with another vision-language model set loss=LossConfig(cpl_coef=0)"
         )
 
 

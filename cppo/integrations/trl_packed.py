@@ -10,7 +10,6 @@ runs is the model that TRL has, wrapped as it is, with TRL's own LM head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +24,7 @@ from cppo.model.forward import set_attention, stream_arguments
 from cppo.model.images import image_token_mask, rotary_positions
 from cppo.model.limits import PositionLimit, position_limit
 from cppo.model.shared_prompts import share_prompts
+from cppo.model.ways import shown_picture
 from cppo.ops.pack import pack_completions
 from cppo.packed_batch import PackedBatch
 
@@ -33,7 +33,15 @@ _SAME = ("fused_lm_head",)
 # They say where the images are, which is read off the ids here.
 _DROPPED = ("mm_token_type_ids",)
 
-Image = tuple[Tensor, Tensor]  # its patches (P, C), its grid (3,)
+IMAGE_ARGUMENTS = (
+    "pixel_values",
+    "pixel_attention_mask",
+    "image_grid_thw",
+    "image_sizes",
+    "image_position_ids",
+    "spatial_shapes",
+)
+Image = dict[str, Tensor]  # arguments of the model; of all images of a row, if they have no grid
 Images = list[list[Image]]  # those of each row
 
 
@@ -54,8 +62,28 @@ def prepare(trainer: Any) -> PositionLimit | None:
             # FSDP and DeepSpeed leave it on the CPU until training begins.
             plain, device = trainer.accelerator.unwrap_model(model), trainer.accelerator.device
             set_attention(plain, "auto", device)
-    check_model(trainer.model, shares=trainer.cppo.share_prompts)
+    has_images = _has_images(trainer)
+    shown = shown_picture(trainer.model, trainer.processing_class) if has_images else None
+    try:
+        check_model(trainer.model, shares=trainer.cppo.share_prompts, shown=shown)
+    except ValueError as error:
+        raise ValueError(
+            "cppo.integrations.trl: pack and share_prompts are not for this model, leave them off: "
+            + str(error).removeprefix("cppo: ")
+        ) from error
     return position_limit(trainer.model)
+
+
+def _has_images(trainer: Any) -> bool:
+    """Whether the dataset's columns or its first prompt have images; True if that is not known."""
+    dataset = trainer.train_dataset
+    columns = getattr(dataset, "column_names", None) or ()
+    if not columns or {"image", "images"} & {*columns} or not hasattr(dataset, "__getitem__"):
+        return True
+    prompt = dataset[0].get("prompt")
+    contents = [own.get("content") for own in prompt if isinstance(own, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(part.get("type") == "image" for part in parts)
 
 
 class Packed:
@@ -72,7 +100,9 @@ class Packed:
         self._plain = trainer.accelerator.unwrap_model(self.model)
         self._shares = trainer.cppo.share_prompts
         self._length = call["logits_to_keep"]
-        self._num_images = list(call.get("num_images") or [])
+        self._counts = {
+            name: list(call[name]) for name in ("num_images", "num_tiles") if call.get(name)
+        }
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -102,9 +132,9 @@ class Packed:
             # A row keeps the last token of its prompt, which predicts its first own token.
             own = lengths, [response + 1 for response in responses]
             shared = share_prompts(stream, [prompts[row] for row in order], own)
-        grids = [grid for own in images for _, grid in own]
+        grids = [image["image_grid_thw"] for own in images for image in own if _has_grid(image)]
         positions = rotary_positions(
-            self._plain, input_ids, attention_mask, torch.stack(grids) if grids else None
+            self._plain, input_ids, attention_mask, torch.cat(grids) if grids else None
         )
         if positions is not None:
             positions = positions.flatten(1)[:, stream.token_index]
@@ -150,17 +180,18 @@ class Packed:
         Raises: ValueError for an argument with something per token or image that is not known.
         """
         given = {name: value for name, value in given.items() if name not in _DROPPED}
-        pixels, grids = given.pop("pixel_values", None), given.pop("image_grid_thw", None)
+        batch = {name: given.pop(name) for name in IMAGE_ARGUMENTS if name in given}
         unknown = [
             name for name, value in given.items() if isinstance(value, Tensor) and name != "labels"
         ]
-        if unknown or (pixels is not None and grids is None):
+        if unknown:
             raise ValueError(
                 "cppo.integrations.trl: pack and share_prompts know input_ids, attention_mask and "
-                f"the images of Qwen-VL, got {' and '.join(unknown or ['pixel_values'])}"
+                f"{', '.join(IMAGE_ARGUMENTS)}, got {' and '.join(unknown)}"
             )
-        counts, self._num_images = self._num_images[:count], self._num_images[count:]
-        return row_images(pixels, grids, counts) if counts else [[]] * count, given
+        for name, each in self._counts.items():
+            batch[name], self._counts[name] = each[:count], each[count:]
+        return row_images(batch, count), given
 
 
 def questions(prompts: Tensor, mask: Tensor, images: Images) -> list[int]:
@@ -184,20 +215,39 @@ def questions(prompts: Tensor, mask: Tensor, images: Images) -> list[int]:
     return numbers
 
 
-def row_images(pixels: Tensor | None, grids: Tensor | None, counts: Sequence[int]) -> Images:
-    """The images of each row, which has `counts` of them."""
-    if pixels is None or grids is None:
-        return [[] for _ in counts]
-    images = iter(zip(pixels.split(grids.prod(1).tolist()), grids, strict=True))
-    return [list(islice(images, count)) for count in counts]
+def row_images(batch: Batch, rows: int) -> Images:
+    """The images of each row of a TRL batch: one by one if they have grids, else all of a row."""
+    counts = batch.get("num_images")
+    if not counts or batch.get("pixel_values") is None:
+        return [[] for _ in range(rows)]
+    grids = batch.get("image_grid_thw")
+    if grids is not None:
+        pixels = batch["pixel_values"].split(grids.prod(1).tolist())
+        images = (
+            {"pixel_values": own, "image_grid_thw": grid[None]}
+            for own, grid in zip(pixels, grids, strict=True)
+        )
+        return [list(islice(images, count)) for count in counts]
+    from trl.trainer.utils import split_pixel_values_by_grid
+
+    names = (*IMAGE_ARGUMENTS, "num_images", "num_tiles")
+    split = split_pixel_values_by_grid({n: batch[n] for n in names if batch.get(n) is not None})
+    fields = {name: split[name] for name in IMAGE_ARGUMENTS if name in split}
+    return [
+        [{n: v[row] if isinstance(v, list) else v[row : row + 1] for n, v in fields.items()}]
+        if count
+        else []
+        for row, count in enumerate(counts)
+    ]
 
 
 def first_images(model: Any, images: Images, ids: Tensor, mask: Tensor) -> Images:
     """The first images of each row, as many as stand in these columns of it.
 
+    Images without grids are those of the prompt, which every row has whole.
     Args: ids, mask: (B, L); each image is one run of its token.
     """
-    if not any(images):
+    if not any(_has_grid(image) for own in images for image in own):
         return images
     stands = image_token_mask(model, ids) & mask.bool()
     counts = (stands & ~F.pad(stands, (1, 0))[:, :-1]).sum(1).tolist()
@@ -219,25 +269,26 @@ def together(model: Any, batches: list[Batch], window: int) -> list[Batch]:
 def _dealt(model: Any, batches: list[Batch]) -> list[Batch]:
     whole = joined(batches, pad=0)
     ids, mask = whole["prompt_ids"], whole["prompt_mask"]
-    counts = whole.get("num_images") or [0] * len(ids)
-    images = row_images(whole.get("pixel_values"), whole.get("image_grid_thw"), counts)
+    images = row_images(whole, len(ids))
     numbers = torch.tensor(questions(ids, mask, first_images(model, images, ids, mask)))
     order = numbers.sort(stable=True).indices.to(ids.device)
     sizes = [len(batch["prompt_ids"]) for batch in batches]
     return [take_rows(whole, rows) for rows in order.split(sizes)]
 
 
+def _has_grid(image: Image) -> bool:
+    return "image_grid_thw" in image
+
+
 def _equal(ones: list[Image], others: list[Image]) -> bool:
     return len(ones) == len(others) and all(
-        torch.equal(a, b)
+        torch.equal(value, other[name])
         for one, other in zip(ones, others, strict=True)
-        for a, b in zip(one, other, strict=True)
+        for name, value in one.items()
     )
 
 
 def _joined(images: list[Image]) -> dict[str, Tensor]:
     """The model's arguments for these images, in the order of their places."""
-    if not images:
-        return {}
-    pixels, grids = zip(*images, strict=True)
-    return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack(grids)}
+    names = images[0] if images else ()
+    return {name: torch.cat([image[name] for image in images]) for name in names}

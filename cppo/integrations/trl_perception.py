@@ -45,7 +45,7 @@ def weigh(trainer: Any, batch: Batch) -> Batch:
     part = take_rows(batch, rows)
     old = part.get("old_per_token_logps")
     old = trainer._old_logps(part) if old is None else old
-    view = removing_view(trainer, trainer._call_of(part), part["cppo_seed"])
+    view = removing_view(trainer, trainer._call_of(part), batch, rows)
     removed = trainer._forward(view)[0]
     mask = loss_mask(batch).bool()
     of_rows = torch.full((2, *mask.shape), math.nan, dtype=old.dtype, device=old.device)
@@ -77,7 +77,7 @@ def papo(trainer: Any, inputs: Batch, forwards: Forwards) -> Tensor | float:
     if found is None:
         return 0.0
     looks, rows = found
-    view = removing_view(trainer, take_rows(call, rows), inputs["cppo_seed"][rows])
+    view = removing_view(trainer, take_rows(call, rows), inputs, rows)
     with torch.set_grad_enabled(options.penalises_removed):
         removed, entropies, *_ = trainer._forward(view)
     depends = reference._k3(removed.detach() - anchor[0][rows], bound=10)

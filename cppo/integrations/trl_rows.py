@@ -191,8 +191,21 @@ def joined(parts: list[Batch], pad: int) -> Batch:
         elif isinstance(values[0], list):
             joined[name] = sum(values, [])
         else:
-            joined[name] = torch.cat(values) if values[0].dim() else values[0]
+            joined[name] = torch.cat(_as_large(values)) if values[0].dim() else values[0]
     return joined
+
+
+def _as_large(values: list[Tensor]) -> list[Tensor]:
+    """Tensors with zeros behind them, so that they differ in their first dimension alone.
+
+    Images are padded to the largest of their batch, and to the most that one was cut into.
+    """
+    largest = torch.tensor([value.shape[1:] for value in values]).amax(0).tolist()
+    gaps = [[n - own for n, own in zip(largest, value.shape[1:], strict=True)] for value in values]
+    return [
+        F.pad(value, [n for more in reversed(gap) for n in (0, more)]) if any(gap) else value
+        for value, gap in zip(values, gaps, strict=True)
+    ]
 
 
 def _widened(batch: Batch, prompt: int, length: int, pad: int) -> Batch:
@@ -218,8 +231,12 @@ def _widened(batch: Batch, prompt: int, length: int, pad: int) -> Batch:
 def _absent(name: str, batch: Batch) -> Any:
     """What stands for an entry that this part has not and another has; None: nothing."""
     ids, count = batch["completion_ids"], len(batch["prompt_ids"])
-    if name in ("num_images", "num_tiles"):
+    if name == "num_images":
         return [0] * count
+    if name == "num_tiles":  # TRL has it where images are cut
+        return batch.get("num_images") or [0] * count
+    if name == "cppo_pictures":
+        return [None] * count
     if name in WHOLE:
         return ids.new_zeros(count, batch["prompt_ids"].shape[1] + ids.shape[1])
     if name == "tool_mask":

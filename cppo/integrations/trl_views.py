@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cppo.integrations.contrast import contrastive_perception
+from cppo.integrations.trl_pictures import pixels_of
 from cppo.integrations.trl_rows import Batch, loss_mask, per_completion, take_rows
 from cppo.records import Views
 from cppo.seeds import seed_from
@@ -22,7 +23,7 @@ def view_seeds(trainer: Any, rollout: Batch, draw: tuple[int, ...]) -> Tensor | 
     None if no process has an image: what follows is done by all of them or by none.
     """
     device, size = rollout["advantages"].device, len(rollout["advantages"])
-    has_images = torch.tensor([rollout.get("image_grid_thw") is not None], device=device)
+    has_images = torch.tensor([rollout.get("pixel_values") is not None], device=device)
     if not trainer.accelerator.gather(has_images).any():
         return None
     first = trainer.accelerator.process_index * size
@@ -68,7 +69,7 @@ def contrast(trainer: Any, inputs: Batch, forwards: Forwards) -> Tensor | float:
         return 0.0
     # A process that looks at nothing runs a row with images if it has one, as in its anchor.
     rows = gated.nonzero()[:, 0] if gated.any() else images.argmax()[None]
-    logps, entropies, *_ = trainer._forward(both_views(trainer, call, inputs["cppo_seed"], rows))
+    logps, entropies, *_ = trainer._forward(both_views(trainer, call, inputs, rows))
     found = contrastive_perception(
         Views(anchor[0][rows], *logps.chunk(2)),
         anchor[1][rows],
@@ -86,32 +87,41 @@ def contrast(trainer: Any, inputs: Batch, forwards: Forwards) -> Tensor | float:
     return loss
 
 
-def both_views(trainer: Any, call: Batch, seeds: Tensor, rows: Tensor) -> Batch:
-    """These rows twice: with their images under the positive and the negative view."""
+def both_views(trainer: Any, call: Batch, inputs: Batch, rows: Tensor) -> Batch:
+    """These rows twice: with their images under the positive and the negative view.
+
+    Args: call: the arguments of the forward of the micro-batch `inputs`.
+    """
     views = take_rows(call, rows)
     both = {k: _twice(v) for k, v in views.items()} | {"batch_size": None}
     both |= {"compute_aux_loss": False}
     if views.get("pixel_values") is None:
         return both
-    pixels = [_perturbed(trainer, views, seeds[rows], name) for name in ("positive", "negative")]
+    pixels = [_perturbed(trainer, views, inputs, rows, name) for name in ("positive", "negative")]
     return both | {"pixel_values": torch.cat(pixels)}
 
 
-def removing_view(trainer: Any, call: Batch, seeds: Tensor) -> Batch:
-    """The arguments of a forward with their images under the negative view."""
+def removing_view(trainer: Any, call: Batch, inputs: Batch, rows: Tensor) -> Batch:
+    """The arguments of the forward of these rows with their images under the negative view.
+
+    Args: call: the arguments of the forward of the rows, which are those of `inputs`.
+    """
     view = call | {"compute_aux_loss": False}
     if call.get("pixel_values") is None:
         return view
-    return view | {"pixel_values": _perturbed(trainer, call, seeds, "negative")}
+    return view | {"pixel_values": _perturbed(trainer, call, inputs, rows, "negative")}
 
 
-def _perturbed(trainer: Any, rows: Batch, seeds: Tensor, name: str) -> Tensor:
-    """The pixel values of some rows under a view; seeds: (B,) of the rows."""
-    counts = zip(seeds.tolist(), rows["num_images"], strict=True)
+def _perturbed(trainer: Any, call: Batch, inputs: Batch, rows: Tensor, name: str) -> Tensor:
+    """The pixel values of a forward, which is of these rows of `inputs`, under a view."""
+    pictures = inputs.get("cppo_pictures")
+    if pictures is not None:
+        return pixels_of(trainer, call, [pictures[row] for row in rows.tolist()], name)
+    counts = zip(inputs["cppo_seed"][rows].tolist(), call["num_images"], strict=True)
     images = [(seed, number) for seed, count in counts for number in range(count)]
     return perturb_pixel_values(
-        rows["pixel_values"],
-        rows["image_grid_thw"],
+        call["pixel_values"],
+        call["image_grid_thw"],
         views_from_names(getattr(trainer.cppo, f"{name}_views")),
         seeds=[seed_from(name, *image) for image in images],
         image_processor=trainer.processing_class.image_processor,

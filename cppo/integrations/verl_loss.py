@@ -260,6 +260,13 @@ def _multi_modal(data: Any) -> list[dict[str, Any]]:
 
 def _images(inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     pixel_values, grid = inputs.get("pixel_values"), inputs.get("image_grid_thw")
+    if pixel_values is not None and grid is None:
+        raise ValueError(
+            "cppo.integrations.verl: contrastive perception (and PAPO) perturbs the patches of "
+            "Qwen-VL's processors; of other images verl's batches hold what the processor made "
+            f"({', '.join(sorted(inputs))}), but not the pictures, which are needed to prepare "
+            "perturbed ones. Set cpl_coef to 0"
+        )
     return None if pixel_values is None or grid is None else (pixel_values, grid)
 
 

@@ -5,9 +5,11 @@ python tests/models_table.py            # writes them into docs/models.md
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
+import transformers
 from families import FAMILIES as TEXT_FAMILIES
 from families import is_known, tiny_family
 from vision_families import FAMILIES, tiny_vision
@@ -37,6 +39,18 @@ NAMES = {
 NEEDS = {"mistral3": "needs torchvision", "smolvlm": "needs num2words"}
 
 
+QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+def tested_in(file: str) -> set[str]:
+    """The families that a file of tests names in its FAMILIES; it may import what is not here."""
+    source = (PAGE.parents[1] / "tests" / file).read_text("utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FAMILIES":
+            return {*eval(ast.unparse(node.value), {}), *QWEN_VL}
+    raise AssertionError(file)
+
+
 def text_families() -> dict[str, list[str]]:
     """The text families by how they are run."""
     found: dict[str, list[str]] = {"packed": [], "padded": [], "refused": []}
@@ -57,17 +71,26 @@ def row(family: str) -> str:
     way = {True: "packed", False: "padded"}
     views = "patches" if cuts_patches(processor.image_processor) else "pictures"
     cells = [NAMES[family], f"`{family}`", way[ways.text], way[ways.images], views]
+    in_vllm = family in tested_in("real_vllm/test_image_families.py")
+    in_trl = family in tested_in("test_integrations_trl_pictures.py")
+    cells += ["tested" if in_vllm else "[which](rollouts.md#models-that-take-images)"]
+    cells += ["tested" if in_trl else "no"]
     return " | ".join([*cells, NEEDS.get(family, "")])
 
 
 def tables() -> dict[str, str]:
     """What stands between each pair of marks in the page."""
-    names = ["", "`model_type`", "text", "with images", "views made of", "processor"]
+    names = ["", "`model_type`", "text", "with images", "views made of"]
+    names += ["vLLM", "contrast in TRL", "processor"]
     head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
     rows = "\n".join(f"| {row(family)} |" for family in FAMILIES)
     listed = {how: ", ".join(f"`{one}`" for one in names) for how, names in text_families().items()}
     text = "\n".join(f"| {how} | {names} |" for how, names in listed.items())
-    return {"images": f"{head}\n{rows}", "text": f"| | `model_type` |\n|---|---|\n{text}"}
+    return {
+        "images": f"{head}\n{rows}",
+        "text": f"| | `model_type` |\n|---|---|\n{text}",
+        "version": f"(transformers {transformers.__version__})",
+    }
 
 
 def rendered(page: str) -> str:

@@ -1,10 +1,12 @@
 """Packed, padded or refused: what is chosen for models that do otherwise than they seem to."""
 
 import copy
+import importlib.util
 import inspect
 
 import pytest
 import torch
+import transformers
 from families import tiny_family
 from models_table import PAGE, rendered
 from trainer_cases import tiny
@@ -38,7 +40,12 @@ def without(*names):
 
 
 def test_the_page_says_what_the_models_show():
-    assert rendered(PAGE.read_text("utf-8")) == PAGE.read_text("utf-8")
+    page = PAGE.read_text("utf-8")
+    if f"(transformers {transformers.__version__})" not in page:
+        pytest.skip("the page is of another transformers")
+    if importlib.util.find_spec("fla") is not None:
+        pytest.skip("with flash-linear-attention Qwen3.5 is packed")
+    assert rendered(page) == page
 
 
 def test_images_that_attend_both_ways_only_where_a_config_says_so_are_padded():

@@ -15,6 +15,7 @@ from cppo.integrations.fit import Fit, installed, mismatch, parameters
 
 METHODS = {
     "_generate_and_score_completions": "self inputs",
+    "_generate": "self prompts",
     "_get_per_token_logps_and_entropies": "self model input_ids attention_mask logits_to_keep "
     "batch_size",
     "_compute_loss": "self model inputs",
@@ -24,7 +25,7 @@ KERNEL = (
     "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"
 )
 HAS_KERNEL = "patch_trl"
-OPTIONAL = ("vllm", HAS_KERNEL)  # only those need it that use it
+OPTIONAL = ("vllm", HAS_KERNEL, "_generate")  # only those need it that use it
 # TRL's first two numbers: the oldest and newest vLLM that it names, or that was run with it.
 VLLM = {(1, 7): ((0, 14), (0, 23)), (1, 16): ((0, 22), (0, 32))}
 

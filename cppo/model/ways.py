@@ -64,9 +64,10 @@ def choose_ways(
     shares: bool = False,
     shown: Callable[[], Shown] | None = None,
 ) -> Ways:
-    """Gives a model the attention of packed sequences where they are right for it.
+    """Gives a model the attention of packed sequences, and finds out how it is run.
 
-    Where they are not, it keeps its own attention and its batches are padded.
+    Where they are wrong its batches are padded, by that attention, which runs fast kernels for
+    them, too; where that computes something else (attention sinks), by the model's own.
     Args:
         attention, device: as in `cppo.set_attention`.
         shares, shown: as in `cppo.model.check.check_model`.
@@ -78,9 +79,12 @@ def choose_ways(
         set_attention(model, attention, device)
         check_model(model, shares=shares)
     except ValueError as error:
-        before.restore()
         ways = Ways(False, False, _reason(error))
-        check_model(model, packed=False, shown=shown)
+        try:
+            check_model(model, packed=False, shown=shown)
+        except ValueError:
+            before.restore()
+            check_model(model, packed=False, shown=shown)
     else:
         ways = _of_images(model, shares, shown)
     _CHOSEN[base] = ways

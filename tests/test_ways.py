@@ -1,19 +1,22 @@
 """Packed, padded or refused: what is chosen for models that do otherwise than they seem to."""
 
 import copy
+import dataclasses
 import inspect
 
 import pytest
 import torch
 from families import tiny_family
 from models_table import PAGE, rendered
-from trainer_cases import tiny
+from trainer_cases import fixed_batch, fixed_rollouts, tiny
+from trainer_cases import question as asks
 from vision_families import tiny_vision
+from vision_pictures import picture
 
 from cppo.model import ways
 from cppo.model.packed import packed_hidden
 from cppo.model.prompts import encode_questions
-from cppo.model.ways import choose_ways, hidden_states, shown_picture, ways_of
+from cppo.model.ways import Ways, choose_ways, hidden_states, shown_picture, ways_of
 from cppo.ops.pack import pack_completions
 from cppo.questions import as_question
 
@@ -95,8 +98,6 @@ def test_a_model_that_cannot_encode_images_by_themselves_is_refused():
 
 def batch_of(model, processor):
     """A stream of two answers to a question with a picture, and its images."""
-    from vision_pictures import picture
-
     question = as_question({"prompt": "What?", "image": picture(60, 32)})
     prompts = encode_questions(model, processor, [question])
     ids = torch.cat([prompts.input_ids.repeat(2, 1), torch.tensor([[3, 4], [5, 6]])], 1)
@@ -120,3 +121,30 @@ def test_without_a_choice_it_is_packed():
     model, _ = tiny("text")
     assert ways_of(model).packed and str(ways_of(model)) == "packed"
     assert shown_picture(*tiny("text")) is None
+
+
+@pytest.mark.parametrize("has_images", [False, True], ids=["text", "images"])
+def test_padding_counts_as_tokens_of_a_micro_batch(has_images):
+    model, processor = tiny("qwen2_5_vl")
+    images = [picture(48, 24)] if has_images else []
+    texts = ["short"] * 4 + ["x" * 200] + ["short"] * 4
+    rollouts = fixed_rollouts(model, processor, [asks(text, images) for text in texts])
+    packed = fixed_batch(rollouts)
+    budget = max(packed.lengths(packed.kept)) + 100
+
+    def cut(batch):
+        parts = batch.microbatches(batch.kept, budget)
+        assert sorted(i for part in parts for i in part.tolist()) == batch.kept.tolist()
+        lengths = [batch.lengths(part) for part in parts]
+        padded = [len(own) * max(own) for own in lengths]
+        return parts, [sum(own) for own in lengths], padded
+
+    parts, tokens, padded = cut(packed)
+    assert max(padded) > 2 * budget  # the long one, with short ones
+    assert [packed.computed_tokens(part) for part in parts] == tokens
+    batch = dataclasses.replace(packed, ways=Ways(text=has_images, images=not has_images))
+    parts, _, padded = cut(batch)
+    assert max(padded) <= budget and len(parts) < 6
+    assert [batch.computed_tokens(part) for part in parts] == padded
+    if has_images:  # of one question all are in one part
+        assert all(len(part) % 2 == 0 for part in parts if len(part) > 1)

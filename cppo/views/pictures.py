@@ -21,7 +21,7 @@ from cppo.views.patches import PatchLayout, images_from_patches
 from cppo.views.registry import Perturbation
 
 _T = TypeVar("_T")
-# Of a processor with its settings, which its owner may change, by the width and height of a picture.
+# By a processor, its settings, which its owner may change, and the size of a picture.
 _SIZES: WeakKeyDictionary[Any, dict[tuple[str, int, int], tuple[int, int]]] = WeakKeyDictionary()
 _CUTS_PATCHES: WeakKeyDictionary[Any, dict[str, bool]] = WeakKeyDictionary()
 

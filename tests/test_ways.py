@@ -148,3 +148,38 @@ def test_padding_counts_as_tokens_of_a_micro_batch(has_images):
     assert [batch.computed_tokens(part) for part in parts] == padded
     if has_images:  # of one question all are in one part
         assert all(len(part) % 2 == 0 for part in parts if len(part) > 1)
+
+
+def test_a_model_without_a_token_or_a_body_for_images_is_refused_in_words():
+    model, processor = tiny_vision("llava")
+    model.config.image_token_id = None
+    with pytest.raises(ValueError, match=r"config\.image_token_id.*'llava' has none"):
+        chosen(model, processor)
+    model, processor = tiny_vision("llava")
+    model.other = model.model
+    del model.model
+    with pytest.raises(ValueError, match="get_image_features"):
+        chosen(model, processor)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("gemma3", "token_type_ids"), ("llava", "moe_mm_token_type_ids")]
+)
+def test_a_processor_that_tells_tokens_apart_in_its_own_way_is_refused(family, name):
+    model, processor = tiny_vision(family)
+
+    class Marks(type(processor)):
+        def __call__(self, *args, **kwargs):
+            made = super().__call__(*args, **kwargs)
+            made[name] = torch.ones_like(made["input_ids"])
+            return made
+
+    processor.__class__ = Marks
+    if family == "llava":  # as Ernie 4.5, which routes tokens of images to experts of their own
+        plain = inspect.signature(model.model.forward)
+        new = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        named = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        changed_call(model.model, lambda own: own)
+        model.model.forward.__signature__ = plain.replace(parameters=[*named, new])
+    with pytest.raises(ValueError, match=f"tells its tokens apart by {name}"):
+        chosen(model, processor)

@@ -68,7 +68,8 @@ class Update:
         policy, config = self.policy, self.policy.config
         if config.balance_processes and self.processes.size > 1:
             with self._timer("balance"):
-                looks = config.loss.perturbed_views and views_need_pictures(policy.processor)
+                has_views = bool(config.loss.perturbed_views)
+                looks = has_views and views_need_pictures(policy.processor)
                 batch = balanced(batch, self.processes, pictures=looks)
         per_token = dict(batch.per_token)
         once = self._journal.once_breakable

@@ -1,6 +1,7 @@
 """Packed, padded or refused: what is chosen for models that do otherwise than they seem to."""
 
 import copy
+import dataclasses
 import importlib.util
 import inspect
 
@@ -9,13 +10,15 @@ import torch
 import transformers
 from families import tiny_family
 from models_table import PAGE, rendered
-from trainer_cases import tiny
+from trainer_cases import fixed_batch, fixed_rollouts, tiny
+from trainer_cases import question as asks
 from vision_families import tiny_vision
+from vision_pictures import picture
 
 from cppo.model import ways
 from cppo.model.packed import packed_hidden
 from cppo.model.prompts import encode_questions
-from cppo.model.ways import choose_ways, hidden_states, shown_picture, ways_of
+from cppo.model.ways import Ways, choose_ways, hidden_states, shown_picture, ways_of
 from cppo.ops.pack import pack_completions
 from cppo.questions import as_question
 
@@ -100,8 +103,6 @@ def test_a_model_that_cannot_encode_images_by_themselves_is_refused():
 
 def batch_of(model, processor):
     """A stream of two answers to a question with a picture, and its images."""
-    from vision_pictures import picture
-
     question = as_question({"prompt": "What?", "image": picture(60, 32)})
     prompts = encode_questions(model, processor, [question])
     ids = torch.cat([prompts.input_ids.repeat(2, 1), torch.tensor([[3, 4], [5, 6]])], 1)
@@ -125,3 +126,65 @@ def test_without_a_choice_it_is_packed():
     model, _ = tiny("text")
     assert ways_of(model).packed and str(ways_of(model)) == "packed"
     assert shown_picture(*tiny("text")) is None
+
+
+@pytest.mark.parametrize("has_images", [False, True], ids=["text", "images"])
+def test_padding_counts_as_tokens_of_a_micro_batch(has_images):
+    model, processor = tiny("qwen2_5_vl")
+    images = [picture(48, 24)] if has_images else []
+    texts = ["short"] * 4 + ["x" * 200] + ["short"] * 4
+    rollouts = fixed_rollouts(model, processor, [asks(text, images) for text in texts])
+    packed = fixed_batch(rollouts)
+    budget = max(packed.lengths(packed.kept)) + 100
+
+    def cut(batch):
+        parts = batch.microbatches(batch.kept, budget)
+        assert sorted(i for part in parts for i in part.tolist()) == batch.kept.tolist()
+        lengths = [batch.lengths(part) for part in parts]
+        padded = [len(own) * max(own) for own in lengths]
+        return parts, [sum(own) for own in lengths], padded
+
+    parts, tokens, padded = cut(packed)
+    assert max(padded) > 2 * budget  # the long one, with short ones
+    assert [packed.computed_tokens(part) for part in parts] == tokens
+    batch = dataclasses.replace(packed, ways=Ways(text=has_images, images=not has_images))
+    parts, _, padded = cut(batch)
+    assert max(padded) <= budget and len(parts) < 6
+    assert [batch.computed_tokens(part) for part in parts] == padded
+    if has_images:  # of one question all are in one part
+        assert all(len(part) % 2 == 0 for part in parts if len(part) > 1)
+
+
+def test_a_model_without_a_token_or_a_body_for_images_is_refused_in_words():
+    model, processor = tiny_vision("llava")
+    model.config.image_token_id = None
+    with pytest.raises(ValueError, match=r"config\.image_token_id.*'llava' has none"):
+        chosen(model, processor)
+    model, processor = tiny_vision("llava")
+    model.other = model.model
+    del model.model
+    with pytest.raises(ValueError, match="get_image_features"):
+        chosen(model, processor)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("gemma3", "token_type_ids"), ("llava", "moe_mm_token_type_ids")]
+)
+def test_a_processor_that_tells_tokens_apart_in_its_own_way_is_refused(family, name):
+    model, processor = tiny_vision(family)
+
+    class Marks(type(processor)):
+        def __call__(self, *args, **kwargs):
+            made = super().__call__(*args, **kwargs)
+            made[name] = torch.ones_like(made["input_ids"])
+            return made
+
+    processor.__class__ = Marks
+    if family == "llava":  # as Ernie 4.5, which routes tokens of images to experts of their own
+        plain = inspect.signature(model.model.forward)
+        new = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        named = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        changed_call(model.model, lambda own: own)
+        model.model.forward.__signature__ = plain.replace(parameters=[*named, new])
+    with pytest.raises(ValueError, match=f"tells its tokens apart by {name}"):
+        chosen(model, processor)

@@ -21,6 +21,11 @@ MadeViews = dict[tuple[int, ...], tuple[Question, Prepared]]
 """By its images' seeds, a question and a view of its images, on the CPU."""
 
 
+def views_need_pictures(processor: Any) -> bool:
+    """Whether views are made of a question's pictures, rather than of what was prepared of them."""
+    return hasattr(processor, "image_processor") and not cuts_patches(processor.image_processor)
+
+
 def views_of(
     prompts: Prompts,
     questions: Sequence[int],
@@ -45,15 +50,15 @@ def views_of(
         [seed_of(question, number) for number in range(count)]
         for question, count in zip(questions, images.per_question, strict=True)
     ]
-    if cuts_patches(processor.image_processor):
-        prepared = _of_patches(images, perturbations, seeds, processor.image_processor)
-    else:
+    if views_need_pictures(processor):
         encoder = PromptEncoder(processor, chat_template_kwargs)
         made = {} if made is None else made
         prepared = [
             _of_pictures(encoder, prompts, question, perturbations, own, made) if own else {}
             for question, own in zip(questions, seeds, strict=True)
         ]
+    else:
+        prepared = _of_patches(images, perturbations, seeds, processor.image_processor)
     return ImageBatch(tuple(prepared), images.per_question, images.tokens)
 
 
@@ -108,7 +113,8 @@ def _of_pictures(
 
 def _is_like(view: Prepared, own: Prepared) -> bool:
     """Whether only the pixels differ: sizes, masks and tiles say which tokens a picture has."""
+    # Some processors have pixels twice: of the whole and of its tiles.
     return all(
-        view[name].shape == x.shape and (name == "pixel_values" or torch.equal(view[name], x.cpu()))
+        view[name].shape == x.shape and ("pixel_values" in name or torch.equal(view[name], x.cpu()))
         for name, x in own.items()
     )

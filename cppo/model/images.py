@@ -86,9 +86,8 @@ def prepared_images(base: Any, processed: Mapping[str, Any], device: torch.devic
 
 
 def _encoder_names(base: Any) -> Mapping[str, Any]:
-    encoder = getattr(base.model, "get_image_features", None)
-    names = inspect.signature(base.model.forward).parameters
-    if encoder is None or "mm_encoder_outputs" not in names:
+    encoder = getattr(_body(base), "get_image_features", None)
+    if encoder is None or "mm_encoder_outputs" not in _arguments(base):
         raise ValueError(
             "cppo: vision-language model must encode images by themselves (get_image_features, and "
             "mm_encoder_outputs of its forward), which this transformers does not have for "
@@ -97,9 +96,48 @@ def _encoder_names(base: Any) -> Mapping[str, Any]:
     return inspect.signature(encoder).parameters
 
 
+def _body(base: Any) -> Any:
+    return getattr(base, "model", None)
+
+
+def _arguments(base: Any) -> Mapping[str, Any]:
+    """What the body of a model is called with, by name."""
+    return inspect.signature(_body(base).forward).parameters
+
+
 def image_token_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Where the placeholders of images stand: bool like `input_ids`."""
-    return input_ids == unwrap(model).config.image_token_id
+    """Where the placeholders of images stand: bool like `input_ids`.
+
+    Raises: ValueError for a model that has none.
+    """
+    config = unwrap(model).config
+    token = getattr(config, "image_token_id", None)
+    if token is None:
+        raise ValueError(
+            "cppo: vision-language model must have a token that stands for its images "
+            f"(config.image_token_id), model_type {config.model_type!r} has none"
+        )
+    return input_ids == token
+
+
+def check_token_types(base: Any, processed: Mapping[str, Any], input_ids: Tensor) -> None:
+    """Raises ValueError if a processor says of the tokens what the model is not told here.
+
+    Args:
+        processed: of one question. input_ids: (P,) of its prompt.
+    """
+    ids, names = input_ids[None], _arguments(base)
+    told = token_types(base, ids)
+    if has_three_rows(base):  # positions are made of it
+        told = {"mm_token_type_ids": image_token_mask(base, ids).long()}
+    for name, value in processed.items():
+        if not name.endswith("token_type_ids") or name not in names:
+            continue
+        if name not in told or not torch.equal(torch.as_tensor(value).long(), told[name]):
+            raise ValueError(
+                f"cppo: model_type {base.config.model_type!r} cannot be trained here on images: "
+                f"its processor tells its tokens apart by {name}, in a way that cppo does not know"
+            )
 
 
 def rotary_positions(
@@ -120,7 +158,7 @@ def rotary_positions(
 
 def has_three_rows(base: Any) -> bool:
     """Whether a token has three rotary positions (time, height, width)."""
-    return hasattr(base.model, "get_rope_index")
+    return hasattr(_body(base), "get_rope_index")
 
 
 def sees_prompt_both_ways(base: Any) -> bool:
@@ -143,7 +181,7 @@ def token_types(
     types = image_token_mask(base, input_ids)
     if sees_prompt_both_ways(base):
         types = torch.zeros_like(types) if is_response is None else is_response
-    names = inspect.signature(base.model.forward).parameters
+    names = _arguments(base)
     return {n: types.long() for n in ("token_type_ids", "mm_token_type_ids") if n in names}
 
 

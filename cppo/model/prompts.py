@@ -21,6 +21,7 @@ from cppo.model.chat_template import check_template_arguments, control_tokens
 from cppo.model.images import (
     PER_TOKEN,
     ImageBatch,
+    check_token_types,
     image_token_mask,
     prepared_images,
     rotary_positions,
@@ -99,7 +100,8 @@ class EncodedQuestion(NamedTuple):
         question: what was asked.
         input_ids: token ids, image placeholders included.
         generation_prompt, unexpanded: as in `Prompts`.
-        processed: what the processor made of its images, by name; empty without any.
+        processed: what the processor made of its images, and how it tells their tokens from the
+            others, by name; empty without any.
     """
 
     question: Question
@@ -153,6 +155,8 @@ def _images(
     prepared = tuple(prepared_images(unwrap(model), own.processed, device) for own in encoded)
     tokens = image_token_mask(model, input_ids).sum(1).tolist()
     for own, arguments, count in zip(encoded, prepared, tokens, strict=True):
+        if own.question.images:
+            check_token_types(unwrap(model), own.processed, torch.tensor(own.input_ids))
         if own.question.images and not (arguments and count):
             raise ValueError(
                 f"cppo: {_name(own.question)}: its {len(own.question.images)} images must have "
@@ -318,7 +322,11 @@ class PromptEncoder:
             ids,
             self._generation_prompt(question),
             self._unexpanded(question) if question.images else ids,
-            {name: value for name, value in encoded.items() if name not in PER_TOKEN},
+            {
+                name: value
+                for name, value in encoded.items()
+                if name not in PER_TOKEN or (question.images and name.endswith("token_type_ids"))
+            },
         )
 
     def _unexpanded(self, question: Question) -> list[int]:

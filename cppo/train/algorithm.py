@@ -78,6 +78,7 @@ def select(
         seed=seed_from(config.seed, "views", step, processes.rank),
         per_token=per_token,
         share_prompts=config.share_prompts and policy.ways.packed,
+        ways=policy.ways,
         places=places,
     )
 

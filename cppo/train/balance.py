@@ -17,11 +17,14 @@ from cppo.train.processes import Processes
 _BALANCED = 1.05
 
 
-def balanced(batch: Batch, processes: Processes) -> Batch:
+def balanced(batch: Batch, processes: Processes, *, pictures: bool = False) -> Batch:
     """The batch with kept completions exchanged so that every process has about as many tokens.
 
     Whole questions move, after advantages and pruning: no group is ever split. Collective. With
     one process, or where tokens are even already, the batch is returned as it is.
+
+    Args:
+        pictures: whether the update looks at the questions' pictures, which are large.
     """
     if processes.size == 1:
         return batch
@@ -36,7 +39,7 @@ def balanced(batch: Batch, processes: Processes) -> Batch:
     ]
     sent = {}
     for owner, q, to in leaving:
-        piece = _without_pictures(_piece(batch, [q]))
+        piece = _light(_piece(batch, [q]), pictures)
         sent[owner, q] = to, _on(piece, torch.device("cpu"))
     arrived = {
         key: piece
@@ -131,9 +134,17 @@ def _joined(batch: Batch, pieces: Sequence[Batch]) -> Batch:
     )
 
 
-def _without_pictures(piece: Batch) -> Batch:
-    """A batch as it travels: the update does not read the questions' pictures and columns."""
+def _light(piece: Batch, pictures: bool) -> Batch:
+    """A batch as it travels: the update does not read the questions' columns.
+
+    Nor does it their pictures, unless a processor prepares views of them.
+    """
     prompts = piece.rollouts.prompts
-    light = [question._replace(images=[], columns={}) for question in prompts.questions]
+    light = [
+        question._replace(images=question.images if pictures else [], columns={})
+        for question in prompts.questions
+    ]
     prompts = dataclasses.replace(prompts, questions=light)
-    return dataclasses.replace(piece, rollouts=dataclasses.replace(piece.rollouts, prompts=prompts))
+    return dataclasses.replace(
+        piece, rollouts=dataclasses.replace(piece.rollouts, prompts=prompts), views={}
+    )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cppo.config import LossConfig
 from cppo.model.image_views import MadeViews
+from cppo.model.ways import Ways
 from cppo.ops.pack import pack_completions, plan_microbatches
 from cppo.packed_batch import PackedBatch
 from cppo.rollouts.rollout import Rollouts
@@ -38,6 +39,7 @@ class Batch:
         per_token: what the loss takes besides (old and reference log-probabilities, weights of
             tokens, ...), by its name there, (B, L).
         share_prompts: run a question's prompt once for all its completions of a micro-batch.
+        ways: how the model is run, which decides what a micro-batch costs.
         views: of images that the processor has prepared for this batch (`cppo.model.image_views`).
     """
 
@@ -48,6 +50,7 @@ class Batch:
     seed: int = 0
     per_token: dict[str, Tensor] = field(default_factory=dict)
     share_prompts: bool = False
+    ways: Ways = Ways()
     places: Tensor | None = None
     views: MadeViews = field(default_factory=dict, repr=False, compare=False)
 
@@ -60,9 +63,15 @@ class Batch:
         return [self.kept[places % parts == part] for part in range(parts)]
 
     def microbatches(self, completions: Tensor, max_tokens: int) -> list[Tensor]:
-        """Parts of at most `max_tokens` tokens; all completions of a part have images, or none."""
+        """Parts of at most `max_tokens` tokens; all completions of a part have images, or none.
+
+        Where they are run padded, the padding counts.
+        """
         parts = []
         for alike in self._split_by_images(completions):
+            if not self._is_packed(alike):
+                parts += self._padded_parts(alike, max_tokens)
+                continue
             units, lengths = self._units(alike, max_tokens)
             # A completion longer than the budget has a part to itself.
             plan = plan_microbatches(lengths, max([max_tokens, *lengths]))
@@ -146,9 +155,41 @@ class Batch:
         return len(completions), sum(self.response_lengths(completions))
 
     def computed_tokens(self, completions: Tensor) -> int:
-        """Tokens that the forward of a micro-batch runs: a shared prompt counts once."""
-        parts = self._split_by_images(completions)
-        return sum(sum(self._units(alike, sys.maxsize)[1]) for alike in parts)
+        """Tokens that the forward of a micro-batch runs: a shared prompt once, padding, too."""
+        total = 0
+        for alike in self._split_by_images(completions):
+            if self._is_packed(alike):
+                total += sum(self._units(alike, sys.maxsize)[1])
+            else:
+                total += len(alike) * max(self.lengths(alike))
+        return total
+
+    def _is_packed(self, completions: Tensor) -> bool:
+        """Whether completions that all have images, or none, are run as one stream."""
+        has_images = bool(self.have_images(completions[:1]).any())
+        return self.ways.images if has_images else self.ways.text
+
+    def _padded_parts(self, completions: Tensor, max_tokens: int) -> list[Tensor]:
+        """Parts of at most `max_tokens` tokens once all are as long as the longest.
+
+        So those of like length go together. Completions of a question with images stay neighbours,
+        so that its images are encoded in as few parts as may be.
+        """
+        lengths, questions = self.lengths(completions), self.questions(completions)
+        group = questions if self.have_images(completions[:1]).any() else range(len(lengths))
+        longest: dict[int, int] = {}
+        for member, length in zip(group, lengths, strict=True):
+            longest[member] = max(length, longest.get(member, 0))
+        order = sorted(range(len(lengths)), key=lambda i: (-longest[group[i]], group[i]))
+        parts: list[list[int]] = []
+        width = 0
+        for i in order:
+            if not parts or (len(parts[-1]) + 1) * max(width, lengths[i]) > max_tokens:
+                parts.append([])
+                width = 0
+            parts[-1].append(i)
+            width = max(width, lengths[i])
+        return [completions[sorted(part)] for part in sorted(parts, key=min)]
 
     def _split_by_images(self, completions: Tensor) -> list[Tensor]:
         """The completions with images, and those without.

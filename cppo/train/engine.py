@@ -246,7 +246,9 @@ class PolicyEngine:
         assert rollouts.sampling_logps is not None
         loss = dataclasses.replace(config.loss, temperature=sampling.temperature or 1.0)
         kept = torch.arange(group)
-        batch = Batch(rollouts, torch.zeros(group), kept, suppressed=policy.suppressed)
+        batch = Batch(
+            rollouts, torch.zeros(group), kept, suppressed=policy.suppressed, ways=policy.ways
+        )
         was_training = policy.model.training
         policy.model.eval()
         try:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cppo.model.image_views import views_need_pictures
 from cppo.records import LossOutput, NumItems
 from cppo.train.balance import balanced
 from cppo.train.batch import Batch
@@ -67,7 +68,9 @@ class Update:
         policy, config = self.policy, self.policy.config
         if config.balance_processes and self.processes.size > 1:
             with self._timer("balance"):
-                batch = balanced(batch, self.processes)
+                has_views = bool(config.loss.perturbed_views)
+                looks = has_views and views_need_pictures(policy.processor)
+                batch = balanced(batch, self.processes, pictures=looks)
         per_token = dict(batch.per_token)
         once = self._journal.once_breakable
         policy.model.eval()

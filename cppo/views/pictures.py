@@ -15,14 +15,15 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from PIL import Image
 
-from cppo.questions.pixels import eight_bit
+from cppo.questions.pixels import over_white
 from cppo.views.draws import perturb
 from cppo.views.patches import PatchLayout, images_from_patches
 from cppo.views.registry import Perturbation
 
 _T = TypeVar("_T")
-_SIZES: WeakKeyDictionary[Any, dict[tuple[int, int], tuple[int, int]]] = WeakKeyDictionary()
-_CUTS_PATCHES: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+# By a processor, its settings, which its owner may change, and the size of a picture.
+_SIZES: WeakKeyDictionary[Any, dict[tuple[str, int, int], tuple[int, int]]] = WeakKeyDictionary()
+_CUTS_PATCHES: WeakKeyDictionary[Any, dict[str, bool]] = WeakKeyDictionary()
 
 
 def seen_size(image_processor: Any, size: tuple[int, int]) -> tuple[int, int]:
@@ -30,15 +31,19 @@ def seen_size(image_processor: Any, size: tuple[int, int]) -> tuple[int, int]:
 
     Where it is scaled several times, for tiles and for a small copy of the whole, the largest.
     """
-    known = _SIZES.setdefault(image_processor, {})
-    if size not in known:
+    known, key = _SIZES.setdefault(image_processor, {}), (_settings(image_processor), *size)
+    if key not in known:
         found: list[tuple[int, int]] = []
         # Every processor of transformers scales by this method of its own.
         probe = copy.copy(image_processor)
         probe.resize = _Noted(image_processor.resize, size, found)
         probe(images=[Image.new("RGB", size)], return_tensors="np")
-        known[size] = max(found, key=lambda own: own[0] * own[1], default=size)
-    return known[size]
+        known[key] = max(found, key=lambda own: own[0] * own[1], default=size)
+    return known[key]
+
+
+def _settings(image_processor: Any) -> str:
+    return repr(vars(image_processor))
 
 
 class _Noted:
@@ -63,10 +68,12 @@ def _size(image: Any) -> tuple[int, int]:
 
 
 def as_seen(image: Image.Image, image_processor: Any) -> Image.Image:
-    """The upright picture, in the colours and at the size in which the model gets it."""
-    image = eight_bit(image, "cppo.perturb: ")
+    """The picture as the model gets it: its colours, its size, and no more upright than it is."""
     if getattr(image_processor, "do_convert_rgb", None) is not False:
-        image = image.convert("RGB")
+        # As transformers does it, whose processors do not look at EXIF. A note there that is left
+        # would have `perturb` turn the picture.
+        image = over_white(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+        image = Image.fromarray(np.asarray(image))
     size = seen_size(image_processor, image.size)
     if size == image.size:
         return image
@@ -113,14 +120,15 @@ def prepared_views(
 def cuts_patches(image_processor: Any) -> bool:
     """Whether a processor's output is patches that `cppo.perturb_pixel_values` reads back exactly.
 
-    It is found out with a small picture, once for a processor.
+    It is found out with a small picture, once for a processor and its settings.
     """
-    if image_processor not in _CUTS_PATCHES:
+    known, key = _CUTS_PATCHES.setdefault(image_processor, {}), _settings(image_processor)
+    if key not in known:
         try:
-            _CUTS_PATCHES[image_processor] = _reads_back(image_processor)
+            known[key] = _reads_back(image_processor)
         except Exception:  # another layout may fail in any way
-            _CUTS_PATCHES[image_processor] = False
-    return _CUTS_PATCHES[image_processor]
+            known[key] = False
+    return known[key]
 
 
 def _reads_back(image_processor: Any) -> bool:

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,6 +163,20 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     (tmp_path / "no.png").write_text("no picture")
     with pytest.raises(ConfigError, match="no.png"):
         command.main([*asked, "--image", "no.png"])
+
+
+def test_the_page_of_the_docs_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).resolve().parents[1] / "docs" / "inspect.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    model, processor = _built("llava")
+    config = cppo.CPPOConfig(max_completion_tokens=3)
+    names = {"cppo": cppo, "model": model, "processor": processor, "config": config}
+    exec(block, names | {"image": picture(60, 32)})
+    assert (tmp_path / "inspect.html").is_file() and len(capsys.readouterr().out.splitlines()) == 3
+    options = set(re.findall(r"--[a-z-]+", page.read_text("utf-8")))
+    known = {name for own in command.parser()._actions for name in own.option_strings}
+    assert options == {name for name in known if name.startswith("--")} - {"--help"}
 
 
 def test_the_picture_is_shown_as_the_model_sees_it():

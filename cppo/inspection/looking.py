@@ -30,7 +30,7 @@ from cppo.views.pictures import as_seen
 
 @torch.no_grad()
 def inspect(
-    model: nn.Module,
+    model: Any,
     processor: Any,
     image: Image.Image | Sequence[Image.Image],
     question: str,
@@ -111,7 +111,7 @@ def _check(model: nn.Module, samples: int, temperature: float | None, answer: st
 
 
 def _answers(
-    model: nn.Module,
+    model: Any,
     processor: Any,
     asked: Question,
     answer: str | None,
@@ -135,7 +135,7 @@ def _answers(
 
 
 def _tokens(
-    model: nn.Module,
+    model: Any,
     processor: Any,
     rollouts: Rollouts,
     temperature: float,

@@ -30,6 +30,7 @@ from cppo.packed_batch import PackedBatch
 from cppo.records import Dependency, LossOutput, NumItems, TokenStats, Views
 
 if TYPE_CHECKING:
+    from cppo.inspection import Inspection, inspect
     from cppo.train.trainer import CPPOTrainer
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "CPPOConfig",
     "CPPOTrainer",
     "Dependency",
+    "Inspection",
     "LoraConfig",
     "LossConfig",
     "LossOutput",
@@ -51,6 +53,7 @@ __all__ = [
     "cppo_loss",
     "group_advantages",
     "importance_weights",
+    "inspect",
     "linear_cppo_loss",
     "linear_token_stats",
     "pack_completions",
@@ -67,7 +70,11 @@ __all__ = [
 ]
 
 # Public names whose module imports transformers and accelerate.
-_LAZY = {"CPPOTrainer": "cppo.train.trainer"}
+_LAZY = {
+    "CPPOTrainer": "cppo.train.trainer",
+    "Inspection": "cppo.inspection",
+    "inspect": "cppo.inspection",
+}
 
 
 def __getattr__(name: str) -> Any:

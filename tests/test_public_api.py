@@ -31,6 +31,7 @@ SIGNATURES = {
     "perception_mask": "anchor_entropy, negative_entropy, *, fraction, mask, cu_seqlens, backend",
     "visual_dependency": "old_logps, removed_logps, *, mask, cu_seqlens, fraction, floor, of_all",
     "importance_weights": "old_logps, sampling_logps, *, mask, cu_seqlens, config",
+    "inspect": "model, processor, image, question, *, answer, samples, temperature, seed, config",
     "cppo_loss": "logits, targets, advantages, *, old_logps, ref_logps, sampling_logps, "
     "token_weights, removed_logps, mask, cu_seqlens, num_items, config, inplace, backend",
     "linear_cppo_loss": "hidden, weight, targets, advantages, *, bias, suppressed, old_logps, "

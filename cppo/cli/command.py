@@ -17,6 +17,7 @@ from cppo.cli.config_file import ConfigError
 _FORWARDED = {
     "info": "which backend of each op runs here, and why another does not",
     "bench": "measure every op against the peers that are installed and the machine's limits",
+    "inspect": "show which tokens of a model's answer depend on an image",
     "data": "write a data set as the parquet file that verl trains on",
     "demo": "train a tiny vision-language model on handwritten digits, with a report",
 }
@@ -48,6 +49,10 @@ def _run(command: str, arguments: list[str]) -> int:
         from cppo.cli import info
 
         return info.main(arguments[1:])
+    if command == "inspect":
+        from cppo.cli import inspect
+
+        return inspect.main(arguments[1:])
     if command == "data":
         from cppo.cli import data
 

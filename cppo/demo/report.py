@@ -7,18 +7,15 @@ dark theme.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
-from PIL import Image
 
 from cppo.demo.svg import Series, line_chart, stacked_chart
+from cppo.pages.parts import template
 from cppo.values import is_number
 
 _FOLDER = Path(__file__).parent
@@ -27,7 +24,6 @@ _TIME_PARTS = (
     *("views", "forward", "backward", "optimizer"),
 )
 _TOKEN_LISTS = ("tokens", "entropy_shift", "selected")
-_IMAGE_HEIGHT = 96  # CSS pixels of a small image; larger ones keep their size
 
 
 class _Curves(NamedTuple):
@@ -103,9 +99,8 @@ def write_report(
         else:
             facts.append((name, _text(name, value)))
     scale = _largest_shift(completions)
-    page = _template().render(
+    page = template(_FOLDER, "report.html.jinja", number=_number).render(
         title=title,
-        style=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
         changes=changes,
         facts=facts,
         curves=_curves(history),
@@ -119,14 +114,6 @@ def write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def _template() -> Any:
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"png": _png, "tint": _tint, "visible": _visible, "number": _number}
-    return environment.get_template("report.html.jinja")
 
 
 def _with_derived(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -227,29 +214,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + str(name)] = value
     return flat
-
-
-def _png(image: Image.Image) -> dict[str, Any]:
-    """An image's source, and its size: small ones are enlarged by a whole factor."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    factor = max(1, _IMAGE_HEIGHT // image.height)
-    size = {"width": image.width * factor, "height": image.height * factor}
-    return size | {"source": f"data:image/png;base64,{data}"}
-
-
-def _tint(shift: float) -> str:
-    """The colour of a shift in [-1, 1]: orange where the entropy rises, blue where it falls."""
-    strength = 0.0 if not math.isfinite(shift) else min(1.0, abs(shift)) ** 0.7
-    name = "rise" if shift > 0 else "fall"
-    return f"color-mix(in srgb, var(--{name}) {100 * strength:.0f}%, transparent)"
-
-
-def _visible(token: str) -> str:
-    """A token's text; blanks at its ends and line breaks stay visible."""
-    text = token.replace("\n", "\u21b5")
-    return text.replace(" ", "\u00a0") if text.strip() != text else text
 
 
 def _is_share(name: str) -> bool:

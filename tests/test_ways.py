@@ -188,3 +188,20 @@ def test_a_processor_that_tells_tokens_apart_in_its_own_way_is_refused(family, n
         model.model.forward.__signature__ = plain.replace(parameters=[*named, new])
     with pytest.raises(ValueError, match=f"tells its tokens apart by {name}"):
         chosen(model, processor)
+
+
+def test_the_trial_picture_is_one_that_a_processor_takes():
+    model, processor = tiny_vision("gemma3")
+    processor.image_processor.do_resize = False
+    assert chosen(model, processor).text
+    shown = shown_picture(model, processor)()
+    assert shown.images.prepared[0]["pixel_values"].shape[-2:] == (56, 56)
+
+
+def test_images_that_no_trial_has_shown_are_compared_at_first_use():
+    model, processor = tiny_vision("paligemma")
+    assert not choose_ways(model, "sdpa").text  # a template of text alone has no trial
+    batch, images = batch_of(model, processor)
+    changed_call(model.model, without("mm_encoder_outputs"))
+    with pytest.raises(ValueError, match="on padded sequences, with images, its logits are off by"):
+        hidden_states(model, batch, None, images, [0, 0])

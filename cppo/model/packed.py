@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -54,18 +54,25 @@ def packed_hidden(
             'cppo.set_attention(model, "auto") once before the first packed forward'
         )
     if not torch.compiler.is_compiling():
-        shown = (
-            None
-            if images is None or not any(images.per_question)
-            else partial(_shown, batch, images, image_of)
-        )
+        shown = shown_in(batch, images, image_of)
         check_model(model, shares=shared is not None, longest=batch.max_seqlen, shown=shown)
     return run_packed(model, batch, positions, images, image_of, shared)
 
 
-def _shown(batch: PackedBatch, images: ImageBatch, image_of: Sequence[int]) -> Shown:
-    """The stream's first question with images."""
-    number = next(k for k, question in enumerate(image_of) if images.per_question[question])
+def shown_in(
+    batch: PackedBatch, images: ImageBatch | None, image_of: Sequence[int]
+) -> Callable[[], Shown] | None:
+    """The first question with images of a stream that has some, read off it when it is asked."""
+    if images is None or not any(images.per_question[question] for question in image_of):
+        return None
+    return partial(_first_shown, batch, images, image_of)
+
+
+def _first_shown(batch: PackedBatch, images: ImageBatch, image_of: Sequence[int]) -> Shown:
+    answers = batch.row_cu_seqlens.diff().tolist()
+    number = next(
+        k for k, question in enumerate(image_of) if images.per_question[question] and answers[k]
+    )
     start = int(batch.cu_seqlens[number])
     end = int(batch.rows[batch.row_cu_seqlens[number]]) + 1
     return Shown(batch.input_ids[start:end], images.of([image_of[number]]))

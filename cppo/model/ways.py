@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cppo.model.check import Shown, check_model
 from cppo.model.forward import Attention, set_attention
 from cppo.model.images import ImageBatch
-from cppo.model.packed import packed_hidden
+from cppo.model.packed import packed_hidden, shown_in
 from cppo.model.padded import run_padded
 from cppo.model.prompts import encode_questions
 from cppo.model.shared_prompts import SharedStream
@@ -116,7 +116,8 @@ def shown_picture(
     """
     if not has_vision(model) or not hasattr(processor, "image_processor"):
         return None
-    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    size = _trial_size(processor.image_processor)
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     question = as_question({"prompt": "What is this?", "image": Image.fromarray(noise)})
     try:
         prompts = encode_questions(model, processor, [question], chat_template_kwargs)
@@ -125,6 +126,14 @@ def shown_picture(
     assert prompts.images is not None
     shown = Shown(prompts.input_ids[0], prompts.images)
     return lambda: shown
+
+
+def _trial_size(image_processor: Any) -> tuple[int, int]:
+    """Height and width: small, or the only ones that a processor takes which does not scale."""
+    size = getattr(image_processor, "size", None)
+    own = [getattr(size, name, None) for name in ("height", "width")]
+    is_fixed = getattr(image_processor, "do_resize", True) is False and all(own)
+    return (own[0], own[1]) if is_fixed else (48, 64)
 
 
 def ways_of(model: nn.Module) -> Ways:
@@ -144,5 +153,6 @@ def hidden_states(
     ways, has_images = ways_of(model), images is not None and any(images.per_question)
     if ways.images if has_images else ways.text:
         return packed_hidden(model, batch, positions, images, image_of, shared)
-    check_model(model, packed=False, longest=batch.max_seqlen)
+    shown = shown_in(batch, images, image_of)
+    check_model(model, packed=False, longest=batch.max_seqlen, shown=shown)
     return run_padded(model, batch, positions, images, image_of)

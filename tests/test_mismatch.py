@@ -206,7 +206,7 @@ def test_what_an_engine_samples_for_a_prompt_with_images() -> None:
     prompts = encode_questions(packed(model), processor, questions_for("qwen2_5_vl"))
     sampling = Sampling(2, 4, 1.0)
     image = model.config.image_token_id
-    found = requests(prompts, sampling, Draws(3, 8, slice(0, 8)), image)
+    found = requests(prompts, sampling, Draws(3, 8, slice(0, 8)))
     tokenizer = processor.tokenizer
     for own, question in zip(found, prompts.questions, strict=True):
         text = processor.apply_chat_template(
@@ -216,5 +216,5 @@ def test_what_an_engine_samples_for_a_prompt_with_images() -> None:
         assert own.token_ids.count(image) == len(own.images) == len(question.images)
     assert len({own.seed for own in found}) == 4
     # A part of the questions has the seeds that it has in the whole.
-    part = requests(prompts.of([2, 3]), sampling, Draws(3, 8, slice(4, 8)), image)
+    part = requests(prompts.of([2, 3]), sampling, Draws(3, 8, slice(4, 8)))
     assert [own.seed for own in part] == [own.seed for own in found[2:]]

@@ -99,11 +99,11 @@ def test_the_views_that_an_update_runs(tmp_path: Any, name: str, monkeypatch: An
     _, batch = policy_and_batch()
     ran: Forwards = []
     shown: dict[int, str] = {}
-    stock, perturb = views.packed_hidden, views._perturbed
+    stock, perturb = views.hidden_states, views._perturbed
 
     def perturbed(*arguments: Any) -> Any:
         view = perturb(*arguments)
-        shown[id(view)] = arguments[3]
+        shown[id(view)] = arguments[-1]
         seen.append(view)
         return view
 
@@ -113,7 +113,7 @@ def test_the_views_that_an_update_runs(tmp_path: Any, name: str, monkeypatch: An
         return stock(model, packed, positions, images, *rest)
 
     seen: list[Any] = []  # alive, so that no other has their ids
-    monkeypatch.setattr(views, "packed_hidden", forward)
+    monkeypatch.setattr(views, "hidden_states", forward)
     monkeypatch.setattr(views, "_perturbed", perturbed)
     update = trainer.new_update(PhaseTimer(), lambda batch: None)
     rollouts = batch.rollouts

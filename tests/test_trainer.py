@@ -112,14 +112,14 @@ def test_a_frozen_vision_tower_does_not_move(family, tmp_path):
 
 def test_bf16_keeps_fp32_weights(tmp_path, monkeypatch):
     seen = []
-    from cppo.train.views import packed_hidden
+    from cppo.train.views import hidden_states
 
     def watch(*arguments):
-        hidden = packed_hidden(*arguments)
+        hidden = hidden_states(*arguments)
         seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
         return hidden
 
-    monkeypatch.setattr("cppo.train.views.packed_hidden", watch)
+    monkeypatch.setattr("cppo.train.views.hidden_states", watch)
     trainer = trainer_for(tmp_path, "qwen2_5_vl", precision="bf16", rewards=noise)
     changes = moved(trainer)
     assert set(seen) == {torch.bfloat16}

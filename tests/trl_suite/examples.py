@@ -188,6 +188,7 @@ class Engine:
     """In the place of TRL's `VLLMGeneration`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        self.model = options.get("model", args[0] if args else None)
         self.llm = SimpleNamespace(generate=lambda prompts, *rest, **more: prompts)
         info = {"model_config": {"logprobs_mode": "processed_logprobs"}}
         self.vllm_client = SimpleNamespace(get_server_info=lambda: info)

@@ -191,7 +191,10 @@ class Engine:
         self.model = options.get("model", args[0] if args else None)
         self.llm = SimpleNamespace(generate=lambda prompts, *rest, **more: prompts)
         info = {"model_config": {"logprobs_mode": "processed_logprobs"}}
-        self.vllm_client = SimpleNamespace(get_server_info=lambda: info)
+        self.vllm_client = SimpleNamespace(get_server_info=lambda: info, _post=lambda *_, **__: {})
+
+    def sync_weights(self) -> None:
+        """Nothing is trained here."""
 
 
 def rewards(completions: list[Any], **columns: Any) -> list[float]:

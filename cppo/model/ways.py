@@ -131,9 +131,10 @@ def shown_picture(
 def _trial_size(image_processor: Any) -> tuple[int, int]:
     """Height and width: small, or the only ones that a processor takes which does not scale."""
     size = getattr(image_processor, "size", None)
-    own = [getattr(size, name, None) for name in ("height", "width")]
-    is_fixed = getattr(image_processor, "do_resize", True) is False and all(own)
-    return (own[0], own[1]) if is_fixed else (48, 64)
+    height, width = (getattr(size, name, None) for name in ("height", "width"))
+    if getattr(image_processor, "do_resize", True) is False and height and width:
+        return height, width
+    return 48, 64
 
 
 def ways_of(model: nn.Module) -> Ways:

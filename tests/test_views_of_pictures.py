@@ -15,11 +15,11 @@ from trainer_cases import config, fixed_batch, fixed_rollouts, question
 from vision_families import tiny_vision
 from vision_pictures import picture
 
-from cppo.model.image_views import _is_like, views_need_pictures
+from cppo.model.image_views import views_need_pictures
 from cppo.rollouts.rollout import take_questions
 from cppo.train.balance import balanced
 from cppo.train.views import perturbed_images
-from cppo.views import cuts_patches
+from cppo.views import cuts_patches, differ_in_pixels_alone
 from cppo.views.pictures import prepared_views, seen_size
 
 _built = functools.cache(tiny_vision)
@@ -88,7 +88,9 @@ def test_views_may_differ_in_all_that_are_pixels():
     own = {"pixel_values": torch.zeros(1, 3), "pixel_values_local": torch.zeros(4, 3)}
     own["image_sizes"] = torch.ones(2)
     view = {name: value + 1 for name, value in own.items()} | {"image_sizes": torch.ones(2)}
-    assert _is_like(view, own) and not _is_like(view | {"image_sizes": torch.zeros(2)}, own)
+    assert differ_in_pixels_alone(view, own) and not differ_in_pixels_alone(
+        view | {"image_sizes": torch.zeros(2)}, own
+    )
 
 
 class OneOfTwo:

@@ -18,7 +18,12 @@ from torch import Tensor
 
 from cppo.integrations.trl_rows import Batch
 from cppo.seeds import seed_from
-from cppo.views import cuts_patches, prepared_views, views_from_names
+from cppo.views import (
+    cuts_patches,
+    differ_in_pixels_alone,
+    prepared_views,
+    views_from_names,
+)
 
 
 class Pictures:
@@ -49,7 +54,7 @@ class Pictures:
             def prepare(images: list[Image.Image]) -> Tensor | None:
                 view = _prepared(processor, self.text, images)
                 pixels: Tensor = view["pixel_values"]
-                return pixels if _differ_in_pixels_alone(view, own) else None
+                return pixels if differ_in_pixels_alone(view, own) else None
 
             self._views[name] = prepared_views(
                 self.images,
@@ -65,17 +70,6 @@ def _prepared(processor: Any, text: str, images: list[Image.Image]) -> Mapping[s
     """As TRL calls the processor, which may change a list that it is given."""
     found: Mapping[str, Tensor] = processor(images=[list(images)], text=[text], return_tensors="pt")
     return found
-
-
-def _differ_in_pixels_alone(view: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
-    """Whether tokens, sizes, masks and tiles are the same."""
-    return all(
-        torch.equal(view[field], value)
-        if field != "pixel_values"
-        else view[field].shape == value.shape
-        for field, value in own.items()
-        if isinstance(value, Tensor)
-    )
 
 
 def pictures_of(

@@ -15,7 +15,13 @@ from PIL import Image
 from cppo.model.images import ImageBatch, Prepared
 from cppo.model.prompts import PromptEncoder, Prompts
 from cppo.questions import Question
-from cppo.views import Perturbation, cuts_patches, perturb_pixel_values, prepared_views
+from cppo.views import (
+    Perturbation,
+    cuts_patches,
+    differ_in_pixels_alone,
+    perturb_pixel_values,
+    prepared_views,
+)
 
 MadeViews = dict[tuple[int, ...], tuple[Question, Prepared]]
 """By its images' seeds, a question and a view of its images, on the CPU."""
@@ -50,15 +56,18 @@ def views_of(
         [seed_of(question, number) for number in range(count)]
         for question, count in zip(questions, images.per_question, strict=True)
     ]
+    image_processor = processor.image_processor
     if views_need_pictures(processor):
         encoder = PromptEncoder(processor, chat_template_kwargs)
         made = {} if made is None else made
         prepared = [
-            _of_pictures(encoder, prompts, question, perturbations, own, made) if own else {}
+            _of_pictures(encoder, prompts, question, perturbations, own, made, image_processor)
+            if own
+            else {}
             for question, own in zip(questions, seeds, strict=True)
         ]
     else:
-        prepared = _of_patches(images, perturbations, seeds, processor.image_processor)
+        prepared = _of_patches(images, perturbations, seeds, image_processor)
     return ImageBatch(tuple(prepared), images.per_question, images.tokens)
 
 
@@ -88,6 +97,7 @@ def _of_pictures(
     perturbations: Sequence[Perturbation],
     seeds: Sequence[int],
     made: MadeViews,
+    image_processor: Any,
 ) -> Prepared:
     assert prompts.images is not None
     question, own = prompts.questions[number], prompts.images.prepared[number]
@@ -96,25 +106,17 @@ def _of_pictures(
         ids = prompts.input_ids[number][prompts.attention_mask[number]].tolist()
 
         def prepare(pictures: list[Image.Image]) -> Prepared | None:
-            encoded = encoder.encode(question._replace(images=pictures))
-            view = {name: torch.as_tensor(encoded.processed[name]) for name in own}
-            return view if encoded.input_ids == ids and _is_like(view, own) else None
+            processed = encoder.processed(question._replace(images=pictures))
+            view = {name: torch.as_tensor(processed[name]) for name in own}
+            has_tokens = processed["input_ids"][0].tolist() == ids
+            return view if has_tokens and differ_in_pixels_alone(view, own) else None
 
         view = prepared_views(
             question.images,
             perturbations,
             seeds=seeds,
-            image_processor=encoder.image_processor,
+            image_processor=image_processor,
             prepare=prepare,
         )
         known = made[tuple(seeds)] = question, view
     return {name: value.to(own[name].device) for name, value in known[1].items()}
-
-
-def _is_like(view: Prepared, own: Prepared) -> bool:
-    """Whether only the pixels differ: sizes, masks and tiles say which tokens a picture has."""
-    # Some processors have pixels twice: of the whole and of its tiles.
-    return all(
-        view[name].shape == x.shape and ("pixel_values" in name or torch.equal(view[name], x.cpu()))
-        for name, x in own.items()
-    )

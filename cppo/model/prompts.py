@@ -216,7 +216,7 @@ class PromptEncoder:
                 raise QuestionError("has images, which a tokenizer does not prepare")
             self._check_text(question.messages)
             self._check_rendered(question, self._render(question))
-            return self.encode(question)
+            return self._encode(question)
         except QuestionError as error:
             raise QuestionError(f"cppo: {_name(question)}: {error}") from error.__cause__
 
@@ -293,15 +293,10 @@ class PromptEncoder:
             (rendered.count(mark) for mark in marks if isinstance(mark, str) and mark), default=0
         )
 
-    @property
-    def image_processor(self) -> Any:
-        """That of the processor."""
-        return self._processor.image_processor
-
-    def encode(self, question: Question) -> EncodedQuestion:
-        """As a call, of a question whose text and template were checked before."""
+    def processed(self, question: Question) -> Mapping[str, Any]:
+        """What the processor returns, of a question whose text was checked before."""
         try:
-            encoded = self._processor.apply_chat_template(
+            return self._processor.apply_chat_template(
                 with_images(question.messages, question.images),
                 tokenize=True,
                 add_generation_prompt=True,
@@ -311,6 +306,9 @@ class PromptEncoder:
             )
         except Exception as error:
             raise self._refusal(question, error) from error
+
+    def _encode(self, question: Question) -> EncodedQuestion:
+        encoded = self.processed(question)
         ids = encoded["input_ids"][0].tolist()
         if not ids:
             raise QuestionError("the chat template makes no tokens of it")

@@ -19,7 +19,7 @@ from cppo.views.perturbations import (
     RandomRotation,
     ZoomCrop,
 )
-from cppo.views.pictures import cuts_patches, prepared_views
+from cppo.views.pictures import cuts_patches, differ_in_pixels_alone, prepared_views
 from cppo.views.registry import (
     PERTURBATIONS,
     PRESERVING,
@@ -42,6 +42,7 @@ __all__ = [
     "RandomRotation",
     "ZoomCrop",
     "cuts_patches",
+    "differ_in_pixels_alone",
     "image_seed",
     "perturb",
     "perturb_pixel_values",

@@ -8,12 +8,14 @@ prepared by the model's own processor, which finds nothing left to scale.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from cppo.questions.pixels import over_white
 from cppo.views.draws import perturb
@@ -115,6 +117,19 @@ def prepared_views(
             f"the original, {type(image_processor).__name__} does not ({sizes})"
         )
     return result
+
+
+def differ_in_pixels_alone(view: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Whether a view has the tokens, sizes, masks and tiles of its question's own images.
+
+    Args: view, own: what a processor returned, by name; what is no tensor is not compared.
+    """
+    # Some processors have pixels twice: of the whole and of its tiles.
+    return all(
+        view[name].shape == x.shape and ("pixel_values" in name or torch.equal(view[name], x.cpu()))
+        for name, x in own.items()
+        if isinstance(x, Tensor)
+    )
 
 
 def cuts_patches(image_processor: Any) -> bool:

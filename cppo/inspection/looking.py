@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from cppo.config import CPPOConfig, LossConfig
 from cppo.inspection.record import Answer, Inspection, Token
-from cppo.model.forward import Attention, lm_head
+from cppo.model.forward import lm_head
+from cppo.model.left_as_found import left_as_found
 from cppo.model.load import special_token_ids_to_suppress
 from cppo.model.prompts import encode_questions, tokenizer_of
 from cppo.model.ways import choose_ways, shown_picture
@@ -28,7 +30,6 @@ from cppo.views import perturb, views_from_names
 from cppo.views.pictures import as_seen
 
 
-@torch.no_grad()
 def inspect(
     model: Any,
     processor: Any,
@@ -47,7 +48,8 @@ def inspect(
     the positive and the negative view, and `cppo.perception_mask` of them (arXiv 2601.00501), by
     the forward of the trainer.
     Args:
-        model: a vision-language model of transformers; it is left as it was found.
+        model: a vision-language model of transformers, which runs in its own dtype, without
+            autocast; it is left as it was found.
         processor: its processor.
         image: one or several, in the order of their places before the question.
         question: text.
@@ -67,22 +69,19 @@ def inspect(
     images = [image] if isinstance(image, Image.Image) else list(image)
     asked = as_question({"prompt": question, "images": images})
     template = config.chat_template_kwargs or {}
-    base, was_training = unwrap(model), model.training
-    before = Attention.of(base)
-    try:
-        model.eval()
+    with left_as_found(model):
         choose_ways(model, "auto", shown=shown_picture(model, processor, template))
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            rollouts = _answers(model, processor, asked, answer, samples, temperature, config)
-        tokens = _tokens(model, processor, rollouts, temperature or 1.0, seed, config)
-    finally:
-        model.train(was_training)
-        before.restore()
+        torch.manual_seed(seed)
+        rollouts = _answers(model, processor, asked, answer, samples, temperature, config)
+        rows = torch.arange(len(rollouts.texts))
+        never = tuple(special_token_ids_to_suppress(model, processor))
+        batch = Batch(rollouts, torch.ones(len(rows)), rows, suppressed=never, seed=seed)
+        looking = contrasting(config, temperature or 1.0)
+        tokens = tokens_in_views(model, batch, rows, looking, processor)
     cut = [bool(own) and answer is None for own in rollouts.truncated]
     answers = [Answer(*own) for own in zip(rollouts.texts, tokens, cut, strict=True)]
     return Inspection(
-        base.config.name_or_path or type(base).__name__,
+        _name(model),
         question,
         _views(asked, processor, seed, config),
         answers,
@@ -94,6 +93,11 @@ def inspect(
             "negative_views": [str(own) for own in config.negative_views],
         },
     )
+
+
+def _name(model: nn.Module) -> str:
+    base = unwrap(model)
+    return base.config.name_or_path or type(base).__name__
 
 
 def _check(model: nn.Module, samples: int, temperature: float | None, answer: str | None) -> None:
@@ -134,35 +138,35 @@ def _answers(
     return assembled(prompts, sampling_of(model, processor, **options), given, processor)
 
 
-def _tokens(
-    model: Any,
-    processor: Any,
-    rollouts: Rollouts,
-    temperature: float,
-    seed: int,
-    config: CPPOConfig,
-) -> list[list[Token]]:
-    """The tokens of each answer, with their numbers in every view."""
-    count = len(rollouts.texts)
-    suppressed = tuple(special_token_ids_to_suppress(model, processor))
-    rows = torch.arange(count)
-    batch = Batch(rollouts, torch.ones(count), rows, suppressed=suppressed, seed=seed)
-    loss = LossConfig(cpl_coef=1.0, gating=False, fraction=config.loss.fraction)
-    options = CPPOConfig(
-        loss=loss,
-        positive_views=config.positive_views,
-        negative_views=config.negative_views,
-        chat_template_kwargs=config.chat_template_kwargs,
+def contrasting(config: CPPOConfig, temperature: float) -> CPPOConfig:
+    """The config under which all completions with images run in all three views."""
+    loss = LossConfig(
+        cpl_coef=1.0, gating=False, fraction=config.loss.fraction, temperature=temperature
     )
-    hidden, packed = forward_views(model, batch, rows, options, processor)
-    head = lm_head(model, suppressed)._asdict()
+    return dataclasses.replace(config, loss=loss)
+
+
+@torch.no_grad()
+def tokens_in_views(
+    model: Any, batch: Batch, rows: Tensor, config: CPPOConfig, processor: Any
+) -> list[list[Token]]:
+    """The tokens of some completions, with their numbers in every view.
+
+    Args:
+        rows: (R,) int64, completions of the batch whose questions have images.
+        config: of `contrasting`.
+    """
+    hidden, packed = forward_views(model, batch, rows, config, processor)
+    head, loss = lm_head(model, batch.suppressed)._asdict(), config.loss
     stats = {
-        name: linear_token_stats(own, targets=packed.targets, temperature=temperature, **head)
+        name: linear_token_stats(own, targets=packed.targets, temperature=loss.temperature, **head)
         for name, own in hidden._asdict().items()
     }
-    anchor, negative = stats["anchor"].entropy, stats["negative"].entropy
     selected = perception_mask(
-        anchor, negative, fraction=config.loss.fraction, cu_seqlens=packed.row_cu_seqlens
+        stats["anchor"].entropy,
+        stats["negative"].entropy,
+        fraction=loss.fraction,
+        cu_seqlens=packed.row_cu_seqlens,
     )
     logps = {name: own.logps.tolist() for name, own in stats.items()}
     entropies = {name: own.entropy.tolist() for name, own in stats.items()}
@@ -180,15 +184,14 @@ def _tokens(
             zip(packed.targets.tolist(), selected.tolist(), strict=True)
         )
     ]
-    bounds: Tensor = packed.row_cu_seqlens
-    ends = bounds.tolist()
-    return [found[start:stop] for start, stop in zip(ends, ends[1:], strict=False)]
+    bounds = packed.row_cu_seqlens.tolist()
+    return [found[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
 def _views(
     asked: Question, processor: Any, seed: int, config: CPPOConfig
 ) -> dict[str, list[Image.Image]]:
-    """The pictures that the model was shown, by view: the perturbations that `_tokens` drew."""
+    """The pictures that the model was shown, by view: what `tokens_in_views` drew for them."""
     seen = [as_seen(image, processor.image_processor) for image in asked.images]
     views = {"anchor": seen}
     for name in ("positive", "negative"):

@@ -97,12 +97,14 @@ def test_an_answer_that_is_given_is_looked_at_and_samples_are_seeded():
     again = functools.partial(cppo.inspect, model, processor, picture(60, 32), "What is it?")
     (answer,) = again(answer="a cat").answers
     assert "".join(token.text for token in answer.tokens) == "a cat" and not answer.is_cut
+    assert again(answer="a cat").drawn == "1, given"
     config = cppo.CPPOConfig(max_completion_tokens=6)
     drawn = [again(samples=2, seed=seed, config=config) for seed in (1, 1, 2)]
     texts = [[own.text for own in found.answers] for found in drawn]
     assert texts[0] == texts[1] != texts[2]
     greedy = again(temperature=None, config=config, samples=4)
-    assert len(greedy.answers) == 1 and greedy.answers[0].is_cut
+    assert len(greedy.answers) == 1 and greedy.answers[0].is_cut and greedy.drawn == "1, greedy"
+    assert drawn[0].drawn == "2, sampled at temperature 1"
     assert model.training and model.config.get_text_config()._attn_implementation == before
 
 

@@ -86,6 +86,7 @@ def inspect(
         _views(asked, processor, seed, config),
         answers,
         {
+            "given": answer is not None,
             "temperature": temperature,
             "seed": seed,
             "fraction": config.loss.fraction,

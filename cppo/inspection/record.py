@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Inspection:
         views: by name, "anchor" (as the model sees it), "positive" and "negative", an image for
             each of the question's.
         answers: sampled, or the one that was given.
-        options: temperature, fraction, perturbations and seed.
+        options: whether the answer was given, temperature, fraction, perturbations and seed.
     """
 
     model: str
@@ -68,6 +69,15 @@ class Inspection:
     views: dict[str, list[Image.Image]]
     answers: list[Answer]
     options: dict[str, Any]
+
+    @property
+    def drawn(self) -> str:
+        """How many answers there are, and where they are from."""
+        if self.options["given"]:
+            return "1, given"
+        if self.options["temperature"] is None:
+            return "1, greedy"
+        return f"{len(self.answers)}, sampled at temperature {self.options['temperature']:g}"
 
     def json(self) -> str:
         """Everything but the images, as one JSON object."""
@@ -94,7 +104,5 @@ class Inspection:
 
 def _percent(logp: float) -> str:
     """A probability, with as many digits as it needs to be told from 0."""
-    import math
-
     share = 100 * math.exp(logp)
     return f"{share:.0f} %" if share >= 10 else f"{share:.1f} %" if share >= 0.1 else "< 0.1 %"

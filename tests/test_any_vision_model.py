@@ -20,7 +20,7 @@ from trainer_cases import (
 from transformers import AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
 from vision_families import FAMILIES, tiny_vision
-from vision_pictures import picture
+from vision_pictures import answer_logits, picture, prepared
 
 from cppo.cli import info
 from cppo.config import LoraConfig
@@ -80,30 +80,13 @@ def processed(processor, asked):
     """What transformers' processor makes of a question, written out once more."""
     content = asked.messages[0]["content"]
     text = content if isinstance(content, str) else content[-1]["text"]
-    parts = [{"type": "image", "image": one} for one in asked.images]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    )
-    inputs.pop("labels", None)
-    return inputs
+    return prepared(processor, text, asked.images)
 
 
 def own_logps(model, processor, rollouts, row):
     """Log-probabilities of a completion by transformers, from what the processor returns."""
-    inputs, answer = processed(processor, rollouts.question_of(row)), rollouts.completion_ids[row]
-    ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], 1)
-    more = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in more:  # an answer is text; to PaliGemma it is what follows the prefix
-            value = int(model.config.model_type == "paligemma")
-            more[name] = torch.nn.functional.pad(more[name], (0, len(answer)), value=value)
-    logits = model(
-        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more
-    ).logits[0, -len(answer) - 1 : -1]
+    answer = rollouts.completion_ids[row]
+    logits = answer_logits(model, processed(processor, rollouts.question_of(row)), answer)
     return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 

@@ -50,22 +50,32 @@ def decoded_logits(model, sequences):
     return list(torch.stack(rows, 1))
 
 
-def runs_right(family):
-    """Found out without the check: longer sequences, a real window, fp32, each truly alone."""
+def sequences_alone(family):
+    """A model with a short window, a few sequences, and its logits of each truly alone, in fp32."""
     model = tiny_family(family, window=5)
     draw = torch.Generator().manual_seed(1)
     sequences = [torch.randint(3, 60, (n,), generator=draw) for n in (13, 9, 11)]
     with torch.no_grad():
         alone = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
-        try:
-            forward.set_attention(model, "sdpa")
-            packed = logits_by(forward.run_packed, model, sequences)
-            decoded = decoded_logits(model, sequences)
-        except Exception:
-            return False
-    errors = [relative(ours, own[:-1]) for ours, own in zip(packed, alone, strict=True)]
-    errors += [relative(ours, own[-4:]) for ours, own in zip(decoded, alone, strict=True)]
-    return max(errors) < CLOSE
+    return model, sequences, alone
+
+
+def errors_of(run, model, sequences, alone):
+    """Of a forward of ours and of decoding, relative to the largest logit."""
+    with torch.no_grad():
+        ours, decoded = logits_by(run, model, sequences), decoded_logits(model, sequences)
+    errors = [relative(found, own[:-1]) for found, own in zip(ours, alone, strict=True)]
+    return errors + [relative(found, own[-4:]) for found, own in zip(decoded, alone, strict=True)]
+
+
+def runs_right(family):
+    """Found out without the check: longer sequences, a real window, fp32, each truly alone."""
+    model, *expected = sequences_alone(family)
+    try:
+        forward.set_attention(model, "sdpa")
+        return max(errors_of(forward.run_packed, model, *expected)) < CLOSE
+    except Exception:
+        return False
 
 
 def verdict(family):
@@ -93,22 +103,14 @@ def test_the_verdict_is_that_of_an_independent_comparison(family):
 def test_what_cannot_be_packed_is_padded_and_right_or_refused(family):
     if not is_known(family):
         pytest.skip(f"this transformers has no {family}")
-    model = tiny_family(family, window=5)
-    draw = torch.Generator().manual_seed(1)
-    sequences = [torch.randint(3, 60, (n,), generator=draw) for n in (13, 9, 11)]
-    with torch.no_grad():
-        alone = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
+    model, *expected = sequences_alone(family)
     try:
         ways = choose_ways(model, "sdpa")
     except ValueError as error:
         assert repr(family) in str(error)
         return
     run = forward.run_packed if ways.text else run_padded
-    with torch.no_grad():
-        ours, decoded = logits_by(run, model, sequences), decoded_logits(model, sequences)
-    errors = [relative(found, own[:-1]) for found, own in zip(ours, alone, strict=True)]
-    errors += [relative(found, own[-4:]) for found, own in zip(decoded, alone, strict=True)]
-    assert max(errors) < CLOSE
+    assert max(errors_of(run, model, *expected)) < CLOSE
 
 
 @pytest.mark.parametrize(

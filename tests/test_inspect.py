@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from trainer_cases import tiny
 from vision_families import tiny_vision
-from vision_pictures import picture
+from vision_pictures import answer_logits, picture, prepared
 
 import cppo
 from cppo.cli import inspect as command
@@ -35,34 +35,15 @@ def _found(family):
     )
 
 
-def own_numbers(family, view, answer, temperature=1.0):
+def own_numbers(family, view, answer):
     """Log-probabilities and entropies of an answer by transformers, of a view's picture."""
     model, processor = _built(family)
-    content = [{"type": "image", "image": view}, {"type": "text", "text": "What is it?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    )
-    answered = torch.tensor([[token.id for token in answer.tokens]])
-    count = answered.shape[1]
-    ids = torch.cat([inputs["input_ids"], answered], 1)
-    more = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "labels")}
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in more:
-            value = int(family == "paligemma")
-            more[name] = torch.nn.functional.pad(more[name], (0, count), value=value)
-    logits = model(
-        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more
-    ).logits[0, -count - 1 : -1]
-    logits = logits.index_fill(
-        1, torch.tensor(special_token_ids_to_suppress(model, processor)), -torch.inf
-    )
-    logps = (logits / temperature).log_softmax(-1)
+    ids = [token.id for token in answer.tokens]
+    logits = answer_logits(model, prepared(processor, "What is it?", [view]), ids)
+    never = torch.tensor(special_token_ids_to_suppress(model, processor))
+    logps = logits.index_fill(1, never, -torch.inf).log_softmax(-1)
     entropy = -(logps.exp() * logps).nan_to_num().sum(-1)
-    return logps.gather(1, answered.T)[:, 0], entropy
+    return logps.gather(1, torch.tensor(ids)[:, None])[:, 0], entropy
 
 
 @pytest.mark.parametrize("family", FAMILIES)

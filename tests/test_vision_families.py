@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoProcessor
 from transformers.utils import is_torchvision_available
 from vision_families import FAMILIES, tiny_vision
+from vision_pictures import picture, prepared
 
 from cppo.model.load import load_model, load_processor, save_processor
 
@@ -20,20 +20,11 @@ def assert_same_pixels(found, expected):
     assert (found - expected).abs().mean() <= bound
 
 
-def picture(width, height, seed):
-    colours = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(colours)
-
-
 WIDE, TALL, OTHER = picture(60, 40, 0), picture(30, 80, 1), picture(60, 40, 2)
 
 
 def encode(processor, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}]
-    return processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-    )
+    return prepared(processor, "What is it?", images)
 
 
 def logits(model, inputs):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cppo.benchmarks import report
+from cppo.benchmarks.environment import device_name
 from cppo.benchmarks.experiments import study
 from cppo.benchmarks.experiments.study import (
     CPL,
@@ -46,7 +47,7 @@ def row(method, seed, accuracies, seconds, task="digits"):
 
 
 def test_a_plan_is_paired_and_leaves_out_what_is_done():
-    rows = [{"task": "digits", "method": "GRPO", "seed": "3"}]
+    rows = [{"task": "digits", "method": "GRPO", "seed": "3", "device": device_name()}]
     cells = plan(["digits", "shortcut"], [3, 4], ["GRPO", "pruning"], rows)
     assert cells == [
         Cell("digits", 3, ("pruning",)),
@@ -54,8 +55,17 @@ def test_a_plan_is_paired_and_leaves_out_what_is_done():
         Cell("digits", 4, ("GRPO", "pruning")),
         Cell("shortcut", 4, ("GRPO", "pruning")),
     ]
-    rows += [{"task": "digits", "method": "pruning", "seed": "3"}]
+    rows += [rows[0] | {"method": "pruning"}]
     assert plan(["digits"], [3], ["GRPO", "pruning"], rows) == []
+
+
+def test_what_another_processor_began_is_run_as_a_whole():
+    begun = {"task": "digits", "method": "GRPO", "seed": "3", "device": "Another, 1 of 4 threads"}
+    methods = ["GRPO", "pruning"]
+    assert plan(["digits"], [3], methods, [begun]) == [Cell("digits", 3, ("GRPO", "pruning"))]
+    assert plan(["digits"], [3], methods, [begun, begun | {"method": "pruning"}]) == []
+    here = begun | {"device": device_name().partition(",")[0] + ", 7 of 8 threads"}
+    assert plan(["digits"], [3], methods, [here]) == [Cell("digits", 3, ("pruning",))]
 
 
 def test_the_best_coefficient_is_planned_once_it_is_known():
@@ -161,6 +171,8 @@ def test_differences_by_hand():
     assert steps.tolist() == [-5] and time.tolist() == [-5]  # seed 1 alone has both
     steps, time = paired(base, method)
     assert steps.tolist() == [5] and time.tolist() == [5]
+    base.accuracy[1][0] += 1  # another start: not a pair
+    assert paired(method, base)[0].size == 0
     faster = Curve({0: np.array([30.0, 66, 66])}, np.array([0, 2, 15]), 0)
     steps, time = paired(faster, base)
     assert steps.tolist() == [-4] and time.tolist() == [6]  # 66 where GRPO is at 60
@@ -202,6 +214,12 @@ def test_what_an_unfinished_study_says(rows):
         "`digits`: At equal steps, below it: PODS; not told apart from it: pruning "
         "(± 0.2 points at most). At equal time, above GRPO: pruning, PODS (± 1.2 points at most)."
     )
+
+
+def test_the_newest_run_of_a_seed_counts(rows):
+    again = row("PODS", 3, [0.3, 0.9], [0, 5])
+    runs = curves([*rows, again])["digits"]["PODS"].accuracy
+    assert [seed for seed in runs if runs[seed][-1] == 90] == [3] and len(runs) == 4
 
 
 def test_without_grpo_nothing_is_compared(rows):

@@ -7,8 +7,10 @@
 Of a task and a seed, all methods have the same warm-up, order of questions, sampling seeds and
 held-out questions; they run one after the other in one process with one thread. A row is appended
 after each run, and a run that has a row is not repeated: the study may be stopped at any moment,
-and goes on where it was. Seconds are the CPU time of the process in training steps, so that other
-work on the machine hardly counts. `study_report.py` has the statistics.
+and goes on where it was. On another kind of processor a warm-up ends in other weights, so there a
+task and seed that were begun elsewhere are run as a whole. Seconds are the CPU time of the process
+in training steps, so that other work on the machine hardly counts. `study_report.py` has the
+statistics.
 """
 
 from __future__ import annotations
@@ -34,7 +36,12 @@ import torch
 from accelerate.utils import set_seed
 
 from cppo.benchmarks import report
-from cppo.benchmarks.environment import add_record_option, environment, results_folder
+from cppo.benchmarks.environment import (
+    add_record_option,
+    device_name,
+    environment,
+    results_folder,
+)
 from cppo.benchmarks.experiments.study_report import GRPO, best_coefficient, plot, summary
 from cppo.config import CPPOConfig
 from cppo.demo.run import demo_config
@@ -97,14 +104,22 @@ def plan(
             that was best on the task's tuning seeds.
         rows: the runs that are done.
     """
-    done = {(row["task"], row["method"], row["seed"]) for row in rows}
     cells = []
     for seed in seeds:
         for task in tasks:
             wanted = methods or dict.fromkeys((*PLAN[task], *best_coefficient(rows, task, CPL)))
-            left = tuple(name for name in wanted if (task, name, str(seed)) not in done)
+            own = [row for row in rows if (row["task"], row["seed"]) == (task, str(seed))]
+            done = {row["method"] for row in own}
+            left = tuple(name for name in wanted if name not in done)
+            if any(_processor(row["device"]) != _processor(device_name()) for row in own) and left:
+                left = tuple(wanted)
             cells += [Cell(task, seed, left)] if left else []
     return cells
+
+
+def _processor(device: str) -> str:
+    """The name of a device without its threads."""
+    return device.partition(",")[0]
 
 
 # Runs

@@ -53,13 +53,14 @@ class Difference(NamedTuple):
 
 
 def curves(rows: Iterable[Row]) -> dict[str, dict[str, Curve]]:
-    """{task: {method: its runs}}, without those of the tuning seeds."""
-    found: dict[str, dict[str, list[Row]]] = {}
+    """{task: {method: its runs}}, the newest of each seed, without those of the tuning seeds."""
+    found: dict[str, dict[str, dict[str, Row]]] = {}
     for row in rows:
         if int(row["seed"]) < FIRST_TUNING_SEED:
-            found.setdefault(row["task"], {}).setdefault(row["method"], []).append(row)
+            runs = found.setdefault(row["task"], {}).setdefault(row["method"], {})
+            runs[row["seed"]] = row
     return {
-        task: {method: _curve(runs) for method, runs in methods.items()}
+        task: {method: _curve(list(runs.values())) for method, runs in methods.items()}
         for task, methods in found.items()
     }
 
@@ -77,8 +78,12 @@ def _evaluations(row: Row, name: str) -> np.ndarray:
 
 
 def paired(method: Curve, base: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """(S,) differences in points at equal steps and at equal time, of the seeds that both have."""
-    seeds = sorted(method.accuracy.keys() & base.accuracy.keys())
+    """(S,) differences in points at equal steps and at equal time.
+
+    They are of the seeds that both have run from the same start, as its accuracy shows.
+    """
+    both = sorted(method.accuracy.keys() & base.accuracy.keys())
+    seeds = [seed for seed in both if method.accuracy[seed][0] == base.accuracy[seed][0]]
     time = min(method.seconds[-1], base.seconds[-1])
 
     def in_time(curve: Curve, seed: int) -> float:

@@ -18,6 +18,17 @@ from cppo.questions.loaders import (
     load_rows,
     load_virl39k,
 )
+from cppo.questions.published import (
+    load_aime,
+    load_amc,
+    load_logicvista,
+    load_math500,
+    load_mathverse,
+    load_mathvision,
+    load_mathvista,
+    load_mmmu_pro,
+    load_wemath,
+)
 from cppo.questions.question import Question, as_question
 from cppo.questions.rows import Rows, split_rows
 
@@ -28,11 +39,20 @@ __all__ = [
     "Rows",
     "as_question",
     "check_dataset",
+    "load_aime",
+    "load_amc",
     "load_geometry3k",
     "load_gsm8k",
     "load_image",
+    "load_logicvista",
     "load_math",
+    "load_math500",
+    "load_mathverse",
+    "load_mathvision",
+    "load_mathvista",
+    "load_mmmu_pro",
     "load_rows",
     "load_virl39k",
+    "load_wemath",
     "split_rows",
 ]

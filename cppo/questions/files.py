@@ -10,6 +10,7 @@ import bisect
 import io
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def load_rows(
             a byte-order mark. Parquet files may store a column as different types of one kind
             (int32 and int64, or nothing but nulls); each row keeps the value of its file. Floats
             of 16 and 32 bits are read as `cppo.rewards.ground_truth.widened` reads them.
-        split: of a folder: take the files whose name starts with it, or the saved split.
+        split: of a folder: take the files of that name ("test" is test.jsonl or
+            test-00000-of-00002.parquet), else those whose name starts with it; or the saved split.
         system_prompt: a system message put before each prompt, or in place of its own.
     Raises: ValueError for a path that is not there, an unknown suffix, a split that is not there
         (with those that are), files without rows, malformed JSON (with file and line) and parquet
@@ -141,7 +143,7 @@ def _files(folder: Path, split: str | None) -> list[Path]:
     for place in (folder, folder / "data"):
         for suffix in _SUFFIXES:
             found = sorted(place.glob(f"*{suffix}"))
-            chosen = [file for file in found if split is None or file.name.startswith(split)]
+            chosen = found if split is None else _of_split(found, split)
             if found and not chosen:
                 names = ", ".join(file.name for file in found)
                 raise ValueError(
@@ -150,6 +152,16 @@ def _files(folder: Path, split: str | None) -> list[Path]:
             if chosen:
                 return chosen
     raise ValueError(f"cppo.load_rows: {folder} holds no {', '.join(_SUFFIXES)} file")
+
+
+def _of_split(files: Sequence[Path], split: str) -> list[Path]:
+    """test.jsonl and test-00000-of-00002.parquet of the split "test", not testmini.parquet.
+
+    Where there are none of these, all whose name starts with the split.
+    """
+    exact = re.compile(re.escape(split) + r"(-\d+(-of-\d+)?)?\.\w+")
+    chosen = [file for file in files if exact.fullmatch(file.name)]
+    return chosen or [file for file in files if file.name.startswith(split)]
 
 
 def _saved(folder: Path, split: str | None) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -18,6 +18,18 @@ from cppo.questions.images import load_images, numbered
 from cppo.questions.messages import IMAGE_MARKER, each, place_images, read_messages, sequence
 from cppo.questions.rows import Rows
 from cppo.rewards import check_ground_truth
+
+
+class Asked(NamedTuple):
+    """What a row asks, where that is made of several of its columns.
+
+    Fields: question, a text or messages; answer; images: the columns of its images in the order of
+        their markers, None for those of the layout.
+    """
+
+    question: Any
+    answer: Any = None
+    images: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -31,18 +43,29 @@ class Layout:
             `reward_model` it is given the `ground_truth`.
         system: the system prompt where the user gives none; None: what the file has.
         instruction: behind each question where the user gives no system prompt.
-        images: the column of images or their paths.
+        images: the column of images or their paths, or several such columns.
         image_folder: what paths are relative to.
         single_image: take only rows of one image.
+        ask: makes question and answer of a row, given as the columns of `reads`, `answers`, the
+            question and the images; it raises ValueError for a row that it cannot use. None: the
+            question is the first column, and `answers` reads the answer.
+        reads: further columns, which a file may have, for `ask`.
     """
 
     columns: tuple[str, ...]
-    answers: Mapping[str, Callable[[Any], Any]]
+    answers: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     system: str | None = None
     instruction: str = ""
-    images: str | None = None
+    images: str | tuple[str, ...] | None = None
     image_folder: Path = Path()
     single_image: bool = False
+    ask: Callable[[Mapping[str, Any]], Asked] | None = None
+    reads: tuple[str, ...] = ()
+
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        """The columns of images; none for a data set of text."""
+        return (self.images,) if isinstance(self.images, str) else self.images or ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +98,11 @@ class Loader:
 
         def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
             if layout.images:
-                sources = numbered(_sources(row.pop(layout.images), layout.image_folder))
+                named = read.images.get(index, layout.image_columns)
+                sources = numbered(_sources(row, named, layout.image_folder))
+                row = {name: row[name] for name in row if name not in layout.image_columns}
+                if "image" in row:  # the path of what another column holds
+                    row["image_name"] = row.pop("image")
                 where = f"cppo.{self.name}: row {index}: "
                 row["images"] = load_images(sources, where, self.min_image_side)
             return {**row, "prompt": read.prompts[index], "answer": read.answers[index]}
@@ -93,18 +120,23 @@ class Loader:
 
     def _read(self, source: Any, layout: Layout) -> _Read:
         read, folders = _Read(), _Folders()
-        questions = column(source, layout.columns[0])
-        answers = {name: column(source, name) for name in layout.answers}
-        images = column(source, layout.images) if layout.images else [None] * len(questions)
-        for index, (question, stored) in enumerate(zip(questions, images, strict=True)):
-            sources = _sources(stored, layout.image_folder)
+        ask = layout.ask or (lambda row: Asked(row[layout.columns[0]]))
+        names = (layout.columns[0], *layout.answers, *layout.reads, *layout.image_columns)
+        columns = {name: column(source, name) for name in names}
+        for index in range(len(source)):
+            row = {name: values[index] for name, values in columns.items()}
+            sources = _sources(row, layout.image_columns, layout.image_folder)
             if layout.single_image and len(sources) != 1:
                 continue
             read.kept.append(index)
             try:
-                read.prompts[index] = self._prompt(question, len(sources), layout)
-                values = {name: column[index] for name, column in answers.items()}
-                read.answers[index] = _answer(values, layout)
+                asked = ask(row)
+                if asked.images is not None:
+                    read.images[index] = asked.images
+                    sources = _sources(row, asked.images, layout.image_folder)
+                read.prompts[index] = self._prompt(asked.question, len(sources), layout)
+                read.answers[index] = asked.answer if layout.ask else _answer(row, layout)
+                check_ground_truth(read.answers[index])
                 for number, image in enumerate(sources):
                     folders.check(image, f"image {number}: ")
             except ValueError as error:
@@ -132,6 +164,7 @@ class _Read:
     kept: list[int] = field(default_factory=list)
     prompts: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     answers: dict[int, Any] = field(default_factory=dict)
+    images: dict[int, tuple[str, ...]] = field(default_factory=dict)  # where `ask` names columns
     bad: dict[int, str] = field(default_factory=dict)
 
 
@@ -170,19 +203,21 @@ class _Folders:
         return self._names[folder]
 
 
-def _sources(stored: Any, folder: Path) -> list[Any]:
-    several = sequence(stored)
-    listed = ([] if stored is None else [stored]) if several is None else several
+def _sources(row: Mapping[str, Any], columns: Iterable[str], folder: Path) -> list[Any]:
+    """The images of some columns of a row, paths with their folder."""
+    listed: list[Any] = []
+    for name in columns:
+        stored = row.get(name)
+        several = sequence(stored)
+        listed += ([] if stored is None else [stored]) if several is None else several
     return [str(folder / source) if isinstance(source, str) else source for source in listed]
 
 
-def _answer(values: Mapping[str, Any], layout: Layout) -> Any:
+def _answer(row: Mapping[str, Any], layout: Layout) -> Any:
     for name, read in layout.answers.items():
-        value = values.get(name)
+        value = row.get(name)
         if name == "reward_model" and isinstance(value, Mapping):
             value = value.get("ground_truth")
         if value is not None:
-            answer = each(read, value)
-            check_ground_truth(answer)
-            return answer
-    raise ValueError(f"has no answer; looked in {', '.join(values)}")
+            return each(read, value)
+    raise ValueError(f"has no answer; looked in {', '.join(layout.answers)}")

@@ -26,7 +26,7 @@ _TAGS_SYSTEM = (
     "and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think>\n"
     "<answer> answer here </answer>."
 )
-_BOXED_INSTRUCTION = (
+BOXED_INSTRUCTION = (
     "You FIRST think about the reasoning process as an internal monologue and then provide the "
     "final answer. The reasoning process MUST BE enclosed within <think> </think> tags. The final "
     "answer MUST BE put in \\boxed{}."
@@ -82,7 +82,7 @@ def load_math(
     given = {"answer": _as_it_is}
     layouts = (
         Layout(("prompt", "reward_model"), {**given, "reward_model": _boxed_or_all}),
-        Layout(("problem", "solution"), {**given, "solution": _boxed}, system=_BOXED_INSTRUCTION),
+        Layout(("problem", "solution"), {**given, "solution": _boxed}, system=BOXED_INSTRUCTION),
     )
     return Loader("load_math", layouts, system_prompt, skip_bad_rows)(path, split)
 
@@ -114,7 +114,7 @@ def load_geometry3k(
             ("problem", "images", "answer"),
             {"answer": _as_it_is},
             images="images",
-            instruction=_BOXED_INSTRUCTION,
+            instruction=BOXED_INSTRUCTION,
         ),
     )
     loader = Loader("load_geometry3k", layouts, system_prompt, skip_bad_rows, min_image_side)
@@ -156,7 +156,7 @@ def load_virl39k(
         images="image",
         image_folder=folder,
         single_image=single_image,
-        instruction=_BOXED_INSTRUCTION,
+        instruction=BOXED_INSTRUCTION,
     )
     loader = Loader("load_virl39k", (layout,), system_prompt, skip_bad_rows, min_image_side)
     return loader(path, None)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from cppo.rewards.answers import (
@@ -137,6 +139,40 @@ def boxed(
         truths,
         lambda text, truth: float(same_answer(without_delimiters(last_boxed(text) or ""), truth)),
     )
+
+
+def mathvista(
+    completions: Any,
+    *,
+    answer: Any = None,
+    precision: Any = None,
+    generation_prompts: Any = None,
+    unfinished_thought: Any = 0.0,
+    **columns: Any,
+) -> Rewards:
+    r"""`boxed`, with numbers rounded to the decimals that a row of MathVista asks for.
+
+    Args: see `cppo.rewards.functions`.
+        precision: the decimals that count, one entry per completion; None or NaN for rows that ask
+            for no rounding, as all do without this column. With 1, an answer of 1.23 is 1.2.
+    Returns: 0.0 or 1.0 per completion.
+    Raises: ValueError naming a completion without ground truth.
+    """
+    judged = Judged("mathvista", completions, answer, generation_prompts, unfinished_thought)
+    truths = judged.truths(_truth, "an answer, bare or in a closed \\boxed{}")
+    places = [None] * len(truths) if precision is None else precision
+    return judged.rewards(
+        [[(truth, own) for truth in each] for each, own in zip(truths, places, strict=True)],
+        lambda text, truth: float(_same_rounded(last_boxed(text) or "", *truth)),
+    )
+
+
+def _same_rounded(box: str, truth: str, decimals: Any) -> bool:
+    answer = without_delimiters(box)
+    number, exact = read_quantity(answer), read_quantity(truth)
+    if not is_finite_number(decimals) or number is None or exact is None:
+        return same_answer(answer, truth)
+    return same_quantity(number, replace(exact, slack=Fraction(1, 2 * 10 ** int(decimals))))
 
 
 def check_ground_truth(value: Any) -> None:
@@ -356,4 +392,5 @@ ACCURACIES: dict[str, Callable[..., Rewards]] = {
     "boxed": boxed,
     "math_verify": math_verify,
     "gsm8k": gsm8k,
+    "mathvista": mathvista,
 }

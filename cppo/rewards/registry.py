@@ -43,7 +43,7 @@ _FUNCTIONS: dict[str, RewardFunction] = {
 _CLASSES: dict[str, Any] = {
     kind.name: kind for kind in (Length, CosineLength, RepetitionPenalty, Overlong)
 }
-_PASSED = ("completions", "answer", "generation_prompts", "columns")  # by the trainer
+_PASSED = ("completions", "answer", "precision", "generation_prompts", "columns")  # by the trainer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,11 @@ _PRIMES = re.compile(r"\^\{((?:\\prime ?)+)\}")
 _SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|\d (?=\d)|[A-Za-z]{2} (?=[A-Za-z]{2}))| ", re.ASCII)
 _CAPITAL = re.compile(r"(?<![A-Za-z\\])(?:[A-Z](?=[a-z]{2,}(?![A-Za-z]))|N(?=o(?![A-Za-z])))")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)")
+# Words around the letter of a choice: "The answer is B", "Option (B)", "Answer: B".
+_CHOSEN = re.compile(
+    r" ?(?i:(?:the )?(?:(?:final|correct|right) )?(?:answer|option|choice)(?: is)? ?:? ?"
+    r"(?:option |choice )?)(\(?[A-Z]\)?) ?"
+)
 # "(C) 21", "C. 21", and not "(C) or (D)" or "(C) is wrong".
 _LABELLED = re.compile(
     r"\(?([A-J])(?:\)|[.:](?= )) *(?!.*(?:\([A-J]\)|\b(?:and|or)\b)|[A-J]\b"
@@ -68,12 +73,15 @@ def normalize_answer(text: str) -> str:
     r"""Return an answer in the one spelling in which two answers are compared.
 
     On top of `latex.plain`: without fonts (`\text`), spaces that say nothing and the capital of a
-    word ("Even"); `(B)` and `B)` are B; matrices in round and in square brackets are alike.
+    word ("Even"); `(B)`, `B)` and `Option B` are B; round and square brackets of matrices are
+    alike.
     """
     text = _MATRIX.sub(r"\\begin{pmatrix}\1\2\\end{pmatrix}", plain(text))
     while FONT.search(text):
         text = FONT.sub(r" \1 ", text)
     text = _PERCENT.sub(r"\\%", _FONT_SWITCH.sub("", " ".join(text.split())))
+    chosen = _CHOSEN.fullmatch(text)
+    text = chosen[1] if chosen else text
     text = _PRIMES.sub(lambda found: "'" * found[1].count("p"), text)
     text = _SPACE.sub(lambda found: found[1] or "", text)
     text = _CAPITAL.sub(lambda found: found[0].lower(), text.strip())

@@ -115,10 +115,20 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_eval_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="RUN|CHECKPOINT|CONFIG.yaml")
+    parser.add_argument("target", metavar="RUN|CHECKPOINT|CONFIG.yaml|MODEL")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run")
     parser.add_argument("--samples", type=int, metavar="N", help="completions per question")
     parser.add_argument("--data", choices=("eval", "train"), default="eval")
+    of_model = parser.add_argument_group("a MODEL (folder or hub name) without a configuration")
+    of_model.add_argument(
+        "--loader", metavar="NAME", help="data set: math500, mathvista, rows, ..."
+    )
+    of_model.add_argument("--path", metavar="FILE", help="its file or folder")
+    of_model.add_argument("--split", metavar="NAME", help="its split")
+    parser.add_argument("--metric", metavar="NAME", help="reward that says what is right")
+    parser.add_argument("--right", type=float, metavar="R", help="right from this reward on")
+    parser.add_argument("--pass-k", metavar="K,...", help="of pass@k (1,2,4,... up to N)")
     parser.add_argument("--csv", metavar="FILE", help="append here (eval.csv beside the run)")
+    parser.add_argument("--predictions", metavar="FILE", help="JSON lines (beside the CSV file)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[])
     parser.set_defaults(run=evaluate.main, parser=parser)

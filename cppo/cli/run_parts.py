@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,8 @@ from cppo.cli.config_file import ConfigError
 from cppo.cli.run_config import BUILDERS, LOADERS, DatasetConfig, ModelConfig, RunConfig
 from cppo.extras import require_package
 from cppo.places import is_place, load_object
-from cppo.questions import Rows
+from cppo.questions import Question, Rows
+from cppo.questions.rows import question_at
 
 CHECKED_ROWS = 32  # rows of each dataset that are read before anything starts, spread evenly
 READ_ROWS = 10_000  # the same for text alone, which takes a second or two
@@ -21,6 +22,7 @@ READ_ROWS = 10_000  # the same for text alone, which takes a second or two
 if TYPE_CHECKING:
     from cppo.config import CPPOConfig
     from cppo.rollouts.engine import Engine
+    from cppo.train.evaluate import Evaluation, Journal
     from cppo.train.trainer import CPPOTrainer, Dataset
 
 
@@ -163,7 +165,6 @@ def check_rows(rows: Dataset, spec: DatasetConfig, functions: list[Any]) -> None
         the reward functions cannot read.
     """
     from cppo.questions import check_dataset
-    from cppo.questions.rows import question_at
 
     try:
         is_text = not spec.is_demo and not question_at(rows, 0).images
@@ -219,9 +220,26 @@ def in_keys(message: str) -> str:
     return message
 
 
+class _Questions(Sequence[Question]):
+    """Questions that are read when they are asked: images of thousands would fill the memory."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return question_at(self._rows, index)
+
+
 def evaluate_policy(
-    config: RunConfig, checkpoint: Path | None, dataset: str, device: str = "cpu"
-) -> tuple[dict[str, float], int]:
+    config: RunConfig,
+    checkpoint: Path | None,
+    dataset: str,
+    device: str = "cpu",
+    journal: Journal | None = None,
+) -> Evaluation:
     """Measure a model's rewards without training it, by the engine of the configuration.
 
     Args:
@@ -229,11 +247,11 @@ def evaluate_policy(
         checkpoint: a folder that the trainer wrote; None: the configured weights.
         dataset: "train" or "eval".
         device: where the model runs.
-    Returns: (metrics as `cppo.train.evaluate.evaluate` names them, number of questions).
+        journal: as `cppo.train.evaluate.evaluate` takes it.
+    Returns: metrics and completions, as `cppo.train.evaluate.evaluate` returns them.
     Raises: ConfigError for anything that is missing, and for an engine that cannot sample.
     """
     from cppo.model.load import special_token_ids_to_suppress
-    from cppo.questions import as_question
     from cppo.rollouts.engine import EngineError
     from cppo.train.evaluate import evaluate
     from cppo.train.scoring import RewardError
@@ -243,25 +261,25 @@ def evaluate_policy(
         functions, options = trainer_options(config)
         spec = getattr(config.data, dataset)
         rows = load_questions(spec, config.data.system_prompt, f"data.{dataset}")
+        check_rows(rows, spec, functions)
         model, processor = load_policy(config.model, checkpoint)
-        questions = [as_question(rows[i], index=i) for i in range(len(rows))]
         model = model.to(device)
         special = special_token_ids_to_suppress(model, processor)
         with _engine_of(model, processor, options) as engine:
-            result = evaluate(
+            return evaluate(
                 model,
                 processor,
                 functions,
-                questions,
+                _Questions(rows),
                 config=options,
                 suppressed=special,
                 engine=engine,
+                journal=journal,
             )
     except ConfigError:
         raise
     except (ValueError, TypeError, ImportError, RewardError, EngineError) as error:
         raise ConfigError(in_keys(str(error))) from error
-    return result.metrics, len(questions)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from accelerate.utils import set_seed
 from torch import nn
@@ -41,6 +41,16 @@ class Share(NamedTuple):
 _WHOLE = Share()
 
 
+class Journal(Protocol):
+    """Keeps the rows of each batch, so that an evaluation that was killed need not repeat them."""
+
+    def rows_of(self, mode: str, ids: Sequence[int]) -> list[dict[str, Any]] | None:
+        """The rows of a batch that an earlier evaluation has finished; None without them."""
+
+    def add(self, rows: list[dict[str, Any]], questions: Sequence[Question]) -> None:
+        """Keeps the rows of a batch that was sampled from these questions."""
+
+
 def evaluate(
     model: nn.Module,
     processor: Any,
@@ -52,6 +62,7 @@ def evaluate(
     share: Share = _WHOLE,
     state: Any = None,
     engine: Engine | None = None,
+    journal: Journal | None = None,
 ) -> Evaluation:
     """Rewards of a set of questions, each process taking its share.
 
@@ -60,8 +71,10 @@ def evaluate(
     `sampled/<reward>_std` is the std over the N passes. `state` is the `trainer_state` of rewards.
 
     Args:
+        questions: taken by number, a batch at a time.
         engine: samples. The caller has brought it the model's weights (`Engine.sync`). None: the
             built-in loop.
+        journal: knows the batches that need not be sampled again, and keeps the others.
     Raises: QuestionError for a prompt that leaves no room for a completion; EngineError if the
         engine cannot sample.
     """
@@ -75,6 +88,10 @@ def evaluate(
         per_batch = max(1, config.generation_batch_size // samples)
         for start in range(0, len(own), per_batch):
             ids = own[start : start + per_batch]
+            known = journal.rows_of(mode, ids) if journal else None
+            if known is not None:
+                rows += known
+                continue
             set_seed(seed_from(config.seed, "eval", mode, ids[0]) % 2**32)
             kwargs = config.chat_template_kwargs or {}
             prompts = encode_questions(model, processor, [questions[i] for i in ids], kwargs)
@@ -100,7 +117,10 @@ def evaluate(
                 timeout=config.reward_timeout,
                 retries=config.reward_retries,
             )
-            rows += _rows(mode, ids, rollouts, scores)
+            sampled_rows = _rows(mode, ids, rollouts, scores)
+            if journal:
+                journal.add(sampled_rows, prompts.questions)
+            rows += sampled_rows
     rows = [row for part in share.gather(rows) for row in part]
     return Evaluation(_summary(rows), rows)
 
@@ -118,7 +138,9 @@ def _rows(
             "sample": i % samples,
             "answer": rollouts.question_of(i).columns.get("answer"),
             "completion": text,
+            "generation_prompt": rollouts.generation_prompt_of(i),
             "tokens": lengths[i],
+            "truncated": bool(rollouts.truncated[i]),
             "rewards": {name: values[i].item() for name, values in rewards.items()},
         }
         for i, text in enumerate(rollouts.texts)

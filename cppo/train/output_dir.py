@@ -35,6 +35,7 @@ _LOCK = ".lock"
 _WRITTEN = (
     *("metrics.jsonl", "completions.jsonl", "metrics.partial", "completions.partial"),
     *("config.yaml", "eval.csv", "summary.json", "report.html"),
+    *("predictions_*.jsonl", "predictions_*.jsonl.partial"),
     *("cppo/**/events.out.tfevents.*", "cppo/**/hparams.yml"),
     ".checkpoint-*.partial",
 )

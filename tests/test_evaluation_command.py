@@ -1,0 +1,256 @@
+"""`cppo eval`: its predictions, pass@k, maj@N, and what it does when it is killed."""
+
+import csv
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+from cli_cases import DIGITS, TINY, cppo
+
+from cppo.cli import evaluate as command
+from cppo.cli import measures
+from cppo.cli.predictions import default_name
+from cppo.cli.run_config import DatasetConfig
+from cppo.rewards import boxed, exact_match, from_names, gsm8k, math_verify, numeric
+from cppo.rewards.reading import reading_of
+from cppo.train import evaluate as evaluate_module
+
+EVAL = ["eval", DIGITS, *TINY, "data.eval.limit=3", "trainer.generation_batch_size=4"]
+FILE = Path("run/predictions_digits_heldout.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def lines(path=FILE):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table():
+    with open("run/eval.csv", newline="") as file:
+        return {(row["mode"], row["metric"]): row for row in csv.DictReader(file)}
+
+
+def test_predictions_hold_every_completion_and_the_table_follows_from_them(capsys):
+    status, out, _ = cppo(capsys, *EVAL, "--samples", "2")
+    assert status == 0 and f"predictions in {FILE}" in out and "+- is the standard error" in out
+    found = lines()
+    keys = [(line["mode"], line["row"], line["sample"]) for line in found]
+    sampled = [("sampled", row, sample) for row in range(3) for sample in range(2)]
+    assert keys == [*sampled, *[("greedy", row, 0) for row in range(3)]]
+    for line in found:
+        assert line["model"] == "tiny_digits" and line["images"] == [None]
+        assert line["question"].startswith("<image>") and line["answer"]
+        assert line["extracted"] == boxed_in(line["completion"])
+        assert line["finish_reason"] == ("length" if line["truncated"] else "stop")
+        assert (line["tokens"] == 4) >= line["truncated"]
+        assert line["rewards"]["boxed"] == boxed([line["completion"]], answer=[line["answer"]])[0]
+    rewards = [line["rewards"]["boxed"] for line in found[:6]]
+    pairs = [rewards[i : i + 2] for i in (0, 2, 4)]
+    rows = table()
+    assert float(rows["sampled", "boxed"]["mean"]) == pytest.approx(sum(rewards) / 6, abs=1e-4)
+    assert rows["sampled", "boxed/pass@1"]["mean"] == rows["sampled", "boxed"]["mean"]
+    passed = sum(map(max, pairs)) / 3
+    assert float(rows["sampled", "boxed/pass@2"]["mean"]) == pytest.approx(passed, abs=1e-4)
+    assert ("sampled", "boxed/maj@2") in rows and ("greedy", "boxed/pass@1") not in rows
+    assert rows["sampled", "boxed"]["stderr"] and rows["sampled", "boxed"]["std"]
+
+
+def boxed_in(completion):
+    return completion.split("{")[1].split("}")[0] if "}" in completion else None
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(monkeypatch, capsys):
+    assert cppo(capsys, *EVAL, "--samples", "2")[0] == 0
+    whole = FILE.read_bytes()
+    stock, calls = evaluate_module.sample_completions, []
+
+    def counted(*arguments, dies_at=None, **options):
+        calls.append(options["temperature"])
+        if len(calls) == dies_at:
+            raise Killed
+        return stock(*arguments, **options)
+
+    monkeypatch.setattr(evaluate_module, "sample_completions", partial(counted, dies_at=2))
+    with pytest.raises(Killed):
+        cppo(capsys, *EVAL, "--samples", "2")
+    assert FILE.read_bytes() == whole, "the earlier evaluation's file"
+    partial_file = FILE.with_name(f"{FILE.name}.partial")
+    with partial_file.open("ab") as file:
+        file.write(b'{"mode": "sampled", "ro')  # a line that a kill has torn
+    monkeypatch.setattr(evaluate_module, "sample_completions", counted)
+    calls.clear()
+    status, out, _ = cppo(capsys, *EVAL, "--samples", "2")
+    assert status == 0 and "4 completions of an evaluation that did not end are taken over" in out
+    assert len(calls) == 2, "the other sampled batch and the greedy one"
+    assert FILE.read_bytes() == whole and not partial_file.exists()
+
+
+@pytest.mark.parametrize("change", ["settings", "damage"])
+def test_another_evaluation_does_not_take_over_what_was_begun(change, monkeypatch, capsys):
+    stock, calls = evaluate_module.sample_completions, []
+
+    def dies(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        return stock(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate_module, "sample_completions", dies)
+        with pytest.raises(Killed):
+            cppo(capsys, *EVAL)
+    more = ["trainer.seed=5"] if change == "settings" else []
+    if change == "damage":
+        begun = FILE.with_name(f"{FILE.name}.partial")
+        begun.write_bytes(begun.read_bytes() + b"[1]\n")
+    status, out, _ = cppo(capsys, *EVAL, *more)
+    assert status == 0 and "taken over" not in out and len(lines()) == 6
+
+
+REWARD = "def share(completions, **columns):\n    return [0.25 * (i % 5) for i in range({})]\n"
+
+
+def test_a_reward_of_ones_own_says_what_is_right_or_is_asked(capsys):
+    Path("mine.py").write_text(REWARD.format("len(completions)"))
+    given = [*EVAL, "rewards=['mine.py:share']", "--samples=2", "trainer.eval_greedy=false"]
+    status, out, _ = cppo(capsys, *given)
+    assert status == 0 and "no pass@k and maj@N: share gives 0.25" in out and "--right" in out
+    assert not any("pass@" in metric for _, metric in table())
+    assert "extracted" not in lines()[0]
+    status, out, _ = cppo(capsys, *given, "--right", "0.5", "--pass-k", "2")
+    metrics = [metric for _, metric in table() if "@" in metric]
+    assert status == 0 and metrics == ["share/pass@2"], "no vote: nobody knows its answers"
+    # The batches hold 0, .25, .5, .75 and 0, .25: one pair of three is right.
+    assert table()["sampled", "share/pass@2"]["mean"] == "0.3333"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--metric", "boxd"], "--metric: unknown reward 'boxd'; did you mean 'boxed'"),
+        (["--pass-k", "4"], "--pass-k must be .* = 2 .*got '4'"),
+        (["--pass-k", "0,1"], "--pass-k must be"),
+        (["--pass-k", "1,x"], "--pass-k must be"),
+        (["--right", "nan"], "--right must be a number, got nan"),
+        (["--predictions", "."], "--predictions: . cannot be written"),
+        (["--predictions", "file/p.jsonl"], "--predictions: file/p.jsonl cannot be written"),
+        (["--split", "test"], "--path and --split need --loader"),
+        (["--loader", "math50", "--path", "x"], "command line: --loader must be one of"),
+        (["--loader", "rows"], "command line: --path must be a file or folder"),
+    ],
+)
+def test_mistakes(arguments, words, capsys):
+    Path("file").write_text("")
+    status, _, err = cppo(capsys, *EVAL, "--samples=2", *arguments)
+    (error,) = [line for line in err.splitlines() if line.startswith("cppo eval: error: ")]
+    assert status == 2 and re.search(words, error), error
+
+
+def test_a_model_without_a_configuration(capsys):
+    rows = [{"prompt": f"What is {i} + 1?", "answer": str(i + 1), "id": i} for i in range(2)]
+    Path("sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["--loader", "rows", "--path", "sums.jsonl", "trainer.max_completion_tokens=3"]
+    status, out, _ = cppo(capsys, "eval", "tiny_arithmetic", *given)
+    assert status == 0 and "tiny_arithmetic on 2 questions" in out
+    found = lines(Path("predictions_sums.jsonl"))
+    assert [line["columns"] for line in found[:2]] == [{"id": 0}, {"id": 1}]
+    with open("eval.csv", newline="") as file:
+        assert {row["data"] for row in csv.DictReader(file)} == {"sums.jsonl"}
+
+
+def test_two_sets_or_splits_have_different_files():
+    named = DatasetConfig("math", "data/x", "test"), DatasetConfig("math", "data/x", "train")
+    own = DatasetConfig("rows", "a/dev set.jsonl"), DatasetConfig("my.py:load", "b/c.parquet")
+    names = [default_name(data) for data in (*named, *own, DatasetConfig("my.py:load"))]
+    assert names == [
+        *("predictions_math_test.jsonl", "predictions_math_train.jsonl"),
+        *("predictions_dev-set.jsonl", "predictions_c.jsonl", "predictions_my-py-load.jsonl"),
+    ]
+
+
+# What a reward says about answers
+
+
+@pytest.mark.parametrize(
+    ("reward", "completion", "extracted"),
+    [
+        (boxed, r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (boxed, "the answer is 3", None),
+        (exact_match, "<answer> Paris </answer>", "Paris"),
+        (numeric, "She has 3 apples, so 18 in all.", "18"),
+        (numeric, "The answer is $5.", "$5"),
+        (gsm8k, "<think>3</think><answer>42</answer>", "42"),
+        (gsm8k, "6 x 7\n#### 42", "42"),
+        (boxed, r"<think>\boxed{1}", None),
+        (partial(boxed, unfinished_thought="judged"), r"<think>\boxed{1}", "1"),
+        (boxed, r"<think>\boxed{1}</think>\boxed{2}", "2"),
+    ],
+)
+def test_the_answer_that_is_judged(reward, completion, extracted):
+    assert reading_of(reward).extract(completion, "") == extracted
+
+
+def test_a_thought_that_the_template_opened_is_no_answer():
+    assert reading_of(boxed).extract(r"\boxed{1}", "<|assistant|><think>\n") is None
+
+
+def right_from(*entries):
+    (function,), _ = from_names(entries)
+    found = reading_of(function)
+    return found and found.right
+
+
+def test_what_a_right_answer_earns_at_least():
+    assert right_from("boxed") == 1.0 and right_from("gsm8k") == 1.5
+    assert right_from("perception_reward") == 0.9 and right_from("gsm8k_reward") == 1.5
+    assert right_from("think_format") is None
+    assert right_from({"cosine_length": {"max_length": 9}}) is None
+    for reward, answer in (("perception_reward", r"\boxed{7}"), ("gsm8k_reward", "7")):
+        (function,), _ = from_names([reward])
+        forms = ["{}", "<think>x</think>{}", "<think>x</think><answer>{}</answer>"]
+        for form in forms:
+            right, wrong = function([form.format(answer), form.format("8")], answer=["7", "7"])
+            assert right >= reading_of(function).right > wrong
+
+
+def test_votes_count_answers_that_are_the_same():
+    vote = reading_of(boxed).same
+    assert vote("1/2", r"\frac{1}{2}") and vote("(B)", "B") and not vote("2", "3")
+    pytest.importorskip("math_verify")
+    formula = reading_of(math_verify).same
+    assert formula("x(x+1)", "x^2+x") and not formula("x(x+1)", "x^2") and not formula("5", "...")
+
+
+def completion(text, reward, question=0, mode="sampled"):
+    rewards = {"boxed": reward}
+    row = {"mode": mode, "question": question, "completion": text, "tokens": 1}
+    return {**row, "generation_prompt": "", "rewards": rewards}
+
+
+def test_completions_without_a_reward_take_no_part():
+    nan = float("nan")
+    rows = [completion(r"\boxed{1}", 1.0), completion(r"\boxed{2}", nan), completion("", 0.0)]
+    rows += [completion("", nan, 1), completion("", nan, 1), completion("", 0.0, 1)]
+    verdicts = measures.Verdicts("boxed", 1.0, reading_of(boxed))
+    found = {m.metric: m.mean for m in measures.of_samples(rows, verdicts, [1, 2, 3])}
+    # Question 0 has two completions, of which one is right; question 1 has one, and that is wrong.
+    assert found == {"boxed/pass@1": 0.25, "boxed/pass@2": 1.0, "boxed/maj@2": 0.5}
+    silent = [completion("", nan), completion("", nan)]
+    assert measures.of_samples(silent, verdicts, [1]) == []
+
+
+def test_a_file_of_an_earlier_form_is_refused_with_what_to_do(capsys):
+    Path("run").mkdir()
+    Path("run/eval.csv").write_text("model,data,split,questions,mode,metric,samples,mean,std\n")
+    status, _, err = cppo(capsys, *EVAL)
+    assert status == 2 and "has other columns" in err and "give another file" in err
+    assert command._COLUMNS[-1] == "stderr"

@@ -80,7 +80,7 @@ _INTEGERS = {
     **dict.fromkeys(("max_tokens_per_microbatch", "eval_samples"), 1),
     **dict.fromkeys(("keep_checkpoints", "log_every"), 1),
     **dict.fromkeys(("seed", "warmup_steps", "eval_every", "save_every", "log_completions"), 0),
-    **dict.fromkeys(("max_refills", "reward_retries", "ahead"), 0),
+    **dict.fromkeys(("max_refills", "reward_retries", "ahead", "report_every"), 0),
     "group_size": 2,
 }
 _CHOICES = {
@@ -105,7 +105,7 @@ class CPPOConfig(CheckedFields):
     """Options of `CPPOTrainer`. One step = one rollout and the update on it."""
 
     output_dir: str = "runs/cppo"
-    """Checkpoints, metrics.jsonl, sample completions and the report go here. A path, kept as
+    """Checkpoints, metrics.jsonl, sample completions and report.html go here. A path, kept as
     text."""
     seed: int = 0
     """Seed of the question order, the sampling, the perturbations and the adapters."""
@@ -256,7 +256,11 @@ class CPPOConfig(CheckedFields):
     log_every: int = 1
     """Steps between rows of the console table and the trackers."""
     log_completions: int = 4
-    """Sample completions written to completions.jsonl every `log_every` steps."""
+    """Sample completions written to completions.jsonl every `log_every` steps, and held-out
+    questions whose completions each evaluation writes to held_out.jsonl."""
+    report_every: int = 20
+    """Steps between two versions of report.html (docs/report.md), which is also written when the
+    run ends, however it ends. 0: only then."""
     resume_with_changes: bool = False
     """Resume even if the data, the rewards or the chat template differ from the checkpoint's (after
     repairing a reward, for example). The differences are printed. Options must still match."""

@@ -18,6 +18,7 @@ _FORWARDED = {
     "info": "which backend of each op runs here, and why another does not",
     "bench": "measure every op against the peers that are installed and the machine's limits",
     "inspect": "show which tokens of a model's answer depend on an image",
+    "report": "make the page of a run anew, or compare runs side by side",
     "data": "write a data set as the parquet file that verl trains on",
     "demo": "train a tiny vision-language model on handwritten digits, with a report",
 }
@@ -53,6 +54,10 @@ def _run(command: str, arguments: list[str]) -> int:
         from cppo.cli import inspect
 
         return inspect.main(arguments[1:])
+    if command == "report":
+        from cppo.cli import report
+
+        return report.main(arguments[1:])
     if command == "data":
         from cppo.cli import data
 

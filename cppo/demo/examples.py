@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cppo.inspection.looking import contrasting, tokens_in_views
+from cppo.questions import question_text
 from cppo.seeds import seed_from
 from cppo.train.trainer import CPPOTrainer
 from cppo.views import perturb, views_from_names
@@ -24,7 +25,7 @@ def example_views(trainer: CPPOTrainer, count: int = 4) -> list[dict[str, Any]]:
                 "anchor": image,
                 "positive": perturb(image, views_from_names(config.positive_views), seed=seed),
                 "negative": perturb(image, views_from_names(config.negative_views), seed=seed),
-                "question": _question_text(question),
+                "question": question_text(question.messages),
                 "answer": question.columns["answer"],
             }
         )
@@ -49,7 +50,7 @@ def example_completions(trainer: CPPOTrainer, count: int = 6) -> list[dict[str, 
     tokens = tokens_in_views(trainer.model, batch, chosen, config, trainer.processor)
     return [
         {
-            "question": _question_text(rollouts.question_of(row)),
+            "question": question_text(rollouts.question_of(row).messages),
             "answer": rollouts.question_of(row).columns["answer"],
             "image": rollouts.question_of(row).images[0],
             "tokens": [token.text for token in own],
@@ -60,10 +61,3 @@ def example_completions(trainer: CPPOTrainer, count: int = 6) -> list[dict[str, 
         }
         for row, own in zip(chosen.tolist(), tokens, strict=True)
     ]
-
-
-def _question_text(question: Any) -> str:
-    content = question.messages[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return " ".join(part["text"] for part in content if part["type"] == "text")

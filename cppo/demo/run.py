@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 from cppo.config import MODES, CPPOConfig, LossConfig, kept_per_unit
 from cppo.demo.digits import NUM_QUESTIONS, handwriting
 from cppo.demo.examples import example_completions, example_views
-from cppo.demo.report import write_report
 from cppo.demo.tasks import CHECKPOINTS, TASKS, Task
 from cppo.demo.warmup import warm_up
 from cppo.model.load import load_model, load_processor
+from cppo.report import write_report
 from cppo.train.scoring import metric_name
 from cppo.train.trainer import CPPOTrainer
 
@@ -95,13 +94,11 @@ def write_results(trainer: CPPOTrainer, task: Task, seconds: float) -> dict[str,
     summary, output = summarize(trainer, seconds), Path(trainer.config.output_dir)
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     write_report(
-        output / "report.html",
+        output,
         title=task.title,
-        history=trainer.history,
-        summary=summary,
+        is_running=False,
         views=example_views(trainer) if task.has_images else [],
         completions=example_completions(trainer) if task.has_images else [],
-        config=dataclasses.asdict(trainer.config),
     )
     return summary
 

@@ -18,6 +18,7 @@ from cppo.questions.loaders import (
     load_rows,
     load_virl39k,
 )
+from cppo.questions.messages import question_text
 from cppo.questions.published import (
     load_aime,
     load_amc,
@@ -54,5 +55,6 @@ __all__ = [
     "load_rows",
     "load_virl39k",
     "load_wemath",
+    "question_text",
     "split_rows",
 ]

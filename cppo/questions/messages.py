@@ -110,6 +110,11 @@ def strings_in(message: Mapping[str, Any]) -> Iterator[str]:
             stack += value
 
 
+def question_text(messages: Messages) -> str:
+    """The text of the last message, without its images."""
+    return " ".join(texts_of(messages[-1]["content"]))
+
+
 def with_last_text(message: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """The message with its last text changed; one is added where there is none."""
     content = message["content"]

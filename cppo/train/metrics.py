@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cppo.config import CPPOConfig
+from cppo.questions import Question, question_text
 from cppo.train.batch import Batch
 from cppo.train.mismatch import LARGEST, mismatch_metrics
 from cppo.train.processes import Processes
@@ -123,6 +124,32 @@ def completion_rows(batch: Batch, scores: Scores, step: int, count: int) -> list
         }
 
     return [row(i) for i in chosen]
+
+
+def held_out_rows(
+    completions: Sequence[Mapping[str, Any]], questions: Sequence[Question], step: int, count: int
+) -> list[dict[str, Any]]:
+    """The first completion of each of the first `count` questions, as rows of held_out.jsonl.
+
+    Args:
+        completions: of an evaluation, as of `cppo.train.evaluate.Evaluation`.
+        questions: that were asked.
+        step: after which.
+    """
+    shown = [row for row in completions if row["question"] < count and row["sample"] == 0]
+    return [
+        {
+            "step": step,
+            "mode": row["mode"],
+            "question": row["question"],
+            "text": question_text(questions[row["question"]].messages),
+            "answer": row["answer"],
+            "completion": row["completion"],
+            "tokens": row["tokens"],
+            "rewards": {n: None if math.isnan(r) else r for n, r in row["rewards"].items()},
+        }
+        for row in shown
+    ]
 
 
 def update_metrics(

@@ -33,8 +33,9 @@ _LOCK = ".lock"
 # What a run, its evaluations and its report write beside the checkpoints; the tracker's files are
 # those of TensorBoard, the one tracker that writes into the output folder.
 _WRITTEN = (
-    *("metrics.jsonl", "completions.jsonl", "metrics.partial", "completions.partial"),
-    *("config.yaml", "eval.csv", "summary.json", "report.html"),
+    *("metrics.jsonl", "completions.jsonl", "held_out.jsonl", "run.jsonl"),
+    *("metrics.partial", "completions.partial", "held_out.partial", "run.partial"),
+    *("config.yaml", "eval.csv", "summary.json", "report.html", "report.partial"),
     *("predictions_*.jsonl", "predictions_*.jsonl.partial"),
     *("cppo/**/events.out.tfevents.*", "cppo/**/hparams.yml"),
     ".checkpoint-*.partial",
@@ -205,6 +206,23 @@ def _lock(folder: Path) -> Callable[[], None]:
 def has_lock(folder: Path) -> bool:
     """Whether the lock's file is there; it goes with a folder that somebody removes."""
     return (folder / _LOCK).exists()
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a run writes into a folder now; where there are no locks, whether it says so."""
+    if folder.resolve() in _HELD:
+        return True
+    try:
+        # The name of a holder stays after one that was killed, and goes with a copy of the folder.
+        with (folder / _LOCK).open("rb") as file:
+            if not file.read(1) or fcntl is None:
+                return file.tell() > 0
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or none that may be read
+        pass
+    return False
 
 
 def _in_use(folder: Path, holder: str) -> ValueError:

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it goes: console table, metrics.jsonl, completions.jsonl."""
+"""What a run shows and writes while it goes: the console table, and its files of JSON lines."""
 
 from __future__ import annotations
 
@@ -131,18 +131,21 @@ class RunLog:
         )
         self._task = self._progress.add_task("steps", total=max_steps)
 
-    def restart(self, history: list[dict[str, Any]], step: int) -> None:
+    def restart(self, history: list[dict[str, Any]], step: int, start: dict[str, Any]) -> None:
         """Makes the files agree with the step that a run starts from.
 
         Args:
             history: the rows so far; the caller appends to this list before `metrics`.
+            start: what starts the run, the next row of run.jsonl.
         """
         if not self._is_main:
             return
         self._history = history
         _write_lines(self._dir / "metrics.jsonl", history)
-        path = self._dir / "completions.jsonl"
-        _write_lines(path, [row for row in _read_lines(path) if row["step"] <= step])
+        for name in ("completions.jsonl", "held_out.jsonl", "run.jsonl"):
+            # A run that begins keeps nothing, not even of step 0.
+            rows = [r for r in read_lines(self._dir / name) if history and r["step"] <= step]
+            _write_lines(self._dir / name, rows + [start] * (name == "run.jsonl"))
         self._progress.update(self._task, completed=step)
 
     @contextmanager
@@ -189,6 +192,11 @@ class RunLog:
         if self._is_main:
             self._append("completions.jsonl", rows)
 
+    def held_out(self, rows: list[dict[str, Any]]) -> None:
+        """Appends completions of an evaluation to held_out.jsonl."""
+        if self._is_main:
+            self._append("held_out.jsonl", rows)
+
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Appends rows to a file; those that a full disk refuses are kept for the next time."""
         lines = self._unwritten.pop(name, b"") + b"".join(map(_line, rows))
@@ -224,17 +232,18 @@ class RunLog:
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, without lines that a kill or a copy has torn."""
-    return _read_lines(Path(output_dir) / "metrics.jsonl")
+    return read_lines(Path(output_dir) / "metrics.jsonl")
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines that have a step; none if there is no such file."""
     if not path.is_file():
         return []
     rows = []
     for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)

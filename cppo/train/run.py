@@ -29,6 +29,7 @@ from cppo.train.policy import Policy
 from cppo.train.processes import Processes
 from cppo.train.progress import RunLog
 from cppo.train.run_options import check_options, run_options
+from cppo.train.started import started
 from cppo.train.stopping import Stopping
 
 
@@ -86,10 +87,13 @@ class Run:
         self._saved_at = time.monotonic()
 
     def end(self) -> None:
-        """Gives the folder free for another run."""
-        self.log.flush()
-        self.is_running = False
-        self._lock.close()
+        """Writes the report, and gives the folder free for another run."""
+        try:
+            self.log.flush()
+            self._report(is_running=False)
+        finally:
+            self.is_running = False
+            self._lock.close()
 
     def options(self) -> dict[str, Any]:
         """Options, data and rewards, as trackers can show them."""
@@ -139,7 +143,9 @@ class Run:
         """Writes the first files of the run, after everything was checked."""
         claim.clear()
         with writing_to(claim.folder):
-            self.log.restart(self.history, self.step)
+            options = {**self._options, **self._trained_on}
+            start = started(self.policy.model, self.processes.size, options)
+            self.log.restart(self.history, self.step, {"step": self.step, **start})
             for name, text in self.files.items():
                 (claim.folder / name).write_text(text, encoding="utf-8")
 
@@ -195,8 +201,10 @@ class Run:
         self.log.metrics(row, show=show)
 
     def finish_step(self, metrics: dict[str, Any], is_last: bool) -> None:
-        """Writes a checkpoint if one is due; ends the run if it was asked to stop."""
+        """Writes report and checkpoint if they are due; ends the run if it was asked to stop."""
         config = self.policy.config
+        if not is_last and config.report_every and self.step % config.report_every == 0:
+            self._report(is_running=True)
         self.journal = Journal(self.step, self.questions.position)
         age = time.monotonic() - self._saved_at
         told = self.processes.gather((age, self.stopping.signal))
@@ -241,6 +249,19 @@ class Run:
         """An exchange between processes, which a signal must not break off on one of them."""
         with self.stopping.pausing():
             return self.processes.gather(value)
+
+    def _report(self, *, is_running: bool) -> None:
+        """Writes report.html from the run's files, on the first process. It ends no run."""
+        if not (self.is_running and self.processes.is_main and self.history):
+            return
+        from cppo.report import write_report
+
+        try:
+            write_report(self._folder, is_running=is_running)
+        except Exception as error:  # a full disk, or a row that no page can show
+            words = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            path = self._folder / "report.html"
+            self.log.say(f"{path} cannot be written ({words}); the run goes on", style="bold red")
 
     # Save
 

@@ -26,6 +26,7 @@ _MAY_CHANGE = {
     "best_metric",
     "log_every",
     "log_completions",
+    "report_every",
     "trackers",
     "process_timeout",
     "reward_retries",

@@ -45,8 +45,14 @@ from cppo.train.batch import Batch
 from cppo.train.collect import Collector
 from cppo.train.draws import QuestionDraws, longest_sequence
 from cppo.train.engine import PolicyEngine, new_engine
-from cppo.train.evaluate import Share, evaluate
-from cppo.train.metrics import Total, completion_rows, over_processes, rollout_metrics
+from cppo.train.evaluate import Evaluation, Share, evaluate
+from cppo.train.metrics import (
+    Total,
+    completion_rows,
+    held_out_rows,
+    over_processes,
+    rollout_metrics,
+)
 from cppo.train.policy import Policy
 from cppo.train.processes import Processes, accelerator_for
 from cppo.train.progress import PhaseTimer, RunLog
@@ -265,6 +271,9 @@ class CPPOTrainer:
 
         Collective.
         """
+        return _metrics_of(self._evaluate())
+
+    def _evaluate(self) -> Evaluation:
         self.engine.wait()
         with self._run.stopping.pausing():
             self.engine.prepare()
@@ -282,13 +291,16 @@ class CPPOTrainer:
             )
         with self._run.stopping.pausing():
             self.engine.sleep()
-        return {f"eval/{name}": value for name, value in result.metrics.items()}
+        return result
 
     def _evaluation(self) -> dict[str, float]:
         if not self.eval_questions:
             return {}
         with self._run.stopping.breaking():
-            return self.evaluate()
+            result = self._evaluate()
+        count = self.config.log_completions
+        self.log.held_out(held_out_rows(result.completions, self.eval_questions, self.step, count))
+        return _metrics_of(result)
 
     def _record(self, metrics: dict[str, Any]) -> None:
         if not metrics:
@@ -311,6 +323,10 @@ class CPPOTrainer:
         Raises: CheckpointError, on every process, if it could not be written.
         """
         return self._run.save()
+
+
+def _metrics_of(result: Evaluation) -> dict[str, float]:
+    return {f"eval/{name}": value for name, value in result.metrics.items()}
 
 
 def _is_due(step: int, every: int) -> bool:

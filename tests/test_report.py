@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from cppo.config import CPPOConfig
+from cppo.questions import thumbnails
 from cppo.report import ReportError, RunRecord, read_run, write_report
 from cppo.report.curves import MOST_POINTS, figures, phases_of
 from cppo.report.page import page
@@ -303,6 +304,13 @@ def test_a_question_has_its_first_and_its_newest_completion():
         assert expected in found.words, expected
     assert "text 10" not in found.words and "by chance" not in found.words
     assert [c for c in found.classes if c in ("right", "wrong")] == ["wrong", "right"]
+
+
+def test_only_images_that_are_in_the_row_are_shown():
+    given = [*thumbnails([picture(1)]), "https://example.org/a.png", "data:text/html,x", 7]
+    found = shown(record(held_out=[held_out(0, "a", 1.0, images=given)]))
+    assert found.images == given[:1]
+    assert not shown(record(held_out=[held_out(0, "a", 1.0, images="data:")])).images
 
 
 def test_right_and_wrong_completions_of_training_are_shown():

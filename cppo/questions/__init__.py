@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from cppo.questions.check import DatasetSummary, check_dataset
 from cppo.questions.errors import QuestionError
-from cppo.questions.images import load_image
+from cppo.questions.images import load_image, thumbnails
 from cppo.questions.loaders import (
     load_geometry3k,
     load_gsm8k,
@@ -57,4 +57,5 @@ __all__ = [
     "load_wemath",
     "question_text",
     "split_rows",
+    "thumbnails",
 ]

@@ -21,6 +21,7 @@ from cppo.questions.pixels import eight_bit, image_from_array, over_white
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 # How the base64 text of a PNG, JPEG, GIF, WebP or TIFF file begins.
 _ENCODED = re.compile(r"iVBORw0K|/9j/|R0lGOD|UklGR|SUkqA|TU0AK")
+_SMALL = 10_000  # pixels of an image
 
 
 def load_image(source: Any, where: str = "cppo.load_image: ") -> Image.Image:
@@ -143,3 +144,17 @@ def decode_base64(text: str) -> bytes | None:
         return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError):
         return None
+
+
+def thumbnails(images: Iterable[Image.Image], side: int = 160) -> list[str]:
+    """Small copies of images as `data:` addresses, no side longer than `side` pixels."""
+    found = []
+    for image in images:
+        copy = image.convert("RGB")
+        copy.thumbnail((side, side))
+        is_drawn = copy.width * copy.height < _SMALL  # a few pixels, of which JPEG would lose some
+        kind, buffer = "PNG" if is_drawn else "JPEG", io.BytesIO()
+        copy.save(buffer, kind)
+        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        found.append(f"data:image/{kind.lower()};base64,{data}")
+    return found

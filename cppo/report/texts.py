@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from cppo.report.words import count, finite, number
 MOST_QUESTIONS = 8
 _FOLDED_AFTER = 1200  # characters
 _MOST = 20_000  # characters of a text on the page
+_INLINE = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*")
 # Control characters would be lost on a page, or break it: their pictures are shown.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
@@ -40,11 +42,12 @@ class Shown(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A question and what the model wrote."""
+    """A question, with the addresses of its images, and what the model wrote."""
 
     question: Text
     answer: str | None
     shown: list[Shown]
+    images: list[str]
 
 
 def text_of(value: str) -> Text:
@@ -71,7 +74,8 @@ def before_and_after(run: RunRecord) -> list[Asked]:
     for own in list(found.values())[:MOST_QUESTIONS]:
         ends = [own[0], own[-1]] if own[-1]["step"] > own[0]["step"] else [own[-1]]
         question = text_of(str(own[0].get("text") or ""))
-        asked.append(Asked(question, _answer(own[0]), [_held_out(run, row) for row in ends]))
+        shown = [_held_out(run, row) for row in ends]
+        asked.append(Asked(question, _answer(own[0]), shown, _images(own[0])))
     return asked
 
 
@@ -92,7 +96,7 @@ def best_and_worst(run: RunRecord) -> list[Asked]:
     else:
         chosen.append(worst)
     chosen.sort(key=_reward, reverse=True)
-    return [Asked(_question(row), _answer(row), [_trained_on(run, row)]) for row in chosen]
+    return [Asked(_question(row), _answer(row), [_trained_on(run, row)], []) for row in chosen]
 
 
 def _reward(row: Mapping[str, Any]) -> float:
@@ -103,6 +107,13 @@ def _question(row: Mapping[str, Any]) -> Text:
     with suppress(LookupError, TypeError, AttributeError):
         return text_of(question_text(row["question"]))
     return text_of(str(row.get("question") or ""))
+
+
+def _images(row: Mapping[str, Any]) -> list[str]:
+    """Images that are in the row itself: a page loads nothing from elsewhere."""
+    given = row.get("images")
+    found = given if isinstance(given, list) else []
+    return [one for one in found if isinstance(one, str) and _INLINE.fullmatch(one)]
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:

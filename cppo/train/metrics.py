@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cppo.config import CPPOConfig
-from cppo.questions import Question, question_text
+from cppo.questions import Question, question_text, thumbnails
 from cppo.train.batch import Batch
 from cppo.train.mismatch import LARGEST, mismatch_metrics
 from cppo.train.processes import Processes
@@ -131,6 +131,8 @@ def held_out_rows(
 ) -> list[dict[str, Any]]:
     """The first completion of each of the first `count` questions, as rows of held_out.jsonl.
 
+    Those of step 0 have the question's images as well, small ones.
+
     Args:
         completions: of an evaluation, as of `cppo.train.evaluate.Evaluation`.
         questions: that were asked.
@@ -143,6 +145,7 @@ def held_out_rows(
             "mode": row["mode"],
             "question": row["question"],
             "text": question_text(questions[row["question"]].messages),
+            **({} if step else {"images": thumbnails(questions[row["question"]].images)}),
             "answer": row["answer"],
             "completion": row["completion"],
             "tokens": row["tokens"],

@@ -97,7 +97,9 @@ def _figures(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Figure]:
         label = next(iter(curves.labels.values()))
         own = curves._replace(heading=f"{curves.heading}, {label}")
         found += _by_step(runs, names, own) + _by_time(runs, names, own)
-    for curves in (KEPT, ENTROPY, LENGTH, MISMATCH):
+    kept = KEPT._replace(note="share of the sampled completions that pruning keeps")
+    length = LENGTH._replace(note="mean tokens of the sampled completions")
+    for curves in (kept, ENTROPY, length, MISMATCH):
         found += _by_step(runs, names, curves)
     return found
 

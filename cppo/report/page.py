@@ -121,7 +121,7 @@ def changes(run: RunRecord) -> list[Change]:
         for mode in MODES:
             points = [y for _, y in run.points(f"eval/{mode}/{name}")]
             if points:
-                heading = f"{_first_upper(reward_words(name))}, {mode}"
+                heading = f"Held-out {reward_words(name)}, {mode}"
                 found.append(_change(heading, points[0], points[-1], run.is_share(name), points))
     points = [y for _, y in run.points("reward/mean")]
     if not found and points:
@@ -165,7 +165,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _command(run: RunRecord) -> list[tuple[str, str]]:
-    command = run.said("command")
+    command = run.starts[0].get("command") if run.starts else None
     return [("Command", str(command))] if command else []
 
 
@@ -242,10 +242,6 @@ def _largest_shift(completions: Sequence[Mapping[str, Any]]) -> float:
             )
     shifts = [abs(x) for c in completions for x in c["entropy_shift"] if math.isfinite(x)]
     return max([*shifts, 1e-6])
-
-
-def _first_upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _decimal(value: Any, sign: str = "") -> str:

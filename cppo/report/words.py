@@ -28,8 +28,10 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share in percent: "78.3 %"."""
-    return f"{100 * value:.3g} %" if abs(value) < 10 else f"{100 * value:,.0f} %"
+    """A share in percent: "78.3 %", "0.39 %"."""
+    if abs(value) >= 10:
+        return f"{100 * value:,.0f} %"
+    return f"{100 * value:.{3 if abs(value) >= 0.1 else 2}g} %"
 
 
 def points(change: float) -> str:

@@ -46,5 +46,6 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"CPU ({platform.machine()}), {threads} thread{'s' * (threads != 1)}"
     return str(device)

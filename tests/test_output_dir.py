@@ -20,6 +20,7 @@ TINY = (
 ).split()
 OF_A_RUN = (
     *("metrics.jsonl", "completions.jsonl", "metrics.partial", "config.yaml", "eval.csv"),
+    *("held_out.jsonl", "run.jsonl", "held_out.partial", "run.partial", "report.partial"),
     *("summary.json", "report.html", "cppo/events.out.tfevents.17.host.1.0", "cppo/hparams.yml"),
     *("predictions_math_test.jsonl", "predictions_math_test.jsonl.partial"),
     *("cppo/1700.5/events.out.tfevents.17.host.1.1", ".checkpoint-000009.partial/model"),

@@ -128,6 +128,8 @@ def test_wheel_holds_the_package_and_nothing_at_top_level(full_wheel):
     files = list((sources / "cppo").rglob("*.py"))
     for kind in ("*.safetensors", "*.json", "*.jinja"):
         files += (sources / "cppo" / "demo").rglob(kind)
+    for folder in ("pages", "inspection", "report"):
+        files += [file for file in (sources / "cppo" / folder).glob("*.*") if file.suffix != ".pyc"]
     assert {str(path.relative_to(sources)) for path in files} <= set(names)
 
 

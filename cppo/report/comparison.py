@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,11 +69,12 @@ def comparison(runs: Sequence[RunRecord]) -> str:
 def names_of(runs: Sequence[RunRecord]) -> list[str]:
     """The shortest ends of the folders' paths that tell the runs apart."""
     parts = [run.folder.resolve().parts for run in runs]
-    for length in count(1):
+    names: list[str] = []
+    for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-length:]) for own in parts]
-        if len(set(names)) == len(set(parts)) or length > max(map(len, parts)):
-            return names
-    raise AssertionError
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
 
 
 def differing_options(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:

@@ -94,6 +94,11 @@ def test_measured_numbers_are_the_committed_rows(path):
     assert path.read_text() == report.rendered(path.read_text())
 
 
+@pytest.mark.parametrize("path", TEXTS, ids=[path.name for path in TEXTS])
+def test_no_merge_left_its_marks(path):
+    assert not re.search(r"^(<{7}|={7}|>{7}|\|{7})( |$)", path.read_text(), re.MULTILINE)
+
+
 def test_a_changed_number_is_caught():
     row = re.search(r"-->\n\|.*\n\|.*\n.*\| (\S+) \|\n", README)
     assert row is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ class Inspection:
         shifts = [abs(token.shift) for own in self.answers for token in own.tokens]
         page = template(_FOLDER, "page.html.jinja", percent=_percent)
         return page.render(found=self, scale=max([*shifts, 1e-6]))
+
+    def _repr_html_(self) -> str:
+        """The page in a frame, whose styles stay in it: how a notebook shows it."""
+        return (
+            f'<iframe srcdoc="{escape(self.html())}" title="cppo.inspect" '
+            'style="width: 100%; height: 40rem; border: 0"></iframe>'
+        )
 
     def save(self, path: str | Path) -> Path:
         """Writes the page, or the JSON object if the file's name ends with .json."""

@@ -1,4 +1,4 @@
-# make setup | demo | test | test-vllm | bench | gpu | lint | fix | bench-smoke. An active virtual
+# make setup | demo | test | test-vllm | bench | gpu | lint | fix | bench-smoke | docs. An active virtual
 # environment is used, else .venv is made. A torch that is already there is kept; TORCH chooses the one to
 # install, and PIP_OPTIONS goes to every pip (an index with smaller CPU builds of torch, for example),
 # DEMO_OPTIONS to the demo (--overwrite: again, over the run that is there).
@@ -8,14 +8,14 @@
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
-EXTRAS ?= demo,dev,math,peft,data,tracking,triton,trl
+EXTRAS ?= bench,demo,dev,math,peft,data,tracking,triton,trl
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
 # In the clone and named after the environment: another clone, or another environment, sets up anew.
 STAMP := build/setup$(subst /,-,$(VENV))
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup demo test test-vllm gpu lint fix bench bench-smoke
+.PHONY: setup demo test test-vllm gpu lint fix bench bench-smoke docs
 
 setup: $(STAMP)
 
@@ -60,3 +60,10 @@ bench: setup
 bench-smoke: setup
 	$(BIN)/cppo bench --shapes toy
 	$(BIN)/python benchmarks/gpu.py --toy --device cpu --fresh --output build/gpu-toy --part correctness steps
+
+# The site, in build/site; a broken link, a missing anchor or a forgotten page is an error. cppo is
+# installed, so that pip adds what its extra needs and builds nothing.
+docs: setup
+	$(BIN)/pip install --quiet $(PIP_OPTIONS) "cppo[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"

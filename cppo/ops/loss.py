@@ -337,8 +337,8 @@ def linear_cppo_loss(
         advantages: (B,) floating and finite, one per completion. No gradients flow.
         bias: (V,) of hidden's dtype; gradients flow. None: 0.
         suppressed: (K,) int64, tokens that are never sampled. None: none.
-        old_logps, ref_logps, sampling_logps, token_weights, removed_logps, mask, cu_seqlens,
-            num_items, config: as in `cppo_loss`.
+        old_logps, ref_logps, sampling_logps, token_weights, removed_logps: as in `cppo_loss`.
+        mask, cu_seqlens, num_items, config: as there.
         logit_scale, softcap: of the model's logits, > 0.
         logits_dtype: "fp32", or "input" for logits rounded to the dtype of hidden.
         backend: "auto", "reference", "cpp" or "triton".

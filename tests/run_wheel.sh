@@ -38,7 +38,7 @@ check() {  # TORCH
     environment "torch-$1" "$folder"/repaired/*.whl "torch==$1" pytest pytest-timeout hypothesis expecttest
     cd "$folder"  # away from the sources
     "torch-$1/bin/cppo" info | grep -E 'cppo[.]_|built against'
-    "torch-$1/bin/pytest" -q --disable-warnings -p no:cacheprovider -k "not triton" "${ops[@]/#/$root/tests/}" 2>&1
+    "torch-$1/bin/pytest" -q --disable-warnings -rfE -p no:cacheprovider -k "not triton" "${ops[@]/#/$root/tests/}" 2>&1
 }
 
 mkdir -p "$folder"

@@ -6,6 +6,7 @@ Wheels are built from copies of the sources in a temporary folder, with the pip 
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -298,6 +299,27 @@ def test_ruff_is_pinned_once():
         if '"ruff==' in line
     ]
     assert f"rev: v{pinned[0]} " in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_the_install_page_names_every_extra_and_every_variable_of_the_build():
+    toml = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    project = toml.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (ROOT / "docs" / "install.md").read_text()
+    variables = re.findall(
+        r'(?:flag|environ\.get)\("((?:CPPO|MAX|TORCH)_\w+)"', (ROOT / "setup.py").read_text()
+    )
+    assert len(set(variables)) == 6
+    assert not [name for name in project["optional-dependencies"] if f"`{name}`" not in page]
+    assert not [name for name in variables if f"| `{name}" not in page]
+
+
+def test_wheels_are_made_with_the_torch_of_make_setup():
+    toml = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    parsed = toml.loads((ROOT / "pyproject.toml").read_text())
+    before = parsed["tool"]["cibuildwheel"]["before-build"]
+    (torch_of_setup,) = re.findall(r"^TORCH \?= (\S+)", (ROOT / "Makefile").read_text(), re.M)
+    assert torch_of_setup in before.split()
+    assert not [need for need in parsed["build-system"]["requires"] if need not in before]
 
 
 def test_info_prints_tables_and_json(capsys):

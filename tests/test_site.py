@@ -81,15 +81,33 @@ def test_every_public_name_is_in_the_reference(module):
     assert {f"{module}.{name}" for name in public} <= described
 
 
+def build(*options):
+    """Builds a site as `make docs` does."""
+    if not MKDOCS:
+        pytest.skip("mkdocs is not installed: pip install 'cppo[docs]'")
+    (words,) = re.findall(r"/mkdocs (build.*)", read("Makefile"))
+    command = [MKDOCS, *words.split(), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_broken_page_is_refused(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("# A\n[b](b.md) [nowhere](#nowhere)")
+    (tmp_path / "docs" / "forgotten.md").write_text("# B")
+    rules = {name: CONFIG[name] for name in ("strict", "validation")}
+    config = {"site_name": "site", "plugins": [], "nav": [{"A": "index.md"}], **rules}
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(config))
+    done = build("--config-file", str(tmp_path / "mkdocs.yml"))
+    assert done.returncode != 0 and "3 warnings in strict mode" in done.stdout
+    assert all(word in done.stderr for word in ("b.md", "#nowhere", "forgotten.md"))
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site's pages by name, built anew."""
-    if not MKDOCS:
-        pytest.skip("mkdocs is not installed: pip install 'cppo[docs]'")
     folder = tmp_path_factory.mktemp("site")
-    command = [MKDOCS, "build", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = build("--site-dir", str(folder))
+    assert done.returncode == 0, done.stderr
     return {
         path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.html")
     }

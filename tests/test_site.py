@@ -18,6 +18,7 @@ TEXTS = [
     *(name for name in SITE["PAGES"] if name.endswith(".md")),
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
 ]
+MODULES = ["cppo", "cppo.questions", "cppo.report", "cppo.rewards", "cppo.views"]
 MKDOCS = shutil.which("mkdocs", path=str(Path(sys.executable).parent))
 
 
@@ -72,7 +73,7 @@ def test_a_place_on_the_site_tells_its_file():
     assert SITE["page_of"]("recipes") == SITE["page_of"]("recipes/README.md")
 
 
-@pytest.mark.parametrize("module", ["cppo", "cppo.questions", "cppo.rewards", "cppo.views"])
+@pytest.mark.parametrize("module", MODULES)
 def test_every_public_name_is_in_the_reference(module):
     reference = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
     described = set(re.findall(r"^::: (\S+)", reference, re.MULTILINE))

@@ -32,12 +32,14 @@ def one_of(choices: Iterable[str]) -> str:
 
 
 def nearest(name: Any, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that is spelt most like `name`; None if none is alike.
+    """The known name that is spelt most like `name`, whatever its capitals; None if none is alike.
 
     Args:
         cutoff: how alike they must be, in [0, 1]; as in `difflib.get_close_matches`.
     """
-    return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)), None)
+    names = {one.lower(): one for one in reversed([*known])}
+    close = difflib.get_close_matches(str(name).lower(), list(names), n=1, cutoff=cutoff)
+    return names[close[0]] if close else None
 
 
 def suggestion(name: Any, known: Iterable[str]) -> str:

@@ -113,7 +113,7 @@ def test_byte_order_marks_of_files_put_together(tmp_path):
         ("a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', "a.jsonl, line 2 is not utf-8: invalid"),
         ("a.json", b'[\n\n{"a": "caf\xe9"}]', "a.json, line 3 is not utf-8: invalid"),
         ("a.jsonl", b"\n \n", "has no rows"),
-        ("a.csv", b"a,b", "must be a .parquet, .jsonl, .json file"),
+        ("a.txt", b"a,b", "must be a .parquet, .jsonl, .json, .csv, .tsv file"),
         ("a.parquet", b"no", "cannot read .*a.parquet"),
         ("missing.json", None, "there is no file or folder .*missing.json"),
     ],
@@ -128,7 +128,7 @@ def test_bad_files(name, content, message, tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(ValueError, match="holds no .parquet, .jsonl, .json file"):
+    with pytest.raises(ValueError, match="holds no .parquet, .jsonl, .json, .csv, .tsv file"):
         load_rows(tmp_path)
     (tmp_path / "train.json").write_text("[]")
     with pytest.raises(ValueError, match="no file of the split 'test', only train.json"):

@@ -1,7 +1,7 @@
 """The YAML file of `cppo train`: one tree of frozen dataclasses, read, checked, overridden, dumped.
 
     model:   {path: folder or hub name} or {builder: a shipped demo checkpoint, or a place}
-    data:    {train: {loader, path, split, limit}, eval: {...}, system_prompt}
+    data:    {train: {loader, path, split, skip, limit, prompt_key, ...}, eval, system_prompt}
     rewards: [name or place, {name: {parameters}, weight: 0.9}, ...]
     trainer: CPPOConfig, with `loss:` (LossConfig) and `lora:` (LoraConfig) inside
 
@@ -25,6 +25,7 @@ import yaml
 from cppo.cli.config_file import ConfigError, apply_overrides, build, plain, read
 from cppo.config import WRITTEN_BY_A_RUN, CPPOConfig
 from cppo.places import is_place, load_object
+from cppo.questions.columns import KEYS, named, shared_column
 from cppo.values import CheckedFields, one_of
 
 CONFIG_NAME = "config.yaml"  # the configuration of a run, in its folder
@@ -93,25 +94,54 @@ class DatasetConfig(CheckedFields):
     split: str | None = None
     """Split of the dataset: "train", "test", ...; of a demo task "train" or "heldout". None: the
     training split, of loader "rows" everything."""
+    skip: int = 0
+    """Leave out the first `skip` questions. `data.train: {path: my.jsonl, skip: 100}` and
+    `data.eval: {path: my.jsonl, limit: 100}` hold 100 questions of one file out of training."""
     limit: int | None = None
-    """Use the first `limit` questions only. None: all, of a demo task 100,000."""
+    """Use the first `limit` questions only, of those that `skip` leaves. None: all, of a demo task
+    100,000."""
+    prompt_key: str | None = None
+    """The column that holds the question, a text or messages. "extra_info.question" reads a
+    mapping. For loader "rows" and functions of your own. None: `prompt`."""
+    answer_key: str | None = None
+    """The column that holds the right answer, whatever the rewards compare with. None: `answer`,
+    else `reward_model.ground_truth`, else `solution`."""
+    images_key: str | None = None
+    """The column that holds an image or a list of images: paths, relative to the data file's folder
+    or else to the working directory, or the encoded bytes. None: `image` or `images`."""
 
     @property
     def is_demo(self) -> bool:
         """Whether a demo task makes the questions: these need no file and no check."""
         return LOADERS.get(self.loader, "").startswith("cppo.demo.")
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """The columns that `prompt_key`, `answer_key` and `images_key` name."""
+        return named(**{key: getattr(self, key) for key in KEYS})
+
     def __post_init__(self) -> None:
         if self.loader not in LOADERS and not is_place(self.loader):
             self._fail("loader", _one_of_or_place(LOADERS, "my_loader.py:load"))
+        self._integer("skip", at_least=0)
         if self.limit is not None:
             self._integer("limit", at_least=1)
+        self._check_keys()
         if self.loader == "virl39k" and self.split not in (None, "train"):
             self._fail("split", "'train', the only one that ViRL39K has")
         if self.is_demo and self.path is not None:
             self._fail("path", f"left out: loader {self.loader!r} makes its own questions")
         if not (self.is_demo or is_place(self.loader)) and self.path is None:
             self._fail("path", f"a file or folder for loader {self.loader!r}")
+
+    def _check_keys(self) -> None:
+        for key, name in self.keys.items():
+            if self.loader != "rows" and not is_place(self.loader):
+                self._fail(key, f"left out: loader {self.loader!r} knows its columns")
+            if not isinstance(name, str) or not name.strip():
+                self._fail(key, "the name of a column")
+        if shared := shared_column(self.keys):
+            self._fail(shared[1], f"another column than {shared[0]}")
 
 
 @dataclass(frozen=True)

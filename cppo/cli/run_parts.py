@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,10 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cppo.cli.config_file import ConfigError
-from cppo.cli.run_config import BUILDERS, LOADERS, DatasetConfig, ModelConfig, RunConfig
+from cppo.cli.run_config import (
+    BUILDERS,
+    LOADERS,
+    DataConfig,
+    DatasetConfig,
+    ModelConfig,
+    RunConfig,
+)
 from cppo.extras import require_package
 from cppo.places import is_place, load_object
-from cppo.questions import Question, Rows
+from cppo.questions import Question, Rows, rename_columns
+from cppo.questions.columns import columns_of, likely_column
 from cppo.questions.rows import question_at
 
 CHECKED_ROWS = 32  # rows of each dataset that are read before anything starts, spread evenly
@@ -95,9 +104,12 @@ def load_questions(data: DatasetConfig, system_prompt: str | None, key: str) -> 
         rows = _load(data)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise ConfigError(f"{key}: {error}", key) from error
-    limit = None if data.limit is None else range(min(data.limit, len(rows)))
+    _check_prompt(rows, data, key)
+    if data.skip >= len(rows):
+        raise ConfigError(f"{key}.skip must be below the {len(rows)} rows, got {data.skip}", key)
+    taken = range(data.skip, len(rows))[: data.limit]
     if system_prompt is None:
-        return Rows(rows, indices=limit)
+        return Rows(rows, indices=taken)
     system = {"role": "system", "content": system_prompt}
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -106,14 +118,51 @@ def load_questions(data: DatasetConfig, system_prompt: str | None, key: str) -> 
             prompt = [{"role": "user", "content": prompt}]
         return {**row, "prompt": [system, *(m for m in prompt if m["role"] != "system")]}
 
-    return Rows(rows, convert, limit)
+    return Rows(rows, convert, taken)
+
+
+def overlap(data: DataConfig) -> str:
+    """What to say of held-out questions that are trained on; an empty text if there are none."""
+    train, held_out = data.train, data.eval
+
+    def source(one: DatasetConfig) -> tuple[Any, ...]:
+        return one.loader, one.path and Path(one.path).expanduser().resolve(), one.split
+
+    if held_out is None or source(train) != source(held_out):
+        return ""
+    ends = [one.skip + one.limit if one.limit else sys.maxsize for one in (train, held_out)]
+    if max(train.skip, held_out.skip) >= min(ends):
+        return ""
+    apart = f"; data.train.skip={ends[1]} keeps them apart" if held_out.limit else ""
+    return f"data.eval has questions that data.train trains on{apart}"
+
+
+def _check_prompt(rows: Dataset, data: DatasetConfig, key: str) -> None:
+    """Raise ConfigError for rows of the user's whose questions are in a column of another name."""
+    if "prompt_key" in data.keys or data.is_demo:
+        return
+    try:
+        first = rows[0]
+    except Exception:  # `check_rows` says what is wrong with a row
+        return
+    if isinstance(first, Mapping) and "prompt" not in first:
+        columns = columns_of(first)
+        likely = likely_column("prompt_key", columns)
+        example = f", for example {key}.prompt_key: {likely}" if likely else ""
+        raise ConfigError(
+            f"{key}: the rows have no column 'prompt' (but {', '.join(columns) or 'none'}); "
+            f"{key}.prompt_key names the column of the questions{example}",
+            key,
+        )
 
 
 def _load(data: DatasetConfig) -> Any:
     """What the loader returns; it is called with `path` and `split` as far as they are given."""
     place = LOADERS.get(data.loader, data.loader)
     arguments = (data.path,) if data.split is None else (data.path, data.split)
-    rows = load_object(place, "loader")(*(() if arguments == (None,) else arguments))
+    # The other loaders know their columns, and a function of the user's gives rows of any kind.
+    keys = data.keys if data.loader == "rows" else {}
+    rows = load_object(place, "loader")(*(() if arguments == (None,) else arguments), **keys)
     is_sequence = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
     if not is_sequence or isinstance(rows, (Mapping, str)):
         raise TypeError(
@@ -122,7 +171,7 @@ def _load(data: DatasetConfig) -> Any:
         )
     if len(rows) == 0:
         raise ValueError(f"{data.loader} returned no rows")
-    return rows
+    return rename_columns(rows, **data.keys, where="") if data.keys and not keys else rows
 
 
 def check_packages(config: RunConfig, *, training: bool = True) -> None:

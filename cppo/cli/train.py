@@ -27,7 +27,7 @@ def main(options: argparse.Namespace) -> int:
         return 0
     from cppo.cli.engines import engine_words
     from cppo.cli.info import ops_line
-    from cppo.cli.run_parts import make_trainer
+    from cppo.cli.run_parts import make_trainer, overlap
 
     output_dir = Path(config.trainer.output_dir)
     claim = claim_folder(
@@ -45,6 +45,8 @@ def main(options: argparse.Namespace) -> int:
         print(ops_line(trainer.accelerator.device))
         if config.trainer.engine != "builtin":
             print(f"rollouts: {engine_words(config.trainer)}")
+        if words := overlap(config.data):
+            print(words)
     try:
         run_trainer(trainer, claim.start, overwrite=options.overwrite)
     finally:

@@ -9,6 +9,7 @@ dictionaries, a `datasets.Dataset`, or what the loaders of `cppo.questions.loade
 from __future__ import annotations
 
 from cppo.questions.check import DatasetSummary, check_dataset
+from cppo.questions.columns import rename_columns
 from cppo.questions.errors import QuestionError
 from cppo.questions.images import load_image, thumbnails
 from cppo.questions.loaders import (
@@ -56,6 +57,7 @@ __all__ = [
     "load_virl39k",
     "load_wemath",
     "question_text",
+    "rename_columns",
     "split_rows",
     "thumbnails",
 ]

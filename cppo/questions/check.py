@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cppo.questions.columns import columns_of, hint
 from cppo.questions.messages import parts_of
 from cppo.questions.question import Question
 from cppo.questions.rows import Dataset, question_at, require_dataset
@@ -85,7 +86,7 @@ def check_dataset(
             first = good[0] if good else None
             _check_columns(question, first)
             needs_answer = require_answer or bool(readers) or bool(first and first.has_answer)
-            _check_answer(question.columns.get("answer"), needs_answer, read_answer, readers)
+            _check_answer(question.columns, needs_answer, read_answer, readers)
             tokens = len(encoder(question).input_ids) if encoder else 0
         except (TypeError, ValueError) as error:
             bad[index] = str(error)
@@ -140,9 +141,13 @@ def _columns(question: Question) -> tuple[str, ...]:
     return tuple(sorted(name for name in question.columns if name not in ("image", "images")))
 
 
-def _check_answer(answer: Any, required: bool, read: bool, readers: Sequence[Any]) -> None:
+def _check_answer(
+    columns: Mapping[str, Any], required: bool, read: bool, readers: Sequence[Any]
+) -> None:
+    answer = columns.get("answer")
     if answer is None and required and (read or readers):
-        raise ValueError("has no ground truth ('answer')")
+        near = hint("answer_key", (name for name in columns_of(columns) if name != "answer"))
+        raise ValueError(f"has no ground truth ('answer'){near}")
     if answer is not None and read:
         check_ground_truth(answer)
     for reader in readers:

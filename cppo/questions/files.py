@@ -1,4 +1,4 @@
-"""The rows of files: parquet, JSON, JSON lines, and what the package `datasets` saved.
+"""The rows of files: parquet, JSON, JSON lines, CSV, TSV, and what the package `datasets` saved.
 
 Files are read from the disk, never downloaded; pyarrow and datasets are imported when a file needs
 them.
@@ -17,40 +17,61 @@ from typing import Any
 
 import numpy as np
 
+from cppo.questions.columns import check_keys, named, renamed
+from cppo.questions.delimited import delimited_rows
+from cppo.questions.near import images_near
 from cppo.questions.rows import Rows
 from cppo.rewards.ground_truth import widened
 
-_SUFFIXES = (".parquet", ".jsonl", ".json")
+_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 
 
 def load_rows(
-    path: str | Path, split: str | None = None, *, system_prompt: str | None = None
+    path: str | Path,
+    split: str | None = None,
+    *,
+    system_prompt: str | None = None,
+    prompt_key: str | None = None,
+    answer_key: str | None = None,
+    images_key: str | None = None,
 ) -> Rows:
     """Return the rows of a file or folder.
 
+    Relative paths of images, in a column or inside messages, are those of the folder of the file,
+    and where there is no such file, of the working directory.
+
     Args:
-        path: a .parquet, .jsonl or .json file (an array of objects); a folder saved by `datasets`;
-            or a folder (or its subfolder `data`) of such files, all of one suffix, in name order.
-            JSON is UTF-8, or UTF-16 or UTF-32 as JSON's standard tells them apart, with or without
-            a byte-order mark. Parquet files may store a column as different types of one kind
-            (int32 and int64, or nothing but nulls); each row keeps the value of its file. Floats
-            of 16 and 32 bits are read as `cppo.rewards.ground_truth.widened` reads them.
+        path: a .parquet, .jsonl, .json (an array of objects), .csv or .tsv file; a folder saved by
+            `datasets`; or a folder (or its subfolder `data`) of such files, all of one suffix, in
+            name order. Text is UTF-8, or UTF-16 or UTF-32 as JSON's standard tells them apart, with
+            or without a byte-order mark. The first row of a .csv or .tsv file names the columns;
+            its cells are text, and an empty one is None. Parquet files may store a column as
+            different types of one kind (int32 and int64, or nothing but nulls); each row keeps the
+            value of its file. Floats of 16 and 32 bits are read as
+            `cppo.rewards.ground_truth.widened` reads them.
         split: of a folder: take the files of that name ("test" is test.jsonl or
             test-00000-of-00002.parquet), else those whose name starts with it; or the saved split.
         system_prompt: a system message put before each prompt, or in place of its own.
+        prompt_key, answer_key, images_key: the columns that become `prompt`, `answer` and `images`,
+            see `cppo.questions.rename_columns`.
     Raises: ValueError for a path that is not there, an unknown suffix, a split that is not there
-        (with those that are), files without rows, malformed JSON (with file and line) and parquet
-        files whose columns do not go together (with file and column).
+        (with those that are), files without rows, malformed JSON or CSV (with file and line),
+        parquet files whose columns do not go together (with file and column), a key that is no
+        column. A row whose image is not there raises QuestionError when it is taken.
     """
-    source = read_source(Path(path).expanduser(), split)
+    place = Path(path).expanduser()
+    source = read_source(place, split)
+    folder = _folder(place, split)
+    keys = named(prompt_key=prompt_key, answer_key=answer_key, images_key=images_key)
+    check_keys(keys, source[0], "cppo.load_rows: ")
     kinds = {name: getattr(kind, "dtype", "") for name, kind in _features(source).items()}
     narrow = {name: kind for name, kind in kinds.items() if kind in ("float16", "float32")}
-    if system_prompt is None and not narrow:
-        return Rows(source)
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        where = f"cppo.load_rows: row {index}: "
         stored = {name: _widened(row[name], kind) for name, kind in narrow.items()}
-        return with_system({**row, **stored}, system_prompt)
+        row = renamed({**row, **stored}, keys, where)
+        return with_system(images_near(row, folder, where), system_prompt)
 
     return Rows(source, convert)
 
@@ -75,19 +96,18 @@ def read_source(path: Path, split: str | None) -> Any:
     """What holds the rows of a file or folder; `column` reads one of its columns."""
     if not path.exists():
         raise ValueError(f"cppo.load_rows: there is no file or folder {path}")
-    if path.is_dir():
-        if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
-            return _saved(path, split)
-        files = _files(path, split)
-    else:
-        files = [path]
-    suffix = files[0].suffix
+    if _is_saved(path):
+        return _saved(path, split)
+    files = _files(path, split) if path.is_dir() else [path]
+    suffix = files[0].suffix.lower()
     if suffix == ".parquet":
         source: Any = _Shards(_tables(files))
     elif suffix == ".jsonl":
         source = [row for file in files for row in _json_lines(file)]
     elif suffix == ".json":
         source = [row for file in files for row in _json_array(file)]
+    elif suffix in (".csv", ".tsv"):
+        source = [row for file in files for row in delimited_rows(_text(file), file)]
     else:
         known = ", ".join(_SUFFIXES)
         raise ValueError(f"cppo.load_rows: {files[0]} must be a {known} file")
@@ -137,6 +157,18 @@ class _Shards:
         table = self.tables[shard]
         row = table.slice(index - self._ends[shard] + table.num_rows, 1)
         return {name: _values(row.column(name))[0] for name in row.column_names}
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `datasets` saved a folder."""
+    return any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
+
+
+def _folder(path: Path, split: str | None) -> Path:
+    """The folder of the files of a path."""
+    if _is_saved(path):
+        return path
+    return _files(path, split)[0].parent if path.is_dir() else path.parent
 
 
 def _files(folder: Path, split: str | None) -> list[Path]:

@@ -127,6 +127,13 @@ def _located(source: str, where: str) -> str | bytes:
     raise ValueError(f"{where}nothing is downloaded, got the address {source[:200]!r}")
 
 
+def is_relative_path(source: str) -> bool:
+    """Whether a text is a path that is relative: no address, no encoded image."""
+    is_address = source[:5].lower() == "data:" or _SCHEME.match(source) is not None
+    is_encoded = _ENCODED.match(source) is not None and decode_base64(source) is not None
+    return not (is_address or is_encoded or os.path.isabs(source))
+
+
 def _from_data_url(source: str, where: str) -> bytes:
     head, comma, body = source.partition(",")
     is_encoded = head.lower().endswith(";base64")

@@ -1,4 +1,5 @@
-"""Every option of the trainer, once: `CPPOConfig`. Those of the losses: `cppo.loss_config`.
+"""Every option of the trainer, once: `CPPOConfig`. Those of the losses, of the adapters and of vLLM
+have files of their own: `cppo.loss_config`, `cppo.lora_config`, `cppo.rollouts.options`.
 
 All are frozen dataclasses, and each field has its documentation below it. An invalid value raises
 ValueError naming the field, the value and what is allowed.
@@ -8,10 +9,10 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cppo.lora_config import LoraConfig as LoraConfig
 from cppo.loss_config import CORRECTIONS
 from cppo.loss_config import LossConfig as LossConfig
 from cppo.rollouts.options import ENGINES
@@ -30,6 +31,7 @@ SCHEDULES = (
 )
 ATTENTIONS = ("auto", "sdpa", "varlen", "flash_attention_2")
 MODES = ("sampled", "greedy")  # of an evaluation; its metrics are "<mode>/<reward>"
+DEFAULT_STEPS = 100  # of a run that is not told how long it is
 LONGEST_WAIT = 1e9  # seconds, 31 years: what timers of Python and torch can still count
 
 
@@ -42,40 +44,9 @@ def kept_per_unit(unit_size: int, prune_rate: float) -> int:
 WRITTEN_BY_A_RUN = "# All options of this run, as `cppo train` took them."
 
 
-@dataclass(frozen=True)
-class LoraConfig(CheckedFields):
-    """Low-rank adapters through peft. The reference policy is then the model without them."""
-
-    r: int = 16
-    """Rank."""
-    alpha: int = 32
-    """The update is scaled by alpha / r."""
-    dropout: float = 0.0
-    """In [0, 1). Above 0 the update is no longer exactly on-policy. The model's own dropout is off
-    in training whatever its config says, because completions are sampled without it."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Names of the layers that get adapters; the end of a name is enough ("q_proj"). A single
-    string is a regular expression for the whole name. "all-linear": all but the LM head."""
-
-    def __post_init__(self) -> None:
-        self._take_plain()
-        self._integer("r", "alpha", at_least=1)
-        self._number("dropout", at_least=0, below=1)
-        targets = self.target_modules
-        names = (targets,) if isinstance(targets, str) else targets
-        is_named = isinstance(names, tuple) and len(names) > 0
-        if not is_named or not all(isinstance(name, str) and name for name in names):
-            self._fail("target_modules", "'all-linear', a regular expression or names of layers")
-        if isinstance(targets, str):
-            try:
-                re.compile(targets)
-            except re.error as error:
-                self._fail("target_modules", f"a regular expression that can be read ({error})")
-
-
 # What the fields of CPPOConfig may be: integers with their smallest value, choices, booleans.
 _INTEGERS = {
-    **dict.fromkeys(("max_steps", "batch_size", "max_prompt_tokens", "max_completion_tokens"), 1),
+    **dict.fromkeys(("batch_size", "max_completion_tokens"), 1),
     **dict.fromkeys(("generation_batch_size", "num_iterations", "optimizer_steps"), 1),
     **dict.fromkeys(("max_tokens_per_microbatch", "eval_samples"), 1),
     **dict.fromkeys(("keep_checkpoints", "log_every"), 1),
@@ -83,6 +54,7 @@ _INTEGERS = {
     **dict.fromkeys(("max_refills", "reward_retries", "ahead", "report_every"), 0),
     "group_size": 2,
 }
+_INTEGERS_OR_NONE = ("max_steps", "max_prompt_tokens")  # >= 1
 _CHOICES = {
     "prune_scope": SCOPES,
     "prune": PRUNES,
@@ -111,8 +83,14 @@ class CPPOConfig(CheckedFields):
     """Seed of the question order, the sampling, the perturbations and the adapters."""
 
     # The rollout
-    max_steps: int = 100
-    """Rollouts, each followed by its update."""
+    max_steps: int | None = None
+    """Rollouts, each followed by its update. None: as many as `num_epochs` asks for, or 100 where
+    that is None too."""
+    num_epochs: float | None = None
+    """In place of `max_steps`: how often the run goes through the training questions. It has
+    ceil(num_epochs * questions / questions of a step) steps. Questions that are left out and
+    refills (`max_refills`) come on top: with them the questions are gone through a little
+    sooner."""
     batch_size: int = 64
     """Completions per step over all processes. With `dynamic_allocation` these are the completions
     that the update runs on, without it those that are sampled."""
@@ -271,8 +249,10 @@ class CPPOConfig(CheckedFields):
         self._take_plain()
         self._path("output_dir")
         for name, least in _INTEGERS.items():
-            if name != "max_prompt_tokens" or self.max_prompt_tokens is not None:
-                self._integer(name, at_least=least)
+            self._integer(name, at_least=least)
+        for name in _INTEGERS_OR_NONE:
+            if getattr(self, name) is not None:
+                self._integer(name, at_least=1)
         for name, choices in _CHOICES.items():
             self._one_of(name, choices)
         self._boolean(*_BOOLEANS)
@@ -315,6 +295,10 @@ class CPPOConfig(CheckedFields):
 
     def _check_together(self) -> None:
         """Options that depend on each other."""
+        if self.num_epochs is not None:
+            self._number("num_epochs", above=0, below=math.inf)
+            if self.max_steps is not None:
+                self._fail("max_steps", f"left out (None) with num_epochs = {self.num_epochs:g}")
         self._set_correction()
         self._check_engine()
         self._check_advantages()
@@ -360,12 +344,29 @@ class CPPOConfig(CheckedFields):
         if own is not None:
             self._set("loss", replace(self.loss, importance_correction=own))
 
+    def steps(self, rows: int | None = None, processes: int = 1) -> int:
+        """Steps of a run on so many training questions.
+
+        Raises: ValueError for `num_epochs` without their number.
+        """
+        if self.num_epochs is None:
+            return DEFAULT_STEPS if self.max_steps is None else self.max_steps
+        if rows is None:
+            raise ValueError("CPPOConfig.num_epochs needs the number of training questions")
+        exact = self.num_epochs * rows / self.questions_per_step(processes)
+        return max(1, math.ceil(round(exact, 6)))
+
+    def questions_per_step(self, processes: int = 1) -> int:
+        """Questions that a step begins with, over all processes, each of which has as many."""
+        if not self.dynamic_allocation:
+            return self.batch_size // self.group_size
+        needed = -(-self.batch_size // kept_per_unit(self.group_size, self.prune_rate))
+        return -(-needed // processes) * processes
+
     def completions_kept(self) -> int:
         """Completions of a step that the update runs on, at most, over all processes."""
         each = kept_per_unit(self.group_size, self.prune_rate)
-        questions = self.batch_size // self.group_size
-        if self.dynamic_allocation:
-            questions = -(-self.batch_size // each)
+        questions = self.questions_per_step()
         kept = questions * each
         if self.prune_scope == "batch":
             kept = kept_per_unit(questions * self.group_size, self.prune_rate)

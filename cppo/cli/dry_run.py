@@ -22,6 +22,7 @@ from cppo.cli.run_parts import (
     check_rows,
     load_questions,
     model_path,
+    overlap,
     trainer_options,
 )
 from cppo.config import CPPOConfig
@@ -68,14 +69,9 @@ def step_sizes(config: CPPOConfig, prompt_tokens: int) -> StepSizes:
         config: the trainer's options.
         prompt_tokens: of the longest prompt.
     """
-    from cppo import questions_needed
-
     group = config.group_size
     kept = config.completions_kept()
-    if config.dynamic_allocation:
-        questions = questions_needed(config.batch_size, group, config.prune_rate)
-    else:
-        questions = config.batch_size // group
+    questions = config.questions_per_step()
     longest = prompt_tokens + config.max_completion_tokens
     per_part = max(1, config.max_tokens_per_microbatch // longest)
     own = math.ceil(kept / config.optimizer_steps)
@@ -227,7 +223,7 @@ def report(config: RunConfig) -> str:
         sections.append(f"# packages\na real run would stop: {error}")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    data, measured = _data(config)
+    data, measured, rows = _data(config)
     trainer = config.trainer
     if trainer.max_prompt_tokens:
         prompt, origin = trainer.max_prompt_tokens, "trainer.max_prompt_tokens"
@@ -239,7 +235,13 @@ def report(config: RunConfig) -> str:
     step = step_sizes(trainer, prompt)
     sections += [
         "\n".join(["# data", *data]),
-        _table("# one step, over all processes", _step_rows(trainer, step, f"{prompt} ({origin})")),
+        _table(
+            "# one step, over all processes",
+            {
+                **_step_rows(trainer, step, f"{prompt} ({origin})"),
+                "the run": _length(trainer, step, rows),
+            },
+        ),
     ]
     try:
         sizes, source = model_sizes(config.model, trainer.lora.r if trainer.lora else 0)
@@ -255,7 +257,6 @@ def report(config: RunConfig) -> str:
 
 
 def _step_rows(config: CPPOConfig, step: StepSizes, prompt: str) -> dict[str, str]:
-    seen = config.max_steps * step.questions
     return {
         "prompt tokens": prompt,
         "questions": f"{step.questions}",
@@ -267,8 +268,17 @@ def _step_rows(config: CPPOConfig, step: StepSizes, prompt: str) -> dict[str, st
             f"at most {step.microbatches} of up to {step.microbatch_tokens:,} tokens"
         ),
         "optimizer steps": f"{config.num_iterations * config.optimizer_steps}",
-        "the run": f"{config.max_steps} steps, {seen:,} questions",
     }
+
+
+def _length(config: CPPOConfig, step: StepSizes, rows: int | None) -> str:
+    """The steps of a run on a number of questions, None where the data is not here."""
+    if rows is None and config.num_epochs is not None:
+        return f"{config.num_epochs:g} epochs of data that is not here"
+    steps = config.steps(rows)
+    seen = steps * step.questions
+    epochs = f", {seen / rows:.3g} epochs" if rows else ""
+    return f"{steps} steps, {seen:,} questions{epochs}"
 
 
 def _model_rows(sizes: ModelSizes, source: str) -> dict[str, str]:
@@ -294,9 +304,9 @@ def _memory_rows(config: CPPOConfig, parts: dict[str, float]) -> dict[str, str]:
     return rows | {"peak": f"{peak} (the update and the KV cache are not there at once)"}
 
 
-def _data(config: RunConfig) -> tuple[list[str], int | None]:
-    """Lines about the datasets, and the longest measured prompt in tokens."""
-    lines, longest = [], None
+def _data(config: RunConfig) -> tuple[list[str], int | None, int | None]:
+    """Lines about the datasets, the longest measured prompt in tokens, and the training rows."""
+    lines, longest, count = [], None, None
     for name in ("train", "eval"):
         spec = getattr(config.data, name)
         if spec is None:
@@ -311,11 +321,13 @@ def _data(config: RunConfig) -> tuple[list[str], int | None]:
         try:
             check_rows(rows, spec, _rewards(config))
             if name == "train":
+                count = len(rows)
                 shown, longest = _first_question(config, rows)
                 lines += ["first question:", *(f"  {line}" for line in shown.splitlines())]
         except (ValueError, TypeError) as error:
             raise ConfigError(f"data.{name}: {error}", f"data.{name}") from error
-    return lines, longest
+    lines += filter(None, [overlap(config.data)])
+    return lines, longest, count
 
 
 def _rewards(config: RunConfig) -> list[Any]:

@@ -13,7 +13,7 @@ from cppo.model.load import check_saveable, closing_token_ids
 from cppo.model.prompts import tokenizer_of
 from cppo.model.wrappers import has_vision, unwrap
 from cppo.questions import Question, QuestionError
-from cppo.questions.rows import Dataset, question_at
+from cppo.questions.rows import Dataset, question_at, require_dataset
 from cppo.train.scoring import RewardFunction, check_signature, metric_name, reward_name
 from cppo.values import suggestion
 
@@ -29,13 +29,21 @@ def warnings(model: nn.Module, processor: Any, config: CPPOConfig) -> list[str]:
     """What a user should know before the run begins."""
     two_ends = closing_token_ids(model, processor)[1]
     found = [two_ends] if two_ends else []
-    steps = config.max_steps * config.num_iterations * config.optimizer_steps
+    steps = config.steps() * config.num_iterations * config.optimizer_steps
     if config.warmup_steps >= steps:
         found.append(
             f"warmup_steps = {config.warmup_steps} is no less than the {steps} optimizer "
             "steps of the run: the learning rate does not reach its peak"
         )
     return found
+
+
+def planned_steps(config: CPPOConfig, dataset: Dataset, processes: int) -> int:
+    """Steps of the run. Raises for `num_epochs` of what is no dataset."""
+    if config.num_epochs is None:
+        return config.steps()
+    require_dataset("cppo.CPPOTrainer: train_dataset", dataset)
+    return config.steps(len(dataset), processes)
 
 
 def check_signatures(functions: Sequence[RewardFunction], questions: Sequence[Question]) -> None:

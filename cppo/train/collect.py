@@ -50,11 +50,8 @@ class Collector:
 
     def _questions_per_step(self) -> int:
         """Questions that each process draws; a surplus is cut off again after pruning."""
-        config = self._config
-        if not config.dynamic_allocation:
-            return self._processes.share("questions", config.batch_size // config.group_size)
-        needed = questions_needed(config.batch_size, config.group_size, config.prune_rate)
-        return math.ceil(needed / self._processes.size)
+        questions = self._config.questions_per_step(self._processes.size)
+        return self._processes.share("questions", questions)
 
     @property
     def _sampling(self) -> dict[str, Any]:
@@ -113,7 +110,7 @@ class Collector:
             step: of the run, for the seed.
         """
         policy, config = self._policy, self._config
-        if not config.ahead or step == config.max_steps:
+        if not config.ahead or step == config.steps():
             return
         prompts = collate(policy.model, self._questions.look_ahead(self._per_step))
         sampling = sampling_of(policy.model, policy.processor, **self._sampling)
@@ -146,7 +143,7 @@ class Collector:
             self._rewards,
             config.reward_weights,
             rollouts,
-            state=TrainerState(global_step=step, max_steps=config.max_steps),
+            state=TrainerState(global_step=step, max_steps=config.steps()),
             timeout=config.reward_timeout,
             retries=config.reward_retries,
             say=self._say,

@@ -251,7 +251,7 @@ def schedule(optimizer: torch.optim.Optimizer, config: CPPOConfig) -> Any:
     """The learning rate's course over all optimizer steps of the run."""
     from transformers import get_scheduler
 
-    steps = config.max_steps * config.num_iterations * config.optimizer_steps
+    steps = config.steps() * config.num_iterations * config.optimizer_steps
     try:
         return get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, steps)
     except ValueError as error:  # "polynomial" with a rate below its last one

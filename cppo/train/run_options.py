@@ -16,6 +16,7 @@ from cppo.train.checkpoint import CheckpointError, read_summary
 # What may change when a run is resumed: how long it goes on and what is written.
 _MAY_CHANGE = {
     "max_steps",
+    "num_epochs",
     "output_dir",
     "eval_every",
     "eval_samples",

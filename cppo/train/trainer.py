@@ -37,6 +37,7 @@ from cppo.train.arguments import (
     check_signatures,
     check_trackers,
     first_question,
+    planned_steps,
     reward_list,
     reward_weights,
     warnings,
@@ -103,11 +104,18 @@ class CPPOTrainer:
         self.reward_functions = reward_list(reward_functions)
         weights = reward_weights(self.reward_functions, config)
         check_trackers(config.trackers)
-        self.config = config = dataclasses.replace(config, reward_weights=weights)
         self.accelerator = accelerator_for(config)
         self.processes = Processes(self.accelerator, config.process_timeout)
         check_optimizer_steps(config, self.processes.size)
-        self.log = RunLog(config.output_dir, config.max_steps, is_main=self.processes.is_main)
+        steps = planned_steps(config, train_dataset, self.processes.size)
+        self.log = RunLog(config.output_dir, steps, is_main=self.processes.is_main)
+        if config.num_epochs is not None:
+            each = config.questions_per_step(self.processes.size)
+            self.log.say(f"num_epochs = {config.num_epochs:g}: {steps} steps of {each} questions")
+        # From here on the length of the run is a number of steps, whichever option said it.
+        self.config = config = dataclasses.replace(
+            config, reward_weights=weights, max_steps=steps, num_epochs=None
+        )
         check_model_and_processor(model, processor)
         self.questions = QuestionDraws(
             train_dataset,
@@ -189,7 +197,7 @@ class CPPOTrainer:
             if self.config.trackers:
                 self.accelerator.init_trackers("cppo", config=run.options())
             with self.log.running(), run.stopping.listening():
-                while self.step < self.config.max_steps:
+                while self.step < self.config.steps():
                     try:
                         with self.processes.stoppable(run.stopping):
                             if self.step == 0 and not self.history:
@@ -198,7 +206,7 @@ class CPPOTrainer:
                     except Stopped:
                         run.end_early()
                     self._record(metrics)
-                    run.finish_step(metrics, is_last=self.step == self.config.max_steps)
+                    run.finish_step(metrics, is_last=self.step == self.config.steps())
         finally:
             # Not end_training: it takes the processes' group away, and with it evaluate().
             for tracker in self.accelerator.trackers:
@@ -209,7 +217,7 @@ class CPPOTrainer:
     def _evaluated_step(self) -> dict[str, Any]:
         metrics: dict[str, Any] = self.train_step()
         self._run.step += 1
-        if self.step == self.config.max_steps or _is_due(self.step, self.config.eval_every):
+        if self.step == self.config.steps() or _is_due(self.step, self.config.eval_every):
             metrics |= self._evaluation()
         return metrics
 
@@ -286,7 +294,7 @@ class CPPOTrainer:
                 config=self.config,
                 suppressed=self.suppressed,
                 share=Share(self.processes.rank, self.processes.size, self._run.gather_whole),
-                state=TrainerState(global_step=self.step, max_steps=self.config.max_steps),
+                state=TrainerState(global_step=self.step, max_steps=self.config.steps()),
                 engine=self.engine,
             )
         with self._run.stopping.pausing():

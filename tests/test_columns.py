@@ -272,6 +272,9 @@ def test_other_images_stay_as_they_are():
 
 
 def test_no_image_in_some_rows():
+    pictures("2.png")
+    rows = questions([{"prompt": "a?"}, {"prompt": "b?", "files": ["2.png"]}], images_key="files")
+    assert [len(as_question(row).images) for row in rows] == [0, 1]
     pictures("1.png")
     Path("my.csv").write_text("question,picture\na?,1.png\nb?,\n")
     rows = load_rows("my.csv", prompt_key="question", images_key="picture")

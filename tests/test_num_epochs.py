@@ -1,4 +1,4 @@
-"""`num_epochs` in place of `max_steps`: the same number in the trainer, the schedule, the dry run."""
+"""`num_epochs` in place of `max_steps`: one number in the trainer, the schedule, the dry run."""
 
 import dataclasses
 import itertools

@@ -11,10 +11,25 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cppo.cli import evaluate, train
+import cppo
+from cppo.cli import evaluate, foreign_names, train
 from cppo.cli.config_file import ConfigError
 
+_TRAIN_EXAMPLES = """examples:
+  cppo init my_data.yaml --data my.jsonl        # a recipe for your own data
+  cppo train my_data.yaml --dry-run             # what it would take
+  cppo train my_data.yaml trainer.group_size=16 trainer.loss.kl_coef=0.01
+  cppo train my_data.yaml --resume              # go on after a stop
+
+keys of CONFIG.yaml, each of which key=value sets (default; or the type, where that is null or the
+key must be given). `cppo keys trainer.loss` says what they mean, docs/options.md has them all."""
+_EVAL_EXAMPLES = """examples:
+  cppo eval runs/my_data                        # the best checkpoint of a run
+  cppo eval runs/my_data --checkpoint last --samples 8
+  cppo eval my_data.yaml                        # the model before training"""
 _FORWARDED = {
+    "init": "write a commented recipe for your own data, and a reward",
+    "keys": "every key of a configuration file, with what it means",
     "info": "which backend of each op runs here, and why another does not",
     "bench": "measure every op against the peers that are installed and the machine's limits",
     "inspect": "show which tokens of a model's answer depend on an image",
@@ -50,6 +65,14 @@ def _run(command: str, arguments: list[str]) -> int:
         from cppo.cli import info
 
         return info.main(arguments[1:])
+    if command == "init":
+        from cppo.cli import init
+
+        return init.main(arguments[1:])
+    if command == "keys":
+        from cppo.cli import keys
+
+        return keys.main(arguments[1:])
     if command == "inspect":
         from cppo.cli import inspect
 
@@ -70,7 +93,7 @@ def _run(command: str, arguments: list[str]) -> int:
         from cppo.cli import bench
 
         return bench.main(arguments[1:])
-    parser = _parser()
+    parser = _parser(command)
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:
         parser.print_help()
@@ -78,23 +101,37 @@ def _run(command: str, arguments: list[str]) -> int:
     # argparse takes positionals in one stretch only: overrides may also stand behind an option
     options.overrides += [word for word in rest if not word.startswith("-")]
     if unknown := [word for word in rest if word.startswith("-")]:
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hint = "; keys are set as key=value" if options.command in ("train", "eval") else ""
+        name, _, value = unknown[0].lstrip("-").replace("-", "_").partition("=")
+        if answer := foreign_names.answer(name, value):
+            hint += f", and {name}: {answer[1]}"
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return options.run(options)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str = "") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cppo", description="Completion pruning and contrastive perception for RL finetuning."
     )
+    parser.add_argument("--version", action="version", version=f"cppo {cppo.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    as_written = argparse.RawDescriptionHelpFormatter
     _add_train_options(
-        commands.add_parser("train", help="train from a YAML file", description=train.main.__doc__)
+        commands.add_parser(
+            "train",
+            help="train from a YAML file",
+            description=train.main.__doc__,
+            epilog=_train_epilog() if command == "train" else None,
+            formatter_class=as_written,
+        )
     )
     _add_eval_options(
         commands.add_parser(
             "eval",
             help="accuracy of a run, a checkpoint or a model",
             description=evaluate.main.__doc__,
+            epilog=_EVAL_EXAMPLES,
+            formatter_class=as_written,
         )
     )
     for name, text in _FORWARDED.items():
@@ -102,8 +139,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _train_epilog() -> str:
+    from cppo.cli import keys
+
+    return f"{_TRAIN_EXAMPLES}\n\n{keys.summary()}"
+
+
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe; `cppo init` writes one")
     parser.add_argument("--dry-run", action="store_true", help="print what it would take and stop")
     parser.add_argument(
         "--resume",
@@ -115,15 +158,24 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="remove the run that trainer.output_dir holds"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[])
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", default=[], help="a key set over the file"
+    )
     parser.set_defaults(run=train.main, parser=parser)
 
 
 def _add_eval_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="RUN|CHECKPOINT|CONFIG.yaml|MODEL")
+    parser.add_argument(
+        "target",
+        metavar="RUN|CHECKPOINT|CONFIG.yaml|MODEL",
+        help="folder of a run or of a checkpoint in it; a recipe, for the model before training; "
+        "any model, with --loader",
+    )
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run")
     parser.add_argument("--samples", type=int, metavar="N", help="completions per question")
-    parser.add_argument("--data", choices=("eval", "train"), default="eval")
+    parser.add_argument(
+        "--data", choices=("eval", "train"), default="eval", help="which questions (eval)"
+    )
     of_model = parser.add_argument_group("a MODEL (folder or hub name) without a configuration")
     of_model.add_argument(
         "--loader", metavar="NAME", help="data set: math500, mathvista, rows, ..."
@@ -135,5 +187,7 @@ def _add_eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pass-k", metavar="K,...", help="of pass@k (1,2,4,... up to N)")
     parser.add_argument("--csv", metavar="FILE", help="append here (eval.csv beside the run)")
     parser.add_argument("--predictions", metavar="FILE", help="JSON lines (beside the CSV file)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[])
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", default=[], help="a key set over the run's"
+    )
     parser.set_defaults(run=evaluate.main, parser=parser)

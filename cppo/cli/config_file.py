@@ -140,13 +140,31 @@ def build(cls: type[_T], tree: dict[str, Any], key: str = "") -> _T:
         raise ConfigError(message, message.split(" ")[0]) from None
 
 
-def _all_keys(cls: Any, key: str = "") -> list[str]:
+def unknown_keys(cls: type, tree: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the dotted keys of a tree that are none of a dataclass or those in it, with values."""
+    known = all_keys(cls)
+    parents = {key.rpartition(".")[0] for key in known}
+
+    def unknown(tree: dict[str, Any], key: str) -> list[tuple[str, Any]]:
+        found = []
+        for name, value in tree.items():
+            full = _join(key, str(name))
+            if full not in known:
+                found.append((full, value))
+            elif full in parents and isinstance(value, dict):
+                found += unknown(value, full)
+        return found
+
+    return unknown(tree, "")
+
+
+def all_keys(cls: Any, key: str = "") -> list[str]:
     """Return every dotted key of a tree of dataclasses."""
     keys = []
     for name, hint in typing.get_type_hints(cls).items():
         choices: tuple[Any, ...] = (hint, *typing.get_args(hint))
         nested = [t for t in choices if dataclasses.is_dataclass(t)]
-        keys += [_join(key, name), *(k for t in nested for k in _all_keys(t, _join(key, name)))]
+        keys += [_join(key, name), *(k for t in nested for k in all_keys(t, _join(key, name)))]
     return keys
 
 
@@ -171,7 +189,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _unknown(cls: type, name: str, key: str, value: Any) -> ConfigError:
     allowed = list(typing.get_type_hints(cls))
     # A key may also be right but one level too high: prune_rate=0.5 for trainer.prune_rate=0.5.
-    below = {k.rpartition(".")[2]: k for k in reversed(_all_keys(cls, key))}
+    below = {k.rpartition(".")[2]: k for k in reversed(all_keys(cls, key))}
     full, close = _join(key, name), nearest(name, allowed, cutoff=0.7)
     meant = _join(key, close) if close else below.get(nearest(name, below, cutoff=0.7) or "")
     hint = f"; did you mean {meant}?" if meant else "."

@@ -22,7 +22,16 @@ from typing import Any
 
 import yaml
 
-from cppo.cli.config_file import ConfigError, apply_overrides, build, plain, read
+from cppo.cli import foreign_names
+from cppo.cli.config_file import (
+    ConfigError,
+    all_keys,
+    apply_overrides,
+    build,
+    plain,
+    read,
+    unknown_keys,
+)
 from cppo.config import WRITTEN_BY_A_RUN, CPPOConfig
 from cppo.places import is_place, load_object
 from cppo.questions.columns import KEYS, named, shared_column
@@ -221,6 +230,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         given = apply_overrides(tree, overrides)
         source = str(path)
+        _check_foreign(tree)
         config = build(RunConfig, tree)
         _check_names(config)
     except ConfigError as error:
@@ -228,6 +238,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             source = "command line"
         raise ConfigError(f"{source}: {error}", error.key) from None
     return config
+
+
+def _check_foreign(tree: dict[str, Any]) -> None:
+    """Raise ConfigError for a key of TRL's or verl's, or of ours in another place, with ours."""
+    known = all_keys(RunConfig)
+    for key, value in unknown_keys(RunConfig, tree):
+        last = key.rpartition(".")[2]
+        place, words = foreign_names.answer(key, value) or (key, "")
+        ours = [one for one in known if one.endswith(f".{last}")]
+        if (
+            not words
+            and ours
+            and len({one.replace("data.eval", "data.train") for one in ours}) == 1
+        ):
+            words = f"did you mean {ours[0]}?"
+        if words:
+            given = "" if isinstance(value, dict) else f" (its value: {value!r:.60})"
+            raise ConfigError(f"{place} is not a key{given}; {words}", key)
 
 
 def _is_good(path: str | Path, given: Sequence[str]) -> bool:

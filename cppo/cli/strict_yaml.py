@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -83,3 +84,11 @@ def _count(root: yaml.Node | None) -> None:
             waiting += node.value
         elif isinstance(node, yaml.MappingNode):
             waiting += [part for pair in node.value for part in pair]
+
+
+def scalar(text: str) -> str:
+    """A text as YAML reads it back, in quotes where it needs them."""
+    if re.fullmatch(r"\w[\w./-]*", text) and parse(text) == text:
+        return text
+    # Single quotes know no escapes, which characters that cannot be printed need.
+    return "'" + text.replace("'", "''") + "'" if text.isprintable() else json.dumps(text)

@@ -47,6 +47,8 @@ def main(options: argparse.Namespace) -> int:
             print(f"rollouts: {engine_words(config.trainer)}")
         if words := overlap(config.data):
             print(words)
+        if {"tensorboard", "all"} & set(config.trainer.trackers):
+            print(f"curves: tensorboard --logdir {output_dir}")
     try:
         run_trainer(trainer, claim.start, overwrite=options.overwrite)
     finally:

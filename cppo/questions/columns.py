@@ -31,7 +31,7 @@ _USUAL = {
         *("image_file", "images_path", "file_name", "filename"),
     ),
 }
-_MISSING = object()
+MISSING = object()
 
 
 def rename_columns(
@@ -48,7 +48,8 @@ def rename_columns(
         rows: mappings, by number.
         prompt_key: the column that becomes `prompt`: a text or messages.
         answer_key: the column that becomes `answer`: what the rewards compare with.
-        images_key: the column that becomes `images`: one image or a list of images.
+        images_key: the column that becomes `images`: one image or a list of images. Rows without it
+            have no image.
             A name with a dot reads a mapping: "reward_model.ground_truth". A column that has such a
             name itself goes first. None: the row's own `prompt`, `answer`, `image` or `images`.
         where: the beginning of error messages.
@@ -59,7 +60,7 @@ def rename_columns(
         when it is taken.
     """
     keys = named(prompt_key=prompt_key, answer_key=answer_key, images_key=images_key)
-    check_keys(keys, rows[0], where)
+    check_keys(keys, rows, where)
     return Rows(rows, lambda row, index: renamed(row, keys, f"{where}row {index}: "))
 
 
@@ -68,12 +69,19 @@ def named(**keys: str | None) -> dict[str, str]:
     return {key: name for key, name in keys.items() if name is not None}
 
 
-def check_keys(keys: Mapping[str, str], first: Any, where: str) -> None:
-    """Raise ValueError for a column that the first row does not have, or that two keys name."""
+def check_keys(keys: Mapping[str, str], rows: Dataset, where: str) -> None:
+    """Raise ValueError for a column that the first row does not have, or that two keys name.
+
+    Images may be those of some rows only: of a list one row must have them.
+    """
     if shared := shared_column(keys):
         raise ValueError(f"{where}{shared[0]} and {shared[1]} must name different columns")
+    first: Any = rows[0] if keys else None
     for key, name in keys.items() if isinstance(first, Mapping) else ():
-        if _value(first, name) is _MISSING:
+        looked_at: list[Any] = [first]
+        if key == "images_key" and isinstance(rows, list):
+            looked_at = rows
+        if all(value_at(row, name) is MISSING for row in looked_at):
             raise ValueError(where + _no_column(key, name, first))
 
 
@@ -89,9 +97,11 @@ def shared_column(keys: Mapping[str, str]) -> tuple[str, str] | None:
 
 def renamed(row: dict[str, Any], keys: Mapping[str, str], where: str) -> dict[str, Any]:
     """A row with the columns that `keys` name under their new names."""
-    values = {KEYS[key]: _value(row, name) for key, name in keys.items()}
+    values = {KEYS[key]: value_at(row, name) for key, name in keys.items()}
+    if values.get("images") is MISSING:
+        values["images"] = None
     for key, name in keys.items():
-        if values[KEYS[key]] is _MISSING:
+        if values[KEYS[key]] is MISSING:
             raise QuestionError(where + _no_column(key, name, row))
     if values.get("prompt", "") is None:
         raise QuestionError(f"{where}the column {keys['prompt_key']!r} (prompt_key) is empty")
@@ -121,13 +131,14 @@ def hint(key: str, columns: Iterable[str]) -> str:
     return f"; {key} can name another column, such as {likely!r}" if likely else ""
 
 
-def _value(row: Mapping[str, Any], name: str) -> Any:
+def value_at(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a column, or of a name with dots inside mappings; MISSING if there is none."""
     if name in row:
         return row[name]
     value: Any = row
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            return _MISSING
+            return MISSING
         value = value[part]
     return value
 

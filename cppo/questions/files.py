@@ -63,7 +63,7 @@ def load_rows(
     source = read_source(place, split)
     folder = _folder(place, split)
     keys = named(prompt_key=prompt_key, answer_key=answer_key, images_key=images_key)
-    check_keys(keys, source[0], "cppo.load_rows: ")
+    check_keys(keys, source, "cppo.load_rows: ")
     kinds = {name: getattr(kind, "dtype", "") for name, kind in _features(source).items()}
     narrow = {name: kind for name, kind in kinds.items() if kind in ("float16", "float32")}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -30,3 +33,15 @@ def vllm_build() -> tuple[str, str] | None:
         except PackageNotFoundError:
             pass
     return None
+
+
+@contextmanager
+def without_peft_warning() -> Iterator[None]:
+    """Around what makes a model of peft's: it asks transformers by a name that is deprecated there.
+
+    No setting makes peft ask by the new one, and a user cannot do anything about it.
+    """
+    with warnings.catch_warnings():
+        old_name = "`is_gradient_checkpointing` is deprecated"
+        warnings.filterwarnings("ignore", message=old_name, category=FutureWarning)
+        yield

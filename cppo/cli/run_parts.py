@@ -19,7 +19,7 @@ from cppo.cli.run_config import (
     ModelConfig,
     RunConfig,
 )
-from cppo.extras import require_package
+from cppo.extras import require_package, without_peft_warning
 from cppo.places import is_place, load_object
 from cppo.questions import Question, Rows, rename_columns
 from cppo.questions.columns import columns_of, likely_column
@@ -69,7 +69,8 @@ def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tup
         from peft import PeftModel
 
         base, processor = load_policy(model)
-        return PeftModel.from_pretrained(base, str(checkpoint)), processor
+        with without_peft_warning():
+            return PeftModel.from_pretrained(base, str(checkpoint)), processor
     if not is_place(model.builder):
         return load_model(checkpoint), load_processor(checkpoint)
     from cppo.train.weights import load_weights

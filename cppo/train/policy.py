@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from cppo.config import CPPOConfig
-from cppo.extras import require_package
+from cppo.extras import require_package, without_peft_warning
 from cppo.model import forward
 from cppo.model.check import check_training_mode
 from cppo.model.precision import hold_weights
@@ -220,7 +220,8 @@ def _with_adapters(model: Any, config: CPPOConfig) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         try:
-            return get_peft_model(model, options)
+            with without_peft_warning():
+                return get_peft_model(model, options)
         except ValueError as error:  # layers of a kind that has no adapters, or all left out
             reason = " ".join(str(error).split())
             raise _target_error(model, targets, reason) from error

@@ -9,6 +9,7 @@
     <!-- spread: NAME; MODE; PEER -->                   least and largest ratio in the brief table
     <!-- value: NAME; COLUMN; COLUMN=TEXT; ... -->      a number of the only row that fits
     <!-- set: NAME -->                                  device, versions, date and file of the rows
+    <!-- ops: all -->                                   every op with a kernel, and its backends
 
 NAME is a file of benchmarks/results without `.csv`; "cpu" and "cuda" are the one set of rows of
 such a device.
@@ -27,6 +28,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cppo
+from cppo import backends
 from cppo.benchmarks.harness import Measured
 from cppo.benchmarks.timing import Ceilings
 
@@ -317,6 +320,19 @@ def _table(name: str, kind: str) -> str:
     return made
 
 
+def _ops() -> str:
+    """The ops on tensors that have a kernel, and a column for each kind of backend."""
+    columns = {"C++": "cpp", "CUDA C++": "cuda", "Triton": "triton"}
+    lines = []
+    for op, names in backends.BACKENDS.items():
+        if op in backends.HOST_OPS:
+            continue
+        function = cppo.PackedBatch.unpack if op == "unpack" else getattr(cppo, op)
+        what = str(function.__doc__).splitlines()[0].replace("|", "\\|")
+        lines.append([f"`{op}`", what, *("yes" if c in names else "" for c in columns.values())])
+    return markdown(["op", "what it is", *columns], lines)
+
+
 def _number(kind: str, words: Sequence[str]) -> str:
     path = committed(words[0])
     if kind == "set":
@@ -326,7 +342,7 @@ def _number(kind: str, words: Sequence[str]) -> str:
 
 
 _PLACE = re.compile(
-    r"<!-- (table|ratio|spread|value|set): ([^>]*?) -->(.*?)<!-- /\1 -->", re.DOTALL
+    r"<!-- (table|ratio|spread|value|set|ops): ([^>]*?) -->(.*?)<!-- /\1 -->", re.DOTALL
 )
 
 
@@ -338,6 +354,8 @@ def rendered(text: str) -> str:
         if kind == "table":
             name, _, table = words.partition(" ")
             inner = f"\n{_table(name, table)}\n"
+        elif kind == "ops":
+            inner = f"\n{_ops()}\n"
         else:
             inner = _number(kind, [word.strip() for word in words.split(";")])
         return f"<!-- {kind}: {words} -->{inner}<!-- /{kind} -->"

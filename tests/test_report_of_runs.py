@@ -230,7 +230,8 @@ def test_runs_side_by_side(run, tmp_path, capsys, monkeypatch):
         status, out, _ = cppo(capsys, "report", str(run), str(other))
         assert status == 0 and out.strip() == "comparison.html"
     source = Path("comparison.html").read_text()
-    for expected in ("other/first", "run0/first", "by time", "learning_rate", "0.001", "0.5"):
+    names = "other/first", f"{run.parent.name}/first"
+    for expected in (*names, "by time", "learning_rate", "0.001", "0.5"):
         assert expected in source, expected
     assert "batch_size" not in source and "output_dir" not in source
     assert not re.search(r"<script|<link|(src|href)=.http", source)

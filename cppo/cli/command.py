@@ -7,6 +7,7 @@ where it was raised. transformers is imported only once there is something to ru
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ _EVAL_EXAMPLES = """examples:
   cppo eval runs/my_data                        # the best checkpoint of a run
   cppo eval runs/my_data --checkpoint last --samples 8
   cppo eval my_data.yaml                        # the model before training"""
+# Commands with a module of their name, which is imported when it runs.
 _FORWARDED = {
     "init": "write a commented recipe for your own data, and a reward",
     "keys": "every key of a configuration file, with what it means",
@@ -61,38 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    if command == "info":
-        from cppo.cli import info
-
-        return info.main(arguments[1:])
-    if command == "init":
-        from cppo.cli import init
-
-        return init.main(arguments[1:])
-    if command == "keys":
-        from cppo.cli import keys
-
-        return keys.main(arguments[1:])
-    if command == "inspect":
-        from cppo.cli import inspect
-
-        return inspect.main(arguments[1:])
-    if command == "report":
-        from cppo.cli import report
-
-        return report.main(arguments[1:])
-    if command == "data":
-        from cppo.cli import data
-
-        return data.main(arguments[1:])
-    if command == "demo":
-        from cppo.cli import demo
-
-        return demo.main(arguments[1:])
-    if command == "bench":
-        from cppo.cli import bench
-
-        return bench.main(arguments[1:])
+    if command in _FORWARDED:
+        forwarded: int = importlib.import_module(f"cppo.cli.{command}").main(arguments[1:])
+        return forwarded
     parser = _parser(command)
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:

@@ -122,7 +122,10 @@ _TABLE = (
     ("enable_gradient_checkpointing grad_checkpointing", "trainer.gradient_checkpointing"),
     ("freeze_vision_modules", "trainer.freeze_vision_tower"),
     ("use_liger_kernel use_liger_loss use_liger use_fused_kernels", _FUSED),
-    ("use_remove_padding padding_free", "completions are always packed, without padding"),
+    (
+        "use_remove_padding padding_free",
+        "completions are packed without padding wherever that is right for the model",
+    ),
     ("deepspeed fsdp fsdp_config strategy", _SHARDING),
     (
         "nnodes n_gpus_per_node",

@@ -78,9 +78,14 @@ def test_own_csv_and_own_reward_to_a_model_of_plain_transformers():
     assert "num_epochs = 1: 9 steps of 2 questions" in done.stdout
     assert "\ncurves: tensorboard --logdir runs/my_data\n" in done.stdout
     assert list(Path("runs/my_data").rglob("events.out.tfevents*"))
+    last = done.stdout.splitlines()[-1]
+    assert last == "report: runs/my_data/report.html; next: cppo eval runs/my_data"
+    assert Path("runs/my_data/report.html").is_file()
     done = command("eval", "runs/my_data")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "on 2 questions" in done.stdout and "reward_reward" in done.stdout
+    assert "on 2 questions" in done.stdout
+    measured = [line.split()[2] for line in done.stdout.splitlines() if "avg@1" in line]
+    assert measured == ["right_answer", "tokens"]
     code = """
 import sys
 from pathlib import Path
@@ -231,16 +236,16 @@ def test_mistakes_are_one_line_and_nothing_is_written(given, words, capsys):
 
 def test_a_reward_that_needs_no_answer():
     config, _ = findings([{"aa": "?", "bb": "1"}], "--prompt-key", "aa", "--reward")
-    assert config.rewards == ("my_reward.py:reward",)
+    assert config.rewards == ("my_reward.py:right_answer",)
     assert Path("my_reward.py").read_text() == Path(own_reward.__file__).read_text()
 
 
 def test_the_reward_to_start_from():
     texts = [r"so \boxed{7}", r"\boxed{8} or \boxed{ 7 }", r"\boxed{8}", "think\n7", "it is 7"]
     scores = [1.0, 1.0, 0.1, 1.0, 0.0]
-    assert own_reward.reward(texts, answer=[7] * 5, level=[1] * 5) == scores
+    assert own_reward.right_answer(texts, answer=[7] * 5, level=[1] * 5) == scores
     messages = [[{"role": "assistant", "content": text}] for text in texts]
-    assert own_reward.reward(messages, answer=["7"] * 5) == scores
+    assert own_reward.right_answer(messages, answer=["7"] * 5) == scores
 
 
 NAMES = [

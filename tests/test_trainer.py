@@ -110,6 +110,17 @@ def test_a_frozen_vision_tower_does_not_move(family, tmp_path):
     assert trainer.history[-1]["perception_share"] > 0
 
 
+def test_a_run_says_that_it_contrasts(tmp_path, capsys):
+    trainer_for(tmp_path / "on", "qwen2_5_vl", cpl_coef=0.5)
+    on = "contrastive perception is on: completions with A > 0 also run under two perturbed views"
+    assert f"{on} of their images; loss.cpl_coef = 0 in place of 0.5" in capsys.readouterr().out
+    trainer_for(tmp_path / "all", "qwen2_5_vl", cpl_coef=0.5, gating=False)
+    assert "is on: all completions also" in capsys.readouterr().out
+    trainer_for(tmp_path / "off", "qwen2_5_vl", cpl_coef=0.0)
+    trainer_for(tmp_path / "text", cpl_coef=0.5)
+    assert "contrastive" not in capsys.readouterr().out
+
+
 def test_bf16_keeps_fp32_weights(tmp_path, monkeypatch):
     seen = []
     from cppo.train.views import hidden_states

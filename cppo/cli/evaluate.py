@@ -151,7 +151,10 @@ def _ks(given: str | None, samples: int) -> list[int]:
 
 
 def _show(table: Sequence[Measure]) -> None:
+    rewards = {row.metric for row in table if "@" not in row.metric} - {"reward", "tokens"}
     for row in table:
+        if row.metric == "reward" and len(rewards) == 1:
+            continue  # a weighted sum of one
         error = "" if row.error is None else f" +- {row.error:.4f}"
         spread = "" if row.std is None else f"  (std over the passes {row.std:.4f})"
         passes = f"avg@{row.samples}" if row.mode == "sampled" and "@" not in row.metric else ""

@@ -1,7 +1,7 @@
-"""A reward of your own, which `rewards: [my_reward.py:reward]` names in a recipe.
+"""A reward of your own, which `rewards: [my_reward.py:right_answer]` names in a recipe.
 
-`reward` is called with the completions of a step and with every column of the data, each a list
-with one entry per completion, and returns a number for each of them: docs/rewards.md. Change
+`right_answer` is called with the completions of a step and with every column of the data, each a
+list with one entry per completion, and returns a number for each of them: docs/rewards.md. Change
 `score`; everything else can stay.
 """
 
@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 
-def reward(completions: list[Any], answer: list[Any], **columns: list[Any]) -> list[float]:
+def right_answer(completions: list[Any], answer: list[Any], **columns: list[Any]) -> list[float]:
     """Return a number for each completion; `None` for one says that the reward does not apply."""
     return [score(text_of(one), right) for one, right in zip(completions, answer, strict=True)]
 

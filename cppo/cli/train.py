@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
     finally:
         trainer.engine.close()
     if is_main:
-        print(f"written to {output_dir}; next: cppo eval {output_dir}")
+        print(f"report: {output_dir / 'report.html'}; next: cppo eval {output_dir}")
     return 0
 
 

@@ -29,6 +29,12 @@ def warnings(model: nn.Module, processor: Any, config: CPPOConfig) -> list[str]:
     """What a user should know before the run begins."""
     two_ends = closing_token_ids(model, processor)[1]
     found = [two_ends] if two_ends else []
+    if has_vision(model) and config.loss.contrasts:
+        which = "completions with A > 0" if config.loss.gating else "all completions"
+        found.append(
+            f"contrastive perception is on: {which} also run under two perturbed views of their "
+            f"images; loss.cpl_coef = 0 in place of {config.loss.cpl_coef:g} turns it off"
+        )
     steps = config.steps() * config.num_iterations * config.optimizer_steps
     if config.warmup_steps >= steps:
         found.append(

@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not output.parent.is_dir():
         raise ConfigError(f"there is no folder {output.parent}")
     try:
-        data = DatasetConfig(arguments.loader, arguments.path, arguments.split, arguments.limit)
+        loader, path, split = arguments.loader, arguments.path, arguments.split
+        data = DatasetConfig(loader, path, split, limit=arguments.limit)
     except ValueError as error:
         raise ConfigError(str(error).removeprefix("DatasetConfig.")) from error
     rows = load_questions(data, arguments.system_prompt, arguments.loader)

@@ -62,6 +62,7 @@ class Run:
         self.journal = Journal()
         """The pieces of the step that is running."""
         self.is_running = False
+        self._is_reported = False  # how it ended
         self._interrupted: Journal | None = None
         self._describe, self._metric = trained_on, metric
         self._folder, self._lock = Path(policy.config.output_dir), ExitStack()
@@ -79,7 +80,7 @@ class Run:
         start = claim.start
         seal = self.processes.together(lambda: self._resume(start)) if start else None
         self.processes.must_agree({"checkpoint's checksum": seal, **self._shared()})
-        self._folder, self.is_running = claim.folder, True
+        self._folder, self.is_running, self._is_reported = claim.folder, True, False
         self.processes.of_first(lambda: self._begin(claim))
         self.processes.same_weights(self.policy.model)
         self.policy.version += 1  # an engine may have those of before
@@ -90,7 +91,7 @@ class Run:
         """Writes the report, and gives the folder free for another run."""
         try:
             self.log.flush()
-            self._report(is_running=False)
+            self._last_report()
         finally:
             self.is_running = False
             self._lock.close()
@@ -212,6 +213,8 @@ class Run:
         is_due = config.save_every > 0 and self.step % config.save_every == 0
         if self._improved(metrics) or is_last or is_due or is_old or self._save_failed:
             self._try_to_save(is_last)
+        if is_last:
+            self._last_report()  # while signals are heard
         if any(heard for _, heard in told) and not is_last:
             self.end_early()
 
@@ -238,6 +241,8 @@ class Run:
                 self.save()
         except ValueError as error:  # a full disk, for example
             failure = f"{error}; "
+        # Before any process ends: a launcher then kills the others.
+        self.processes.of_first(self._last_report)
         path = self.processes.of_first(lambda: last_checkpoint(self.policy.config.output_dir))
         words = f"{failure}the newest checkpoint is {path or 'none: nothing was done yet'}"
         self.log.say(f"stopped by {heard[0].name}; {words}")
@@ -249,6 +254,12 @@ class Run:
         """An exchange between processes, which a signal must not break off on one of them."""
         with self.stopping.pausing():
             return self.processes.gather(value)
+
+    def _last_report(self) -> None:
+        """Writes how the run ended, once."""
+        if not self._is_reported:
+            self._is_reported = True
+            self._report(is_running=False)
 
     def _report(self, *, is_running: bool) -> None:
         """Writes report.html from the run's files, on the first process. It ends no run."""

@@ -46,7 +46,7 @@ from cppo.train.batch import Batch
 from cppo.train.collect import Collector
 from cppo.train.draws import QuestionDraws, longest_sequence
 from cppo.train.engine import PolicyEngine, new_engine
-from cppo.train.evaluate import Evaluation, Share, evaluate
+from cppo.train.evaluate import Share, evaluate
 from cppo.train.metrics import (
     Total,
     completion_rows,
@@ -277,11 +277,8 @@ class CPPOTrainer:
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics of the current policy, {"eval/sampled/<reward>": mean, ...}.
 
-        Collective.
+        Within a run some of the completions go to held_out.jsonl. Collective.
         """
-        return _metrics_of(self._evaluate())
-
-    def _evaluate(self) -> Evaluation:
         self.engine.wait()
         with self._run.stopping.pausing():
             self.engine.prepare()
@@ -299,16 +296,17 @@ class CPPOTrainer:
             )
         with self._run.stopping.pausing():
             self.engine.sleep()
-        return result
+            if self._run.is_running:
+                count = self.config.log_completions
+                rows = held_out_rows(result.completions, self.eval_questions, self.step, count)
+                self.log.held_out(rows)
+        return {f"eval/{name}": value for name, value in result.metrics.items()}
 
     def _evaluation(self) -> dict[str, float]:
         if not self.eval_questions:
             return {}
         with self._run.stopping.breaking():
-            result = self._evaluate()
-        count = self.config.log_completions
-        self.log.held_out(held_out_rows(result.completions, self.eval_questions, self.step, count))
-        return _metrics_of(result)
+            return self.evaluate()
 
     def _record(self, metrics: dict[str, Any]) -> None:
         if not metrics:
@@ -331,10 +329,6 @@ class CPPOTrainer:
         Raises: CheckpointError, on every process, if it could not be written.
         """
         return self._run.save()
-
-
-def _metrics_of(result: Evaluation) -> dict[str, float]:
-    return {f"eval/{name}": value for name, value in result.metrics.items()}
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -41,3 +42,10 @@ def write_parquet(rows, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
+
+
+def write_jsonl(rows, name: str = "my.jsonl") -> str:
+    """Writes rows below the working directory; returns the name."""
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("\n".join(map(json.dumps, rows)))
+    return name

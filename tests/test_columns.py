@@ -1,11 +1,10 @@
 """Columns under names of one's own, and images beside the file of their rows."""
 
-import json
 from pathlib import Path
 
 import pytest
 from cli_cases import DIGITS, TINY, cppo
-from question_cases import encoded, picture, write_parquet
+from question_cases import encoded, picture, write_jsonl, write_parquet
 
 from cppo.cli import run_config
 from cppo.cli.config_file import ConfigError
@@ -27,14 +26,8 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def write(rows, name="my.jsonl"):
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    Path(name).write_text("\n".join(map(json.dumps, rows)))
-    return name
-
-
 def questions(rows, **options):
-    data = DatasetConfig(path=write(rows), **options)
+    data = DatasetConfig(path=write_jsonl(rows), **options)
     return load_questions(data, None, "data.train")
 
 
@@ -141,7 +134,7 @@ def test_the_rows_of_a_loader_of_ones_own_are_mapped_alike(capsys):
 
 def test_a_missing_answer_suggests_the_key(capsys):
     rows = [{"question": f"{i}?", "label": str(i)} for i in range(8)]
-    train = f"data.train={{path: {write(rows)}, prompt_key: question}}"
+    train = f"data.train={{path: {write_jsonl(rows)}, prompt_key: question}}"
     status, _, err = cppo(capsys, "train", DIGITS, *TINY, train)
     words = "row 0: has no ground truth ('answer'); answer_key can name another column, such as "
     assert status == 2 and words + "'label'" in err
@@ -196,7 +189,7 @@ def test_held_out_questions_that_are_trained_on_are_said(train, held_out, words)
 
 
 def test_a_run_says_so(capsys):
-    write([{"prompt": f"{i}?", "answer": str(i)} for i in range(8)])
+    write_jsonl([{"prompt": f"{i}?", "answer": str(i)} for i in range(8)])
     given = ["data.train={path: my.jsonl}", "data.eval={path: my.jsonl, limit: 2}"]
     for more in ([], ["--dry-run"]):
         status, out, _ = cppo(capsys, "train", DIGITS, *TINY, *given, *more)
@@ -245,7 +238,7 @@ def test_paths_are_relative_to_the_file_then_to_the_working_directory(row, keys,
         Path("pics/2.png").rename("pics/1.png")
         Path("pics/1.png").write_bytes(b"no image")
     row = row if "messages" in row else {"prompt": "How many?", **row}
-    name = write([row], "data/my.jsonl")
+    name = write_jsonl([row], "data/my.jsonl")
     rows = load_questions(DatasetConfig(path=name, **keys), None, "data.train")
     if place is None:
         words = f"row 0: there is no file pics/1.png, neither in data nor in {Path.cwd()}"
@@ -262,7 +255,7 @@ def test_other_images_stay_as_they_are():
     pictures("a b.png")
     sources = [str(Path("a b.png").resolve()), Path("a b.png").resolve().as_uri(), text,
                f"data:image/png;base64,{text}"]  # fmt: skip
-    write([{"prompt": "?", "image": source} for source in sources] + [{"prompt": "?"}])
+    write_jsonl([{"prompt": "?", "image": source} for source in sources] + [{"prompt": "?"}])
     rows = load_rows("my.jsonl")
     assert [row.get("image") for row in rows] == [*sources, None]
     assert [len(as_question(row).images) for row in rows] == [1, 1, 1, 1, 0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_cases import cppo
-from question_cases import picture, write_parquet
+from question_cases import picture, write_jsonl, write_parquet
 
 from cppo.cli import init, main, own_reward
 from cppo.cli.own_data import Findings
@@ -29,12 +29,6 @@ QUICK = (
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def write(rows, name="my.jsonl"):
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    Path(name).write_text("\n".join(map(json.dumps, rows)))
-    return name
 
 
 def problems(count=20):
@@ -106,7 +100,7 @@ def test_own_images_beside_their_file(capsys):
         question = as_question(row, i)
         question.images[0].save(f"set/pics/{i}.png")
         rows.append({"q": "What is the sum?", "picture": f"pics/{i}.png", "sum": row["answer"]})
-    write(rows, "set/my.jsonl")
+    write_jsonl(rows, "set/my.jsonl")
     given = ["--data", "set/my.jsonl", "--model", "tiny_digits", "--prompt-key", "q"]
     status, out, _ = cppo(capsys, "init", *given, "--answer-key", "sum")
     assert status == 0 and "images: the column 'picture' (images_key)" in out
@@ -127,7 +121,7 @@ def test_own_images_beside_their_file(capsys):
 # ---- What a recipe says
 
 
-def findings(rows, *given, name="my.jsonl", writer=write):
+def findings(rows, *given, name="my.jsonl", writer=write_jsonl):
     assert main(["init", "--overwrite", "--data", str(writer(rows, name)), *given]) == 0
     return load("my_data.yaml"), Path("my_data.yaml").read_text()
 
@@ -189,8 +183,8 @@ def test_images_in_parquet_and_in_messages():
 
 def test_held_out_rows_of_splits_and_of_another_file():
     row = {"prompt": "?", "answer": "1"}
-    write([row] * 5, "set/train.jsonl")
-    write([row] * 4, "set/test.jsonl")
+    write_jsonl([row] * 5, "set/train.jsonl")
+    write_jsonl([row] * 4, "set/test.jsonl")
     assert main(["init", "--data", "set"]) == 0
     data = load("my_data.yaml").data
     assert (data.train.split, data.eval.split, data.train.skip) == ("train", "test", 0)
@@ -227,7 +221,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(given, words, capsys):
     for name in ("taken.yaml", "taken.py"):
         Path(name).write_text("mine")
     Path("bad.csv").write_text("prompt,answer\n1,2\n3\n")
-    write([{"aa": "?", "bb": "1"}], "odd.jsonl")
+    write_jsonl([{"aa": "?", "bb": "1"}], "odd.jsonl")
     before = sorted(Path().iterdir())
     status, _, err = cppo(capsys, "init", *given)
     assert status == 2 and re.search(f"^cppo init: error: .*{words}", err.strip())
@@ -289,7 +283,7 @@ def test_the_page_does_what_it_says(capsys):
     names = {}
     exec(code, names)
     assert names["question"].columns["answer"] == 5
-    write([json.loads(line) for line in rows.splitlines()] * 100)
+    write_jsonl([json.loads(line) for line in rows.splitlines()] * 100)
     first, dry, *_ = (line.split("#")[0].split()[1:] for line in commands.splitlines())
     assert main(first) == 0 and main(dry) == 0
     Path("page.yaml").write_text(f"extends: my_data.yaml\n{data}")

@@ -66,7 +66,7 @@ def _state(path: Path) -> list[Any]:
 
 
 class Predictions:
-    """A journal of `cppo.train.evaluate.evaluate` that becomes the file of predictions.
+    """The finished batches of `cppo.train.evaluate.evaluate`, which become the file of predictions.
 
     Args:
         path: the file.

@@ -31,7 +31,7 @@ READ_ROWS = 10_000  # the same for text alone, which takes a second or two
 if TYPE_CHECKING:
     from cppo.config import CPPOConfig
     from cppo.rollouts.engine import Engine
-    from cppo.train.evaluate import Evaluation, Journal
+    from cppo.train.evaluate import Evaluation, FinishedBatches
     from cppo.train.trainer import CPPOTrainer, Dataset
 
 
@@ -288,7 +288,7 @@ def evaluate_policy(
     checkpoint: Path | None,
     dataset: str,
     device: str = "cpu",
-    journal: Journal | None = None,
+    finished: FinishedBatches | None = None,
 ) -> Evaluation:
     """Measure a model's rewards without training it, by the engine of the configuration.
 
@@ -297,7 +297,7 @@ def evaluate_policy(
         checkpoint: a folder that the trainer wrote; None: the configured weights.
         dataset: "train" or "eval".
         device: where the model runs.
-        journal: as `cppo.train.evaluate.evaluate` takes it.
+        finished: as `cppo.train.evaluate.evaluate` takes it.
     Returns: metrics and completions, as `cppo.train.evaluate.evaluate` returns them.
     Raises: ConfigError for anything that is missing, and for an engine that cannot sample.
     """
@@ -324,7 +324,7 @@ def evaluate_policy(
                 config=options,
                 suppressed=special,
                 engine=engine,
-                journal=journal,
+                finished=finished,
             )
     except ConfigError:
         raise

@@ -148,8 +148,7 @@ def load_virl39k(
     """
     if split != "train":
         raise ValueError(f"cppo.load_virl39k: split must be 'train', got {split!r}")
-    path = Path(path).expanduser()
-    folder = Path(image_folder or (path if path.is_dir() else path.parent)).expanduser()
+    folder = Path(image_folder).expanduser() if image_folder else folder_of(path)
     layout = Layout(
         ("question", "answer", "image"),
         {"answer": _boxed_or_all},
@@ -160,6 +159,12 @@ def load_virl39k(
     )
     loader = Loader("load_virl39k", (layout,), system_prompt, skip_bad_rows, min_image_side)
     return loader(path, None)
+
+
+def folder_of(path: str | Path) -> Path:
+    """What the paths of images in a set's files are relative to."""
+    path = Path(path).expanduser()
+    return path if path.is_dir() else path.parent
 
 
 def _as_it_is(answer: Any) -> Any:

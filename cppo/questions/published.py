@@ -22,7 +22,7 @@ from typing import Any
 
 from cppo.questions import published_rows as asked
 from cppo.questions.layouts import Layout, Loader
-from cppo.questions.loaders import BOXED_INSTRUCTION
+from cppo.questions.loaders import BOXED_INSTRUCTION, folder_of
 from cppo.questions.rows import Rows
 
 
@@ -124,7 +124,7 @@ def load_mathverse(
         images="image",
         reads=("answer", "question_type", "problem_version"),
         ask=asked.mathverse,
-        image_folder=_folder(path),
+        image_folder=folder_of(path),
     )
     return Loader("load_mathverse", (layout,), system_prompt, skip_bad_rows, min_image_side)(
         path, split
@@ -174,7 +174,7 @@ def load_logicvista(
         images="image",
         reads=("answer",),
         ask=asked.logicvista,
-        image_folder=_folder(path),
+        image_folder=folder_of(path),
     )
     return Loader("load_logicvista", (layout,), system_prompt, skip_bad_rows, min_image_side)(
         path, split
@@ -200,7 +200,7 @@ def load_wemath(
         images="image_path",
         reads=("option", "answer"),
         ask=asked.wemath,
-        image_folder=_folder(path),
+        image_folder=folder_of(path),
     )
     return Loader("load_wemath", (layout,), system_prompt, skip_bad_rows, min_image_side)(
         path, split
@@ -249,9 +249,3 @@ def _text(question: str, answer: str) -> Layout:
 
 def _pictures(columns: tuple[str, ...], **more: Any) -> Layout:
     return Layout(columns, instruction=BOXED_INSTRUCTION, **more)
-
-
-def _folder(path: str | Path) -> Path:
-    """What the paths of images are relative to."""
-    path = Path(path).expanduser()
-    return path if path.is_dir() else path.parent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -41,7 +41,7 @@ class Share(NamedTuple):
 _WHOLE = Share()
 
 
-class Journal(Protocol):
+class FinishedBatches(Protocol):
     """Keeps the rows of each batch, so that an evaluation that was killed need not repeat them."""
 
     def rows_of(self, mode: str, ids: Sequence[int]) -> list[dict[str, Any]] | None:
@@ -62,7 +62,7 @@ def evaluate(
     share: Share = _WHOLE,
     state: Any = None,
     engine: Engine | None = None,
-    journal: Journal | None = None,
+    finished: FinishedBatches | None = None,
 ) -> Evaluation:
     """Rewards of a set of questions, each process taking its share.
 
@@ -74,55 +74,62 @@ def evaluate(
         questions: taken by number, a batch at a time.
         engine: samples. The caller has brought it the model's weights (`Engine.sync`). None: the
             built-in loop.
-        journal: knows the batches that need not be sampled again, and keeps the others.
+        finished: knows the batches that need not be sampled again, and keeps the others.
     Raises: QuestionError for a prompt that leaves no room for a completion; EngineError if the
         engine cannot sample.
     """
     own = range(share.rank, len(questions), share.size)
     weights = reward_weights(list(reward_functions), config)
     limit = longest_sequence(model, config)
+    rows: list[dict[str, Any]] = []
+    for mode, temperature, samples, ids in _batches(own, config):
+        known = finished.rows_of(mode, ids) if finished else None
+        if known is not None:
+            rows += known
+            continue
+        set_seed(seed_from(config.seed, "eval", mode, ids[0]) % 2**32)
+        kwargs = config.chat_template_kwargs or {}
+        prompts = encode_questions(model, processor, [questions[i] for i in ids], kwargs)
+        tokens = prompts.attention_mask.sum(1).tolist()
+        for question, count in zip(prompts.questions, tokens, strict=True):
+            check_room(question, count, config, limit)
+        rollouts = sample_completions(
+            model,
+            processor,
+            prompts,
+            group_size=samples,
+            max_new_tokens=config.max_completion_tokens,
+            temperature=temperature,
+            suppressed=suppressed,
+            batch_size=config.generation_batch_size,
+            engine=engine,
+        )
+        scores = score(
+            reward_functions,
+            weights,
+            rollouts,
+            state=state,
+            timeout=config.reward_timeout,
+            retries=config.reward_retries,
+        )
+        new = _rows(mode, ids, rollouts, scores)
+        if finished:
+            finished.add(new, prompts.questions)
+        rows += new
+    rows = [row for part in share.gather(rows) for row in part]
+    return Evaluation(_summary(rows), rows)
+
+
+def _batches(
+    own: Sequence[int], config: CPPOConfig
+) -> Iterator[tuple[str, float | None, int, Sequence[int]]]:
+    """(mode, temperature, samples of a question, the questions' numbers) of every batch."""
     sampled = ("sampled", config.loss.temperature, config.eval_samples)
     modes = [sampled, ("greedy", None, 1)] if config.eval_greedy else [sampled]
-    rows: list[dict[str, Any]] = []
     for mode, temperature, samples in modes:
         per_batch = max(1, config.generation_batch_size // samples)
         for start in range(0, len(own), per_batch):
-            ids = own[start : start + per_batch]
-            known = journal.rows_of(mode, ids) if journal else None
-            if known is not None:
-                rows += known
-                continue
-            set_seed(seed_from(config.seed, "eval", mode, ids[0]) % 2**32)
-            kwargs = config.chat_template_kwargs or {}
-            prompts = encode_questions(model, processor, [questions[i] for i in ids], kwargs)
-            tokens = prompts.attention_mask.sum(1).tolist()
-            for question, count in zip(prompts.questions, tokens, strict=True):
-                check_room(question, count, config, limit)
-            rollouts = sample_completions(
-                model,
-                processor,
-                prompts,
-                group_size=samples,
-                max_new_tokens=config.max_completion_tokens,
-                temperature=temperature,
-                suppressed=suppressed,
-                batch_size=config.generation_batch_size,
-                engine=engine,
-            )
-            scores = score(
-                reward_functions,
-                weights,
-                rollouts,
-                state=state,
-                timeout=config.reward_timeout,
-                retries=config.reward_retries,
-            )
-            sampled_rows = _rows(mode, ids, rollouts, scores)
-            if journal:
-                journal.add(sampled_rows, prompts.questions)
-            rows += sampled_rows
-    rows = [row for part in share.gather(rows) for row in part]
-    return Evaluation(_summary(rows), rows)
+            yield mode, temperature, samples, own[start : start + per_batch]
 
 
 def _rows(

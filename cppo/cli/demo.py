@@ -96,8 +96,7 @@ def _introduce(trainer: CPPOTrainer, task: Task) -> None:
     print(
         f"{task.title}: a model of {size:.2f} M parameters, {config.max_steps} steps, "
         f"{config.batch_size // per_question} questions x {config.group_size} completions a step, "
-        f"{per_question} kept per question, contrastive perception "
-        f"{'on' if config.loss.cpl_coef and task.has_images else 'off'}"
+        f"{per_question} kept per question"
     )
 
 

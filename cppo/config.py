@@ -160,8 +160,8 @@ class CPPOConfig(CheckedFields):
     run."""
 
     # The update
-    loss: LossConfig = field(default_factory=LossConfig)
-    """Coefficients of the loss."""
+    loss: LossConfig = field(default_factory=lambda: LossConfig(cpl_coef=0.0))
+    """Coefficients of the loss. By default it does not contrast images (docs/methods.md)."""
     num_iterations: int = 1
     """Passes over each rollout."""
     optimizer_steps: int = 1

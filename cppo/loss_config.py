@@ -20,6 +20,11 @@ REDUCTIONS = ("grpo", "dapo", "dr_grpo")
 DIVERGENCES = ("k3", "k1", "full")
 CPL_REDUCTIONS = ("token", "sequence")
 PERCEPTIONS = ("cpl", "cpl_all", "vppo", "papo")
+# Fields of LossConfig that say how images are contrasted, where cpl_coef > 0.
+CONTRAST = (
+    *("perception", "divergence", "tau", "fraction", "gating", "detach_anchor"),
+    "cpl_reduction",
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,9 @@ class LossConfig(CheckedFields):
     (`removed_logps`). The last two have no contrastive loss; their papers remove the image by
     "masked_patches"."""
     cpl_coef: float = 0.01
-    """Weight of the contrastive perception loss. >= 0; acts where perturbed views are given."""
+    """Weight of the contrastive perception loss. >= 0; acts where perturbed views are given. 0.01
+    is the paper's. The trainer and the adapters make the views themselves: their own default is 0,
+    and any other value turns the loss on."""
     divergence: str = "k3"
     """"k3" or "k1" on the sampled token, or "full": over the whole vocabulary."""
     tau: float = 0.1
@@ -138,6 +145,13 @@ class LossConfig(CheckedFields):
     def contrasts(self) -> bool:
         """Whether the loss has a contrastive term where perturbed views are given."""
         return self.cpl_coef > 0 and self.perception in ("cpl", "cpl_all")
+
+    @property
+    def idle_options(self) -> list[str]:
+        """The options of the contrastive loss that are set in vain, because cpl_coef is 0."""
+        if self.cpl_coef > 0 or self.perception in ("vppo", "papo"):
+            return []
+        return [name for name in CONTRAST if getattr(self, name) != getattr(LossConfig, name)]
 
     @property
     def penalises_removed(self) -> bool:

@@ -8,8 +8,10 @@ import numbers
 import operator
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import MISSING, fields
+from typing import Any, Self
+
+from cppo import foreign_names
 
 
 def is_number(value: Any) -> bool:
@@ -64,8 +66,27 @@ def _plain(value: Any) -> Any:
     return value.item() if getattr(value, "shape", None) == () else value
 
 
+def _meant(cls: Any, name: str, value: Any) -> str:
+    """What an option is called that `cls` does not have: words that follow a message."""
+    if found := foreign_names.answer(name, value):
+        ours = found[1].replace("trainer.loss.", "LossConfig.")
+        return "; " + ours.replace("trainer.", "CPPOConfig.")
+    for one in fields(cls):
+        inner = one.default_factory
+        if inner is not MISSING and hasattr(inner(), name):
+            return f"; it is one of {cls.__name__}.{one.name}, a {type(inner()).__name__}"
+    return suggestion(name, [one.name for one in fields(cls)])
+
+
 class CheckedFields:
     """A frozen dataclass whose errors name the class, the field, what is allowed and what came."""
+
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        # Python's own error would name neither our word for it nor one that is spelt alike.
+        for name, value in options.items():
+            if name not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+                raise TypeError(f"{cls.__name__} has no option {name!r}{_meant(cls, name, value)}")
+        return super().__new__(cls)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

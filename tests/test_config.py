@@ -117,7 +117,10 @@ BAD_OVERRIDES = [
         "trainer.loss.importance must be 'token' with perception = 'vppo', which chooses tokens, "
         "got 'sequence'",
     ),
-    ("trainer.positive_views=[]", "must name a perturbation each while trainer.loss.cpl_coef > 0"),
+    (
+        "trainer={batch_size: 8, positive_views: [], loss: {cpl_coef: 0.01}}",
+        "must name a perturbation each while trainer.loss.cpl_coef > 0",
+    ),
     # overrides that are none
     ("trainer.seed", "an override must be key.sub=value, got 'trainer.seed'"),
     ("trainer..seed=1", "an override must be key.sub=value"),
@@ -329,7 +332,10 @@ def test_steps_that_the_completions_just_fill_are_taken():
 
 
 def test_a_partial_loss_keeps_the_defaults_of_the_trainer(good):
-    assert CPPOConfig().loss == LossConfig()
+    # Images are contrasted where that is asked for; the ops are asked by their views.
+    assert CPPOConfig().loss == LossConfig(cpl_coef=0.0) and LossConfig().cpl_coef == 0.01
+    assert load(good, ["trainer.loss.kl_coef=0.1"]).trainer.loss.contrasts is False
+    assert load(good, ["trainer.loss.cpl_coef=0.1"]).trainer.loss.contrasts is True
     config = load(good, ["trainer.loss.tau=0.3"])
     assert config.trainer.loss == dataclasses.replace(CPPOConfig().loss, tau=0.3)
 

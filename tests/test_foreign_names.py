@@ -1,13 +1,17 @@
 """Options of TRL and verl, wherever they are written, are answered with ours."""
 
+import copy
+import pickle
 import re
+from dataclasses import replace
 
 import pytest
 from cli_cases import DIGITS, cppo
 
 from cppo.cli.config_file import ConfigError, all_keys
-from cppo.cli.foreign_names import _VALUES, KEYS
 from cppo.cli.run_config import RunConfig, load
+from cppo.config import CPPOConfig, LossConfig
+from cppo.foreign_names import _VALUES, KEYS
 
 OURS = all_keys(RunConfig)
 
@@ -139,3 +143,35 @@ def test_what_stands_in_a_mapping_of_ones_own_is_not_looked_at():
     assert load(DIGITS, [kwargs]).trainer.chat_template_kwargs == {"beta": 1, "n": 2}
     arguments = load(DIGITS, ["trainer.vllm.arguments.dtype=half"]).trainer.vllm.arguments
     assert arguments == {"dtype": "half"}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: CPPOConfig(num_generations=8), "'num_generations'; here it is CPPOConfig.group_s"),
+        (
+            lambda: CPPOConfig(beta=0.1),
+            "CPPOConfig has no option 'beta'; here it is LossConfig.kl_",
+        ),
+        (
+            lambda: LossConfig(epsilon=0.1),
+            "LossConfig has no option 'epsilon'; here it is LossConf",
+        ),
+        (lambda: CPPOConfig(kl_coef=0.1), "'kl_coef'; here it is LossConfig.kl_coef$"),
+        (lambda: CPPOConfig(tau=0.1), "'tau'; it is one of CPPOConfig.loss, a LossConfig$"),
+        (
+            lambda: CPPOConfig(group_sise=8),
+            "has no option 'group_sise'; did you mean 'group_size'?",
+        ),
+        (lambda: replace(CPPOConfig(), lr=1.0), "'lr'; here it is CPPOConfig.learning_rate$"),
+        (lambda: CPPOConfig(zzz=8), "CPPOConfig has no option 'zzz'$"),
+    ],
+)
+def test_python_is_answered_as_the_command_line_is(make, words):
+    with pytest.raises(TypeError, match=words.replace("?", r"\?")):
+        make()
+
+
+def test_options_are_copied_and_pickled():
+    config = CPPOConfig(group_size=4, loss=LossConfig(tau=0.2))
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config

@@ -166,7 +166,7 @@ def test_policy_loss_is_cppo_loss(mode, reduction):
 def test_with_verls_own_class_the_policy_loss_has_our_defaults():
     actor = example.actor_config(_target_="verl.workers.config.PolicyLossConfig")
     assert verl_loss.loss_config(actor) == cppo.LossConfig(
-        clip_high=0.2, dual_clip=3.0, cpl_reduction="sequence"
+        clip_high=0.2, dual_clip=3.0, cpl_reduction="sequence", cpl_coef=0.0
     )
 
 

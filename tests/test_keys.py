@@ -86,3 +86,9 @@ def test_version(capsys):
     assert help_of(capsys, "--version") == f"cppo {package.__version__}\n"
     text = help_of(capsys, "--help")
     assert "init" in text and "keys" in text and "--version" in text
+
+
+def test_defaults_are_those_of_the_place():
+    """The trainer's loss does not contrast; `LossConfig` by itself does."""
+    (loss,) = (group for group in keys.groups() if group.name == "trainer.loss")
+    assert next(key.default for key in loss.keys if key.name.endswith(".cpl_coef")) == "0.0"

@@ -106,7 +106,7 @@ def test_own_images_beside_their_file(capsys):
     assert status == 0 and "images: the column 'picture' (images_key)" in out
     text = Path("my_data.yaml").read_text()
     assert "images_key: picture # the column of images, or of paths relative" in text
-    assert load("my_data.yaml").trainer.loss.cpl_coef == 0.01
+    assert "  # loss: {cpl_coef: 0.01} # contrastive perception" in text
     status, out, _ = cppo(capsys, "train", "my_data.yaml", "--dry-run")
     assert status == 0 and re.search(r"images: \d+ x \d+ pixels", out)
     assert main(["train", "my_data.yaml", *QUICK]) == 0
@@ -166,7 +166,7 @@ def test_columns_are_read_by_their_names_and_images_by_their_values(row, keys):
     assert f"# The columns of the file: {', '.join(row)[:6]}" in text
     is_vision = any("image" in name or name == "files" for name in row)
     assert ("VL" in config.model.path) == is_vision
-    assert config.trainer.loss.cpl_coef == (0.01 if is_vision else 0)
+    assert ("cpl_coef" in text) == is_vision and not config.trainer.loss.contrasts
 
 
 def test_images_in_parquet_and_in_messages():

@@ -119,6 +119,9 @@ def test_a_run_says_that_it_contrasts(tmp_path, capsys):
     trainer_for(tmp_path / "off", "qwen2_5_vl", cpl_coef=0.0)
     trainer_for(tmp_path / "text", cpl_coef=0.5)
     assert "contrastive" not in capsys.readouterr().out
+    trainer_for(tmp_path / "vain", "qwen2_5_vl", cpl_coef=0.0, tau=0.2, perception="cpl_all")
+    vain = "contrastive perception is off, as loss.cpl_coef = 0: loss.perception, loss.tau without"
+    assert vain in capsys.readouterr().out
 
 
 def test_bf16_keeps_fp32_weights(tmp_path, monkeypatch):

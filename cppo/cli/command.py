@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 
 import cppo
-from cppo.cli import evaluate, foreign_names, train
+from cppo import foreign_names
+from cppo.cli import evaluate, train
 from cppo.cli.config_file import ConfigError
 
 _TRAIN_EXAMPLES = """examples:

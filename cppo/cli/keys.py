@@ -50,28 +50,30 @@ def groups(cls: type = RunConfig, name: str = "") -> list[Group]:
         cls: a dataclass whose fields have their documentation below them.
         name: dotted place of the class.
     """
-    return list(_groups(cls, name, seen={cls}))
+    return list(_groups(cls, name, None, seen={cls}))
 
 
-def _groups(cls: type, name: str, seen: set[type]) -> Iterator[Group]:
+def _groups(cls: type, name: str, outer: Any, seen: set[type]) -> Iterator[Group]:
+    """As `groups`; `outer` is what the class that holds this one has by default in its place."""
     hints, texts = typing.get_type_hints(cls), field_texts(cls)
     annotations = {one.name: str(one.type) for one in dataclasses.fields(cls)}
-    nested: list[tuple[type, str]] = []
+    nested: list[tuple[type, str, Any]] = []
     keys = []
     for field in dataclasses.fields(cls):
         place = f"{name}.{field.name}" if name else field.name
         inner = _dataclass_in(hints[field.name])
+        default = _default(field) if outer is None else getattr(outer, field.name)
         # A group that may be null is a key as well.
-        if inner is None or field.default is None:
+        if inner is None or default is None:
             kind = _in_yaml(annotations[field.name])
-            keys.append(Key(place, kind, _default(field), texts[field.name]))
+            keys.append(Key(place, kind, _in_words(default), texts[field.name]))
         # The keys of `data.eval` are those of `data.train`, which come first.
         if inner is not None and inner not in seen:
             seen.add(inner)
-            nested.append((inner, place))
+            nested.append((inner, place, None if default is dataclasses.MISSING else default))
     yield Group(name, inspect.getdoc(cls) or "", keys)
-    for inner, place in nested:
-        yield from _groups(inner, place, seen)
+    for inner, place, default in nested:
+        yield from _groups(inner, place, default, seen)
 
 
 def field_texts(cls: type) -> dict[str, str]:
@@ -104,10 +106,15 @@ def _in_yaml(annotation: str) -> str:
     return words.replace(" | ", " or ")
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is dataclasses.MISSING:
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _in_words(value: Any) -> str:
+    if value is dataclasses.MISSING:
         return ""
-    value = field.default
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"
     if value is None or isinstance(value, bool):

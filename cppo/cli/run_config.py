@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from cppo.cli import foreign_names
+from cppo import foreign_names
 from cppo.cli.config_file import (
     ConfigError,
     all_keys,

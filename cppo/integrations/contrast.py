@@ -14,19 +14,11 @@ from torch import Tensor
 import cppo
 from cppo import reference
 from cppo.config import LossConfig
+from cppo.loss_config import CONTRAST
 from cppo.records import Views
 
 # Fields of LossConfig that say how images are contrasted; the trainer decides the others.
-FIELDS = (
-    "perception",
-    "cpl_coef",
-    "divergence",
-    "tau",
-    "fraction",
-    "gating",
-    "detach_anchor",
-    "cpl_reduction",
-)
+FIELDS = ("cpl_coef", *CONTRAST)
 # And those of VPPO and PAPO.
 REMOVING_FIELDS = ("vppo_fraction", "vppo_floor", "papo_coef", "papo_entropy_coef")
 DIVERGENCES = ("k3", "k1")  # "full" needs the whole vocabulary

@@ -47,8 +47,9 @@ class CPPO:
     share_prompts: bool = False
     """Pack, and run the prompt of a question, with its images, once for all its completions of a
     micro-batch. They are brought together there where the loss does not depend on it."""
-    loss: LossConfig = LossConfig()
-    """What removing the image does to the loss, where there are images (docs/methods.md):
+    loss: LossConfig = LossConfig(cpl_coef=0.0)
+    """What removing the image does to the loss, where there are images (docs/methods.md). By
+    default nothing; LossConfig() contrasts as the paper does. Its fields:
     perception, cpl_coef (0: no contrastive loss), divergence, tau, fraction, gating, detach_anchor,
     cpl_reduction; vppo_fraction, vppo_floor; papo_coef, papo_entropy_coef."""
     positive_views: tuple[Any, ...] = CPPOConfig.positive_views

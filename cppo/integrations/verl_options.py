@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,9 +20,10 @@ _FIELDS = (*FIELDS, "papo_coef", "papo_entropy_coef")
 
 @dataclass
 class Options:
-    """actor_rollout_ref.actor.policy_loss: names, meanings and defaults of `cppo.LossConfig`.
+    """actor_rollout_ref.actor.policy_loss: names and meanings of `cppo.LossConfig`.
 
-    With cpl_coef 0 the perturbed views are not run, with gating only for completions with A > 0.
+    So are the defaults, but cpl_coef is 0: the perturbed views run if it is set, with gating only
+    for completions with A > 0.
     divergence cannot be "full": it needs the whole vocabulary, which verl's loss does not see.
     perception cannot be "vppo": its weights compare the completions of a mini-batch before the
     first of their micro-batches, where no function of verl's runs. PAPO's log-probabilities
@@ -32,7 +34,7 @@ class Options:
 
     importance: str = LossConfig.importance
     perception: str = LossConfig.perception
-    cpl_coef: float = LossConfig.cpl_coef
+    cpl_coef: float = 0.0
     divergence: str = LossConfig.divergence
     tau: float = LossConfig.tau
     fraction: float = LossConfig.fraction
@@ -48,7 +50,16 @@ class Options:
 
     def __post_init__(self) -> None:
         check_choice("integrations.verl", "policy_loss.divergence", self.divergence, DIVERGENCES)
-        LossConfig(importance=self.importance, **{name: getattr(self, name) for name in _FIELDS})
+        loss = LossConfig(
+            importance=self.importance, **{name: getattr(self, name) for name in _FIELDS}
+        )
+        if loss.idle_options:
+            warnings.warn(
+                f"cppo.integrations.verl: policy_loss.{', '.join(loss.idle_options)} without "
+                f"effect, as policy_loss.cpl_coef = 0; {LossConfig.cpl_coef:g} turns contrastive "
+                "perception on",
+                stacklevel=2,
+            )
         if self.perception == "vppo":
             raise ValueError(
                 "cppo.integrations.verl: policy_loss.perception must be 'cpl', 'cpl_all' or "

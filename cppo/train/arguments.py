@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from cppo.config import CPPOConfig
+from cppo.config import CPPOConfig, LossConfig
 from cppo.model import forward
 from cppo.model.load import check_saveable, closing_token_ids
 from cppo.model.prompts import tokenizer_of
@@ -34,6 +34,12 @@ def warnings(model: nn.Module, processor: Any, config: CPPOConfig) -> list[str]:
         found.append(
             f"contrastive perception is on: {which} also run under two perturbed views of their "
             f"images; loss.cpl_coef = 0 in place of {config.loss.cpl_coef:g} turns it off"
+        )
+    if has_vision(model) and config.loss.idle_options:
+        found.append(
+            f"contrastive perception is off, as loss.cpl_coef = 0: "
+            f"{', '.join(f'loss.{name}' for name in config.loss.idle_options)} without effect; "
+            f"loss.cpl_coef = {LossConfig.cpl_coef:g} turns it on"
         )
     steps = config.steps() * config.num_iterations * config.optimizer_steps
     if config.warmup_steps >= steps:

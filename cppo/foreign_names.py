@@ -2,7 +2,8 @@
 
     num_generations -> trainer.group_size       actor_rollout_ref.rollout.n -> trainer.group_size
 
-An answer is a key, or a sentence where there is none that means the same. A name with a dot is that
+They are asked for by the command line, and where a CPPOConfig is made in Python. An answer is a
+key, or a sentence where there is none that means the same. A name with a dot is that
 of verl's section, without which it could be anything ("rollout.n").
 """
 

@@ -97,16 +97,17 @@ def by_setting(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
 
 
 def summary(rows: list[Row]) -> str:
-    """The comparison as a Markdown table: means over seeds, with the std of the gain."""
+    """The comparison as a Markdown table: means over seeds, with the std of the gain.
+
+    Times are relative to the first setting's.
+    """
     settings = by_setting(rows)
     fastest = {
         seed: min(runs[seed][-1]["training_seconds"] for runs in settings.values() if seed in runs)
         for seed in {str(row["seed"]) for row in rows}
     }
-    slowest = max(
-        fmean(run[-1]["training_seconds"] for run in runs.values()) for runs in settings.values()
-    )
-    lines = []
+    lines: list[list[str]] = []
+    first = 0.0
     for name, runs in settings.items():
         gains = [100 * (run[-1]["sampled"] - run[0]["sampled"]) for run in runs.values()]
         in_time = [
@@ -114,6 +115,7 @@ def summary(rows: list[Row]) -> str:
             for seed, run in runs.items()
         ]
         seconds = fmean(run[-1]["training_seconds"] for run in runs.values())
+        first = first or seconds
         lines.append(
             [
                 name,
@@ -122,7 +124,7 @@ def summary(rows: list[Row]) -> str:
                 f"{fmean(gains):+.1f} ({stdev(gains) if len(gains) > 1 else 0:.1f})",
                 f"{fmean(run[-1]['greedy'] for run in runs.values()):.3f}",
                 f"{seconds:.0f}",
-                f"{100 * seconds / slowest:.0f} %",
+                f"{100 * seconds / first:.0f} %",
                 f"{fmean(in_time):.3f}",
             ]
         )

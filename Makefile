@@ -32,8 +32,9 @@ $(STAMP): pyproject.toml setup.py $(SOURCES) $(BIN)/pip
 demo: setup
 	$(BIN)/cppo demo $(DEMO_OPTIONS)
 
+# A process per core, as long as there is memory for them: each holds torch.
 test: setup
-	$(BIN)/pytest $(PYTEST_OPTIONS)
+	$(BIN)/pytest $(or $(PYTEST_OPTIONS),-n logical --maxprocesses 8 --dist loadgroup)
 
 # With a real vLLM, in an environment of its own, on a CPU: about 3.7 GB.
 test-vllm:

@@ -1,5 +1,5 @@
-"""Every option of the trainer, once: `CPPOConfig`. Those of the losses, of the adapters and of vLLM
-have files of their own: `cppo.loss_config`, `cppo.lora_config`, `cppo.rollouts.options`.
+"""Every option of the trainer, once: `CPPOConfig`. Options of the losses, of the adapters and of
+vLLM have files of their own: `cppo.loss_config`, `cppo.lora_config`, `cppo.rollouts.options`.
 
 All are frozen dataclasses, and each field has its documentation below it. An invalid value raises
 ValueError naming the field, the value and what is allowed.
@@ -89,8 +89,8 @@ class CPPOConfig(CheckedFields):
     num_epochs: float | None = None
     """In place of `max_steps`: how often the run goes through the training questions. It has
     ceil(num_epochs * questions / questions of a step) steps. Questions that are left out and
-    refills (`max_refills`) come on top: with them the questions are gone through a little
-    sooner."""
+    refills (`max_refills`) come on top: with them the run reaches the end of the questions a
+    little sooner."""
     batch_size: int = 64
     """Completions per step over all processes. With `dynamic_allocation` these are the completions
     that the update runs on, without it those that are sampled."""
@@ -103,10 +103,10 @@ class CPPOConfig(CheckedFields):
     prune_scope: str = "group"
     """"group": per question (the paper). "batch": over all completions of the step (its code)."""
     prune: str = "smallest"
-    """Which are dropped: those with the "smallest" |advantage|; the "largest" or "random" ones
-    (ablations); or which stay: those of the largest reward "variance", the "shortest", those of the
-    best "efficiency" (reward per token), or by chance with a weight that keeps the gradient
-    "unbiased" (`cppo.prune_completions`, docs/methods.md)."""
+    """Which completions are dropped: those with the "smallest" |advantage|, or the "largest" or
+    "random" ones (ablations). Or which stay: those with the largest reward "variance", the
+    "shortest", those with the best "efficiency" (reward per token), or a random choice whose
+    weights keep the gradient "unbiased" (`cppo.prune_completions`, docs/methods.md)."""
     advantages_of: str = "sampled"
     """Mean and std of the advantages are those of all "sampled" completions of a question, or only
     of the "kept" ones."""
@@ -126,8 +126,8 @@ class CPPOConfig(CheckedFields):
     max_completion_tokens: int = 256
     """Generation stops here."""
     generation_batch_size: int = 1024
-    """Completions generated at once at most, in rollouts and evaluations; fewer where memory is
-    short."""
+    """At most this many completions are generated at once, in rollouts and evaluations; fewer where
+    memory is short."""
     engine: str = "builtin"
     """What samples: "builtin", the loop of this package; "vllm", in this process; "vllm_server", a
     `vllm serve`, on other GPUs for example (docs/rollouts.md)."""
@@ -135,13 +135,13 @@ class CPPOConfig(CheckedFields):
     """Options of vLLM."""
     importance_correction: str | None = None
     """How the loss corrects for an engine whose numbers differ from the trainer's: a value of
-    `LossConfig.importance_correction`, which has the formulas and whose bounds are in `loss`, and
-    before which this one goes. None: that of `loss`, and "token_truncate" where that is "none" with
-    vLLM. What came of it is `loss.importance_correction`."""
+    `LossConfig.importance_correction`, which it overrides. The formulas are there, and the bounds
+    are in `loss`. None: that of `loss`, but with vLLM "token_truncate" in place of "none".
+    `loss.importance_correction` holds the result."""
     ahead: int = 0
-    """1: completions of the next step are sampled while this one trains, from the weights of before
-    it: one step off-policy, which `importance_correction` corrects for. With "vllm_server" alone,
-    for GPUs of its own."""
+    """1: completions of the next step are sampled while this one trains, from the weights before
+    it. They are one step off-policy, which `importance_correction` corrects for. Only with
+    "vllm_server", for a server with GPUs of its own."""
     mask_overlong: bool = False
     """Completions cut at `max_completion_tokens` take part in advantages but not in the loss."""
     reward_weights: tuple[float, ...] | None = None

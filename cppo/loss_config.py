@@ -54,12 +54,12 @@ class LossConfig(CheckedFields):
     kl_coef: float = 0.0
     """Weight of the k3 estimate of KL(policy || reference). >= 0; needs `ref_logps`."""
     kl_clamp: float | None = None
-    """Bound of a token's k3 estimate, without a gradient above it. > 0; verl's form is 10. None: no
-    bound, so that a token far from the reference is pulled back."""
+    """Upper bound of a token's k3 estimate; above it there is no gradient. > 0; verl has 10. None:
+    no bound, so that a token far from the reference is pulled back."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; below 0 entropy is penalised (VPPO: -0.06)."""
     perception: str = "cpl"
-    """How tokens are treated that depend on the image (docs/methods.md). "cpl": the contrastive
+    """How tokens that depend on the image are treated (docs/methods.md). "cpl": the contrastive
     loss acts on the tokens that `fraction` selects. "cpl_all": it acts on every token of a gated
     completion. "vppo": `token_weights` let the policy loss act on the tokens that depend on the
     image most (`cppo.visual_dependency`). "papo": depending on it earns a bonus
@@ -101,13 +101,13 @@ class LossConfig(CheckedFields):
     Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
     "token_mask": w = e^d, but 0 outside of the bounds (IcePop). "sequence_truncate",
     "sequence_mask": the same with e^(sum of d) of a completion for all its tokens. "bypass": w = 1,
-    and the ratio is to sampling_logps, where the engine gave none to the policy's own. "none":
-    w = 1. The names are TRL's, that of "bypass" verl's. All but "none" need `sampling_logps`; d is
-    0 where it is NaN, and the exponent is at most 20."""
+    and the ratio is to sampling_logps or, where the engine gave none, to the policy's own. "none":
+    w = 1. The names are TRL's, except "bypass", which is verl's. All but "none" need
+    `sampling_logps`; d is 0 where it is NaN, and the exponent is at most 20."""
     correction_min: float = 0.0
     """Lower bound of w. In [0, correction_max)."""
     correction_max: float = 3.0
-    """Upper bound of w. > correction_min; inf: none but e^20."""
+    """Upper bound of w. > correction_min; inf: no bound but e^20."""
 
     def __post_init__(self) -> None:
         self._take_plain()

@@ -96,19 +96,19 @@ class DatasetConfig(CheckedFields):
 
     loader: str = "rows"
     """A name of LOADERS, or the place of a function that returns rows (a list, or anything with
-    len() and [i]); it is called with `path` and `split`, as far as they are given."""
+    len() and [i]); it is called with those of `path` and `split` that are given."""
     path: str | None = None
-    """File or folder, relative to the working directory. A demo task has none, a function of the
-    user's need not have one."""
+    """File or folder, relative to the working directory. A demo task has none, and a
+    function of your own need not have one."""
     split: str | None = None
     """Split of the dataset: "train", "test", ...; of a demo task "train" or "heldout". None: the
-    training split, of loader "rows" everything."""
+    training split, or everything with loader "rows"."""
     skip: int = 0
     """Leave out the first `skip` questions. `data.train: {path: my.jsonl, skip: 100}` and
     `data.eval: {path: my.jsonl, limit: 100}` hold 100 questions of one file out of training."""
     limit: int | None = None
-    """Use the first `limit` questions only, of those that `skip` leaves. None: all, of a demo task
-    100,000."""
+    """Use only the first `limit` of the questions that `skip` leaves. None: all, or 100,000 of a
+    demo task."""
     prompt_key: str | None = None
     """The column that holds the question, a text or messages. "extra_info.question" reads a
     mapping. For loader "rows" and functions of your own. None: `prompt`."""

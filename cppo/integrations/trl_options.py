@@ -27,15 +27,15 @@ class CPPO:
     prune_scope: str = "group"
     """"group": per question (the paper). "batch": over the process's completions (its code)."""
     prune: str = "smallest"
-    """Which are dropped: those of the "smallest", "largest" or "random" |advantage|; or which stay:
-    those of the largest reward "variance" of a question, the "shortest", or by chance, with
-    advantages A / p that leave the gradient "unbiased" (docs/methods.md). Not "efficiency": a
-    rollout of TRL holds no rewards."""
+    """Which completions are dropped: those with the "smallest" or "largest" |advantage|, or
+    "random" ones. Or which stay: those with the largest reward "variance" of a question, the
+    "shortest", or a random choice whose advantages A / p leave the gradient "unbiased"
+    (docs/methods.md). Not "efficiency": a rollout of TRL holds no rewards."""
     drop_zero_variance: bool = False
     """Drop questions whose completions all have the same reward (dynamic sampling)."""
     max_refills: int = 3
     """With `drop_zero_variance`: how often a rollout may draw further questions of the dataset in
-    place of those that are dropped. 0: they are dropped only."""
+    place of those that are dropped. 0: none."""
     early: bool = True
     """Prune before the old and reference log-probabilities are computed, not after: the same
     parameters for less work."""
@@ -46,7 +46,7 @@ class CPPO:
     """Run every forward on one stream without padding, and without a kernel of flash-attn."""
     share_prompts: bool = False
     """Pack, and run the prompt of a question, with its images, once for all its completions of a
-    micro-batch. They are brought together there where the loss does not depend on it."""
+    micro-batch. These are brought together if the loss does not depend on it."""
     loss: LossConfig = LossConfig(cpl_coef=0.0)
     """What removing the image does to the loss, where there are images (docs/methods.md). By
     default nothing; LossConfig() contrasts as the paper does. Its fields:

@@ -22,8 +22,8 @@ _FIELDS = (*FIELDS, "papo_coef", "papo_entropy_coef")
 class Options:
     """actor_rollout_ref.actor.policy_loss: names and meanings of `cppo.LossConfig`.
 
-    So are the defaults, but cpl_coef is 0: the perturbed views run if it is set, with gating only
-    for completions with A > 0.
+    The defaults are the same, except that cpl_coef is 0. The perturbed views run if it is set;
+    with gating, only for completions with A > 0.
     divergence cannot be "full": it needs the whole vocabulary, which verl's loss does not see.
     perception cannot be "vppo": its weights compare the completions of a mini-batch before the
     first of their micro-batches, where no function of verl's runs. PAPO's log-probabilities

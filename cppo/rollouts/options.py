@@ -17,41 +17,42 @@ TRANSFERS = ("auto", "nccl", "file")
 class VLLMConfig(CheckedFields):
     """Options of `CPPOConfig.engine` "vllm" and "vllm_server"; docs/rollouts.md says how to use it.
 
-    Options of the engine itself are for "vllm": a server was started with its own.
+    Options of the engine itself are for "vllm": a server is started with options of its own.
     """
 
     dtype: str = "auto"
-    """Of the engine's weights: "float32", "bfloat16" or "float16". "auto": "bfloat16" for
+    """Dtype of the engine's weights: "float32", "bfloat16" or "float16". "auto": "bfloat16" for
     `CPPOConfig.precision` "bf16", "float32" for "fp32"."""
     max_model_len: int | None = None
-    """Tokens of a prompt and its completion at most. None: what the model allows."""
+    """Limit of a prompt and its completion together, in tokens. None: what the model allows."""
     memory_share: float = 0.3
-    """Share of the GPU's memory for weights and cache of the engine. In (0, 1]."""
+    """Share of the GPU's memory for weights and cache of the engine; on a CPU, share of the free
+    memory for the cache. In (0, 1]."""
     tensor_parallel_size: int = 1
-    """GPUs of one engine. Above 1, only with "vllm_server": its own option of that name."""
+    """GPUs of one engine. Must be 1 with "vllm"; a server has its own option of that name."""
     enforce_eager: bool = False
     """No compilation and no CUDA graphs: starts faster, samples slower. Always so on a CPU."""
     images_per_prompt: int = 8
-    """Images of a question at most."""
+    """Largest number of images in a question."""
     sleep: bool = False
-    """Give the engine's memory free while the policy is trained (GPUs)."""
+    """Release the engine's memory while the policy is trained (GPUs)."""
     arguments: dict[str, Any] | None = None
-    """Further arguments of `vllm.LLM`, which go before those of cppo."""
+    """Further arguments of `vllm.LLM`, which override those of cppo."""
 
     address: str = "http://127.0.0.1:8000"
-    """Of the server."""
+    """Address of the server."""
     transfer: str = "auto"
     """How weights reach the server: "nccl" (GPUs), or "file" (one machine, through `folder`).
     "auto": "nccl" if the trainer is on a GPU."""
     folder: str | None = None
-    """Where the file of weights is written, for trainer and server the same. None: /dev/shm, or the
+    """Where the file of weights is written, the same for trainer and server. None: /dev/shm, or the
     folder of temporary files."""
     start_timeout: float = 300.0
-    """Seconds until a server must be there, at the start and after it went away."""
+    """Seconds within which a server must answer, at the start and after it went away."""
     request_timeout: float = 600.0
-    """Seconds in which a request must be answered."""
+    """Seconds within which a request must be answered."""
     retries: int = 2
-    """How often a request that failed for a reason that may pass is made again."""
+    """How often a request that failed for a passing reason is made again."""
 
     check_every: int = 50
     """After the first and every so many syncs of weights, the engine's log-probabilities of a

@@ -2,9 +2,9 @@
 
     num_generations -> trainer.group_size       actor_rollout_ref.rollout.n -> trainer.group_size
 
-They are asked for by the command line, and where a CPPOConfig is made in Python. An answer is a
-key, or a sentence where there is none that means the same. A name with a dot is that
-of verl's section, without which it could be anything ("rollout.n").
+The command line looks names up here, and so does CPPOConfig in Python. An answer is a key, or a
+sentence where no key means the same. A name with a dot includes its section in verl's
+configuration, without which it could be anything ("rollout.n").
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     -> loss -> gradients
 
 Papers: completion pruning (Lin et al. 2025, arXiv 2503.22342) and contrastive perception
-(Rezaei et al. 2026, arXiv 2601.00501). Every other backend is held to these functions, and these
-to fp64: nothing here casts down, `_promote` only lifts bf16 and fp16 to fp32. Arguments are
+(Rezaei et al. 2026, arXiv 2601.00501). Every other backend is held to these functions in fp64:
+nothing here casts down, `_promote` only lifts bf16 and fp16 to fp32. Arguments are
 assumed valid; the public functions in `cppo.ops` check them.
 """
 

@@ -1,4 +1,4 @@
-"""What ships here under a name, as a configuration names it: rewards and perturbations.
+"""Rewards and perturbations that ship here, as a configuration names them.
 
 "boxed"    {"rotation": {"degrees": 5}}    {"length": {"unit": "tokens"}, "weight": 0.5}
 """

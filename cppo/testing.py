@@ -2,8 +2,8 @@
 
     max|ours - exact| <= 2 * max|eager - exact| + 1e-6 * max(1, max|exact|)
 
-where `exact` is the reference in fp64 and `eager` the reference in the dtype of ours; NaN and
-infinities must stand at the same places first.
+where `exact` is the reference in fp64 and `eager` the reference in the dtype of ours. NaN and
+infinities must stand at the same places.
 """
 
 from __future__ import annotations

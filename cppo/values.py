@@ -1,4 +1,4 @@
-"""Checks of values and words of messages that options, ops, rewards and the command line share."""
+"""Checks of values, and wording of messages, for options, ops, rewards and the command line."""
 
 from __future__ import annotations
 

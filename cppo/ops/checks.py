@@ -1,7 +1,7 @@
 """The checks that several ops share, and their wording: op, argument, expected, actual.
 
-A check that reads values costs a device synchronisation, so on a GPU those run only with
-`CPPO_DEBUG=1`; on the CPU always. Nothing reads values while torch.compile traces.
+A check that reads values costs a device synchronisation, so on a GPU such checks run only with
+`CPPO_DEBUG=1`; on the CPU they always run. Nothing reads values while torch.compile traces.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What corrects each token for the engine that sampled it."""
+"""Weights that correct each token for the log-probabilities of the engine that sampled it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether tensors share memory: what `inplace=True` must not meet."""
+"""Whether tensors share memory, which would make `inplace=True` wrong."""
 
 from __future__ import annotations
 

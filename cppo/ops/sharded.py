@@ -1,12 +1,12 @@
-"""LM heads that are cut into shards over processes: the whole weight, only while it is used.
+"""LM heads that are sharded over processes: the whole weight is there only while it is used.
 
     DTensor   FSDP2 and tensor parallelism
     ZeRO-3    a DeepSpeed parameter, whose own shape is (0,) outside its module's forward
 
 The weight is gathered for the forward and again for the backward: between them a process holds its
 shard. The gradient of a DTensor is the mean over its mesh. That is FSDP's convention, where every
-process has its own part of the batch; and where all have the same one, the mean of equal gradients
-is the gradient. DeepSpeed's engine reduces the gradients of its parameters itself.
+process has its own part of the batch; where all have the same batch, the mean of equal gradients is
+the gradient. DeepSpeed's engine reduces the gradients of its parameters itself.
 """
 
 from __future__ import annotations

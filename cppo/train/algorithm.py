@@ -4,9 +4,9 @@
     -> perception mask -> loss -> gradients
 
 `cppo_update` is all of it, in the order of the two papers (arXiv 2503.22342, 2601.00501); `select`
-and `microbatch_loss` are its two halves. What is not the algorithm is next door: `batch` cuts the
-completions into micro-batches, and `update` has the optimizer, the other processes, the clock, and
-the journal of a run that may be stopped.
+and `microbatch_loss` are its two halves. The rest is in other modules: `batch` cuts the completions
+into micro-batches, and `update` has the optimizer, the other processes, the clock, and the journal
+of a run that may be stopped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Checkpoints: a folder is either whole or not there, and says of every file what it must hold.
+"""Checkpoints: a folder is either whole or absent, and states what every file must hold.
 
 Everything is written to a hidden folder beside the final one, flushed to disk, and renamed; a run
-killed at any moment leaves the earlier checkpoints as they were. What is best and what is last is
-read off the folders, there is no pointer that could disagree with them.
+killed at any moment leaves the earlier checkpoints as they were. Which one is best, and which is
+last, is read off the folders; there is no pointer that could disagree with them.
 
     checkpoint-000040/
         model.safetensors, config.json, tokenizer.json, ...   for plain transformers
@@ -10,7 +10,7 @@ read off the folders, there is no pointer that could disagree with them.
         trainer.json    step, metric, options; size and checksum (XXH3, 128 bits) of every other
                         file, and its own
 
-`trainer.json` is written last. A checkpoint is read only after its files were compared with it.
+`trainer.json` is written last. Its files are compared with it before a checkpoint is read.
 """
 
 from __future__ import annotations

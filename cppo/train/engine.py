@@ -1,12 +1,12 @@
-"""The engine of a policy in training: it never samples from other weights than the policy's.
+"""The engine of a policy in training: it samples from the policy's weights and no others.
 
     prepare    before a rollout: new weights go to the engine
-    generate   samples; after a sync that is due for it, what the engine says is compared with what
-               the trainer computes for the same tokens
+    generate   samples; after a sync at which a check is due, the engine's log-probabilities are
+               compared with what the trainer computes for the same tokens
 
-An engine that has lost its weights (a server that was started anew) gets them again, and is asked
-again, once. Everything else that is wrong ends the run in words: nothing was trained on it, and the
-last checkpoint is as it was.
+An engine that has lost its weights (a server that was restarted) gets them again, and is asked
+again, once. Any other fault ends the run with an error: nothing was trained on it, and the last
+checkpoint is as it was.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What N samples of each question say: pass@k, the majority's answer, and how sure a mean is.
+"""What N samples of each question say: pass@k, the majority's answer, and the error of a mean.
 
 Plain functions of counts and votes. Counts are whole numbers, so pass@k is exact up to the last
 division.

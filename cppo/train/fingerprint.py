@@ -1,7 +1,7 @@
 """What a run is trained on, in words that a resumed run can compare.
 
-A checkpoint knows the position in the data set and nothing of its rows. The fingerprints stand
-among its options, so that a run which goes on with other rows or other rewards is refused.
+A checkpoint holds the position in the data set but none of its rows. The fingerprints are stored
+with its options, so that a run which resumes with other rows or other rewards is refused.
 """
 
 from __future__ import annotations

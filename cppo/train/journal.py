@@ -1,4 +1,4 @@
-"""The journal of a step: a run that is stopped within the step keeps what is done of it.
+"""The journal of a step: a run that is stopped within the step keeps what it has done of it.
 
 The pieces of a step (a batch of completions, a call of the rewards, a micro-batch, a step of the
 optimizer) go through `Journal.once`, which notes what each returned. A run that is stopped saves

@@ -1,7 +1,7 @@
 """What a step reports; docs/metrics.md says what each number is.
 
-A number is kept as what it is made of until the processes are put together, so that a run on
-several processes reports what one process would.
+A number is kept as its parts (a sum and a count) until the processes are combined, so that a run
+on several processes reports what one process would.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """VPPO and PAPO in an update: what the removing view alone says of the kept completions.
 
-Both need log-probabilities under one perturbed view, which are computed once per update, before it
-and without a gradient. VPPO makes weights of the tokens of them (arXiv 2510.09285), PAPO a term of
-the loss (arXiv 2507.06448). PAPO's penalty on the entropy without the image has a gradient: with
-it the view runs in every micro-batch, which then has its log-probabilities too.
+Both need log-probabilities under one perturbed view. They are computed once, before the update and
+without a gradient. VPPO turns them into weights of the tokens (arXiv 2510.09285), PAPO into a term
+of the loss (arXiv 2507.06448). PAPO's penalty on the entropy without the image has a gradient: with
+it the view runs in every micro-batch, which then computes the log-probabilities too.
 """
 
 from __future__ import annotations

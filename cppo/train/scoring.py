@@ -1,4 +1,4 @@
-"""Calls reward functions as TRL calls them and adds their rewards up.
+"""Calls reward functions as TRL calls them, and sums their rewards.
 
     rollouts -> score -> Scores(total, by_name)
 
@@ -14,12 +14,12 @@ and, if it names them or takes `**kwargs`, with
     trainer_state        a `transformers.TrainerState`: `global_step`, `max_steps`
     log_metric           `log_metric(name, value)`: its mean in a step is the metric `logged/<name>`
     log_extra            `log_extra(column, values)`: a value per completion, for completions.jsonl
-    generation_prompts   what the chat template put behind the last message, `<think>` for example
+    generation_prompts   what the chat template put after the last message, `<think>` for example
     group_size           completions per question; those of a question are neighbours
 
-It returns a number per completion, or None where it does not apply. It may be `async`. What it gets
-is its own: lists, messages and arrays may be changed (pictures are the same for all completions of
-a question).
+It returns a number per completion, or None where it does not apply. It may be `async`. It gets
+copies, so it may change lists, messages and arrays (but all completions of a question share its
+pictures).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     rewards of all processes -> advantages -> prune -> choose groups
     -> cut the surplus of dynamic allocation -> weights, where chance has pruned
 
-Every process works all of it out alike, on the rewards of all, so that "batch" means the batch and
-the number of processes changes nothing.
+Every process computes the same from the rewards of all processes, so that "batch" means the whole
+batch and the number of processes changes nothing.
 """
 
 from __future__ import annotations

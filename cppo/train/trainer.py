@@ -3,9 +3,9 @@
 One step: draw questions (dynamic allocation) -> sample G completions of each -> rewards -> the
 update, which is `cppo.train.algorithm.cppo_update`.
 
-What it leaves out on purpose: it is data-parallel only (every process holds the whole model; past
-one machine, use the fused ops inside verl or TRL), and synchronous but for the one step that
-`CPPOConfig.ahead` allows. What samples is an engine (`cppo.train.engine`).
+It is limited on purpose: it is data-parallel only (every process holds the whole model; for larger
+models, use the fused ops inside verl or TRL), and synchronous except for the one step that
+`CPPOConfig.ahead` allows. An engine samples (`cppo.train.engine`).
 Gradients are summed over the processes once per optimizer step, after the last micro-batch, so
 processes may have different numbers of micro-batches, or none.
 """

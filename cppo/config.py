@@ -321,12 +321,6 @@ class CPPOConfig(CheckedFields):
             self._fail("advantages_of", "'sampled' where one completion of a question is kept")
 
     def _check_engine(self) -> None:
-        gpus = self.vllm.tensor_parallel_size
-        if gpus > 1 and self.engine == "vllm":
-            raise ValueError(
-                f"CPPOConfig.vllm.tensor_parallel_size must be 1 with engine = 'vllm', got {gpus}: "
-                "start a server that has several GPUs, and take engine = 'vllm_server'"
-            )
         if self.ahead > 1:
             self._fail("ahead", "0 or 1")
         if self.ahead and (self.engine != "vllm_server" or self.vllm.sleep):

@@ -42,7 +42,11 @@ _TABLE = (
     ("top_p top_k min_p repetition_penalty", _FULL_DISTRIBUTION),
     ("use_vllm vllm_mode rollout.name", "trainer.engine"),
     ("vllm_gpu_memory_utilization gpu_memory_utilization", "trainer.vllm.memory_share"),
-    ("vllm_tensor_parallel_size tensor_model_parallel_size", "trainer.vllm.tensor_parallel_size"),
+    (
+        "vllm_tensor_parallel_size tensor_model_parallel_size tensor_parallel_size",
+        "an engine in the trainer's processes has one GPU each; `vllm serve "
+        "--tensor-parallel-size` has several, with trainer.engine=vllm_server",
+    ),
     ("vllm_max_model_length vllm_max_model_len max_model_len", "trainer.vllm.max_model_len"),
     ("vllm_server_base_url vllm_server_host", "trainer.vllm.address"),
     ("vllm_server_timeout", "trainer.vllm.start_timeout"),

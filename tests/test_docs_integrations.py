@@ -79,7 +79,7 @@ def test_the_rollouts_example_learns_and_its_page_names_every_option(monkeypatch
     quoted = set(re.findall(r"`([\w.]+)`", page)) | set(re.findall(r'`"(\w+)"`', page))
     of_vllm = {field.name for field in dataclasses.fields(VLLMConfig)}
     of_server = {"address", "transfer", "folder", "start_timeout", "request_timeout", "retries"}
-    assert of_vllm - of_server - {"tensor_parallel_size"} <= quoted
+    assert of_vllm - of_server <= quoted
     assert {*ENGINES, *CORRECTIONS} <= quoted
 
 

@@ -156,8 +156,8 @@ def test_the_correction_is_one_option_in_two_places() -> None:
     assert found(of_loss, importance_correction="bypass") == "bypass"
     with pytest.raises(ValueError, match="CPPOConfig.importance_correction must be one of"):
         CPPOConfig(importance_correction="tis")
-    with pytest.raises(ValueError, match="CPPOConfig.vllm.tensor_parallel_size must be 1"):
-        CPPOConfig(engine="vllm", vllm=VLLMConfig(tensor_parallel_size=2))
+    with pytest.raises(TypeError, match="vllm serve --tensor-parallel-size` has several"):
+        VLLMConfig(tensor_parallel_size=2)
     with pytest.raises(ValueError, match="CPPOConfig.engine must be one of"):
         CPPOConfig(engine="sglang")
 

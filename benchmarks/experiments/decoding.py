@@ -92,7 +92,7 @@ def _vllm(model: Any, processor: Any, prompts: Prompts, tokens: int, dtype: str)
     longest = VLLMConfig(max_model_len=prompts.input_ids.shape[1] + tokens)
     engine = VLLMEngine(model, processor, longest, dtype)
     few: dict[str, Any] = {"group_size": 1, "max_new_tokens": 2, "temperature": 1.0}
-    # It compiles here.
+    # What is done once is done here.
     sample_completions(model, processor, prompts.of([0]), **few, engine=engine)
     return engine
 

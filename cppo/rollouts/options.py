@@ -28,8 +28,6 @@ class VLLMConfig(CheckedFields):
     memory_share: float = 0.3
     """Share of the GPU's memory for weights and cache of the engine; on a CPU, share of the free
     memory for the cache. In (0, 1]."""
-    tensor_parallel_size: int = 1
-    """GPUs of one engine. Must be 1 with "vllm"; a server has its own option of that name."""
     enforce_eager: bool = False
     """No compilation and no CUDA graphs: starts faster, samples slower. Always so on a CPU."""
     images_per_prompt: int = 8
@@ -66,7 +64,7 @@ class VLLMConfig(CheckedFields):
         self._one_of("dtype", DTYPES)
         self._one_of("transfer", TRANSFERS)
         self._number("memory_share", above=0, at_most=1)
-        self._integer("tensor_parallel_size", "images_per_prompt", at_least=1)
+        self._integer("images_per_prompt", at_least=1)
         self._integer("retries", "check_every", at_least=0)
         if self.max_model_len is not None:
             self._integer("max_model_len", at_least=2)

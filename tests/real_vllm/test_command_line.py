@@ -44,7 +44,7 @@ def test_mistakes_are_one_line(tmp_path: Any, monkeypatch: Any, capsys: Any) -> 
         ("trainer.vllm.max_model_len=16", "are more than 16: vllm.max_model_len says so"),
         ("trainer.vllm.arguments={nonsense: 1}", "unexpected keyword argument 'nonsense'"),
         ("trainer.vllm.arguments={dtype: float99}", "Input should be 'auto', 'half', "),
-        ("trainer.vllm.tensor_parallel_size=2", "trainer.vllm.tensor_parallel_size must be 1 "),
+        ("trainer.vllm.tensor_parallel_size=2", "has one GPU each; `vllm serve --tensor"),
     ):
         status, _, err = cppo(capsys, "eval", ARITHMETIC, *TINY, "trainer.engine=vllm", option)
         (error,) = [line for line in err.splitlines() if line.startswith("cppo eval: error: ")]

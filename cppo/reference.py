@@ -200,6 +200,7 @@ def prune_completions(
     if advantages.numel() == 0:
         return torch.empty(0, dtype=torch.int64, device=advantages.device)
     keep = kept_per_unit(unit_size, prune_rate)
+    advantages = advantages.double()
     given = prune_score(prune, noise, rewards, lengths)
     scored = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask.bool()
     if given is None:
@@ -802,6 +803,11 @@ def _at_least_one(count: float | Tensor) -> float | Tensor:
     return count.double().clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
+def _exact(count: Any) -> Any:
+    """A count of the caller: fp64, of which nobody asks a gradient."""
+    return count.detach().double() if isinstance(count, Tensor) else count
+
+
 def _denominators(
     num_rows: int,
     num_completions: int,
@@ -825,13 +831,14 @@ def _denominators(
     if num_items is None:
         return own, own_cpl
     if isinstance(num_items, NumItems):
+        num_items = NumItems(*map(_exact, num_items))
         whole = _at_least_one(policy(num_items.completions, num_items.tokens))
         if per_sequence:
             return whole, _at_least_one(num_items.completions)
         if num_items.selected is not None:
             return whole, _at_least_one(num_items.selected)
     else:
-        whole = num_items
+        whole = _exact(num_items)
     # Only the share of the whole is known: the part's contrastive mean is weighted by it.
     return whole, own_cpl * (whole / own)
 
@@ -949,7 +956,7 @@ def _cppo_loss(
     loss = reduce(per_row)
     scale = metric_scale(logps.numel(), num_completions, longest, num_items, config)
     metrics = {
-        name: reduce(values).detach() * (1.0 if name == "policy_loss" else scale)
+        name: (reduce(values).detach() * (1.0 if name == "policy_loss" else scale)).to(logps)
         for name, values in metrics.items()
     }
     if views.positive is not None:

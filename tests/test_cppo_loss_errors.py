@@ -42,6 +42,11 @@ PADDED_ERRORS = [
     ({"logits": [1.0]}, TypeError, "logits must be a Tensor or cppo.Views, got list"),
     ({"logits": (Z.anchor,)}, TypeError, "logits must be a Tensor or cppo.Views, got tuple"),
     ({"logits": Z.anchor.long()}, TypeError, "logits must be of floating dtype, got torch.int64"),
+    (
+        {"logits": Z.anchor.to(torch.float8_e5m2)},
+        TypeError,
+        "logits must be of floating dtype of at least 16 bits, got torch.float8_e5m2",
+    ),
     (views(anchor=None), TypeError, "logits.anchor must be a Tensor, got NoneType"),
     (views(negative=Z.negative.half()), TypeError, "torch.float32 like logits.anchor"),
     (views(positive=Z.positive.long()), TypeError, "logits.positive must be of floating dtype"),

@@ -118,6 +118,29 @@ def test_metrics_are_means_and_parts_add_up_to_them(op, backend, reduction):
         torch.testing.assert_close(sum(part[name] for part in parts), expected)
 
 
+@pytest.mark.parametrize("cpl_reduction", ["sequence", "token"])
+@every_run
+def test_a_count_of_fp32_is_a_number_like_any_other(op, backend, cpl_reduction):
+    """As exact as the logits, without a gradient; and metrics are of the dtype of the loss."""
+    generator = torch.Generator().manual_seed(0)
+    z = Views(*torch.randn(3, 6, 5, dtype=torch.float64, generator=generator))
+    options = {"reduction": "dr_grpo", "cpl_reduction": cpl_reduction, "max_length": 7}
+    inputs = {
+        "targets": torch.randint(0, 5, (6,), generator=generator),
+        "advantages": torch.tensor([1.0, 2.0]),
+        "cu_seqlens": torch.tensor([0, 4, 6]),
+        "config": LossConfig(cpl_coef=0.5, **options),
+    }
+    exact = loss_of(op, z, backend, **inputs, num_items=9.0)
+    given = loss_of(op, z, backend, **inputs, num_items=torch.tensor(9.0, requires_grad=True))
+    torch.testing.assert_close(given.loss, exact.loss, rtol=1e-12, atol=0)
+    assert not given.loss.requires_grad
+    shares = cppo.NumItems(torch.tensor(3.0), torch.tensor(9.0), torch.tensor(2.0))
+    narrow = loss_of(op, Views(*(own.float() for own in z)), backend, **inputs, num_items=shares)
+    means = [value for name, value in narrow.metrics.items() if name != "num_selected"]
+    assert {value.dtype for value in means} == {torch.float32}
+
+
 # Entropies: a rise below the rounding error of an entropy selects nothing.
 
 

@@ -23,6 +23,7 @@ from cppo.fused.fakes import accumulator
 from cppo.fused.head import dtype_of_logits
 from cppo.fused.schema import COEFFICIENTS, CONTRASTS, SAVED, from_text
 from cppo.ops.checks import (
+    FLOATS,
     LOGITS_DTYPES,
     check_choice,
     check_cu_seqlens,
@@ -45,7 +46,6 @@ _KEPT = {
     "contrasts": len(CONTRASTS),
     "coefficients": len(COEFFICIENTS),
 }
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _require(holds: bool, op: str, name: str, expected: str, tensor: Tensor) -> None:
@@ -57,7 +57,7 @@ def _require(holds: bool, op: str, name: str, expected: str, tensor: Tensor) -> 
 
 
 def _check_logits(op: str, name: str, logits: Tensor) -> None:
-    fits = logits.ndim in (2, 3) and logits.shape[-1] > 0 and logits.dtype in _FLOATS
+    fits = logits.ndim in (2, 3) and logits.shape[-1] > 0 and logits.dtype in FLOATS
     _require(fits, op, name, "floating (T, V) or (B, L, V) with V >= 1", logits)
 
 
@@ -76,7 +76,7 @@ def _check_each(op: str, like: Tensor, count: int, **tensors: Tensor | None) -> 
         elif name.endswith("places"):
             _require(tensor.dtype == torch.int64, op, name, "int64", tensor)
         else:
-            _require(tensor.dtype in _FLOATS, op, name, "floating", tensor)
+            _require(tensor.dtype in FLOATS, op, name, "floating", tensor)
 
 
 def _check_kept(op: str, like: Tensor, shape: tuple[int, int], name: str, tensor: Tensor) -> None:

@@ -56,8 +56,8 @@ def _check_needs(op: str, prune: str, name: str, values: Tensor, **given: Tensor
         check_same_device(op, **{name: values, argument: tensor})
         check_finite(op, argument, tensor)
     lengths = given.get("lengths")
-    if lengths is not None and may_read(lengths) and (lengths < 0).any():
-        index = int((lengths < 0).nonzero()[0, 0])
+    if lengths is not None and may_read(lengths) and (below := lengths.double() < 0).any():
+        index = int(below.nonzero()[0, 0])
         raise ValueError(
             f"cppo.{op}: lengths must be >= 0, got {lengths[index].item()} at index {index}"
         )
@@ -264,6 +264,7 @@ def prune_weights(
     check_groups(op, "advantages", advantages, group_size)
     check_tensor(op, "kept", kept, "integer")
     check_vector(op, "kept", kept)
+    kept = kept.long()
     check_same_device(op, advantages=advantages, kept=kept)
     _check_pruning(op, prune_rate, scope, prune)
     if may_read(kept):

@@ -19,6 +19,8 @@ from torch import Tensor
 from cppo.loss_config import LossConfig
 from cppo.values import is_number
 
+# What PyTorch computes in; it has no sums of fp8.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the ops on hidden states: in which dtype the logits of half-precision inputs are.
 LOGITS_DTYPES = ("fp32", "input")
 
@@ -47,8 +49,8 @@ def _is_integer(dtype: torch.dtype) -> bool:
 
 _KINDS: dict[str, Callable[[torch.dtype], bool]] = {
     "any": lambda dtype: True,
-    "real": lambda dtype: not dtype.is_complex,
-    "floating": lambda dtype: dtype.is_floating_point,
+    "real": lambda dtype: dtype in FLOATS or dtype == torch.bool or _is_integer(dtype),
+    "floating": lambda dtype: dtype in FLOATS,
     "integer": _is_integer,
 }
 
@@ -58,7 +60,8 @@ def check_tensor(op: str, name: str, value: Any, kind: str = "any") -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"cppo.{op}: {name} must be a Tensor, got {type(value).__name__}")
     if not _KINDS[kind](value.dtype):
-        raise TypeError(f"cppo.{op}: {name} must be of {kind} dtype, got {value.dtype}")
+        which = " of at least 16 bits" if value.is_floating_point() and kind != "integer" else ""
+        raise TypeError(f"cppo.{op}: {name} must be of {kind} dtype{which}, got {value.dtype}")
 
 
 def check_ndim(op: str, name: str, tensor: Tensor, *symbols: str) -> None:

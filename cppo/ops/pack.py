@@ -67,7 +67,7 @@ def pack_completions(
     varlen functions.
 
     Args:
-        input_ids: (B, L) integer, prompt and response; padded left, right or both.
+        input_ids: (B, L) int32 or int64, prompt and response; padded left, right or both.
         attention_mask: (B, L) 1 or True where a token is attended.
         completion_mask: (B, L) 1 or True at response tokens. A token outside `attention_mask` is
             not a response, whatever stands here.
@@ -87,6 +87,8 @@ def pack_completions(
     """
     op = "pack_completions"
     check_tensor(op, "input_ids", input_ids, "integer")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cppo.{op}: input_ids must be int32 or int64, got {input_ids.dtype}")
     if input_ids.ndim != 2:
         raise ValueError(f"cppo.{op}: input_ids must be (B, L), got {tuple(input_ids.shape)}")
     aligned = {"attention_mask": attention_mask, "completion_mask": completion_mask}

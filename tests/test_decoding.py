@@ -150,6 +150,24 @@ def test_hidden_states_that_are_not_finite_are_an_error() -> None:
         decode(model, text_prompts([5, 3, 7]), Sampling(2, 4, 1.0), Draws(0, 6, slice(0, 6)))
 
 
+@pytest.mark.parametrize("wrong", ["weight", "suppressed", "temperature"])
+def test_logits_that_say_nothing_are_an_error(wrong: str) -> None:
+    model, _ = tiny("text")
+    packed(model).eval()
+    head = model.get_output_embeddings().weight
+    if wrong == "weight":
+        with torch.no_grad():
+            head[70] = torch.nan  # in no prompt
+    sampling = Sampling(
+        2,
+        4,
+        temperature=1e-45 if wrong == "temperature" else 1.0,
+        suppressed=range(len(head)) if wrong == "suppressed" else (),
+    )
+    with pytest.raises(FloatingPointError, match="logits are not finite in 6 of 6 completions"):
+        decode(model, text_prompts([5, 3, 7]), sampling, Draws(0, 6, slice(0, 6)))
+
+
 @pytest.mark.parametrize("family", ["text", *VISION_FAMILIES])
 def test_prompts_in_parts_give_the_same_tokens(
     family: str, monkeypatch: pytest.MonkeyPatch

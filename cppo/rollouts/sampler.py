@@ -97,7 +97,8 @@ def decode(model: nn.Module, prompts: Prompts, sampling: Sampling, draws: Draws)
     Args:
         model: in eval mode, with the attention of `cppo.model.forward.set_attention`.
         draws: of these Q x group_size completions.
-    Raises: FloatingPointError for hidden states that are not finite.
+    Raises: FloatingPointError for hidden states that are not finite, and for logits that say
+        nothing: not a number, all -inf, or too large for their temperature.
     """
     rows = _run_prompts(unwrap(model), prompts, sampling)
     device, count = rows.hidden.device, len(rows.hidden)
@@ -124,6 +125,12 @@ def decode(model: nn.Module, prompts: Prompts, sampling: Sampling, draws: Draws)
                 drawn = rows.keep(left, drawn)
         rows.run(drawn, step)
     rows.look()
+    # Where a softmax is not a number, some token was drawn all the same.
+    if bad := int(logps.isnan().any(0).sum()):
+        raise FloatingPointError(
+            f"cppo.rollouts: the model's logits are not finite in {bad} of {count} completions: "
+            "nothing can be sampled from them"
+        )
     return Sampled(tokens[: int(longest)].T, logps[: int(longest)].T)
 
 

@@ -25,6 +25,8 @@ CONTRAST = (
     *("perception", "divergence", "tau", "fraction", "gating", "detach_anchor"),
     "cpl_reduction",
 )
+# And those that one other `perception` has to itself.
+REMOVING = {"vppo": ("vppo_fraction", "vppo_floor"), "papo": ("papo_coef", "papo_entropy_coef")}
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,13 @@ class LossConfig(CheckedFields):
 
     @property
     def idle_options(self) -> list[str]:
-        """The options of the contrastive loss that are set in vain, because cpl_coef is 0."""
-        if self.cpl_coef > 0 or self.perception in ("vppo", "papo"):
-            return []
-        return [name for name in CONTRAST if getattr(self, name) != getattr(LossConfig, name)]
+        """What is set in vain: options of the contrastive loss while it is off, and of another
+        perception."""
+        others = [names for kind, names in REMOVING.items() if kind != self.perception]
+        idle = [*([] if self.contrasts else CONTRAST), *(name for own in others for name in own)]
+        if self.perception in REMOVING:
+            idle.remove("perception")
+        return [name for name in idle if getattr(self, name) != getattr(LossConfig, name)]
 
     @property
     def penalises_removed(self) -> bool:

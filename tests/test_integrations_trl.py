@@ -168,6 +168,10 @@ def test_dynamic_allocation_fills_the_micro_batches_again():
     assert [len(micro["advantages"]) for micro in seen["micro"]] == [4, 4]
     with pytest.raises(ValueError, match="3 rows x 1 steps must be whole questions, of which 2 of"):
         per_device_train_batch_size(3, 4, 0.5)
+    with pytest.raises(ValueError, match=r"prune_rate must be a number in \[0, 1\), got 1"):
+        per_device_train_batch_size(4, 4, 1)
+    with pytest.raises(ValueError, match="steps_per_generation must be >= 1, got 0"):
+        per_device_train_batch_size(4, 4, 0.5, 0)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib.metadata
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,28 @@ def test_an_entropy_bonus_is_not_scaled_with_rows_that_fill_up(rows, monkeypatch
 def test_options_that_mean_nothing_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         CPPO(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(loss={"cpl_coef": 0.01}), "CPPO: loss must be a cppo.LossConfig, got dict"),
+        (dict(drop_zero_variance="no"), "drop_zero_variance must be True or False, got 'no'"),
+        (dict(share_prompts=1), "share_prompts must be True or False, got 1"),
+    ],
+)
+def test_options_of_another_kind_are_refused(options, words):
+    with pytest.raises(TypeError, match=words):
+        CPPO(**options)
+
+
+def test_options_of_images_that_have_no_effect_are_told():
+    idle = CPPO(loss=LossConfig(cpl_coef=0.0, tau=0.5), positive_views=("rotation",))
+    words = r"CPPO: loss.tau, positive_views without effect with .*loss.cpl_coef = 0.01 turns"
+    with pytest.warns(match=words):
+        trainer_of("qwen2_5_vl", cppo=idle)
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        check_run(trainer_of("text", cppo=idle))
 
 
 # The kernel

@@ -249,10 +249,10 @@ def test_without_contrast_the_forward_step_is_verls(engine, batch, policy_loss, 
 @pytest.mark.parametrize(
     ("policy_loss", "sees_images", "refused"),
     [
-        (dict(), True, True),
-        (dict(), False, False),
-        (dict(cpl_coef=0), True, False),
-        (dict(loss_mode="vanilla"), True, False),
+        (dict(cpl_coef=0.5), True, True),
+        (dict(cpl_coef=0.5), False, False),
+        (dict(), True, False),
+        (dict(cpl_coef=0.5, loss_mode="vanilla"), True, False),
     ],
     ids=str,
 )

@@ -97,8 +97,11 @@ def test_loss_config_reads_what_verl_was_told():
     assert loss_config(actor()) == cppo.LossConfig(
         clip_low=0.2, clip_high=0.3, dual_clip=5.0, cpl_reduction="sequence", cpl_coef=0.0
     )
-    with pytest.warns(match=r"policy_loss.divergence, tau without effect, as .*cpl_coef = 0; 0.01"):
-        loss_config(actor(tau=0.5, divergence="k1"))
+    words = (
+        "policy_loss.divergence, policy_loss.tau, policy_loss.positive_views without effect with "
+    )
+    with pytest.warns(match=words + ".*cpl_coef = 0; policy_loss.cpl_coef = 0.01 turns"):
+        loss_config(actor(tau=0.5, divergence="k1", positive_views=["rotation"]))
     given = dict(tau=0.5, fraction=0.25, gating=False, detach_anchor=True, divergence="k1")
     given |= dict(cpl_coef=0.2, cpl_reduction="token")
     expected = cppo.LossConfig(clip_low=0.2, clip_high=0.3, dual_clip=5.0, **given)

@@ -120,7 +120,9 @@ def test_a_run_says_that_it_contrasts(tmp_path, capsys):
     trainer_for(tmp_path / "text", cpl_coef=0.5)
     assert "contrastive" not in capsys.readouterr().out
     trainer_for(tmp_path / "vain", "qwen2_5_vl", cpl_coef=0.0, tau=0.2, perception="cpl_all")
-    vain = "contrastive perception is off, as loss.cpl_coef = 0: loss.perception, loss.tau without"
+    how = "with loss.perception = 'cpl_all' and loss.cpl_coef = 0"
+    on = "loss.cpl_coef = 0.01 turns contrastive perception on"
+    vain = f"loss.perception, loss.tau without effect {how}; {on}"
     assert vain in capsys.readouterr().out
 
 

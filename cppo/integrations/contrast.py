@@ -14,13 +14,13 @@ from torch import Tensor
 import cppo
 from cppo import reference
 from cppo.config import LossConfig
-from cppo.loss_config import CONTRAST
+from cppo.loss_config import CONTRAST, REMOVING
 from cppo.records import Views
 
 # Fields of LossConfig that say how images are contrasted; the trainer decides the others.
 FIELDS = ("cpl_coef", *CONTRAST)
 # And those of VPPO and PAPO.
-REMOVING_FIELDS = ("vppo_fraction", "vppo_floor", "papo_coef", "papo_entropy_coef")
+REMOVING_FIELDS = tuple(name for own in REMOVING.values() for name in own)
 DIVERGENCES = ("k3", "k1")  # "full" needs the whole vocabulary
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from cppo import reference
-from cppo.config import PRUNES, SCOPES, CPPOConfig, LossConfig
+from cppo.config import PRUNES, SCOPES, CPPOConfig, LossConfig, without_effect
 from cppo.integrations import contrast
 from cppo.integrations.fit import installed
-from cppo.ops.checks import check_choice, check_integer, check_interval
+from cppo.ops.checks import check_choice, check_config, check_integer, check_interval
 from cppo.views import views_from_names
 
 
@@ -19,7 +20,8 @@ class CPPO:
     """Options of `CPPOGRPOTrainer`; names and meanings are those of `cppo.CPPOConfig`.
 
     Raises: ValueError for a value out of range, for a field of `loss` that TRL decides, and for
-        divergence "full", which needs more than the log-probabilities that TRL computes.
+        divergence "full", which needs more than the log-probabilities that TRL computes; TypeError
+        for a value of another kind.
     """
 
     prune_rate: float = 0.0
@@ -68,6 +70,12 @@ class CPPO:
                 "rollout of TRL holds advantages, which are like rewards within a question only"
             )
         check_integer(op, "max_refills", self.max_refills, 0)
+        for name in ("drop_zero_variance", "early", "trim", "pack", "share_prompts"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(
+                    f"cppo.{op}: {name} must be True or False, got {getattr(self, name)!r}"
+                )
+        check_config(op, self.loss, "loss")
         check_choice(op, "loss.divergence", self.loss.divergence, contrast.DIVERGENCES)
         for field in fields(LossConfig):
             value = getattr(self.loss, field.name)
@@ -102,8 +110,14 @@ def per_device_train_batch_size(
         num_generations, steps_per_generation: as in GRPOConfig, where the latter is by default
             gradient_accumulation_steps.
         prune_rate: as in `CPPO`.
-    Raises: ValueError if no whole number of questions gives that size.
+    Raises: ValueError if no whole number of questions gives that size, or for a number out of
+        range; TypeError for what is no number.
     """
+    op = "per_device_train_batch_size"
+    check_integer(op, "rows", rows, 1)
+    check_integer(op, "num_generations", num_generations, 1)
+    check_integer(op, "steps_per_generation", steps_per_generation, 1)
+    check_interval(op, "prune_rate", prune_rate, 0, 1, closed=False)
     kept = reference.kept_per_unit(num_generations, prune_rate)
     questions, rest = divmod(rows * steps_per_generation, kept)
     size, over = divmod(questions * num_generations, steps_per_generation)
@@ -128,6 +142,9 @@ def check_run(trainer: Any) -> None:
         _check_packing(trainer, refuse)
     images = getattr(trainer.processing_class, "image_processor", None)
     looks = bool(options.loss.perturbed_views) and images is not None
+    idle = without_effect(options.loss, options.positive_views, options.negative_views)
+    if images is not None and idle:
+        warnings.warn(f"cppo.integrations.trl: CPPO: {idle}", stacklevel=3)
     if not options.prunes and not looks:
         return
     if looks:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import cppo
-from cppo.config import BY_ADVANTAGE, SCOPES, CPPOConfig, LossConfig
+from cppo.config import BY_ADVANTAGE, SCOPES, CPPOConfig, LossConfig, without_effect
 from cppo.integrations.contrast import DIVERGENCES, FIELDS
 from cppo.ops.checks import check_choice, check_interval
 from cppo.views import views_from_names
@@ -53,13 +53,10 @@ class Options:
         loss = LossConfig(
             importance=self.importance, **{name: getattr(self, name) for name in _FIELDS}
         )
-        if loss.idle_options:
-            warnings.warn(
-                f"cppo.integrations.verl: policy_loss.{', '.join(loss.idle_options)} without "
-                f"effect, as policy_loss.cpl_coef = 0; {LossConfig.cpl_coef:g} turns contrastive "
-                "perception on",
-                stacklevel=2,
-            )
+        places = dict.fromkeys(("of_loss", "of_views"), "policy_loss.")
+        idle = without_effect(loss, self.positive_views, self.negative_views, **places)
+        if idle:
+            warnings.warn(f"cppo.integrations.verl: {idle}", stacklevel=2)
         if self.perception == "vppo":
             raise ValueError(
                 "cppo.integrations.verl: policy_loss.perception must be 'cpl', 'cpl_all' or "

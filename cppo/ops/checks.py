@@ -111,10 +111,10 @@ def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None
         raise ValueError(f"cppo.{op}: {name} must be one of {allowed}, got {value!r}")
 
 
-def check_config(op: str, config: Any) -> None:
+def check_config(op: str, config: Any, name: str = "config") -> None:
     """TypeError unless `config` is a LossConfig."""
     if not isinstance(config, LossConfig):
-        raise TypeError(f"cppo.{op}: config must be a cppo.LossConfig, got {type(config).__name__}")
+        raise TypeError(f"cppo.{op}: {name} must be a cppo.LossConfig, got {type(config).__name__}")
 
 
 def check_positive(op: str, name: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from cppo.config import CPPOConfig, LossConfig
+from cppo.config import CPPOConfig, without_effect
 from cppo.model import forward
 from cppo.model.load import check_saveable, closing_token_ids
 from cppo.model.prompts import tokenizer_of
@@ -35,12 +35,9 @@ def warnings(model: nn.Module, processor: Any, config: CPPOConfig) -> list[str]:
             f"contrastive perception is on: {which} also run under two perturbed views of their "
             f"images; loss.cpl_coef = 0 in place of {config.loss.cpl_coef:g} turns it off"
         )
-    if has_vision(model) and config.loss.idle_options:
-        found.append(
-            f"contrastive perception is off, as loss.cpl_coef = 0: "
-            f"{', '.join(f'loss.{name}' for name in config.loss.idle_options)} without effect; "
-            f"loss.cpl_coef = {LossConfig.cpl_coef:g} turns it on"
-        )
+    idle = without_effect(config.loss, config.positive_views, config.negative_views)
+    if has_vision(model) and idle:
+        found.append(idle)
     steps = config.steps() * config.num_iterations * config.optimizer_steps
     if config.warmup_steps >= steps:
         found.append(

@@ -340,6 +340,10 @@ def test_memory_is_shared_by_processes_and_limited_by_a_container(tmp_path, monk
     assert memory._free_of_container(tmp_path) == []
     (tmp_path / "memory.max").write_text("800\n")
     assert memory._free_of_container(tmp_path) == [500]
+    # The caches of files that are in it are no less free than those of the machine.
+    stat = "anon 90\nfile 210\ninactive_anon 1\ninactive_file 150\nactive_file 50\n"
+    (tmp_path / "memory.stat").write_text(stat)
+    assert memory._free_of_container(tmp_path) == [700]
 
 
 def test_a_cache_with_placeholders_is_filled_in_parts() -> None:

@@ -104,6 +104,7 @@ def test_evaluation_is_left_alone():
     for name in ("eval_reward", "eval_loss", "eval_completions/mean_length"):
         assert ours[name] == pytest.approx(plain[name], rel=1e-6), name
     assert "eval_cppo/kept_share" not in ours
+    assert trainers[1]._prompts is None  # they would stay until the next rollout
 
 
 # Pruning

@@ -58,6 +58,29 @@ def test_the_seed_decides_everything(family, tmp_path):
     assert not same(results[0], results[2])
 
 
+def test_a_step_that_an_error_broke_off_leaves_no_gradient(tmp_path, monkeypatch):
+    loss, results = algorithm.microbatch_loss, []
+    for done in (0, 1):  # micro-batches before the error
+        calls = []
+
+        def breaks(*given, calls=calls, done=done):
+            if len(calls) == done:
+                raise MemoryError
+            calls.append(given)
+            return loss(*given)
+
+        options = dict(rewards=noise, max_tokens_per_microbatch=20)
+        trainer = trainer_for(tmp_path / str(done), **options)
+        monkeypatch.setattr(algorithm, "microbatch_loss", breaks)
+        with pytest.raises(MemoryError):
+            trainer.train_step()
+        monkeypatch.setattr(algorithm, "microbatch_loss", loss)
+        assert len(calls) == done
+        trainer.train_step()
+        results.append(weights_of(trainer.model))
+    assert same(*results)
+
+
 # The options of the update
 
 

@@ -176,7 +176,7 @@ class CPPOMixin(AnyTrainer):
 
     def _generate(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's completions; what they are of is remembered, with its images."""
-        self._prompts = prompts
+        self._prompts = prompts if self.model.training else None
         return super()._generate(prompts, *args, **kwargs)
 
     # A forward

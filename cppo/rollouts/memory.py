@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,10 @@ def _free_of_machine() -> int:
 
 def _free_of_container(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
     """What a limit on this process's group leaves; nothing without a limit."""
-    limit, used = folder / "memory.max", folder / "memory.current"
+    limit, used, kinds = (folder / f"memory.{name}" for name in ("max", "current", "stat"))
     if not (limit.exists() and used.exists()) or not limit.read_text().strip().isdigit():
         return []
-    return [max(0, int(limit.read_text()) - int(used.read_text()))]
+    lines = kinds.read_text().splitlines() if kinds.exists() else []
+    # Copies of files count as used, and make room for whoever needs it.
+    files = sum(int(line.split()[1]) for line in lines if re.match("(in)?active_file ", line))
+    return [max(0, int(limit.read_text()) - max(0, int(used.read_text()) - files))]

@@ -166,7 +166,6 @@ class Run:
             self.log.say(f"resumed although it changed: {change}")
         weights.load_weights(self.policy.model, path)
         optimizer = self.policy.optimizer
-        optimizer.zero_grad(set_to_none=True)  # of a step that was broken off
         optimizer.load_state_dict(state["optimizer"])
         policy.restore_schedule(self.policy.scheduler, state["scheduler"])
         self.step, self.history = state["step"], state["history"]
@@ -189,6 +188,8 @@ class Run:
 
     def begin_step(self) -> Journal:
         """The journal of the next step, or that of a step which was stopped."""
+        if self._interrupted is None:
+            self.policy.optimizer.zero_grad(set_to_none=True)  # of a step that was broken off
         new = Journal(self.step, self.questions.position, self.stopping)
         self.journal, self._interrupted = self._interrupted or new, None
         return self.journal

@@ -11,10 +11,12 @@ import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
 
-from trainer_cases import relative_difference, weights_of
+import trl_cases
+from trainer_cases import relative_difference, tiny, weights_of
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl import GRPOTrainer
 from trl.trainer import utils
-from trl_cases import HALF, OFF, trained, trainer_of
+from trl_cases import HALF, OFF, logged, trained, trainer_of
 
 from cppo.config import LossConfig
 from cppo.integrations import trl as adapter
@@ -127,6 +129,24 @@ def test_options_of_images_that_have_no_effect_are_told():
         trainer_of("qwen2_5_vl", cppo=idle)
     with warnings.catch_warnings(action="error", category=UserWarning):
         check_run(trainer_of("text", cppo=idle))
+
+
+def test_a_model_whose_positions_count_the_padding_is_not_trimmed(tmp_path, monkeypatch):
+    """Trimmed, it would be elsewhere than the reference is that it begins as."""
+    _, tokenizer = tiny("text")
+    sizes = dict(n_embd=16, n_layer=1, n_head=2, n_positions=64, vocab_size=len(tokenizer))
+    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    model.transformer.wpe.weight.data.mul_(50)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(trl_cases, "folder_of", lambda family: str(tmp_path))
+    monkeypatch.setattr(trl_cases, "load_model", GPT2LMHeadModel.from_pretrained)
+    options = dict(num_iterations=1, max_steps=1, learning_rate=0.0)
+    options |= dict(per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    with pytest.warns(UserWarning, match="not trimmed .CPPO.trim.: positions of GPT2LMHeadModel"):
+        trainer = trainer_of(cppo=CPPO(), **options)
+    assert not trainer.cppo.trim
+    trainer.train()
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
 
 
 # The kernel

@@ -337,6 +337,22 @@ def test_what_fails_without_words_is_said_with_its_kind(monkeypatch):
         model_check.check_model(packed_family("llama"))
 
 
+@pytest.mark.parametrize(
+    ("family", "counts"), [("gpt2", True), ("gpt_neo", True), ("opt", False), ("llama", False)]
+)
+def test_positions_that_count_the_padding(family: str, counts: bool) -> None:
+    config_class = transformers.CONFIG_MAPPING[family]
+    small = dict(n_embd=16, n_layer=2, n_head=2) if family == "gpt2" else {}
+    small |= dict(attention_types=[[["global"], 2]], num_layers=2) if family == "gpt_neo" else {}
+    small |= dict(hidden_size=16, num_attention_heads=2, word_embed_proj_dim=16)
+    names = {name: size for name, size in small.items() if hasattr(config_class(), name)}
+    config = config_class(**names, vocab_size=40, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    before = copy.deepcopy(model.state_dict())
+    assert model_check.counts_padding(model.train()) is counts
+    assert model.training and all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
 def test_learned_positions_end_where_their_table_does():
     model = packed_family("opt")
     size = model.config.max_position_embeddings

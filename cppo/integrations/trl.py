@@ -26,6 +26,7 @@ kernel for log-probabilities, and runs that cannot work are refused when the tra
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -58,6 +59,7 @@ from cppo.integrations.trl_rows import (
     trimmed,
 )
 from cppo.integrations.trl_views import Forwards, contrast, view_seeds
+from cppo.model.check import counts_padding
 
 __all__ = [
     "CPPO",
@@ -107,6 +109,15 @@ class CPPOMixin(AnyTrainer):
         self._draw = (-1, 0)  # the last rollout's global step, and its number within that step
         super().__init__(*args, **kwargs)
         check_run(self)
+        if cppo.trim and not cppo.packs and counts_padding(self.model):
+            self.cppo = dataclasses.replace(cppo, trim=False)
+            warnings.warn(
+                "cppo.integrations.trl: micro-batches are not trimmed (CPPO.trim): positions of "
+                f"{type(self.accelerator.unwrap_model(self.model)).__name__} count the padding, so "
+                "that the old and reference log-probabilities would be those of other positions; "
+                "CPPO(pack=True) does without padding, if the model can be packed",
+                stacklevel=2,
+            )
         self._limit = trl_packed.prepare(self) if cppo.packs else None
         trl_vllm_mend.mend(self)
 

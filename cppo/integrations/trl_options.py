@@ -42,8 +42,9 @@ class CPPO:
     """Prune before the old and reference log-probabilities are computed, not after: the same
     parameters for less work."""
     trim: bool = True
-    """Cut each micro-batch to its own longest prompt and completion. For models with relative
-    positions (rotary), which see the same distances."""
+    """Cut each micro-batch to its own longest prompt and completion. Rotary positions see the same
+    distances; a model whose positions count the padding (GPT-2) is not trimmed, and a warning says
+    so."""
     pack: bool = False
     """Run every forward on one stream without padding, and without a kernel of flash-attn."""
     share_prompts: bool = False

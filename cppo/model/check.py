@@ -20,14 +20,15 @@ from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cppo.model.comparison import Case, image_case, pairs, text_case
+from cppo.model.comparison import Case, image_case, ordinary_tokens, pairs, text_case
 from cppo.model.double_precision import DoublePrecision
 from cppo.model.forward import check_supported, run_packed
 from cppo.model.images import ImageBatch
 from cppo.model.left_as_found import left_as_found, model_configs
-from cppo.model.limits import PositionLimit, position_limit
+from cppo.model.limits import PositionLimit, learned_positions, position_limit
 from cppo.model.padded import run_padded
 from cppo.model.wrappers import has_adapters, own_modules, unwrap
 
@@ -178,6 +179,29 @@ def check_training_mode(
             f"its hidden states are off by {off:.2g} of {scale:.2g} from those that it samples "
             "with (dropout or other noise that is not an attribute of its layers)"
         )
+
+
+def counts_padding(model: nn.Module) -> bool:
+    """Whether a token's position depends on the padding on its left, as GPT-2's does.
+
+    Such a model says something else of a batch that is padded less. Only one with learned positions
+    is looked at, by two runs on a few tokens; if its weights are in parts elsewhere, by none.
+    """
+    if not learned_positions(model):
+        return False
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        return True
+    ids = ordinary_tokens(unwrap(model), 4)[None]
+    mask = torch.ones_like(ids)
+
+    def logits(padding: int) -> Tensor:
+        rows, seen = (F.pad(x, (padding, 0)) for x in (ids, mask))
+        found: Tensor = model(input_ids=rows, attention_mask=seen).logits
+        return found[:, padding:]
+
+    alone, behind = _computed(model, False, lambda: (logits(0), logits(3)))
+    off = (behind - alone).abs().max().item()
+    return off > _tolerance(alone) * alone.abs().max().item()
 
 
 def _compare(model: nn.Module, case: Case, packed: bool, shares: bool) -> None:

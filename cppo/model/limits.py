@@ -46,11 +46,21 @@ def position_limit(model: nn.Module) -> PositionLimit | None:
         "so that packed sequences would change each other"
     )
     limits = [PositionLimit(end, follows) for end in ends]
-    tower = set(vision_tower(model).modules()) if has_vision(base) else set()
-    for name, part in base.named_modules():
-        # Tables of relative positions hold distances, which are cut at their end.
-        is_named = re.match(r"(?!.*rel).*(pos(ition|$|_)|wpe$)", name.rpartition(".")[2])
-        if is_named and isinstance(part, nn.Embedding) and part not in tower:
-            size = part.num_embeddings - getattr(part, "offset", 0)
-            limits.append(PositionLimit(size, f"{family} has learned positions for no more"))
+    for table in learned_positions(model):
+        size = table.num_embeddings - getattr(table, "offset", 0)
+        limits.append(PositionLimit(size, f"{family} has learned positions for no more"))
     return min(limits, default=None)
+
+
+def learned_positions(model: nn.Module) -> list[nn.Embedding]:
+    """The tables of learned positions of a model's text."""
+    base = unwrap(model)
+    tower = set(vision_tower(model).modules()) if has_vision(base) else set()
+    # Tables of relative positions hold distances, which are cut at their end.
+    named = re.compile(r"(?!.*rel).*(pos(ition|$|_)|wpe$)")
+    return [
+        part
+        for name, part in base.named_modules()
+        if isinstance(part, nn.Embedding) and part not in tower
+        if named.match(name.rpartition(".")[2])
+    ]

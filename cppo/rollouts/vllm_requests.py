@@ -141,9 +141,9 @@ def _wrong(choice: Choice, sampling: Sampling, vocab: int) -> str:
         return f"has {len(ids)} tokens, asked for 1 to {sampling.max_new_tokens}"
     if len(logps) != len(ids):
         return f"has {len(ids)} tokens and {len(logps)} log-probabilities"
-    outside = [token for token in ids if not 0 <= token < vocab]
+    outside = [token for token in ids if not (isinstance(token, int) and 0 <= token < vocab)]
     if outside:
-        return f"has the token {outside[0]}, and the model has {vocab}"
+        return f"has the token {outside[0]!r}, and the model has {vocab}"
     never = set(sampling.suppressed) & set(ids)
     if never:
         return f"has the token {min(never)}, which is never to be sampled"

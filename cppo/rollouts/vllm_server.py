@@ -103,7 +103,7 @@ class ServerEngine:
         )
         self._sender = sender(transfer, options, self._server)
         self._server.wait()
-        self._read_options(transfer)
+        self._read_options()
 
     def rows_at_once(self, width: int) -> int | None:
         """Any number: the server queues what it has no room for."""
@@ -179,7 +179,7 @@ class ServerEngine:
     def _set_version(self, version: str) -> None:
         self._server.post("/update_weight_version", {"new_version": version})
 
-    def _read_options(self, transfer: str) -> None:
+    def _read_options(self) -> None:
         """Reads what the server was started with.
 
         Raises: EngineError for what cannot be used.
@@ -241,7 +241,7 @@ class ServerEngine:
                 {span["version"] for span in choice["weight_versions"]}
                 for choice in answer["choices"]
             ]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise EngineError(
                 f"cppo.rollouts: the vLLM server at {self._options.address} answers in another "
                 f"form than vLLM 0.32 does ({type(error).__name__}: {error}): {str(answer)[:300]}"
@@ -249,7 +249,7 @@ class ServerEngine:
         name = f"the vLLM server at {self._options.address}"
         check_prompt(theirs, request, name, self._image_token)
         if any(sampled_by != {self.version} for sampled_by in versions):
-            found = ", ".join(sorted(set().union(*versions) - {self.version}))
+            found = ", ".join(sorted(map(str, set().union(*versions) - {self.version})))
             self.version = None
             raise StaleWeights(
                 f"cppo.rollouts: the vLLM server at {self._options.address} sampled with the "

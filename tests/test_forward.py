@@ -205,6 +205,26 @@ def stream_of(lengths):
     return cppo.pack_completions(ids, mask, mask & (torch.arange(width) >= 1))
 
 
+@pytest.mark.parametrize("family", ["text", "qwen2_5_vl"])
+def test_a_batch_of_nothing_has_a_loss_of_zero(family: str) -> None:
+    """As in a loop of one's own, where all rewards of a step are equal."""
+    model, _ = tiny(family)
+    packed(model).requires_grad_(False)
+    ids, mask = torch.full((4, 5), 7), torch.ones(4, 5)
+    advantages, kept = cppo.advantages_and_prune(torch.ones(4), 2, 0.5, drop_zero=True)
+    batch = cppo.pack_completions(ids, mask, mask.triu(2), kept)
+    hidden = cppo.packed_hidden(model, batch)
+    output = cppo.linear_cppo_loss(
+        hidden,
+        model.lm_head.weight,
+        batch.targets,
+        advantages[kept],
+        cu_seqlens=batch.row_cu_seqlens,
+    )
+    output.loss.backward()
+    assert output.loss.item() == 0 and len(hidden) == len(batch.targets) == 0
+
+
 def test_without_the_packed_attention_a_stream_is_refused():
     model, _ = tiny("text")
     batch = stream_of([6, 4])

@@ -39,7 +39,8 @@ def packed_hidden(
         image_of: for each completion of the stream its question, as an index into `images`.
         shared: `cppo.model.shared_prompts.share_prompts` of the batch; None: every completion
             has its prompt to itself.
-    Returns: (T, D) in the dtype of the model's last norm.
+    Returns: (T, D) in the dtype of the model's last norm; (0, D) for a batch of nothing, as pruning
+        may leave where all rewards are equal.
     Raises: ValueError if the model lacks the attention of `cppo.set_attention`, or computes
         something else on packed sequences than on each of them alone; TypeError for another batch.
     """
@@ -56,6 +57,11 @@ def packed_hidden(
     if not torch.compiler.is_compiling():
         shown = shown_in(batch, images, image_of)
         check_model(model, shares=shared is not None, longest=batch.max_seqlen, shown=shown)
+        if not len(batch.input_ids):
+            # No layer takes a stream without tokens. Their loss is 0, and may be differentiated.
+            like = unwrap(model).get_input_embeddings().weight
+            size = unwrap(model).config.get_text_config().hidden_size
+            return like.new_zeros(0, size, requires_grad=torch.is_grad_enabled())
     return run_packed(model, batch, positions, images, image_of, shared)
 
 

@@ -229,3 +229,30 @@ def test_a_mask_of_ones_changes_nothing(scale):
 def test_weights_of_indices_that_are_none(index):
     with pytest.raises(ValueError, match=rf"prune_weights: kept must be in \[0, 8\), got {index}"):
         cppo.prune_weights(torch.rand(8), torch.tensor([0, index]), 4, 0.5)
+
+
+# Dtypes of few bits, or without a sign
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint16], ids=str)
+def test_numbers_without_a_sign_or_of_few_bits(backend, dtype):
+    """A size of -128 does not fit into the eight bits that hold it."""
+    advantages = torch.tensor([-128 if dtype == torch.int8 else 1, 0, 0, 1], dtype=dtype)
+    lengths = torch.tensor([1, 0, 0, 1]).to(dtype)
+    for prune in ("smallest", "largest", "shortest"):
+        options = {"prune": prune, "drop_zero": prune != "largest", "lengths": lengths}
+        kept = cppo.prune_completions(advantages, 4, 0.75, **options, backend=backend)
+        assert kept.tolist() == {"smallest": [0], "largest": [1], "shortest": []}[prune]
+
+
+def test_weights_of_kept_ones_in_any_integer():
+    advantages, kept = torch.rand(8), torch.tensor([1, 6])
+    expected = cppo.prune_weights(advantages, kept, 4, 0.75)
+    for dtype in (torch.uint8, torch.int32):
+        assert torch.equal(cppo.prune_weights(advantages, kept.to(dtype), 4, 0.75), expected)
+
+
+def test_eight_bit_floats_are_refused():
+    with pytest.raises(TypeError, match="real dtype of at least 16 bits, got torch.float8_e4m3fn"):
+        cppo.group_advantages(torch.rand(8).to(torch.float8_e4m3fn), 4)

@@ -10,7 +10,7 @@ import torch
 
 from cppo.cli.config_file import ConfigError
 from cppo.cli.run_config import dump, load
-from cppo.config import CPPOConfig, LoraConfig, LossConfig, without_effect
+from cppo.config import CPPOConfig, LoraConfig, LossConfig
 from cppo.train.arguments import check_optimizer_steps
 
 GOOD = """
@@ -329,40 +329,6 @@ def test_steps_that_the_completions_just_fill_are_taken():
     with pytest.raises(ValueError, match=words):
         check_optimizer_steps(CPPOConfig(batch_size=8, optimizer_steps=3), 4)
     check_optimizer_steps(CPPOConfig(batch_size=2, group_size=2), 4)
-
-
-VIEWS = CPPOConfig.positive_views, CPPOConfig.negative_views
-TWO = (("rotation",), ("zoom_crop",))
-
-
-@pytest.mark.parametrize(
-    ("loss", "views", "words"),
-    [
-        (dict(cpl_coef=0.0), VIEWS, None),
-        (dict(tau=0.5), TWO, None),
-        (dict(perception="papo", papo_coef=0.5), (VIEWS[0], TWO[1]), None),
-        (
-            dict(cpl_coef=0.0, gating=False, perception="cpl_all"),
-            TWO,
-            "l.perception, l.gating, positive_views, negative_views without effect with "
-            "l.perception = 'cpl_all' and l.cpl_coef = 0; l.cpl_coef = 0.01 turns contrastive "
-            "perception on",
-        ),
-        (
-            dict(perception="vppo", vppo_floor=0.5, papo_coef=1.0, tau=0.2),
-            TWO,
-            "l.tau, l.papo_coef, positive_views without effect with l.perception = 'vppo' and "
-            "l.cpl_coef = 0.01",
-        ),
-        (
-            dict(vppo_fraction=0.5),
-            VIEWS,
-            "l.vppo_fraction without effect with l.perception = 'cpl' and l.cpl_coef = 0.01",
-        ),
-    ],
-)
-def test_options_of_images_that_have_no_effect_are_told(loss, views, words):
-    assert without_effect(LossConfig(**loss), *views, of_loss="l.") == (words or "")
 
 
 def test_a_partial_loss_keeps_the_defaults_of_the_trainer(good):

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from cppo import reference
-from cppo.config import PRUNES, SCOPES, CPPOConfig, LossConfig, without_effect
+from cppo.config import PRUNES, SCOPES, CPPOConfig, LossConfig
+from cppo.idle_options import without_effect
 from cppo.integrations import contrast
 from cppo.integrations.fit import installed
 from cppo.ops.checks import check_choice, check_config, check_integer, check_interval

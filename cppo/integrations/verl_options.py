@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 import cppo
-from cppo.config import BY_ADVANTAGE, SCOPES, CPPOConfig, LossConfig, without_effect
+from cppo.config import BY_ADVANTAGE, SCOPES, CPPOConfig, LossConfig
+from cppo.idle_options import without_effect
 from cppo.integrations.contrast import DIVERGENCES, FIELDS
 from cppo.ops.checks import check_choice, check_interval
 from cppo.views import views_from_names

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from cppo.config import CPPOConfig, without_effect
+from cppo.config import CPPOConfig
+from cppo.idle_options import without_effect
 from cppo.model import forward
 from cppo.model.load import check_saveable, closing_token_ids
 from cppo.model.prompts import tokenizer_of

@@ -1,0 +1,41 @@
+"""Options of images that are set and that the chosen loss does not read, in words.
+
+One text for the trainer, TRL and verl, so that nothing that a user has set is ignored in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from cppo.config import CPPOConfig, LossConfig
+from cppo.loss_config import REMOVING
+
+
+def without_effect(
+    loss: LossConfig,
+    positive_views: Iterable[Any],
+    negative_views: Iterable[Any],
+    *,
+    of_loss: str = "loss.",
+    of_views: str = "",
+) -> str:
+    """Words on the options of images that are set and that this loss does not read; "": none is.
+
+    Args:
+        of_loss, of_views: what stands before the options' names, for a user who knows them by it.
+    """
+    names = [of_loss + name for name in loss.idle_options]
+    views = {"positive": positive_views, "negative": negative_views}
+    for view, given in views.items():
+        is_set = tuple(given) != getattr(CPPOConfig, f"{view}_views")
+        if is_set and view not in loss.perturbed_views:
+            names.append(f"{of_views}{view}_views")
+    if not names:
+        return ""
+    how = f"{of_loss}perception = {loss.perception!r} and {of_loss}cpl_coef = {loss.cpl_coef:g}"
+    words = f"{', '.join(names)} without effect with {how}"
+    if loss.contrasts or loss.perception in REMOVING:
+        return words
+    on = f"{of_loss}cpl_coef = {LossConfig.cpl_coef:g}"
+    return f"{words}; {on} turns contrastive perception on"

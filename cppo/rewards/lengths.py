@@ -166,7 +166,8 @@ class RepetitionPenalty:
         rewards = []
         for pieces in _pieces(self.name, self.unit, completions, columns):
             pieces = pieces.tolist() if hasattr(pieces, "tolist") else pieces
-            ngrams = list(zip(*(pieces[i:] for i in range(self.ngram_size)), strict=False))
+            size = min(self.ngram_size, len(pieces) + 1)  # one more than there are: no n-gram
+            ngrams = list(zip(*(pieces[i:] for i in range(size)), strict=False))
             repeated = 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
             rewards.append(self.max_penalty * repeated if repeated else 0.0)
         return rewards

@@ -139,7 +139,7 @@ def _labelled(answer: str, truth: str) -> list[tuple[str, str]]:
     return [(own[1], truth)] if own and len(normalize_answer(truth)) == 1 else []
 
 
-_DEEPEST = 12  # brackets in one another: the parser's time doubles with each; MATH-500 has 2
+_DEEPEST_BRACKETS = 12  # in one another: the parser's time doubles with each; MATH-500 has 2
 
 
 def _depth(formula: str) -> int:
@@ -162,7 +162,8 @@ def for_algebra(answer: str, truth: str) -> tuple[str, str] | None:
         formula = _LETTER.sub(r"\1", _JOIN.sub(", ", split_unit(plain(text))[0]))
         formula = " ".join(formula.replace("$", " ").split())
         words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{4,}", FONT.sub("", formula))
-        if len(set(words) - CHANGES) > 1 or _UNREAD.search(formula) or _depth(formula) > _DEEPEST:
+        is_deep = _depth(formula) > _DEEPEST_BRACKETS
+        if len(set(words) - CHANGES) > 1 or _UNREAD.search(formula) or is_deep:
             return None
         if "=" in formula and "=" not in other:
             *_, elements = _elements(formula)

@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cppo.rewards.reading import Reading
-from cppo.train.estimators import Mean, majority, mean_over_questions, pass_at_k
+from cppo.train.estimators import (
+    Mean,
+    majority,
+    mean_over_questions,
+    pass_at_k,
+    without_spreads,
+)
 
 Row = Mapping[str, Any]
 
@@ -43,9 +49,8 @@ class Verdicts(NamedTuple):
 def means(rows: Sequence[Row], metrics: Mapping[str, float]) -> list[Measure]:
     """The means of `cppo.train.evaluate.evaluate`, with standard errors over the questions."""
     found = []
-    for key, value in metrics.items():
-        if key.endswith("_std"):
-            continue
+    for key in without_spreads(metrics):
+        value = metrics[key]
         mode, metric = key.split("/", 1)
         own = by_question(rows, mode)
         each = [_mean_of(samples, metric) for samples in own]

@@ -14,6 +14,7 @@ import yaml
 from cppo.config import MODES, WRITTEN_BY_A_RUN, CPPOConfig
 from cppo.report.words import finite, flat
 from cppo.train.checkpoint import checkpoints, read_summary, step_of
+from cppo.train.estimators import without_spreads
 from cppo.train.output_dir import is_in_use
 from cppo.train.progress import read_lines, read_metrics
 from cppo.train.run_options import run_options
@@ -120,8 +121,7 @@ class RunRecord:
                 parts = name.split("/", 2)
                 if len(parts) == 3 and parts[0] == "eval" and parts[1] in MODES:
                     found[parts[2]] = None
-        spreads = {f"{name}_std" for name in found}
-        names = [name for name in found if name not in spreads and name != "tokens"]
+        names = [name for name in without_spreads(found) if name != "tokens"]
         single = [name for name in names if name != "reward"]
         return [*single, "reward"] if len(single) > 1 and "reward" in names else single or names
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -87,6 +87,16 @@ def mean_over_questions(values: Sequence[float]) -> Mean:
         return Mean(mean, None)
     spread = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return Mean(mean, math.sqrt(spread / len(values)))
+
+
+def without_spreads(names: Iterable[str]) -> list[str]:
+    """Return those of an evaluation's metrics that are no std over the passes.
+
+    A std stands beside its mean; a reward may well be called `..._std` itself.
+    """
+    names = list(names)
+    spreads = {f"{name}_std" for name in names}
+    return [name for name in names if name not in spreads]
 
 
 def powers_of_two(most: int) -> list[int]:

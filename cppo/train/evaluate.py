@@ -17,7 +17,7 @@ from cppo.questions import Question
 from cppo.rollouts.engine import Engine
 from cppo.rollouts.rollout import Rollouts, sample_completions
 from cppo.seeds import seed_from
-from cppo.train.arguments import reward_weights
+from cppo.train.arguments import reward_list, reward_weights
 from cppo.train.draws import check_room, longest_sequence
 from cppo.train.scoring import RewardFunction, Scores, score
 
@@ -76,10 +76,10 @@ def evaluate(
             built-in loop.
         finished: knows the batches that need not be sampled again, and keeps the others.
     Raises: QuestionError for a prompt that leaves no room for a completion; EngineError if the
-        engine cannot sample.
+        engine cannot sample; ValueError for two reward functions of one name.
     """
     own = range(share.rank, len(questions), share.size)
-    weights = reward_weights(list(reward_functions), config)
+    weights = reward_weights(reward_list(reward_functions), config)
     limit = longest_sequence(model, config)
     rows: list[dict[str, Any]] = []
     for mode, temperature, samples, ids in _batches(own, config):

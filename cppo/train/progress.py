@@ -24,6 +24,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from cppo.train.estimators import without_spreads
+
 _COLUMNS = (
     ("step", "step", "{:.0f}"),
     ("reward", "reward/mean", "{:.3f}"),
@@ -164,10 +166,9 @@ class RunLog:
             return
         if "loss" in row:
             self._show_row(row)
+        names = without_spreads(name for name in row if name.startswith("eval/"))
         evaluated = {
-            name.removeprefix("eval/"): value
-            for name, value in row.items()
-            if name.startswith("eval/") and not name.endswith(("_std", "/tokens"))
+            name.removeprefix("eval/"): row[name] for name in names if not name.endswith("/tokens")
         }
         weighted = [name for name in evaluated if name.endswith("/reward")]
         if len(evaluated) == 2 * len(weighted):
@@ -179,12 +180,12 @@ class RunLog:
             self._print(Text.assemble(head, f"  {values}"))
 
     def _show_row(self, row: dict[str, Any]) -> None:
-        if not self._columns:
-            self._columns = [column for column in _COLUMNS if column[1] in row]
-        if self._rows_shown % 20 == 0:
+        known = [c for c in _COLUMNS if c in self._columns or c[1] in row]
+        if self._rows_shown % 20 == 0 or known != self._columns:
+            self._columns, self._rows_shown = known, 0
             self.say("".join(f"{c[0]:>{_WIDTH}}" for c in self._columns), style="dim")
         self._rows_shown += 1
-        cells = (form.format(row.get(key, 0.0)) for _, key, form in self._columns)
+        cells = (form.format(row[key]) if key in row else "-" for _, key, form in self._columns)
         self.say("".join(f"{cell:>{_WIDTH}}" for cell in cells))
 
     def completions(self, rows: list[dict[str, Any]]) -> None:

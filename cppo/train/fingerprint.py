@@ -51,6 +51,8 @@ def _row(dataset: Dataset, place: int) -> Any:
         return dataset[place]
     except ValueError as error:  # a row that cannot be read, which the run may leave out
         return str(error)
+    except Exception as error:  # of other people's code, whose words may hold an address
+        return type(error).__name__
 
 
 def _has_pictures(row: Any) -> bool:

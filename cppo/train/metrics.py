@@ -112,7 +112,7 @@ def completion_rows(batch: Batch, scores: Scores, step: int, count: int) -> list
 
     def row(i: int) -> dict[str, Any]:
         reward, question = scores.total[i].item(), rollouts.question_of(i)
-        return {
+        known = {
             "step": step,
             "question": question.messages,
             "answer": question.columns.get("answer"),
@@ -120,8 +120,10 @@ def completion_rows(batch: Batch, scores: Scores, step: int, count: int) -> list
             "reward": None if math.isnan(reward) else reward,
             "advantage": batch.advantages[i].item(),
             "kept": i in kept,
-            **{column: values[i] for column, values in scores.extra.items()},
         }
+        # What a reward function logs never takes the place of what the trainer says.
+        extra = {column: values[i] for column, values in scores.extra.items()}
+        return {**known, **{f"logged/{n}" if n in known else n: v for n, v in extra.items()}}
 
     return [row(i) for i in chosen]
 

@@ -8,14 +8,14 @@ byte counts are for one process; every process holds the whole model.
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cppo.cli import run_config
 from cppo.cli.config_file import ConfigError
 from cppo.cli.engines import engine_words
-from cppo.cli.run_config import ModelConfig, RunConfig
+from cppo.cli.model_sizes import ModelSizes, model_sizes
+from cppo.cli.run_config import RunConfig
 from cppo.cli.run_parts import (
     CHECKED_ROWS,
     check_packages,
@@ -26,23 +26,10 @@ from cppo.cli.run_parts import (
     trainer_options,
 )
 from cppo.config import CPPOConfig
-from cppo.places import is_place
+from cppo.questions import QuestionError
+from cppo.questions.rows import question_at
 
 _UNKNOWN_PROMPT = 512  # tokens per prompt where nothing tells
-
-
-class ModelSizes(NamedTuple):
-    """Sizes that the estimates need; parameters are counted once where weights are tied."""
-
-    family: str
-    parameters: int
-    vision_parameters: int
-    lora_parameters: int
-    hidden: int
-    intermediate: int
-    layers: int
-    kv_width: int
-    vocab: int
 
 
 class StepSizes(NamedTuple):
@@ -148,72 +135,6 @@ def memory(
     }
 
 
-def model_sizes(model: ModelConfig, lora_rank: int = 0) -> tuple[ModelSizes, str]:
-    """Measure a model without its weights.
-
-    Args:
-        model: a folder, a hub name in the local cache, or one with an `architecture`.
-        lora_rank: of adapters on every linear layer but the LM head; 0: none.
-    Returns: (sizes, where they are from).
-    Raises: ValueError if nothing here tells its sizes.
-    """
-    import torch
-    from torch import nn
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    from cppo.model.wrappers import IN_TOWER
-
-    config, source = _model_config(model)
-    has_vision = getattr(config, "vision_config", None) is not None
-    auto: Any = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
-    with torch.device("meta"):
-        built = auto.from_config(config)
-    text = config.get_text_config()
-    linear = [
-        layer
-        for name, layer in built.named_modules()
-        if isinstance(layer, nn.Linear) and not name.endswith("lm_head")
-    ]
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    sizes = ModelSizes(
-        family=config.model_type,
-        parameters=sum(p.numel() for p in built.parameters()),
-        vision_parameters=sum(
-            p.numel() for n, p in built.named_parameters() if re.fullmatch(IN_TOWER, n)
-        ),
-        lora_parameters=lora_rank * sum(m.in_features + m.out_features for m in linear),
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        layers=text.num_hidden_layers,
-        kv_width=text.num_key_value_heads * head_dim,
-        vocab=text.vocab_size,
-    )
-    return sizes, source
-
-
-def _model_config(model: ModelConfig) -> tuple[Any, str]:
-    """A model's configuration, and where it is from."""
-    from transformers import AutoConfig
-
-    path = model_path(model)
-    if is_place(model.builder) and model.architecture is None:
-        raise ValueError(f"a dry run does not call {path}, and model.architecture is not given")
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        return config, f"config.json of {path}"
-    except (OSError, ValueError) as error:
-        if model.architecture is None:
-            raise ValueError(
-                f"{path} is not on this machine and model.architecture is not given"
-            ) from None
-        rest = {key: value for key, value in model.architecture.items() if key != "model_type"}
-        try:
-            config = AutoConfig.for_model(model.architecture["model_type"], **rest)
-        except (ValueError, TypeError) as wrong:
-            raise ValueError(f"model.architecture: {wrong}") from error
-        return config, f"model.architecture; {path} is not on this machine"
-
-
 def report(config: RunConfig) -> str:
     """Return the text of a dry run: resolved options, data, step, model, memory."""
     sections = [f"# the resolved configuration\n{run_config.dump(config).rstrip()}"]
@@ -244,7 +165,7 @@ def report(config: RunConfig) -> str:
         ),
     ]
     try:
-        sizes, source = model_sizes(config.model, trainer.lora.r if trainer.lora else 0)
+        sizes, source = model_sizes(config.model, trainer)
     except ValueError as error:
         sections.append(f"# model\nsizes unknown, no memory estimate: {error}")
     else:
@@ -319,7 +240,8 @@ def _data(config: RunConfig) -> tuple[list[str], int | None, int | None]:
             continue
         lines.append(f"{name}: {len(rows):,} questions ({spec.loader}, {spec.path or 'generated'})")
         try:
-            check_rows(rows, spec, _rewards(config))
+            skips = name == "train" and config.trainer.skip_bad_questions
+            check_rows(rows, spec, _rewards(config), skip_bad=skips)
             if name == "train":
                 count = len(rows)
                 shown, longest = _first_question(config, rows)
@@ -342,20 +264,28 @@ def _first_question(config: RunConfig, rows: Any) -> tuple[str, int | None]:
     """The first question as the model reads it, and the longest of the first prompts in tokens."""
     from cppo.model.load import load_processor
     from cppo.model.prompts import PromptEncoder, render
-    from cppo.questions import as_question
 
-    first = [as_question(rows[i], index=i) for i in range(min(CHECKED_ROWS, len(rows)))]
-    sizes = ", ".join(f"{w} x {h}" for w, h in (image.size for image in first[0].images))
-    suffix = f"\nimages: {sizes} pixels" if sizes else ""
-    suffix += f"\nanswer: {first[0].columns.get('answer')}"
-    path = model_path(config.model)
-    if not Path(path).is_dir():
-        text = "\n".join(f"{m['role']}: {m['content']}" for m in first[0].messages)
-        return text + suffix, None
-    processor = load_processor(path)
-    encoder = PromptEncoder(processor)
-    lengths = [len(encoder(question).input_ids) for question in first]
-    return render(processor, first[0]) + suffix, max(lengths)
+    path, kwargs = model_path(config.model), config.trainer.chat_template_kwargs or {}
+    processor = load_processor(path) if Path(path).is_dir() else None
+    encoder = PromptEncoder(processor, kwargs) if processor else None
+    asked = []
+    for index in range(min(CHECKED_ROWS, len(rows))):
+        try:
+            question = question_at(rows, index)
+            asked.append((len(encoder(question).input_ids) if encoder else None, question))
+        except QuestionError:
+            if not config.trainer.skip_bad_questions:
+                raise
+    if not asked:
+        return f"none of the first {CHECKED_ROWS} rows can be asked", None
+    longest, first = max((n for n, _ in asked if n), default=None), asked[0][1]
+    if processor:
+        text = render(processor, first, kwargs)
+    else:
+        text = "\n".join(f"{m['role']}: {m['content']}" for m in first.messages)
+    sizes = ", ".join(f"{w} x {h}" for w, h in (image.size for image in first.images))
+    text += f"\nimages: {sizes} pixels" if sizes else ""
+    return f"{text}\nanswer: {first.columns.get('answer')}", longest
 
 
 def _table(title: str, rows: dict[str, str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from cppo.questions.columns import (
     named,
     value_at,
 )
-from cppo.questions.files import read_source
+from cppo.questions.files import read_source, splits_of
 from cppo.questions.messages import parts_of, read_messages, sequence
 
 _LOOKED_AT = 50  # rows
@@ -157,15 +156,11 @@ def _held_out(found: Findings, eval_data: str | None, eval_split: str | None) ->
 
 def _splits(folder: Path) -> tuple[str | None, str | None]:
     """The training and a held-out split of a folder, as its files or `datasets` name them."""
-    saved = folder / "dataset_dict.json"
-    if saved.is_file():
-        names = list(json.loads(saved.read_text(encoding="utf-8"))["splits"])
-    else:
-        names = [file.stem for place in (folder, folder / "data") for file in place.glob("*.*")]
-    held_out = (split for split in _HELD_OUT_SPLITS if any(n.startswith(split) for n in names))
-    if not any(name.startswith("train") for name in names):
+    named = splits_of(folder, ("train", *_HELD_OUT_SPLITS))
+    held_out = [name for word, name in named.items() if word != "train"]
+    if "train" not in named:
         return None, None
-    return "train", next(held_out, None)
+    return named["train"], held_out[0] if held_out else None
 
 
 def _is_image(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from cppo.extras import require_package, without_peft_warning
 from cppo.places import is_place, load_object
 from cppo.questions import Question, Rows, rename_columns
 from cppo.questions.columns import columns_of, likely_column
+from cppo.questions.files import with_system
 from cppo.questions.rows import question_at
 
 CHECKED_ROWS = 32  # rows of each dataset that are read before anything starts, spread evenly
@@ -109,17 +111,7 @@ def load_questions(data: DatasetConfig, system_prompt: str | None, key: str) -> 
     if data.skip >= len(rows):
         raise ConfigError(f"{key}.skip must be below the {len(rows)} rows, got {data.skip}", key)
     taken = range(data.skip, len(rows))[: data.limit]
-    if system_prompt is None:
-        return Rows(rows, indices=taken)
-    system = {"role": "system", "content": system_prompt}
-
-    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt = row.get("prompt") or []  # `as_question` says what is wrong with a missing one
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        return {**row, "prompt": [system, *(m for m in prompt if m["role"] != "system")]}
-
-    return Rows(rows, convert, taken)
+    return Rows(rows, lambda row, index: with_system(row, system_prompt), taken)
 
 
 def overlap(data: DataConfig) -> str:
@@ -127,7 +119,7 @@ def overlap(data: DataConfig) -> str:
     train, held_out = data.train, data.eval
 
     def source(one: DatasetConfig) -> tuple[Any, ...]:
-        return one.loader, one.path and Path(one.path).expanduser().resolve(), one.split
+        return one.loader, one.path and Path(one.path).expanduser().resolve(), _split(one)
 
     if held_out is None or source(train) != source(held_out):
         return ""
@@ -136,6 +128,15 @@ def overlap(data: DataConfig) -> str:
         return ""
     apart = f"; data.train.skip={ends[1]} keeps them apart" if held_out.limit else ""
     return f"data.eval has questions that data.train trains on{apart}"
+
+
+def _split(data: DatasetConfig) -> str | None:
+    """The split of a dataset: that which a loader takes if it is not told."""
+    if data.split is not None or data.loader not in LOADERS:
+        return data.split
+    loader = load_object(LOADERS[data.loader], "loader")
+    default: str | None = inspect.signature(loader).parameters["split"].default
+    return default
 
 
 def _check_prompt(rows: Dataset, data: DatasetConfig, key: str) -> None:
@@ -201,16 +202,22 @@ def check_packages(config: RunConfig, *, training: bool = True) -> None:
 def trainer_options(config: RunConfig) -> tuple[list[Any], CPPOConfig]:
     """Return the reward functions, and the trainer's options with the rewards' weights."""
     from cppo.rewards import from_names
+    from cppo.train.arguments import reward_list
 
     functions, weights = from_names(list(config.rewards))
+    reward_list(functions)  # their names differ: they are those of the metrics
     if config.trainer.reward_weights is not None:
         return functions, config.trainer
     return functions, replace(config.trainer, reward_weights=tuple(weights))
 
 
-def check_rows(rows: Dataset, spec: DatasetConfig, functions: list[Any]) -> None:
+def check_rows(
+    rows: Dataset, spec: DatasetConfig, functions: list[Any], *, skip_bad: bool = False
+) -> None:
     """Read rows of a dataset, more of them where that decodes no images.
 
+    Args:
+        skip_bad: whether rows that are no question are left out, as training may do.
     Raises: ValueError or TypeError naming a row that is no question, or whose ground truth one of
         the reward functions cannot read.
     """
@@ -222,7 +229,9 @@ def check_rows(rows: Dataset, spec: DatasetConfig, functions: list[Any]) -> None
         is_text = False
     limit = READ_ROWS if is_text else CHECKED_ROWS
     # A reward of the user's may read any ground truth.
-    check_dataset(rows, limit=limit, read_answer=False, rewards=functions)
+    check_dataset(
+        rows, limit=limit, read_answer=False, rewards=functions, skip_bad_questions=skip_bad
+    )
 
 
 def make_trainer(config: RunConfig) -> CPPOTrainer:
@@ -241,9 +250,9 @@ def make_trainer(config: RunConfig) -> CPPOTrainer:
         train = load_questions(data.train, data.system_prompt, "data.train")
         if data.eval is not None:
             held_out = load_questions(data.eval, data.system_prompt, "data.eval")
-        for rows, spec in ((train, data.train), (held_out, data.eval)):
-            if rows is not None and spec is not None:
-                check_rows(rows, spec, functions)
+        check_rows(train, data.train, functions, skip_bad=options.skip_bad_questions)
+        if held_out is not None and data.eval is not None:
+            check_rows(held_out, data.eval, functions)
         model, processor = load_policy(config.model)
         if not options.skip_bad_questions:
             kwargs = options.chat_template_kwargs or {}

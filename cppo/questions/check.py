@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cppo.questions.columns import columns_of, hint
+from cppo.questions.errors import QuestionError
 from cppo.questions.messages import parts_of
 from cppo.questions.question import Question
 from cppo.questions.rows import Dataset, question_at, require_dataset
@@ -53,6 +54,7 @@ def check_dataset(
     rewards: Sequence[Any] = (),
     processor: Any = None,
     chat_template_kwargs: Mapping[str, Any] = {},
+    skip_bad_questions: bool = False,
 ) -> DatasetSummary:
     """Read the rows of a dataset as questions and return what they hold.
 
@@ -67,6 +69,8 @@ def check_dataset(
         processor: the processor or tokenizer of a model, with which each row checked is then
             encoded as in training.
         chat_template_kwargs: for the chat template, such as {"enable_thinking": False}.
+        skip_bad_questions: leave out rows that are no question or cannot be encoded, as a run with
+            this option does, as long as one is left.
     Returns: counts over the rows checked.
     Raises: TypeError or ValueError for an empty dataset or something else than a dataset, and for
         chat_template_kwargs that the template does not read. ValueError that says how many rows
@@ -80,6 +84,7 @@ def check_dataset(
     count = total if limit is None else max(1, min(total, limit))
     good: list[_Row] = []
     bad: dict[int, str] = {}
+    left_out: dict[int, str] = {}
     for index in (i * total // count for i in range(count)):
         try:
             question = question_at(dataset, index)
@@ -89,10 +94,12 @@ def check_dataset(
             _check_answer(question.columns, needs_answer, read_answer, readers)
             tokens = len(encoder(question).input_ids) if encoder else 0
         except (TypeError, ValueError) as error:
-            bad[index] = str(error)
+            may_go = skip_bad_questions and isinstance(error, QuestionError)
+            (left_out if may_go else bad)[index] = str(error)
         else:
             good.append(_row(index, question, tokens))
-    if bad:
+    if bad or not good:
+        bad = bad or left_out
         raise ValueError(f"cppo.check_dataset: {describe_bad_rows(bad, count)}")
     return DatasetSummary(
         total,
@@ -100,7 +107,7 @@ def check_dataset(
         sum(row.images > 0 for row in good),
         sum(row.has_answer for row in good),
         max(row.images for row in good),
-        sum(row.characters for row in good) / count,
+        sum(row.characters for row in good) / len(good),
         good[0].columns,
         max(row.tokens for row in good) if encoder else None,
     )

@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from cppo.questions.columns import check_keys, named, renamed
 from cppo.questions.delimited import delimited_rows
+from cppo.questions.messages import sequence
 from cppo.questions.near import images_near
 from cppo.questions.rows import Rows
 from cppo.rewards.ground_truth import widened
@@ -88,7 +89,12 @@ def with_system(row: dict[str, Any], system_prompt: str | None) -> dict[str, Any
     prompt = row["prompt"]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    rest = [message for message in prompt if message.get("role") != "system"]
+    messages = sequence(prompt) or []
+    rest = [one for one in messages if not isinstance(one, Mapping) or one.get("role") != "system"]
+    contents = (one.get("content") if isinstance(one, Mapping) else one for one in rest)
+    has_image = any(row.get(name) is not None for name in ("image", "images"))
+    if not has_image and not any(str(content or "").strip() for content in contents):
+        return row  # `as_question` says what is wrong with it, which a system prompt would hide
     return {**row, "prompt": [{"role": "system", "content": system_prompt}, *rest]}
 
 
@@ -169,6 +175,29 @@ def _folder(path: Path, split: str | None) -> Path:
     if _is_saved(path):
         return path
     return _files(path, split)[0].parent if path.is_dir() else path.parent
+
+
+def splits_of(folder: Path, words: Iterable[str]) -> dict[str, str]:
+    """The splits of a folder that are called by some words, or begin with them: {word: split}.
+
+    Raises: ValueError for a folder without rows, and one that `datasets` did not save whole.
+    """
+    if _is_saved(folder):
+        names = _saved_splits(folder)
+        starts = ((word, [n for n in names if n.startswith(word)]) for word in words)
+        return {word: word if word in found else found[0] for word, found in starts if found}
+    files = _files(folder, None)
+    return {word: word for word in words if _of_split(files, word)}
+
+
+def _saved_splits(folder: Path) -> list[str]:
+    file = folder / "dataset_dict.json"
+    if not file.is_file():
+        return []
+    try:
+        return [str(name) for name in json.loads(file.read_bytes())["splits"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cppo.load_rows: {file} does not name the splits") from error
 
 
 def _files(folder: Path, split: str | None) -> list[Path]:

@@ -43,7 +43,9 @@ class Rows(Sequence[dict[str, Any]]):
             return Rows(self._source, self._convert, self._indices[index])
         position = self._indices[index]
         row = self._source[position]
-        return row if self._convert is None else self._convert(dict(row), position)
+        if self._convert is None or not isinstance(row, Mapping):  # `as_question` refuses others
+            return row
+        return self._convert(dict(row), position)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[position] for position in range(len(self)))

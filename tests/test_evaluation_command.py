@@ -10,7 +10,7 @@ import pytest
 from cli_cases import DIGITS, TINY, cppo
 
 from cppo.cli import evaluate as command
-from cppo.cli import measures
+from cppo.cli import measures, predictions
 from cppo.cli.predictions import default_name
 from cppo.cli.run_config import DatasetConfig
 from cppo.rewards import boxed, exact_match, from_names, gsm8k, math_verify, numeric
@@ -116,6 +116,33 @@ def test_another_evaluation_does_not_take_over_what_was_begun(change, monkeypatc
     assert status == 0 and "taken over" not in out and len(lines()) == 6
 
 
+def test_what_was_judged_is_what_this_start_asks(monkeypatch, capsys):
+    given = [*EVAL, "rewards=[boxed, exact_match]", "trainer.eval_greedy=false"]
+
+    def refuses(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(predictions.os, "replace", refuses)
+        status, _, err = cppo(capsys, *given)
+    assert status == 2 and "cannot be written (No space left on device)" in err
+    assert [path.name for path in FILE.parent.glob("predictions_*")] == [f"{FILE.name}.partial"]
+    status, out, _ = cppo(capsys, *given, "--metric", "exact_match")
+    assert status == 0 and "3 completions of an evaluation that did not end are taken over" in out
+    reading = reading_of(exact_match)
+    assert all(own["extracted"] == reading.extract(own["completion"], "") for own in lines())
+    assert [path.name for path in FILE.parent.glob("predictions_*")] == [FILE.name]
+
+
+def test_a_table_whose_last_line_is_open_goes_on(capsys):
+    assert cppo(capsys, *EVAL)[0] == 0
+    file = Path("run/eval.csv")
+    count = len(file.read_text().splitlines())
+    file.write_bytes(file.read_bytes().rstrip())
+    assert cppo(capsys, *EVAL)[0] == 0
+    assert len(file.read_text().splitlines()) == 2 * count - 1
+
+
 REWARD = "def share(completions, **columns):\n    return [0.25 * (i % 5) for i in range({})]\n"
 
 
@@ -167,13 +194,16 @@ def test_a_model_without_a_configuration(capsys):
         assert {row["data"] for row in csv.DictReader(file)} == {"sums.jsonl"}
 
 
-def test_two_sets_or_splits_have_different_files():
+def test_two_sets_or_parts_of_one_have_different_files():
     named = DatasetConfig("math", "data/x", "test"), DatasetConfig("math", "data/x", "train")
     own = DatasetConfig("rows", "a/dev set.jsonl"), DatasetConfig("my.py:load", "b/c.parquet")
-    names = [default_name(data) for data in (*named, *own, DatasetConfig("my.py:load"))]
+    own += (DatasetConfig("my.py:load"), DatasetConfig("rows", "my.jsonl", limit=100))
+    own += (DatasetConfig("rows", "my.jsonl", skip=100),)
+    names = [default_name(data) for data in (*named, *own)]
     assert names == [
         *("predictions_math_test.jsonl", "predictions_math_train.jsonl"),
         *("predictions_dev-set.jsonl", "predictions_c.jsonl", "predictions_my-py-load.jsonl"),
+        *("predictions_my.jsonl", "predictions_my_100.jsonl"),
     ]
 
 

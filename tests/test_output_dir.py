@@ -23,6 +23,7 @@ OF_A_RUN = (
     *("held_out.jsonl", "run.jsonl", "held_out.partial", "run.partial", "report.partial"),
     *("summary.json", "report.html", "cppo/events.out.tfevents.17.host.1.0", "cppo/hparams.yml"),
     *("predictions_math_test.jsonl", "predictions_math_test.jsonl.partial"),
+    "predictions_math_test.jsonl.new",
     *("cppo/1700.5/events.out.tfevents.17.host.1.1", ".checkpoint-000009.partial/model"),
 )
 NOT_OF_A_RUN = (

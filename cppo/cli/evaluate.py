@@ -36,7 +36,7 @@ def main(options: argparse.Namespace) -> int:
     from cppo.cli import measures
     from cppo.cli.engines import engine_words
     from cppo.cli.info import default_device, ops_line
-    from cppo.cli.predictions import Predictions, default_name, fingerprint
+    from cppo.cli.predictions import Predictions, default_name, fingerprint, part_of
     from cppo.cli.run_parts import evaluate_policy
     from cppo.train.checkpoint import CheckpointError
 
@@ -85,7 +85,7 @@ def main(options: argparse.Namespace) -> int:
             f"no pass@k and maj@N: {verdicts.metric} gives {other:g} as well as 0 and 1; say with "
             "--right from which reward on an answer is right"
         )
-    columns = {"model": name, "data": data.path or data.loader, "split": data.split or ""}
+    columns = {"model": name, "data": data.path or data.loader, "split": part_of(data)}
     _append_csv(path, [{**columns, "questions": count, **_cells(measure)} for measure in table])
     print(f"appended to {path}; predictions in {predictions.path}")
     return 0
@@ -244,9 +244,11 @@ def _check_csv(path: Path) -> None:
 
 
 def _append_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    is_new = path.stat().st_size == 0
+    before = path.read_bytes()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _COLUMNS)
-        if is_new:
+        if not before:
             writer.writeheader()
+        elif not before.endswith((b"\n", b"\r")):  # an editor may leave the last line open
+            file.write("\n")
         writer.writerows(rows)

@@ -27,12 +27,17 @@ _OF_ROWS = ("mode", "sample", "answer", "completion", "generation_prompt", "toke
 _IMAGES = ("image", "images", "image_name")
 
 
+def part_of(data: DatasetConfig) -> str:
+    """Which part of a set is asked: its split, and from which row on; "" for all of it."""
+    return (data.split or "") + (f"[{data.skip}:]" if data.skip else "")
+
+
 def default_name(data: DatasetConfig) -> str:
-    """The file of a data set: two sets, or two splits of one, have different files."""
+    """The file of a data set: two sets, or two parts of one, have different files."""
     name = data.loader
     if data.path is not None and data.loader not in LOADERS or data.loader == "rows":
         name = Path(str(data.path)).stem
-    parts = [name, data.split or ""]
+    parts = [name, part_of(data)]
     words = "_".join(re.sub(r"\W+", "-", part).strip("-") for part in parts if part)
     return f"predictions_{words}.jsonl"
 
@@ -144,14 +149,17 @@ class Predictions:
         """Put the whole file in the place of an earlier evaluation's."""
         order = {mode: place for place, mode in enumerate(self._samples)}
         lines = sorted(self._lines.items(), key=lambda item: (order[item[0][0]], *item[0][1:]))
+        whole = self.path.parent / f"{self.path.name}.new"
         try:
-            self._partial.write_bytes(b"".join(_bytes(line) for _, line in lines))
-            os.replace(self._partial, self.path)
-        except OSError as error:
+            whole.write_bytes(b"".join(_bytes(self._with_answer(line)) for _, line in lines))
+            os.replace(whole, self.path)
+            self._partial.unlink(missing_ok=True)
+        except OSError as error:  # the batches are still there
+            whole.unlink(missing_ok=True)
             raise self._refused(error) from error
 
     def _line(self, row: dict[str, Any], question: Question) -> dict[str, Any]:
-        line = {
+        line: dict[str, Any] = {
             "model": self._model,
             "row": row["question"],
             "question": _text(question),
@@ -161,10 +169,15 @@ class Predictions:
             "rewards": {name: _known(value) for name, value in row["rewards"].items()},
             "columns": _plain_columns(question.columns),
         }
-        if self._reading is not None:
-            line["extracted"] = self._reading.extract(row["completion"], row["generation_prompt"])
         plain_line: dict[str, Any] = as_json(line)
         return plain_line
+
+    def _with_answer(self, line: dict[str, Any]) -> dict[str, Any]:
+        """A line with what was judged: an earlier start may have asked another reward."""
+        if self._reading is None:
+            return line
+        judged = self._reading.extract(line["completion"], line["generation_prompt"])
+        return {**line, "extracted": judged}
 
 
 def _key(line: Mapping[str, Any]) -> tuple[str, int, int]:

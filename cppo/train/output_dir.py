@@ -36,7 +36,7 @@ _WRITTEN = (
     *("metrics.jsonl", "completions.jsonl", "held_out.jsonl", "run.jsonl"),
     *("metrics.partial", "completions.partial", "held_out.partial", "run.partial"),
     *("config.yaml", "eval.csv", "summary.json", "report.html", "report.partial"),
-    *("predictions_*.jsonl", "predictions_*.jsonl.partial"),
+    *("predictions_*.jsonl", "predictions_*.jsonl.partial", "predictions_*.jsonl.new"),
     *("cppo/**/events.out.tfevents.*", "cppo/**/hparams.yml"),
     ".checkpoint-*.partial",
 )

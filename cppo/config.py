@@ -33,6 +33,7 @@ ATTENTIONS = ("auto", "sdpa", "varlen", "flash_attention_2")
 MODES = ("sampled", "greedy")  # of an evaluation; its metrics are "<mode>/<reward>"
 DEFAULT_STEPS = 100  # of a run that is not told how long it is
 LONGEST_WAIT = 1e9  # seconds, 31 years: what timers of Python and torch can still count
+MOST_EPOCHS = 1e6  # of any data set they are steps that can be counted
 
 
 def kept_per_unit(unit_size: int, prune_rate: float) -> int:
@@ -296,7 +297,7 @@ class CPPOConfig(CheckedFields):
     def _check_together(self) -> None:
         """Options that depend on each other."""
         if self.num_epochs is not None:
-            self._number("num_epochs", above=0, below=math.inf)
+            self._number("num_epochs", above=0, at_most=MOST_EPOCHS)
             if self.max_steps is not None:
                 self._fail("max_steps", f"left out (None) with num_epochs = {self.num_epochs:g}")
         self._set_correction()

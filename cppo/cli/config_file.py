@@ -32,6 +32,7 @@ _KINDS = {
     **_EXPECTED,
     bool: "true/false",
     list: "a list",
+    dict: "a mapping",
     type(None): "nothing",
 }
 
@@ -231,7 +232,10 @@ def _as(kind: Any, value: Any, key: str) -> Any:
     if kind in (int, float):
         number = _number(value)
         if isinstance(number, (kind, int)):
-            return kind(number)
+            try:
+                return kind(number)
+            except OverflowError:  # a whole number that no float holds
+                return number
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     return value if kind is str and isinstance(value, str) else _UNFIT
@@ -263,7 +267,7 @@ def _expected(kind: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), "a mapping")
+    return _KINDS.get(type(value), f"a {type(value).__name__}")  # YAML knows dates and sets
 
 
 def _join(key: str, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,8 @@ _EXAMPLE = Findings(path="my.jsonl")  # what the recipe shows without a file
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a recipe for your own data, with comments; --data fills in what your rows tell."""
     arguments = _parser().parse_args(argv)
-    recipe, reward = Path(arguments.recipe), arguments.reward and Path(arguments.reward)
+    recipe = Path(arguments.recipe)
+    reward = None if arguments.reward is None else Path(arguments.reward)
     _check_output(recipe, (".yaml", ".yml"), arguments.overwrite)
     if reward is not None:
         _check_output(reward, (".py",), arguments.overwrite)
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"written: {path}")
     for words in found.said():
         print(f"  {words}")
-    print(f"next: cppo train {recipe} --dry-run")
+    print(f"next: cppo train {shlex.quote(str(recipe))} --dry-run")
     return 0
 
 
@@ -64,13 +66,14 @@ def recipe_text(found: Findings, recipe: Path, model: str | None, reward: Path |
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(scalar=scalar, oneline=lambda text: " ".join(text.split()))
+    environment.filters.update(scalar=scalar, shell=shlex.quote)
+    environment.filters["oneline"] = lambda text: " ".join(text.split())
     usual = "Qwen/Qwen2.5-VL-3B-Instruct" if found.has_images else "Qwen/Qwen2.5-1.5B-Instruct"
     is_tiny = model in BUILDERS
     return environment.get_template("my_data.yaml.jinja").render(
         found=found,
-        file=recipe,
-        output_dir=scalar(f"runs/{recipe.stem}"),
+        file=str(recipe),
+        output_dir=f"runs/{recipe.stem}",
         builder=model if is_tiny else None,
         model=model or usual,
         is_tiny=is_tiny,

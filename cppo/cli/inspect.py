@@ -50,10 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspected(asked: argparse.Namespace) -> tuple[list[str], Path]:
-    from PIL import Image
-
     from cppo.inspection import inspect
     from cppo.model.load import load_model, load_processor, quiet
+    from cppo.questions import load_image
 
     config = CPPOConfig()
     if asked.fraction is not None:
@@ -61,7 +60,7 @@ def _inspected(asked: argparse.Namespace) -> tuple[list[str], Path]:
         config = dataclasses.replace(config, loss=loss)
     if asked.max_tokens is not None:
         config = dataclasses.replace(config, max_completion_tokens=asked.max_tokens)
-    images = [Image.open(file) for file in asked.image]
+    images = [load_image(file, "--image: ") for file in asked.image]
     with quiet():
         model, processor = load_model(asked.model), load_processor(asked.model)
     found = inspect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ def main(options: argparse.Namespace) -> int:
     from cppo.cli.run_parts import make_trainer, overlap
 
     output_dir = Path(config.trainer.output_dir)
+    quoted = shlex.quote(str(output_dir))
     claim = claim_folder(
         output_dir,
         resume,
@@ -48,13 +50,13 @@ def main(options: argparse.Namespace) -> int:
         if words := overlap(config.data):
             print(words)
         if {"tensorboard", "all"} & set(config.trainer.trackers):
-            print(f"curves: tensorboard --logdir {output_dir}")
+            print(f"curves: tensorboard --logdir {quoted}")
     try:
         run_trainer(trainer, claim.start, overwrite=options.overwrite)
     finally:
         trainer.engine.close()
     if is_main:
-        print(f"report: {output_dir / 'report.html'}; next: cppo eval {output_dir}")
+        print(f"report: {output_dir / 'report.html'}; next: cppo eval {quoted}")
     return 0
 
 

@@ -32,6 +32,7 @@ from trainer_cases import (
 )
 
 from cppo.cli import dry_run
+from cppo.config import CPPOConfig
 from cppo.demo.digits import DigitSums
 from cppo.model.prompts import PromptEncoder, encode_questions, render
 from cppo.questions import Question, QuestionError, as_question
@@ -124,10 +125,13 @@ def test_greyscale_and_colour_images_are_one_thing_to_the_processor():
 def test_the_lengths_of_a_dry_run_are_those_of_the_run(monkeypatch, tmp_path):
     tokenizer = chat_tokenizer(LLAMA)
     monkeypatch.setattr("cppo.model.load.load_processor", lambda path: tokenizer)
-    config = SimpleNamespace(model=SimpleNamespace(path=tmp_path))
+    config = SimpleNamespace(model=SimpleNamespace(path=tmp_path), trainer=CPPOConfig())
     shown, longest = dry_run._first_question(config, [{"prompt": "1?"}, {"prompt": "1+1?"}])
     assert longest == encode_rows(tokenizer, "1+1?").input_ids.shape[1]
     assert shown.startswith("<s><|start|>user")
+    config.trainer = CPPOConfig(chat_template_kwargs={"thinks": True})
+    tokenizer.chat_template += "{% if thinks %}<think>{% endif %}"
+    assert "<think>" in dry_run._first_question(config, [{"prompt": "1?"}])[0]
 
 
 # ---- Padding

@@ -6,8 +6,6 @@ import sys
 import pytest
 from cli_cases import ARITHMETIC, DIGITS, TINY
 
-from cppo.demo.warmup import CHECKPOINTS
-
 RUN = [*TINY, "trainer.max_steps=1", "trainer.warmup_steps=0"]
 ADAPTED = ["trainer.lora.r=2", "trainer.precision=bf16", "trainer.gradient_checkpointing=true"]
 
@@ -42,7 +40,8 @@ def test_info_inspect_and_the_demo(tmp_path):
 
     as_question(DigitSums("train", 1)[0]).images[0].save(tmp_path / "a.png")
     assert command("info", cwd=tmp_path) == (0, "")
-    look = ["inspect", str(CHECKPOINTS / "digits"), "--image", "a.png", "--question", "Sum?"]
+    assert command("info", "tiny_digits", cwd=tmp_path) == (0, "")
+    look = ["inspect", "tiny_digits", "--image", "a.png", "--question", "Sum?"]
     assert command(*look, cwd=tmp_path) == (0, "")
     demo = ["demo", "--task", "arithmetic", "--steps", "1", "--held-out", "2", "--output", "demo"]
     assert command(*demo, cwd=tmp_path) == (0, "")

@@ -19,6 +19,7 @@ from rich.table import Table
 from cppo import __version__, backends
 from cppo.cli.config_file import ConfigError
 from cppo.cli.engines import support
+from cppo.cli.run_config import model_place
 from cppo.fused import extension
 
 # Read from the installed metadata: importing triton or transformers only to print a version
@@ -174,7 +175,7 @@ def _model_info(path: str, as_json: bool) -> int:
 
     try:
         with quiet():
-            facts = model_facts(path)
+            facts = model_facts(model_place(path))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if as_json:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cppo.cli.config_file import ConfigError
+from cppo.cli.run_config import model_place
 from cppo.config import CPPOConfig
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """The arguments of `cppo inspect`."""
     found = argparse.ArgumentParser(prog="cppo inspect", description=__doc__)
-    found.add_argument("model", help="a folder, a checkpoint of a run, or a hub name")
+    found.add_argument("model", help="a folder, a checkpoint of a run, a hub name, or tiny_digits")
     found.add_argument("--image", nargs="+", required=True, metavar="FILE", help="in their order")
     found.add_argument("--question", required=True)
     found.add_argument("--answer", help="look at this answer, instead of sampling")
@@ -62,7 +63,8 @@ def _inspected(asked: argparse.Namespace) -> tuple[list[str], Path]:
         config = dataclasses.replace(config, max_completion_tokens=asked.max_tokens)
     images = [load_image(file, "--image: ") for file in asked.image]
     with quiet():
-        model, processor = load_model(asked.model), load_processor(asked.model)
+        place = model_place(asked.model)
+        model, processor = load_model(place), load_processor(place)
     found = inspect(
         model,
         processor,

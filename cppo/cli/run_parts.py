@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from cppo.cli.config_file import ConfigError
 from cppo.cli.run_config import (
-    BUILDERS,
     LOADERS,
     DataConfig,
     DatasetConfig,
     ModelConfig,
     RunConfig,
+    model_place,
 )
 from cppo.extras import require_package, without_peft_warning
 from cppo.places import is_place, load_object
@@ -41,7 +41,7 @@ def model_path(model: ModelConfig) -> str:
     """Return the folder or hub name of a model; of a function that builds one its place."""
     if model.path is not None:
         return str(Path(model.path).expanduser())
-    return str(BUILDERS.get(str(model.builder), model.builder))
+    return model_place(str(model.builder))
 
 
 def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tuple[Any, Any]:

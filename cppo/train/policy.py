@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -107,6 +108,13 @@ class Policy:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def skip_step(self) -> None:
+        """A step with nothing to learn: the learning rate goes on."""
+        with warnings.catch_warnings():
+            # torch asks for a step of the optimizer before the schedule's first.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
 
 
 def frozen_copy(

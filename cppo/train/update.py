@@ -109,7 +109,7 @@ class Update:
                 if num_items.completions == 0:
                     words = "no completion is left, nothing to learn"
                     self._say(f"step {self.step + 1}: {words}")
-                    once(policy.scheduler.step)
+                    once(policy.skip_step)
                     continue
                 yield completions, num_items
                 with self._timer("optimizer"):

@@ -15,7 +15,7 @@ from typing import Any
 from cppo.lora_config import LoraConfig as LoraConfig
 from cppo.loss_config import CORRECTIONS
 from cppo.loss_config import LossConfig as LossConfig
-from cppo.rollouts.options import ENGINES
+from cppo.rollouts.options import ENGINES, LOWEST_TEMPERATURE
 from cppo.rollouts.options import VLLMConfig as VLLMConfig
 from cppo.values import CheckedFields, is_finite_number
 
@@ -322,6 +322,8 @@ class CPPOConfig(CheckedFields):
             self._fail("advantages_of", "'sampled' where one completion of a question is kept")
 
     def _check_engine(self) -> None:
+        if self.engine != "builtin" and self.loss.temperature < LOWEST_TEMPERATURE:
+            self._fail("engine", f"'builtin' with loss.temperature < {LOWEST_TEMPERATURE:g}")
         if self.ahead > 1:
             self._fail("ahead", "0 or 1")
         if self.ahead and (self.engine != "vllm_server" or self.vllm.sleep):

@@ -158,6 +158,10 @@ def test_the_correction_is_one_option_in_two_places() -> None:
         CPPOConfig(importance_correction="tis")
     with pytest.raises(TypeError, match="vllm serve --tensor-parallel-size` has several"):
         VLLMConfig(tensor_parallel_size=2)
+    low = LossConfig(temperature=1e-3)  # which vLLM would raise
+    with pytest.raises(ValueError, match="engine must be 'builtin' with loss.temperature < 0.01"):
+        CPPOConfig(engine="vllm_server", loss=low)
+    assert CPPOConfig(loss=low)
     with pytest.raises(ValueError, match="CPPOConfig.engine must be one of"):
         CPPOConfig(engine="sglang")
 

@@ -14,8 +14,8 @@ from vllm_cases import SAMPLING
 from cppo.model.prompts import PromptEncoder, encode_questions
 from cppo.rollouts.engine import EngineError
 from cppo.rollouts.rollout import assembled, merge, take_questions
-from cppo.rollouts.sampler import Draws, Sampled
-from cppo.rollouts.vllm_requests import Request, check_prompt, requests
+from cppo.rollouts.sampler import Draws, Sampled, Sampling
+from cppo.rollouts.vllm_requests import Request, check_prompt, requests, sampling_arguments
 
 
 def asked(prompts):
@@ -108,3 +108,14 @@ def test_another_prompt_is_refused(theirs, words):
     check_prompt([5, 7, 7, 6], request, "vLLM", 7)
     with pytest.raises(EngineError, match=words):
         check_prompt(theirs(request.expanded), request, "vLLM", 7)
+
+
+@pytest.mark.parametrize(("temperature", "sent"), [(None, 0.0), (0.01, 0.01), (1.0, 1.0)])
+def test_vllm_is_asked_for_the_temperature(temperature, sent):
+    sampling = Sampling(2, 4, temperature, (), (1,), 0)
+    assert sampling_arguments(sampling, seed=3)["temperature"] == sent
+
+
+def test_a_temperature_that_vllm_would_raise_is_refused():
+    with pytest.raises(EngineError, match="temperatures of 0.01 and more, got 0.002"):
+        sampling_arguments(Sampling(2, 4, 0.002, (), (1,), 0), seed=3)

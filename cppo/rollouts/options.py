@@ -11,6 +11,7 @@ from cppo.values import CheckedFields
 ENGINES = ("builtin", "vllm", "vllm_server")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRANSFERS = ("auto", "nccl", "file")
+LOWEST_TEMPERATURE = 0.01  # vLLM takes it in place of a lower one, and says so in its log alone
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cppo.model.prompts import Prompts
 from cppo.rollouts.engine import EngineError
+from cppo.rollouts.options import LOWEST_TEMPERATURE
 from cppo.rollouts.sampler import Draws, Sampled, Sampling
 from cppo.seeds import seed_from
 
@@ -87,9 +88,15 @@ def sampling_arguments(sampling: Sampling, seed: int) -> dict[str, Any]:
     because its copies are equal.
     """
     is_greedy = sampling.temperature is None
+    temperature = sampling.temperature or 0.0
+    if not is_greedy and temperature < LOWEST_TEMPERATURE:
+        raise EngineError(
+            f"cppo.rollouts: vLLM samples at temperatures of {LOWEST_TEMPERATURE:g} and more, got "
+            f"{temperature:g}; a lower one is nearly greedy (temperature=None)"
+        )
     return {
         "n": 1 if is_greedy else sampling.group_size,
-        "temperature": 0.0 if is_greedy else sampling.temperature,
+        "temperature": temperature,
         "seed": seed,
         "max_tokens": sampling.max_new_tokens,
         "logprobs": 0,

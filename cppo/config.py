@@ -41,6 +41,8 @@ def kept_per_unit(unit_size: int, prune_rate: float) -> int:
     return max(1, unit_size - math.floor(round(unit_size * prune_rate, 6)))
 
 
+# The loss of the trainer and of the adapters, until a user asks for contrastive perception.
+PLAIN_LOSS = LossConfig(cpl_coef=0.0)
 # The first line of a config.yaml that a run has written into its folder.
 WRITTEN_BY_A_RUN = "# All options of this run, as `cppo train` took them."
 
@@ -161,7 +163,7 @@ class CPPOConfig(CheckedFields):
     run."""
 
     # The update
-    loss: LossConfig = field(default_factory=lambda: LossConfig(cpl_coef=0.0))
+    loss: LossConfig = field(default_factory=lambda: PLAIN_LOSS)
     """Coefficients of the loss. By default it does not contrast images (docs/methods.md)."""
     num_iterations: int = 1
     """Passes over each rollout."""

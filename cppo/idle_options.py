@@ -1,6 +1,6 @@
-"""Options of images that are set and that the chosen loss does not read, in words.
+"""Names the options for images that a user has set and that the chosen loss does not read.
 
-One text for the trainer, TRL and verl, so that nothing that a user has set is ignored in silence.
+The trainer, TRL and verl all say this, so that no option is ignored in silence.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def without_effect(
     of_loss: str = "loss.",
     of_views: str = "",
 ) -> str:
-    """Words on the options of images that are set and that this loss does not read; "": none is.
+    """Return a sentence that names the options without an effect; "" if all have one.
 
     Args:
-        of_loss, of_views: what stands before the options' names, for a user who knows them by it.
+        of_loss, of_views: a prefix of the names, which says where the user has set them.
     """
     names = [of_loss + name for name in loss.idle_options]
     views = {"positive": positive_views, "negative": negative_views}
@@ -34,7 +34,7 @@ def without_effect(
     if not names:
         return ""
     how = f"{of_loss}perception = {loss.perception!r} and {of_loss}cpl_coef = {loss.cpl_coef:g}"
-    words = f"{', '.join(names)} without effect with {how}"
+    words = f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect with {how}"
     if loss.contrasts or loss.perception in REMOVING:
         return words
     on = f"{of_loss}cpl_coef = {LossConfig.cpl_coef:g}"

@@ -22,10 +22,10 @@ CPL_REDUCTIONS = ("token", "sequence")
 PERCEPTIONS = ("cpl", "cpl_all", "vppo", "papo")
 # Fields of LossConfig that say how images are contrasted, where cpl_coef > 0.
 CONTRAST = (
-    *("perception", "divergence", "tau", "fraction", "gating", "detach_anchor"),
-    "cpl_reduction",
+    *("perception", "divergence", "tau", "fraction"),
+    *("gating", "detach_anchor", "cpl_reduction"),
 )
-# And those that one other `perception` has to itself.
+# Fields that only one other `perception` reads.
 REMOVING = {"vppo": ("vppo_fraction", "vppo_floor"), "papo": ("papo_coef", "papo_entropy_coef")}
 
 
@@ -150,8 +150,8 @@ class LossConfig(CheckedFields):
 
     @property
     def idle_options(self) -> list[str]:
-        """What is set in vain: options of the contrastive loss while it is off, and of another
-        perception."""
+        """Fields that are set and have no effect: those of the contrastive loss while it is off,
+        and those of a `perception` that is not chosen."""
         others = [names for kind, names in REMOVING.items() if kind != self.perception]
         idle = [*([] if self.contrasts else CONTRAST), *(name for own in others for name in own)]
         if self.perception in REMOVING:

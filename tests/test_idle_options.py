@@ -18,20 +18,20 @@ TWO = (("rotation",), ("zoom_crop",))
         (
             dict(cpl_coef=0.0, gating=False, perception="cpl_all"),
             TWO,
-            "l.perception, l.gating, positive_views, negative_views without effect with "
+            "l.perception, l.gating, positive_views, negative_views have no effect with "
             "l.perception = 'cpl_all' and l.cpl_coef = 0; l.cpl_coef = 0.01 turns contrastive "
             "perception on",
         ),
         (
             dict(perception="vppo", vppo_floor=0.5, papo_coef=1.0, tau=0.2),
             TWO,
-            "l.tau, l.papo_coef, positive_views without effect with l.perception = 'vppo' and "
+            "l.tau, l.papo_coef, positive_views have no effect with l.perception = 'vppo' and "
             "l.cpl_coef = 0.01",
         ),
         (
             dict(vppo_fraction=0.5),
             VIEWS,
-            "l.vppo_fraction without effect with l.perception = 'cpl' and l.cpl_coef = 0.01",
+            "l.vppo_fraction has no effect with l.perception = 'cpl' and l.cpl_coef = 0.01",
         ),
     ],
 )

@@ -124,7 +124,7 @@ def test_options_of_another_kind_are_refused(options, words):
 
 def test_options_of_images_that_have_no_effect_are_told():
     idle = CPPO(loss=LossConfig(cpl_coef=0.0, tau=0.5), positive_views=("rotation",))
-    words = r"CPPO: loss.tau, positive_views without effect with .*loss.cpl_coef = 0.01 turns"
+    words = r"CPPO: loss.tau, positive_views have no effect with .*loss.cpl_coef = 0.01 turns"
     with pytest.warns(match=words):
         trainer_of("qwen2_5_vl", cppo=idle)
     with warnings.catch_warnings(action="error", category=UserWarning):

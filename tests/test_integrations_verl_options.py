@@ -98,7 +98,7 @@ def test_loss_config_reads_what_verl_was_told():
         clip_low=0.2, clip_high=0.3, dual_clip=5.0, cpl_reduction="sequence", cpl_coef=0.0
     )
     words = (
-        "policy_loss.divergence, policy_loss.tau, policy_loss.positive_views without effect with "
+        "policy_loss.divergence, policy_loss.tau, policy_loss.positive_views have no effect with "
     )
     with pytest.warns(match=words + ".*cpl_coef = 0; policy_loss.cpl_coef = 0.01 turns"):
         loss_config(actor(tau=0.5, divergence="k1", positive_views=["rotation"]))

@@ -145,7 +145,7 @@ def test_a_run_says_that_it_contrasts(tmp_path, capsys):
     trainer_for(tmp_path / "vain", "qwen2_5_vl", cpl_coef=0.0, tau=0.2, perception="cpl_all")
     how = "with loss.perception = 'cpl_all' and loss.cpl_coef = 0"
     on = "loss.cpl_coef = 0.01 turns contrastive perception on"
-    vain = f"loss.perception, loss.tau without effect {how}; {on}"
+    vain = f"loss.perception, loss.tau have no effect {how}; {on}"
     assert vain in capsys.readouterr().out
 
 

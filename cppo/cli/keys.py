@@ -54,7 +54,7 @@ def groups(cls: type = RunConfig, name: str = "") -> list[Group]:
 
 
 def _groups(cls: type, name: str, outer: Any, seen: set[type]) -> Iterator[Group]:
-    """As `groups`; `outer` is what the class that holds this one has by default in its place."""
+    """As `groups`. The defaults are the values of `outer`, or those of the class if it is None."""
     hints, texts = typing.get_type_hints(cls), field_texts(cls)
     annotations = {one.name: str(one.type) for one in dataclasses.fields(cls)}
     nested: list[tuple[type, str, Any]] = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from cppo import reference
-from cppo.config import PRUNES, SCOPES, CPPOConfig, LossConfig
+from cppo.config import PLAIN_LOSS, PRUNES, SCOPES, CPPOConfig, LossConfig
 from cppo.idle_options import without_effect
 from cppo.integrations import contrast
 from cppo.integrations.fit import installed
@@ -51,9 +51,9 @@ class CPPO:
     share_prompts: bool = False
     """Pack, and run the prompt of a question, with its images, once for all its completions of a
     micro-batch. These are brought together if the loss does not depend on it."""
-    loss: LossConfig = LossConfig(cpl_coef=0.0)
+    loss: LossConfig = PLAIN_LOSS
     """What removing the image does to the loss, where there are images (docs/methods.md). By
-    default nothing; LossConfig() contrasts as the paper does. Its fields:
+    default it does nothing; LossConfig() contrasts as the paper does. These fields count:
     perception, cpl_coef (0: no contrastive loss), divergence, tau, fraction, gating, detach_anchor,
     cpl_reduction; vppo_fraction, vppo_floor; papo_coef, papo_entropy_coef."""
     positive_views: tuple[Any, ...] = CPPOConfig.positive_views

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import cppo
-from cppo.config import BY_ADVANTAGE, SCOPES, CPPOConfig, LossConfig
+from cppo.config import BY_ADVANTAGE, PLAIN_LOSS, SCOPES, CPPOConfig, LossConfig
 from cppo.idle_options import without_effect
 from cppo.integrations.contrast import DIVERGENCES, FIELDS
 from cppo.ops.checks import check_choice, check_interval
@@ -23,8 +23,8 @@ _FIELDS = (*FIELDS, "papo_coef", "papo_entropy_coef")
 class Options:
     """actor_rollout_ref.actor.policy_loss: names and meanings of `cppo.LossConfig`.
 
-    The defaults are the same, except that cpl_coef is 0. The perturbed views run if it is set;
-    with gating, only for completions with A > 0.
+    The defaults are the same, except that cpl_coef is 0. If it is set, the perturbed views run;
+    with gating, they run for completions with A > 0 alone.
     divergence cannot be "full": it needs the whole vocabulary, which verl's loss does not see.
     perception cannot be "vppo": its weights compare the completions of a mini-batch before the
     first of their micro-batches, where no function of verl's runs. PAPO's log-probabilities
@@ -35,7 +35,7 @@ class Options:
 
     importance: str = LossConfig.importance
     perception: str = LossConfig.perception
-    cpl_coef: float = 0.0
+    cpl_coef: float = PLAIN_LOSS.cpl_coef
     divergence: str = LossConfig.divergence
     tau: float = LossConfig.tau
     fraction: float = LossConfig.fraction

@@ -97,8 +97,8 @@ def microbatch_loss(
         completions: a part of `batch.microbatches`.
         num_items: sizes of the whole whose parts add up to its loss.
     """
-    # The completions are one stream without padding. All of them run under their own images, and
-    # only those with A > 0 under the positive and the negative view.
+    # The completions are one stream without padding. All of them run under their own images. With
+    # contrastive perception, those with A > 0 also run under the positive and the negative view.
     hidden, packed = forward_views(model, batch, completions, config, processor)
     # One fused op, in tiles of logits: log-probability and entropy of each token in each view; the
     # perception mask, of the tokens whose entropy rises most in the negative view; the clipped

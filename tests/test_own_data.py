@@ -111,6 +111,8 @@ def test_own_images_beside_their_file(capsys):
     assert status == 0 and re.search(r"images: \d+ x \d+ pixels", out)
     assert main(["train", "my_data.yaml", *QUICK]) == 0
     assert main(["eval", "runs/my_data"]) == 0
+    look = ["inspect", "runs/my_data", "--image", "set/pics/0.png", "--question", "Sum?"]
+    assert main(look) == 0 and main(["info", "runs/my_data"]) == 0
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     (folder,) = Path("runs/my_data").glob("checkpoint-000006")

@@ -179,7 +179,7 @@ def _target(options: argparse.Namespace) -> tuple[RunConfig, Path | None, Path]:
 
     The folder is where the run is now, not its trainer.output_dir: it may have been moved.
     """
-    from cppo.train.checkpoint import best_checkpoint, last_checkpoint
+    from cppo.cli.run_parts import checkpoint_of
 
     target = Path(options.target)
     if options.loader is not None:
@@ -192,11 +192,7 @@ def _target(options: argparse.Namespace) -> tuple[RunConfig, Path | None, Path]:
         config = load(target, options.overrides)
         return config, None, Path(config.trainer.output_dir)
     if (target / CONFIG_NAME).is_file():
-        run, checkpoint = target, last_checkpoint(target)
-        if options.checkpoint == "best":
-            checkpoint = best_checkpoint(target) or checkpoint
-        if checkpoint is None:
-            raise ConfigError(f"{target}: this run has not written a checkpoint yet")
+        run, checkpoint = target, checkpoint_of(target, options.checkpoint)
     else:
         run, checkpoint = target.resolve().parent, target
     if not (run / CONFIG_NAME).is_file():

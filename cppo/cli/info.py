@@ -19,7 +19,6 @@ from rich.table import Table
 from cppo import __version__, backends
 from cppo.cli.config_file import ConfigError
 from cppo.cli.engines import support
-from cppo.cli.run_config import model_place
 from cppo.fused import extension
 
 # Read from the installed metadata: importing triton or transformers only to print a version
@@ -171,6 +170,7 @@ def render(facts: dict[str, Any], console: Console) -> None:
 
 def _model_info(path: str, as_json: bool) -> int:
     from cppo.cli.model_info import model_facts
+    from cppo.cli.run_parts import model_place
     from cppo.model.load import quiet
 
     try:
@@ -198,7 +198,7 @@ def _console() -> Console:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `cppo info [MODEL] [--json]`; return the exit status."""
     parser = argparse.ArgumentParser(prog="cppo info", description=__doc__)
-    parser.add_argument("model", nargs="?", help="a checkpoint: how the trainer would run it")
+    parser.add_argument("model", nargs="?", help="a model or a run: how the trainer would run it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     arguments = parser.parse_args(argv)
     if arguments.model is not None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cppo.cli.config_file import ConfigError
-from cppo.cli.run_config import model_place
 from cppo.config import CPPOConfig
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """The arguments of `cppo inspect`."""
     found = argparse.ArgumentParser(prog="cppo inspect", description=__doc__)
-    found.add_argument("model", help="a folder, a checkpoint of a run, a hub name, or tiny_digits")
+    found.add_argument("model", help="a folder, a run, a hub name, or tiny_digits")
     found.add_argument("--image", nargs="+", required=True, metavar="FILE", help="in their order")
     found.add_argument("--question", required=True)
     found.add_argument("--answer", help="look at this answer, instead of sampling")
@@ -51,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspected(asked: argparse.Namespace) -> tuple[list[str], Path]:
+    from cppo.cli.run_parts import model_place
     from cppo.inspection import inspect
     from cppo.model.load import load_model, load_processor, quiet
     from cppo.questions import load_image

@@ -62,11 +62,6 @@ _CHECKPOINTS = Path(__file__).parents[1] / "demo" / "checkpoints"
 BUILDERS = {"tiny_digits": _CHECKPOINTS / "digits", "tiny_arithmetic": _CHECKPOINTS / "arithmetic"}
 
 
-def model_place(name: str) -> str:
-    """The folder of a demo's model, of another one what was given: a folder, or a hub's name."""
-    return str(BUILDERS.get(name, name))
-
-
 def _one_of_or_place(names: Iterable[str], example: str) -> str:
     return f"{one_of(names)}, or a function's place such as {example!r}"
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from cppo.cli.config_file import ConfigError
 from cppo.cli.run_config import (
+    BUILDERS,
+    CONFIG_NAME,
     LOADERS,
     DataConfig,
     DatasetConfig,
     ModelConfig,
     RunConfig,
-    model_place,
 )
 from cppo.extras import require_package, without_peft_warning
 from cppo.places import is_place, load_object
@@ -41,7 +42,32 @@ def model_path(model: ModelConfig) -> str:
     """Return the folder or hub name of a model; of a function that builds one its place."""
     if model.path is not None:
         return str(Path(model.path).expanduser())
-    return model_place(str(model.builder))
+    return str(BUILDERS.get(str(model.builder), model.builder))
+
+
+def model_place(name: str) -> str:
+    """Return the folder or hub name of a model that a command line names.
+
+    Args:
+        name: a folder, a hub name, a demo's model, or a run, of which the best checkpoint counts.
+    Raises: ConfigError for a run without a checkpoint.
+    """
+    if (Path(name) / CONFIG_NAME).is_file():
+        return str(checkpoint_of(Path(name)))
+    return str(BUILDERS.get(name, name))
+
+
+def checkpoint_of(run: Path, which: str = "best") -> Path:
+    """Return the "best" or the "last" checkpoint of a run; the last where none is the best.
+
+    Raises: ConfigError for a run without a checkpoint.
+    """
+    from cppo.train.checkpoint import best_checkpoint, last_checkpoint
+
+    found = (best_checkpoint(run) if which == "best" else None) or last_checkpoint(run)
+    if found is None:
+        raise ConfigError(f"{run}: this run has not written a checkpoint yet")
+    return found
 
 
 def load_policy(model: ModelConfig, checkpoint: str | Path | None = None) -> tuple[Any, Any]:

@@ -33,8 +33,8 @@ def warnings(model: nn.Module, processor: Any, config: CPPOConfig) -> list[str]:
     if has_vision(model) and config.loss.contrasts:
         which = "completions with A > 0" if config.loss.gating else "all completions"
         found.append(
-            f"contrastive perception is on: {which} also run under two perturbed views of their "
-            f"images; loss.cpl_coef = 0 in place of {config.loss.cpl_coef:g} turns it off"
+            f"contrastive perception is on (loss.cpl_coef = {config.loss.cpl_coef:g}): {which} "
+            "also run under two perturbed views of their images; loss.cpl_coef = 0 turns it off"
         )
     idle = without_effect(config.loss, config.positive_views, config.negative_views)
     if has_vision(model) and idle:

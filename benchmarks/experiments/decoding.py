@@ -3,6 +3,7 @@
     python benchmarks/experiments/decoding.py MODEL            a folder or a name on the hub
     python benchmarks/experiments/decoding.py digits           the checkpoint of a demo
     python benchmarks/experiments/decoding.py MODEL --engine vllm
+    python benchmarks/experiments/decoding.py MODEL --profile  the time of each operator, no row
     python benchmarks/experiments/decoding.py --smoke          toy size, writes nothing
 
 Completions of the same prompts by `sample_completions`. "bf16": weights in bf16. "autocast": fp32
@@ -16,10 +17,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import profile
 
 from cppo.benchmarks import report
 from cppo.benchmarks.environment import add_record_option, environment, results_folder
@@ -122,6 +125,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of a completion at most")
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--output", type=Path, help="CSV file; rows are added")
+    parser.add_argument("--profile", action="store_true", help="operators, by torch.profiler")
     parser.add_argument("--smoke", action="store_true", help="toy size, nothing is written")
     add_record_option(parser)
     options = parser.parse_args()
@@ -129,7 +133,11 @@ def main() -> None:
         options.prompts, options.group, options.tokens = 2, 2, 4
     if options.device == "cpu":
         torch.set_num_threads(1)
-    rows = [measure(options, precision) for precision in options.precisions]
+    with profile() if options.profile else nullcontext() as profiler:
+        rows = [measure(options, precision) for precision in options.precisions]
+    if profiler is not None:
+        print(profiler.key_averages().table("self_cpu_time_total", row_limit=12))
+        return
     print(summary(rows))
     if not options.smoke:
         path = options.output or results_folder(options.record) / "decoding.csv"

@@ -21,7 +21,7 @@ import cppo
 from cppo import backends
 from cppo.benchmarks import inputs as draw
 from cppo.benchmarks.inputs import DTYPES, Inputs, Sizes
-from cppo.config import PRUNES
+from cppo.options.trainer import PRUNES
 
 SHAPES = ("toy", "small", "paper", "full")
 QWEN = 151_936  # the vocabulary of Qwen2, Qwen2.5 and their vision-language models

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cppo.config import LossConfig
+from cppo.options.trainer import LossConfig
 from cppo.records import Views
 from cppo.reference import ENTROPY_ERROR
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import cppo
-from cppo.config import LossConfig
+from cppo.options.trainer import LossConfig
 from cppo.records import Views
 
 Inputs = dict[str, Any]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cppo.config import CPPOConfig, LoraConfig, LossConfig, VLLMConfig
 from cppo.model.forward import set_attention
 from cppo.model.packed import packed_hidden
 from cppo.ops.advantages import (
@@ -23,10 +22,11 @@ from cppo.ops.advantages import (
 from cppo.ops.importance_weights import importance_weights
 from cppo.ops.loss import cppo_loss, linear_cppo_loss
 from cppo.ops.pack import balance_ranks, pack_completions, plan_microbatches
+from cppo.ops.packed_batch import PackedBatch
 from cppo.ops.perception_mask import perception_mask
 from cppo.ops.token_stats import linear_token_stats, token_stats
 from cppo.ops.visual_dependency import visual_dependency
-from cppo.packed_batch import PackedBatch
+from cppo.options.trainer import CPPOConfig, LoraConfig, LossConfig, VLLMConfig
 from cppo.records import Dependency, LossOutput, NumItems, TokenStats, Views
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import is_autocast_available
 
-from cppo.config import kept_per_unit
-from cppo.loss_config import LossConfig
+from cppo.options.loss import LossConfig
+from cppo.options.trainer import kept_per_unit
 from cppo.records import Dependency, LossOutput, NumItems, TokenStats, Views
 
 

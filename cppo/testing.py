@@ -17,7 +17,7 @@ from torch import Tensor
 import cppo
 from cppo import LossConfig, reference
 from cppo.fused.batch import OF_ROWS
-from cppo.packed_batch import PackedBatch
+from cppo.ops.packed_batch import PackedBatch
 from cppo.records import LossOutput, Views
 
 Inputs = dict[str, Any]

@@ -19,8 +19,8 @@ from retraining import Completion, Outcome, Run, Weights
 from torch import Tensor
 from trainer_cases import image, small_run, tiny
 
-from cppo.config import LoraConfig
 from cppo.model.prompts import tokenizer_of
+from cppo.options.trainer import LoraConfig
 from cppo.rewards import completion_text
 from cppo.train import algorithm
 from cppo.train.trainer import CPPOTrainer

@@ -30,8 +30,8 @@ import transformers.models.auto.modeling_auto  # noqa: F401
 from trainer_cases import noise, text_rows, trainer_for
 
 import cppo.train.checkpoint
-from cppo.config import LoraConfig
 from cppo.demo.digits import DigitSums
+from cppo.options.trainer import LoraConfig
 from cppo.train.checkpoint import check_files, last_checkpoint, read_state
 from cppo.train.journal import Journal
 from cppo.train.progress import read_metrics

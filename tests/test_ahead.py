@@ -17,7 +17,7 @@ from trainer_cases import (
     tiny,
 )
 
-from cppo.config import CPPOConfig, VLLMConfig
+from cppo.options.trainer import CPPOConfig, VLLMConfig
 from cppo.rollouts.engine import EngineError, StaleWeights
 from cppo.rollouts.sampler import Sampled
 from cppo.train import engine as engines

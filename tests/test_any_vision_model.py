@@ -23,13 +23,13 @@ from vision_families import FAMILIES, tiny_vision
 from vision_pictures import answer_logits, picture, prepared
 
 from cppo.cli import info
-from cppo.config import LoraConfig
 from cppo.model import image_views
 from cppo.model.forward import lm_head
 from cppo.model.load import load_model, load_processor, special_token_ids_to_suppress
 from cppo.model.processor_files import save_processor
 from cppo.model.ways import ways_of
 from cppo.model.wrappers import IN_TOWER
+from cppo.options.trainer import LoraConfig
 from cppo.records import NumItems
 from cppo.rollouts.rollout import sample_completions
 from cppo.train.algorithm import microbatch_loss

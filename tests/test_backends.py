@@ -7,8 +7,8 @@ import torch
 from hypothesis import strategies as st
 
 from cppo import backends, reference
-from cppo.config import PRUNES, SCALES, SCOPES
 from cppo.fused import extension
+from cppo.options.trainer import PRUNES, SCALES, SCOPES
 
 needs_cpp = pytest.mark.skipif(bool(extension.missing["cpp"]), reason=extension.missing["cpp"])
 needs_host = pytest.mark.skipif(bool(extension.missing["host"]), reason=extension.missing["host"])

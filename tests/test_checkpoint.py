@@ -7,7 +7,7 @@ import pytest
 import torch
 from trainer_cases import same, text_rows, trainer_for, weights_of
 
-from cppo.config import LoraConfig
+from cppo.options.trainer import LoraConfig
 from cppo.train.checkpoint import (
     CheckpointError,
     checkpoints,

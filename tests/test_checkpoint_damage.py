@@ -9,7 +9,7 @@ import torch
 from trainer_cases import same, trainer_for, weights_of
 
 from cppo import cli
-from cppo.config import CPPOConfig, LoraConfig
+from cppo.options.trainer import CPPOConfig, LoraConfig
 from cppo.train.checkpoint import (
     CheckpointError,
     best_checkpoint,

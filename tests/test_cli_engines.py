@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from cppo import extras
 from cppo.cli import engines
 from cppo.cli.run_config import BUILDERS
-from cppo.config import CPPOConfig, VLLMConfig
+from cppo.options.trainer import CPPOConfig, VLLMConfig
 from cppo.rollouts.engine import BuiltinEngine, EngineError
 
 SERVER = "any `vllm serve`, at trainer.vllm.address"

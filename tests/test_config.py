@@ -10,7 +10,7 @@ import torch
 
 from cppo.cli.config_file import ConfigError
 from cppo.cli.run_config import dump, load
-from cppo.config import CPPOConfig, LoraConfig, LossConfig
+from cppo.options.trainer import CPPOConfig, LoraConfig, LossConfig
 from cppo.train.arguments import check_optimizer_steps
 
 GOOD = """

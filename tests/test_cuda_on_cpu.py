@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from cppo import reference
-from cppo.config import PRUNES, SCALES, SCOPES, kept_per_unit
 from cppo.fused.prune import Pruning
+from cppo.options.trainer import PRUNES, SCALES, SCOPES, kept_per_unit
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++") or shutil.which("c++")

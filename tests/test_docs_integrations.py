@@ -13,8 +13,8 @@ import torch
 from trainer_cases import trainer_for
 
 from cppo.demo.warmup import CHECKPOINTS
-from cppo.loss_config import CORRECTIONS
-from cppo.rollouts.options import ENGINES, VLLMConfig
+from cppo.options.loss import CORRECTIONS
+from cppo.options.vllm import ENGINES, VLLMConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,8 +6,8 @@ import pytest
 from cli_cases import DIGITS, RECIPES, cppo
 
 from cppo.cli import dry_run, run_config
-from cppo.config import CPPOConfig, LoraConfig, LossConfig
 from cppo.demo.run import demo_config
+from cppo.options.trainer import CPPOConfig, LoraConfig, LossConfig
 
 # As published on the models' hub pages.
 PARAMETERS = {

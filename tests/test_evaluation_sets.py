@@ -10,7 +10,7 @@ from question_cases import encoded, picture
 
 from cppo.cli.run_config import LOADERS
 from cppo.demo.warmup import CHECKPOINTS
-from cppo.places import load_object
+from cppo.options.places import load_object
 from cppo.questions import (
     as_question,
     check_dataset,

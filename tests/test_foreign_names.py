@@ -10,8 +10,8 @@ from cli_cases import DIGITS, cppo
 
 from cppo.cli.config_file import ConfigError, all_keys
 from cppo.cli.run_config import RunConfig, load
-from cppo.config import CPPOConfig, LossConfig
-from cppo.foreign_names import _VALUES, KEYS
+from cppo.options.foreign_names import _VALUES, KEYS
+from cppo.options.trainer import CPPOConfig, LossConfig
 
 OURS = all_keys(RunConfig)
 

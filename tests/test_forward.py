@@ -29,7 +29,7 @@ from cppo.model import forward
 from cppo.model.images import image_token_mask
 from cppo.model.prompts import encode_questions
 from cppo.model.wrappers import unwrap
-from cppo.packed_batch import PackedBatch
+from cppo.ops.packed_batch import PackedBatch
 from cppo.rollouts.sampler import _draw
 from cppo.train.batch import Batch
 from cppo.train.views import anchor_hidden

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cppo.config import CPPOConfig, LossConfig
-from cppo.idle_options import without_effect
+from cppo.options.idle import without_effect
+from cppo.options.trainer import CPPOConfig, LossConfig
 
 VIEWS = CPPOConfig.positive_views, CPPOConfig.negative_views
 TWO = (("rotation",), ("zoom_crop",))

@@ -38,11 +38,11 @@ from trl_cases import (
 )
 
 import cppo
-from cppo.config import LossConfig
 from cppo.integrations import trl_views
 from cppo.integrations.contrast import contrastive_perception
 from cppo.integrations.trl import CPPO, CPPOMixin, per_device_train_batch_size
 from cppo.integrations.trl_rows import trimmed
+from cppo.options.trainer import LossConfig
 from cppo.records import NumItems, Views
 from cppo.train.algorithm import microbatch_loss
 

@@ -18,11 +18,11 @@ from trl import GRPOTrainer
 from trl.trainer import utils
 from trl_cases import HALF, OFF, logged, trained, trainer_of
 
-from cppo.config import LossConfig
 from cppo.integrations import trl as adapter
 from cppo.integrations.trl import CPPO, check, patch_trl
 from cppo.integrations.trl_fit import OPTIONAL
 from cppo.integrations.trl_options import check_run
+from cppo.options.trainer import LossConfig
 
 TRL = tuple(int(part) for part in importlib.metadata.version("trl").split(".")[:2])
 HAS_KERNEL = check()[-1].fits

@@ -29,11 +29,11 @@ from trl_cases import (
     watched_run,
 )
 
-from cppo.config import LossConfig
 from cppo.integrations import trl_packed
 from cppo.integrations.trl import CPPOMixin
 from cppo.integrations.trl_options import check_run, exchanged
 from cppo.integrations.trl_packed import questions
+from cppo.options.trainer import LossConfig
 
 PACKED = {"pack": dict(pack=True), "shared": dict(share_prompts=True)}
 # A mean over the perception tokens of a micro-batch.

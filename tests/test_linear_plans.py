@@ -15,7 +15,7 @@ from cppo.fused import head, linear
 from cppo.fused.batch import OF_ROWS
 from cppo.fused.denominators import denominators
 from cppo.fused.schema import ARGUMENTS, PRIMITIVES, RESULTS
-from cppo.loss_config import CORRECTIONS, IMPORTANCE
+from cppo.options.loss import CORRECTIONS, IMPORTANCE
 from cppo.testing import assert_op_as_accurate, evaluate, in_fp64, make_inputs, with_weights
 
 FUSED = [name for name in backends.available("linear_cppo_loss") if name != "reference"]

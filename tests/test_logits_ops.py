@@ -14,7 +14,7 @@ import cppo
 from cppo import LossConfig, NumItems, Views, backends
 from cppo.fused.batch import OF_ROWS
 from cppo.fused.denominators import denominators
-from cppo.loss_config import CORRECTIONS, IMPORTANCE
+from cppo.options.loss import CORRECTIONS, IMPORTANCE
 from cppo.testing import (
     assert_op_as_accurate,
     compact_views,

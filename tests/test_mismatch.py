@@ -22,9 +22,9 @@ from trainer_cases import (
     trainer_for,
 )
 
-from cppo.config import CPPOConfig, LossConfig, VLLMConfig
-from cppo.loss_config import CORRECTIONS
 from cppo.model.prompts import encode_questions
+from cppo.options.loss import CORRECTIONS
+from cppo.options.trainer import CPPOConfig, LossConfig, VLLMConfig
 from cppo.records import NumItems
 from cppo.rollouts.sampler import Draws, Sampling
 from cppo.train import engine as engines

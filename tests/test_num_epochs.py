@@ -11,7 +11,7 @@ from trainer_cases import noise, text_rows, trainer_for
 
 from cppo import questions_needed
 from cppo.cli import main, run_config
-from cppo.config import CPPOConfig
+from cppo.options.trainer import CPPOConfig
 from cppo.train.progress import read_metrics
 
 # (epochs, rows, options, processes, steps)

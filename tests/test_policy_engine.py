@@ -14,7 +14,7 @@ from trainer_cases import (
     weights_of,
 )
 
-from cppo.config import LoraConfig, VLLMConfig
+from cppo.options.trainer import LoraConfig, VLLMConfig
 from cppo.rollouts.engine import EngineError, StaleWeights
 from cppo.train import engine as engines
 from cppo.train.checkpoint import last_checkpoint

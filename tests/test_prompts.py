@@ -32,9 +32,9 @@ from trainer_cases import (
 )
 
 from cppo.cli import dry_run
-from cppo.config import CPPOConfig
 from cppo.demo.digits import DigitSums
 from cppo.model.prompts import PromptEncoder, encode_questions, render
+from cppo.options.trainer import CPPOConfig
 from cppo.questions import Question, QuestionError, as_question
 from cppo.questions.messages import with_images
 from cppo.train.trainer import CPPOTrainer

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import cppo
 from cppo import LossConfig, NumItems, backends, reference
-from cppo.config import PRUNES, SCALES, kept_per_unit
+from cppo.options.trainer import PRUNES, SCALES, kept_per_unit
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cppo import reference
-from cppo.config import LossConfig
+from cppo.options.trainer import LossConfig
 from cppo.records import NumItems, Views
 
 LN2 = math.log(2)

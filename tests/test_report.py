@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cppo.config import CPPOConfig
+from cppo.options.trainer import CPPOConfig
 from cppo.questions import thumbnails
 from cppo.report import ReportError, RunRecord, read_run, write_report
 from cppo.report.curves import MOST_POINTS, figures, phases_of

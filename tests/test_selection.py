@@ -27,7 +27,7 @@ from trainer_cases import (
 
 import cppo
 from cppo import NumItems, reference
-from cppo.config import kept_per_unit
+from cppo.options.trainer import kept_per_unit
 from cppo.train import selection
 from cppo.train.algorithm import microbatch_loss
 from cppo.train.balance import _piece

@@ -17,8 +17,8 @@ from trainer_cases import (
     weights_of,
 )
 
-from cppo.config import LoraConfig
 from cppo.model.wrappers import vision_tower
+from cppo.options.trainer import LoraConfig
 from cppo.train import algorithm
 from cppo.train.algorithm import cppo_update
 from cppo.train.checkpoint import last_checkpoint

@@ -100,7 +100,7 @@ import torch
 
 sys.path.insert(0, sys.argv[1])
 import triton_registers as registers
-from cppo.config import LossConfig
+from cppo.options.trainer import LossConfig
 from cppo.triton_kernels import PRIMITIVES
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from cppo.options.values import is_finite_number, is_number, nearest, one_of, suggestion, unknown
 from cppo.records import Views, map_tensors
-from cppo.values import is_finite_number, is_number, nearest, one_of, suggestion, unknown
 
 
 @pytest.mark.parametrize(

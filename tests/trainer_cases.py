@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from cppo.config import CPPOConfig, LossConfig
 from cppo.demo.digits import DigitSums
 from cppo.demo.tiny import build_tiny_text_model, build_tiny_vlm
 from cppo.model.forward import check_supported, set_attention
 from cppo.model.prompts import encode_questions, tokenizer_of
+from cppo.options.trainer import CPPOConfig, LossConfig
 from cppo.questions import Question
 from cppo.rewards import completion_text
 from cppo.rollouts.rollout import Rollouts, _assemble

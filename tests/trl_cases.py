@@ -22,12 +22,12 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import apply_chat_template
 from vision_families import tiny_vision
 
-from cppo.config import LossConfig
 from cppo.demo.digits import DigitSums
 from cppo.integrations.trl import CPPO, CPPOMixin
 from cppo.integrations.trl_pictures import pictures_of
 from cppo.integrations.trl_rows import WHOLE
 from cppo.model.load import load_model
+from cppo.options.trainer import LossConfig
 from cppo.questions.messages import with_images
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="cppo-trl-")  # gone when the process ends

@@ -19,8 +19,8 @@ from datasets import Dataset
 from trl import GRPOConfig
 from trl_cases import CPPO, folder_of, logged, noise, rows_of, watched_run
 
-from cppo.config import LossConfig
 from cppo.integrations.trl import check
+from cppo.options.trainer import LossConfig
 
 PRUNED = CPPO(prune_rate=0.75, loss=LossConfig(cpl_coef=0))
 LOOKING = dataclasses.replace(

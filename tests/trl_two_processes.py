@@ -23,8 +23,8 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from trl_cases import CPPO, folder_of, logged, trained
 
-from cppo.config import LossConfig
 from cppo.integrations.trl import check, patch_trl
+from cppo.options.trainer import LossConfig
 
 PRUNED = CPPO(prune_rate=0.5)
 LOOKING = dataclasses.replace(PRUNED, loss=LossConfig(cpl_coef=1.0, cpl_reduction="sequence"))

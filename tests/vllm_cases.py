@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from cppo.model.prompts import Prompts
+from cppo.options.vllm import VLLMConfig
 from cppo.questions import as_question
 from cppo.rollouts import vllm_http
-from cppo.rollouts.options import VLLMConfig
 from cppo.rollouts.sampler import Draws, Sampled, Sampling
 from cppo.rollouts.vllm_server import ServerEngine
 

@@ -31,9 +31,9 @@ from cppo.demo.warmup import CHECKPOINTS
 from cppo.model.forward import check_supported, set_attention
 from cppo.model.load import load_model, load_processor
 from cppo.model.prompts import Prompts, encode_questions
+from cppo.options.vllm import VLLMConfig
 from cppo.questions import as_question
 from cppo.rollouts.engine import Engine
-from cppo.rollouts.options import VLLMConfig
 from cppo.rollouts.rollout import sample_completions
 
 DEMOS = ("arithmetic", "digits")

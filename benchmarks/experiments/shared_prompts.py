@@ -31,7 +31,7 @@ from cppo.benchmarks.experiments.small_models import (
     rollouts_of,
     seconds,
 )
-from cppo.config import CPPOConfig
+from cppo.options.trainer import CPPOConfig
 from cppo.train.batch import Batch
 from cppo.train.views import anchor_hidden
 

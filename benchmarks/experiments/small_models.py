@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from cppo.benchmarks.environment import data_folder
-from cppo.config import CPPOConfig
 from cppo.demo.tiny import CHAT_TEMPLATE
 from cppo.model import forward
 from cppo.model.check import check_model
 from cppo.model.load import load_model
 from cppo.model.prompts import Prompts
+from cppo.options.trainer import CPPOConfig
 from cppo.questions import Question, load_rows
 from cppo.rollouts import rollout
 from cppo.rollouts.rollout import Rollouts

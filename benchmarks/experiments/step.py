@@ -43,8 +43,8 @@ from cppo.benchmarks.environment import (
 )
 from cppo.benchmarks.experiments.step_baselines import published, trl
 from cppo.benchmarks.experiments.step_models import Task, sees, task
-from cppo.config import CPPOConfig, LossConfig, VLLMConfig
 from cppo.model.wrappers import has_vision
+from cppo.options.trainer import CPPOConfig, LossConfig, VLLMConfig
 from cppo.rollouts.engine import BuiltinEngine, Engine
 from cppo.train import trainer as trainer_module
 from cppo.train.batch import Batch

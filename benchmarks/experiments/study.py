@@ -43,12 +43,12 @@ from cppo.benchmarks.environment import (
     results_folder,
 )
 from cppo.benchmarks.experiments.study_report import GRPO, best_coefficient, plot, summary
-from cppo.config import CPPOConfig
 from cppo.demo.run import demo_config
 from cppo.demo.tasks import TASKS
 from cppo.demo.warmup import save_checkpoint, warm_up
 from cppo.model.load import load_model, load_processor
 from cppo.model.prompts import Prompts, encode_questions
+from cppo.options.trainer import CPPOConfig
 from cppo.questions import as_question
 from cppo.rollouts.rollout import sample_completions
 from cppo.seeds import seed_from

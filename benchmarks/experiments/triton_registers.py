@@ -33,8 +33,8 @@ from triton.runtime.jit import JITFunction
 
 from cppo.benchmarks import report
 from cppo.benchmarks.environment import add_record_option, results_folder
-from cppo.config import LossConfig
 from cppo.fused import triton as ops
+from cppo.options.trainer import LossConfig
 from cppo.records import Views
 from cppo.triton_kernels import PRIMITIVES, launch
 

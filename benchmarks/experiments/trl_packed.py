@@ -28,9 +28,9 @@ from cppo.benchmarks.environment import (
 )
 from cppo.benchmarks.experiments.step_models import Pictures
 from cppo.benchmarks.experiments.trl_update import Setting, gsm8k, medians, parser_of
-from cppo.config import LossConfig
 from cppo.demo.tiny import build_tiny_vlm
 from cppo.integrations.trl import CPPO
+from cppo.options.trainer import LossConfig
 
 LOSS = LossConfig(cpl_coef=0.0)
 VARIANTS: dict[str, CPPO | None] = {

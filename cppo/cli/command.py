@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 
 import cppo
-from cppo import foreign_names
 from cppo.cli import evaluate, train
 from cppo.cli.config_file import ConfigError
+from cppo.options import foreign_names
 
 _TRAIN_EXAMPLES = """examples:
   cppo init my_data.yaml --data my.jsonl        # a recipe for your own data

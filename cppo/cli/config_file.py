@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from cppo.cli.strict_yaml import parse, problem
-from cppo.values import nearest
+from cppo.options.values import nearest
 
 _T = TypeVar("_T")
 _DEEPEST_KEY = 20

@@ -14,10 +14,10 @@ from cppo.cli.config_file import ConfigError
 from cppo.cli.info import ops_line
 from cppo.cli.run_config import CONFIG_NAME, DataConfig, DatasetConfig, ModelConfig, RunConfig, dump
 from cppo.cli.train import claim_folder, run_trainer
-from cppo.config import CPPOConfig, kept_per_unit
 from cppo.demo.run import build_trainer, demo_config, write_results
 from cppo.demo.tasks import TASKS, Task
-from cppo.loss_config import DIVERGENCES
+from cppo.options.loss import DIVERGENCES
+from cppo.options.trainer import CPPOConfig, kept_per_unit
 from cppo.train.trainer import CPPOTrainer
 
 

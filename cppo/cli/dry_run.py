@@ -25,7 +25,7 @@ from cppo.cli.run_parts import (
     overlap,
     trainer_options,
 )
-from cppo.config import CPPOConfig
+from cppo.options.trainer import CPPOConfig
 from cppo.questions import QuestionError
 from cppo.questions.rows import question_at
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from importlib.metadata import requires, version
 
-from cppo.config import CPPOConfig
 from cppo.extras import vllm_build
+from cppo.options.trainer import CPPOConfig
 
 
 def support() -> dict[str, str]:

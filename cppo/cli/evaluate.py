@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from cppo.cli.config_file import ConfigError, apply_overrides, build
 from cppo.cli.run_config import BUILDERS, CONFIG_NAME, RunConfig, load
-from cppo.places import is_place
-from cppo.values import is_finite_number, unknown
+from cppo.options.places import is_place
+from cppo.options.values import is_finite_number, unknown
 
 if TYPE_CHECKING:
     from cppo.cli.measures import Measure, Verdicts

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cppo.cli.config_file import ConfigError
-from cppo.config import CPPOConfig
+from cppo.options.trainer import CPPOConfig
 
 if TYPE_CHECKING:
     from cppo.inspection import Answer

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from cppo.cli.config_file import ConfigError
 from cppo.cli.run_config import RunConfig
-from cppo.values import suggestion
+from cppo.options.values import suggestion
 
 _WIDTH = 96
 _NULL = "null"

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from cppo.cli.run_config import ModelConfig
 from cppo.cli.run_parts import model_path
-from cppo.config import CPPOConfig, LoraConfig
-from cppo.places import is_place
+from cppo.options.places import is_place
+from cppo.options.trainer import CPPOConfig, LoraConfig
 
 
 class ModelSizes(NamedTuple):

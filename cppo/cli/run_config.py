@@ -6,8 +6,8 @@
     trainer: CPPOConfig, with `loss:` (LossConfig) and `lora:` (LoraConfig) inside
 
 A place names a function of the user's: "my_code.py:function", relative to the working directory,
-or "package.module:function" (`cppo.places`). `extends: other.yaml` (relative to the file) starts
-from another file.
+or "package.module:function" (`cppo.options.places`). `extends: other.yaml` (relative to the file)
+starts from another file.
 
 Every mistake is a ConfigError that names the dotted key, the value, what is allowed, and the file
 or the command line.
@@ -22,7 +22,6 @@ from typing import Any
 
 import yaml
 
-from cppo import foreign_names
 from cppo.cli.config_file import (
     ConfigError,
     all_keys,
@@ -32,10 +31,11 @@ from cppo.cli.config_file import (
     read,
     unknown_keys,
 )
-from cppo.config import WRITTEN_BY_A_RUN, CPPOConfig
-from cppo.places import is_place, load_object
+from cppo.options import foreign_names
+from cppo.options.places import is_place, load_object
+from cppo.options.trainer import WRITTEN_BY_A_RUN, CPPOConfig
+from cppo.options.values import CheckedFields, one_of
 from cppo.questions.columns import KEYS, named, shared_column
-from cppo.values import CheckedFields, one_of
 
 CONFIG_NAME = "config.yaml"  # the configuration of a run, in its folder
 # Names for what ships with the package: loaders by their place, and folders of models.

@@ -22,7 +22,7 @@ from cppo.cli.run_config import (
     RunConfig,
 )
 from cppo.extras import require_package, without_peft_warning
-from cppo.places import is_place, load_object
+from cppo.options.places import is_place, load_object
 from cppo.questions import Question, Rows, rename_columns
 from cppo.questions.columns import columns_of, likely_column
 from cppo.questions.files import with_system
@@ -32,7 +32,7 @@ CHECKED_ROWS = 32  # rows of each dataset that are read before anything starts, 
 READ_ROWS = 10_000  # the same for text alone, which takes a second or two
 
 if TYPE_CHECKING:
-    from cppo.config import CPPOConfig
+    from cppo.options.trainer import CPPOConfig
     from cppo.rollouts.engine import Engine
     from cppo.train.evaluate import Evaluation, FinishedBatches
     from cppo.train.trainer import CPPOTrainer, Dataset

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cppo.config import MODES, CPPOConfig, LossConfig, kept_per_unit
 from cppo.demo.digits import NUM_QUESTIONS, handwriting
 from cppo.demo.examples import example_completions, example_views
 from cppo.demo.tasks import CHECKPOINTS, TASKS, Task
 from cppo.demo.warmup import warm_up
 from cppo.model.load import load_model, load_processor
+from cppo.options.trainer import MODES, CPPOConfig, LossConfig, kept_per_unit
 from cppo.report import write_report
 from cppo.train.scoring import metric_name
 from cppo.train.trainer import CPPOTrainer

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cppo.config import LossConfig
+from cppo.options.trainer import LossConfig
 from cppo.records import NumItems
 
 Count = Any  # int, float or a 0-dim tensor

@@ -21,7 +21,7 @@ from cppo.fused.head_tiles import HeadTiles, is_whole
 from cppo.fused.hidden import Hidden
 from cppo.fused.loss import OF_ENTROPY, OF_LOGP, Terms, batch_of, outputs, terms
 from cppo.fused.schema import COEFFICIENTS, SAVED, from_text
-from cppo.loss_config import LossConfig
+from cppo.options.loss import LossConfig
 from cppo.records import Views
 
 

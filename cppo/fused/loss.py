@@ -22,7 +22,7 @@ from torch import Tensor
 from cppo import reference
 from cppo.fused.batch import ANCHOR, NEGATIVE, OF_ROWS, POSITIVE, Batch, is_compact, make_batch
 from cppo.fused.schema import CONTRASTS, from_text
-from cppo.loss_config import LossConfig
+from cppo.options.loss import LossConfig
 from cppo.records import Views
 
 # The coefficients of a view: derivatives with respect to its logps, and to its entropy.

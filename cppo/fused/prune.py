@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cppo import reference
-from cppo.config import kept_per_unit
+from cppo.options.trainer import kept_per_unit
 
 SCHEMAS = {
     "group_advantages": "(Tensor rewards, int group_size, str scale, float eps) -> Tensor",

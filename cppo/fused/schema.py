@@ -25,7 +25,7 @@ from collections import namedtuple
 from functools import lru_cache
 from typing import Any
 
-from cppo.loss_config import LossConfig
+from cppo.options.loss import LossConfig
 
 # Rows of `saved`, which the backward of a row of logits z needs: with x = (z - reference) /
 # temperature the sum of e^x, and the mean of x under the softmax.

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cppo.config import CPPOConfig, LossConfig
 from cppo.inspection.record import Answer, Inspection, Token
 from cppo.model.forward import lm_head
 from cppo.model.left_as_found import left_as_found
@@ -20,6 +19,7 @@ from cppo.model.ways import choose_ways, shown_picture
 from cppo.model.wrappers import has_vision, unwrap
 from cppo.ops.perception_mask import perception_mask
 from cppo.ops.token_stats import linear_token_stats
+from cppo.options.trainer import CPPOConfig, LossConfig
 from cppo.questions import Question, as_question
 from cppo.rollouts.rollout import Rollouts, assembled, sample_completions, sampling_of
 from cppo.rollouts.sampler import Sampled

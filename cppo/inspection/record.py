@@ -88,7 +88,7 @@ class Inspection:
 
     def html(self) -> str:
         """One self-contained page, without a script."""
-        from cppo.pages.parts import template
+        from cppo.report.parts import template
 
         shifts = [abs(token.shift) for own in self.answers for token in own.tokens]
         page = template(_FOLDER, "page.html.jinja", percent=_percent)

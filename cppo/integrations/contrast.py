@@ -13,8 +13,8 @@ from torch import Tensor
 
 import cppo
 from cppo import reference
-from cppo.config import LossConfig
-from cppo.loss_config import CONTRAST, REMOVING
+from cppo.options.loss import CONTRAST, REMOVING
+from cppo.options.trainer import LossConfig
 from cppo.records import Views
 
 # Fields of LossConfig that say how images are contrasted; the trainer decides the others.

@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from cppo import reference
-from cppo.config import PLAIN_LOSS, PRUNES, SCOPES, CPPOConfig, LossConfig
-from cppo.idle_options import without_effect
 from cppo.integrations import contrast
 from cppo.integrations.fit import installed
 from cppo.ops.checks import check_choice, check_config, check_integer, check_interval
+from cppo.options.idle import without_effect
+from cppo.options.trainer import PLAIN_LOSS, PRUNES, SCOPES, CPPOConfig, LossConfig
 from cppo.views import views_from_names
 
 

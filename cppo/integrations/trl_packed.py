@@ -26,7 +26,7 @@ from cppo.model.limits import PositionLimit, position_limit
 from cppo.model.shared_prompts import share_prompts
 from cppo.model.ways import shown_picture
 from cppo.ops.pack import pack_completions
-from cppo.packed_batch import PackedBatch
+from cppo.ops.packed_batch import PackedBatch
 
 # Arguments of the model that packing does not change.
 _SAME = ("fused_lm_head",)

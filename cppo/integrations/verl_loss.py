@@ -15,9 +15,9 @@ from torch import Tensor
 
 import cppo
 from cppo import reference
-from cppo.config import LossConfig
 from cppo.integrations.contrast import contrastive_perception
 from cppo.integrations.verl_options import Options, loss_config
+from cppo.options.trainer import LossConfig
 from cppo.records import Views
 from cppo.seeds import seed_from
 from cppo.views import perturb_pixel_values, views_from_names

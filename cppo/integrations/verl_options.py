@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 import cppo
-from cppo.config import BY_ADVANTAGE, PLAIN_LOSS, SCOPES, CPPOConfig, LossConfig
-from cppo.idle_options import without_effect
 from cppo.integrations.contrast import DIVERGENCES, FIELDS
 from cppo.ops.checks import check_choice, check_interval
+from cppo.options.idle import without_effect
+from cppo.options.trainer import BY_ADVANTAGE, PLAIN_LOSS, SCOPES, CPPOConfig, LossConfig
 from cppo.views import views_from_names
 
 _FIELDS = (*FIELDS, "papo_coef", "papo_entropy_coef")

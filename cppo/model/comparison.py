@@ -30,7 +30,7 @@ from cppo.model.padded import run_padded
 from cppo.model.shared_prompts import share_prompts
 from cppo.model.wrappers import unwrap
 from cppo.ops.pack import pack_completions
-from cppo.packed_batch import PackedBatch
+from cppo.ops.packed_batch import PackedBatch
 
 # Tokens of the two sequences of text, which begin alike, and tokens of that beginning.
 LENGTHS, PROMPT = (8, 6), 4

@@ -33,7 +33,7 @@ from cppo.model.left_as_found import model_configs
 from cppo.model.shared_prompts import SharedStream
 from cppo.model.stream_sdpa import Runs
 from cppo.model.wrappers import has_vision, unwrap
-from cppo.packed_batch import PackedBatch
+from cppo.ops.packed_batch import PackedBatch
 
 __all__ = ["choose_attention", "set_attention"]
 

@@ -13,7 +13,7 @@ from cppo.model.forward import is_packed, run_packed
 from cppo.model.images import ImageBatch
 from cppo.model.shared_prompts import SharedStream
 from cppo.model.wrappers import unwrap
-from cppo.packed_batch import PackedBatch
+from cppo.ops.packed_batch import PackedBatch
 
 
 def packed_hidden(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cppo.model.images import ImageBatch, image_arguments, token_types
 from cppo.model.wrappers import unwrap
-from cppo.packed_batch import PackedBatch
+from cppo.ops.packed_batch import PackedBatch
 
 
 def run_padded(

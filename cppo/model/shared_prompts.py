@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cppo.fused.pack import Lengths
-from cppo.packed_batch import PackedBatch
+from cppo.ops.packed_batch import PackedBatch
 
 
 @dataclass(frozen=True)

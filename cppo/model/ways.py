@@ -24,7 +24,7 @@ from cppo.model.padded import run_padded
 from cppo.model.prompts import encode_questions
 from cppo.model.shared_prompts import SharedStream
 from cppo.model.wrappers import has_vision, unwrap
-from cppo.packed_batch import PackedBatch
+from cppo.ops.packed_batch import PackedBatch
 from cppo.questions import QuestionError, as_question
 
 

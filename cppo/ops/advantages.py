@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from cppo import backends, reference
-from cppo.config import ADVANTAGES_OF, PRUNES, SCALES, SCOPES
 from cppo.ops.checks import (
     check_choice,
     check_finite,
@@ -21,6 +20,7 @@ from cppo.ops.checks import (
     check_vector,
     may_read,
 )
+from cppo.options.trainer import ADVANTAGES_OF, PRUNES, SCALES, SCOPES
 
 # What a rule needs beside the advantages.
 _NEEDS = {"variance": ("rewards",), "shortest": ("lengths",), "efficiency": ("rewards", "lengths")}

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cppo.loss_config import LossConfig
-from cppo.values import is_number
+from cppo.options.loss import LossConfig
+from cppo.options.values import is_number
 
 # What PyTorch computes in; it has no sums of fp8.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

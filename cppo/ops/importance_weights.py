@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from cppo import reference
-from cppo.loss_config import LossConfig
 from cppo.ops.checks import (
     check_config,
     check_cu_seqlens,
@@ -16,6 +15,7 @@ from cppo.ops.checks import (
     check_tensor,
     checked_mask,
 )
+from cppo.options.loss import LossConfig
 
 
 def importance_weights(

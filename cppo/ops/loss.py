@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cppo import backends
 from cppo.fused.batch import OF_ROWS
-from cppo.loss_config import LossConfig
 from cppo.ops.checks import (
     LOGITS_DTYPES,
     autocast_dtype,
@@ -34,8 +33,9 @@ from cppo.ops.checks import (
 )
 from cppo.ops.memory import checked_inplace
 from cppo.ops.sharded import gathered
+from cppo.options.loss import LossConfig
+from cppo.options.values import is_number
 from cppo.records import LossOutput, NumItems, Views
-from cppo.values import is_number
 
 
 class _Rows(NamedTuple):

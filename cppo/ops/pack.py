@@ -16,7 +16,7 @@ from cppo.ops.checks import (
     check_tensor,
     may_read,
 )
-from cppo.packed_batch import PackedBatch
+from cppo.ops.packed_batch import PackedBatch
 
 
 def _check_kept(op: str, kept: Tensor, num_completions: int) -> None:

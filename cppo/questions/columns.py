@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from cppo.options.values import suggestion
 from cppo.questions.errors import QuestionError
 from cppo.questions.rows import Dataset, Rows
-from cppo.values import suggestion
 
 # The options that name a column, and what the column becomes.
 KEYS = {"prompt_key": "prompt", "answer_key": "answer", "images_key": "images"}

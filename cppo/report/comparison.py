@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cppo.config import MODES
-from cppo.pages.parts import template
+from cppo.options.trainer import MODES
 from cppo.report import words
 from cppo.report.curves import (
     ENTROPY,
@@ -25,6 +24,7 @@ from cppo.report.curves import (
     training_curves,
 )
 from cppo.report.page import FOLDER, MARK, data, facts, write_page
+from cppo.report.parts import template
 from cppo.report.record import RunRecord, read_run
 from cppo.report.svg import NUM_COLOURS, Series
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from cppo.config import MODES
+from cppo.options.trainer import MODES
 from cppo.report.record import RunRecord
 from cppo.report.svg import Series, line_chart, stacked_chart
 from cppo.report.words import count, mean, number, percent

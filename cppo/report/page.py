@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cppo.config import MODES, CPPOConfig
-from cppo.pages.parts import template
+from cppo.options.trainer import MODES, CPPOConfig
 from cppo.report import words
 from cppo.report.curves import figures, reward_words, times
+from cppo.report.parts import template
 from cppo.report.record import RunRecord, read_run
 from cppo.report.texts import before_and_after, best_and_worst
 from cppo.train.run_options import run_options

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cppo.config import MODES, WRITTEN_BY_A_RUN, CPPOConfig
+from cppo.options.trainer import MODES, WRITTEN_BY_A_RUN, CPPOConfig
 from cppo.report.words import finite, flat
 from cppo.train.checkpoint import checkpoints, read_summary, step_of
 from cppo.train.estimators import without_spreads

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from cppo.values import is_finite_number
+from cppo.options.values import is_finite_number
 
 NOTHING = "\u2013"
 _LARGEST = 1e100  # what a chart can still place

@@ -19,6 +19,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
+from cppo.options.values import is_finite_number
 from cppo.rewards.answers import (
     answer_part,
     behind_hashes,
@@ -39,7 +40,6 @@ from cppo.rewards.sentences import is_denied, last_number, only_number, said, st
 from cppo.rewards.spelling import compare, for_algebra, normalize_answer, same_answer
 from cppo.rewards.symbolic import equal_pairs, require_math_verify
 from cppo.rewards.units import PERCENT
-from cppo.values import is_finite_number
 
 _THOUSANDS = re.compile(r"[-+]?\D?\d{1,3}(?:,\d{3})+(?!\d)[^,]*")
 

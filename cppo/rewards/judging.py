@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from cppo.options.values import is_finite_number
 from cppo.rewards.checks import require
 from cppo.rewards.completions import after_thought, judged_texts
 from cppo.rewards.ground_truth import accepted_answers
-from cppo.values import is_finite_number
 
 JUDGED = "judged"
 # Of floats, and of None where `unfinished_thought` is None or an answer was not compared.

@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from cppo.options.values import is_finite_number
 from cppo.rewards.checks import is_count, require
 from cppo.rewards.completions import completion_text
 from cppo.rewards.functions import ACCURACIES, math_verify
 from cppo.rewards.symbolic import require_math_verify
-from cppo.values import is_finite_number
 
 UNITS = ("characters", "tokens")
 

@@ -8,8 +8,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cppo.places import is_place, load_object
-from cppo.registry import build, check_parameters, name_and_parameters, require_entries
+from cppo.options.places import is_place, load_object
+from cppo.options.registry import build, check_parameters, name_and_parameters, require_entries
+from cppo.options.values import is_finite_number, unknown
 from cppo.rewards.checks import require
 from cppo.rewards.functions import (
     ACCURACIES,
@@ -23,7 +24,6 @@ from cppo.rewards.functions import (
 from cppo.rewards.judging import Rewards
 from cppo.rewards.lengths import CosineLength, Length, Overlong, RepetitionPenalty
 from cppo.rewards.symbolic import require_math_verify
-from cppo.values import is_finite_number, unknown
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -109,7 +109,7 @@ def from_names(entries: Sequence[Any]) -> tuple[list[RewardFunction], list[float
         entries: each a name of `NAMES` ("boxed"); a mapping of a name to its parameters and,
             optionally, a weight ({"boxed": {"unfinished_thought": -1}, "weight": 0.5}); the place
             of a function of one's own ("my_reward.py:function", relative to the working
-            directory, or "package.module:function", see `cppo.places`); or a function.
+            directory, or "package.module:function", see `cppo.options.places`); or a function.
     Returns: (functions, weights), one each per entry, in order; a weight left out is 1.
     Raises: TypeError or ValueError naming the entry, for an unknown name or parameter (with a
         suggestion), a function that cannot be imported and a weight that is not a finite number;

@@ -25,9 +25,9 @@ from cppo.model.hub_weights import apart, hub_weights
 from cppo.model.processor_files import save_processor
 from cppo.model.prompts import Prompts
 from cppo.model.wrappers import has_vision, unwrap
+from cppo.options.vllm import VLLMConfig
 from cppo.rollouts.engine import EngineError
 from cppo.rollouts.memory import free_memory, token_bytes
-from cppo.rollouts.options import VLLMConfig
 from cppo.rollouts.sampler import Draws, Sampled, Sampling
 from cppo.rollouts.vllm_requests import (
     Choice,

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from cppo.model.prompts import Prompts
+from cppo.options.vllm import LOWEST_TEMPERATURE
 from cppo.rollouts.engine import EngineError
-from cppo.rollouts.options import LOWEST_TEMPERATURE
 from cppo.rollouts.sampler import Draws, Sampled, Sampling
 from cppo.seeds import seed_from
 

@@ -31,8 +31,8 @@ from PIL import Image
 from torch import Tensor
 
 from cppo.model.prompts import Prompts
+from cppo.options.vllm import VLLMConfig
 from cppo.rollouts.engine import EngineError, StaleWeights
-from cppo.rollouts.options import VLLMConfig
 from cppo.rollouts.sampler import Draws, Sampled, Sampling
 from cppo.rollouts.vllm_http import PassingError, Server, start_command
 from cppo.rollouts.vllm_requests import (

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cppo.model.hub_weights import apart
+from cppo.options.vllm import VLLMConfig
 from cppo.rollouts.engine import EngineError
-from cppo.rollouts.options import VLLMConfig
 from cppo.rollouts.vllm_http import PassingError, Server
 from cppo.rollouts.vllm_worker import FileWeights
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cppo.config import CPPOConfig
 from cppo.model.forward import lm_head
 from cppo.ops.loss import linear_cppo_loss
+from cppo.options.trainer import CPPOConfig
 from cppo.records import LossOutput, NumItems
 from cppo.rollouts.rollout import Rollouts
 from cppo.seeds import seed_from

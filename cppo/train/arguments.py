@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from cppo.config import CPPOConfig
-from cppo.idle_options import without_effect
 from cppo.model import forward
 from cppo.model.load import check_saveable, closing_token_ids
 from cppo.model.prompts import tokenizer_of
 from cppo.model.wrappers import has_vision, unwrap
+from cppo.options.idle import without_effect
+from cppo.options.trainer import CPPOConfig
+from cppo.options.values import suggestion
 from cppo.questions import Question, QuestionError
 from cppo.questions.rows import Dataset, question_at, require_dataset
 from cppo.train.scoring import RewardFunction, check_signature, metric_name, reward_name
-from cppo.values import suggestion
 
 
 def check_model_and_processor(model: nn.Module, processor: Any) -> None:

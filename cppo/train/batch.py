@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cppo.config import LossConfig
 from cppo.model.image_views import MadeViews
 from cppo.model.ways import Ways
 from cppo.ops.pack import pack_completions, plan_microbatches
-from cppo.packed_batch import PackedBatch
+from cppo.ops.packed_batch import PackedBatch
+from cppo.options.trainer import LossConfig
 from cppo.rollouts.rollout import Rollouts
 
 

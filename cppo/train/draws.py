@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from cppo.config import CPPOConfig
 from cppo.model.limits import PositionLimit, position_limit
 from cppo.model.prompts import EncodedQuestion, PromptEncoder
+from cppo.options.trainer import CPPOConfig
 from cppo.questions import Question
 from cppo.questions.errors import QuestionError
 from cppo.questions.rows import Dataset, question_at

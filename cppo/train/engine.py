@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cppo.config import CPPOConfig
 from cppo.model.hub_weights import hub_weights
 from cppo.model.prompts import Prompts
 from cppo.model.wrappers import has_vision, unwrap
+from cppo.options.trainer import CPPOConfig
 from cppo.questions import Question
 from cppo.rollouts.engine import BuiltinEngine, Engine, EngineError, StaleWeights
 from cppo.rollouts.rollout import assembled

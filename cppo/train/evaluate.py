@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 from accelerate.utils import set_seed
 from torch import nn
 
-from cppo.config import CPPOConfig
 from cppo.model.prompts import encode_questions
+from cppo.options.trainer import CPPOConfig
 from cppo.questions import Question
 from cppo.rollouts.engine import Engine
 from cppo.rollouts.rollout import Rollouts, sample_completions

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cppo.config import CPPOConfig
+from cppo.options.trainer import CPPOConfig
 from cppo.questions import Question, question_text, thumbnails
 from cppo.train.batch import Batch
 from cppo.train.mismatch import LARGEST, mismatch_metrics

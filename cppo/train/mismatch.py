@@ -18,10 +18,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cppo.config import CPPOConfig
-from cppo.loss_config import LossConfig
 from cppo.ops.importance_weights import importance_weights
-from cppo.packed_batch import PackedBatch
+from cppo.ops.packed_batch import PackedBatch
+from cppo.options.loss import LossConfig
+from cppo.options.trainer import CPPOConfig
 
 _SUMS = ("mean", "kl_engine_policy", "kl_policy_engine", "corrected_share")
 _TOKENS, _MAX = "mismatch/tokens", "mismatch/max"

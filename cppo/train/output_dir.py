@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from cppo.config import WRITTEN_BY_A_RUN
+from cppo.options.trainer import WRITTEN_BY_A_RUN
 from cppo.train.checkpoint import (
     PARTIAL,
     check_files,

@@ -15,11 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cppo.config import CPPOConfig, LossConfig
 from cppo.model.forward import lm_head
 from cppo.ops.loss import linear_cppo_loss
+from cppo.ops.packed_batch import PackedBatch
 from cppo.ops.visual_dependency import visual_dependency
-from cppo.packed_batch import PackedBatch
+from cppo.options.trainer import CPPOConfig, LossConfig
 from cppo.records import LossOutput, NumItems
 from cppo.train.batch import Batch
 from cppo.train.journal import Once

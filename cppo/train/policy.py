@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from cppo.config import CPPOConfig
 from cppo.extras import require_package, without_peft_warning
 from cppo.model import forward
 from cppo.model.check import check_training_mode
@@ -27,6 +26,7 @@ from cppo.model.wrappers import (
     unwrap,
     vision_tower,
 )
+from cppo.options.trainer import CPPOConfig
 from cppo.train.checkpoint import last_checkpoint
 
 # Devices on which one kernel makes the optimizer's step, without temporaries as large as the model.

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from cppo.config import CPPOConfig
+from cppo.options.trainer import CPPOConfig
 from cppo.train.stopping import Stopped, Stopping
 
 _T = TypeVar("_T")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cppo.config import CPPOConfig, VLLMConfig
+from cppo.options.trainer import CPPOConfig, VLLMConfig
 from cppo.questions.rows import Dataset
 from cppo.train import fingerprint
 from cppo.train.checkpoint import CheckpointError, read_summary

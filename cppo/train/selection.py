@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from cppo import reference
-from cppo.config import CPPOConfig
 from cppo.ops.advantages import advantages_and_prune
+from cppo.options.trainer import CPPOConfig
 from cppo.seeds import seed_from
 
 

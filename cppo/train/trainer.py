@@ -21,9 +21,9 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import TrainerState
 
-from cppo.config import CPPOConfig
 from cppo.model.load import special_token_ids_to_suppress
 from cppo.model.prompts import EncodedQuestion
+from cppo.options.trainer import CPPOConfig
 from cppo.questions.rows import Dataset
 from cppo.questions.stream import all_questions
 from cppo.rollouts.rollout import Rollouts

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cppo.config import CPPOConfig
 from cppo.model.forward import lm_head
 from cppo.model.image_views import views_of
 from cppo.model.images import ImageBatch
 from cppo.model.shared_prompts import share_prompts
 from cppo.model.ways import hidden_states
+from cppo.ops.packed_batch import PackedBatch
 from cppo.ops.token_stats import linear_token_stats
-from cppo.packed_batch import PackedBatch
+from cppo.options.trainer import CPPOConfig
 from cppo.records import Views
 from cppo.seeds import seed_from
 from cppo.train.batch import Batch

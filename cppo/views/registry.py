@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cppo.registry import build, name_and_parameters, require_entries
-from cppo.values import unknown
+from cppo.options.registry import build, name_and_parameters, require_entries
+from cppo.options.values import unknown
 from cppo.views import perturbations
 
 Perturbation = Callable[[Tensor, torch.Generator], Tensor]

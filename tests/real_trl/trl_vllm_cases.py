@@ -8,12 +8,12 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig
 
-from cppo.config import LossConfig
 from cppo.demo.arithmetic import ArithmeticProblems
 from cppo.demo.digits import DigitSums
 from cppo.demo.warmup import CHECKPOINTS
 from cppo.integrations.trl import CPPO, CPPOGRPOTrainer
 from cppo.model.load import load_model, load_processor
+from cppo.options.trainer import LossConfig
 
 EXACT = 1e-4  # nats, in fp32
 STEPS = 4

@@ -15,7 +15,6 @@ pytest.importorskip("vllm", reason="needs vLLM: tests/run_vllm.sh makes an envir
 from trainer_cases import image, noise, padded_logps, question, small_run, weights_of
 from vllm_runs import on_two_processes
 
-from cppo.config import CPPOConfig, LoraConfig, VLLMConfig
 from cppo.demo.arithmetic import ArithmeticProblems
 from cppo.demo.digits import DigitSums
 from cppo.demo.warmup import CHECKPOINTS
@@ -23,6 +22,7 @@ from cppo.model.forward import set_attention
 from cppo.model.hub_weights import hub_weights
 from cppo.model.load import load_model, load_processor, special_token_ids_to_suppress
 from cppo.model.prompts import Prompts, encode_questions
+from cppo.options.trainer import CPPOConfig, LoraConfig, VLLMConfig
 from cppo.questions import as_question
 from cppo.rollouts.engine import EngineError
 from cppo.rollouts.rollout import Rollouts, sample_completions

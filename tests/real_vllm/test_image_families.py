@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from trainer_cases import image, noise, question, small_run
 from vision_families import tiny_vision
 
-from cppo.config import VLLMConfig
 from cppo.model.hub_weights import apart, hub_weights
 from cppo.model.load import (
     load_model,
@@ -29,6 +28,7 @@ from cppo.model.load import (
     special_token_ids_to_suppress,
 )
 from cppo.model.prompts import encode_questions
+from cppo.options.trainer import VLLMConfig
 from cppo.questions import Question
 from cppo.rollouts.engine import EngineError
 from cppo.rollouts.rollout import Rollouts, sample_completions

@@ -24,7 +24,6 @@ from PIL import Image
 from trainer_cases import noise, small_run, weights_of
 from vllm_runs import on_two_processes
 
-from cppo.config import LoraConfig
 from cppo.demo.arithmetic import ArithmeticProblems
 from cppo.demo.digits import DigitSums
 from cppo.demo.tasks import CHECKPOINTS
@@ -38,9 +37,10 @@ from cppo.model.load import (
 )
 from cppo.model.prompts import Prompts, encode_questions
 from cppo.model.wrappers import unwrap
+from cppo.options.trainer import LoraConfig
+from cppo.options.vllm import VLLMConfig
 from cppo.questions import as_question
 from cppo.rollouts.engine import EngineError, StaleWeights
-from cppo.rollouts.options import VLLMConfig
 from cppo.rollouts.sampler import Draws, Sampled, Sampling
 from cppo.rollouts.vllm_http import start_command
 from cppo.rollouts.vllm_server import ServerEngine

@@ -33,9 +33,9 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
-from cppo.config import LossConfig
 from cppo.integrations.trl import CPPO, CPPOMixin
 from cppo.integrations.trl_options import check_run
+from cppo.options.trainer import LossConfig
 
 TRAINERS = ("GRPOTrainer", "AsyncGRPOTrainer")
 FIELDS = {field.name for field in fields(GRPOConfig)}

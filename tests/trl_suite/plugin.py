@@ -24,8 +24,8 @@ import trl
 from text_models import QWEN_3_5_FIRST, QWEN_FIRST, numbers
 from trl import GRPOTrainer, import_utils
 
-from cppo.config import LossConfig
 from cppo.integrations.trl import CPPO, CPPOMixin
+from cppo.options.trainer import LossConfig
 
 ALONE = LossConfig(cpl_coef=0)
 VARIANTS: dict[str, CPPO | None] = {

@@ -1,5 +1,5 @@
 """Every option of the trainer, once: `CPPOConfig`. Options of the losses, of the adapters and of
-vLLM have files of their own: `cppo.loss_config`, `cppo.lora_config`, `cppo.rollouts.options`.
+vLLM have files of their own beside this one.
 
 All are frozen dataclasses, and each field has its documentation below it. An invalid value raises
 ValueError naming the field, the value and what is allowed.
@@ -12,12 +12,12 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cppo.lora_config import LoraConfig as LoraConfig
-from cppo.loss_config import CORRECTIONS
-from cppo.loss_config import LossConfig as LossConfig
-from cppo.rollouts.options import ENGINES, LOWEST_TEMPERATURE
-from cppo.rollouts.options import VLLMConfig as VLLMConfig
-from cppo.values import CheckedFields, is_finite_number
+from cppo.options.lora import LoraConfig as LoraConfig
+from cppo.options.loss import CORRECTIONS
+from cppo.options.loss import LossConfig as LossConfig
+from cppo.options.values import CheckedFields, is_finite_number
+from cppo.options.vllm import ENGINES, LOWEST_TEMPERATURE
+from cppo.options.vllm import VLLMConfig as VLLMConfig
 
 SCALES = ("group", "none", "batch")
 SCOPES = ("group", "batch")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from cppo.values import CheckedFields
+from cppo.options.values import CheckedFields
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Self
 
-from cppo import foreign_names
+from cppo.options import foreign_names
 
 
 def is_number(value: Any) -> bool:

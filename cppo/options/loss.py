@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from cppo.values import CheckedFields, is_finite_number
+from cppo.options.values import CheckedFields, is_finite_number
 
 IMPORTANCE = ("token", "sequence")
 CORRECTIONS = (

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cppo.config import CPPOConfig, LossConfig
-from cppo.loss_config import REMOVING
+from cppo.options.loss import REMOVING
+from cppo.options.trainer import CPPOConfig, LossConfig
 
 
 def without_effect(

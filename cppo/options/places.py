@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cppo.values import suggestion
+from cppo.options.values import suggestion
 
 _FILES: dict[Path, ModuleType] = {}  # every file that was run, by its resolved path
 

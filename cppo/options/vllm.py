@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from cppo.values import CheckedFields
+from cppo.options.values import CheckedFields
 
 ENGINES = ("builtin", "vllm", "vllm_server")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

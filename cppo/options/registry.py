@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cppo.values import unknown
+from cppo.options.values import unknown
 
 
 def require_entries(where: str, what: str, entries: Any) -> None:

@@ -24,7 +24,7 @@ def logits_by(run, model, sequences):
     lengths = torch.tensor([len(s) for s in sequences])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     batch = pack_completions(ids, mask, mask & (torch.arange(ids.shape[1]) >= 1))
-    hidden = run(model, batch)
+    hidden = run(model, forward.Stream(batch))
     logits = forward.lm_head(model).logits(hidden)
     return list(logits.split((lengths - 1).tolist()))
 

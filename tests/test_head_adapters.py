@@ -72,7 +72,9 @@ def by_both_ways(model: Any) -> tuple[Tensor, Tensor]:
     mask = torch.ones_like(ids)
     batch = pack_completions(ids, mask, mask * (torch.arange(9) >= 3))
     head = forward.lm_head(model)
-    ours = torch.nn.functional.linear(forward.run_packed(model, batch), head.weight, head.bias)
+    ours = torch.nn.functional.linear(
+        forward.run_packed(model, forward.Stream(batch)), head.weight, head.bias
+    )
     return ours, torch.cat([row[2:8] for row in model(input_ids=ids).logits])
 
 

@@ -303,7 +303,7 @@ def test_rotary_positions_that_depend_on_the_longest_sequence_have_a_limit():
         short = cppo.packed_hidden(model, a_batch((9,)))
         torch.testing.assert_close(long[-7:], short)
         # Beyond it one sequence changes the other, which is why:
-        mixed = forward.run_packed(model, a_batch((17, 9)))
+        mixed = forward.run_packed(model, forward.Stream(a_batch((17, 9))))
         assert (mixed[-7:] - short).abs().max() > 1e-3
     words = "a sequence of 17 tokens is longer than 16: .* positions of model_type 'phi3' depend"
     with pytest.raises(ValueError, match=words):

@@ -16,6 +16,7 @@ from vision_families import tiny_vision
 from vision_pictures import picture
 
 from cppo.model import ways
+from cppo.model.forward import Stream
 from cppo.model.packed import packed_hidden
 from cppo.model.prompts import encode_questions
 from cppo.model.ways import Ways, choose_ways, hidden_states, shown_picture, ways_of
@@ -118,7 +119,7 @@ def test_packed_hidden_refuses_images_that_attend_both_ways():
     with pytest.raises(ValueError, match="on packed sequences, with images, its logits are off by"):
         packed_hidden(model, batch, None, images, [0, 0])
     assert chosen(model, processor).text
-    padded = hidden_states(model, batch, None, images, [0, 0])
+    padded = hidden_states(model, Stream(batch, None, images, [0, 0]))
     assert padded.shape == (4, 32) and not ways_of(model).images
 
 
@@ -204,4 +205,4 @@ def test_images_that_no_trial_has_shown_are_compared_at_first_use():
     batch, images = batch_of(model, processor)
     changed_call(model.model, without("mm_encoder_outputs"))
     with pytest.raises(ValueError, match="on padded sequences, with images, its logits are off by"):
-        hidden_states(model, batch, None, images, [0, 0])
+        hidden_states(model, Stream(batch, None, images, [0, 0]))

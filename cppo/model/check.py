@@ -161,8 +161,7 @@ def check_training_mode(
     run = run_packed if packed else run_padded
 
     def hidden() -> Tensor:
-        batch, positions = case.stream(base, case.prompts)
-        return run(model, batch, positions, case.images, case.questions)
+        return run(model, case.stream(base, case.prompts))
 
     def both_modes() -> tuple[Tensor, Tensor]:
         sampled = hidden()

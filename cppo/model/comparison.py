@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cppo.model.forward import Attention, LMHead, cache_argument, lm_head, run_packed
+from cppo.model.forward import Attention, LMHead, Stream, cache_argument, lm_head, run_packed
 from cppo.model.images import (
     ImageBatch,
     has_three_rows,
@@ -30,7 +30,6 @@ from cppo.model.padded import run_padded
 from cppo.model.shared_prompts import share_prompts
 from cppo.model.wrappers import unwrap
 from cppo.ops.pack import pack_completions
-from cppo.ops.packed_batch import PackedBatch
 
 # Tokens of the two sequences of text, which begin alike, and tokens of that beginning.
 LENGTHS, PROMPT = (8, 6), 4
@@ -66,14 +65,14 @@ class Case:
         """(B, 1), on the device of the tokens."""
         return torch.tensor(list(values), device=self.ids.device)[:, None]
 
-    def stream(self, base: Any, prompts: Sequence[int]) -> tuple[PackedBatch, Tensor | None]:
-        """All of them in one stream, and its rotary positions."""
+    def stream(self, base: Any, prompts: Sequence[int]) -> Stream:
+        """All of them in one stream."""
         place = torch.arange(self.ids.shape[1], device=self.ids.device)
         mask = place < self.column(self.lengths)
         batch = pack_completions(self.ids, mask, mask & (place >= self.column(prompts)))
         positions = self.positions(base, self.ids, mask)
         flat = None if positions is None else positions.flatten(1)[:, batch.token_index]
-        return batch, flat
+        return Stream(batch, flat, self.images, self.questions)
 
     def positions(self, base: Any, ids: Tensor, mask: Tensor) -> Tensor | None:
         """(3, B, L) rotary positions of the sequences, padded anywhere."""
@@ -137,9 +136,12 @@ def pairs(model: Any, case: Case, *, packed: bool, shares: bool) -> Pairs:
         hidden = alone.hidden[0, : case.lengths[0]]
         yield "by its LM head", (head.logits(hidden), own[0])
 
-    def compared(prompts: Sequence[int], run: Callable[..., Tensor], **more: Any) -> Any:
-        batch, positions = case.stream(base, prompts)
-        hidden = run(model, batch, positions, case.images, case.questions, **more)
+    def compared(prompts: Sequence[int], run: Callable[..., Tensor], shares: bool = False) -> Any:
+        stream = case.stream(base, prompts)
+        if shares:
+            shared = share_prompts(stream.batch, list(case.questions))
+            stream = stream._replace(shared=shared)
+        hidden = run(model, stream)
         sizes = zip(alone.logits(prompts), prompts, strict=True)
         return head.logits(hidden), torch.cat([row[prompt - 1 : -1] for row, prompt in sizes])
 
@@ -150,12 +152,8 @@ def pairs(model: Any, case: Case, *, packed: bool, shares: bool) -> Pairs:
     else:
         yield "on padded sequences", compared(prompts, run_padded)
     if shares:
-        batch, _ = case.stream(base, case.prompts)
-        shared = share_prompts(batch, list(case.questions))
-        yield (
-            "on packed sequences that share a prompt",
-            compared(case.prompts, run_packed, shared=shared),
-        )
+        together = compared(case.prompts, run_packed, shares=True)
+        yield "on packed sequences that share a prompt", together
     ends = [length - 1 for length in case.lengths]
     last = torch.stack([row[-2:] for row in alone.logits(ends)])
     yield "on prompts padded to one length, with a cache", (_decoded(base, head, case), last)

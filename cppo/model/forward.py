@@ -139,20 +139,31 @@ def cache_argument(base: Any, cache: Any) -> dict[str, Any]:
     return {"cache" if "cache" in names else "past_key_values": cache}
 
 
-def run_packed(
-    model: nn.Module,
-    batch: PackedBatch,
-    positions: Tensor | None = None,
-    images: ImageBatch | None = None,
-    image_of: Sequence[int] = (),
-    shared: SharedStream | None = None,
-) -> Tensor:
+class Stream(NamedTuple):
+    """What a model is run on: a packed stream and what belongs to it, as `cppo.packed_hidden`
+    has them."""
+
+    batch: PackedBatch
+    positions: Tensor | None = None
+    images: ImageBatch | None = None
+    image_of: Sequence[int] = ()
+    shared: SharedStream | None = None
+
+    @property
+    def has_images(self) -> bool:
+        """Whether some completion has an image."""
+        images = self.images
+        return images is not None and any(images.per_question[one] for one in self.image_of)
+
+
+def run_packed(model: nn.Module, stream: Stream) -> Tensor:
     """`cppo.packed_hidden` of a model that has been checked."""
     base = unwrap(model)
+    image_of, shared = stream.image_of, stream.shared
     if shared is not None and len(image_of):
         image_of = [image_of[k] for k in shared.first]
-    arguments, rows = stream_arguments(batch, positions, shared)
-    output = base.model(**arguments, **image_arguments(base, images, image_of))
+    arguments, rows = stream_arguments(stream.batch, stream.positions, shared)
+    output = base.model(**arguments, **image_arguments(base, stream.images, image_of))
     return output.last_hidden_state[0, rows]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cppo.model.check import Shown, check_model
-from cppo.model.forward import is_packed, run_packed
+from cppo.model.forward import Stream, is_packed, run_packed
 from cppo.model.images import ImageBatch
 from cppo.model.shared_prompts import SharedStream
 from cppo.model.wrappers import unwrap
@@ -54,24 +54,23 @@ def packed_hidden(
             "cppo.packed_hidden: model must have the attention of packed sequences: call "
             'cppo.set_attention(model, "auto") once before the first packed forward'
         )
+    stream = Stream(batch, positions, images, image_of, shared)
     if not torch.compiler.is_compiling():
-        shown = shown_in(batch, images, image_of)
+        shown = shown_in(stream)
         check_model(model, shares=shared is not None, longest=batch.max_seqlen, shown=shown)
         if not len(batch.input_ids):
             # No layer takes a stream without tokens. Their loss is 0, and may be differentiated.
             like = unwrap(model).get_input_embeddings().weight
             size = unwrap(model).config.get_text_config().hidden_size
             return like.new_zeros(0, size, requires_grad=torch.is_grad_enabled())
-    return run_packed(model, batch, positions, images, image_of, shared)
+    return run_packed(model, stream)
 
 
-def shown_in(
-    batch: PackedBatch, images: ImageBatch | None, image_of: Sequence[int]
-) -> Callable[[], Shown] | None:
+def shown_in(stream: Stream) -> Callable[[], Shown] | None:
     """The first question with images of a stream that has some, read off it when it is asked."""
-    if images is None or not any(images.per_question[question] for question in image_of):
+    if stream.images is None or not stream.has_images:
         return None
-    return partial(_first_shown, batch, images, image_of)
+    return partial(_first_shown, stream.batch, stream.images, stream.image_of)
 
 
 def _first_shown(batch: PackedBatch, images: ImageBatch, image_of: Sequence[int]) -> Shown:

@@ -5,25 +5,18 @@ Masks, positions and attention are the model's own, as in `generate`; what it co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from cppo.model.images import ImageBatch, image_arguments, token_types
+from cppo.model.forward import Stream
+from cppo.model.images import image_arguments, token_types
 from cppo.model.wrappers import unwrap
-from cppo.ops.packed_batch import PackedBatch
 
 
-def run_padded(
-    model: nn.Module,
-    batch: PackedBatch,
-    positions: Tensor | None = None,
-    images: ImageBatch | None = None,
-    image_of: Sequence[int] = (),
-) -> Tensor:
-    """`cppo.packed_hidden` by a padded batch: its arguments and what it returns are the same."""
+def run_padded(model: nn.Module, stream: Stream) -> Tensor:
+    """What `cppo.packed_hidden` returns, by a padded batch. Prompts are not shared."""
     base = unwrap(model)
+    batch, positions, images, image_of, _ = stream
     starts, lengths = batch.cu_seqlens[:-1], batch.cu_seqlens.diff()
     numbers = torch.arange(len(lengths), device=lengths.device)
     row = numbers.repeat_interleave(lengths, output_size=len(batch.input_ids))

@@ -6,7 +6,7 @@ and for questions with images, whose tokens some families let attend both ways.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,14 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cppo.model.check import Shown, check_model
-from cppo.model.forward import Attention, set_attention
-from cppo.model.images import ImageBatch
+from cppo.model.forward import Attention, Stream, set_attention
 from cppo.model.packed import packed_hidden, shown_in
 from cppo.model.padded import run_padded
 from cppo.model.prompts import encode_questions
-from cppo.model.shared_prompts import SharedStream
 from cppo.model.wrappers import has_vision, unwrap
-from cppo.ops.packed_batch import PackedBatch
 from cppo.questions import QuestionError, as_question
 
 
@@ -142,18 +139,12 @@ def ways_of(model: nn.Module) -> Ways:
     return _CHOSEN.get(unwrap(model), Ways())
 
 
-def hidden_states(
-    model: nn.Module,
-    batch: PackedBatch,
-    positions: Tensor | None = None,
-    images: ImageBatch | None = None,
-    image_of: Sequence[int] = (),
-    shared: SharedStream | None = None,
-) -> Tensor:
+def hidden_states(model: nn.Module, stream: Stream) -> Tensor:
     """`cppo.packed_hidden`, or the same by a padded batch where that was chosen."""
-    ways, has_images = ways_of(model), images is not None and any(images.per_question)
+    ways, images = ways_of(model), stream.images
+    has_images = images is not None and any(images.per_question)
     if ways.images if has_images else ways.text:
-        return packed_hidden(model, batch, positions, images, image_of, shared)
-    shown = shown_in(batch, images, image_of)
-    check_model(model, packed=False, longest=batch.max_seqlen, shown=shown)
-    return run_padded(model, batch, positions, images, image_of)
+        return packed_hidden(model, *stream)
+    longest = stream.batch.max_seqlen
+    check_model(model, packed=False, longest=longest, shown=shown_in(stream))
+    return run_padded(model, stream)

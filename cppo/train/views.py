@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cppo.model.forward import lm_head
+from cppo.model.forward import Stream, lm_head
 from cppo.model.image_views import views_of
 from cppo.model.images import ImageBatch
 from cppo.model.shared_prompts import share_prompts
@@ -142,4 +142,4 @@ def _hidden(
     if batch.share_prompts:
         lengths = batch.lengths(packed.kept), batch.response_lengths(packed.kept)
         shared = share_prompts(packed, questions, lengths)
-    return hidden_states(model, packed, positions, images, image_of, shared)
+    return hidden_states(model, Stream(packed, positions, images, image_of, shared))

@@ -1,11 +1,13 @@
 """Rollouts taken apart by question and put together again are the same rollouts."""
 
+import dataclasses
+
 import pytest
 import torch
 from trainer_cases import fixed_batch, fixed_case, fixed_rollouts, packed, questions_for, tiny
 
 from cppo.rollouts.rollout import merge, take_questions
-from cppo.train.balance import _plan, balanced
+from cppo.train.balance import _joined, _piece, _plan, balanced
 from cppo.train.views import anchor_hidden
 
 FAMILIES = ("text", "qwen2_5_vl")
@@ -48,6 +50,24 @@ def test_merged_rollouts_of_different_width_give_the_same_numbers(family):
     expected = torch.cat([hidden_of(model, part) for part in parts])
     torch.testing.assert_close(hidden_of(model, merged), expected, rtol=1e-4, atol=1e-5)
     assert merge(parts[:1]) is parts[0]
+
+
+def test_what_the_loss_takes_per_token_goes_with_its_completion_to_another_process():
+    model, processor = tiny("text")
+    # From two processes, of other widths: prompt, completion, prompt again.
+    parts = [
+        fixed_rollouts(model, processor, [own], lengths=[2 + 3 * i, 1], seed=i)
+        for i, own in enumerate(questions_for("text")[:2])
+    ]
+    batches = []
+    for number, part in enumerate(parts):
+        places = torch.arange(part.input_ids.numel()).view(part.input_ids.shape)
+        weights = {"token_weights": 1000.0 * number + places}
+        batches.append(dataclasses.replace(fixed_batch(part), per_token=weights))
+    expected = [own.pack(own.kept).per_token["token_weights"] for own in batches]
+    whole = _joined(batches[0], [_piece(own, [0]) for own in reversed(batches)])
+    found = whole.pack(whole.kept).per_token["token_weights"]
+    assert torch.equal(found, torch.cat(expected[::-1]))
 
 
 def test_no_question_at_all():

@@ -206,18 +206,10 @@ def merge(parts: Sequence[Rollouts]) -> Rollouts:
     """The questions of several rollouts as one, padded to the longest prompt and completion."""
     if len(parts) == 1:
         return parts[0]
-    widths = [part.prompts.input_ids.shape[1] for part in parts]
-    prompt = max(widths)
-    completion = max(
-        part.input_ids.shape[1] - width for part, width in zip(parts, widths, strict=True)
-    )
+    widths, completion = _widths(parts)
 
     def joined(tensors: Sequence[Tensor], right: int) -> Tensor:
-        fitted = []
-        for x, width in zip(tensors, widths, strict=True):
-            end = right and right - (x.shape[-1] - width)
-            fitted.append(F.pad(x, (prompt - width, end)))
-        return torch.cat(fitted, dim=-2)
+        return _joined(tensors, widths, right)
 
     def joined_if_known(tensors: Sequence[Tensor | None], right: int) -> Tensor | None:
         known = [x for x in tensors if x is not None]
@@ -244,6 +236,28 @@ def merge(parts: Sequence[Rollouts]) -> Rollouts:
         torch.cat([part.truncated for part in parts]),
         joined_if_known([part.sampling_logps for part in parts], completion),
     )
+
+
+def merge_per_token(parts: Sequence[Rollouts], tensors: Sequence[Tensor]) -> Tensor:
+    """A (B, L) tensor of each of several rollouts as one of `merge`; zeros where that pads."""
+    widths, completion = _widths(parts)
+    return _joined(tensors, widths, completion)
+
+
+def _widths(parts: Sequence[Rollouts]) -> tuple[list[int], int]:
+    """The width of the prompts of each part, and that of the longest completion."""
+    widths = [part.prompts.input_ids.shape[1] for part in parts]
+    pairs = zip(parts, widths, strict=True)
+    return widths, max(part.input_ids.shape[1] - width for part, width in pairs)
+
+
+def _joined(tensors: Sequence[Tensor], widths: Sequence[int], right: int) -> Tensor:
+    """(..., B, L) tensors as one: `widths` columns padded on the left, the others up to `right`."""
+    fitted = []
+    for x, width in zip(tensors, widths, strict=True):
+        end = right and right - (x.shape[-1] - width)
+        fitted.append(F.pad(x, (max(widths) - width, end)))
+    return torch.cat(fitted, dim=-2)
 
 
 def _merged_images(prompts: Sequence[Prompts]) -> ImageBatch | None:

@@ -9,7 +9,7 @@ import torch
 
 from cppo.ops.pack import balance_ranks
 from cppo.records import map_tensors
-from cppo.rollouts.rollout import merge, take_questions
+from cppo.rollouts.rollout import merge, merge_per_token, take_questions
 from cppo.train.batch import Batch
 from cppo.train.processes import Processes
 
@@ -125,12 +125,18 @@ def _joined(batch: Batch, pieces: Sequence[Batch]) -> Batch:
         starts.append(starts[-1] + len(piece.advantages))
     kept = [piece.kept + start for piece, start in zip(pieces, starts, strict=False)]
     places = [piece.places for piece in pieces if piece.places is not None]
+    rollouts = [piece.rollouts for piece in pieces]
+    per_token = {
+        name: merge_per_token(rollouts, [piece.per_token[name] for piece in pieces])
+        for name in batch.per_token
+    }
     return dataclasses.replace(
         batch,
-        rollouts=merge([piece.rollouts for piece in pieces]),
+        rollouts=merge(rollouts),
         advantages=torch.cat([piece.advantages for piece in pieces]),
         kept=torch.cat(kept),
         places=torch.cat(places) if places else None,
+        per_token=per_token,
     )
 
 

@@ -100,6 +100,16 @@ def test_the_same_trainer_goes_on(tmp_path, undisturbed):
         assert same(weights_of(trainer.model), undisturbed)
 
 
+def test_a_trainer_that_has_trained_begins_nothing_anew(tmp_path):
+    """What its folder holds stays: of a model that was trained there is no fresh start."""
+    trainer = trainer_for(tmp_path, rewards=noise, max_steps=1)
+    last = trainer.train()
+    with pytest.raises(ValueError, match="trained already, up to step 1"):
+        trainer.train(overwrite=True)
+    assert last_checkpoint(tmp_path).name == "checkpoint-000001"
+    assert trainer.train("auto") == last
+
+
 def test_a_reward_that_catches_everything(tmp_path, undisturbed):
     def careful(completions, **columns):
         try:

@@ -73,12 +73,22 @@ class Run:
     # Begin or resume
 
     def start(self, resume_from: str | Path | None, overwrite: bool) -> None:
-        """Claims the folder, takes over the state of a checkpoint, and writes the first files."""
+        """Claims the folder, takes over the state of a checkpoint, and writes the first files.
+
+        Raises: ValueError, before anything is removed, for a fresh start of what was trained.
+        """
         self._trained_on  # noqa: B018  (before anybody edits a reward's file)
         self._lock = ExitStack()
         claim = self.processes.of_first(lambda: self._claim(resume_from, overwrite))
         start = claim.start
         seal = self.processes.together(lambda: self._resume(start)) if start else None
+        if start is None and (self.step or self.policy.optimizer.state):
+            # What the folder holds would be removed, and nothing begins with a trained model.
+            raise ValueError(
+                f"cppo.CPPOTrainer: this trainer has trained already, up to step {self.step}: "
+                "train(resume_from='auto') goes on from its newest checkpoint, a new CPPOTrainer "
+                "begins anew"
+            )
         self.processes.must_agree({"checkpoint's checksum": seal, **self._shared()})
         self._folder, self.is_running, self._is_reported = claim.folder, True, False
         self.processes.of_first(lambda: self._begin(claim))

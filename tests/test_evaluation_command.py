@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,8 @@ from cli_cases import DIGITS, TINY, cppo
 from cppo.cli import evaluate as command
 from cppo.cli import measures, predictions
 from cppo.cli.predictions import default_name
-from cppo.cli.run_config import DatasetConfig
+from cppo.cli.run_config import BUILDERS, DataConfig, DatasetConfig, ModelConfig, RunConfig
+from cppo.model.load import load_model, load_processor
 from cppo.rewards import boxed, exact_match, from_names, gsm8k, math_verify, numeric
 from cppo.rewards.reading import reading_of
 from cppo.train import evaluate as evaluate_module
@@ -116,6 +119,23 @@ def test_another_evaluation_does_not_take_over_what_was_begun(change, monkeypatc
     assert status == 0 and "taken over" not in out and len(lines()) == 6
 
 
+def test_files_in_the_folders_of_a_folder_count():
+    """As the hub has them, and `datasets` saves them."""
+    file = Path("set/data/test.jsonl")
+    file.parent.mkdir(parents=True)
+    file.write_text('{"prompt": "1 + 1?", "answer": "2"}\n')
+    data = DatasetConfig(path="set")
+    model = ModelConfig(builder="tiny_arithmetic")
+    config = RunConfig(model, DataConfig(data, data), ("boxed",))
+    before = predictions.fingerprint(config, "eval", None, [])
+    Path("set/predictions_set.jsonl").write_text("")
+    Path("set/.cache").mkdir()
+    Path("set/.cache/lock").write_text("")
+    assert predictions.fingerprint(config, "eval", None, []) == before
+    file.write_text(file.read_text() * 2)
+    assert predictions.fingerprint(config, "eval", None, []) != before
+
+
 def test_what_was_judged_is_what_this_start_asks(monkeypatch, capsys):
     given = [*EVAL, "rewards=[boxed, exact_match]", "trainer.eval_greedy=false"]
 
@@ -141,6 +161,28 @@ def test_a_table_whose_last_line_is_open_goes_on(capsys):
     file.write_bytes(file.read_bytes().rstrip())
     assert cppo(capsys, *EVAL)[0] == 0
     assert len(file.read_text().splitlines()) == 2 * count - 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full and /proc")
+def test_a_table_may_go_to_a_pipe_and_a_full_disk_is_one_line(capsys):
+    status, _, err = cppo(capsys, *EVAL, "--csv", "/dev/full", "--predictions", "p.jsonl")
+    assert status == 2 and "--csv: /dev/full cannot be written (No space left" in err
+    assert lines(Path("p.jsonl"))  # were measured, and stay
+    out, into = os.pipe()
+    command._append_csv(Path(f"/proc/self/fd/{into}"), [{"model": "m"}])
+    os.close(into)
+    with open(out) as file:
+        assert file.read().splitlines()[1].startswith("m,")
+
+
+def test_a_model_that_diverged_is_one_line(capsys):
+    model = load_model(BUILDERS["tiny_arithmetic"])
+    for parameter in model.parameters():
+        parameter.data.fill_(math.nan)
+    model.save_pretrained("nan")
+    load_processor(BUILDERS["tiny_arithmetic"]).save_pretrained("nan")
+    status, _, err = cppo(capsys, "eval", "nan", "--loader", "arithmetic", "data.eval.limit=2")
+    assert status == 2 and "error: cppo.rollouts: the model's hidden states are not finite" in err
 
 
 REWARD = "def share(completions, **columns):\n    return [0.25 * (i % 5) for i in range({})]\n"

@@ -54,17 +54,17 @@ def test_a_run_on_odd_answers(tmp_path):
 def test_what_a_full_disk_refuses_is_written_later(tmp_path, monkeypatch, capsys):
     log = RunLog(tmp_path, 5, is_main=True)
     log.metrics({"step": 1}, show=False)
-    stock = progress._append_bytes
+    stock = progress.append_bytes
 
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(progress, "_append_bytes", full)
+    monkeypatch.setattr(progress, "append_bytes", full)
     log.metrics({"step": 2}, show=False)
     log.metrics({"step": 3}, show=False)
     words = "metrics.jsonl cannot be written (No space left on device): its rows are kept"
     assert " ".join(capsys.readouterr().out.split()).count(words) == 2
-    monkeypatch.setattr(progress, "_append_bytes", stock)
+    monkeypatch.setattr(progress, "append_bytes", stock)
     log.metrics({"step": 4}, show=False)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
@@ -72,7 +72,7 @@ def test_what_a_full_disk_refuses_is_written_later(tmp_path, monkeypatch, capsys
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_row_is_written_whole_or_not_at_all():
     with pytest.raises(OSError, match="No space left"):
-        progress._append_bytes(Path("/dev/full"), b"row\n")
+        progress.append_bytes(Path("/dev/full"), b"row\n")
 
 
 def test_texts_are_shown_as_they_are(tmp_path, capsys):

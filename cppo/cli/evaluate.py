@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import inspect
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -240,11 +241,18 @@ def _check_csv(path: Path) -> None:
 
 
 def _append_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    before = path.read_bytes()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        if not before:
-            writer.writeheader()
-        elif not before.endswith((b"\n", b"\r")):  # an editor may leave the last line open
-            file.write("\n")
-        writer.writerows(rows)
+    """Append all rows or none. Raises ConfigError where the file does not take them."""
+    from cppo.train.progress import append_bytes
+
+    before = path.read_bytes() if path.is_file() else b""  # a pipe has nothing to read
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, _COLUMNS)
+    if not before:
+        writer.writeheader()
+    elif not before.endswith((b"\n", b"\r")):  # an editor may leave the last line open
+        text.write("\n")
+    writer.writerows(rows)
+    try:
+        append_bytes(path, text.getvalue().encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise ConfigError(f"--csv: {path} cannot be written ({error.strerror})") from error

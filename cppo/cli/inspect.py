@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser().parse_args(argv)
     try:
         answers, path = _inspected(asked)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         raise ConfigError(str(error)) from error
     print("\n".join(answers))
     print(f"{path}: the image in three views, and each token's entropy shift")

@@ -52,19 +52,23 @@ def fingerprint(config: RunConfig, dataset: str, model: Path | None, code: Itera
         code: files of the user's functions.
     """
     data = getattr(config.data, dataset)
-    given = [model or config.model.path, data.path, *code]
+    given = [model, config.model.path, data.path, *code]  # adapters have the weights of both
     files = {str(path): _state(Path(path).expanduser()) for path in given if path is not None}
     settings = {"config": as_json(plain(config)), "dataset": dataset, "files": files}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _state(path: Path) -> list[Any]:
+    """Size and time of a file, or of those in a folder and in the folders that it holds."""
     try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        below = [file for form in ("*", "*/*") for file in path.glob(form)]
+        found = [(file.relative_to(path), file) for file in sorted(below) or [path]]
         return [
-            [file.name, file.stat().st_size, file.stat().st_mtime_ns]
-            for file in files
-            if file.is_file() and not file.name.startswith((".", "predictions_", "eval.csv"))
+            [name.as_posix(), file.stat().st_size, file.stat().st_mtime_ns]
+            for name, file in found
+            if file.is_file()
+            and not any(part.startswith(".") for part in name.parts)
+            and not file.name.startswith(("predictions_", "eval.csv"))
         ]
     except OSError:  # what cannot be read is refused by those that need it
         return []

@@ -334,13 +334,15 @@ def evaluate_policy(
         device: where the model runs.
         finished: as `cppo.train.evaluate.evaluate` takes it.
     Returns: metrics and completions, as `cppo.train.evaluate.evaluate` returns them.
-    Raises: ConfigError for anything that is missing, and for an engine that cannot sample.
+    Raises: ConfigError for anything that is missing, and for a model or an engine that cannot be
+        sampled from.
     """
     from cppo.model.load import special_token_ids_to_suppress
     from cppo.rollouts.engine import EngineError
     from cppo.train.evaluate import evaluate
     from cppo.train.scoring import RewardError
 
+    checks = (ValueError, TypeError, ImportError, FloatingPointError, RewardError, EngineError)
     try:
         check_packages(config, training=False)
         functions, options = trainer_options(config)
@@ -363,7 +365,7 @@ def evaluate_policy(
             )
     except ConfigError:
         raise
-    except (ValueError, TypeError, ImportError, RewardError, EngineError) as error:
+    except checks as error:
         raise ConfigError(in_keys(str(error))) from error
 
 

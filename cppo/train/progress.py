@@ -206,7 +206,7 @@ class RunLog:
             if name == "metrics.jsonl" and not path.exists() and self._history:
                 _write_lines(path, self._history)  # somebody has removed it
             else:
-                _append_bytes(path, lines)
+                append_bytes(path, lines)
         except OSError as error:
             self._unwritten[name] = lines
             self.say(
@@ -277,11 +277,12 @@ def as_json(value: Any) -> Any:
     return str(value)
 
 
-def _append_bytes(path: Path, data: bytes) -> None:
+def append_bytes(path: Path, data: bytes) -> None:
     """Appends all of it or nothing. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
+        size = file.seek(0, os.SEEK_END) if file.seekable() else None
         if file.write(data) != len(data):
-            file.truncate(size)
+            if size is not None:  # not a pipe
+                file.truncate(size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

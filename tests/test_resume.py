@@ -6,10 +6,12 @@ import copy
 import dataclasses
 import datetime
 import functools
+import io
 import os
 import re
 import subprocess
 import sys
+import threading
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -18,9 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 from trainer_cases import digit_share, image, text_rows, trainer_for
 
+from cppo.options.trainer import CPPOConfig
 from cppo.rewards import (
     Combined,
     CosineLength,
@@ -31,6 +35,50 @@ from cppo.rewards import (
     math_reward,
 )
 from cppo.train import fingerprint
+from cppo.train.run_options import run_options
+from cppo.views import GaussianBlur
+
+
+def test_rows_as_pandas_reads_them_and_a_picture_that_breaks_off() -> None:
+    """The bytes of an array of objects are addresses; a picture that is cut off can be opened."""
+    file = io.BytesIO()
+    image(64, 64, 1).save(file, "PNG")
+
+    def rows() -> list[dict[str, Any]]:
+        messages = np.empty(1, dtype=object)
+        messages[0] = {"role": "user", "content": "Hi"}
+        cut = Image.open(io.BytesIO(file.getvalue()[:-40]))
+        return [{"prompt": messages, "image": image(8, 8, 1)}, {"prompt": messages, "image": cut}]
+
+    one, other = rows(), rows()
+    assert fingerprint.of_dataset(one) == fingerprint.of_dataset(other)
+    other[0]["prompt"][0]["content"] = "Ho"
+    assert fingerprint.of_dataset(one) != fingerprint.of_dataset(other)
+
+
+class Turned:
+    def __call__(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return pixels.flip(-1)
+
+
+class OwnTracker(GeneralTracker):
+    name, requires_logging_directory, tracker = "own", False, None
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+def test_options_that_are_objects_go_by_names_that_every_process_has() -> None:
+    """A repr has an address in memory, and what holds a lock cannot be copied."""
+
+    def options() -> dict[str, Any]:
+        views = Turned(), functools.partial(torch.mul, other=2), GaussianBlur(), "rotation"
+        return run_options(CPPOConfig(positive_views=views, trackers=(OwnTracker(),)), 1)
+
+    found = options()
+    assert found == options() and found["trackers"] == ["own"]
+    blur = {"kernel_size": 3, "sigma": 1.0}
+    assert found["positive_views"] == ["Turned", "mul(other=2)", blur, "rotation"]
 
 
 def letter_share(completions: list[Any], **columns: Any) -> list[float]:

@@ -55,6 +55,15 @@ def _row(dataset: Dataset, place: int) -> Any:
         return type(error).__name__
 
 
+def _bytes(value: Any) -> bytes:
+    """Of a picture or an array; of a picture that cannot be decoded, why."""
+    try:
+        found: bytes = value.tobytes()
+        return found
+    except Exception as error:  # the run says it of the row, or may leave it out
+        return type(error).__name__.encode()
+
+
 def _has_pictures(row: Any) -> bool:
     return isinstance(row, Mapping) and any(row.get(name) is not None for name in _PICTURES)
 
@@ -166,10 +175,13 @@ class _Digest:
             self._mark(f"{value.dtype} {tuple(value.shape)}")
             flat = value.detach().reshape(-1)
             self.add(flat[:: max(1, len(flat) // _ENTRIES)].double().cpu().numpy(), depth)
+        elif getattr(getattr(value, "dtype", None), "hasobject", False):  # as pandas reads lists
+            # Its bytes are addresses in memory.
+            self.add(value.tolist(), depth)
         elif hasattr(value, "tobytes"):  # a PIL image or a numpy array
             looks = [getattr(value, name, "") for name in ("dtype", "shape", "size", "mode")]
             self._mark(f"bytes {looks}")
-            self._hash.update(value.tobytes())
+            self._hash.update(_bytes(value))
         elif id(value) not in self._seen:
             self._seen.add(id(value))
             self._alive.append(value)

@@ -12,6 +12,7 @@ from cppo.options.trainer import CPPOConfig, VLLMConfig
 from cppo.questions.rows import Dataset
 from cppo.train import fingerprint
 from cppo.train.checkpoint import CheckpointError, read_summary
+from cppo.train.reward_functions import reward_name
 
 # What may change when a run is resumed: how long it goes on and what is written.
 _MAY_CHANGE = {
@@ -42,10 +43,22 @@ _MAY_CHANGE = {
 
 def run_options(config: CPPOConfig, num_processes: int) -> dict[str, Any]:
     """What decides the course of a run, under dotted names, as JSON gives it back."""
-    options = {"processes": num_processes, **_flat(dataclasses.asdict(config))}
-    # A perturbation may be a function: its name, repr has the address in memory.
-    named = json.dumps(options, default=lambda value: getattr(value, "__qualname__", repr(value)))
-    return json.loads(named)
+    options = {"processes": num_processes, **_flat(_fields(config))}
+    return json.loads(json.dumps(options, default=_name))
+
+
+def _fields(value: Any) -> Any:
+    """As `dataclasses.asdict`, but copies nothing: a tracker may hold what cannot be copied."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {one.name: _fields(getattr(value, one.name)) for one in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [_fields(entry) for entry in value]
+    return value
+
+
+def _name(value: Any) -> str:
+    """Of a perturbation that is a function, or of a tracker: a repr has its address in memory."""
+    return getattr(value, "__qualname__", None) or reward_name(value)
 
 
 def trained_on(

@@ -117,6 +117,21 @@ def test_best_and_last_checkpoints_and_which_are_kept(tmp_path, monkeypatch):
     assert load_processor(last_checkpoint(tmp_path)).chat_template
 
 
+def test_the_best_of_another_metric_is_no_better(tmp_path, monkeypatch):
+    tokens = iter([90.0, 20.0, 50.0])
+    monkeypatch.setattr(
+        CPPOTrainer, "_evaluation", lambda self: {"eval/sampled/tokens": next(tokens)}
+    )
+    options = dict(eval_every=1, eval_rows=text_rows(1), save_every=1, keep_checkpoints=9)
+    trainer_for(tmp_path, max_steps=2, best_metric="sampled/tokens", **options).train()
+    assert best_checkpoint(tmp_path).name == "checkpoint-000002"
+    monkeypatch.setattr(CPPOTrainer, "_evaluation", scripted([0.1, 0.3, 0.2]))
+    again = trainer_for(tmp_path, max_steps=5, **options)
+    again.train("auto")
+    assert again._run._best == 0.3
+    assert best_checkpoint(tmp_path).name == "checkpoint-000004"
+
+
 def test_without_save_every_the_best_and_the_last_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(CPPOTrainer, "_evaluation", scripted([0.9, 0.2, 0.5, 0.5, 0.3, 0.2]))
     options = dict(eval_every=1, eval_rows=text_rows(1), max_steps=5, keep_checkpoints=9)

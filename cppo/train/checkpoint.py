@@ -87,14 +87,16 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 def best_checkpoint(output_dir: str | Path) -> Path | None:
     """The checkpoint with the highest evaluation metric (of several the newest).
 
-    One whose `trainer.json` is damaged is left out, with a warning.
+    Left out are those measured otherwise than the newest, and with a warning damaged ones.
     """
-    measured = [
-        (summary["metric"], path)
-        for path, summary in _readable(output_dir)
-        if summary["metric"] is not None
-    ]
-    return max(measured)[1] if measured else None
+    found = [(path, own) for path, own in _readable(output_dir) if own["metric"] is not None]
+    alike = [(own["metric"], path) for path, own in found if measure(own) == measure(found[-1][1])]
+    return max(alike)[1] if alike else None
+
+
+def measure(summary: Mapping[str, Any]) -> list[Any]:
+    """What the metric is of a checkpoint with this summary, or of a run with these options."""
+    return [summary.get("options", {}).get(n) for n in ("best_metric", "eval_dataset", "rewards")]
 
 
 def _readable(output_dir: str | Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -17,6 +17,7 @@ from cppo.train.checkpoint import (
     check_files,
     incomplete,
     last_checkpoint,
+    measure,
     read_state,
     read_tensors,
     write_checkpoint,
@@ -179,7 +180,10 @@ class Run:
         optimizer.load_state_dict(state["optimizer"])
         policy.restore_schedule(self.policy.scheduler, state["scheduler"])
         self.step, self.history = state["step"], state["history"]
-        self.questions.position, self._best = state["position"], state["best"]
+        self.questions.position = state["position"]
+        # The best so far of another metric, or of other questions, is none to compare with.
+        now = {"options": {**self._options, **self._trained_on}}
+        self._best = state["best"] if measure(summary) == measure(now) else None
         self._saved, self._interrupted = self.step, None
         within = ""
         if summary.get("unfinished"):

@@ -69,6 +69,17 @@ def test_what_a_full_disk_refuses_is_written_later(tmp_path, monkeypatch, capsys
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_run_that_was_stopped_before_its_first_row_keeps_its_start(tmp_path, goes_on):
+    log = RunLog(tmp_path, 5, is_main=True)
+    log.restart([], 0, {"step": 0, "started": "first"}, goes_on=False)
+    log.completions([{"step": 1}])  # of the step that was broken off
+    log.restart([], 0, {"step": 0, "started": "then"}, goes_on=goes_on)
+    starts = [row["started"] for row in lines(tmp_path / "run.jsonl")]
+    assert starts == (["first", "then"] if goes_on else ["then"])
+    assert lines(tmp_path / "completions.jsonl") == []
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_row_is_written_whole_or_not_at_all():
     with pytest.raises(OSError, match="No space left"):

@@ -133,20 +133,22 @@ class RunLog:
         )
         self._task = self._progress.add_task("steps", total=max_steps)
 
-    def restart(self, history: list[dict[str, Any]], step: int, start: dict[str, Any]) -> None:
+    def restart(
+        self, history: list[dict[str, Any]], step: int, start: dict[str, Any], *, goes_on: bool
+    ) -> None:
         """Makes the files agree with the step that a run starts from.
 
         Args:
             history: the rows so far; the caller appends to this list before `metrics`.
             start: what starts the run, the next row of run.jsonl.
+            goes_on: whether it has begun before; one that begins keeps no row, not even of step 0.
         """
         if not self._is_main:
             return
         self._history = history
         _write_lines(self._dir / "metrics.jsonl", history)
         for name in ("completions.jsonl", "held_out.jsonl", "run.jsonl"):
-            # A run that begins keeps nothing, not even of step 0.
-            rows = [r for r in read_lines(self._dir / name) if history and r["step"] <= step]
+            rows = [r for r in read_lines(self._dir / name) if goes_on and r["step"] <= step]
             _write_lines(self._dir / name, rows + [start] * (name == "run.jsonl"))
         self._progress.update(self._task, completed=step)
 

@@ -82,7 +82,6 @@ class Run:
         self._lock = ExitStack()
         claim = self.processes.of_first(lambda: self._claim(resume_from, overwrite))
         start = claim.start
-        seal = self.processes.together(lambda: self._resume(start)) if start else None
         if start is None and (self.step or self.policy.optimizer.state):
             # What the folder holds would be removed, and nothing begins with a trained model.
             raise ValueError(
@@ -90,6 +89,7 @@ class Run:
                 "train(resume_from='auto') goes on from its newest checkpoint, a new CPPOTrainer "
                 "begins anew"
             )
+        seal = self.processes.together(lambda: self._resume(start)) if start else None
         self.processes.must_agree({"checkpoint's checksum": seal, **self._shared()})
         self._folder, self.is_running, self._is_reported = claim.folder, True, False
         self.processes.of_first(lambda: self._begin(claim))
@@ -157,7 +157,9 @@ class Run:
         with writing_to(claim.folder):
             options = {**self._options, **self._trained_on}
             start = started(self.policy.model, self.processes.size, options)
-            self.log.restart(self.history, self.step, {"step": self.step, **start})
+            start = {"step": self.step, **start}
+            goes_on = bool(claim.start or self.history)  # stopped in step 1, it has no history
+            self.log.restart(self.history, self.step, start, goes_on=goes_on)
             for name, text in self.files.items():
                 (claim.folder / name).write_text(text, encoding="utf-8")
 

@@ -81,6 +81,16 @@ def test_a_raising_reward_names_the_completion_found_by_halving(rollouts):
     assert sizes == [4, 2, 2, 1]
 
 
+def test_what_a_reward_logs_of_a_part_is_not_to_blame(rollouts):
+    def broken(completions, log_extra, **columns):
+        log_extra("length", [len(text) for text in completions])
+        return [1 / (len(text) - 3) for text in completions]
+
+    with pytest.raises(RewardError, match="'broken' failed .ZeroDivisionError: ") as error:
+        scores_of(rollouts, broken)
+    assert f"completion: {rollouts.texts[2]!r}" in str(error.value)
+
+
 def test_a_reward_that_raises_on_the_whole_batch_only_says_so(rollouts):
     def no_batches(completions, **columns):
         if len(completions) > 1:

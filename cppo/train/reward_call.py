@@ -54,15 +54,14 @@ class Call:
     ) -> None:
         self.name = reward_name(function)
         self._retry = retry
-        self.log = log = _Log(len(rollouts.texts))
+        self.log = _Log(len(rollouts.texts))
         self.function, self._rollouts, self._timeout = function, rollouts, timeout
         self._everything = range(len(rollouts.texts))
         self._extras = accepted(
             function,
             {
                 "trainer_state": state,
-                "log_metric": log.log_metric,
-                "log_extra": log.log_extra,
+                **self.log.functions,
                 "group_size": rollouts.group_size,
             },
         )
@@ -73,7 +72,7 @@ class Call:
         if not is_async(self.function):
             return None
 
-        return started(lambda: self._evaluate(self._everything))
+        return started(lambda: self._evaluate(self._everything, self.log))
 
     def finish(self, begun: Future[Any] | None) -> list[float]:
         """A number per completion, NaN for None."""
@@ -103,7 +102,9 @@ class Call:
     def _result(self, begun: Future[Any] | None) -> list[float]:
         def wait() -> list[float]:
             # A generator that is returned computes its rewards while they are read.
-            returned = self._evaluate_now(self._everything) if begun is None else begun.result()
+            if begun is None:
+                return self._numbers(self._evaluate_now(self._everything, self.log))
+            returned = begun.result()
             return self._numbers(returned)
 
         try:
@@ -113,7 +114,7 @@ class Call:
                 begun.cancel()
             raise
 
-    def _evaluate(self, completions: Sequence[int]) -> Any:
+    def _evaluate(self, completions: Sequence[int], log: _Log) -> Any:
         rollouts = self._rollouts
         questions = [rollouts.question_of(index) for index in completions]
         names = sorted({name for question in questions for name in question.columns})
@@ -128,7 +129,8 @@ class Call:
             columns["generation_prompts"] = [
                 rollouts.generation_prompt_of(index) for index in completions
             ]
-        extras = {**self._extras}
+        logging = {name: own for name, own in log.functions.items() if name in self._extras}
+        extras = {**self._extras, **logging}
         if "trainer_state" in extras:
             extras["trainer_state"] = _own(extras["trainer_state"], pictures)
         return self.function(
@@ -138,8 +140,8 @@ class Call:
             **{**columns, **extras},
         )
 
-    def _evaluate_now(self, completions: Sequence[int]) -> Any:
-        returned = self._evaluate(completions)
+    def _evaluate_now(self, completions: Sequence[int], log: _Log) -> Any:
+        returned = self._evaluate(completions, log)
         if not inspect.isawaitable(returned):
             return returned
         return started(lambda: returned).result()
@@ -186,10 +188,11 @@ class Call:
         return completions[0] if completions and (is_found or self._fails(completions)) else None
 
     def _fails(self, completions: Sequence[int]) -> bool:
+        log = _Log(len(completions))  # else it would fail for what it logs of a part
         try:
             within(
                 min(self._timeout or _SEARCH_SECONDS, _SEARCH_SECONDS),
-                lambda: _read(self._evaluate_now(completions)),
+                lambda: _read(self._evaluate_now(completions, log)),
             )
         except (*_RAISED, TooLong):
             return True
@@ -265,6 +268,11 @@ class _Log:
         self._count = count
         self.metrics: dict[str, list[float]] = {}
         self.columns: dict[str, list[Any]] = {}
+
+    @property
+    def functions(self) -> dict[str, Callable[..., None]]:
+        """What a reward function may name among its arguments."""
+        return {"log_metric": self.log_metric, "log_extra": self.log_extra}
 
     def clear(self) -> None:
         self.metrics.clear()

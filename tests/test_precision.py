@@ -9,7 +9,7 @@ from families import tiny_family
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from trainer_cases import config, questions_for, tiny, trainer_for, weights_of
+from trainer_cases import config, questions_for, text_rows, tiny, trainer_for, weights_of
 
 import cppo
 from cppo.model import forward
@@ -53,6 +53,19 @@ def test_a_small_step_changes_weights_that_were_stored_in_half(stored, precision
 def layers_of(model, kind):
     base = unwrap(model)
     return {n: m for n, m in base.named_modules() if isinstance(m, kind)}
+
+
+def test_rewards_compute_in_their_own_arithmetic(tmp_path):
+    """A reward may be a model: it says the same of a completion in training and in evaluations."""
+    seen = {}
+
+    def reward(completions, trainer_state, **columns):
+        seen[trainer_state.global_step, len(completions)] = torch.is_autocast_enabled("cpu")
+        return [float(len(str(completion))) for completion in completions]
+
+    options = dict(precision="bf16", eval_rows=text_rows(3), eval_greedy=False, max_steps=1)
+    trainer_for(tmp_path, rewards=reward, **options).train()
+    assert seen == {(0, 3): False, (0, 8): False, (1, 3): False}
 
 
 def test_what_is_frozen_is_cast_once_and_the_rest_is_not():

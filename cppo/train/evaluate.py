@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -104,14 +105,16 @@ def evaluate(
             batch_size=config.generation_batch_size,
             engine=engine,
         )
-        scores = score(
-            reward_functions,
-            weights,
-            rollouts,
-            state=state,
-            timeout=config.reward_timeout,
-            retries=config.reward_retries,
-        )
+        # A reward may be a model with an arithmetic of its own, which it has in training.
+        with torch.autocast(rollouts.input_ids.device.type, enabled=False):
+            scores = score(
+                reward_functions,
+                weights,
+                rollouts,
+                state=state,
+                timeout=config.reward_timeout,
+                retries=config.reward_retries,
+            )
         new = _rows(mode, ids, rollouts, scores)
         if finished:
             finished.add(new, prompts.questions)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def main(options: argparse.Namespace) -> int:
     """Train the model of a configuration file; key=value sets single options over it."""
     resume, overrides = options.resume, list(options.overrides)
-    if resume and "=" in resume:  # `--resume key=value`: the word is an override, not a folder
+    if resume and "=" in resume and not Path(resume).exists():  # an override, no checkpoint
         resume, overrides = "auto", [*overrides, resume]
     config = load(options.config, overrides)
     if options.dry_run:

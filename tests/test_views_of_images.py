@@ -208,6 +208,9 @@ def test_device_views_equal_cpu_views(perturbation):
         (lambda: perturb(pil_scene(), ["rotation"], seed=0), "views_from_names"),
         (lambda: perturb([pil_scene()] * 2, REMOVING, seed=[1]), "one seed per image, 2, got 1"),
         (lambda: perturb(pil_scene(), lambda x, g: x[:, 1:], seed=0), "must keep the shape"),
+        (lambda: perturb(pil_scene(), lambda x, g: pil_scene(), seed=0), "returned Image"),
+        (lambda: perturb(pil_scene(), lambda x, g: 255 * x, seed=0), r"pixels in \[0, 1\], got"),
+        (lambda: perturb(pil_scene(), lambda x, g: x / 0 * 0, seed=0), "has non-finite pixels"),
     ],
 )
 def test_bad_pil_calls(call, message):

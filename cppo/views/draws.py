@@ -45,7 +45,8 @@ def perturb(
     Returns: an upright image of the same size for an image, a list for a sequence; inputs stay
         unchanged.
     Raises: TypeError or ValueError for anything that is not such an image, an empty set of
-        perturbations or a number of seeds that is not the number of images.
+        perturbations, a number of seeds that is not the number of images, or a perturbation that
+        returns something else than as many pixels in [0, 1].
     """
     choices = _check_perturbations("perturb", perturbations)
     batch = [images] if isinstance(images, Image.Image) else list(images)
@@ -79,12 +80,14 @@ def _draw(image: Tensor, choices: Sequence[Perturbation], seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     chosen = choices[draw_integer(generator, 0, len(choices) - 1)]
     view = chosen(image, generator)
-    if view.shape != image.shape:
+    if not isinstance(view, Tensor) or view.shape != image.shape:
+        got = tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__
         raise ValueError(
-            f"cppo.perturb: {chosen!r} must keep the shape {tuple(image.shape)}, "
-            f"returned {tuple(view.shape)}"
+            f"cppo.perturb: {chosen!r} must keep the shape {tuple(image.shape)}, returned {got}"
         )
-    return view
+    if view.device.type == "cpu":  # elsewhere looking would wait for the device
+        check_values("perturb", f"what {chosen!r} returned", view)
+    return view.to(image.dtype).clamp(0, 1)
 
 
 def _perturb_pil(

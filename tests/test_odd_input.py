@@ -239,3 +239,9 @@ def test_tuples_are_compared_down_to_their_own_depth():
 
     assert same_answer(nested("0.5", 4), nested("1/2", 4))
     assert not same_answer(nested("0.5", 5), nested("1/2", 5))
+
+
+def test_a_folder_with_an_equals_sign_is_no_override(capsys):
+    Path("lr=1").mkdir()
+    status, _, err = cppo(capsys, *RUN, "--resume", "lr=1")
+    assert status == 2 and "lr=1 is not a checkpoint of cppo" in err

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ import torch
 import torch.distributed as dist
 from retraining import Completion, Outcome, Run, Weights
 from torch import Tensor
-from trainer_cases import image, small_run, tiny
+from trainer_cases import VIEWS, image, noise, small_run, tiny
 
 from cppo.model.prompts import tokenizer_of
 from cppo.options.trainer import LoraConfig
-from cppo.rewards import completion_text
 from cppo.train import algorithm
 from cppo.train.trainer import CPPOTrainer
 
@@ -88,11 +86,6 @@ TWO_PROCESSES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def hashed(completions: list[Any], **columns: Any) -> list[float]:
-    """A reward that depends on the completion alone and differs within groups."""
-    return [random.Random(completion_text(text)).random() for text in completions]
-
-
 def text_rows() -> list[dict[str, Any]]:
     """Prompts of very different lengths."""
     return [{"prompt": f"What is {i} + {i}?" + " Why?" * (7 * (i % 3))} for i in range(8)]
@@ -110,16 +103,8 @@ def image_rows(blind: bool) -> list[dict[str, Any]]:
     ]
 
 
-# The perturbations of an image in [0, 1], and what they make of the pixel values that the tiny
-# models' processor hands out, 2 * image - 1. Random ones would have to be recorded.
-
-
-def dimmed(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    return 0.9 * pixels + 0.05
-
-
-def darkened(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    return 0.2 * pixels
+# What VIEWS, perturbations of an image in [0, 1], make of the pixel values that the tiny models'
+# processor hands out, 2 * image - 1. Random ones would have to be recorded.
 
 
 def dimmed_values(values: Tensor) -> Tensor:
@@ -133,7 +118,7 @@ def darkened_values(values: Tensor) -> Tensor:
 def prepared(options: dict[str, Any], folder: Path) -> tuple[CPPOTrainer, Run]:
     """A trainer before its run of three fp32 steps, and what is known of the run by then."""
     own = dict(max_steps=3, max_completion_tokens=12, learning_rate=3e-3, log_completions=0)
-    own |= dict(positive_views=(dimmed,), negative_views=(darkened,)) | options
+    own |= VIEWS | options
     family = own.pop("family", "text")
     config = small_run(folder, **own)
     model, processor = tiny(family)
@@ -144,7 +129,7 @@ def prepared(options: dict[str, Any], folder: Path) -> tuple[CPPOTrainer, Run]:
     # The token mean of the contrast is that of a micro-batch, which has images or has none.
     blind = config.loss.cpl_reduction == "sequence"
     rows = text_rows() if family == "text" else image_rows(blind)
-    trainer = CPPOTrainer(model, hashed, rows, config=config, processor=processor)
+    trainer = CPPOTrainer(model, noise, rows, config=config, processor=processor)
     views = (dimmed_values, darkened_values)
     return trainer, Run(config, plain, trained(trainer), list(trainer.suppressed), views)
 

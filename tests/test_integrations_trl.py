@@ -9,18 +9,7 @@ import torch
 pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
 
 from launching import torchrun
-from trainer_cases import (
-    fixed_batch,
-    fixed_rollouts,
-    gradients,
-    packed,
-    question,
-    relative_difference,
-    same,
-    tiny,
-    weights_of,
-)
-from trainer_cases import image as picture
+from trainer_cases import relative_difference, same, weights_of
 from trl_cases import (
     HALF,
     HALF_LOOK,
@@ -30,7 +19,6 @@ from trl_cases import (
     Fixed,
     late,
     logged,
-    micro_batch,
     trained,
     trainer_of,
     watched,
@@ -43,8 +31,7 @@ from cppo.integrations.contrast import contrastive_perception
 from cppo.integrations.trl import CPPO, CPPOMixin, per_device_train_batch_size
 from cppo.integrations.trl_rows import trimmed
 from cppo.options.trainer import LossConfig
-from cppo.records import NumItems, Views
-from cppo.train.algorithm import microbatch_loss
+from cppo.records import Views
 
 
 @functools.cache
@@ -271,46 +258,6 @@ def test_contrast_of_nothing_is_a_zero_with_a_graph(cpl_reduction):
     views = Views(logps, logps, logps)
     loss = contrastive_perception(views, flat, flat + 1, nothing, 2, config).loss
     assert loss.item() == 0 and not torch.autograd.grad(loss, logps)[0].any()
-
-
-def dimmed(pixels, generator):
-    return 0.9 * pixels + 0.05
-
-
-def darkened(pixels, generator):
-    return 0.2 * pixels
-
-
-@pytest.mark.parametrize("cpl_reduction", ["sequence", "token"])
-def test_gradients_are_those_of_our_trainer_on_the_same_batch(cpl_reduction):
-    model, processor = tiny("qwen2_5_vl")
-    questions = [
-        question("How many?", [picture(48, 24, 1)]),
-        question("What is the sum of the digits?", [picture(24, 72, 2)]),
-    ]
-    rollouts = fixed_rollouts(packed(model), processor, questions, group_size=3)
-    batch = fixed_batch(rollouts)
-    loss = LossConfig(cpl_coef=2.0, cpl_reduction=cpl_reduction)
-    views = dict(positive_views=(dimmed,), negative_views=(darkened,))
-
-    def ours(loss):
-        config, rows = cppo.CPPOConfig(loss=loss, **views), torch.arange(6)
-        items = NumItems(*batch.counts(rows))
-        return gradients(
-            model.train(),
-            lambda: microbatch_loss(model, batch, rows, items, config, processor).loss.backward(),
-        )
-
-    options = dict(num_generations=3, per_device_train_batch_size=6, beta=0.0, num_iterations=1)
-    trainer = trainer_of("qwen2_5_vl", cppo=CPPO(loss=loss, **views), **options)
-    trainer.model.load_state_dict(model.state_dict())
-    trainer.current_gradient_accumulation_steps = 1
-    inputs = micro_batch(trainer, rollouts, batch.advantages)
-    theirs = trainer.model.train()
-    found = gradients(theirs, lambda: trainer.compute_loss(theirs, inputs).backward())
-    assert relative_difference(found, ours(loss)) < 1e-5
-    without = dataclasses.replace(loss, cpl_coef=0.0)
-    assert relative_difference(found, ours(without)) > 1e-2
 
 
 def test_perturbed_views_run_only_where_the_advantage_is_positive(monkeypatch):

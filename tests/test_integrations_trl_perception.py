@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -10,107 +9,26 @@ import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'cppo[trl]'")
 
-from trainer_cases import (
-    fixed_batch,
-    fixed_rollouts,
-    gradients,
-    packed,
-    question,
-    relative_difference,
-    same,
-    tiny,
-    weights_of,
-)
+from trainer_cases import fixed_rollouts, packed, question, same, tiny, weights_of
 from trainer_cases import image as picture
 from trl import RLOOConfig, RLOOTrainer
 from trl_cases import logged, micro_batch, trained, trainer_of, watched_run
+from trl_gradients import LOSSES, OF_TWO, PAPO, VIEWS, assert_gradients_of_our_trainer, skip_papo
 
-import cppo
-from cppo import LossConfig
 from cppo.integrations import trl_options, trl_perception
-from cppo.integrations.trl import CPPO, CPPOMixin, check
+from cppo.integrations.trl import CPPO, CPPOMixin
 from cppo.integrations.trl_perception import weigh
-from cppo.records import NumItems
-from cppo.train.algorithm import microbatch_loss
-from cppo.train.perception import compared
-from cppo.train.policy import Policy
-
-VPPO = LossConfig(perception="vppo", vppo_floor=0.5)
-PAPO = LossConfig(perception="papo", papo_coef=30.0)
-OPTIONS = {
-    "cpl_all": LossConfig(perception="cpl_all", cpl_coef=2.0),
-    "vppo": VPPO,
-    "papo": PAPO,
-    "papo, entropies": dataclasses.replace(PAPO, papo_entropy_coef=0.5),
-}
-
-
-def dimmed(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return 0.9 * pixels + 0.05
-
-
-def darkened(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return 0.2 * pixels
-
-
-VIEWS = {"positive_views": (dimmed,), "negative_views": (darkened,)}
-
-
-class Alone:
-    size, rank = 1, 0
-
-
-def skip_papo(name: str) -> None:
-    if "papo" in name and not check()[-1].fits:
-        pytest.skip("PAPO needs trl 1.15")
-
-
-def of_our_trainer(model: Any, processor: Any, batch: Any, loss: LossConfig) -> Any:
-    config, rows = cppo.CPPOConfig(loss=loss, max_completion_tokens=9, **VIEWS), torch.arange(6)
-    items = NumItems(*batch.counts(rows))
-    if loss.compares_removed:
-        policy = Policy(model, processor, config, torch.device("cpu"))
-        found, _ = compared(policy, batch, None, lambda call: call(), Alone())  # type: ignore[arg-type]
-        batch = dataclasses.replace(batch, per_token=found)
-    return gradients(
-        model.train(),
-        lambda: microbatch_loss(model, batch, rows, items, config, processor).loss.backward(),
-    )
 
 
 @pytest.mark.parametrize(
     ("name", "reduction"),
-    [(name, "grpo") for name in OPTIONS] + [("papo, entropies", "dapo"), ("papo", "dr_grpo")],
+    [(name, "grpo") for name in LOSSES] + [("papo, entropies", "dapo"), ("papo", "dr_grpo")],
 )
 def test_gradients_are_those_of_our_trainer_on_the_same_batch(name: str, reduction: str) -> None:
     skip_papo(name)
-    model, processor = tiny("qwen2_5_vl")
-    questions = [
-        question("How many?", [picture(48, 24, 1)]),
-        question("What is the sum of the digits?", [picture(24, 72, 2)]),
-    ]
-    rollouts = fixed_rollouts(packed(model), processor, questions, group_size=3)
-    batch = fixed_batch(rollouts)
-    batch.advantages[4] = 0
-    loss = OPTIONS[name]
-    ours = dataclasses.replace(loss, reduction=reduction)
-    options = dict(num_generations=3, per_device_train_batch_size=6, beta=0.0, num_iterations=1)
-    cppo_options = CPPO(loss=loss, **VIEWS)
-    trainer = trainer_of("qwen2_5_vl", cppo=cppo_options, loss_type=reduction, **options)
-    trainer.model.load_state_dict(model.state_dict())
-    trainer.current_gradient_accumulation_steps = 1
-    inputs = micro_batch(trainer, rollouts, batch.advantages)
-    theirs = trainer.model.train()
+    trainer = assert_gradients_of_our_trainer("qwen2_5_vl", LOSSES[name], reduction, 1e-5)
     if name == "vppo":
-        with torch.no_grad():
-            inputs = weigh(trainer, inputs)
-        assert inputs["advantages"].shape == inputs["completion_ids"].shape
         assert 0.4 <= trainer._metrics["train"]["cppo/vppo_token_share"][0] < 0.7
-    found = gradients(theirs, lambda: trainer.compute_loss(theirs, inputs).backward())
-    expected = of_our_trainer(model, processor, batch, ours)
-    assert relative_difference(found, expected) < 1e-5
-    plain = dataclasses.replace(ours, perception="cpl", cpl_coef=0.0)
-    assert relative_difference(found, of_our_trainer(model, processor, batch, plain)) > 1e-2
 
 
 @pytest.mark.parametrize("loss_type", ["bnpo", "luspo", "cispo", "sapo"])
@@ -144,7 +62,7 @@ def test_the_term_is_divided_as_the_distance_to_the_reference_is(loss_type: str)
 @pytest.mark.parametrize("name", ["vppo", "papo"])
 def test_a_run(name: str, prune_rate: float) -> None:
     skip_papo(name)
-    options = CPPO(prune_rate=prune_rate, loss=OPTIONS[name], negative_views=("masked_patches",))
+    options = CPPO(prune_rate=prune_rate, loss=LOSSES[name], negative_views=("masked_patches",))
     trainer, seen = watched_run("qwen2_5_vl", cppo=options, num_iterations=1, beta=0.0)
     keys = {
         "vppo": ("vppo_dependency", "vppo_token_share", "vppo_largest_factor"),
@@ -173,8 +91,7 @@ def test_a_rollout_whose_completions_were_all_cut_is_weighed() -> None:
     model, processor = tiny("qwen2_5_vl")
     questions = [question("How many?", [picture(48, 24, i)]) for i in (1, 2)]
     rollouts = fixed_rollouts(packed(model), processor, questions, group_size=3)
-    options = dict(num_generations=3, per_device_train_batch_size=6, beta=0.0, num_iterations=1)
-    trainer = trainer_of("qwen2_5_vl", cppo=CPPO(loss=VPPO, **VIEWS), **options)
+    trainer = trainer_of("qwen2_5_vl", CPPO(loss=LOSSES["vppo"], **VIEWS), **OF_TWO)
     advantages = torch.tensor([1.0, 0.0, -1.0, 1.0, 0.0, -1.0])
     inputs = micro_batch(trainer, rollouts, advantages)
     inputs["tool_mask"] = torch.zeros_like(inputs["completion_mask"])
@@ -190,7 +107,7 @@ def test_a_ratio_of_the_whole_completion_chooses_no_tokens(loss_type: str) -> No
     options = dict(importance_sampling_level="sequence", loss_type=loss_type, num_iterations=1)
 
     def made() -> Any:
-        return trainer_of("qwen2_5_vl", cppo=CPPO(loss=VPPO), **options)
+        return trainer_of("qwen2_5_vl", cppo=CPPO(loss=LOSSES["vppo"]), **options)
 
     if loss_type == "cispo":
         made()  # its gradient is through the token's own log-probability
@@ -201,7 +118,7 @@ def test_a_ratio_of_the_whole_completion_chooses_no_tokens(loss_type: str) -> No
 
 @pytest.mark.parametrize("name", ["vppo", "papo"])
 def test_text_alone_is_plain_trl_bit_for_bit(name: str) -> None:
-    ours = trained("text", cppo=CPPO(trim=False, loss=OPTIONS[name]))
+    ours = trained("text", cppo=CPPO(trim=False, loss=LOSSES[name]))
     assert same(weights_of(ours.model), weights_of(trained("text").model))
 
 
@@ -212,7 +129,7 @@ def test_a_loss_of_completions_is_refused(name: str) -> None:
 
     with pytest.raises(ValueError, match=f"perception = '{name}' needs a loss of tokens; that of"):
         trainer_of(
-            "qwen2_5_vl", cppo=CPPO(loss=OPTIONS[name]), base=Mine, config=RLOOConfig,
+            "qwen2_5_vl", cppo=CPPO(loss=LOSSES[name]), base=Mine, config=RLOOConfig,
             loss_type=None,
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_step import in_parts
 from trainer_cases import (
+    Alone,
     config,
     fixed_batch,
     fixed_rollouts,
@@ -42,13 +43,6 @@ def policy_and_batch(**options: Any) -> tuple[Policy, Any]:
     batch = fixed_batch(rollouts, dtype=torch.float64)
     batch.advantages[5] = 0
     return policy, batch
-
-
-class Alone:
-    size, rank = 1, 0
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
 
 
 class Together(Alone):

@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from trainer_cases import fixed_batch, fixed_case, fixed_rollouts, packed, questions_for, tiny
+from trainer_cases import (
+    Alone,
+    fixed_batch,
+    fixed_case,
+    fixed_rollouts,
+    packed,
+    questions_for,
+    tiny,
+)
 
 from cppo.rollouts.rollout import merge, take_questions
 from cppo.train.balance import _joined, _piece, _plan, balanced
@@ -90,8 +98,5 @@ def test_the_plan_moves_what_it_must_and_nothing_else():
 
 
 def test_one_process_keeps_its_batch():
-    class Alone:
-        size = 1
-
     batch = fixed_case("text")[2]
     assert balanced(batch, Alone()) is batch

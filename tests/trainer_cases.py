@@ -44,6 +44,27 @@ def tiny(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> t
     return copy.deepcopy(model).to(dtype), copy.deepcopy(processor)
 
 
+def dimmed(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    return 0.9 * pixels + 0.05
+
+
+def darkened(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    return 0.2 * pixels
+
+
+# Views that do not depend on a seed.
+VIEWS: dict[str, Any] = {"positive_views": (dimmed,), "negative_views": (darkened,)}
+
+
+class Alone:
+    """Stands for the processes of a run of one."""
+
+    size, rank = 1, 0
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
 def packed(model: Any) -> Any:
     """The same model with the packed attention."""
     check_supported(model)

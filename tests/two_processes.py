@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from metric_cases import recorded_run
 from trainer_cases import (
+    VIEWS,
     fixed_batch,
     fixed_rollouts,
     noise,
@@ -47,24 +48,15 @@ UPDATE = dict(
 )  # fmt: skip
 
 
-def dimmed(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return 0.9 * pixels + 0.05
-
-
-def darkened(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return 0.2 * pixels
-
-
 def updated(folder: Path, family: str, own: Sequence[int]) -> tuple[Any, Any, Batch]:
     """A trainer after one update, its metrics, and the batch of the questions `own` of four."""
     model, processor = tiny(family, dtype=torch.float64)
     # Views that do not depend on a seed: a question's number differs between the processes.
-    views = dict(positive_views=(dimmed,), negative_views=(darkened,))
     trainer = CPPOTrainer(
         model,
         noise,
         text_rows(),
-        config=small_run(folder, **UPDATE, **views),
+        config=small_run(folder, **UPDATE, **VIEWS),
         processor=processor,
     )
     whole = fixed_rollouts(trainer.model, processor, questions_for(family), group_size=4)

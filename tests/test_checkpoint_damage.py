@@ -224,8 +224,7 @@ def test_killed_between_two_names(copied):
     check_files(newest)
 
 
-def test_an_evaluation_of_a_damaged_checkpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_an_evaluation_of_a_damaged_checkpoint(empty_folder, capsys):
     recipe = Path(__file__).parents[1] / "recipes" / "digits.yaml"
     options = (
         "data.train.limit=8 data.eval.limit=2 trainer.batch_size=2 trainer.group_size=4 "

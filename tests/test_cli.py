@@ -19,10 +19,7 @@ from cppo.train.trainer import CPPOTrainer
 
 TRAIN, TINY_RUN = ["train", DIGITS], ["train", DIGITS, *TINY]
 
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def python(*arguments):

@@ -18,10 +18,7 @@ from cppo.rollouts.engine import BuiltinEngine, EngineError
 SERVER = "any `vllm serve`, at trainer.vllm.address"
 WORDS = "cppo.rollouts: vLLM has room for 3 tokens (VLLMConfig.max_model_len)"
 
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 @pytest.fixture

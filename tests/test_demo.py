@@ -301,8 +301,8 @@ def test_a_demo_without_scikit_learn_is_one_line(task, tmp_path, monkeypatch, ca
         ("--start=./nowhere", "nowhere"),
     ],
 )
-def test_mistakes_of_a_demo_are_one_line(option, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a demo that was run here is another mistake
+def test_mistakes_of_a_demo_are_one_line(option, words, capsys, empty_folder):
+    # A demo that was run here is another mistake.
     status, _, err = cppo(capsys, "demo", option)
     assert status == 2 and err.startswith("cppo demo: error: ") and words in err
 

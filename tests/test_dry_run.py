@@ -46,14 +46,9 @@ def test_recipes_are_listed_and_that_of_the_demo_is_the_same_run():
 
 def test_step_sizes_by_hand():
     config = CPPOConfig(
-        batch_size=64,
-        group_size=16,
-        prune_rate=0.75,
-        max_completion_tokens=100,
-        max_tokens_per_microbatch=480,
-        optimizer_steps=2,
-        num_iterations=3,
-    )
+        batch_size=64, group_size=16, prune_rate=0.75, max_completion_tokens=100,
+        max_tokens_per_microbatch=480, optimizer_steps=2, num_iterations=3,
+    )  # fmt: skip
     step = dry_run.step_sizes(config, prompt_tokens=20)
     assert (step.questions, step.sampled, step.kept) == (16, 256, 64)
     assert (step.sampled_tokens, step.trained_tokens) == (25_600, 64 * 120)
@@ -68,8 +63,7 @@ def test_step_sizes_by_hand():
     assert (step.questions, step.sampled, step.kept) == (4, 12, 6)
 
 
-def test_the_engine_and_its_memory(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_engine_and_its_memory(empty_folder, monkeypatch, capsys):
     monkeypatch.setattr(dry_run, "engine_words", lambda config: f"words of {config.engine}")
     unfit = "trainer.vllm.max_model_len=16"  # what a run would stop at: nothing is started
     seen = {}

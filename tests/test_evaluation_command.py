@@ -23,10 +23,7 @@ from cppo.train import evaluate as evaluate_module
 EVAL = ["eval", DIGITS, *TINY, "data.eval.limit=3", "trainer.generation_batch_size=4"]
 FILE = Path("run/predictions_digits_heldout.jsonl")
 
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def lines(path=FILE):

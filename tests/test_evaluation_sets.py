@@ -359,8 +359,7 @@ def test_other_columns_are_named(name, tmp_path):
 # ---- The command
 
 
-def test_a_checkpoint_is_evaluated_on_a_set_from_its_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_checkpoint_is_evaluated_on_a_set_from_its_file(empty_folder, capsys):
     row = {"pid": "1", "image": "images/1.jpg", "decoded_image": PICTURE, "question": "1 + 2"}
     row |= {"question_type": "multi_choice", "answer_type": "text", "answer": "3"}
     row |= {"choices": ["3", "4"], "metadata": {"category": "general-vqa", "img_height": 20}}

@@ -9,10 +9,7 @@ from cli_cases import DIGITS, cppo
 from cppo.extras import require_package
 from cppo.train.arguments import check_trackers
 
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 @pytest.fixture

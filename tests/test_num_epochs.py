@@ -86,8 +86,7 @@ def test_no_dataset_is_said_before_it_is_counted(tmp_path):
         trainer_for(tmp_path, rows=iter([]), max_steps=None, num_epochs=1)
 
 
-def test_on_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_on_the_command_line(empty_folder, capsys):
     rows = [{"prompt": f"Tom has {i} pens.", "answer": str(i)} for i in range(6)]
     Path("my.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run = [word for word in TINY if "data." not in word and "max_steps" not in word]

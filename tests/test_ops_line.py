@@ -67,11 +67,10 @@ def test_the_line_obeys_the_variable(monkeypatch):
 
 def test_train_eval_demo_and_bench_print_it_once(
     pure,
-    tmp_path,
+    empty_folder,
     monkeypatch,
     capsys,
 ):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "40")  # it stays one line in a narrow terminal
     demo = ["demo", "--task=arithmetic", "--steps=1", "--held-out=2", "--output=demo"]
     for command in (
@@ -84,8 +83,7 @@ def test_train_eval_demo_and_bench_print_it_once(
         assert lines_of(capsys.readouterr().out) == [pure], command
 
 
-def test_a_backend_that_cannot_run_is_found_before_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_backend_that_cannot_run_is_found_before_training(empty_folder, monkeypatch, capsys):
     monkeypatch.setenv("CPPO_BACKEND", "cuda")
     assert main(["train", DIGITS, *TINY]) == 2
     assert "(from CPPO_BACKEND) cannot run here" in capsys.readouterr().err

@@ -137,8 +137,7 @@ def test_what_is_no_folder_or_no_checkpoint_is_refused(tmp_path):
             claim_output_dir(tmp_path / "new", tmp_path / name)
 
 
-def test_what_the_system_refuses_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_what_the_system_refuses_is_said(empty_folder, capsys):
     Path("run/config.yaml").mkdir(parents=True)
     train = ["train", RECIPE, *TINY, "trainer.max_steps=1"]
     assert cli.main([*train, "trainer.output_dir=run"]) == 2
@@ -159,8 +158,7 @@ def test_what_a_run_needs_is_never_removed(tmp_path, needed):
     assert claim_output_dir(tmp_path, overwrite=True, needed=[tmp_path, "a/hub"]).old == (folder,)
 
 
-def test_train_overwrites_and_evaluates_the_new_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_train_overwrites_and_evaluates_the_new_run(empty_folder, capsys):
     train = ["train", RECIPE, *TINY, "trainer.output_dir=run", "trainer.save_every=1"]
     train += ["trainer.trackers=[tensorboard]"]
     assert cli.main([*train, "trainer.max_steps=3"]) == 0
@@ -189,9 +187,8 @@ def test_train_overwrites_and_evaluates_the_new_run(tmp_path, monkeypatch, capsy
     assert "run/checkpoint-000001 on 2 questions" in capsys.readouterr().out
 
 
-def test_an_evaluation_stays_beside_the_run_that_it_measured(tmp_path, monkeypatch, capsys):
+def test_an_evaluation_stays_beside_the_run_that_it_measured(empty_folder, capsys):
     """A run that was copied since is evaluated into its own folder, not into the original's."""
-    monkeypatch.chdir(tmp_path)
     train = ["train", RECIPE, *TINY, "trainer.output_dir=run", "trainer.max_steps=1"]
     assert cli.main(train) == 0
     shutil.copytree("run", "elsewhere/copy")

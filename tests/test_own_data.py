@@ -25,10 +25,7 @@ QUICK = (
     "trainer.batch_size=4 trainer.group_size=4 trainer.max_completion_tokens=6 trainer.eval_every=0"
 ).split()
 
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def problems(count=20):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from cli_cases import DIGITS, cppo
 
-from cppo import places
 from cppo.cli import run_config, run_parts
+from cppo.options import places
 from cppo.rewards import from_names
 
 REWARD = "def right(completions, **columns):\n    return [1.0 for _ in completions]\n"

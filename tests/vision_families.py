@@ -30,55 +30,51 @@ _ROWS = tuple(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7))
 # CLIP's class token is dropped.
 _CLIP = dict(patch_size=14, num_additional_image_tokens=1, vision_feature_select_strategy="default")
 _CHATML = ("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_start|>assistant\n")
+_IM = ("<|im_start|>", "<|im_end|>")
+_CLIP_MODEL = dict(model_type="clip_vision_model", projection_dim=16)
+_SIGLIP_MODEL = dict(model_type="siglip_vision_model", vision_use_head=False)
+_MROPE: dict[str, Any] = dict(rope_type="default", rope_theta=1e4)
+_MROPE |= dict(mrope_section=[2, 1, 1], partial_rotary_factor=1.0)
 
 # By family: the config's own numbers (a string that is a token stands for its id), the tokens by
 # the names of the tokenizer, the image processor, the processor, and the chat template: how an
 # image is written, what stands before and behind a message, and what asks for an answer.
+_LLAVA: dict[str, Any] = dict(
+    config=dict(image_token_index="<image>"),
+    text=dict(model_type="llama"),
+    vision=_CLIP_MODEL,
+    named=dict(image_token="<image>"),
+    images=("Llava", dict(crop_size=_SQUARE, size=dict(shortest_edge=28))),
+    processor=("Llava", _CLIP),
+    template=("<image>\n", "{role}: ", "\n", "assistant: "),
+)
 _IDEFICS: dict[str, Any] = dict(
     config=dict(image_token_id="<image>", scale_factor=2),
     text=dict(model_type="llama"),
     vision=dict(patch_size=7),
     named=dict(image_token="<image>"),
     special=(
-        "<fake_token_around_image>",
-        "<global-img>",
-        "<end_of_utterance>",
-        "<|im_start|>",
+        *("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|im_start|>"),
         *_ROWS,
     ),
-    images=(
-        "Idefics3",
-        dict(size=dict(longest_edge=56), max_image_size=dict(longest_edge=28)),
-    ),
+    images=("Idefics3", dict(size=dict(longest_edge=56), max_image_size=dict(longest_edge=28))),
     processor=("Idefics3", dict(image_seq_len=4)),
     template=("<image>", "<|im_start|>{role}:", "<end_of_utterance>\n", "Assistant:"),
 )
 _FAMILIES: dict[str, dict[str, Any]] = {
-    "llava": dict(
-        config=dict(image_token_index="<image>"),
-        text=dict(model_type="llama"),
-        vision=dict(model_type="clip_vision_model", projection_dim=16),
-        named=dict(image_token="<image>"),
-        images=("Llava", dict(crop_size=_SQUARE, size=dict(shortest_edge=28))),
-        processor=("Llava", _CLIP),
-        template=("<image>\n", "{role}: ", "\n", "assistant: "),
-    ),
+    "llava": _LLAVA,
     "gemma3": dict(
         config=dict(
-            boi_token_index="<start_of_image>",
-            eoi_token_index="<end_of_image>",
-            image_token_index="<image_soft_token>",
-            mm_tokens_per_image=4,
+            boi_token_index="<start_of_image>", eoi_token_index="<end_of_image>",
+            image_token_index="<image_soft_token>", mm_tokens_per_image=4,
         ),
         text=dict(
-            layer_types=["sliding_attention", "full_attention"],
-            sliding_window=64,
+            layer_types=["sliding_attention", "full_attention"], sliding_window=64,
             query_pre_attn_scalar=8,
         ),
         vision=dict(image_size=56, vision_use_head=False),
         named=dict(
-            boi_token="<start_of_image>",
-            eoi_token="<end_of_image>",
+            boi_token="<start_of_image>", eoi_token="<end_of_image>",
             image_token="<image_soft_token>",
         ),
         special=("<start_of_turn>", "<end_of_turn>"),
@@ -86,49 +82,35 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         images=("Gemma3", dict(size=dict(height=56, width=56))),
         processor=("Gemma3", dict(image_seq_length=4)),
         template=(
-            "<start_of_image>",
-            "<start_of_turn>{role}\n",
-            "<end_of_turn>\n",
+            "<start_of_image>", "<start_of_turn>{role}\n", "<end_of_turn>\n",
             "<start_of_turn>model\n",
         ),
     ),
-    "llava_next": dict(
+    "llava_next": _LLAVA | dict(
         config=dict(image_token_index="<image>", image_grid_pinpoints=_TILES),
         text=dict(model_type="mistral"),
-        vision=dict(model_type="clip_vision_model", projection_dim=16),
-        named=dict(image_token="<image>"),
-        images=(
-            "LlavaNext",
-            dict(crop_size=_SQUARE, size=dict(shortest_edge=28), image_grid_pinpoints=_TILES),
-        ),
+        images=("LlavaNext", _LLAVA["images"][1] | dict(image_grid_pinpoints=_TILES)),
         processor=("LlavaNext", _CLIP),
-        template=("<image>\n", "{role}: ", "\n", "assistant: "),
     ),
     "llava_onevision": dict(
         config=dict(
-            image_token_index="<image>",
-            video_token_index="<video>",
-            image_grid_pinpoints=_TILES,
+            image_token_index="<image>", video_token_index="<video>", image_grid_pinpoints=_TILES,
         ),
         text=dict(model_type="qwen2"),
-        vision=dict(model_type="siglip_vision_model", vision_use_head=False),
+        vision=_SIGLIP_MODEL,
         named=dict(image_token="<image>", video_token="<video>"),
-        special=("<|im_start|>", "<|im_end|>"),
+        special=_IM,
         images=("LlavaOnevision", dict(size=_SQUARE, image_grid_pinpoints=_TILES)),
         processor=(
-            "LlavaOnevision",
-            dict(num_image_tokens=4, vision_feature_select_strategy="full"),
+            "LlavaOnevision", dict(num_image_tokens=4, vision_feature_select_strategy="full"),
         ),
         template=("<image>\n", *_CHATML),
     ),
     "idefics3": _IDEFICS,
-    "smolvlm": _IDEFICS
-    | dict(
+    "smolvlm": _IDEFICS | dict(
         named=dict(
-            image_token="<image>",
-            fake_image_token="<fake_token_around_image>",
-            global_image_token="<global-img>",
-            end_of_utterance_token="<end_of_utterance>",
+            image_token="<image>", fake_image_token="<fake_token_around_image>",
+            global_image_token="<global-img>", end_of_utterance_token="<end_of_utterance>",
         ),
         special=("<|im_start|>", *_ROWS),
         images=("SmolVLM", _IDEFICS["images"][1]),
@@ -139,12 +121,10 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         text=dict(model_type="qwen2"),
         vision=dict(patch_size=7),
         named=dict(
-            start_image_token="<img>",
-            end_image_token="</img>",
-            context_image_token="<IMG_CONTEXT>",
-            video_token="<video>",
+            start_image_token="<img>", end_image_token="</img>",
+            context_image_token="<IMG_CONTEXT>", video_token="<video>",
         ),
-        special=("<|im_start|>", "<|im_end|>"),
+        special=_IM,
         images=("GotOcr2", dict(size=_SQUARE, crop_to_patches=True, max_patches=4)),
         processor=("InternVL", dict(image_seq_length=4)),
         template=("<IMG_CONTEXT>\n", *_CHATML),
@@ -152,7 +132,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "paligemma": dict(
         config=dict(image_token_index="<image>", projection_dim=32, hidden_size=32),
         text=dict(model_type="gemma"),
-        vision=dict(model_type="siglip_vision_model", vision_use_head=False),
+        vision=_SIGLIP_MODEL,
         named=dict(image_token="<image>"),
         words=("\n",),
         images=("Siglip", dict(size=_SQUARE, image_seq_length=4)),
@@ -165,30 +145,17 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         vision=dict(model_type="pixtral", image_size=56, patch_size=7, head_dim=8),
         named=dict(image_token="[IMG]"),
         special=("[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]"),
-        images=(
-            "Pixtral",
-            dict(size=dict(longest_edge=56), patch_size=dict(height=7, width=7)),
-        ),
+        images=("Pixtral", dict(size=dict(longest_edge=56), patch_size=dict(height=7, width=7))),
         processor=("Pixtral", dict(patch_size=7, spatial_merge_size=2)),
         template=("[IMG]", "[INST]", "[/INST]", ""),
     ),
     "glm4v": dict(
         config=dict(
-            image_token_id="<|image|>",
-            video_token_id="<|video|>",
-            image_start_token_id="<|begin_of_image|>",
-            image_end_token_id="<|end_of_image|>",
-            video_start_token_id="<|begin_of_video|>",
-            video_end_token_id="<|end_of_video|>",
+            image_token_id="<|image|>", video_token_id="<|video|>",
+            image_start_token_id="<|begin_of_image|>", image_end_token_id="<|end_of_image|>",
+            video_start_token_id="<|begin_of_video|>", video_end_token_id="<|end_of_video|>",
         ),
-        text=dict(
-            rope_parameters=dict(
-                rope_type="default",
-                rope_theta=1e4,
-                mrope_section=[2, 1, 1],
-                partial_rotary_factor=1.0,
-            )
-        ),
+        text=dict(rope_parameters=_MROPE),
         vision=dict(depth=2, num_heads=4, out_hidden_size=32, image_size=56),
         named=dict(image_token="<|image|>", video_token="<|video|>"),
         special=(
@@ -198,68 +165,43 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         images=("Glm4v", dict(size=dict(shortest_edge=28**2, longest_edge=2 * 84**2))),
         processor=("Glm4v", {}),
         template=(
-            "<|begin_of_image|><|image|><|end_of_image|>",
-            "<|{role}|>\n",
-            "",
-            "<|assistant|>\n",
+            "<|begin_of_image|><|image|><|end_of_image|>", "<|{role}|>\n", "", "<|assistant|>\n",
         ),
     ),
     "qwen3_5": dict(
         config=dict(
-            image_token_id="<|image_pad|>",
-            video_token_id="<|video_pad|>",
-            vision_start_token_id="<|vision_start|>",
-            vision_end_token_id="<|vision_end|>",
+            image_token_id="<|image_pad|>", video_token_id="<|video_pad|>",
+            vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>",
         ),
         text=dict(
-            layer_types=["linear_attention", "full_attention"],
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            rope_parameters=dict(
-                rope_type="default",
-                rope_theta=1e4,
-                mrope_section=[2, 1, 1],
-                partial_rotary_factor=1.0,
-            ),
+            layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+            linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+            rope_parameters=_MROPE,
         ),
         vision=dict(depth=1, num_heads=4, out_hidden_size=32, num_position_embeddings=64),
         named=dict(
-            image_token="<|image_pad|>",
-            video_token="<|video_pad|>",
-            vision_bos_token="<|vision_start|>",
-            vision_eos_token="<|vision_end|>",
+            image_token="<|image_pad|>", video_token="<|video_pad|>",
+            vision_bos_token="<|vision_start|>", vision_eos_token="<|vision_end|>",
         ),
-        special=("<|im_start|>", "<|im_end|>"),
+        special=_IM,
         images=("Qwen2VL", dict(patch_size=14, min_pixels=28**2, max_pixels=84**2)),
         processor=("Qwen3VL", {}),
         template=("<|vision_start|><|image_pad|><|vision_end|>", *_CHATML),
     ),
     "gemma4": dict(
         config=dict(
-            audio_config=None,
-            boi_token_id="<|image>",
-            eoi_token_id="<image|>",
-            image_token_id="<|image|>",
-            video_token_id="<|video|>",
+            audio_config=None, boi_token_id="<|image>", eoi_token_id="<image|>",
+            image_token_id="<|image|>", video_token_id="<|video|>",
         ),
         text=dict(
-            layer_types=["sliding_attention", "full_attention"],
-            sliding_window=64,
-            global_head_dim=8,
-            num_kv_shared_layers=0,
-            hidden_size_per_layer_input=16,
+            layer_types=["sliding_attention", "full_attention"], sliding_window=64,
+            global_head_dim=8, num_kv_shared_layers=0, hidden_size_per_layer_input=16,
             vocab_size_per_layer_input=400,
         ),
         vision=dict(num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=630),
         named=dict(
-            boi_token="<|image>",
-            image_token="<|image|>",
-            eoi_token="<image|>",
-            boa_token="<|audio>",
-            audio_token="<|audio|>",
-            eoa_token="<audio|>",
+            boi_token="<|image>", image_token="<|image|>", eoi_token="<image|>",
+            boa_token="<|audio>", audio_token="<|audio|>", eoa_token="<audio|>",
         ),
         special=("<|video|>", "<|turn>", "<turn|>"),
         images=("Gemma4", dict(patch_size=4, max_soft_tokens=70, image_seq_length=70)),
@@ -267,7 +209,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         feature_extractor="Gemma4AudioFeatureExtractor",
         template=("<|image|>", "<|turn>{role}\n", "<turn|>\n", "<|turn>model\n"),
     ),
-}
+}  # fmt: skip
 FAMILIES = (*_QWEN, *_FAMILIES)
 
 
@@ -303,9 +245,8 @@ def tiny_vision(family: str, *, seed: int = 0, **changes: dict[str, Any]) -> tup
         torch.manual_seed(seed)
         model = hf.AutoModelForImageTextToText.from_config(config).eval()
         for weight in model.parameters():
-            if (
-                weight.dim() > 1 and not weight.any()
-            ):  # Gemma 3 projects every image to zero at first
+            # Gemma 3 projects every image to zero at first.
+            if weight.dim() > 1 and not weight.any():
                 torch.nn.init.normal_(weight, std=0.05)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -369,9 +310,7 @@ def _tokenizer(parts: dict[str, Any]) -> hf.PreTrainedTokenizerFast:
 
 def _template(image: str, before: str, behind: str, asks: str) -> str:
     """How an image is written, what stands around a message, and what asks for an answer."""
-    image, before, behind, asks = (
-        text.replace("\n", "\\n") for text in (image, before, behind, asks)
-    )
+    image, before, behind, asks = (x.replace("\n", "\\n") for x in (image, before, behind, asks))
     return (
         f"{{% for message in messages %}}{{{{ '{before}'.replace('{{role}}', message.role) }}}}"
         "{% if message.content is string %}{{ message.content }}"

@@ -12,14 +12,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 # A model's text part; what its config has not is ignored.
-TEXT: dict[str, Any] = dict(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=4096,
-)
+LAYERS: dict[str, Any] = dict(num_hidden_layers=2, num_attention_heads=4)
+WIDTH: dict[str, Any] = dict(hidden_size=16, intermediate_size=32)
+TEXT = dict(**WIDTH, **LAYERS, num_key_value_heads=2, max_position_embeddings=4096)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 # Tokens that TRL's tests write as numbers of Qwen's tokenizers, and what they stand for. Those
 # below 256 are single bytes, here too.
@@ -99,16 +94,9 @@ def tokenizer(
 
 
 def qwen(template: str, first: int = FIRST, **names: str) -> hf.PreTrainedTokenizerFast:
-    return tokenizer(
-        QWEN_SPECIAL,
-        template,
-        first=first,
-        pieces=PIECES,
-        words=QWEN_WORDS,
-        end="<|im_end|>",
-        pad="<|endoftext|>",
-        **names,
-    )
+    ends = dict(end="<|im_end|>", pad="<|endoftext|>")
+    more: dict[str, Any] = dict(first=first, pieces=PIECES, words=QWEN_WORDS)
+    return tokenizer(QWEN_SPECIAL, template, **more, **ends, **names)
 
 
 def qwen_3_5(template: str) -> hf.PreTrainedTokenizerFast:
@@ -170,15 +158,10 @@ def others() -> dict[str, tuple[Any, Any]]:
     """The other families' text models with a tokenizer, by name."""
     made = llama("llama3_2")
     nemotron = EXPERTS | dict(
-        layers_block_type=["mamba", "attention", "moe"],
-        num_hidden_layers=3,
-        mamba_num_heads=8,
-        mamba_head_dim=4,
-        mamba_n_groups=1,
-        ssm_state_size=16,
-        n_routed_experts=4,
+        layers_block_type=["mamba", "attention", "moe"], num_hidden_layers=3, mamba_num_heads=8,
+        mamba_head_dim=4, mamba_n_groups=1, ssm_state_size=16, n_routed_experts=4,
         moe_shared_expert_intermediate_size=32,
-    )
+    )  # fmt: skip
     glm = EXPERTS | dict(head_dim=4, n_routed_experts=4, first_k_dense_replace=1)
     oss = dict(num_local_experts=4, num_experts_per_tok=2)
     built = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers as hf
-from text_models import EXPERTS, TEXT, ids, llama, qwen, qwen_3_5
+from text_models import EXPERTS, LAYERS, TEXT, WIDTH, ids, llama, qwen, qwen_3_5
 
 
 def qwen_vl(kind: str, made: Any, head_dim: int = 4, **text: Any) -> tuple[Any, Any]:
@@ -45,13 +45,9 @@ def qwen_vl(kind: str, made: Any, head_dim: int = 4, **text: Any) -> tuple[Any, 
 def qwen_3_5_vl(template: str, kind: str = "Qwen3_5", **more: Any) -> tuple[Any, Any]:
     """As `qwen_vl`, for the families that mix linear attention with full attention."""
     linear = dict(
-        layer_types=["linear_attention", "full_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        head_dim=8,
-    )
+        layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+        linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, head_dim=8,
+    )  # fmt: skip
     rope = dict(
         rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], partial_rotary_factor=1.0
     )
@@ -63,8 +59,7 @@ def llava(kind: str) -> tuple[Any, Any]:
     made = llama("llava_next", "<image>", image_token="<image>")
     size = dict(height=28, width=28)
     vision = dict(model_type="clip_vision_model", image_size=28, patch_size=14, projection_dim=16)
-    vision |= {name: TEXT[name] for name in ("hidden_size", "intermediate_size")}
-    vision |= dict(num_hidden_layers=2, num_attention_heads=4)
+    vision |= WIDTH | LAYERS
     more, tiles = {}, {}
     if kind == "LlavaNext":
         more = dict(image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]])
@@ -99,10 +94,9 @@ def gemma3() -> tuple[Any, Any]:
         eoi_token="<end_of_image>",
     )
     vision: dict[str, Any] = dict(image_size=56, patch_size=14, vision_use_head=False)
-    vision |= dict(hidden_size=16, intermediate_size=32)
     config = hf.Gemma3Config(
         text_config=dict(**TEXT, **ids(made), head_dim=8),
-        vision_config=dict(**vision, num_hidden_layers=2, num_attention_heads=4),
+        vision_config=vision | WIDTH | LAYERS,
         mm_tokens_per_image=4,
         boi_token_index=made.boi_token_id,
         eoi_token_index=made.eoi_token_id,
@@ -122,26 +116,15 @@ def gemma4() -> tuple[Any, Any]:
     sounds = dict(boa_token="<|audio>", audio_token="<|audio|>", eoa_token="<audio|>")
     made = gemma("gemma4", **images, **sounds)
     text = dict(
-        head_dim=8,
-        global_head_dim=8,
-        layer_types=["sliding_attention", "full_attention"],
-        num_kv_shared_layers=0,
-        hidden_size_per_layer_input=16,
+        head_dim=8, global_head_dim=8, layer_types=["sliding_attention", "full_attention"],
+        num_kv_shared_layers=0, hidden_size_per_layer_input=16,
         vocab_size_per_layer_input=len(made),
-    )
-    vision = dict(
-        num_hidden_layers=2,
-        hidden_size=16,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        intermediate_size=32,
-        position_embedding_size=630,
-        default_output_length=70,
-    )
+    )  # fmt: skip
+    vision = dict(num_key_value_heads=2, head_dim=4)
+    vision |= dict(position_embedding_size=630, default_output_length=70)
     config = hf.Gemma4Config(
         text_config=TEXT | ids(made) | text,
-        vision_config=vision,
+        vision_config=vision | WIDTH | LAYERS,
         audio_config=None,
         boi_token_id=made.boi_token_id,
         eoi_token_id=made.eoi_token_id,

@@ -12,7 +12,6 @@ is written of a case that was cut in the middle.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import signal
@@ -30,12 +29,7 @@ from rich.console import Console
 
 from cppo import backends
 from cppo.benchmarks import charts, peers, report, run
-from cppo.benchmarks.environment import (
-    add_record_option,
-    environment,
-    file_stem,
-    results_folder,
-)
+from cppo.benchmarks.environment import environment, experiment_parser, file_stem, results_folder
 from cppo.benchmarks.experiments import step
 from cppo.records import Views
 from cppo.testing import ROW_CASES, assert_op_as_accurate, make_inputs
@@ -210,12 +204,11 @@ def steps(plan: Plan) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = experiment_parser(__doc__)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=9.0, help="of each part")
     parser.add_argument("--output", type=Path, help="folder of the rows")
-    add_record_option(parser)
     parser.add_argument("--fresh", action="store_true", help="measure what has rows again")
     parser.add_argument("--toy", action="store_true", help="toy sizes, also on a CPU")
     arguments = parser.parse_args(argv)

@@ -25,7 +25,7 @@ import torch
 from torch.profiler import profile
 
 from cppo.benchmarks import report
-from cppo.benchmarks.environment import add_record_option, environment, results_folder
+from cppo.benchmarks.environment import environment, experiment_parser, results_folder
 from cppo.demo.digits import DigitSums
 from cppo.demo.warmup import CHECKPOINTS
 from cppo.model.forward import check_supported, set_attention
@@ -114,7 +114,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = experiment_parser(__doc__, "toy size, writes nothing")
     parser.add_argument("model", nargs="?", default="arithmetic")
     parser.add_argument("--name", help="of the model, in the rows")
     parser.add_argument("--engine", default="cppo", choices=("cppo", "vllm"))
@@ -126,8 +126,6 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--output", type=Path, help="CSV file; rows are added")
     parser.add_argument("--profile", action="store_true", help="operators, by torch.profiler")
-    parser.add_argument("--smoke", action="store_true", help="toy size, nothing is written")
-    add_record_option(parser)
     options = parser.parse_args()
     if options.smoke:
         options.prompts, options.group, options.tokens = 2, 2, 4

@@ -23,7 +23,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from cppo.benchmarks import report
-from cppo.benchmarks.environment import add_record_option, environment, results_folder
+from cppo.benchmarks.environment import environment, experiment_parser, results_folder
 from cppo.train.progress import read_metrics
 
 PHASES = ("rollout", "forward", "backward")
@@ -150,7 +150,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = experiment_parser(__doc__)
     parser.add_argument("--task", default="digits")
     parser.add_argument("--prune-rates", type=float, nargs="+", default=[0.0, 0.75])
     parser.add_argument("--cpl-coefs", type=float, nargs="+", default=[0.0, 0.01])
@@ -162,7 +162,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="only print the committed table")
     parser.add_argument("--plot", type=Path, help="draw the curves into this file (matplotlib)")
-    add_record_option(parser)
     options = parser.parse_args()
     if options.table:
         rows: list[Row] = list(report.read(report.committed(f"{options.task}_runs")))

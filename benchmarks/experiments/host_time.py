@@ -10,7 +10,6 @@ machine does not count. On a GPU this is the time below which small calls cannot
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 import cppo
 from cppo import LossConfig, Views
 from cppo.benchmarks import report
-from cppo.benchmarks.environment import add_record_option, environment, results_folder
+from cppo.benchmarks.environment import environment, experiment_parser, results_folder
 
 _OPS = ("cppo_loss", "linear_cppo_loss")
 _TOKENS, _VOCABULARY, _WIDTH = 8, 64, 16
@@ -91,10 +90,7 @@ def summary(rows: Sequence[report.Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="a few calls, writes nothing")
-    add_record_option(parser)
-    options = parser.parse_args()
+    options = experiment_parser(__doc__, "a few calls, writes nothing").parse_args()
     torch.set_num_threads(1)
     rows = []
     for row in measure(*((1, 2) if options.smoke else (15, 200))):

@@ -11,7 +11,6 @@ interleaved calls, in seconds of the processor.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ from torch import Tensor
 
 import cppo
 from cppo.benchmarks import report
-from cppo.benchmarks.environment import add_record_option, environment, results_folder
+from cppo.benchmarks.environment import environment, experiment_parser, results_folder
 from cppo.benchmarks.timing import peak_growth
 from cppo.ops.checks import LOGITS_DTYPES
 
@@ -131,14 +130,12 @@ def _row(kind: str, output: Any, old_logps: Tensor) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = experiment_parser(__doc__, "toy size, writes nothing")
     parser.add_argument("--model", help="a folder; SmolLM2-135M's wheel can be saved to one")
-    parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--completions", type=int, default=16)
     parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
-    add_record_option(parser)
     options = parser.parse_args()
     if not (options.smoke or options.model):
         parser.error("--model or --smoke is needed")

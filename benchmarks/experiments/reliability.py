@@ -9,7 +9,6 @@ checksums, in turns, and compared with them; a row holds the median, in seconds.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -22,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from cppo.benchmarks import report
-from cppo.benchmarks.environment import add_record_option, environment, results_folder
+from cppo.benchmarks.environment import environment, experiment_parser, results_folder
 from cppo.model.load import quiet
 from cppo.train import checkpoint, fingerprint
 from cppo.train.journal import Journal
@@ -84,10 +83,8 @@ def checkpoints(smoke: bool, repeats: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="toy size, writes nothing")
+    parser = experiment_parser(__doc__, "toy size, writes nothing")
     parser.add_argument("--repeats", type=int, default=10)
-    add_record_option(parser)
     options = parser.parse_args()
     times = checkpoints(options.smoke, options.repeats)
     journal = Journal()

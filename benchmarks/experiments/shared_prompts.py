@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cppo.benchmarks import report
-from cppo.benchmarks.environment import add_record_option, environment, results_folder
+from cppo.benchmarks.environment import environment, experiment_parser, results_folder
 from cppo.benchmarks.experiments.small_models import (
     Setting,
     load,
@@ -104,14 +104,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = experiment_parser(__doc__, "toy size, writes nothing")
     parser.add_argument("--model", default="small", help="small, smollm2 or a folder")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--vocabulary", type=int, default=4096, help="token ids that are drawn")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--output", type=Path, help="CSV file, overwritten")
-    parser.add_argument("--smoke", action="store_true", help="toy size, nothing is written")
-    add_record_option(parser)
     options = parser.parse_args()
     shapes = [(p, 128, kept) for p in (64, 256, 1024) for kept in (2, 4, 8)]
     if options.smoke:

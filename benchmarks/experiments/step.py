@@ -35,8 +35,8 @@ import torch
 
 from cppo.benchmarks import report, timing
 from cppo.benchmarks.environment import (
-    add_record_option,
     environment,
+    experiment_parser,
     file_stem,
     load_per_core,
     results_folder,
@@ -290,7 +290,7 @@ def main(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = experiment_parser(__doc__)
     add: Callable[..., Any] = parser.add_argument
     add(
         "--model", default="smollm2", help="smollm2, small, a folder, a recipe (.yaml), toy, toy-vl"
@@ -309,7 +309,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=2)
     add("--fresh", action="store_true", help="measure what has rows again")
     add("--output", type=Path)
-    add_record_option(parser)
     return parser
 
 

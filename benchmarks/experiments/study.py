@@ -15,7 +15,6 @@ statistics.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import multiprocessing
@@ -36,12 +35,7 @@ import torch
 from accelerate.utils import set_seed
 
 from cppo.benchmarks import report
-from cppo.benchmarks.environment import (
-    add_record_option,
-    device_name,
-    environment,
-    results_folder,
-)
+from cppo.benchmarks.environment import device_name, environment, experiment_parser, results_folder
 from cppo.benchmarks.experiments.study_report import GRPO, best_coefficient, plot, summary
 from cppo.demo.run import demo_config
 from cppo.demo.tasks import TASKS
@@ -291,7 +285,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = experiment_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(PLAN), default=list(PLAN))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
@@ -303,7 +297,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="only print the table of the rows")
     parser.add_argument("--plot", type=Path, help="draw the differences into this file")
-    add_record_option(parser)
     options = parser.parse_args()
     path = results_folder(options.record) / "study.csv"
     if not options.report:

@@ -12,7 +12,6 @@ time, the variants in turn, and of each the median.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -27,7 +26,7 @@ import torch
 import cppo
 from cppo import LossConfig
 from cppo.benchmarks import report
-from cppo.benchmarks.environment import add_record_option, environment, results_folder
+from cppo.benchmarks.environment import environment, experiment_parser, results_folder
 from cppo.demo.run import build_trainer, demo_config
 from cppo.train.algorithm import cppo_update
 from cppo.train.progress import PhaseTimer
@@ -164,10 +163,7 @@ def summary(rows: Sequence[report.Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, writes nothing")
-    add_record_option(parser)
-    options = parser.parse_args()
+    options = experiment_parser(__doc__, "toy sizes, writes nothing").parse_args()
     torch.set_num_threads(1)
     rows = []
     for row in measure(options.smoke):

@@ -10,7 +10,6 @@ specialisation. Registers and stack (spills) are read off the machine code.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import os
@@ -32,7 +31,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from cppo.benchmarks import report
-from cppo.benchmarks.environment import add_record_option, results_folder
+from cppo.benchmarks.environment import experiment_parser, results_folder
 from cppo.fused import triton as ops
 from cppo.options.trainer import LossConfig
 from cppo.records import Views
@@ -270,12 +269,11 @@ def compile_case(case: str, dtype: str, arch: int) -> Iterator[dict[str, Any]]:
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("triton_registers: TRITON_INTERPRET=1 interprets, it compiles nothing")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = experiment_parser(__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", default=("bf16", "fp32"), choices=DTYPES)
     parser.add_argument("--case", nargs="+", default=tuple(CASES), choices=CASES)
     parser.add_argument("--write", action="store_true", help="a file, not to the terminal")
-    add_record_option(parser)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for arch in options.arch:

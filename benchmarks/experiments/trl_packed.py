@@ -13,21 +13,15 @@ completions are as long as GSM8K's answers.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cppo.benchmarks import report
-from cppo.benchmarks.environment import (
-    add_record_option,
-    environment,
-    results_folder,
-    version,
-)
+from cppo.benchmarks.environment import environment, results_folder, version
 from cppo.benchmarks.experiments.step_models import Pictures
-from cppo.benchmarks.experiments.trl_update import Setting, gsm8k, medians, parser_of
+from cppo.benchmarks.experiments.trl_update import Setting, gsm8k, medians, options_of, shown
 from cppo.demo.tiny import build_tiny_vlm
 from cppo.integrations.trl import CPPO
 from cppo.options.trainer import LossConfig
@@ -56,28 +50,14 @@ def pictures(text: Setting) -> Setting:
     return Setting(lambda: build_tiny_vlm()[0], processor, rows, completions)
 
 
-def main() -> None:
-    parser = parser_of(__doc__.splitlines()[0])
-    add_record_option(parser)
-    options = parser.parse_args()
-    if options.table:
-        print(summary(report.read(report.committed("trl_packed"))))
-        return
-    if options.smoke:
-        options.rounds = 1
-    torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         text = gsm8k(Path(name))
-        for prompts, setting in {"GSM8K": text, "pictures": pictures(text)}.items():
-            rows += [
-                {"prompts": prompts, "variant": variant, **row, "trl": version("trl")}
-                for variant, row in medians(setting, VARIANTS, options, beta=0.0).items()
-            ]
-    rows = [row | environment() for row in rows]
-    print(summary([{k: str(v) for k, v in row.items()} for row in rows]))
-    if not options.smoke:
-        report.write(results_folder(options.record) / "trl_packed.csv", rows)
+        return [
+            {"prompts": prompts, "variant": variant, **row, "trl": version("trl"), **environment()}
+            for prompts, setting in {"GSM8K": text, "pictures": pictures(text)}.items()
+            for variant, row in medians(setting, VARIANTS, options, beta=0.0).items()
+        ]
 
 
 def summary(rows: list[dict[str, str]]) -> str:
@@ -93,6 +73,12 @@ def summary(rows: list[dict[str, str]]) -> str:
         lines.append([variant, *sum(cells, [])])
     columns = [[f"{kind}: update s", "times faster"] for kind in kinds]
     return report.markdown(["", *sum(columns, [])], lines)
+
+
+def main() -> None:
+    options = options_of(__doc__)
+    if rows := shown(options, "trl_packed", measure, summary):
+        report.write(results_folder(options.record) / "trl_packed.csv", rows)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,7 @@ from transformers import Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from cppo.benchmarks import report
-from cppo.benchmarks.environment import (
-    add_record_option,
-    environment,
-    results_folder,
-    version,
-)
+from cppo.benchmarks.environment import environment, experiment_parser, results_folder, version
 from cppo.benchmarks.experiments.small_models import learned_tokenizer, read_texts, small_qwen3
 from cppo.benchmarks.experiments.step_models import noise
 from cppo.integrations.trl import CPPO, CPPOMixin
@@ -186,7 +181,6 @@ def medians(
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         setting = gsm8k(Path(name))
         return [
@@ -212,30 +206,37 @@ def summary(rows: list[dict[str, str]]) -> str:
     return report.markdown(columns, lines)
 
 
-def parser_of(text: str) -> argparse.ArgumentParser:
+def options_of(text: str) -> argparse.Namespace:
     """The options of a measurement of updates."""
-    parser = argparse.ArgumentParser(description=text)
+    parser = experiment_parser(text, "one round, writes nothing")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--questions", type=int, default=4, help="per optimizer step, 16 completions each"
-    )
-    parser.add_argument("--smoke", action="store_true", help="one round, writes nothing")
+    words = "per optimizer step, 16 completions each"
+    parser.add_argument("--questions", type=int, default=4, help=words)
     parser.add_argument("--table", action="store_true", help="print the committed rows")
-    return parser
+    return parser.parse_args()
+
+
+def shown(
+    options: argparse.Namespace,
+    name: str,
+    measure: Callable[[argparse.Namespace], list[dict[str, Any]]],
+    summary: Callable[[list[dict[str, str]]], str],
+) -> list[dict[str, Any]]:
+    """Prints the table of the rows `name`. Returns those that are to be written."""
+    if options.table:
+        print(summary(report.read(report.committed(name))))
+        return []
+    if options.smoke:
+        options.rounds = 1
+    torch.set_num_threads(1)
+    rows = measure(options)
+    print(summary([{k: str(v) for k, v in row.items()} for row in rows]))
+    return [] if options.smoke else rows
 
 
 def main() -> None:
-    parser = parser_of(__doc__.splitlines()[0])
-    add_record_option(parser)
-    options = parser.parse_args()
-    if options.table:
-        print(summary(report.read(report.committed("trl_update"))))
-        return
-    if options.smoke:
-        options.rounds = 1
-    rows = measure(options)
-    print(summary([{k: str(v) for k, v in row.items()} for row in rows]))
-    if not options.smoke:
+    options = options_of(__doc__)
+    if rows := shown(options, "trl_update", measure, summary):
         report.write(results_folder(options.record) / "trl_update.csv", rows)
 
 

@@ -126,6 +126,15 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
+def told(rows: Iterable[Row], words: str) -> list[Row]:
+    """All rows, each printed as it comes in `words` that name its columns."""
+    found = []
+    for row in rows:
+        found.append(row)
+        print(words.format_map(row))
+    return found
+
+
 def check(path: Path) -> None:
     """Raises ValueError for a file of another kind, whose rows `merge` would drop."""
     if path.exists():

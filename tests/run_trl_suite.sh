@@ -9,25 +9,20 @@
 # torchvision) goes into a folder of its own; PIP_OPTIONS goes to pip.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}"
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}"
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1
 bin="$(dirname "$(command -v python)")"
+. tests/environment.sh
 checkout="$(realpath "${TRL_CHECKOUT:?names a clone of huggingface/trl}")"
 suite="$PWD/tests/trl_suite" folder="$PWD/build/trl/suite"
-# PIP_OPTIONS is several words.
-# shellcheck disable=SC2086
 if [ ! -d "$folder/site" ]; then
-  "$bin/pip" install --quiet ${PIP_OPTIONS:-} --no-deps --target "$folder/site" jmespath \
-    "torchvision${TORCHVISION:-==0.28.0}"
+  install --no-deps --target "$folder/site" jmespath "torchvision${TORCHVISION:-==0.28.0}"
   sed -i "1i import vision_operators" "$folder/site/torchvision/__init__.py"
 fi
 
-commit="$(git describe --always --dirty)"  # before the results make the tree another one
 theirs="$(git -C "$checkout" describe --always --tags 2>/dev/null || cat "$checkout/VERSION")"
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$suite:$folder/site" HF_DATASETS_CACHE="$folder/hub/cache"
-result="$PWD/tests/results/trl-suite-$(cd / && "$bin/python" -c "
-from importlib.metadata import version
-print(version('trl'))").txt"
+result="$PWD/tests/results/trl-suite-$(version_of trl).txt"
 rm -rf "$folder/hub"
 mkdir -p "$folder/hub"
 cd "$folder/hub"
@@ -44,11 +39,8 @@ run pruned "$@"
 run late "$@"
 run contrast -k TestGRPOTrainerVLM "$@"
 {
-  echo "$(date -u +%F), commit $commit; TRL's tests and examples: $theirs"
-  "$bin/python" -W ignore -c "
-from importlib.metadata import version
-names = ('trl', 'torch', 'transformers', 'accelerate', 'peft')
-print(*(f'{name} {version(name)}' for name in names), sep=', ')"
+  heading trl torch transformers accelerate peft
+  echo "TRL's tests and examples: $theirs"
   "$bin/python" "$suite/compare.py" "$folder"
   echo
   "$bin/python" -W ignore "$suite/examples.py" "$folder/hub" "$checkout" 2>/dev/null

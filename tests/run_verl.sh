@@ -6,20 +6,14 @@
 # verl's own extras bring torchvision, flash-attn or vLLM, of which nothing is needed here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 TORCH="${TORCH:-torch==2.13.0}"
-VENV="${VERL_VENV:-$PWD/build/verl-venv}"
+bin="${VERL_VENV:-$PWD/build/verl-venv}/bin"
+. tests/environment.sh
 unset VIRTUAL_ENV PYTHONPATH
 
-install() {
-  # The same torch each time: nothing may replace it. PIP_OPTIONS is several words.
-  # shellcheck disable=SC2086
-  "$VENV/bin/pip" install --quiet ${PIP_OPTIONS:-} "$@"
-}
-
 if [ -z "${VERL_VENV:-}" ]; then
-  [ -x "$VENV/bin/pip" ] || (cd / && "${PYTHON:-python3}" -m venv "$VENV")
-  install "$TORCH"
+  make_environment
+  install "$TORCH"  # and the same each time: nothing may replace it
   install --no-deps "${VERL:-verl==0.9.1}"
   install "$TORCH" "transformers>=5.5.3,!=5.6.0,<5.11" "tensordict>=0.8,!=0.9,<=0.10" "numpy>=2" \
     accelerate cachetools codetiming datasets dill fastapi hydra-core msgspec packaging pandas peft \
@@ -29,21 +23,8 @@ if [ -z "${VERL_VENV:-}" ]; then
   install --no-build-isolation --no-deps .
 fi
 
-cd /
-result="$OLDPWD/tests/results/verl-$("$VENV/bin/python" -c "
-from importlib.metadata import version
-print(version('verl'))").txt"
-cd - >/dev/null
-commit="$(git describe --always --dirty)"  # before the file changes
 {
-  echo "$(date -u +%F), commit $commit"
-  cd /
-  "$VENV/bin/python" -W ignore -c "
-from importlib.metadata import version
-names = ('verl', 'torch', 'transformers', 'ray', 'tensordict', 'TransferQueue')
-print(*(f'{name} {version(name)}' for name in names), sep=', ')
-from cppo.integrations.verl import check
-print(*check(), sep='\n')" 2>/dev/null
-  cd - >/dev/null
-  "$VENV/bin/pytest" -q --disable-warnings tests/test_integrations_verl*.py "$@" 2>&1
-} | tee "$result"
+  heading verl torch transformers ray tensordict TransferQueue
+  fits verl 2>/dev/null
+  "$bin/pytest" -q --disable-warnings tests/test_integrations_verl*.py "$@" 2>&1
+} | tee "tests/results/verl-$(version_of verl).txt"

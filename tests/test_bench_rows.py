@@ -128,7 +128,7 @@ def test_every_script_asks_before_it_writes_over_committed_rows(script: str) -> 
     """None of them names the folder of committed rows but through `results_folder(record)`."""
     text = (SCRIPTS / script).read_text()
     assert "results_folder(options.record)" in text and text.count("results_folder(") == 1
-    assert "experiment_parser(__doc__" in text or "options_of(__doc__" in text
+    assert "experiment_parser(__doc__" in text or "shown(__doc__" in text
 
 
 def test_a_file_is_named_after_its_device_and_allocator(monkeypatch: pytest.MonkeyPatch) -> None:

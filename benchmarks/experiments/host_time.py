@@ -92,10 +92,8 @@ def summary(rows: Sequence[report.Row]) -> str:
 def main() -> None:
     options = experiment_parser(__doc__, "a few calls, writes nothing").parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for row in measure(*((1, 2) if options.smoke else (15, 200))):
-        rows.append(row)
-        print(f"{row['op']:<17} {row['views']} views, {row['mode']:<8} {row['us_min']:>6} us")
+    words = "{op:<17} {views} views, {mode:<8} {us_min:>6} us"
+    rows = report.told(measure(*((1, 2) if options.smoke else (15, 200))), words)
     if not options.smoke:
         report.write(results_folder(options.record) / "host_time.csv", rows)
 

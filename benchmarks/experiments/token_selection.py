@@ -165,10 +165,8 @@ def summary(rows: Sequence[report.Row]) -> str:
 def main() -> None:
     options = experiment_parser(__doc__, "toy sizes, writes nothing").parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for row in measure(options.smoke):
-        rows.append(row)
-        print(f"{row['part']:<7} {row['variant']:<20} {row['seconds']:>8} s {row['relative']:>6}")
+    words = "{part:<7} {variant:<20} {seconds:>8} s {relative:>6}"
+    rows = report.told(measure(options.smoke), words)
     if not options.smoke:
         report.write(results_folder(options.record) / "token_selection.csv", rows)
 

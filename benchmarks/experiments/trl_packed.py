@@ -21,7 +21,7 @@ from typing import Any
 from cppo.benchmarks import report
 from cppo.benchmarks.environment import environment, results_folder, version
 from cppo.benchmarks.experiments.step_models import Pictures
-from cppo.benchmarks.experiments.trl_update import Setting, gsm8k, medians, options_of, shown
+from cppo.benchmarks.experiments.trl_update import Setting, gsm8k, medians, shown
 from cppo.demo.tiny import build_tiny_vlm
 from cppo.integrations.trl import CPPO
 from cppo.options.trainer import LossConfig
@@ -76,8 +76,8 @@ def summary(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
-    options = options_of(__doc__)
-    if rows := shown(options, "trl_packed", measure, summary):
+    options, rows = shown(__doc__, "trl_packed", measure, summary)
+    if rows:
         report.write(results_folder(options.record) / "trl_packed.csv", rows)
 
 

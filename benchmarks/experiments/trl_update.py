@@ -206,37 +206,33 @@ def summary(rows: list[dict[str, str]]) -> str:
     return report.markdown(columns, lines)
 
 
-def options_of(text: str) -> argparse.Namespace:
-    """The options of a measurement of updates."""
+def shown(
+    text: str,
+    name: str,
+    measure: Callable[[argparse.Namespace], list[dict[str, Any]]],
+    summary: Callable[[list[dict[str, str]]], str],
+) -> tuple[argparse.Namespace, list[dict[str, Any]]]:
+    """Prints the table of the rows `name`. Returns the options, and what is to be written."""
     parser = experiment_parser(text, "one round, writes nothing")
     parser.add_argument("--rounds", type=int, default=3)
     words = "per optimizer step, 16 completions each"
     parser.add_argument("--questions", type=int, default=4, help=words)
     parser.add_argument("--table", action="store_true", help="print the committed rows")
-    return parser.parse_args()
-
-
-def shown(
-    options: argparse.Namespace,
-    name: str,
-    measure: Callable[[argparse.Namespace], list[dict[str, Any]]],
-    summary: Callable[[list[dict[str, str]]], str],
-) -> list[dict[str, Any]]:
-    """Prints the table of the rows `name`. Returns those that are to be written."""
+    options = parser.parse_args()
     if options.table:
         print(summary(report.read(report.committed(name))))
-        return []
+        return options, []
     if options.smoke:
         options.rounds = 1
     torch.set_num_threads(1)
     rows = measure(options)
     print(summary([{k: str(v) for k, v in row.items()} for row in rows]))
-    return [] if options.smoke else rows
+    return options, [] if options.smoke else rows
 
 
 def main() -> None:
-    options = options_of(__doc__)
-    if rows := shown(options, "trl_update", measure, summary):
+    options, rows = shown(__doc__, "trl_update", measure, summary)
+    if rows:
         report.write(results_folder(options.record) / "trl_update.csv", rows)
 
 

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 from torch import Tensor, nn
-from trainer_cases import (
-    trainer_for,
-)
+from trainer_cases import trainer_for
 
 from cppo.model.hub_weights import hub_weights
 from cppo.model.prompts import Prompts

@@ -10,12 +10,7 @@ from typing import Any
 
 import pytest
 from other_engine import OtherEngine
-from trainer_cases import (
-    lines,
-    noise,
-    text_rows,
-    tiny,
-)
+from trainer_cases import lines, noise, text_rows, tiny
 
 from cppo.options.trainer import CPPOConfig, VLLMConfig
 from cppo.rollouts.engine import EngineError, StaleWeights

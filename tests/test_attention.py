@@ -47,14 +47,7 @@ def by_hand(query, key, value, scale, window=None):
     return out.transpose(1, 2)
 
 
-def call(
-    kernel,
-    query,
-    key,
-    value,
-    index,
-    window=None,
-):
+def call(kernel, query, key, value, index, window=None):
     options = {
         "sliding_window": window,
         "cu_seq_lens_q": cumulative(LENGTHS).to(query.device),
@@ -71,16 +64,7 @@ def call(
 def stand_in(seen):
     """The arithmetic of the varlen kernels, in fp32 and without a GPU: (S, heads, d) each."""
 
-    def kernel(
-        query,
-        key,
-        value,
-        cu_seq_q,
-        cu_seq_k,
-        max_q,
-        max_k,
-        **options,
-    ):
+    def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
         seen.append({"max_q": max_q, "max_k": max_k, "kv_heads": key.shape[1], **options})
         parts = (x.float().transpose(0, 1)[None] for x in (query, key, value))
         scale = options.get("scale", options.get("softmax_scale"))

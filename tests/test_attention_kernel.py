@@ -111,9 +111,7 @@ def test_sdpa_reads_the_bounds_once_per_forward_and_in_bf16() -> None:
     assert counts[1] == counts[2]
 
 
-def test_the_kernel_is_chosen_for_where_the_model_will_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_kernel_is_chosen_for_where_the_model_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def why_not(name: str, device: object, layers: object) -> str:
         runs = name == "sdpa" or (name == "varlen" and str(device) == "cuda")
         return "" if runs else "not here"

@@ -31,11 +31,7 @@ from cppo.questions import QuestionError, as_question
         (PHI, {}, "<|assistant|>\n"),  # without it the template ends in <|endoftext|>
         (MISTRAL, {}, " [/INST]"),  # the template does not ask: all behind the message
         (THINKING, {}, "<|start|>assistant\n<think>\n"),
-        (
-            THINKING,
-            {"enable_thinking": False},
-            "<|start|>assistant\n<think>\n\n</think>\n\n",
-        ),
+        (THINKING, {"enable_thinking": False}, "<|start|>assistant\n<think>\n\n</think>\n\n"),
         # Another beginning with a generation prompt, and the tag differs in its middle.
         (
             "{{ 'on' if add_generation_prompt else 'off' }} {{ messages[-1].content }}"

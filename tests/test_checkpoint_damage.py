@@ -244,8 +244,7 @@ def test_an_evaluation_of_a_damaged_checkpoint(empty_folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["model.safetensors", "adapter_config.json", "sub/chat.jinja", "pytorch_model.BIN"],
+    "name", ["model.safetensors", "adapter_config.json", "sub/chat.jinja", "pytorch_model.BIN"]
 )
 def test_a_file_of_another_run_beside_the_checkpoint_s_own(tmp_path, name):
     """Transformers takes one whole file before the shards, and adapters wherever they are."""

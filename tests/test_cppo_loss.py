@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from loss_cases import BACKENDS, every_run
 
 import cppo
-from cppo import LossConfig, NumItems, Views, backends
+from cppo import LossConfig, NumItems, Views
 from cppo.testing import (
     ROW_CASES,
     assert_op_as_accurate,
@@ -22,9 +23,6 @@ from cppo.testing import (
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-OPS = ("cppo_loss", "linear_cppo_loss")
-RUNS = [(op, backend) for op in OPS for backend in backends.available(op)]
-BACKENDS = backends.available("cppo_loss")
 CONFIGS = {
     "default": LossConfig(),
     "dapo": LossConfig(reduction="dapo", clip_high=0.28, cpl_reduction="sequence", kl_coef=0.04),
@@ -45,7 +43,6 @@ CONFIGS = {
     "bypass": LossConfig(importance_correction="bypass", divergence="full"),
     "cpl_all": LossConfig(perception="cpl_all", cpl_reduction="token", cpl_coef=1.0),
 }
-every_run = pytest.mark.parametrize(("op", "backend"), RUNS)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loss_cases import BACKENDS, every_run
 
 import cppo
 from cppo import Views, backends
@@ -11,11 +12,7 @@ from cppo.testing import DIFFERENTIABLE, evaluate, in_fp64, make_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-OPS = ("cppo_loss", "linear_cppo_loss")
-RUNS = [(op, backend) for op in OPS for backend in backends.available(op)]
-BACKENDS = backends.available("cppo_loss")
 ALL_RUNS = [(op, backend) for op in DIFFERENTIABLE for backend in backends.available(op)]
-every_run = pytest.mark.parametrize(("op", "backend"), RUNS)
 
 
 @every_run

@@ -163,11 +163,7 @@ def test_hints_are_right_as_often_as_asked_and_wrong_in_one_digit():
         (lambda: DigitSums("test"), ValueError, "split must be one of .*'test'"),
         (lambda: DigitSums(size=-1), ValueError, "size must be >= 0, got -1"),
         (lambda: DigitSums(num_digits=(3, 2)), ValueError, r"num_digits must be .*got \(3, 2\)"),
-        (
-            lambda: DigitSums(print_size=(20, 25)),
-            ValueError,
-            r"print_size .*got \(20, 25\)",
-        ),
+        (lambda: DigitSums(print_size=(20, 25)), ValueError, r"print_size .*got \(20, 25\)"),
         (lambda: DigitSums(noise=-0.1), ValueError, "noise must be >= 0, got -0.1"),
         (lambda: ArithmeticProblems(num_steps=(1, 3)), ValueError, "num_steps must be"),
         (lambda: HintedSums(hint_right=1.5), ValueError, r"hint_right must be in \[0, 1\], got 1"),

@@ -117,7 +117,7 @@ def test_a_run_on_two_processes(launched):
 def test_processes_with_nothing_to_learn_or_shares_that_do_not_divide(launched):
     told = json.loads((launched / "uneven" / "uneven.json").read_text())
     assert told["words"] == [
-        "cppo.CPPOTrainer: questions must divide evenly over the processes, got 3 over 2",
+        "cppo.CPPOTrainer: questions must divide evenly over the processes, got 3 over 2"
     ]
     assert [row["kept_share"] for row in told["one"]] == [0.5, 0.5]
     assert all(row["grad_norm"] > 0 for row in told["one"])

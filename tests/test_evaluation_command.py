@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_cases import DIGITS, TINY, cppo
+from trainer_cases import lines
 
 from cppo.cli import evaluate as command
 from cppo.cli import measures, predictions
@@ -26,10 +27,6 @@ FILE = Path("run/predictions_digits_heldout.jsonl")
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
-def lines(path=FILE):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def table():
     with open("run/eval.csv", newline="") as file:
         return {(row["mode"], row["metric"]): row for row in csv.DictReader(file)}
@@ -38,7 +35,7 @@ def table():
 def test_predictions_hold_every_completion_and_the_table_follows_from_them(capsys):
     status, out, _ = cppo(capsys, *EVAL, "--samples", "2")
     assert status == 0 and f"predictions in {FILE}" in out and "+- is the standard error" in out
-    found = lines()
+    found = lines(FILE)
     keys = [(line["mode"], line["row"], line["sample"]) for line in found]
     sampled = [("sampled", row, sample) for row in range(3) for sample in range(2)]
     assert keys == [*sampled, *[("greedy", row, 0) for row in range(3)]]
@@ -113,7 +110,7 @@ def test_another_evaluation_does_not_take_over_what_was_begun(change, monkeypatc
         begun = FILE.with_name(f"{FILE.name}.partial")
         begun.write_bytes(begun.read_bytes() + b"[1]\n")
     status, out, _ = cppo(capsys, *EVAL, *more)
-    assert status == 0 and "taken over" not in out and len(lines()) == 6
+    assert status == 0 and "taken over" not in out and len(lines(FILE)) == 6
 
 
 def test_files_in_the_folders_of_a_folder_count():
@@ -147,7 +144,7 @@ def test_what_was_judged_is_what_this_start_asks(monkeypatch, capsys):
     status, out, _ = cppo(capsys, *given, "--metric", "exact_match")
     assert status == 0 and "3 completions of an evaluation that did not end are taken over" in out
     reading = reading_of(exact_match)
-    assert all(own["extracted"] == reading.extract(own["completion"], "") for own in lines())
+    assert all(own["extracted"] == reading.extract(own["completion"], "") for own in lines(FILE))
     assert [path.name for path in FILE.parent.glob("predictions_*")] == [FILE.name]
 
 
@@ -191,7 +188,7 @@ def test_a_reward_of_ones_own_says_what_is_right_or_is_asked(capsys):
     status, out, _ = cppo(capsys, *given)
     assert status == 0 and "no pass@k and maj@N: share gives 0.25" in out and "--right" in out
     assert not any("pass@" in metric for _, metric in table())
-    assert "extracted" not in lines()[0]
+    assert "extracted" not in lines(FILE)[0]
     status, out, _ = cppo(capsys, *given, "--right", "0.5", "--pass-k", "2")
     metrics = [metric for _, metric in table() if "@" in metric]
     assert status == 0 and metrics == ["share/pass@2"], "no vote: nobody knows its answers"

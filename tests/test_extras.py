@@ -54,10 +54,7 @@ def test_train_stops_before_it_loads_anything(option, package, words, without, m
 
 @pytest.mark.parametrize(
     ("package", "path", "file"),
-    [
-        ("pyarrow", "rows.parquet", "rows.parquet"),
-        ("datasets", "saved", "saved/dataset_info.json"),
-    ],
+    [("pyarrow", "rows.parquet", "rows.parquet"), ("datasets", "saved", "saved/dataset_info.json")],
 )
 def test_data_that_need_a_package_are_met_before_the_model(package, path, file, without, capsys):
     Path(file).parent.mkdir(exist_ok=True)

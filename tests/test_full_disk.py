@@ -92,11 +92,7 @@ def test_a_disk_that_is_full_during_a_step(disk, undisturbed, capsys):
 
 @pytest.mark.parametrize("moment", ["model", "state", "summary"])
 def test_a_disk_that_is_full_while_a_checkpoint_is_written(
-    disk,
-    undisturbed,
-    monkeypatch,
-    capsys,
-    moment,
+    disk, undisturbed, monkeypatch, capsys, moment
 ):
     run = disk.folder / "run"
     owner, name = {

@@ -8,16 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loss_cases import RUNS, every_run, loss_of
 
 import cppo
-from cppo import LossConfig, backends
+from cppo import LossConfig
 from cppo.fused.schema import from_text
 from cppo.testing import evaluate, in_fp64, make_inputs, to_packed, with_weights
 
-RUNS = [
-    (op, backend) for op in ("cppo_loss", "linear_cppo_loss") for backend in backends.available(op)
-]
-every_run = pytest.mark.parametrize(("op", "backend"), RUNS)
 NAN = math.nan
 
 # Ratios of two completions of three and two tokens: old over sampling. The last place is padding.
@@ -85,12 +82,6 @@ def test_half_precision_and_nothing_at_all():
 
 
 # The loss: logits of three tokens, whose log-probabilities the identity as a head gives too.
-
-
-def loss_of(op, backend, z, **inputs):
-    if op == "linear_cppo_loss":
-        inputs["weight"] = torch.eye(z.shape[-1], dtype=z.dtype)
-    return getattr(cppo, op)(z, **inputs, backend=backend)
 
 
 @pytest.mark.parametrize("importance", ["token", "sequence"])

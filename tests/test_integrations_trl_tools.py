@@ -112,9 +112,7 @@ def tool_run(cppo, family="text", template=qwen3_chat_template, **more):
 
 
 @pytest.mark.parametrize(
-    "more",
-    [dict(tools=[double]), dict(environment_factory=Counter)],
-    ids=["tools", "environment"],
+    "more", [dict(tools=[double]), dict(environment_factory=Counter)], ids=["tools", "environment"]
 )
 def test_completions_with_tool_calls_are_pruned(more):
     runs = [tool_run(each, **more) for each in (HALF, late(HALF))]

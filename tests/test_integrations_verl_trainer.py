@@ -262,8 +262,7 @@ actor_rollout_ref.rollout.checkpoint_engine.backend=nccl
 
 
 @pytest.mark.parametrize(
-    ("mode", "overrides"),
-    [("colocate_async", []), ("separate_async", SEPARATE)],
+    ("mode", "overrides"), [("colocate_async", []), ("separate_async", SEPARATE)]
 )
 def test_asynchronous_trainers_prune(queue, mode, overrides):
     trainer, workers, metrics, batch, result = step(queue, f"cppo_{mode}", PRUNE, *overrides)

@@ -15,13 +15,7 @@ from cppo import LossConfig, NumItems, Views, backends
 from cppo.fused.batch import OF_ROWS
 from cppo.fused.denominators import denominators
 from cppo.options.loss import CORRECTIONS, IMPORTANCE
-from cppo.testing import (
-    assert_op_as_accurate,
-    compact_views,
-    evaluate,
-    make_inputs,
-    with_weights,
-)
+from cppo.testing import assert_op_as_accurate, compact_views, evaluate, make_inputs, with_weights
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

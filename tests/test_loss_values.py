@@ -6,23 +6,10 @@ import math
 
 import pytest
 import torch
+from loss_cases import every_run, loss_of
 
 import cppo
 from cppo import LossConfig, Views, backends
-
-RUNS = [
-    (op, backend) for op in ("cppo_loss", "linear_cppo_loss") for backend in backends.available(op)
-]
-every_run = pytest.mark.parametrize(("op", "backend"), RUNS)
-
-
-def loss_of(op, rows, backend, **inputs):
-    """The loss of packed rows of logits; the op on hidden states gets the identity as its head."""
-    if op == "linear_cppo_loss":
-        first = rows.anchor if isinstance(rows, Views) else rows
-        inputs["weight"] = torch.eye(first.shape[-1], dtype=first.dtype)
-    return getattr(cppo, op)(rows, **inputs, backend=backend)
-
 
 # KL(policy || reference) by k3: e^d - d - 1 with d = log of reference over policy, whose derivative
 # by the policy's log-probability is 1 - e^d. Only the exponent is bounded, at 20.
@@ -42,8 +29,8 @@ def test_the_pull_towards_the_reference_grows_with_the_distance(op, backend, d):
     logps = z.detach().log_softmax(-1)
     output = loss_of(
         op,
-        z,
         backend,
+        z,
         targets=torch.tensor([1]),
         advantages=torch.zeros(1),
         ref_logps=logps[:, 1] + d,
@@ -63,8 +50,8 @@ def test_a_bound_on_the_kl_takes_its_gradient_away(op, backend):
     logps = z.detach().log_softmax(-1)[:, 1]
     output = loss_of(
         op,
-        z,
         backend,
+        z,
         targets=torch.tensor([1, 1]),
         advantages=torch.zeros(2),
         ref_logps=logps + torch.tensor([4.5, 1.0]),
@@ -94,8 +81,8 @@ def test_metrics_are_means_and_parts_add_up_to_them(op, backend, reduction):
     def metrics(first, last, bounds, advantages, **options):
         return loss_of(
             op,
-            z[first:last],
             backend,
+            z[first:last],
             targets=targets[first:last],
             advantages=torch.tensor(advantages),
             old_logps=old[first:last],
@@ -131,12 +118,12 @@ def test_a_count_of_fp32_is_a_number_like_any_other(op, backend, cpl_reduction):
         "cu_seqlens": torch.tensor([0, 4, 6]),
         "config": LossConfig(cpl_coef=0.5, **options),
     }
-    exact = loss_of(op, z, backend, **inputs, num_items=9.0)
-    given = loss_of(op, z, backend, **inputs, num_items=torch.tensor(9.0, requires_grad=True))
+    exact = loss_of(op, backend, z, **inputs, num_items=9.0)
+    given = loss_of(op, backend, z, **inputs, num_items=torch.tensor(9.0, requires_grad=True))
     torch.testing.assert_close(given.loss, exact.loss, rtol=1e-12, atol=0)
     assert not given.loss.requires_grad
     shares = cppo.NumItems(torch.tensor(3.0), torch.tensor(9.0), torch.tensor(2.0))
-    narrow = loss_of(op, Views(*(own.float() for own in z)), backend, **inputs, num_items=shares)
+    narrow = loss_of(op, backend, Views(*(own.float() for own in z)), **inputs, num_items=shares)
     means = [value for name, value in narrow.metrics.items() if name != "num_selected"]
     assert {value.dtype for value in means} == {torch.float32}
 
@@ -167,8 +154,8 @@ def test_rows_that_are_certain_under_every_view_select_nothing(op, backend, dive
 
     output = loss_of(
         op,
-        Views(view(), view(), view()),
         backend,
+        Views(view(), view(), view()),
         targets=targets,
         advantages=torch.ones(3),
         cu_seqlens=torch.tensor([0, 7, 14, 21]),

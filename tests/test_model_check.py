@@ -77,10 +77,7 @@ def test_sequences_that_see_each_other_are_seen(monkeypatch):
     ("family", "words"),
     [
         ("nemotron", "NemotronAttention must attend within each sequence .* never gets cu_"),
-        (
-            "gpt_oss",
-            r"GptOssAttention must do with .* 's_aux' \(attention sinks\)",
-        ),
+        ("gpt_oss", r"GptOssAttention must do with .* 's_aux' \(attention sinks\)"),
         ("gemma2", r"'softcap' \(attn_logit_softcapping\)"),
         ("llama4_text", "with layers .*'chunked_attention'.* on packed sequences, its logits are"),
         ("lfm2", "with layers .*'conv'.* on packed sequences, its logits are off by"),
@@ -281,9 +278,7 @@ def test_another_head_or_adapter_is_another_model():
         model_check.check_model(adapted)
 
 
-def test_an_adapter_that_is_ignored_shows_though_it_is_zero(
-    monkeypatch,
-):
+def test_an_adapter_that_is_ignored_shows_though_it_is_zero(monkeypatch):
     from peft import LoraConfig, get_peft_model
 
     def of_base_layer(head, size):

@@ -65,12 +65,7 @@ def test_the_line_obeys_the_variable(monkeypatch):
             info.ops_line("cpu")
 
 
-def test_train_eval_demo_and_bench_print_it_once(
-    pure,
-    empty_folder,
-    monkeypatch,
-    capsys,
-):
+def test_train_eval_demo_and_bench_print_it_once(pure, empty_folder, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")  # it stays one line in a narrow terminal
     demo = ["demo", "--task=arithmetic", "--steps=1", "--held-out=2", "--output=demo"]
     for command in (

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
+from error_cases import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -352,11 +351,7 @@ ERRORS = [
     (lambda: pack(attention=ON.to("meta")), ValueError, "attention_mask must be on cpu"),
 ]
 
-
-@pytest.mark.parametrize(("call", "error", "message"), ERRORS, ids=[e[2] for e in ERRORS])
-def test_bad_input(call, error, message):
-    with pytest.raises(error, match=rf"^cppo\.pack_completions: .*{re.escape(message)}"):
-        call()
+test_bad_input = refused(ERRORS, "pack_completions")
 
 
 def test_a_first_token_response_of_a_dropped_completion_is_no_error():

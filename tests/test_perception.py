@@ -7,18 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loss_cases import RUNS, every_run, loss_of
 
 import cppo
-from cppo import LossConfig, NumItems, backends
+from cppo import LossConfig, NumItems
 from cppo.fused.schema import from_text
 from cppo.testing import assert_op_as_accurate, evaluate, in_fp64, make_inputs, to_packed
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-RUNS = [
-    (op, backend) for op in ("cppo_loss", "linear_cppo_loss") for backend in backends.available(op)
-]
-every_run = pytest.mark.parametrize(("op", "backend"), RUNS)
 FUSED = [backend for op, backend in RUNS if op.startswith("linear") and backend != "reference"]
 PAPO = {
     "grpo": LossConfig(perception="papo", papo_coef=0.3),
@@ -47,10 +44,10 @@ def papo_inputs(op, config=PAPO["grpo"], case="random", **options):  # noqa: B00
 @every_run
 def test_accuracy(op, backend, config):
     inputs = papo_inputs(op, config, seed=1)
-    assert_op_as_accurate(op, backend, inputs)
+    for same in (inputs, to_packed(inputs)):
+        assert_op_as_accurate(op, backend, same)
     outputs = evaluate(op, inputs, backend)
     assert outputs["metrics.papo/kl"] > 0 and not outputs["perception_mask"].any()
-    assert_op_as_accurate(op, backend, to_packed(inputs))
 
 
 @pytest.mark.interpreted("", linear=[""])
@@ -59,12 +56,6 @@ def test_accuracy(op, backend, config):
 @every_run
 def test_accuracy_of_edges(op, backend, case, dtype):
     assert_op_as_accurate(op, backend, papo_inputs(op, case=case, dtype=dtype))
-
-
-def loss_of(op, backend, z, **inputs):
-    if op == "linear_cppo_loss":
-        inputs["weight"] = torch.eye(z.shape[-1], dtype=z.dtype)
-    return getattr(cppo, op)(z, **inputs, backend=backend)
 
 
 @every_run

@@ -68,10 +68,7 @@ WEIGHED = 11  # of them those with an advantage
 PLAIN: Forwards = [("anchor", IMAGES, True), ("anchor", 4, True)]
 RAN: dict[str, tuple[dict[str, Any], Forwards]] = {
     "cpl": ({}, [*PLAIN, ("positive", 6, True), ("negative", 6, True)]),
-    "cpl_all": (
-        {"perception": "cpl_all"},
-        [*PLAIN, ("positive", 6, True), ("negative", 6, True)],
-    ),
+    "cpl_all": ({"perception": "cpl_all"}, [*PLAIN, ("positive", 6, True), ("negative", 6, True)]),
     "off": ({"cpl_coef": 0.0}, PLAIN),
     "vppo": (
         {"perception": "vppo"},

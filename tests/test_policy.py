@@ -94,9 +94,7 @@ def test_a_model_that_cannot_be_packed_is_padded_and_the_run_says_so(family, tmp
     assert "share_prompts has no effect" in said
 
 
-def test_shared_prompts_are_checked_where_they_are_asked_for(
-    monkeypatch,
-):
+def test_shared_prompts_are_checked_where_they_are_asked_for(monkeypatch):
     asked = []
 
     def checked(model, *, shares=False, **_):

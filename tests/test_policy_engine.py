@@ -5,14 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from trainer_cases import (
-    lines,
-    noise,
-    same,
-    text_rows,
-    trainer_for,
-    weights_of,
-)
+from trainer_cases import lines, noise, same, text_rows, trainer_for, weights_of
 
 from cppo.options.trainer import LoraConfig, VLLMConfig
 from cppo.rollouts.engine import EngineError, StaleWeights

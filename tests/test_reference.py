@@ -112,8 +112,7 @@ def test_the_bias_is_added_in_fp32():
 
 
 @pytest.mark.parametrize(
-    ("fraction", "selected"),
-    [(0.5, [3]), (0.7, [0, 3]), (1.0, [0, 1, 3]), (0.0, [3])],
+    ("fraction", "selected"), [(0.5, [3]), (0.7, [0, 3]), (1.0, [0, 1, 3]), (0.0, [3])]
 )
 def test_perception_mask_by_hand(fraction, selected):
     # dH = 1, 0.5, -0.5, 2, 0 and scores 1/2, 1/3, -, 2/3, -: c = 3.

@@ -69,8 +69,7 @@ def mutated(gold):
 
 
 @pytest.mark.parametrize(
-    ("data", "name"),
-    [*(("math", name) for name in ("boxed", "math_verify")), ("gsm8k", "numeric")],
+    ("data", "name"), [*(("math", name) for name in ("boxed", "math_verify")), ("gsm8k", "numeric")]
 )
 def test_no_changed_ground_truth_equals_it(data, name):
     golds, function = list(dict.fromkeys(golds_of(data)))[:1000], reward_of(name)

@@ -1,7 +1,6 @@
 """What a run writes while it goes: rows of anything, on a disk that may be full."""
 
 import datetime
-import json
 from decimal import Decimal
 from pathlib import Path
 
@@ -9,14 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trainer_cases import text_rows, trainer_for
+from trainer_cases import lines, text_rows, trainer_for
 
 from cppo.train import progress
 from cppo.train.progress import RunLog, read_metrics
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_rows_of_anything_are_written(tmp_path):

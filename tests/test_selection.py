@@ -64,11 +64,7 @@ def test_the_mean_gradient_is_the_unpruned_one(options, rewards, tmp_path):
     )  # fmt: skip
     trainer = trainer_for(tmp_path, model=model, processor=processor)
     rollouts = fixed_rollouts(
-        trainer.model,
-        processor,
-        questions_for("text")[:2],
-        group_size=4,
-        lengths=LENGTHS.tolist(),
+        trainer.model, processor, questions_for("text")[:2], group_size=4, lengths=LENGTHS.tolist()
     )
     truncated = torch.arange(8) % 4 == 2
     rollouts = dataclasses.replace(rollouts, truncated=truncated)

@@ -6,12 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from trainer_cases import (
-    FAMILIES,
-    fixed_case,
-    gradients,
-    relative_difference,
-)
+from trainer_cases import FAMILIES, fixed_case, gradients, relative_difference
 
 import cppo
 from cppo.model.shared_prompts import share_prompts

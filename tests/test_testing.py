@@ -5,13 +5,7 @@ import math
 import pytest
 import torch
 
-from cppo.testing import (
-    DIFFERENTIABLE,
-    ROW_CASES,
-    assert_as_accurate,
-    evaluate,
-    make_inputs,
-)
+from cppo.testing import DIFFERENTIABLE, ROW_CASES, assert_as_accurate, evaluate, make_inputs
 
 EXACT = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
 EAGER = (EXACT + torch.tensor([0.0, 0.01, 0.0])).float()

@@ -3,16 +3,7 @@
 import math
 
 import pytest
-from trainer_cases import (
-    config,
-    lines,
-    noise,
-    same,
-    text_rows,
-    tiny,
-    trainer_for,
-    weights_of,
-)
+from trainer_cases import config, lines, noise, same, text_rows, tiny, trainer_for, weights_of
 
 from cppo.demo.digits import DigitSums
 from cppo.model.load import load_model, load_processor
@@ -156,9 +147,7 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
 # Evaluation
 
 
-def test_evaluation_averages_over_questions_then_over_passes(
-    monkeypatch,
-):
+def test_evaluation_averages_over_questions_then_over_passes(monkeypatch):
     model, tokenizer = tiny("text")
     questions = [as_question(row) for row in text_rows(3)]
     # Reward of question q in sampled pass s; the greedy one comes after.

@@ -6,14 +6,7 @@ import torch
 from PIL import Image
 from view_cases import every, scene
 
-from cppo.views import (
-    PRESERVING,
-    REMOVING,
-    GaussianBlur,
-    image_seed,
-    perturb,
-    perturb_pixel_values,
-)
+from cppo.views import PRESERVING, REMOVING, GaussianBlur, image_seed, perturb, perturb_pixel_values
 from cppo.views.patches import PatchLayout, images_from_patches, patches_from_images
 from cppo.views.pictures import seen_size
 

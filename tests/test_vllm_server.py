@@ -13,17 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_vllm import (
-    CLOSING,
-    GENERATE,
-    IMAGE,
-    VOCAB,
-    FakeVLLM,
-    hangs_up,
-    is_silent,
-    restarts,
-    says,
-)
+from fake_vllm import CLOSING, GENERATE, IMAGE, VOCAB, FakeVLLM, hangs_up, is_silent, restarts, says
 from PIL import Image
 from vllm_cases import engine, sample, synced, vllm, weights
 

@@ -32,10 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dapo": dict(family="text", cppo=PRUNED, loss_type="dapo"),
     # Micro-batches of one row: in some, one process looks at its image and the other does not.
     "vision": dict(
-        family="qwen2_5_vl",
-        cppo=LOOKING,
-        gradient_accumulation_steps=2,
-        num_iterations=1,
+        family="qwen2_5_vl", cppo=LOOKING, gradient_accumulation_steps=2, num_iterations=1
     ),
     "packed": dict(
         family="qwen2_5_vl",

@@ -53,11 +53,7 @@ def updated(folder: Path, family: str, own: Sequence[int]) -> tuple[Any, Any, Ba
     model, processor = tiny(family, dtype=torch.float64)
     # Views that do not depend on a seed: a question's number differs between the processes.
     trainer = CPPOTrainer(
-        model,
-        noise,
-        text_rows(),
-        config=small_run(folder, **UPDATE, **VIEWS),
-        processor=processor,
+        model, noise, text_rows(), config=small_run(folder, **UPDATE, **VIEWS), processor=processor
     )
     whole = fixed_rollouts(trainer.model, processor, questions_for(family), group_size=4)
     rows = torch.tensor([4 * q + i for q in own for i in range(4)], dtype=torch.int64)

@@ -268,9 +268,7 @@ def summary(rows: Sequence[report.Row]) -> str:
 
 
 def main(
-    argv: list[str] | None = None,
-    say: Callable[[str], None] = print,
-    deadline: float = math.inf,
+    argv: list[str] | None = None, say: Callable[[str], None] = print, deadline: float = math.inf
 ) -> bool:
     """Whether all rows are there."""
     options = _parser().parse_args(argv)

@@ -165,9 +165,7 @@ def test_a_run_has_the_weights_of_every_step(
     assert len(found) == 3 and all(row["mismatch/max"] < EXACT for row in found)
 
 
-def test_an_image_whose_tokens_see_each_other_is_refused_on_a_cpu(
-    tmp_path: Path,
-) -> None:
+def test_an_image_whose_tokens_see_each_other_is_refused_on_a_cpu(tmp_path: Path) -> None:
     case = Case("gemma3", tmp_path)
     engine = VLLMEngine(case.model, case.processor, OPTIONS, "float32")
     try:

@@ -10,6 +10,7 @@ pytest.importorskip("verl", reason="needs verl >= 0.9: tests/run_verl.sh")
 
 from verl_cases import (  # noqa: E402
     LOSS,
+    accumulated,
     engine_and_batch,
     engine_for,
     gradients,
@@ -128,12 +129,7 @@ def test_gradients_are_those_of_cppo_loss_on_three_views(engine, batch, options)
     )
     engine.optimizer_zero_grad()
     output.loss.backward()
-    expected = {
-        name: parameter.grad.full_tensor().clone()
-        for name, parameter in engine.module.named_parameters()
-        if parameter.grad is not None
-    }
-    engine.optimizer_zero_grad()
+    expected = accumulated(engine)
     assert output.perception_mask.any()
     assert worst(ours, expected) < 2e-4
     # The contrastive term is no rounding error of these gradients.
@@ -165,12 +161,7 @@ def test_gradients_of_papo_are_those_of_cppo_loss(engine, batch, entropy):
     )
     engine.optimizer_zero_grad()
     (output.loss + entropy * (without.entropy.sum(1) / mask.sum(1)).mean()).backward()
-    expected = {
-        name: parameter.grad.full_tensor().clone()
-        for name, parameter in engine.module.named_parameters()
-        if parameter.grad is not None
-    }
-    engine.optimizer_zero_grad()
+    expected = accumulated(engine)
     assert worst(ours, expected) < 2e-4
     plain = example.actor_config(LOSS["loss_agg_mode"], cpl_coef=0.0)
     assert worst(gradients(engine, whole, plain), expected) > 1e-2

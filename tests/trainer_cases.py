@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -243,6 +244,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same_everywhere(weights: dict[str, Tensor]) -> None:
+    """Of all processes: their weights must be those of the first, to the last bit."""
+    for value in weights.values():
+        other = value.clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(other, value), "the processes' weights differ"
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

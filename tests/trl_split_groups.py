@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from trainer_cases import assert_same_everywhere, weights_of
 from trl import GRPOConfig
 from trl_cases import CPPO, folder_of, logged, noise, rows_of, watched_run
 
@@ -97,11 +98,8 @@ def refilled() -> Any:
 def agreed(trainer: Any) -> dict[str, torch.Tensor]:
     """The weights, which must be those of every process."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    weights = {name: each.detach().clone() for name, each in model.named_parameters()}
-    for value in weights.values():
-        other = value.clone()
-        dist.broadcast(other, 0)
-        assert torch.equal(other, value), "the processes' weights differ"
+    weights = weights_of(model)
+    assert_same_everywhere(weights)
     return weights
 
 

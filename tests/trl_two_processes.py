@@ -21,6 +21,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
+from trainer_cases import assert_same_everywhere
 from trl_cases import CPPO, folder_of, logged, trained
 
 from cppo.integrations.trl import check, patch_trl
@@ -104,10 +105,7 @@ def save(name: str, kind: str, folder: Path) -> None:
     assert trainer.accelerator.is_fsdp2 == (kind == "fsdp2")
     assert trainer.is_deepspeed_enabled == (kind == "zero3")
     weights = whole_weights(trainer.accelerator.unwrap_model(trainer.model), kind)
-    for value in weights.values():
-        other = value.clone()
-        dist.broadcast(other, 0)
-        assert torch.equal(other, value), "the processes' weights differ"
+    assert_same_everywhere(weights)
     if trainer.accelerator.is_main_process:
         metrics = {metric: logged(trainer, metric) for metric in METRICS}
         torch.save({**weights, "metrics": metrics}, folder / f"{name}-{kind}.pt")

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from metric_cases import recorded_run
 from trainer_cases import (
     VIEWS,
+    assert_same_everywhere,
     fixed_batch,
     fixed_rollouts,
     noise,
@@ -109,10 +110,7 @@ def update(folder: Path) -> None:
     for family in FAMILIES if size == 2 else FAMILIES[:1]:
         trainer, metrics, batch = updated(folder, family, SHARES[size][own_rank()])
         weights = weights_of(trainer.model)
-        for value in weights.values():
-            other = value.clone()
-            dist.broadcast(other, 0)
-            assert torch.equal(other, value), "the processes' weights differ"
+        assert_same_everywhere(weights)
         even = balanced(batch, trainer.processes)
         tokens = [trainer.processes.gather(sum(one.lengths(one.kept))) for one in (batch, even)]
         groups = trainer.processes.gather(_whole_groups(even))

@@ -81,6 +81,17 @@ def gradients(engine: Any, batch: Any, actor: Any) -> dict[str, Tensor]:
     return gradients_and_metrics(engine, batch, actor)[0]
 
 
+def accumulated(engine: Any) -> dict[str, Tensor]:
+    """The gradients that the parameters have, and no longer after this."""
+    found = {
+        name: parameter.grad.full_tensor().clone()
+        for name, parameter in engine.module.named_parameters()
+        if parameter.grad is not None
+    }
+    engine.optimizer_zero_grad()
+    return found
+
+
 def gradients_and_metrics(
     engine: Any, batch: Any, actor: Any
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -89,12 +100,7 @@ def gradients_and_metrics(
     with engine.train_mode():
         engine.optimizer_zero_grad()
         output = engine.forward_backward_batch(batch.copy(), partial(ppo_loss, config=actor))
-        found = {
-            name: parameter.grad.full_tensor().clone()
-            for name, parameter in engine.module.named_parameters()
-            if parameter.grad is not None
-        }
-        engine.optimizer_zero_grad()
+        found = accumulated(engine)
     metrics = output["metrics"]
     names = ("cpl_loss", "perception_tokens", "gated_completions")
     return found, {x: metrics[f"actor/{x}"].aggregate() for x in names if f"actor/{x}" in metrics}

@@ -10,8 +10,9 @@ install() {  # PACKAGE ...
   "$bin/pip" install --quiet ${PIP_OPTIONS:-} "$@"
 }
 
-make_environment() {  # unless it is there
+make_environment() {  # unless it is there; torch first, and later the same: nothing may replace it
   [ -x "$bin/pip" ] || (cd / && "${PYTHON:-python3}" -m venv "$(dirname "$bin")")
+  install "${TORCH:=torch==2.13.0}"
 }
 
 version_of() {  # DISTRIBUTION

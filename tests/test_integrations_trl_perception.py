@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +58,34 @@ def test_the_term_is_divided_as_the_distance_to_the_reference_is(loss_type: str)
     inputs |= {"advantages": torch.zeros(4), "ref_per_token_logps": logps - 0.5 * logps}
     trainer.model.train()
     assert torch.allclose(trainer._compute_loss(trainer.model, inputs), ours)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "grpo", "dr_grpo"])
+def test_rows_that_fill_up_leave_the_term_as_it_is(loss_type: str) -> None:
+    """They have no token, so that only a mean over rows has to make up for them."""
+    trainer = SimpleNamespace(
+        cppo=CPPO(loss=PAPO),
+        args=SimpleNamespace(loss_type=loss_type, steps_per_generation=1),
+        loss_type=loss_type,
+        current_gradient_accumulation_steps=1,
+        max_completion_length=4,
+        accelerator=SimpleNamespace(gather=lambda values: values, num_processes=1),
+        _metrics={"train": defaultdict(list)},
+        _forward=lambda call: (-0.1 * call["input_ids"][:, 2:], torch.zeros(1)),
+    )
+
+    def term(rows: int, **weight: Any) -> Any:
+        ids = torch.arange(18).view(3, 6)[:rows]
+        mask = torch.tensor([1, 1, 0])[:rows, None].expand(-1, 4)
+        inputs = {"prompt_ids": ids[:, :2], "completion_ids": ids[:, 2:], "num_images": [1] * rows}
+        inputs |= {"completion_mask": torch.ones_like(mask), "tool_mask": mask, **weight}
+        inputs |= {"advantages": torch.zeros(rows), "num_items_in_batch": mask.sum()}
+        own = (-0.3 * ids[:, 2:]).requires_grad_()
+        call = {"input_ids": ids, "num_images": [1] * rows}
+        return trl_perception.papo(trainer, inputs, [(call, (own, own))])
+
+    filled = term(3, cppo_weight=torch.tensor([1.5, 1.5, 0.0]))
+    assert torch.allclose(filled, term(2))
 
 
 @pytest.mark.parametrize("prune_rate", [0.0, 0.5])

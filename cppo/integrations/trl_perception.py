@@ -14,6 +14,7 @@ from torch import Tensor
 
 import cppo
 from cppo import reference
+from cppo.integrations.trl_options import averages_rows
 from cppo.integrations.trl_rows import Batch, loss_mask, per_completion, take_rows
 from cppo.integrations.trl_views import Forwards, anchor_of, removing_view
 
@@ -90,7 +91,9 @@ def papo(trainer: Any, inputs: Batch, forwards: Forwards) -> Tensor | float:
     log["cppo/papo_kl"].append(of_depends / max(tokens, 1))
     if options.penalises_removed:
         log["cppo/papo_entropy"].append(of_entropies / max(tokens, 1))
-    return _reduced(trainer, loss, mask, inputs) * weight.max()
+    term = _reduced(trainer, loss, mask, inputs)
+    # Rows that only fill up are among those that a mean over rows divides by.
+    return term * weight.max() if averages_rows(trainer.args) else term
 
 
 def _reduced(trainer: Any, per_token: Tensor, mask: Tensor, inputs: Batch) -> Tensor:

@@ -101,3 +101,11 @@ def test_our_rewards_as_verl_calls_them():
     assert compute_score("d", right, "7")["score"] == pytest.approx(1.0)
     with pytest.raises(ValueError, match="reward"):
         compute_score("d", right, "7", rewards=["bxed"])
+
+
+def test_a_reward_that_has_the_name_of_one_of_verls_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "def score(completions, **columns): return [0.5 for _ in completions]\n"
+    (tmp_path / "mine.py").write_text(text)
+    found = compute_score("d", "7", "7", rewards=[{"mine.py:score": {}, "weight": 2.0}])
+    assert found == {"score": 1.0, "acc": 0.5, "score_reward": 0.5}

@@ -40,6 +40,7 @@ def compute_score(
     for function, weight in zip(*_functions(json.dumps(_plain(rewards))), strict=True):
         (value,) = function([solution_str], prompts=[""], **columns)
         name = metric_name(function)
+        name = f"{name}_reward" if name in ("score", "acc") else name
         found[name] = float(value or 0.0)
         score += weight * found[name]
     return dict(score=score, acc=next(iter(found.values())), **found)

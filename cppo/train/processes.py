@@ -179,12 +179,17 @@ class Processes:
                     )
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replaces every gradient by its sum over the processes; none counts as zero."""
+        """Replaces every gradient by its sum over the processes; none counts as zero.
+
+        A parameter that has one on no process (of a vision tower, in a step of text) is left
+        without: AdamW passes it over, as with one process.
+        """
         if self.size == 1:
             return
-        self._ask_all()
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        counts = self.sum([float(p.grad is not None) for p in parameters])
+        for p, count in zip(parameters, counts, strict=True):
+            if count and p.grad is None:
+                p.grad = torch.zeros_like(p)
         gradients = [p.grad for p in parameters if p.grad is not None]
         for bucket in _buckets(gradients):
             parts = [gradient.flatten() for gradient in bucket]

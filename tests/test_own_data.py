@@ -187,6 +187,13 @@ def test_held_out_rows_of_splits_and_of_another_file():
     assert main(["init", "--data", "set"]) == 0
     data = load("my_data.yaml").data
     assert (data.train.split, data.eval.split, data.train.skip) == ("train", "test", 0)
+    # Where no split is held out, some rows of the training split are.
+    write_jsonl([row] * 20, "two/extra.jsonl")
+    write_jsonl([row] * 20, "two/train.jsonl")
+    assert main(["init", "two.yaml", "--data", "two"]) == 0
+    data = load("two.yaml").data
+    assert (data.train.split, data.eval.split) == ("train", "train")
+    assert data.train.skip == data.eval.limit == 2
     config, _ = findings([row] * 50, "--eval-data", "set/test.jsonl")
     assert config.data.eval.path == "set/test.jsonl" and config.data.train.skip == 0
     config, text = findings([row] * 9)

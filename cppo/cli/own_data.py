@@ -151,7 +151,10 @@ def _held_out(found: Findings, eval_data: str | None, eval_split: str | None) ->
     if eval_split is not None:
         return found._replace(eval_path=found.path, eval_split=eval_split, limit=_MOST_HELD_OUT)
     count = min(_MOST_HELD_OUT, found.rows // 10)
-    return found._replace(eval_path=found.path, skip=count, limit=count) if count else found
+    if not count:
+        return found
+    own = found._replace(skip=count, limit=count)
+    return own._replace(eval_path=found.path, eval_split=found.train_split)
 
 
 def _splits(folder: Path) -> tuple[str | None, str | None]:

@@ -23,6 +23,7 @@ PER_TOKEN = (
 WHOLE = ("token_type_ids", "mm_token_type_ids")
 
 EQUAL = 1e-4  # advantages of rewards that differ by rounding alone are as far from 0
+ROUNDED = 1e-2  # and no farther, those of equal rewards of size 10
 
 
 class Kept(NamedTuple):
@@ -114,11 +115,15 @@ def _stay(
 def settled(trainer: Any, advantages: Tensor) -> Tensor:
     """Advantages of a rollout, 0 where all rewards of a question are equal.
 
-    There TRL has the rounding error of their mean, divided by 1e-4: the same for all completions.
+    There TRL has the rounding error of their mean, divided by 1e-4: the same for all completions
+    but those without a reward, which have 0. (So may others have, where a subclass centres none.)
     """
     accelerator, size = trainer.accelerator, len(advantages)
     everyones = accelerator.gather(per_completion(advantages)).view(-1, trainer.num_generations)
-    equal = (everyones == everyones[:, :1]).all(1).repeat_interleave(trainer.num_generations)
+    error = everyones.gather(1, everyones.abs().argmax(1, keepdim=True))
+    unscored = (everyones == 0) & (error.abs() < ROUNDED)
+    equal = ((everyones == error) | unscored).all(1)
+    equal = equal.repeat_interleave(trainer.num_generations)
     mine = equal[size * accelerator.process_index :][:size]
     return advantages.masked_fill(mine.view(-1, *[1] * (advantages.dim() - 1)), 0)
 

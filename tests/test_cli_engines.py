@@ -55,6 +55,9 @@ class StandIn(BuiltinEngine):
             raise EngineError(WORDS)
         return super().generate(*arguments)
 
+    def wake(self):
+        self.calls.append("wake")
+
     def sync(self, weights):
         self.calls.append("sync")
         self.weights = {name: value.clone() for name, value in weights}
@@ -165,7 +168,7 @@ def test_eval_samples_with_the_engine_that_has_the_weights(stand_in, capsys):
     status, out, _ = cppo(capsys, *evaluate, "trainer.engine=vllm")
     assert status == 0 and "rollouts: vllm 0.32.0 (float32), in this process" in out
     (engine,) = made
-    assert engine.calls == ["sync", "generate", "close"]
+    assert engine.calls == ["wake", "sync", "generate", "close"]
     shipped = load_file(Path(BUILDERS["tiny_arithmetic"]) / "model.safetensors")
     assert shipped.keys() <= engine.weights.keys()
     assert all(torch.equal(engine.weights[name], value) for name, value in shipped.items())
@@ -192,7 +195,7 @@ def test_a_run_is_evaluated_by_its_own_engine(stand_in, capsys):
     status, out, _ = cppo(capsys, "eval", "run")
     assert status == 0 and "rollouts: vllm" in out
     trained, evaluated = made
-    assert evaluated.calls[0] == "sync"
+    assert evaluated.calls[:2] == ["wake", "sync"]
     # The last sync of the run was for its last evaluation: the same weights.
     assert all(
         torch.equal(trained.weights[name], evaluated.weights[name]) for name in trained.weights

@@ -377,6 +377,7 @@ def _engine_of(model: Any, processor: Any, config: CPPOConfig) -> Iterator[Engin
 
     engine = new_engine(model, processor, config)
     try:
+        engine.wake()  # a server that a run with `vllm.sleep` has left sleeps
         engine.sync(hub_weights(model))
         yield engine
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli_cases import DIGITS, GSM8K, TINY, cppo
+from PIL import Image
 
 from cppo.cli import main, run_config
 from cppo.cli.run_parts import load_questions
@@ -173,12 +174,19 @@ def test_train_resume_and_eval(capsys):
     assert avg["std"] and avg["model"] == str(checkpoint)
 
 
-def test_eval_of_adapters_puts_them_on_the_configured_model(capsys):
+def test_commands_put_adapters_on_the_configured_model(capsys):
     pytest.importorskip("peft")
     lora = ["trainer.lora.r=2", "trainer.max_steps=1", "trainer.warmup_steps=0"]
     assert main([*TINY_RUN, *lora]) == 0
     status, out, _ = cppo(capsys, "eval", "run")
     assert status == 0 and "checkpoint-000001 on 2 questions" in out
+    status, out, _ = cppo(capsys, "info", "run")
+    assert status == 0 and "run/checkpoint-000001 (model_type" in out
+    Image.new("RGB", (56, 28)).save("x.png")
+    asked = ["--image", "x.png", "--question", "What?", "--output", "found.json"]
+    assert cppo(capsys, "inspect", "run/checkpoint-000001", *asked)[0] == 0
+    views = json.loads(Path("found.json").read_text())["options"]["positive_views"]
+    assert views == list(map(str, run_config.load("run/config.yaml").trainer.positive_views))
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

@@ -170,13 +170,13 @@ def render(facts: dict[str, Any], console: Console) -> None:
 
 def _model_info(path: str, as_json: bool) -> int:
     from cppo.cli.model_info import model_facts
-    from cppo.cli.run_parts import model_place
+    from cppo.cli.run_parts import load_named
     from cppo.model.load import quiet
 
     try:
         with quiet():
-            facts = model_facts(model_place(path))
-    except ValueError as error:
+            facts = model_facts(*load_named(path))
+    except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
     if as_json:
         _print_json(facts)

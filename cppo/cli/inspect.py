@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cppo.cli.config_file import ConfigError
+from cppo.cli.config_file import ConfigError, build
 from cppo.options.trainer import CPPOConfig
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser().parse_args(argv)
     try:
         answers, path = _inspected(asked)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         raise ConfigError(str(error)) from error
     print("\n".join(answers))
     print(f"{path}: the image in three views, and each token's entropy shift")
@@ -50,12 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspected(asked: argparse.Namespace) -> tuple[list[str], Path]:
-    from cppo.cli.run_parts import model_place
+    from cppo.cli.run_parts import load_named, run_of
     from cppo.inspection import inspect
-    from cppo.model.load import load_model, load_processor, quiet
+    from cppo.model.load import quiet
     from cppo.questions import load_image
 
-    config = CPPOConfig()
+    run = run_of(asked.model)  # its views, its chat template, its limit of an answer
+    config = CPPOConfig() if run is None else build(CPPOConfig, run[0].get("trainer", {}))
     if asked.fraction is not None:
         loss = dataclasses.replace(config.loss, fraction=asked.fraction)
         config = dataclasses.replace(config, loss=loss)
@@ -63,8 +64,7 @@ def _inspected(asked: argparse.Namespace) -> tuple[list[str], Path]:
         config = dataclasses.replace(config, max_completion_tokens=asked.max_tokens)
     images = [load_image(file, "--image: ") for file in asked.image]
     with quiet():
-        place = model_place(asked.model)
-        model, processor = load_model(place), load_processor(place)
+        _, model, processor = load_named(asked.model)
     found = inspect(
         model,
         processor,

@@ -5,33 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 
-def model_facts(path: str) -> dict[str, str]:
-    """What the set-up of a run finds out about a checkpoint, by what it is about.
+def model_facts(place: str, model: Any, processor: Any) -> dict[str, str]:
+    """What the set-up of a run finds out about a model, by what it is about.
 
-    Loads the weights and runs the model on a few short sequences (`cppo.model.check`).
+    Runs the model on a few short sequences (`cppo.model.check`).
     Args:
-        path: a folder, or a hub name.
-    Raises: ValueError for what is no checkpoint, and for a model that the trainer refuses.
+        place: where it was loaded from.
+    Raises: ValueError for a model that the trainer refuses.
     """
     from cppo.model.attention import NAMES
     from cppo.model.limits import position_limit
-    from cppo.model.load import (
-        closing_token_ids,
-        load_model,
-        load_processor,
-        special_token_ids_to_suppress,
-    )
+    from cppo.model.load import closing_token_ids, special_token_ids_to_suppress
     from cppo.model.prompts import tokenizer_of
     from cppo.model.ways import choose_ways, shown_picture
     from cppo.model.wrappers import has_vision
 
-    model, processor = load_model(path), load_processor(path)
     has_template = getattr(processor, "chat_template", None) is not None
     shown = shown_picture(model, processor) if has_template else None
     ways = choose_ways(model, "auto", shown=shown)
     attention = model.config.get_text_config()._attn_implementation
     facts = {
-        "model": f"{path} (model_type {model.config.model_type!r})",
+        "model": f"{place} (model_type {model.config.model_type!r})",
         "forward": str(ways),
         "attention": {own: name for name, own in NAMES.items()}.get(attention, attention),
     }

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cppo.cli.config_file import ConfigError
+from cppo.cli.config_file import ConfigError, build, read
 from cppo.cli.run_config import (
     BUILDERS,
     CONFIG_NAME,
@@ -45,16 +45,32 @@ def model_path(model: ModelConfig) -> str:
     return str(BUILDERS.get(str(model.builder), model.builder))
 
 
-def model_place(name: str) -> str:
-    """Return the folder or hub name of a model that a command line names.
+def run_of(name: str) -> tuple[dict[str, Any], Path] | None:
+    """Return the configuration in the file of a run, and its checkpoint; None for another name.
 
-    Args:
-        name: a folder, a hub name, a demo's model, or a run, of which the best checkpoint counts.
+    Args: name: the folder of a run, of which the best one counts, or of a checkpoint in it.
     Raises: ConfigError for a run without a checkpoint.
     """
-    if (Path(name) / CONFIG_NAME).is_file():
-        return str(checkpoint_of(Path(name)))
-    return str(BUILDERS.get(name, name))
+    from cppo.train.checkpoint import checkpoints
+
+    folder = Path(name)
+    if (folder / CONFIG_NAME).is_file():
+        return read(folder / CONFIG_NAME), checkpoint_of(folder)
+    path = folder.resolve().parent / CONFIG_NAME
+    is_one = path.is_file() and folder.resolve() in checkpoints(path.parent)
+    return (read(path), folder) if is_one else None
+
+
+def load_named(name: str) -> tuple[str, Any, Any]:
+    """Return (place, model, processor) of a folder, a hub name, a demo's model, or as of `run_of`.
+
+    Raises: as `run_of`; ValueError or ImportError as `load_policy`.
+    """
+    if run := run_of(name):
+        model = build(ModelConfig, run[0].get("model", {"path": str(run[1])}))
+        return str(run[1]), *load_policy(model, run[1])
+    place = str(BUILDERS.get(name, name))
+    return place, *load_policy(ModelConfig(path=place))
 
 
 def checkpoint_of(run: Path, which: str = "best") -> Path:

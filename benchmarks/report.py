@@ -8,6 +8,7 @@
     <!-- ratio: NAME; OP; SHAPE; DTYPE; MODE; PEER -->  the peer's time over ours
     <!-- spread: NAME; MODE; PEER -->                   least and largest ratio in the brief table
     <!-- value: NAME; COLUMN; COLUMN=TEXT; ... -->      a number of the only row that fits
+    <!-- paired: NAME; METHOD; time -->                 points over GRPO, task by task; or steps
     <!-- set: NAME -->                                  device, versions, date and file of the rows
     <!-- ops: all -->                                   every op with a kernel, and its backends
 
@@ -312,6 +313,12 @@ def _value(rows: Sequence[Row], column: str, *conditions: str) -> str:
     return f"{float(fitting[0][column]):.1f}"
 
 
+def _paired(rows: Sequence[Row], method: str, at: str) -> str:
+    study = importlib.import_module("cppo.benchmarks.experiments.study_report")
+    *first, last = (f"{points:+.1f}" for points in study.means(rows, method, at))
+    return f"{', '.join(first)} and {last}"
+
+
 def _set(rows: Sequence[Row], file: str) -> str:
     def all_of(column: str) -> str:
         return " and ".join(sorted({row.get(column, "") for row in rows} - {""}))
@@ -347,11 +354,12 @@ def _number(kind: str, words: Sequence[str]) -> str:
     if kind == "set":
         return _set(read(path), path.name)
     makers: dict[str, Callable[..., str]] = {"ratio": _ratio, "spread": _spread, "value": _value}
+    makers["paired"] = _paired
     return makers[kind](read(path), *words[1:])
 
 
 _PLACE = re.compile(
-    r"<!-- (table|ratio|spread|value|set|ops): ([^>]*?) -->(.*?)<!-- /\1 -->", re.DOTALL
+    r"<!-- (table|ratio|spread|value|paired|set|ops): ([^>]*?) -->(.*?)<!-- /\1 -->", re.DOTALL
 )
 
 

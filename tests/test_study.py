@@ -26,6 +26,7 @@ from cppo.benchmarks.experiments.study_report import (
     bootstrap,
     compared,
     curves,
+    means,
     paired,
     plot,
     summary,
@@ -214,6 +215,15 @@ def test_what_an_unfinished_study_says(rows):
         "`digits`: At equal steps, below it: PODS; not told apart from it: pruning "
         "(± 0.2 points at most). At equal time, above GRPO: pruning, PODS (± 1.2 points at most)."
     )
+
+
+def test_the_points_of_a_method_in_a_text(rows, tmp_path, monkeypatch):
+    rows = [*rows, *({**own, "task": "print"} for own in rows)]
+    assert means(rows, "PODS", "steps") == pytest.approx([-0.7, -0.7], abs=0.05)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    report.write(tmp_path / "study.csv", rows)
+    place = "<!-- paired: study; pruning; time -->"
+    assert report.rendered(f"{place}?<!-- /paired -->") == f"{place}+11.5 and +11.5<!-- /paired -->"
 
 
 def test_the_newest_run_of_a_seed_counts(rows):

@@ -113,6 +113,12 @@ def compared(methods: Mapping[str, Curve]) -> dict[str, tuple[Difference, Differ
     return found
 
 
+def means(rows: Iterable[Row], method: str, at: str) -> list[float]:
+    """Points of a method over GRPO at equal "steps" or at equal "time", task by task."""
+    found = [compared(methods)[method] for methods in curves(rows).values()]
+    return [steps.mean if at == "steps" else time.mean for steps, time in found]
+
+
 def best_coefficient(rows: Iterable[Row], task: str, names: Sequence[str]) -> tuple[str, ...]:
     """The method that was most accurate on a task's tuning seeds; none before all have run.
 

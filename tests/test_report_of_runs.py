@@ -233,7 +233,9 @@ def test_runs_side_by_side(run, tmp_path, capsys, monkeypatch):
     names = "other/first", f"{run.parent.name}/first"
     for expected in (*names, "by time", "learning_rate", "0.001", "0.5"):
         assert expected in source, expected
-    assert "batch_size" not in source and "output_dir" not in source
+    options = source.partition("Options that differ")[2].partition("</table>")[0]
+    assert "learning_rate" in options
+    assert "batch_size" not in options and "output_dir" not in options
     assert not re.search(r"<script|<link|(src|href)=.http", source)
 
 

@@ -315,8 +315,8 @@ def _value(rows: Sequence[Row], column: str, *conditions: str) -> str:
 
 def _paired(rows: Sequence[Row], method: str, at: str) -> str:
     study = importlib.import_module("cppo.benchmarks.experiments.study_report")
-    *first, last = (f"{points:+.1f}" for points in study.means(rows, method, at))
-    return f"{', '.join(first)} and {last}"
+    words: str = study.in_words(rows, method, at)
+    return words
 
 
 def _set(rows: Sequence[Row], file: str) -> str:

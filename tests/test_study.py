@@ -26,7 +26,7 @@ from cppo.benchmarks.experiments.study_report import (
     bootstrap,
     compared,
     curves,
-    means,
+    in_words,
     paired,
     plot,
     summary,
@@ -207,19 +207,20 @@ def test_what_an_unfinished_study_says(rows):
     by_method = {line[1]: line[2:] for line in lines}
     assert by_method["GRPO"][:6] == ["4", "30.0", "53.0", "75 %", "10", "100 %"]
     # The faster one ends when GRPO has half of its rise, 11.5 points on average, before it.
-    assert by_method["pruning"][4:7] == ["5", "50 %", "+0.0 (+0.0 to +0.0)"]
+    assert by_method["pruning"][4:7] == ["5", "50 %", "0.0 (0.0 to 0.0)"]
     assert by_method["pruning"][7].startswith("**+11.5 (")
     assert by_method["PODS"][6] == "**-0.7 (-0.9 to -0.5)**"
     assert by_method["CPL 0.2"][:3] == ["1", "30.0", "90.0"]  # not those of the tuning seed
     assert verdict == (
-        "`digits`: At equal steps, below it: PODS; not told apart from it: pruning "
-        "(± 0.2 points at most). At equal time, above GRPO: pruning, PODS (± 1.2 points at most)."
+        "`digits`: At equal steps PODS is below GRPO; pruning is not told apart from GRPO (± 0.2 "
+        "points at most). At equal time pruning and PODS are above GRPO (± 1.2 points at most)."
     )
 
 
 def test_the_points_of_a_method_in_a_text(rows, tmp_path, monkeypatch):
     rows = [*rows, *({**own, "task": "print"} for own in rows)]
-    assert means(rows, "PODS", "steps") == pytest.approx([-0.7, -0.7], abs=0.05)
+    assert in_words(rows, "PODS", "steps") == "-0.7 and -0.7"
+    assert in_words(rows, "pruning", "steps") == "0.0 and 0.0"
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     report.write(tmp_path / "study.csv", rows)
     place = "<!-- paired: study; pruning; time -->"

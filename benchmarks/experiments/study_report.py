@@ -48,8 +48,14 @@ class Difference(NamedTuple):
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        text = f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+        text = f"{points(self.mean)} ({points(self.low)} to {points(self.high)})"
         return f"**{text}**" if self.is_significant else text
+
+
+def points(difference: float) -> str:
+    """Points with their sign; zero has none."""
+    text = f"{difference:+.1f}"
+    return "0.0" if text[1:] == "0.0" else text
 
 
 def curves(rows: Iterable[Row]) -> dict[str, dict[str, Curve]]:
@@ -113,10 +119,15 @@ def compared(methods: Mapping[str, Curve]) -> dict[str, tuple[Difference, Differ
     return found
 
 
-def means(rows: Iterable[Row], method: str, at: str) -> list[float]:
-    """Points of a method over GRPO at equal "steps" or at equal "time", task by task."""
+def in_words(rows: Iterable[Row], method: str, at: str) -> str:
+    """Points of a method over GRPO at equal "steps" or "time", task by task: "+1.3 and -0.2"."""
     found = [compared(methods)[method] for methods in curves(rows).values()]
-    return [steps.mean if at == "steps" else time.mean for steps, time in found]
+    return _listed([points((steps if at == "steps" else time).mean) for steps, time in found])
+
+
+def _listed(words: Sequence[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def best_coefficient(rows: Iterable[Row], task: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -165,13 +176,14 @@ def _verdict(task: str, differences: Mapping[str, tuple[Difference, Difference]]
         parts = []
         for relation, names in (
             ("above GRPO", [n for n, d in found.items() if d.low > 0]),
-            ("below it", [n for n, d in found.items() if d.high < 0]),
-            ("not told apart from it", [n for n, d in found.items() if not d.is_significant]),
+            ("below GRPO", [n for n, d in found.items() if d.high < 0]),
+            ("not told apart from GRPO", [n for n, d in found.items() if not d.is_significant]),
         ):
-            parts += [f"{relation}: {', '.join(names)}"] if names else []
+            verb = "is" if len(names) == 1 else "are"
+            parts += [f"{_listed(names)} {verb} {relation}"] if names else []
         widest = max((d.high - d.low) / 2 for d in found.values())
-        sentences.append(f"at {words}, {'; '.join(parts)} (± {widest:.1f} points at most)")
-    return f"`{task}`: {'. '.join(s[0].upper() + s[1:] for s in sentences)}."
+        sentences.append(f"At {words} {'; '.join(parts)} (± {widest:.1f} points at most).")
+    return f"`{task}`: {' '.join(sentences)}"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

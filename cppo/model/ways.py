@@ -141,9 +141,8 @@ def ways_of(model: nn.Module) -> Ways:
 
 def hidden_states(model: nn.Module, stream: Stream) -> Tensor:
     """`cppo.packed_hidden`, or the same by a padded batch where that was chosen."""
-    ways, images = ways_of(model), stream.images
-    has_images = images is not None and any(images.per_question)
-    if ways.images if has_images else ways.text:
+    ways = ways_of(model)
+    if ways.images if stream.has_images else ways.text:
         return packed_hidden(model, *stream)
     longest = stream.batch.max_seqlen
     check_model(model, packed=False, longest=longest, shown=shown_in(stream))

@@ -170,12 +170,12 @@ def render(facts: dict[str, Any], console: Console) -> None:
 
 def _model_info(path: str, as_json: bool) -> int:
     from cppo.cli.model_info import model_facts
-    from cppo.cli.run_parts import load_named
+    from cppo.cli.run_parts import load_named, run_of
     from cppo.model.load import quiet
 
     try:
         with quiet():
-            facts = model_facts(*load_named(path))
+            facts = model_facts(*load_named(path, run_of(path)))
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
     if as_json:

@@ -64,7 +64,7 @@ def _inspected(asked: argparse.Namespace) -> tuple[list[str], Path]:
         config = dataclasses.replace(config, max_completion_tokens=asked.max_tokens)
     images = [load_image(file, "--image: ") for file in asked.image]
     with quiet():
-        _, model, processor = load_named(asked.model)
+        _, model, processor = load_named(asked.model, run)
     found = inspect(
         model,
         processor,

@@ -46,9 +46,10 @@ def model_path(model: ModelConfig) -> str:
 
 
 def run_of(name: str) -> tuple[dict[str, Any], Path] | None:
-    """Return the configuration in the file of a run, and its checkpoint; None for another name.
+    """Return the configuration in the file of a run, and a checkpoint; None for another name.
 
-    Args: name: the folder of a run, of which the best one counts, or of a checkpoint in it.
+    Args:
+        name: the folder of a run, whose best checkpoint it is, or of a checkpoint in it.
     Raises: ConfigError for a run without a checkpoint.
     """
     from cppo.train.checkpoint import checkpoints
@@ -61,14 +62,18 @@ def run_of(name: str) -> tuple[dict[str, Any], Path] | None:
     return (read(path), folder) if is_one else None
 
 
-def load_named(name: str) -> tuple[str, Any, Any]:
-    """Return (place, model, processor) of a folder, a hub name, a demo's model, or as of `run_of`.
+def load_named(name: str, run: tuple[dict[str, Any], Path] | None) -> tuple[str, Any, Any]:
+    """Return (place, model, processor) of what a command line names.
 
-    Raises: as `run_of`; ValueError or ImportError as `load_policy`.
+    Args:
+        name: a folder, a hub name, a demo's model, or what `run_of` knows.
+        run: what `run_of` says of the name.
+    Raises: ValueError or ImportError as `load_policy`.
     """
-    if run := run_of(name):
-        model = build(ModelConfig, run[0].get("model", {"path": str(run[1])}))
-        return str(run[1]), *load_policy(model, run[1])
+    if run is not None:
+        config, checkpoint = run
+        model = build(ModelConfig, config.get("model", {"path": str(checkpoint)}))
+        return str(checkpoint), *load_policy(model, checkpoint)
     place = str(BUILDERS.get(name, name))
     return place, *load_policy(ModelConfig(path=place))
 

@@ -23,7 +23,7 @@ PER_TOKEN = (
 WHOLE = ("token_type_ids", "mm_token_type_ids")
 
 EQUAL = 1e-4  # advantages of rewards that differ by rounding alone are as far from 0
-ROUNDED = 1e-2  # and no farther, those of equal rewards of size 10
+ROUNDED = 1e-2  # where all rewards are equal and at most about 10, advantages are closer to 0
 
 
 class Kept(NamedTuple):
@@ -116,7 +116,8 @@ def settled(trainer: Any, advantages: Tensor) -> Tensor:
     """Advantages of a rollout, 0 where all rewards of a question are equal.
 
     There TRL has the rounding error of their mean, divided by 1e-4: the same for all completions
-    but those without a reward, which have 0. (So may others have, where a subclass centres none.)
+    but those without a reward, which have 0. A trainer that does not centre rewards also has 0 for
+    a reward of 0; its other advantages are larger than a rounding error.
     """
     accelerator, size = trainer.accelerator, len(advantages)
     everyones = accelerator.gather(per_completion(advantages)).view(-1, trainer.num_generations)

@@ -87,15 +87,18 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 def best_checkpoint(output_dir: str | Path) -> Path | None:
     """The checkpoint with the highest evaluation metric (of several the newest).
 
-    Left out are those measured otherwise than the newest, and with a warning damaged ones.
+    Those that were measured otherwise than the newest are left out, and damaged ones too, with a
+    warning.
     """
-    found = [(path, own) for path, own in _readable(output_dir) if own["metric"] is not None]
-    alike = [(own["metric"], path) for path, own in found if measure(own) == measure(found[-1][1])]
-    return max(alike)[1] if alike else None
+    found = [(own, path) for path, own in _readable(output_dir) if own["metric"] is not None]
+    if not found:
+        return None
+    newest = measure(found[-1][0])
+    return max((own["metric"], path) for own, path in found if measure(own) == newest)[1]
 
 
 def measure(summary: Mapping[str, Any]) -> list[Any]:
-    """What the metric is of a checkpoint with this summary, or of a run with these options."""
+    """What decides which metric a summary has: equal lists mean that metrics can be compared."""
     return [summary.get("options", {}).get(n) for n in ("best_metric", "eval_dataset", "rewards")]
 
 

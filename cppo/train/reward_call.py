@@ -102,9 +102,8 @@ class Call:
     def _result(self, begun: Future[Any] | None) -> list[float]:
         def wait() -> list[float]:
             # A generator that is returned computes its rewards while they are read.
-            if begun is None:
-                return self._numbers(self._evaluate_now(self._everything, self.log))
-            returned = begun.result()
+            everything = self._everything
+            returned = begun.result() if begun else self._evaluate_now(everything, self.log)
             return self._numbers(returned)
 
         try:

@@ -157,14 +157,13 @@ def summary(rows: Sequence[Row]) -> str:
         for name, curve in methods.items():
             before, *_, after = zip(*curve.accuracy.values(), strict=True)
             against = [str(difference) for difference in differences.get(name, ("", ""))]
-            cells = [task, name, str(len(after)), f"{fmean(before):.1f}", f"{fmean(after):.1f}"]
-            cells += [f"{curve.misread:.0f} %", f"{curve.seconds[-1]:.0f}"]
             share = curve.seconds[-1] / methods[GRPO].seconds[-1] if GRPO in methods else None
-            cells.append("" if share is None else f"{100 * share:.0f} %")
-            lines.append([*cells, *against])
+            cells = [task, name, *against, "" if share is None else f"{100 * share:.0f} %"]
+            cells += [f"{curve.seconds[-1]:.0f}", f"{fmean(before):.1f}", f"{fmean(after):.1f}"]
+            lines.append([*cells, f"{curve.misread:.0f} %", str(len(after))])
         verdicts += [_verdict(task, differences)] if differences else []
-    columns = ["task", "method", "seeds", "% right before", "after", "of the wrong misread"]
-    columns += ["CPU s", "of GRPO's", "points over GRPO at equal steps", "at equal time"]
+    columns = ["task", "method", "points over GRPO at equal steps", "at equal time", "CPU time"]
+    columns += ["CPU s", "% right before", "after", "of the wrong misread", "seeds"]
     return "\n\n".join([report.markdown(columns, lines), *verdicts])
 
 

@@ -98,10 +98,10 @@ def test_the_views_that_an_update_runs(tmp_path: Any, name: str, monkeypatch: An
         seen.append(view)
         return view
 
-    def forward(model: Any, packed: Any, positions: Any, images: Any, *rest: Any) -> Any:
-        view = shown.get(id(images), "anchor")
-        ran.append((view, len(packed.kept), torch.is_grad_enabled()))
-        return stock(model, packed, positions, images, *rest)
+    def forward(model: Any, stream: Any) -> Any:
+        view = shown.get(id(stream.images), "anchor")
+        ran.append((view, len(stream.batch.kept), torch.is_grad_enabled()))
+        return stock(model, stream)
 
     seen: list[Any] = []  # alive, so that no other has their ids
     monkeypatch.setattr(views, "hidden_states", forward)

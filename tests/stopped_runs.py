@@ -30,6 +30,7 @@ import transformers.models.auto.modeling_auto  # noqa: F401
 from trainer_cases import noise, text_rows, trainer_for
 
 import cppo.train.checkpoint
+import cppo.train.sealed
 from cppo.demo.digits import DigitSums
 from cppo.options.trainer import LoraConfig
 from cppo.train.checkpoint import check_files, last_checkpoint, read_state
@@ -144,14 +145,14 @@ def stop_at(folder: Path, case: str, processes: int, name: str, rng: random.Rand
 
 def arm_flush(flushes: int, name: str) -> None:
     """Signals this process at its n-th flush to disk."""
-    left, stock = iter(range(flushes)), cppo.train.checkpoint._flush
+    left, stock = iter(range(flushes)), cppo.train.sealed.flush
 
     def flush(path: Path) -> None:
         if next(left, None) == flushes - 1:
             os.kill(os.getpid(), signal.Signals[name])
         stock(path)
 
-    cppo.train.checkpoint._flush = flush
+    cppo.train.sealed.flush = cppo.train.checkpoint.flush = flush
 
 
 def result(folder: Path) -> dict[str, Any]:

@@ -8,14 +8,9 @@ import torch
 from trainer_cases import same, text_rows, trainer_for, weights_of
 
 from cppo.options.trainer import LoraConfig
-from cppo.train.checkpoint import (
-    CheckpointError,
-    checkpoints,
-    last_checkpoint,
-    read_state,
-    write_checkpoint,
-)
+from cppo.train.checkpoint import checkpoints, last_checkpoint, read_state, write_checkpoint
 from cppo.train.progress import read_metrics
+from cppo.train.sealed import CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -11,17 +11,16 @@ from trainer_cases import same, trainer_for, weights_of
 from cppo import cli
 from cppo.options.trainer import CPPOConfig, LoraConfig
 from cppo.train.checkpoint import (
-    CheckpointError,
     best_checkpoint,
     check_files,
     checkpoints,
     last_checkpoint,
-    read_summary,
     recover,
     write_checkpoint,
 )
 from cppo.train.progress import read_metrics
 from cppo.train.run_options import check_options, run_options
+from cppo.train.sealed import CheckpointError, read_summary
 
 CASES = {
     "text": {},

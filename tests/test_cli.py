@@ -14,7 +14,7 @@ from cli_cases import DIGITS, GSM8K, TINY, cppo
 from PIL import Image
 
 from cppo.cli import main, run_config
-from cppo.cli.run_parts import load_questions
+from cppo.cli.datasets import load_questions
 from cppo.train.progress import read_metrics
 from cppo.train.trainer import CPPOTrainer
 

@@ -8,8 +8,8 @@ from question_cases import encoded, picture, write_jsonl, write_parquet
 
 from cppo.cli import run_config
 from cppo.cli.config_file import ConfigError
+from cppo.cli.datasets import load_questions, overlap
 from cppo.cli.run_config import DataConfig, DatasetConfig
-from cppo.cli.run_parts import load_questions, overlap
 from cppo.questions import QuestionError, as_question, load_rows, rename_columns
 from cppo.questions.columns import likely_column
 

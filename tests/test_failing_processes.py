@@ -14,7 +14,8 @@ from test_checkpoint_damage import flip
 from trainer_cases import noise, trainer_for
 
 from cppo.train import fingerprint
-from cppo.train.checkpoint import _seal, last_checkpoint
+from cppo.train.checkpoint import last_checkpoint
+from cppo.train.sealed import _checksum
 
 pytestmark = pytest.mark.slow
 SCRIPT = str(Path(__file__).with_name("failing_processes.py"))
@@ -64,7 +65,7 @@ def start(folder, processes=2, **options):
         summary = json.loads(file.read_text())
         summary["options"]["processes"] = processes
         summary["options"]["rewards"] = fingerprints()
-        file.write_text(json.dumps({**summary, "checksum": _seal(summary)}))
+        file.write_text(json.dumps({**summary, "checksum": _checksum(summary)}))
 
 
 def fingerprints():

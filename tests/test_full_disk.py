@@ -11,9 +11,10 @@ import pytest
 from trainer_cases import noise, same, trainer_for, weights_of
 
 from cppo.train import checkpoint, weights
-from cppo.train.checkpoint import CheckpointError, check_files, last_checkpoint
+from cppo.train.checkpoint import check_files, last_checkpoint
 from cppo.train.output_dir import Claim
 from cppo.train.progress import read_metrics
+from cppo.train.sealed import CheckpointError
 
 STEPS = 4
 OPTIONS = {"max_steps": STEPS, "save_every": 1, "num_iterations": 2}

@@ -9,8 +9,8 @@ from PIL import Image
 from question_cases import write_jsonl
 from trainer_cases import text_rows, trainer_for
 
+from cppo.cli.datasets import overlap
 from cppo.cli.run_config import BUILDERS, load
-from cppo.cli.run_parts import overlap
 from cppo.questions import QuestionError, as_question, check_dataset, load_rows
 from cppo.rewards.lengths import RepetitionPenalty
 from cppo.rewards.spelling import same_answer

@@ -11,6 +11,7 @@ import pytest
 from cli_cases import DIGITS, cppo
 
 from cppo.cli import run_config, run_parts
+from cppo.cli.datasets import load_questions
 from cppo.options import places
 from cppo.rewards import from_names
 
@@ -270,7 +271,7 @@ def test_a_loader_is_called_with_what_is_given(path, split, given, monkeypatch):
     module = sys.modules[places.load_object("own.py:load", "loader").__module__]
     monkeypatch.setattr(module, "load", lambda *words: seen.append(words) or [{"prompt": "?"}])
     data = run_config.DatasetConfig("own.py:load", path, split)
-    assert len(run_parts.load_questions(data, None, "data.train")) == 1
+    assert len(load_questions(data, None, "data.train")) == 1
     assert seen == [given]
 
 

@@ -17,7 +17,8 @@ import pytest
 from trainer_cases import noise, same, trainer_for, weights_of
 
 from cppo.train import algorithm
-from cppo.train.checkpoint import last_checkpoint, read_summary
+from cppo.train.checkpoint import last_checkpoint
+from cppo.train.sealed import read_summary
 from cppo.train.stopping import Stopping
 
 SCRIPT = str(Path(__file__).with_name("stopped_runs.py"))

@@ -10,9 +10,10 @@ from cppo.model.load import load_model, load_processor
 from cppo.questions import as_question
 from cppo.questions.stream import QuestionStream
 from cppo.train import evaluate as evaluate_module
-from cppo.train.checkpoint import best_checkpoint, checkpoints, last_checkpoint, read_summary
+from cppo.train.checkpoint import best_checkpoint, checkpoints, last_checkpoint
 from cppo.train.evaluate import Share, evaluate
 from cppo.train.progress import read_metrics
+from cppo.train.sealed import read_summary
 from cppo.train.trainer import CPPOTrainer
 
 # What is written

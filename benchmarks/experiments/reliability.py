@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from cppo.benchmarks import report
 from cppo.benchmarks.environment import environment, experiment_parser, results_folder
 from cppo.model.load import quiet
-from cppo.train import checkpoint, fingerprint
+from cppo.train import checkpoint, fingerprint, sealed
 from cppo.train.journal import Journal
 
 _ROWS = 7473  # of GSM8K's training data
@@ -64,13 +64,13 @@ def checkpoints(smoke: bool, repeats: int) -> dict[str, list[float]]:
         with quiet():
             model.save_pretrained(folder)
 
-    hashed = checkpoint._hash
+    hashed = sealed._hash
     times: dict[str, list[float]] = {"save": [], "save without checksums": [], "check": []}
     with tempfile.TemporaryDirectory() as folder:
         for step in range(1, 2 * repeats + 3):
             has_checksums = step % 2 == 0
             written = (folder, step, write_model, state, {"metric": None}, 1)
-            with patch.object(checkpoint, "_hash", hashed if has_checksums else lambda path: ""):
+            with patch.object(sealed, "_hash", hashed if has_checksums else lambda path: ""):
                 took = seconds(partial(checkpoint.write_checkpoint, *written))
             if step > 2:  # the first of each makes the files' pages
                 times["save" if has_checksums else "save without checksums"].append(took)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cppo.cli.config_file import ConfigError
+from cppo.cli.datasets import load_questions
 from cppo.cli.run_config import DatasetConfig
-from cppo.cli.run_parts import load_questions
 from cppo.questions.to_verl import write_verl
 
 # The names by which verl's own reward functions know them; it has none for ViRL39K.

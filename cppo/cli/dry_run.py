@@ -13,18 +13,11 @@ from typing import Any, NamedTuple
 
 from cppo.cli import run_config
 from cppo.cli.config_file import ConfigError
+from cppo.cli.datasets import CHECKED_ROWS, check_rows, load_questions, overlap
 from cppo.cli.engines import engine_words
 from cppo.cli.model_sizes import ModelSizes, model_sizes
 from cppo.cli.run_config import RunConfig
-from cppo.cli.run_parts import (
-    CHECKED_ROWS,
-    check_packages,
-    check_rows,
-    load_questions,
-    model_path,
-    overlap,
-    trainer_options,
-)
+from cppo.cli.run_parts import check_packages, model_path, trainer_options
 from cppo.options.trainer import CPPOConfig
 from cppo.questions import QuestionError
 from cppo.questions.rows import question_at

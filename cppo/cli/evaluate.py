@@ -39,7 +39,7 @@ def main(options: argparse.Namespace) -> int:
     from cppo.cli.info import default_device, ops_line
     from cppo.cli.predictions import Predictions, default_name, fingerprint, part_of
     from cppo.cli.run_parts import evaluate_policy
-    from cppo.train.checkpoint import CheckpointError
+    from cppo.train.sealed import CheckpointError
 
     try:
         config, checkpoint, folder = _target(options)

@@ -26,9 +26,10 @@ def main(options: argparse.Namespace) -> int:
 
         print(dry_run.report(config))
         return 0
+    from cppo.cli.datasets import overlap
     from cppo.cli.engines import engine_words
     from cppo.cli.info import ops_line
-    from cppo.cli.run_parts import make_trainer, overlap
+    from cppo.cli.run_parts import make_trainer
 
     output_dir = Path(config.trainer.output_dir)
     quoted = shlex.quote(str(output_dir))

@@ -13,11 +13,12 @@ import yaml
 
 from cppo.options.trainer import MODES, WRITTEN_BY_A_RUN, CPPOConfig
 from cppo.report.words import finite, flat
-from cppo.train.checkpoint import checkpoints, read_summary, step_of
+from cppo.train.checkpoint import checkpoints, step_of
 from cppo.train.estimators import without_spreads
 from cppo.train.output_dir import is_in_use
 from cppo.train.progress import read_lines, read_metrics
 from cppo.train.run_options import run_options
+from cppo.train.sealed import read_summary
 
 _LAST_STEP = 2**53  # a larger one is no step
 # What `reward/...` says besides the mean of each function.

@@ -15,32 +15,32 @@ last, is read off the folders; there is no pointer that could disagree with them
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-import xxhash
+from cppo.train.sealed import (
+    SUMMARY,
+    CheckpointError,
+    cause,
+    compare,
+    flush,
+    is_whole,
+    read_summary,
+    read_tensors,
+    seal,
+    write_tensors,
+)
 
 _PREFIX = "checkpoint-"
 _STATE = "trainer.pt"
-_SUMMARY = "trainer.json"
 # A name with this end belongs to something that is half written or half removed.
 PARTIAL = ".partial"
 _REPLACED = f".replaced{PARTIAL}"
-_CHUNK = 1 << 22  # bytes that are read at a time for a checksum
-# Suffixes of what transformers, peft and processors look for in a folder.
-_LOADED = {".safetensors", ".bin", ".pt", ".pth", ".json", ".py", ".model", ".jinja"}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read. The message names the file and a way out."""
 
 
 # Finding
@@ -48,23 +48,12 @@ class CheckpointError(ValueError):
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first; a folder half copied is none."""
-    return [path for path in _named(output_dir) if _is_whole(path)]
+    return [path for path in _named(output_dir) if is_whole(path)]
 
 
 def incomplete(output_dir: str | Path) -> list[Path]:
     """Folders with the name of a checkpoint that lack its last file."""
-    return [path for path in _named(output_dir) if not _is_whole(path)]
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a folder has the last file of a checkpoint. Raises CheckpointError if none can say.
-
-    A folder that may not be entered is not passed over: it may be the newest one.
-    """
-    try:
-        return (path / _SUMMARY).is_file()
-    except OSError as error:
-        raise CheckpointError(f"cppo: {path} cannot be read ({error.strerror})") from error
+    return [path for path in _named(output_dir) if not is_whole(path)]
 
 
 def _named(output_dir: str | Path) -> list[Path]:
@@ -116,28 +105,6 @@ def _readable(output_dir: str | Path) -> list[tuple[Path, dict[str, Any]]]:
 # Reading
 
 
-def read_summary(path: str | Path) -> dict[str, Any]:
-    """step, metric, options and files of a checkpoint, without loading tensors.
-
-    Raises: CheckpointError if `path` is no checkpoint, or if its `trainer.json` is damaged.
-    """
-    file = Path(path) / _SUMMARY
-    if not _is_whole(Path(path)):
-        raise CheckpointError(f"cppo: {path} is not a checkpoint of cppo (it has no {_SUMMARY})")
-    try:
-        summary = json.loads(file.read_bytes())
-        whole = type(summary["step"]) is int and type(summary["metric"]) in (int, float, type(None))
-        if "checksum" in summary or "files" in summary:
-            whole = whole and summary.get("checksum") == _seal(summary)
-    except OSError as error:
-        raise CheckpointError(f"cppo: {file} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"cppo: {file} is damaged: it is not what was written") from error
-    if not whole:
-        raise CheckpointError(f"cppo: {file} is damaged: it is not what was written")
-    return summary
-
-
 def check_files(path: str | Path, *, contents: bool = True) -> dict[str, Any]:
     """Compares every file of a checkpoint with what was written; returns its summary.
 
@@ -156,10 +123,10 @@ def check_files(path: str | Path, *, contents: bool = True) -> dict[str, Any]:
     try:
         summary = read_summary(path)
         if step_of(path) not in (None, summary["step"]):
-            raise CheckpointError(f"cppo: {path / _SUMMARY} is of step {summary['step']}")
-        _compare(path, summary, contents)
+            raise CheckpointError(f"cppo: {path / SUMMARY} is of step {summary['step']}")
+        compare(path, summary, contents)
     except CheckpointError as error:
-        if not os.path.isfile(path / _SUMMARY):
+        if not os.path.isfile(path / SUMMARY):
             raise
         raise CheckpointError(f"{error}; {_way_out(path)}") from error
     return summary
@@ -174,51 +141,13 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return read_tensors(Path(path) / _STATE)
 
 
-def read_tensors(file: Path) -> Any:
-    """What `torch.save` wrote, and nothing that could run code. Raises CheckpointError."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive raises whatever its first wrong byte leads to
-        raise CheckpointError(f"cppo: {file} cannot be read ({_cause(error)})") from error
-
-
-def _compare(path: Path, summary: dict[str, Any], contents: bool) -> None:
-    files = summary.get("files", {})
-
-    def damage(name: str) -> str | None:
-        file, expected = path / name, files[name]
-        try:
-            size = file.stat().st_size
-            if size != expected["bytes"]:
-                return f"{file} is damaged: {size} bytes, {expected['bytes']} in {_SUMMARY}"
-            if contents and _hash(file) != expected["checksum"]:
-                return f"{file} is damaged: its checksum is not that in {_SUMMARY}"
-        except FileNotFoundError:
-            return f"{file} is missing"
-        except OSError as error:
-            return f"{file} cannot be read ({error.strerror})"
-        return None
-
-    with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(damage, sorted(files)):
-            if found:
-                raise CheckpointError(f"cppo: {found}")
-    for file in sorted(path.rglob("*")) if files else ():
-        name = file.relative_to(path).as_posix()
-        if file.suffix.lower() in _LOADED and name not in (*files, _SUMMARY):
-            raise CheckpointError(
-                f"cppo: {file} is not of this checkpoint ({_SUMMARY} does not list it), and may be "
-                "loaded in place of what is: move it elsewhere"
-            )
-
-
 def _way_out(damaged: Path) -> str:
     """What can be done about a damaged checkpoint."""
     for path in reversed(_named(damaged.parent)):
         if path.resolve() == damaged.resolve():
             continue
         try:
-            _compare(path, read_summary(path), contents=True)
+            compare(path, read_summary(path), contents=True)
         except CheckpointError:
             continue
         later = step_of(path), step_of(damaged)
@@ -272,26 +201,17 @@ def write_checkpoint(
         write_tensors(state, partial / _STATE)
         for name, path in (files or {}).items():
             path.rename(partial / name)
-        _seal_folder(partial, {"step": step, **summary})
+        seal(partial, {"step": step, **summary})
         _replace(final, partial)
     except Exception as error:  # safetensors and torch raise errors of their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         newest = last_checkpoint(folder) or "none"
         raise CheckpointError(
             f"cppo: the checkpoint of step {step} could not be written to {folder} "
-            f"({_cause(error, folder)}); the newest one there is {newest}"
+            f"({cause(error, folder)}); the newest one there is {newest}"
         ) from error
     _drop_old(folder, final, keep)
     return final
-
-
-def write_tensors(value: Any, file: Path) -> None:
-    """Writes what `read_tensors` reads. Raises CheckpointError."""
-    try:
-        torch.save(value, file)
-    except Exception as error:  # torch raises several kinds of errors for a full disk
-        cause = _cause(error, file.parent)
-        raise CheckpointError(f"cppo: {file} could not be written ({cause})") from error
 
 
 def remove_leftovers(output_dir: str | Path) -> None:
@@ -312,31 +232,13 @@ def recover(output_dir: str | Path) -> None:
                 path.rename(whole)
 
 
-def _seal_folder(folder: Path, summary: dict[str, Any]) -> None:
-    """Flushes all files to disk, and writes what they hold into the summary."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(4) as pool:  # a disk and a processor can work at the same time
-        flushed = pool.map(_flush, files)
-        hashes = list(pool.map(_hash, files))
-        list(flushed)
-    summary["files"] = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "checksum": digest}
-        for path, digest in zip(files, hashes, strict=True)
-    }
-    summary = json.loads(json.dumps(summary))
-    sealed = json.dumps({**summary, "checksum": _seal(summary)}, indent=1)
-    (folder / _SUMMARY).write_text(sealed + "\n")
-    for path in (folder / _SUMMARY, *(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _flush(path)
-
-
 def _replace(final: Path, partial: Path) -> None:
     """Gives a whole checkpoint its name, in place of one that has it.
 
     What has the name and is no checkpoint may be all that is left of one: it gets another name.
     """
     replaced = final.with_name(f".{final.name}{_REPLACED}")
-    if _is_whole(final):
+    if is_whole(final):
         final.rename(replaced)
     elif os.path.lexists(final):
         kept = _free_name(final)
@@ -348,7 +250,7 @@ def _replace(final: Path, partial: Path) -> None:
         if replaced.exists():
             replaced.rename(final)
         raise
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -369,35 +271,3 @@ def _drop_old(folder: Path, written: Path, keep: int) -> None:
             hidden = path.with_name(f".{path.name}{PARTIAL}")
             path.rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _seal(summary: dict[str, Any]) -> str:
-    """The checksum of a summary's content but for itself, whatever its spaces and order."""
-    content = {name: value for name, value in summary.items() if name != "checksum"}
-    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _cause(error: Exception, folder: Path | None = None) -> str:
-    """An error in a few words; with what is free in a folder, where it may be a full disk."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
-    words = f"{error}".strip().split("\n")[0] or type(error).__name__
-    if folder is None or isinstance(error, CheckpointError) or not folder.is_dir():
-        return words
-    return f"{words}; {shutil.disk_usage(folder).free / 1e6:.3g} MB are free there"

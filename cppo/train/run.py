@@ -13,15 +13,12 @@ from typing import Any, NoReturn
 from cppo.train import fingerprint, policy, weights
 from cppo.train.checkpoint import (
     PARTIAL,
-    CheckpointError,
     check_files,
     incomplete,
     last_checkpoint,
     measure,
     read_state,
-    read_tensors,
     write_checkpoint,
-    write_tensors,
 )
 from cppo.train.draws import QuestionDraws
 from cppo.train.journal import Journal
@@ -30,6 +27,7 @@ from cppo.train.policy import Policy
 from cppo.train.processes import Processes
 from cppo.train.progress import RunLog
 from cppo.train.run_options import check_options, run_options
+from cppo.train.sealed import CheckpointError, read_tensors, write_tensors
 from cppo.train.started import started
 from cppo.train.stopping import Stopping
 

@@ -11,8 +11,8 @@ from typing import Any
 from cppo.options.trainer import CPPOConfig, VLLMConfig
 from cppo.questions.rows import Dataset
 from cppo.train import fingerprint
-from cppo.train.checkpoint import CheckpointError, read_summary
 from cppo.train.reward_functions import reward_name
+from cppo.train.sealed import CheckpointError, read_summary
 
 # What may change when a run is resumed: how long it goes on and what is written.
 _MAY_CHANGE = {

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from cppo.model.load import quiet, save_processor
 from cppo.model.precision import whole, widest
-from cppo.train.checkpoint import CheckpointError
+from cppo.train.sealed import CheckpointError
 
 
 def load_weights(model: Any, path: Path) -> None:

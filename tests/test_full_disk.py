@@ -99,7 +99,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(
     owner, name = {
         "model": (weights, "save_model"),
         "state": (checkpoint, "write_tensors"),
-        "summary": (checkpoint, "_seal_folder"),
+        "summary": (checkpoint, "seal"),
     }[moment]
     stock, calls = getattr(owner, name), []
 

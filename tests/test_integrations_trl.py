@@ -278,6 +278,19 @@ def test_perturbed_views_run_only_where_the_advantage_is_positive(monkeypatch):
     assert not same(weights_of(trainer.model), plain_weights("qwen2_5_vl", num_iterations=1))
 
 
+@pytest.mark.parametrize(("gating", "share"), [(True, 0.0), (False, 1.0)])
+def test_equal_rewards_are_no_positive_advantage(gating, share):
+    """The mean of eight rewards of 0.3 is 2^-25 off, which TRL divides by 1e-4."""
+    looks = CPPO(loss=dataclasses.replace(LOOK.loss, gating=gating))
+    options = dict(rewards=lambda completions, **columns: [0.3] * len(completions))
+    options |= dict(num_generations=8, num_iterations=1, max_steps=1, beta=0.0)
+    trainer, seen = watched_run("qwen2_5_vl", cppo=looks, **options)
+    assert logged(trainer, "cppo/gated_share") == [share]
+    assert (logged(trainer, "cppo/cpl_loss")[0] > 0) == bool(share)
+    # Without a gate nothing asks for them, and TRL's advantages stay as they are.
+    assert seen["rollouts"][0]["advantages"].any() == bool(share)
+
+
 def test_a_question_has_one_seed_and_another_one_at_every_step():
     _, seen = watched_run("qwen2_5_vl", cppo=LOOK, num_iterations=1)
     seeds = [rollout["cppo_seed"].tolist() for rollout in seen["rollouts"]]

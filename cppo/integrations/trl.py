@@ -174,15 +174,18 @@ class CPPOMixin(AnyTrainer):
             prompts, self._prompts = self._prompts, None
             if corrects:
                 self.vllm_importance_sampling_correction = True
-        if self.cppo.drop_zero_variance or self.cppo.loss.perception == "vppo":
-            rollout["advantages"] = settled(self, rollout["advantages"])
-        if self.cppo.loss.perturbed_views:
+        loss, seeds = self.cppo.loss, None
+        if loss.perturbed_views:
             seeds = view_seeds(self, rollout, (*draw, refill))
             if seeds is not None:
                 rollout["cppo_seed"] = seeds
                 pictures = pictures_of(self, prompts, rollout)
                 if pictures is not None:
                     rollout["cppo_pictures"] = pictures
+        # VPPO asks where A is 0, and the gate of the contrast where it is positive.
+        asks = seeds is not None and (loss.perception == "vppo" or loss.contrasts and loss.gating)
+        if asks or self.cppo.drop_zero_variance:
+            rollout["advantages"] = settled(self, rollout["advantages"])
         return rollout
 
     def _generate(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:

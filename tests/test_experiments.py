@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cppo.benchmarks.experiments import demo_runs
+
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "experiments"
 
 
@@ -41,3 +43,20 @@ def test_the_costs_of_selecting_tokens_at_toy_size(tmp_path: Path) -> None:
     assert sum(line.startswith("head") for line in printed) == 2
     rows = [line.split() for line in printed if line.startswith("update")]
     assert len(rows) == 6 and all(float(row[-1]) > 0 for row in rows)
+
+
+def test_demo_runs_are_compared_at_the_same_time() -> None:
+    """Not after a setting's last evaluation before it: one of them may have just begun a step."""
+
+    def course(prune_rate: float, seed: int, seconds_per_step: float) -> list[demo_runs.Row]:
+        at = {"prune_rate": prune_rate, "cpl_coef": 0.0, "seed": seed, "greedy": 0.0}
+        return [
+            {**at, "step": step, "training_seconds": step * seconds_per_step, "sampled": accuracy}
+            for step, accuracy in ((0, 0.2), (10, 0.4), (20, 0.5 + seed / 10))
+        ]
+
+    rows = [row for seed in (0, 2) for row in (*course(0, seed, 4), *course(0.75, seed, 3))]
+    *_, plain, pruned = demo_runs.summary(rows).splitlines()
+    # After 60 seconds the plain runs are at step 15: 0.45 and 0.55.
+    assert plain.split(" | ")[-2:] == ["100 %", "0.500 |"]
+    assert pruned.split(" | ")[-2:] == ["75 %", "0.600 |"]

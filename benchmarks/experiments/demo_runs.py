@@ -5,7 +5,7 @@
 Every run is `cppo demo` in a process of its own with one thread, `--jobs` of them side by side.
 Each evaluation becomes a row of `<task>_runs.csv`: training seconds (evaluations left out) and
 held-out accuracy after so many steps. The table compares the settings at equal steps (the last
-row) and at equal time (the last evaluation that each finished within the time of the fastest).
+row) and at equal time (that of the fastest, on the line between two evaluations of the others).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+import numpy as np
 
 from cppo.benchmarks import report
 from cppo.benchmarks.environment import environment, experiment_parser, results_folder
@@ -96,6 +98,10 @@ def by_setting(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
     return found
 
 
+def _column(run: list[Row], name: str) -> list[float]:
+    return [row[name] for row in run]
+
+
 def summary(rows: list[Row]) -> str:
     """The comparison as a Markdown table: means over seeds, with the std of the gain.
 
@@ -111,7 +117,9 @@ def summary(rows: list[Row]) -> str:
     for name, runs in settings.items():
         gains = [100 * (run[-1]["sampled"] - run[0]["sampled"]) for run in runs.values()]
         in_time = [
-            [row["sampled"] for row in run if row["training_seconds"] <= fastest[seed]][-1]
+            float(
+                np.interp(fastest[seed], _column(run, "training_seconds"), _column(run, "sampled"))
+            )
             for seed, run in runs.items()
         ]
         seconds = fmean(run[-1]["training_seconds"] for run in runs.values())

@@ -15,7 +15,7 @@ from trl_cases import HALF, LOOK, late, logged, noise, rows_of, trainer_of, watc
 from cppo.integrations import trl_options
 from cppo.integrations.trl import check
 from cppo.integrations.trl_options import check_run
-from cppo.integrations.trl_rows import EQUAL, settled
+from cppo.integrations.trl_rows import EQUAL, ROUNDED, settled
 
 pytestmark = pytest.mark.skipif(not check()[-1].fits, reason="trl before 1.15")
 DROP = dataclasses.replace(HALF, prune_rate=0.0, drop_zero_variance=True, max_refills=0)
@@ -55,11 +55,16 @@ def test_questions_of_equal_rewards_are_dropped():
 def test_equal_rewards_beside_none_have_no_advantage():
     """The mean of seven rewards of 0.3 is 2^-25 off, and the eighth completion has no reward."""
     rounded, real = [2**-25 / 1e-4] * 7 + [0.0], [-0.5] * 6 + [3.0, 0.0]
-    advantages = torch.tensor(rounded + real + [1.0] + [0.0] * 7)  # the last are not centred
+    # The last 16 are not centred.
+    advantages = torch.tensor(rounded + real + [1.0] + [0.0] * 7 + [1.0] * 8)
     assert advantages[0] > EQUAL
     accelerator = SimpleNamespace(gather=lambda values: values, process_index=0)
-    found = settled(SimpleNamespace(accelerator=accelerator, num_generations=8), advantages)
-    assert not found[:8].any() and torch.equal(found[8:], advantages[8:])
+    trainer = SimpleNamespace(accelerator=accelerator, num_generations=8)
+    found = settled(trainer, advantages)
+    assert not found[:8].any() and torch.equal(found[8:24], advantages[8:24])
+    assert not found[24:].any(), "to be dropped: their rewards are equal"
+    assert torch.equal(settled(trainer, advantages, ROUNDED)[8:], advantages[8:])
+    assert not settled(trainer, advantages, ROUNDED)[:8].any()
 
 
 @pytest.mark.parametrize("options", [FILL, dataclasses.replace(FILL, prune_rate=0.5)], ids=str)

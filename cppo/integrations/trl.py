@@ -27,6 +27,7 @@ kernel for log-probabilities, and runs that cannot work are refused when the tra
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -50,6 +51,7 @@ from cppo.integrations.trl_pictures import pictures_of
 from cppo.integrations.trl_postponed import Postponed
 from cppo.integrations.trl_refill import Sampled, sample
 from cppo.integrations.trl_rows import (
+    ROUNDED,
     Batch,
     filled,
     keep,
@@ -185,7 +187,9 @@ class CPPOMixin(AnyTrainer):
         # VPPO asks where A is 0, and the gate of the contrast where it is positive.
         asks = seeds is not None and (loss.perception == "vppo" or loss.contrasts and loss.gating)
         if asks or self.cppo.drop_zero_variance:
-            rollout["advantages"] = settled(self, rollout["advantages"])
+            # Without centring an advantage of equal rewards may be one to learn from.
+            below = math.inf if self.cppo.drop_zero_variance else ROUNDED
+            rollout["advantages"] = settled(self, rollout["advantages"], below)
         return rollout
 
     def _generate(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:

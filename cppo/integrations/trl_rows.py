@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -112,18 +113,19 @@ def _stay(
     return stay, torch.cat(weights) * (count[stay].sum() / counted.sum().clamp(min=1))
 
 
-def settled(trainer: Any, advantages: Tensor) -> Tensor:
+def settled(trainer: Any, advantages: Tensor, below: float = math.inf) -> Tensor:
     """Advantages of a rollout, 0 where all rewards of a question are equal.
 
     There TRL has the rounding error of their mean, divided by 1e-4: the same for all completions
     but those without a reward, which have 0. A trainer that does not centre rewards also has 0 for
     a reward of 0; its other advantages are larger than a rounding error.
+    Args: below: equal advantages of at least this size stay.
     """
     accelerator, size = trainer.accelerator, len(advantages)
     everyones = accelerator.gather(per_completion(advantages)).view(-1, trainer.num_generations)
     error = everyones.gather(1, everyones.abs().argmax(1, keepdim=True))
     unscored = (everyones == 0) & (error.abs() < ROUNDED)
-    equal = ((everyones == error) | unscored).all(1)
+    equal = ((everyones == error) | unscored).all(1) & (error[:, 0].abs() < below)
     equal = equal.repeat_interleave(trainer.num_generations)
     mine = equal[size * accelerator.process_index :][:size]
     return advantages.masked_fill(mine.view(-1, *[1] * (advantages.dim() - 1)), 0)

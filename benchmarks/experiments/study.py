@@ -234,7 +234,7 @@ def run(cell: Cell, method: str, common: Common, options: Options) -> dict[str, 
     """One run: a row.
 
     accuracy_N, seconds_N: of the held-out questions, and CPU seconds of training, after N steps;
-    misread: share of the wrong answers at the end that follow from digits which are not there.
+    misread: share of the wrong answers at the end that list other digits than those in the image.
     """
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         config = config_of(cell.task, method, cell.seed, options.steps, f"{folder}/run")

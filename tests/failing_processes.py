@@ -96,6 +96,21 @@ def full_disk(folder: Path) -> CPPOTrainer:
     return trainer
 
 
+def full_for_a_while(folder: Path) -> CPPOTrainer:
+    """The first checkpoint cannot be written, the next one can."""
+    trainer = trainer_for(folder / "run", rewards=noise, max_steps=3, save_every=1)
+    stock, calls = trainer.model.save_pretrained, []
+
+    def fail_once(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        stock(*args, **kwargs)
+
+    trainer.model.save_pretrained = fail_once
+    return trainer
+
+
 def main(folder: Path, part: str) -> None:
     started, told = time.monotonic(), {}
     try:

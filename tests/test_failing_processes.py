@@ -154,3 +154,9 @@ def test_every_process_hears_that_a_checkpoint_was_not_written(tmp_path):
     assert words in first["error"] and words in second["error"]
     assert "No space left on device" in second["error"]
     assert not list((tmp_path / "run").glob(".checkpoint*"))
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_process(tmp_path):
+    both = run(tmp_path, "full_for_a_while")
+    assert "sum" in both[0] and both[0]["sum"] == both[1].get("sum"), both
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-000003"

@@ -296,7 +296,16 @@ class Run:
 
         Raises: CheckpointError, on every process, if it could not be written.
         """
-        path = self.processes.of_first(self._write)
+
+        def written() -> Path | CheckpointError:
+            try:
+                return self._write()
+            except CheckpointError as error:  # returned, it keeps its kind on every process
+                return error
+
+        path = self.processes.of_first(written)
+        if isinstance(path, CheckpointError):
+            raise path
         self._saved, self._saved_at = self.step, time.monotonic()
         return path
 

@@ -132,6 +132,22 @@ def test_without_save_every_the_best_and_the_last_are_written(tmp_path, monkeypa
     assert [path.name[-1] for path in checkpoints(tmp_path)] == ["1", "2", "5"]
 
 
+def test_the_best_that_was_not_written_is_no_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(CPPOTrainer, "_evaluation", scripted([0.1, 0.9, 0.5, 0.3]))
+    options = dict(eval_every=2, eval_rows=text_rows(1), max_steps=6, keep_checkpoints=1)
+    trainer = trainer_for(tmp_path, **options)
+    stock = trainer.model.save_pretrained
+
+    def full_in_step_2(*args, **kwargs):
+        if trainer.step == 2:
+            raise OSError(28, "No space left on device")
+        stock(*args, **kwargs)
+
+    trainer.model.save_pretrained = full_in_step_2
+    trainer.train()
+    assert best_checkpoint(tmp_path).name == "checkpoint-000004"
+
+
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for name in ("checkpoint-1000000", "checkpoint-999999", "checkpoint-old", "other"):
         (tmp_path / name).mkdir()

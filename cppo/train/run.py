@@ -319,6 +319,7 @@ class Run:
                 raise
             self.log.say(f"{error}; tried again after the next step", style="bold red")
             self._save_failed = True
+            self._best = None  # it may have been this one, of which no checkpoint is left
 
     def _save_journal(self, journal: Journal) -> None:
         """Writes a checkpoint in the middle of a step, with the journal of every process."""

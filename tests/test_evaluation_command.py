@@ -197,6 +197,26 @@ def test_a_reward_of_ones_own_says_what_is_right_or_is_asked(capsys):
 
 
 @pytest.mark.parametrize(
+    ("length", "before"),
+    [(["trainer.max_steps=2"], 2), (["trainer.max_steps=null", "trainer.num_epochs=1"], 0)],
+)
+def test_a_reward_is_told_the_step_as_in_the_run(length, before, capsys):
+    Path("mine.py").write_text(
+        "def told(completions, trainer_state, **columns):\n"
+        "    step = trainer_state.global_step + trainer_state.max_steps / 10\n"
+        "    return [step] * len(completions)\n"
+    )
+    short = [word for word in TINY if "max_steps" not in word] + ["data.train.limit=2"]
+    given = [DIGITS, *short, *length, "rewards=['mine.py:told']"]
+    assert cppo(capsys, "eval", *given)[0] == 0
+    assert table()["greedy", "told"]["mean"] == f"{before / 10:.4f}"
+    assert cppo(capsys, "train", *given)[0] == 0
+    seen = lines(Path("run/metrics.jsonl"))[-1]["eval/greedy/told"]
+    assert cppo(capsys, "eval", "run", "--checkpoint", "last")[0] == 0
+    assert table()["greedy", "told"]["mean"] == f"{seen:.4f}" == "2.2000"
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--metric", "boxd"], "--metric: unknown reward 'boxd'; did you mean 'boxed'"),

@@ -241,7 +241,7 @@ def evaluate_policy(
     """
     from cppo.model.load import special_token_ids_to_suppress
     from cppo.rollouts.engine import EngineError
-    from cppo.train.evaluate import evaluate
+    from cppo.train.evaluate import evaluate, state_of
     from cppo.train.scoring import RewardError
 
     checks = (ValueError, TypeError, ImportError, FloatingPointError, RewardError, EngineError)
@@ -262,6 +262,7 @@ def evaluate_policy(
                 _Questions(rows),
                 config=options,
                 suppressed=special,
+                state=state_of(checkpoint, options),
                 engine=engine,
                 finished=finished,
             )

@@ -6,11 +6,13 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate.utils import set_seed
 from torch import nn
+from transformers import TrainerState
 
 from cppo.model.prompts import encode_questions
 from cppo.options.trainer import CPPOConfig
@@ -19,6 +21,7 @@ from cppo.rollouts.engine import Engine
 from cppo.rollouts.rollout import Rollouts, sample_completions
 from cppo.seeds import seed_from
 from cppo.train.arguments import reward_list, reward_weights
+from cppo.train.checkpoint import read_summary
 from cppo.train.draws import check_room, longest_sequence
 from cppo.train.scoring import RewardFunction, Scores, score
 
@@ -50,6 +53,19 @@ class FinishedBatches(Protocol):
 
     def add(self, rows: list[dict[str, Any]], questions: Sequence[Question]) -> None:
         """Keeps the rows of a batch that was sampled from these questions."""
+
+
+def state_of(checkpoint: Path | None, config: CPPOConfig) -> TrainerState:
+    """The `trainer_state` of rewards at a checkpoint, or with None before training.
+
+    Where `num_epochs` says how long a run is, `max_steps` is 0 before it has begun.
+    """
+    if checkpoint is None:
+        return TrainerState(max_steps=0 if config.num_epochs else config.steps())
+    summary = read_summary(checkpoint)
+    finished = summary["step"] - bool(summary.get("unfinished"))
+    steps = summary.get("options", {}).get("max_steps")
+    return TrainerState(global_step=finished, max_steps=steps or 0)
 
 
 def evaluate(

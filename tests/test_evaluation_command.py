@@ -113,6 +113,45 @@ def test_another_evaluation_does_not_take_over_what_was_begun(change, monkeypatc
     assert status == 0 and "taken over" not in out and len(lines(FILE)) == 6
 
 
+@pytest.mark.parametrize("changed", ["rewards", "data", "model"])
+def test_files_of_ones_own_code_count(changed, monkeypatch, capsys):
+    texts = {
+        "rewards": "def one(completions, **columns):\n    return [1.0] * len(completions)\n",
+        "data": "def one():\n    return [{'prompt': '1 + 1?', 'answer': '2'}] * 3\n",
+        "model": "from cppo.cli.run_config import BUILDERS\n"
+        "from cppo.model.load import load_model, load_processor\n"
+        "def one():\n"
+        "    path = BUILDERS['tiny_arithmetic']\n"
+        "    return load_model(path), load_processor(path)\n",
+    }
+    files = {name: Path(f"of_{changed}_{name}.py") for name in texts}
+    for name, file in files.items():
+        file.write_text(texts[name])
+    recipe = Path("own.yaml")
+    recipe.write_text(
+        f"model: {{builder: '{files['model']}:one'}}\n"
+        f"data: {{train: &one {{loader: '{files['data']}:one'}}, eval: *one}}\n"
+        f"rewards: ['{files['rewards']}:one']\n"
+        "trainer: {output_dir: run, max_completion_tokens: 2, generation_batch_size: 2}\n"
+    )
+    stock = evaluate_module.sample_completions
+
+    def dies(*arguments, temperature, **options):
+        if temperature is None:
+            raise Killed
+        return stock(*arguments, temperature=temperature, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate_module, "sample_completions", dies)
+        for _ in range(2):
+            with pytest.raises(Killed):
+                cppo(capsys, "eval", str(recipe))
+    assert "3 completions of an evaluation that did not end are" in capsys.readouterr().out
+    files[changed].write_text(texts[changed] + "# another\n")
+    status, out, _ = cppo(capsys, "eval", str(recipe))
+    assert status == 0 and "taken over" not in out
+
+
 def test_files_in_the_folders_of_a_folder_count():
     """As the hub has them, and `datasets` saves them."""
     file = Path("set/data/test.jsonl")

@@ -8,13 +8,14 @@ import inspect
 import io
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cppo.cli.config_file import ConfigError, apply_overrides, build
-from cppo.cli.run_config import BUILDERS, CONFIG_NAME, RunConfig, load
-from cppo.options.places import is_place
+from cppo.cli.run_config import BUILDERS, CONFIG_NAME, DatasetConfig, RunConfig, load
+from cppo.options.places import is_place, load_object
 from cppo.options.values import is_finite_number, unknown
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def main(options: argparse.Namespace) -> int:
     data = getattr(config.data, options.data)
     if data is None:
         raise ConfigError(f"{options.target}: data.{options.data} is missing, nothing to measure")
-    verdicts, code = _verdicts(config, options)
+    verdicts, functions = _verdicts(config, options)
+    code = _files_of([*functions, *_makers(config, data)])
     ks = _ks(options.pass_k, config.trainer.eval_samples)
     path = Path(options.csv or folder / "eval.csv")
     _check_csv(path)
@@ -101,8 +103,8 @@ def _with_samples(config: RunConfig, samples: int | None) -> RunConfig:
         raise ConfigError(f"--samples must be >= 1, got {samples}") from None
 
 
-def _verdicts(config: RunConfig, options: argparse.Namespace) -> tuple[Verdicts, list[str]]:
-    """What says that a completion is right, and the files of functions of the user's."""
+def _verdicts(config: RunConfig, options: argparse.Namespace) -> tuple[Verdicts, list[Any]]:
+    """What says that a completion is right, and the reward functions."""
     from cppo.cli.measures import Verdicts
     from cppo.cli.run_parts import check_packages, in_keys, trainer_options
     from cppo.rewards.reading import reading_of
@@ -122,7 +124,16 @@ def _verdicts(config: RunConfig, options: argparse.Namespace) -> tuple[Verdicts,
     right = options.right if options.right is not None else reading and reading.right
     if right is not None and not is_finite_number(right):
         raise ConfigError(f"--right must be a number, got {right}")
-    return Verdicts(metric, right, reading), _files_of(functions)
+    return Verdicts(metric, right, reading), functions
+
+
+def _makers(config: RunConfig, data: DatasetConfig) -> list[Any]:
+    """The functions of the user's own that make the questions and the model."""
+    found = []
+    for place in filter(is_place, (data.loader, config.model.builder)):
+        with suppress(ValueError, TypeError):  # said where it is called
+            found.append(load_object(str(place), "function"))
+    return found
 
 
 def _files_of(functions: Sequence[Any]) -> list[str]:

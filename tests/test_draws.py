@@ -1,7 +1,7 @@
 """Prompts that a run cannot ask: said at the start or when they are drawn, with the row."""
 
 import pytest
-from trainer_cases import tiny, trainer_for
+from trainer_cases import config, tiny, trainer_for
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config
 from transformers import Phi3ForCausalLM as Phi3
 
@@ -9,6 +9,7 @@ from cppo.model import check as model_check
 from cppo.questions.errors import QuestionError
 from cppo.questions.stream import all_questions
 from cppo.train import evaluate
+from cppo.train.draws import QuestionDraws
 
 SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
 ENDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -154,3 +155,24 @@ def test_questions_that_are_seen_ahead_are_counted_when_they_are_drawn(tmp_path)
     # One of them comes to another draw, and is read again.
     assert questions.look_ahead(4) and len(questions.draw(8)) == 8
     assert questions.skipped == questions.position - 12
+
+
+class FirstOfTwo:
+    """The first process, beside one whose every question was left out at first."""
+
+    rank, size = 0, 2
+
+    def __init__(self):
+        self.others = [["it is another process's"], []]
+
+    def gather(self, value):
+        return [value, self.others.pop(0)]
+
+
+def test_what_another_process_leaves_out_is_said(tmp_path):
+    rows = [{"prompt": f"What is {i} + {i}?"} for i in range(4)]
+    said = []
+    options = config(output_dir=str(tmp_path), max_prompt_tokens=99)
+    draws = QuestionDraws(rows, tiny("text")[1], options, FirstOfTwo(), said.append)
+    assert len(draws.draw(1)) == 1 and draws.position == 3
+    assert said == ["skipped a question: it is another process's"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -88,11 +89,13 @@ class QuestionDraws:
             encoded = [self._encoded(row) for row in rows[rank]]
             drawn += [own for own in encoded if not isinstance(own, _LeftOut)]
             left_out = [own for own in encoded if isinstance(own, _LeftOut)]
-            for own in left_out:
-                self.skipped += own.is_bad
-                self._say(f"skipped a question: {own.reason}")
+            self.skipped += sum(own.is_bad for own in left_out)
             reasons += left_out
-            needs = self._processes.gather(len(left_out))
+            # The first process says it of all.
+            told = self._processes.gather([own.reason for own in left_out])
+            for reason in itertools.chain(*told):
+                self._say(f"skipped a question: {reason}")
+            needs = list(map(len, told))
             has_none = sum(needs) == count * self._processes.size
             if has_none and self.position - start > len(self.dataset):
                 raise self._nothing_left(reasons)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trainer_cases import noise, text_rows, trainer_for, weights_of
+from trainer_cases import noise, text_rows, tiny, trainer_for, weights_of
 
 from cppo.train.trainer import CPPOTrainer
 
@@ -55,6 +55,13 @@ def other_weights(folder: Path) -> CPPOTrainer:
         for p in trainer.parameters:
             p.add_(RANK)
     return trainer
+
+
+def other_models(folder: Path) -> CPPOTrainer:
+    """As of a model that each process has made at random."""
+    model, _ = tiny("text", seed=RANK)
+    options = dict(model=model, kl_coef=0.1, num_iterations=2)
+    return trainer_for(folder / "run", rewards=noise, max_steps=1, **options)
 
 
 def misbehaving(folder: Path, what: Any) -> CPPOTrainer:
@@ -116,7 +123,10 @@ def main(folder: Path, part: str) -> None:
     try:
         trainer = globals()[part](folder)
         trainer.train(resume_from="auto" if part == "other_checkpoint" else None)
-        told["sum"] = sum(v.double().sum().item() for v in weights_of(trainer.model).values())
+        models = {"sum": trainer.model, "reference": trainer.reference}
+        for name, model in models.items():
+            if model is not None:
+                told[name] = sum(v.double().sum().item() for v in weights_of(model).values())
     except Exception as error:
         told["error"] = f"{type(error).__name__}: {error}"
     told["seconds"] = time.monotonic() - started

@@ -133,6 +133,12 @@ def test_weights_that_differ_between_processes_are_those_of_the_first(tmp_path):
     assert both[0]["sum"] == both[1]["sum"]
 
 
+def test_the_reference_policy_is_that_of_the_first(tmp_path):
+    both = run(tmp_path, "other_models")
+    assert both[0]["sum"] == both[1]["sum"] != both[0]["reference"]
+    assert both[0]["reference"] == both[1]["reference"]
+
+
 @pytest.mark.parametrize("part", ["frozen", "dead", "slow"])
 def test_a_process_that_does_not_come(tmp_path, part):
     first, _ = run(tmp_path, part)

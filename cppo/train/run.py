@@ -91,7 +91,8 @@ class Run:
         self.processes.must_agree({"checkpoint's checksum": seal, **self._shared()})
         self._folder, self.is_running, self._is_reported = claim.folder, True, False
         self.processes.of_first(lambda: self._begin(claim))
-        self.processes.same_weights(self.policy.model)
+        for model in filter(None, (self.policy.model, self.policy.reference)):
+            self.processes.same_weights(model)
         self.policy.version += 1  # an engine may have those of before
         self.journal = self._interrupted or Journal(self.step, self.questions.position)
         self._saved_at = time.monotonic()

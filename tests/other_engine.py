@@ -26,6 +26,7 @@ class OtherEngine:
 
     name = "vllm"
     version: str | None = None
+    dtype: str | None = None
 
     def __init__(self, model: nn.Module, faults: dict[str, list[Any]] | None = None) -> None:
         model = copy.deepcopy(model)

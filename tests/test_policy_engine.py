@@ -109,6 +109,25 @@ def test_prompts_that_vllm_has_no_room_for_are_bad_questions(
 # Faults
 
 
+@pytest.mark.parametrize("name", ["vllm", "vllm_server"])
+def test_the_tolerance_is_that_of_the_engine_s_own_dtype(
+    name: str, other: Any, tmp_path: Any
+) -> None:
+    """A server was started with its own, and `arguments` override that of VLLMConfig."""
+
+    def trainer(dtype: str | None) -> Any:
+        made = other(tmp_path / str(dtype), name=name, max_steps=1, rewards=noise)
+        engine = other.made[-1]
+        stock, engine.dtype = engine.sync, dtype
+        engine.sync = lambda weights: stock((n, (64 * w).round() / 64) for n, w in weights)
+        return made
+
+    trainer("bfloat16").train()
+    for dtype in (None, "float32"):
+        with pytest.raises(EngineError, match="allowed 0.001 on average"):
+            trainer(dtype).train()
+
+
 def test_an_engine_that_keeps_old_weights_ends_the_run_before_it_trains(
     other: Any, tmp_path: Any
 ) -> None:

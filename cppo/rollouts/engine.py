@@ -41,6 +41,10 @@ class Engine(Protocol):
     """Of the weights of the last sync, for an engine that several processes share: one of them
     calls `sync`, the others take this over. None: nothing to take over."""
 
+    @property
+    def dtype(self) -> str | None:
+        """Of its weights, such as "bfloat16"; None: what `VLLMConfig.dtype` says."""
+
     def rows_at_once(self, width: int) -> int | None:
         """Completions of `width` tokens, prompt included, that fit into its memory; None: any."""
 
@@ -67,6 +71,7 @@ class BuiltinEngine:
     model: nn.Module
     name: str = "builtin"
     version: str | None = None
+    dtype: str | None = None
 
     def rows_at_once(self, width: int) -> int | None:
         return rows_that_fit(self.model, width)

@@ -66,6 +66,7 @@ class VLLMEngine:
         self._folder = tempfile.TemporaryDirectory(prefix="cppo-vllm-")
         _save(model, processor, self._folder.name)
         arguments = self._arguments(base, options, dtype) | (options.arguments or {})
+        self.dtype: str | None = str(arguments["dtype"]).removeprefix("torch.")
         _set_environment(self._device)
         with _left_alone(), torch.autocast(self._device.type, enabled=False):
             try:

@@ -70,7 +70,7 @@ class ServerEngine:
     version: str | None = None
     """Of the weights that the server has; None: none that are known. Of several processes one
     calls `sync`, and the others take over its version."""
-    dtype: str
+    dtype: str | None
     """Of the server's weights, such as "bfloat16"."""
     max_model_len: int
     """Tokens of a prompt and its completion at most."""

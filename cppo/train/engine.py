@@ -138,6 +138,11 @@ class PolicyEngine:
         self._engine.version = version
 
     @property
+    def dtype(self) -> str:
+        """Of the engine's weights: a server was started with one of its own."""
+        return self._engine.dtype or engine_dtype(self._policy.config)
+
+    @property
     def holds_weights(self) -> bool:
         """Whether it has weights of its own."""
         return self.name != "builtin"
@@ -258,7 +263,7 @@ class PolicyEngine:
             policy.model.train(was_training)
         difference = (ours - rollouts.sampling_logps)[rollouts.completion_mask].abs()
         mean, largest = difference.mean().item(), difference.max().item()
-        is_fp32 = engine_dtype(config) == "float32" and config.precision == "fp32"
+        is_fp32 = self.dtype == "float32" and config.precision == "fp32"
         default = _TOLERANCE_FP32 if is_fp32 else _TOLERANCE
         limit = config.vllm.check_tolerance or default
         if not mean <= limit:

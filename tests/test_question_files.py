@@ -30,6 +30,23 @@ def test_load_rows_files_and_folders(suffix, tmp_path):
         load_rows(tmp_path)[4]
 
 
+def test_other_files_of_a_folder_do_not_hide_its_rows(tmp_path):
+    """As the hub has them: about.json beside the folder of the rows, a table beside a split."""
+    (tmp_path / "data").mkdir()
+    for split, rows in (("train", ROWS[:1]), ("test", ROWS[1:])):
+        write_parquet(rows, tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert len(load_rows(tmp_path)) == len(ROWS)
+    for name in ("annotations.json", "test_pictures.json", "data/dev.csv"):
+        (tmp_path / name).write_text("prompt\nHow many?\n")
+    sizes = {split: len(load_rows(tmp_path, split)) for split in ("train", "test", "dev")}
+    assert sizes == {"train": 1, "test": 3, "dev": 1}
+    with pytest.raises(
+        ValueError, match="no file of the split 'val', only annotations.json, .*dev"
+    ):
+        load_rows(tmp_path, "val")
+
+
 def test_load_rows_saved_datasets(tmp_path):
     datasets = pytest.importorskip("datasets", reason="needs the extra 'data'")
     rows = datasets.Dataset.from_list([{**row, "image": picture()} for row in ROWS])

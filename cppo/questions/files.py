@@ -25,6 +25,7 @@ from cppo.questions.rows import Rows
 from cppo.rewards.ground_truth import widened
 
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+_ABOUT = "dataset_infos.json"  # what the hub once wrote beside the rows
 
 
 def load_rows(
@@ -52,6 +53,7 @@ def load_rows(
             `cppo.rewards.ground_truth.widened` reads them.
         split: of a folder: take the files of that name ("test" is test.jsonl or
             test-00000-of-00002.parquet), else those whose name starts with it; or the saved split.
+            Other files in the folder do not matter.
         system_prompt: a system message put before each prompt, or in place of its own.
         prompt_key, answer_key, images_key: the columns that become `prompt`, `answer` and `images`,
             see `cppo.questions.rename_columns`.
@@ -187,7 +189,7 @@ def splits_of(folder: Path, words: Iterable[str]) -> dict[str, str]:
         starts = ((word, [n for n in names if n.startswith(word)]) for word in words)
         return {word: word if word in found else found[0] for word, found in starts if found}
     files = _files(folder, None)
-    return {word: word for word in words if _of_split(files, word)}
+    return {word: word for word in words if any(file.name.startswith(word) for file in files)}
 
 
 def _saved_splits(folder: Path) -> list[str]:
@@ -201,28 +203,29 @@ def _saved_splits(folder: Path) -> list[str]:
 
 
 def _files(folder: Path, split: str | None) -> list[Path]:
-    for place in (folder, folder / "data"):
-        for suffix in _SUFFIXES:
-            found = sorted(place.glob(f"*{suffix}"))
-            chosen = found if split is None else _of_split(found, split)
-            if found and not chosen:
-                names = ", ".join(file.name for file in found)
-                raise ValueError(
-                    f"cppo.load_rows: {folder} has no file of the split {split!r}, only {names}"
-                )
-            if chosen:
-                return chosen
+    """The files of the first suffix and place that has any; a folder may hold others as well."""
+    kinds = [
+        [file for file in sorted(place.glob(f"*{suffix}")) if file.name != _ABOUT]
+        for place in (folder, folder / "data")
+        for suffix in _SUFFIXES
+    ]
+    if split is not None:
+        named = [[file for file in files if _is_of(file, split)] for files in kinds]
+        begun = [[file for file in files if file.name.startswith(split)] for files in kinds]
+    for chosen in kinds if split is None else [*named, *begun]:
+        if chosen:
+            return chosen
+    if any(kinds):
+        names = ", ".join(file.name for files in kinds for file in files)
+        raise ValueError(
+            f"cppo.load_rows: {folder} has no file of the split {split!r}, only {names}"
+        )
     raise ValueError(f"cppo.load_rows: {folder} holds no {', '.join(_SUFFIXES)} file")
 
 
-def _of_split(files: Sequence[Path], split: str) -> list[Path]:
-    """test.jsonl and test-00000-of-00002.parquet of the split "test", not testmini.parquet.
-
-    Where there are none of these, all whose name starts with the split.
-    """
-    exact = re.compile(re.escape(split) + r"(-\d+(-of-\d+)?)?\.\w+")
-    chosen = [file for file in files if exact.fullmatch(file.name)]
-    return chosen or [file for file in files if file.name.startswith(split)]
+def _is_of(file: Path, split: str) -> bool:
+    """test.jsonl and test-00000-of-00002.parquet are of the split "test", not testmini.parquet."""
+    return re.fullmatch(re.escape(split) + r"(-\d+(-of-\d+)?)?\.\w+", file.name) is not None
 
 
 def _saved(folder: Path, split: str | None) -> Any:

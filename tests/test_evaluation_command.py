@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from cli_cases import DIGITS, TINY, cppo
 from trainer_cases import lines
 
@@ -111,6 +112,23 @@ def test_another_evaluation_does_not_take_over_what_was_begun(change, monkeypatc
         begun.write_bytes(begun.read_bytes() + b"[1]\n")
     status, out, _ = cppo(capsys, *EVAL, *more)
     assert status == 0 and "taken over" not in out and len(lines(FILE)) == 6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_completions_are_those_that_the_run_has_sampled(precision, monkeypatch, capsys):
+    stock, seen = evaluate_module.sample_completions, []
+
+    def watched(*arguments, **options):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return stock(*arguments, **options)
+
+    monkeypatch.setattr(evaluate_module, "sample_completions", watched)
+    given = [f"trainer.precision={precision}", "trainer.log_completions=2"]
+    assert cppo(capsys, "train", DIGITS, *TINY, *given)[0] == 0
+    assert cppo(capsys, "eval", "run", "--checkpoint", "last")[0] == 0
+    assert set(seen) == {precision == "bf16"}
+    rows = [row for row in lines(Path("run/held_out.jsonl")) if row["step"] == 2]
+    assert [row["completion"] for row in rows] == [row["completion"] for row in lines(FILE)]
 
 
 @pytest.mark.parametrize("changed", ["rewards", "data", "model"])

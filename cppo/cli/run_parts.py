@@ -240,6 +240,7 @@ def evaluate_policy(
         sampled from.
     """
     from cppo.model.load import special_token_ids_to_suppress
+    from cppo.model.precision import autocast
     from cppo.rollouts.engine import EngineError
     from cppo.train.evaluate import evaluate, state_of
     from cppo.train.scoring import RewardError
@@ -254,7 +255,8 @@ def evaluate_policy(
         model, processor = load_policy(config.model, checkpoint)
         model = model.to(device)
         special = special_token_ids_to_suppress(model, processor)
-        with _engine_of(model, processor, options) as engine:
+        arithmetic = autocast(options.precision, device)
+        with _engine_of(model, processor, options) as engine, arithmetic:
             return evaluate(
                 model,
                 processor,

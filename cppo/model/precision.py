@@ -12,7 +12,7 @@ import functools
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +25,12 @@ _FLOATS = (torch.float32, *_HALF)
 # Families that cast their images to `model.dtype`, which is that of the first layer.
 _CASTS_TO_FIRST = {"idefics2", "idefics3", "smolvlm"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def autocast(precision: str, device: torch.device | str) -> AbstractContextManager[Any]:
+    """The arithmetic of `CPPOConfig.precision`, in training, rollouts and evaluations."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
 
 
 def hold_weights(model: nn.Module, precision: str, *, may_round: bool) -> None:

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from cppo.extras import require_package, without_peft_warning
 from cppo.model import forward
 from cppo.model.check import check_training_mode
-from cppo.model.precision import hold_weights
+from cppo.model.precision import autocast, hold_weights
 from cppo.model.ways import choose_ways, shown_picture, ways_of
 from cppo.model.wrappers import (
     IN_TOWER,
@@ -79,8 +79,7 @@ class Policy:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of `config.precision`."""
-        is_bf16 = self.config.precision == "bf16"
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=is_bf16)
+        return autocast(self.config.precision, self._device)
 
     @contextmanager
     def as_reference(self) -> Iterator[nn.Module]:

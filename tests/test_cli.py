@@ -217,6 +217,13 @@ def test_a_signal_saves_and_says_where_to_go_on(name, monkeypatch, capsys):
     assert [row["step"] for row in read_metrics("run")] == [1, 2, 3]
 
 
+def test_a_refused_evaluation_leaves_no_files(capsys):
+    Path("run").mkdir()
+    given = ["eval", DIGITS, *TINY, "model.builder=null", "model.path=nowhere"]
+    assert cppo(capsys, *given)[0] == 2
+    assert not list(Path("run").iterdir())
+
+
 def test_a_refused_command_leaves_the_run_as_it_is(capsys):
     assert main([*TINY_RUN, "trainer.save_every=1"]) == 0
 

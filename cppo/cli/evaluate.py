@@ -237,8 +237,11 @@ def _check_csv(path: Path) -> None:
     """Raise ConfigError for a file that cannot be written, or whose columns are others."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
         with path.open("a"):
             pass
+        if is_new:
+            path.unlink()  # the evaluation may still be refused
     except OSError as error:
         raise ConfigError(f"--csv: {path} cannot be written ({error.strerror})") from None
     if path.is_file() and path.stat().st_size:

@@ -130,7 +130,7 @@ class CPPOConfig(CheckedFields):
     """Generation stops here."""
     generation_batch_size: int = 1024
     """At most this many completions are generated at once, in rollouts and evaluations; fewer where
-    memory is short."""
+    memory is short, but always all those of a question."""
     engine: str = "builtin"
     """What samples: "builtin", the loop of this package; "vllm", in this process; "vllm_server", a
     `vllm serve`, on other GPUs for example (docs/rollouts.md)."""
@@ -171,7 +171,8 @@ class CPPOConfig(CheckedFields):
     """Optimizer steps per pass. The kept completions are dealt to them evenly, so there cannot be
     more steps than completions."""
     max_tokens_per_microbatch: int = 16384
-    """Prompt and response tokens of one forward and backward pass; gradients accumulate."""
+    """Prompt and response tokens of one forward and backward pass; gradients accumulate. A longer
+    completion has a pass to itself."""
     positive_views: tuple[Any, ...] = ("color_jitter", "perspective", "rotation")
     """Information-preserving perturbations; one is drawn per image (names: `cppo.views`)."""
     negative_views: tuple[Any, ...] = ("noise_patches", "zoom_crop")

@@ -91,6 +91,18 @@ def test_what_a_reward_logs_of_a_part_is_not_to_blame(rollouts):
     assert f"completion: {rollouts.texts[2]!r}" in str(error.value)
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_a_reward_that_compares_the_completions_of_a_question_names_one(rollouts, length):
+    def compares(completions, group_size, **columns):
+        groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
+        assert all(len(group) == group_size for group in groups), "not whole groups"
+        return [1 / (len(text) - length) for text in completions]
+
+    with pytest.raises(RewardError, match="'compares' failed .ZeroDivisionError: ") as error:
+        scores_of(rollouts, compares)
+    assert f"completion: {rollouts.texts[length - 1]!r}" in str(error.value)
+
+
 def test_a_reward_that_raises_on_the_whole_batch_only_says_so(rollouts):
     def no_batches(completions, **columns):
         if len(completions) > 1:

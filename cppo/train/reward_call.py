@@ -130,6 +130,8 @@ class Call:
             ]
         logging = {name: own for name, own in log.functions.items() if name in self._extras}
         extras = {**self._extras, **logging}
+        if "group_size" in extras:  # of a part of a question, which the culprit is looked for in
+            extras["group_size"] = min(extras["group_size"], len(completions))
         if "trainer_state" in extras:
             extras["trainer_state"] = _own(extras["trainer_state"], pictures)
         return self.function(
@@ -175,7 +177,10 @@ class Call:
         """A completion on which the function raises by itself, if halving finds one in time."""
         begun, completions, is_found = time.monotonic(), list(self._everything), False
         while len(completions) > 1:
-            half = len(completions) // 2
+            # Whole questions while there are several: a function may compare their completions.
+            group = self._rollouts.group_size
+            unit = group if len(completions) > group else 1
+            half = len(completions) // unit // 2 * unit
             for part in (completions[:half], completions[half:]):
                 if time.monotonic() - begun > _SEARCH_SECONDS:
                     return None

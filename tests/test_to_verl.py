@@ -26,7 +26,7 @@ def test_gsm8k_as_verl_prepares_it(tmp_path, capsys):
         assert row["prompt"] == prepared["prompt"] and row["images"] == []
         assert row["data_source"] == "openai/gsm8k" and row["ability"] == "math"
         assert row["reward_model"] == dict(style="rule", ground_truth=prepared["answer"])
-        assert row["extra_info"] == dict(split="test", index=index)
+        assert row["extra_info"] == dict(split="test", index=index, columns="{}")
     assert [row["answer"] for row in load_gsm8k(file)[:9]] == [row["answer"] for row in source[:9]]
 
     status, out, err = cppo(capsys, *command)
@@ -89,6 +89,21 @@ def test_rows_that_verl_would_misread_are_refused(tmp_path):
     row = verl_row(question, "d", "math", "train")
     assert row["prompt"] == [dict(role="user", content="a <video> of")]
     assert row["reward_model"]["ground_truth"] == "1.5" and row["extra_info"]["index"] == 3
+
+
+def test_rewards_have_the_columns_that_they_have_in_the_trainer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "def seen(completions, unit, **columns): return [float(unit == ['cm'])]\n"
+    (tmp_path / "mine.py").write_text(text)
+    rewards = ["mathvista", "mine.py:seen"]
+    question = as_question(dict(prompt="?", answer="1.2", precision=1.0, unit="cm", tags=[1]), 0)
+    written = verl_row(question, "d", "math", "test")["extra_info"]
+    for extra in (written, dict(precision=1, unit="cm", columns="no JSON", answer="9")):
+        found = compute_score("d", "\\boxed{1.23}", "1.2", extra, rewards=rewards)
+        assert found["mathvista"] == found["seen"] == 1.0
+    assert compute_score("d", "\\boxed{1.23}", "1.2", {}, rewards=rewards[:1])["score"] == 0.0
+    own = dict(completions="9", columns=dict(precision=1))
+    assert compute_score("d", "\\boxed{1.23}", "1.2", own, rewards=["mathvista"])["score"] == 1.0
 
 
 def test_our_rewards_as_verl_calls_them():

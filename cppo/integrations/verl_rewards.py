@@ -29,21 +29,38 @@ def compute_score(
 
     Args:
         data_source, solution_str, ground_truth, extra_info: as verl calls it, for one completion.
+            Rewards get the entries of `extra_info` as columns, and those of its JSON `columns`,
+            which `cppo data to-verl` writes.
         rewards: what `cppo.rewards.from_names` reads: names, with parameters and weights.
     Returns: `score`, the reward; `acc`, the first of `rewards`, which verl's validation reports;
         and every reward by its name, unweighted. What does not apply (None) counts 0.
     Raises: as `cppo.rewards.from_names`; ValueError for a ground truth that cannot be read.
     """
-    columns = dict(answer=[ground_truth], data_source=[data_source], extra_info=[extra_info])
+    known = dict(answer=ground_truth, data_source=data_source, extra_info=extra_info, prompts="")
+    columns = {name: [value] for name, value in {**_columns(extra_info), **known}.items()}
     found: dict[str, float] = {}
     score = 0.0
     for function, weight in zip(*_functions(json.dumps(_plain(rewards))), strict=True):
-        (value,) = function([solution_str], prompts=[""], **columns)
+        (value,) = function(completions=[solution_str], **columns)
         name = metric_name(function)
         name = f"{name}_reward" if name in ("score", "acc") else name
         found[name] = float(value or 0.0)
         score += weight * found[name]
     return dict(score=score, acc=next(iter(found.values())), **found)
+
+
+def _columns(extra_info: Any) -> dict[str, Any]:
+    """The columns of a row that verl carries along."""
+    if not isinstance(extra_info, Mapping):
+        return {}
+    found = {name: value for name, value in extra_info.items() if name != "columns"}
+    text = extra_info.get("columns")
+    try:
+        more = json.loads(text) if isinstance(text, str) else text
+    except ValueError:  # a column of that name which is none of ours
+        more = None
+    found.update(more if isinstance(more, Mapping) else {})
+    return {name: value for name, value in found.items() if name != "completions"}
 
 
 @functools.lru_cache(maxsize=16)

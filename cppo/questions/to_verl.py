@@ -4,7 +4,7 @@ prompt        [{role, content}], with `<image>` where an image stands
 data_source   which data set, by which verl picks a reward and groups its validation metrics
 ability       a word, which verl carries along
 reward_model  {style: "rule", ground_truth: a text}
-extra_info    {split, index}
+extra_info    {split, index, columns: the question's other columns as JSON, for rewards}
 images        [{bytes: a PNG}], empty for a text
 """
 
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cppo.questions.question import Question
 from cppo.questions.rows import Dataset, question_at
 
 _MARKERS = (IMAGE_MARKER, "<video>", "<audio>")  # verl cuts prompts with images at each of them
+_PLACED = {"answer", "data_source", "ability"}  # columns that verl's rows have
 _ROWS_AT_ONCE = 256
 
 
@@ -44,7 +46,7 @@ def verl_row(question: Question, data_source: str, ability: str, split: str) -> 
         data_source=data_source,
         ability=ability,
         reward_model=dict(style="rule", ground_truth=str(answer)),
-        extra_info=dict(split=split, index=question.row),
+        extra_info=dict(split=split, index=question.row, columns=_as_text(question.columns)),
         images=[dict(bytes=_png(image)) for image in question.images],
     )
 
@@ -72,7 +74,7 @@ def write_verl(
             data_source=text,
             ability=text,
             reward_model=pyarrow.struct(dict(style=text, ground_truth=text)),
-            extra_info=pyarrow.struct(dict(split=text, index=pyarrow.int64())),
+            extra_info=pyarrow.struct(dict(split=text, index=pyarrow.int64(), columns=text)),
             images=pyarrow.list_(pyarrow.struct(dict(bytes=pyarrow.binary()))),
         )
     )
@@ -89,6 +91,13 @@ def write_verl(
     finally:
         partial.unlink(missing_ok=True)
     return len(rows)
+
+
+def _as_text(columns: Mapping[str, Any]) -> str:
+    """Texts and numbers of a row that have no other place: one type for rows of any kind."""
+    plain = {n: v for n, v in columns.items() if isinstance(v, (str, int, float, type(None)))}
+    own = {name: value for name, value in plain.items() if name not in _PLACED}
+    return json.dumps(own, ensure_ascii=False)
 
 
 def _message(message: dict[str, Any], has_images: bool, where: str) -> dict[str, str]:

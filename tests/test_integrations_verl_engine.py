@@ -22,12 +22,14 @@ from verl_cases import (  # noqa: E402
 )
 
 import cppo  # noqa: E402
+from cppo.integrations.verl_loss import contrasts  # noqa: E402
 from cppo.seeds import seed_from  # noqa: E402
 from cppo.views import perturb_pixel_values, views_from_names  # noqa: E402
 
 example = load_example()
 
 from tensordict import TensorDict  # noqa: E402
+from verl.trainer.distillation import distillation_ppo_loss  # noqa: E402
 from verl.utils import tensordict_utils as tu  # noqa: E402
 from verl.workers.engine.base import BaseEngine  # noqa: E402
 
@@ -193,6 +195,21 @@ def test_a_mean_over_tokens_weighs_micro_batches_by_their_completions(engine, ba
     assert worst(parts[0], mean) > 1e-2
 
 
+def test_a_mean_over_tokens_does_not_weigh_by_empty_rows(engine, batch):
+    """A pruned mini-batch that does not divide is filled up with them."""
+    actor = example.actor_config(**LOSS, cpl_reduction="token")
+    kept = tu.index_select_tensor_dict(batch, list(range(12)))
+    filled = batch.copy()
+    for name in ("response_mask", "loss_mask"):
+        rows = [row * (number < 12) for number, row in enumerate(batch[name].unbind())]
+        filled[name] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    found = []
+    for part in (kept, filled):
+        tu.assign_non_tensor(part, micro_batch_size_per_gpu=len(part), global_batch_size=12)
+        found.append(gradients(engine, part, actor))
+    assert worst(*found) < 2e-4
+
+
 def test_the_views_run_only_where_they_count(engine, batch, monkeypatch):
     forwards, forward = [], engine.module.forward
     monkeypatch.setattr(
@@ -267,6 +284,14 @@ def test_an_engine_without_the_views_refuses_them_in_words(policy_loss, sees_ima
     )
     with pytest.raises(expected[0], match=expected[1]):
         MegatronEngine().train_batch(TensorDict({}, batch_size=0), loss)
+
+
+def test_distillation_does_not_drop_the_views_in_silence(engine, batch):
+    keywords = dict(config=example.actor_config(**LOSS), distillation_config=None)
+    with pytest.raises(ValueError, match="verl's ppo_loss only, got distillation_ppo_loss; turn"):
+        engine.train_batch(batch.copy(), partial(distillation_ppo_loss, **keywords))
+    plain = example.actor_config(**LOSS | dict(cpl_coef=0))
+    assert not contrasts(engine, partial(distillation_ppo_loss, **keywords | {"config": plain}))
 
 
 def test_entropy_reaches_the_loss_only_if_asked_for(engine, batch):

@@ -254,6 +254,48 @@ def test_mini_batches_of_what_is_kept(queue, overrides, ranks, rows, mini_batch,
     assert not queue.kv_list("train").get("train")
 
 
+@pytest.mark.parametrize(
+    ("prune_rate", "micro", "of_update", "of_log_probs"),
+    # Two mini-batches on two ranks. 6 rows are cut into 3 and 3, 5 filled up to 6, 1 is one.
+    [(0.25, 4, 3, 6), (0.25, 8, 6, 6), (0.4, 4, 3, 6), (0.9, 4, 1, 2)],
+)
+def test_micro_batches_of_what_is_kept_are_equal(queue, prune_rate, micro, of_update, of_log_probs):
+    """verl stops where a rank's rows are no multiple of its micro-batches."""
+    actor, rollout, ref = (f"actor_rollout_ref.{name}" for name in ("actor", "rollout", "ref"))
+    _, workers, _, _, result = step(
+        queue,
+        "cppo",
+        f"{actor}.ppo_mini_batch_size=2",
+        "data.train_batch_size=4",
+        f"+trainer.v1.cppo.prune_rate={prune_rate}",
+        f"{actor}.ppo_micro_batch_size_per_gpu={micro}",
+        f"{rollout}.log_prob_micro_batch_size_per_gpu=8",
+        f"{ref}.log_prob_micro_batch_size_per_gpu=8",
+        rewards=PLAIN,
+    )
+    names = ("old_log_prob", "ref_log_prob", "update_actor")
+    for name, (called, keys, info, _) in zip(names, workers.calls, strict=True):
+        size = info["micro_batch_size_per_gpu"]
+        rows = info["mini_batch_size"] if name == "update_actor" else len(keys)
+        assert called == name and rows // 2 % size == 0 and len(keys) % rows == 0
+        assert size == (of_update if name == "update_actor" else of_log_probs)
+    queue.kv_clear(result.keys, "train")
+
+
+def test_an_estimator_that_takes_no_group_of_one_prunes_to_one(queue):
+    passk = "algorithm.adv_estimator=grpo_passk"
+    prune = "+trainer.v1.cppo.prune_rate=0.875"
+    _, workers, _, _, result = step(queue, "cppo", prune, passk, rewards=PLAIN)
+    kept, data = trained(workers)[0], workers.calls[-1][3]
+    assert sorted(key.split("_")[0] for key in kept) == ["a", "b", "c", "d"]
+    best = dict(zip(workers.calls[-1][1], data["advantages"].unbind(), strict=True))
+    # Of the largest reward, 7, and the next one, 6, over the std of all eight.
+    expected = 1 / torch.arange(8.0).std()
+    for key in kept:
+        torch.testing.assert_close(best[key], expected.expand(len(best[key])))
+    queue.kv_clear(result.keys, "train")
+
+
 SEPARATE = """
 trainer.v1.separate_async.parameter_sync_step=1 data.train_batch_size=4
 actor_rollout_ref.rollout.nnodes=1 actor_rollout_ref.rollout.n_gpus_per_node=1

@@ -140,6 +140,8 @@ def _trainer_hook(mode: str) -> Hook:
         "_step_once": "self metrics timing_raw sample_batch_size",
         "_balance_batch": "self batch metrics",
         "_get_required_batch_multiple": "self dp_size",
+        "_compute_old_log_prob": "self batch metrics",
+        "_compute_ref_log_prob": "self batch metrics",
         "_compute_advantage": "self batch metrics",
         "_update_actor": "self batch metrics",
     }

@@ -104,13 +104,24 @@ def group_advantages(
 
 
 def contrasts(engine: Any, loss_function: Any) -> bool:
-    """Whether this is an update with the policy loss "cppo" of a model that sees images."""
-    is_ppo = getattr(getattr(loss_function, "func", None), "__name__", "") == "ppo_loss"
-    if not is_ppo or not hasattr(engine.model_config.hf_config, "vision_config"):
+    """Whether this is an update with the policy loss "cppo" of a model that sees images.
+
+    Raises: ValueError if it is one with another loss than verl's PPO loss around it.
+    """
+    actor = getattr(loss_function, "keywords", {}).get("config")
+    of_policy = getattr(actor, "policy_loss", None)
+    if of_policy is None or not hasattr(engine.model_config.hf_config, "vision_config"):
         return False
-    actor = loss_function.keywords["config"]
-    is_ours = actor.policy_loss.get("loss_mode") == "cppo"
-    return is_ours and bool(loss_config(actor).perturbed_views)
+    if of_policy.get("loss_mode") != "cppo" or not loss_config(actor).perturbed_views:
+        return False
+    name = getattr(loss_function.func, "__name__", "")
+    if name != "ppo_loss":
+        raise ValueError(
+            f"cppo.integrations.verl: policy_loss.cpl_coef > 0: the perturbed views are added to "
+            f"verl's ppo_loss only, got {name}; turn distillation off, or set cpl_coef=0 of "
+            "cppo.integrations.verl.PolicyLossConfig (papo_coef=0 with PAPO)"
+        )
+    return True
 
 
 def loss_with_contrast(
@@ -164,7 +175,9 @@ def loss_with_contrast(
             completions,
             config,
         )
-        share = 1.0 if config.cpl_reduction == "sequence" else len(data) / completions
+        # Not by the empty rows that fill up a mini-batch.
+        count = int(mask.any(1).sum())
+        share = 1.0 if config.cpl_reduction == "sequence" else count / completions
         cpl, num_selected = contrast.loss * share, contrast.selected.sum()
     for name, value in (
         ("cpl_loss", cpl),

@@ -71,8 +71,32 @@ class CompletionPruning(AnyTrainer):
         if not self.pruning.prune_rate:
             return super()._get_required_batch_multiple(dp_size)
         # What every rank gets the same number of. verl fills the last mini-batch with empty rows.
-        self._mini_batch_rows = dp_size * math.ceil(self._kept_rows / self._mini_batches / dp_size)
+        actor, self._ranks = self.config.actor_rollout_ref.actor, dp_size
+        rows = math.ceil(self._kept_rows / self._mini_batches / dp_size)
+        # verl wants micro-batches of equal size, unless it cuts them by tokens.
+        most = None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu
+        parts = math.ceil(rows / (most or rows))
+        self._micro_batch_rows = math.ceil(rows / parts)
+        self._mini_batch_rows = dp_size * parts * self._micro_batch_rows
         return self._mini_batch_rows
+
+    def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
+        self._cut(batch, self.config.actor_rollout_ref.rollout)
+        return super()._compute_old_log_prob(batch, metrics)
+
+    def _compute_ref_log_prob(self, batch: Any, metrics: dict) -> Any:
+        role = self.config.actor_rollout_ref
+        self._cut(batch, role.rollout if self.ref_in_actor else role.ref)
+        return super()._compute_ref_log_prob(batch, metrics)
+
+    def _cut(self, batch: Any, role: Any) -> None:
+        """Have the log-probabilities of a pruned batch computed in micro-batches of equal size."""
+        most = role.log_prob_micro_batch_size_per_gpu
+        if self.pruning.prune_rate and most:
+            rows = len(batch) // self._ranks
+            sizes = range(min(most, rows), 0, -1)
+            size = next(size for size in sizes if rows % size == 0)
+            batch.extra_info["micro_batch_size_per_gpu"] = size
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
         if not self.pruning.prune_rate:
@@ -85,7 +109,9 @@ class CompletionPruning(AnyTrainer):
         whole = tq.kv_batch_get(**where, select_fields=["advantages", "returns"])
         # verl's own call does the rollout correction and handles the rows that balancing added. It
         # also computes advantages of the pruned groups; those of the whole groups replace them.
-        batch = super()._compute_advantage(batch, metrics)
+        # Not every estimator takes a group of one; "grpo" does.
+        with _with(self.config.algorithm, adv_estimator="grpo"):
+            batch = super()._compute_advantage(batch, metrics)
         tq.kv_batch_put(**where, fields=whole)
         return batch
 
@@ -98,6 +124,7 @@ class CompletionPruning(AnyTrainer):
         def update_actor(batch: Any) -> Any:
             # A mean over completions is over those kept, without the empty rows.
             batch.extra_info["global_batch_size"] = self._kept_rows * rows / len(batch)
+            batch.extra_info["micro_batch_size_per_gpu"] = self._micro_batch_rows
             return update(batch)
 
         workers.update_actor = update_actor

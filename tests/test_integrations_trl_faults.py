@@ -27,6 +27,7 @@ from trl_cases import (
 
 from cppo.integrations.trl import CPPOMixin
 from cppo.integrations.trl_postponed import Postponed
+from cppo.options.trainer import LossConfig
 
 # Old and reference log-probabilities that somebody reads
 
@@ -146,6 +147,44 @@ class Blanks(Fixed):
 
 class CPPOBlanks(CPPOMixin, Blanks):
     pass
+
+
+def test_an_adapter_of_virtual_tokens_is_pruned_early_and_keeps_its_padding():
+    """They stand before the padding: with less of it the prompt would be nearer to them."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    runs = []
+    for options in (HALF, late(HALF)):
+        with pytest.warns(UserWarning, match="micro-batches are not trimmed"):
+            runs.append(trained(cppo=options, more={"peft_config": adapter}))
+    assert same(*(weights_of(run.model) for run in runs))
+    assert not runs[0].cppo.trim and len(logged(runs[0], "kl")) == 2
+    with pytest.raises(ValueError, match="max_refills (joins draws|needs trl 1.15)"):
+        refilled = dataclasses.replace(HALF, drop_zero_variance=True)
+        trainer_of(cppo=refilled, more={"peft_config": adapter})
+
+
+def test_a_loss_of_completions_is_one_whatever_its_loss_type():
+    """GMPO's loss is a mean over rows; "dapo" of GRPOConfig says that it is one over tokens."""
+    gmpo = pytest.importorskip("trl.experimental.gmpo")
+
+    class FixedGMPO(gmpo.GMPOTrainer):
+        _generate_single_turn = Fixed._generate_single_turn
+
+    class Pruned(CPPOMixin, FixedGMPO):
+        pass
+
+    run = dict(base=Pruned, config=gmpo.GMPOConfig, loss_type="dapo", max_steps=1)
+    quarter = dataclasses.replace(HALF, prune_rate=0.75)
+    whole = trained(cppo=quarter, **run)
+    # Two rows stay, for four micro-batches of one.
+    filled = trained(
+        cppo=quarter, per_device_train_batch_size=2, gradient_accumulation_steps=4, **run
+    )
+    assert logged(filled, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-4)
+    weights = LossConfig(perception="vppo")
+    with pytest.raises(ValueError, match="'vppo' needs a loss of tokens; that of Pruned is of"):
+        trainer_of("qwen2_5_vl", dataclasses.replace(HALF, loss=weights), **run)
 
 
 def test_contrast_starts_from_the_micro_batch_not_from_another_forward_in_the_loss():

@@ -147,6 +147,9 @@ def test_a_model_whose_positions_count_the_padding_is_not_trimmed(tmp_path, monk
     assert not trainer.cppo.trim
     trainer.train()
     assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="max_refills (joins draws|needs trl 1.15)"):
+        trainer_of(cppo=CPPO(drop_zero_variance=True))
+    trainer_of(cppo=CPPO(drop_zero_variance=True, max_refills=0))
 
 
 # The kernel

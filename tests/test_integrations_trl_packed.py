@@ -157,6 +157,13 @@ def test_evaluation_is_packed_too():
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_a_stream_of_questions_is_packed():
+    """Nobody knows its first prompt before training."""
+    stream = rows_of("text").to_iterable_dataset()
+    trainer, _ = watched_run(cppo=packed(HALF, "pack"), rows=stream, max_steps=1, num_iterations=1)
+    assert logged(trainer, "cppo/kept_share") == [0.5]
+
+
 def test_completions_of_a_question_meet_in_a_micro_batch():
     run = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4, num_iterations=1)
     apart, before = watched_run(cppo=packed(OFF, "pack"), max_steps=2, **run)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from trl_cases import HALF, LOOK, late, logged, noise, rows_of, trainer_of, watc
 from cppo.integrations import trl_options
 from cppo.integrations.trl import check
 from cppo.integrations.trl_options import check_run
+from cppo.integrations.trl_refill import sample
 from cppo.integrations.trl_rows import EQUAL, ROUNDED, settled
 
 pytestmark = pytest.mark.skipif(not check()[-1].fits, reason="trl before 1.15")
@@ -118,6 +120,22 @@ def test_images_of_drawn_questions_come_along():
     assert max(logged(trainer, "cppo/cpl_loss")) > 0
 
 
+def test_the_share_of_equal_questions_is_over_those_that_lie_on_several_processes():
+    """Two processes have two rows each: one question of four, and its advantages are not 0."""
+    here, there = torch.tensor([0.0, 0.0]), torch.tensor([-1.0, 1.0])
+    log = defaultdict(list)
+    trainer = SimpleNamespace(
+        cppo=DROP,
+        num_generations=4,
+        accelerator=SimpleNamespace(gather=lambda values: torch.cat([values, there])),
+        _metrics={"train": log},
+        _tokenizer=SimpleNamespace(pad_token_id=0),
+    )
+    sampled = sample(trainer, [{}, {}], (0,), lambda questions, draw: {"advantages": here})
+    assert torch.equal(sampled.advantages(), here)
+    assert log == {"cppo/refills": [0.0], "cppo/equal_share": [0.0]}
+
+
 def test_draws_are_bounded_and_nothing_left_moves_nothing():
     trainer, seen = run(dataclasses.replace(FILL, max_refills=2), rewards=never, beta=0.0)
     assert logged(trainer, "cppo/refills") == [2.0] * 3
@@ -132,6 +150,8 @@ def test_where_further_questions_cannot_be_drawn(monkeypatch):
         changed.setattr(trainer, "train_dataset", iter(()))
         with pytest.raises(ValueError, match="draws from a dataset with rows, not from a stream"):
             check_run(trainer)
+    with pytest.raises(ValueError, match="draws from a dataset with rows, not from a stream"):
+        trainer_of(cppo=FILL, rows=rows_of("text").to_iterable_dataset())
     with monkeypatch.context() as changed:
         changed.setattr(trainer, "num_generations", 16)
         with pytest.raises(ValueError, match="max_refills replaces whole questions"):

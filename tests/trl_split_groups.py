@@ -27,6 +27,15 @@ PRUNED = CPPO(prune_rate=0.75, loss=LossConfig(cpl_coef=0))
 LOOKING = dataclasses.replace(
     PRUNED, prune_rate=0.5, loss=LossConfig(cpl_coef=1.0, cpl_reduction="sequence")
 )
+
+
+def uneven(completions: list[Any], prompts: list[Any], **columns: Any) -> list[float]:
+    """Equal rewards for half of the questions."""
+    draws = [random.Random(prompt[-1]["content"]).random() for prompt in prompts]
+    values = zip(noise(completions), draws, strict=True)
+    return [value if draw < 0.5 else 0.1 for value, draw in values]
+
+
 # Eight completions of two questions: four processes have two rows each, two micro-batches of one.
 # Plain steps of one micro-batch on one process.
 CASES: dict[str, dict[str, Any]] = {
@@ -36,10 +45,13 @@ CASES: dict[str, dict[str, Any]] = {
     # Before 1.15, TRL's mean of the distance to the reference is over padding, too.
     "luspo": dict(loss_type="luspo", importance_sampling_level="sequence", beta=0.0),
     "random": dict(cppo=dataclasses.replace(PRUNED, prune="random")),
+    "drop": dict(
+        cppo=dataclasses.replace(PRUNED, drop_zero_variance=True, max_refills=0), rewards=uneven
+    ),
     "vision": dict(family="qwen2_5_vl", cppo=LOOKING),
     "shared": dict(family="qwen2_5_vl", cppo=dataclasses.replace(LOOKING, share_prompts=True)),
 }
-METRICS = ("cppo/kept_share", "reward")
+METRICS = ("cppo/kept_share", "cppo/equal_share", "reward")
 
 
 def run(name: str, processes: int) -> Any:
@@ -71,13 +83,6 @@ def one_sided() -> Any:
         num_iterations=1,
     )
     return trainer
-
-
-def uneven(completions: list[Any], prompts: list[Any], **columns: Any) -> list[float]:
-    """Equal rewards for half of the questions."""
-    draws = [random.Random(prompt[-1]["content"]).random() for prompt in prompts]
-    values = zip(noise(completions), draws, strict=True)
-    return [value if draw < 0.5 else 0.1 for value, draw in values]
 
 
 def refilled() -> Any:

@@ -43,6 +43,7 @@ from cppo.integrations.trl_options import (
     CPPO,
     averages_rows,
     check_run,
+    counts_padding,
     exchanged,
     per_device_train_batch_size,
 )
@@ -61,7 +62,6 @@ from cppo.integrations.trl_rows import (
     trimmed,
 )
 from cppo.integrations.trl_views import Forwards, contrast, view_seeds
-from cppo.model.check import counts_padding
 
 __all__ = [
     "CPPO",
@@ -111,7 +111,7 @@ class CPPOMixin(AnyTrainer):
         self._draw = (-1, 0)  # the last rollout's global step, and its number within that step
         super().__init__(*args, **kwargs)
         check_run(self)
-        if cppo.trim and not cppo.packs and counts_padding(self.model):
+        if cppo.trim and not cppo.packs and counts_padding(self):
             self.cppo = dataclasses.replace(cppo, trim=False)
             warnings.warn(
                 "cppo.integrations.trl: micro-batches are not trimmed (CPPO.trim): positions of "
@@ -268,7 +268,12 @@ class CPPOMixin(AnyTrainer):
             return nullcontext()
         from trl.trainer.utils import use_adapter
 
-        enabled = model.get_model_status().enabled
+        config = model.active_peft_config
+        # These have no layers whose status could be asked for.
+        is_outside = config.is_prompt_learning or config.is_adaption_prompt
+        enabled = (
+            model.has_active_enabled_adapter if is_outside else model.get_model_status().enabled
+        )
         return use_adapter(model, model.active_adapter if enabled else None)
 
     # A micro-batch
@@ -299,7 +304,7 @@ class CPPOMixin(AnyTrainer):
             loss = super()._compute_loss(model, inputs)
         finally:
             forwards, self._forwards = self._forwards, None
-        if "cppo_weight" in inputs and averages_rows(self.args):
+        if "cppo_weight" in inputs and averages_rows(self):
             loss = loss * inputs["cppo_weight"].max()
         if forwards is None:
             return loss

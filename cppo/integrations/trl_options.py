@@ -10,6 +10,7 @@ from typing import Any
 from cppo import reference
 from cppo.integrations import contrast
 from cppo.integrations.fit import installed
+from cppo.model.check import counts_padding as model_counts_padding
 from cppo.ops.checks import check_choice, check_config, check_integer, check_interval
 from cppo.options.idle import without_effect
 from cppo.options.trainer import PLAIN_LOSS, PRUNES, SCOPES, CPPOConfig, LossConfig
@@ -44,8 +45,8 @@ class CPPO:
     parameters for less work."""
     trim: bool = True
     """Cut each micro-batch to its own longest prompt and completion. Rotary positions see the same
-    distances; a model whose positions count the padding (GPT-2) is not trimmed, and a warning says
-    so."""
+    distances; a model whose positions count the padding (GPT-2), or that has virtual tokens before
+    it (prompt tuning), is not trimmed, and a warning says so."""
     pack: bool = False
     """Run every forward on one stream without padding, and without a kernel of flash-attn."""
     share_prompts: bool = False
@@ -157,7 +158,7 @@ def check_run(trainer: Any) -> None:
         return
     if options.drop_zero_variance and options.max_refills:
         _check_refills(trainer, rows % group_size == 0, refuse)
-    if options.prune == "unbiased" and getattr(args, "loss_type", "") == "bnpo":
+    if options.prune == "unbiased" and loss_type(trainer) == "bnpo":
         refuse(
             "prune='unbiased' would be biased with loss_type='bnpo', which divides a micro-batch "
             "by the tokens that are left in it; take 'dapo'"
@@ -168,11 +169,11 @@ def check_run(trainer: Any) -> None:
             "long a completion is that was cut"
         )
     extra = getattr(trainer, "_entropy_bonus_enabled", False) or trainer.aux_loss_enabled
-    if extra and averages_rows(args) and _fills(options, rows, group_size, steps):
+    if extra and averages_rows(trainer) and _fills(options, rows, group_size, steps):
         refuse(
             f"what prune_rate = {options.prune_rate} leaves of {rows} completions per process is "
             f"filled up to steps_per_generation = {steps} equal micro-batches; with loss_type = "
-            f"{args.loss_type!r} that would also scale the entropy bonus or the router's loss. "
+            f"{loss_type(trainer)!r} that would also scale the entropy bonus or the router's loss. "
             "Choose numbers that divide, or loss_type='dapo'"
         )
 
@@ -180,7 +181,7 @@ def check_run(trainer: Any) -> None:
 def _check_perception(trainer: Any, refuse: Callable[[str], None]) -> None:
     """Refuse a loss that the chosen `perception` cannot act on."""
     perception, args = trainer.cppo.loss.perception, trainer.args
-    if perception in ("vppo", "papo") and not hasattr(args, "loss_type"):
+    if perception in ("vppo", "papo") and is_of_completions(trainer):
         refuse(
             f"perception = {perception!r} needs a loss of tokens; that of "
             f"{type(trainer).__name__} is of completions: take GRPOTrainer"
@@ -189,7 +190,7 @@ def _check_perception(trainer: Any, refuse: Callable[[str], None]) -> None:
         refuse("perception = 'papo' needs trl 1.15: before, entropies had no gradient")
     of_all = getattr(args, "importance_sampling_level", "token") == "sequence"
     # The gradient of these is through the log-probability of the token, not through the ratio.
-    if perception == "vppo" and of_all and args.loss_type not in ("cispo", "vespo"):
+    if perception == "vppo" and of_all and loss_type(trainer) not in ("cispo", "vespo"):
         refuse(
             "perception = 'vppo' chooses tokens, and the gradient of a ratio per completion "
             "reaches all of them: take importance_sampling_level='token'"
@@ -214,9 +215,30 @@ def _check_packing(trainer: Any, refuse: Callable[[str], None]) -> None:
         refuse("share_prompts deals the rows of TRL's buffer, which this trainer does not have")
 
 
-def averages_rows(args: Any) -> bool:
-    """Whether TRL divides a micro-batch's loss by its rows, not by tokens; RLOO always does."""
-    return getattr(args, "loss_type", "grpo") in ("grpo", "dr_grpo", "luspo", "sapo")
+def loss_type(trainer: Any) -> str:
+    """How the trainer's loss is reduced, as a `loss_type`; RLOO has none, and GMPO reads none."""
+    if is_of_completions(trainer):
+        return "grpo"
+    kind: str = trainer.args.loss_type
+    return kind
+
+
+def is_of_completions(trainer: Any) -> bool:
+    """Whether the loss has a ratio and an advantage per completion, whatever its options say."""
+    names = {base.__name__ for base in type(trainer).__mro__}
+    return "GMPOTrainer" in names or not hasattr(trainer.args, "loss_type")
+
+
+def averages_rows(trainer: Any) -> bool:
+    """Whether TRL divides a micro-batch's loss by its rows, not by tokens."""
+    return loss_type(trainer) in ("grpo", "dr_grpo", "luspo", "sapo")
+
+
+def counts_padding(trainer: Any) -> bool:
+    """Whether the log-probabilities of a row depend on how far its batch is padded."""
+    adapter = getattr(trainer.accelerator.unwrap_model(trainer.model), "active_peft_config", None)
+    # Virtual tokens stand before the padding, and the prompt behind it.
+    return getattr(adapter, "is_prompt_learning", False) or model_counts_padding(trainer.model)
 
 
 def exchanged(trainer: Any) -> int:
@@ -226,7 +248,7 @@ def exchanged(trainer: Any) -> int:
     a micro-batch has a mean, a threshold or an entropy of its own.
     """
     args, loss = trainer.args, trainer.cppo.loss
-    sums = averages_rows(args) or args.loss_type in ("dapo", "cispo", "vespo")
+    sums = averages_rows(trainer) or loss_type(trainer) in ("dapo", "cispo", "vespo")
     alone = getattr(trainer, "_entropy_bonus_enabled", False) or not sums
     # The contrastive loss, divided by the perception tokens of a micro-batch.
     alone |= loss.contrasts and loss.cpl_reduction == "token"
@@ -255,5 +277,12 @@ def _check_refills(trainer: Any, has_whole_groups: bool, refuse: Callable[[str],
             "max_refills replaces whole questions: per_device_train_batch_size x "
             "steps_per_generation must be a multiple of num_generations. Or set max_refills=0"
         )
-    if not hasattr(trainer.train_dataset, "__getitem__"):
+    # A stream of datasets inherits torch's __getitem__, which raises.
+    if not hasattr(trainer.train_dataset, "__len__"):
         refuse("max_refills draws from a dataset with rows, not from a stream; set max_refills=0")
+    if counts_padding(trainer):
+        refuse(
+            "max_refills joins draws of different widths, and positions of this model count the "
+            "padding, so that its old and reference log-probabilities would be those of other "
+            "positions; set max_refills=0"
+        )

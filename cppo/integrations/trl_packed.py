@@ -78,7 +78,7 @@ def _has_images(trainer: Any) -> bool:
     """Whether the dataset's columns or its first prompt have images; True if that is not known."""
     dataset = trainer.train_dataset
     columns = getattr(dataset, "column_names", None) or ()
-    if not columns or {"image", "images"} & {*columns} or not hasattr(dataset, "__getitem__"):
+    if not columns or {"image", "images"} & {*columns} or not hasattr(dataset, "__len__"):
         return True
     prompt = dataset[0].get("prompt")
     contents = [own.get("content") for own in prompt if isinstance(own, dict)]

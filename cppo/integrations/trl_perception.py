@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cppo
 from cppo import reference
-from cppo.integrations.trl_options import averages_rows
+from cppo.integrations.trl_options import averages_rows, loss_type
 from cppo.integrations.trl_rows import Batch, loss_mask, per_completion, take_rows
 from cppo.integrations.trl_views import Forwards, anchor_of, removing_view
 
@@ -93,12 +93,12 @@ def papo(trainer: Any, inputs: Batch, forwards: Forwards) -> Tensor | float:
         log["cppo/papo_entropy"].append(of_entropies / max(tokens, 1))
     term = _reduced(trainer, loss, mask, inputs)
     # Rows that only fill up are among those that a mean over rows divides by.
-    return term * weight.max() if averages_rows(trainer.args) else term
+    return term * weight.max() if averages_rows(trainer) else term
 
 
 def _reduced(trainer: Any, per_token: Tensor, mask: Tensor, inputs: Batch) -> Tensor:
     """A sum over tokens, zero where masked, divided as TRL divides its KL term."""
-    kind, rows = trainer.loss_type, len(mask)
+    kind, rows = loss_type(trainer), len(mask)
     steps = trainer.current_gradient_accumulation_steps
     if kind in ("grpo", "sapo"):
         return (per_token.sum(1) / mask.sum(1).clamp(min=1)).sum() / rows / steps

@@ -84,8 +84,9 @@ def sample(
     if not options.drop_zero_variance:
         return sampled
     group, log = trainer.num_generations, trainer._metrics["train"]
-    dead, refills = _equal(sampled.advantages(), group), 0
+    refills = 0
     while refills < options.max_refills:
+        dead = _equal(sampled.advantages(), group)
         most = int(trainer.accelerator.gather(dead.sum()[None]).max())
         if not most:
             break
@@ -96,9 +97,10 @@ def sample(
             rows = slice(old * group, (old + 1) * group)
             part[rows] = refills
             row[rows] = torch.arange(new * group, (new + 1) * group, device=device)
-        dead = _equal(sampled.advantages(), group)
     log["cppo/refills"].append(float(refills))
-    log["cppo/equal_share"].append(trainer.accelerator.gather(dead.float()).mean().item())
+    # Without refills a question's completions may lie on several processes.
+    everyones = trainer.accelerator.gather(sampled.advantages())
+    log["cppo/equal_share"].append(_equal(everyones, group).float().mean().item())
     return sampled
 
 

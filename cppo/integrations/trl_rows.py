@@ -108,7 +108,7 @@ def _stay(
     stay = torch.cat(kept)
     if options.prune != "unbiased":
         return stay, None
-    count = torch.ones_like(tokens) if averages_rows(trainer.args) else tokens
+    count = torch.ones_like(tokens) if averages_rows(trainer) else tokens
     counted = count[everyones != 0] if options.drop_zero_variance else count
     return stay, torch.cat(weights) * (count[stay].sum() / counted.sum().clamp(min=1))
 

@@ -158,7 +158,7 @@ class Head:
         if self.sliced:
             return self._product_by_slices(hidden)
         tile = self._new_tile(len(hidden), self.dtype)
-        if self.dtype == hidden.dtype:
+        if tile.dtype == hidden.dtype:  # asked of the tile: `DoublePrecision` makes both fp64
             return torch.mm(hidden, self.weight.t(), out=tile)
         if not self.rounds:
             return torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=tile)

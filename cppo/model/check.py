@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cppo.model.comparison import Case, image_case, ordinary_tokens, pairs, text_case
-from cppo.model.double_precision import DoublePrecision
+from cppo.model.double_precision import PLAIN, DoublePrecision
 from cppo.model.forward import check_supported, run_packed
 from cppo.model.images import ImageBatch
 from cppo.model.left_as_found import left_as_found, model_configs
@@ -244,7 +244,7 @@ def _computed(model: nn.Module, packed: bool, compute: Callable[[], _T]) -> _T:
 def _is_plain(model: nn.Module) -> bool:
     """Whether its parameters are its weights: neither quantised nor in parts elsewhere."""
     return getattr(unwrap(model), "hf_quantizer", None) is None and not any(
-        type(p) is not nn.Parameter or hasattr(p, "ds_id") for p in model.parameters()
+        type(p) not in PLAIN or hasattr(p, "ds_id") for p in model.parameters()
     )
 
 

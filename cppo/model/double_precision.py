@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# Neither what quantised weights nor what sharded tensors are made of.
+PLAIN = (Tensor, torch.nn.Parameter)
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _LOOKUP = torch.ops.aten.embedding.default
@@ -85,8 +87,7 @@ def _cast(x: Any, dtype: torch.dtype, but: list[Tensor]) -> Any:
     """Every plain floating tensor in `x` in `dtype`; those in `but` as they are."""
     if isinstance(x, (list, tuple)):
         return type(x)(_cast(each, dtype, but) for each in x)
-    # Not what quantised weights and sharded tensors are made of.
-    is_plain = type(x) in (Tensor, torch.nn.Parameter) and x.dtype in (torch.float64, *_NARROW)
+    is_plain = type(x) in PLAIN and x.dtype in (torch.float64, *_NARROW)
     if not is_plain or x.dtype == dtype or any(x is kept for kept in but):
         return x
     return x.to(dtype)

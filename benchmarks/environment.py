@@ -9,7 +9,9 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,6 +71,11 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         "commit": commit or "unknown",
         "date": datetime.date.today().isoformat(),
     }
+
+
+def current(device: torch.device | str) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one: on that one events are recorded, and peers launch kernels."""
+    return torch.cuda.device(device) if _is_cuda(device) else nullcontext()
 
 
 def allocator() -> str:

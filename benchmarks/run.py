@@ -19,6 +19,7 @@ from rich.text import Text
 from cppo.benchmarks import peers, report
 from cppo.benchmarks.cases import Case, cases
 from cppo.benchmarks.environment import (
+    current,
     device_name,
     environment,
     file_stem,
@@ -105,6 +106,11 @@ def bench(options: Options, console: Console) -> tuple[list[report.Row], list[Me
 
     Returns: the new rows, and the wrong results, which have no time.
     """
+    with current(options.device):
+        return _bench(options, console)
+
+
+def _bench(options: Options, console: Console) -> tuple[list[report.Row], list[Measured]]:
     session = _Session(options, console)
     _opening(console, options, session.tables.ceilings)
     todo = selected(options)

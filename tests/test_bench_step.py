@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from cppo.benchmarks import report
+from cppo.benchmarks import report, run
 from cppo.benchmarks.experiments import step, step_models
 from cppo.benchmarks.experiments.small_models import small_qwen3
 from cppo.benchmarks.experiments.step_baselines import published
@@ -140,3 +142,26 @@ def test_a_recipes_shape_gets_a_processor_that_fits(
     arguments = [*TOY, "--rates", "0", "--no-trl", "--output", str(tmp_path / "rows.csv")]
     assert step.main(["--model", str(recipe), *arguments], printed.append)
     assert len(report.read(tmp_path / "rows.csv")) == 2 and "| shape Q=2" in printed[0]
+
+
+def test_the_gpu_that_is_measured_is_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another one the events would time an idle stream, and peers' kernels would not run."""
+    entered: list[torch.device] = []
+
+    def enter(device: torch.device | str) -> Any:
+        entered.append(torch.device(device))
+        return nullcontext()
+
+    def measured(*_: Any) -> Any:
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(run, "_Session", measured)
+    monkeypatch.setattr(step, "measure", measured)
+    with pytest.raises(InterruptedError):
+        run.bench(run.Options(device="cuda:1"), Console())
+    with pytest.raises(InterruptedError):
+        step.main(["--model", "toy", "--device", "cuda:1", "--output", str(tmp_path / "rows.csv")])
+    assert entered == [torch.device("cuda", 1)] * 2

@@ -341,6 +341,7 @@ def test_a_head_that_is_partitioned_by_zero_3(config, monkeypatch):
     assert zero.gathered == 1
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @every_config
 def test_a_head_on_another_device(config):

@@ -237,7 +237,10 @@ def test_packing_and_unpacking_compile_with_their_gradients(with_lengths, monkey
     torch.testing.assert_close(torch.autograd.grad(ours.sum(), weights)[0], gradient)
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+NO_KERNELS = backends.why_not("pack_completions", "cuda", "cuda")
+needs_gpu = pytest.mark.skipif(
+    bool(NO_KERNELS) or not torch.cuda.is_available(), reason=NO_KERNELS or "needs a CUDA device"
+)
 
 
 def on_gpu(inputs):

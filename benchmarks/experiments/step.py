@@ -35,6 +35,7 @@ import torch
 
 from cppo.benchmarks import report, timing
 from cppo.benchmarks.environment import (
+    current,
     environment,
     experiment_parser,
     file_stem,
@@ -280,7 +281,7 @@ def main(
     if device.type == "cpu":
         torch.set_num_threads(1)
         clock = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment]
-    with patch("cppo.train.progress.time", clock):
+    with current(device), patch("cppo.train.progress.time", clock):
         rows, is_whole = measure(options, path, deadline)
     if rows:
         say(summary(rows))

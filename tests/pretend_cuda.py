@@ -267,6 +267,7 @@ def pretended() -> Iterator[torch.device]:
         "get_device_name": lambda device: "pretended",
         "get_device_capability": lambda device: (9, 0),
         "device": lambda device: contextlib.nullcontext(),
+        "synchronize": lambda device=None: None,
     }
     with contextlib.ExitStack() as stack:
         plain = (*double_precision.PLAIN, OnGPU)

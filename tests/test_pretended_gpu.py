@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from pretend_cuda import OnGPU, pretended
 from trainer_cases import noise, text_rows, trainer_for
 
-from cppo import LoraConfig
+from cppo import CPPOConfig, LoraConfig
+from cppo.benchmarks.experiments import decoding, shared_prompts, small_models
 from cppo.fused.head import Head
 from cppo.model.double_precision import DoublePrecision
 from cppo.train import trainer as trainer_module
@@ -98,3 +100,14 @@ def test_a_step_mixes_no_devices(case: str, gpu: torch.device, tmp_path: Path) -
     row = trainer.train()
     assert all(isinstance(p, OnGPU) for p in trainer.model.parameters())
     assert row["grad_norm"] > 0 and row["time/rollout"] > 0 and trainer.policy.ways.packed
+
+
+def test_the_experiments_that_take_a_device(gpu: torch.device) -> None:
+    model = small_models.load("small", 64, gpu.type)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    setting = small_models.Setting(model, CPPOConfig(), optimizer, gpu.type)
+    options = Namespace(model="small", vocabulary=64, device=gpu.type, repetitions=1)
+    assert shared_prompts.measure(setting, (8, 4, 2), options)["tokens_packed"] > 0
+    options = Namespace(model="arithmetic", name="", engine="cppo", device=gpu.type)
+    vars(options).update(prompts=1, group=2, tokens=2, repetitions=1)
+    assert decoding.measure(options, "bf16")["tokens"] > 0

@@ -61,8 +61,8 @@ def measure(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     """One row: the fastest of some repetitions."""
     path = CHECKPOINTS / options.model if options.model in DEMOS else options.model
     model, processor = load_model(path), load_processor(path)
-    prompts = prompts_of(model, processor, options.model, options.prompts)
     model.to(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    prompts = prompts_of(model, processor, options.model, options.prompts)
     check_supported(model)
     set_attention(model, "auto")
     engine = None

@@ -46,8 +46,7 @@ def batch_of(prompt: int, completion: int, kept: int, options: argparse.Namespac
     prompt_lengths = torch.full((QUESTIONS,), prompt)
     prompts = random_prompts(prompt_lengths, options.vocabulary, generator, options.device)
     rollouts = rollouts_of(prompts, lengths, options.vocabulary, generator)
-    everything = torch.arange(len(lengths), device=options.device)
-    return Batch(rollouts, torch.ones(len(lengths), device=options.device), everything)
+    return Batch(rollouts, torch.ones(len(lengths)), torch.arange(len(lengths)))
 
 
 def gradients(setting: Setting, batch: Batch) -> Tensor:

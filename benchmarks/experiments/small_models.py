@@ -78,9 +78,10 @@ def load(name: str, vocabulary: int, device: str) -> Any:
         model = smollm2()[0] if name == "smollm2" else load_model(name)
     model.generation_config.eos_token_id = 0
     forward.check_supported(model)
-    forward.set_attention(model, forward.choose_attention("auto", device))
+    model = model.to(device)
+    forward.set_attention(model, "auto")
     check_model(model)  # here, not in the first call that is timed
-    return model.to(device)
+    return model
 
 
 def read_texts(count: int) -> tuple[list[str], list[str]]:

@@ -181,3 +181,13 @@ def test_checkpointing_is_on_where_it_is_asked_for_and_the_model_knows_it():
     words = "CPPOConfig.gradient_checkpointing must be False for this model: .* does not support"
     with pytest.raises(ValueError, match=words):
         policy.prepare(model, config(gradient_checkpointing=True), CPU)
+
+
+def test_adapters_fork_the_generator_of_their_own_gpu_alone(monkeypatch):
+    """Of all GPUs of a machine, `fork_rng` warns."""
+    model, forked, fork = tiny("text")[0], [], torch.random.fork_rng
+    monkeypatch.setattr(
+        torch.random, "fork_rng", lambda *devices: forked.append(devices) or fork(devices=[])
+    )
+    policy.prepare(model, config(**LORA), CPU)
+    assert forked and set(map(str, forked)) == {"([],)"}

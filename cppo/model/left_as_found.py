@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     ]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(forked_random(device))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -55,6 +55,14 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
                 if buffer._version != version:
                     buffer.copy_(value)
             torch.clear_autocast_cache()
+
+
+def forked_random(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside, on the CPU or on `device`, leaves their generators as they were.
+
+    Left to itself `fork_rng` takes every GPU of the machine, and warns of it.
+    """
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def model_configs(model: nn.Module) -> list[Any]:

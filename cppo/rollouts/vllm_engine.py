@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cppo.extras import require_package
 from cppo.model.hub_weights import apart, hub_weights
+from cppo.model.left_as_found import forked_random
 from cppo.model.processor_files import save_processor
 from cppo.model.prompts import Prompts
 from cppo.model.wrappers import has_vision, unwrap
@@ -68,7 +69,7 @@ class VLLMEngine:
         arguments = self._arguments(base, options, dtype) | (options.arguments or {})
         self.dtype: str | None = str(arguments["dtype"]).removeprefix("torch.")
         _set_environment(self._device)
-        with _left_alone(), torch.autocast(self._device.type, enabled=False):
+        with _left_alone(self._device), torch.autocast(self._device.type, enabled=False):
             try:
                 from vllm import LLM, SamplingParams
 
@@ -129,8 +130,7 @@ class VLLMEngine:
         self._check_lengths([len(own.expanded) for own in asked], sampling)
         params = [self._params(**sampling_arguments(sampling, own.seed)) for own in asked]
         # vLLM draws from the generators of the process even where every request has its own.
-        generators = [self._device] if self._device.type == "cuda" else []
-        with self._in_one_piece("failed"), torch.random.fork_rng(generators):
+        with self._in_one_piece("failed"), forked_random(self._device):
             found = self._llm.generate([_input(own) for own in asked], params, use_tqdm=False)
         for request, own in zip(asked, found, strict=False):
             check_prompt(list(own.prompt_token_ids), request, "vLLM", self._image_token)
@@ -240,12 +240,12 @@ def _set_environment(device: torch.device) -> None:
 
 
 @contextmanager
-def _left_alone() -> Iterator[None]:
+def _left_alone(device: torch.device) -> Iterator[None]:
     """vLLM seeds every generator and takes torch.set_num_threads away: both are put back."""
     python, numpy, set_threads = random.getstate(), np.random.get_state(), torch.set_num_threads
     threads = torch.get_num_threads()
     try:
-        with torch.random.fork_rng():
+        with forked_random(device):
             yield
     finally:
         random.setstate(python)

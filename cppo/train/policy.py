@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from cppo.extras import require_package, without_peft_warning
 from cppo.model import forward
 from cppo.model.check import check_training_mode
+from cppo.model.left_as_found import forked_random
 from cppo.model.precision import autocast, hold_weights
 from cppo.model.ways import choose_ways, shown_picture, ways_of
 from cppo.model.wrappers import (
@@ -224,7 +225,7 @@ def _with_adapters(model: Any, config: CPPOConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     _check_targets(model, targets)
-    with torch.random.fork_rng():
+    with forked_random(next(model.parameters()).device):
         torch.manual_seed(config.seed)
         try:
             with without_peft_warning():

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from cli_cases import DIGITS, RECIPES, cppo
+from cli_cases import ARITHMETIC, DIGITS, RECIPES, cppo
 
 from cppo.cli import dry_run, run_config
 from cppo.demo.run import demo_config
@@ -35,6 +35,29 @@ def test_every_recipe_dry_runs(recipe, tmp_path, monkeypatch, capsys):
     else:
         assert "first question:" in rest and "is not on this machine" not in rest
     assert "peak" in rest
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "data.train.prompt_key=questoin",
+            "prompt_key must be a column of the rows, got 'questoin'",
+        ),
+        ("data.train.skip=5", "data.train.skip must be below the 2 rows, got 5"),
+        ("data.train.path=semicolons.csv", "the columns must be divided by commas"),
+        ("data.eval={loader: rows, path: my.jsonl}", "data.eval: the rows have no column 'prompt'"),
+    ],
+)
+def test_data_that_is_here_and_wrong_ends_a_dry_run(override, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text('{"question": "1 + 1", "answer": 2}\n' * 2)
+    Path("semicolons.csv").write_text("question;answer\n1 + 1;2\n")
+    own = "data.train={loader: rows, path: my.jsonl, prompt_key: question}"
+    run = ["train", ARITHMETIC, own, "data.eval=null", "trainer.eval_every=0", "--dry-run"]
+    assert cppo(capsys, *run)[0] == 0
+    status, out, err = cppo(capsys, *run, override)
+    assert status == 2 and words in err and not out
 
 
 def test_recipes_are_listed_and_that_of_the_demo_is_the_same_run():

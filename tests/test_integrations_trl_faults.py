@@ -25,7 +25,7 @@ from trl_cases import (
     watched_run,
 )
 
-from cppo.integrations.trl import CPPOMixin
+from cppo.integrations.trl import CPPO, CPPOMixin
 from cppo.integrations.trl_postponed import Postponed
 from cppo.options.trainer import LossConfig
 
@@ -219,6 +219,13 @@ def test_a_loss_that_gives_contrast_nothing_to_start_from_is_told(loss):
     with pytest.raises(RuntimeError, match="Mine._compute_loss does not ask _get_per_token_logps"):
         trained("qwen2_5_vl", base=mine, cppo=HALF_LOOK)
     trained("qwen2_5_vl", base=mine, cppo=HALF, max_steps=1)
+
+
+@pytest.mark.parametrize("options", [{"prune_rate": 0.5}, 0.5, CPPO])
+def test_options_that_are_no_cppo_are_named(options):
+    kind = type(options).__name__
+    with pytest.raises(TypeError, match=rf"cppo must be a CPPO such as .*, got {kind}$"):
+        trainer_of(cppo=options)
 
 
 # A run that goes on

@@ -228,7 +228,9 @@ def _data(config: RunConfig) -> tuple[list[str], int | None, int | None]:
             continue
         try:
             rows = load_questions(spec, config.data.system_prompt, f"data.{name}")
-        except ValueError as error:
+        except ConfigError as error:
+            if spec.path is not None and Path(spec.path).expanduser().exists():
+                raise  # the data is here: the file or a key is wrong
             lines.append(f"{name}: not here, a real run would stop: {error}")
             continue
         lines.append(f"{name}: {len(rows):,} questions ({spec.loader}, {spec.path or 'generated'})")

@@ -87,10 +87,15 @@ class CPPOMixin(AnyTrainer):
 
     Args: those of the trainer, and `cppo`, a `CPPO`.
     Raises: RuntimeError if the installed TRL does not fit; ValueError for a run that would lose
-        rows or compute wrong numbers.
+        rows or compute wrong numbers; TypeError for a `cppo` that is none.
     """
 
     def __init__(self, *args: Any, cppo: CPPO = CPPO(), **kwargs: Any) -> None:  # noqa: B008
+        if not isinstance(cppo, CPPO):
+            raise TypeError(
+                f"cppo.integrations.trl: cppo must be a CPPO such as CPPO(prune_rate=0.75), got "
+                f"{type(cppo).__name__}"
+            )
         unfit = [str(fit) for fit in check() if not fit.fits and fit.part not in OPTIONAL]
         if unfit:
             raise RuntimeError("cppo.integrations.trl: " + "; ".join(unfit))

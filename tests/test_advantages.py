@@ -32,6 +32,17 @@ def test_accuracy(op, backend, case):
         assert all(torch.equal(kept[name], expected[name]) for name in kept)
 
 
+@pytest.mark.filterwarnings("error")
+def test_rewards_with_a_gradient_are_read_without_a_warning():
+    rewards = torch.tensor([0.0, 1.0, 2.0, 3.0], requires_grad=True)
+    torch.set_warn_always(True)  # else torch warns once per process
+    try:
+        advantages, _ = cppo.advantages_and_prune(rewards, 4, 0.5)
+    finally:
+        torch.set_warn_always(False)
+    assert not advantages.requires_grad
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", ["group", "none", "batch"])
 @pytest.mark.parametrize("scope", ["group", "batch"])

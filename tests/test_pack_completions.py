@@ -322,6 +322,11 @@ ERRORS = [
     (lambda: pack(IDS.float()), TypeError, "input_ids must be of integer dtype"),
     (lambda: pack(IDS.short()), TypeError, "input_ids must be int32 or int64, got torch.int16"),
     (lambda: pack(IDS.tolist()), TypeError, "input_ids must be a Tensor, got list"),
+    (
+        lambda: pack(per_token=[IDS]),
+        TypeError,
+        "per_token must be a mapping of names to tensors, got list",
+    ),
     (lambda: pack(IDS[0]), ValueError, "input_ids must be (B, L), got (4,)"),
     (
         lambda: pack(attention=ON[:, 1:]),

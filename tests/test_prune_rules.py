@@ -390,6 +390,10 @@ test_bad_options = refused(ERRORS)
 
 
 def test_bad_types():
+    with pytest.raises(TypeError, match="generator must be a torch.Generator, got int"):
+        cppo.prune_completions(R, 4, 0.5, prune="random", generator=0)
+    with pytest.raises(TypeError, match="generator must be a torch.Generator, got int"):
+        cppo.advantages_and_prune(R, 4, 0.5, generator=0)
     with pytest.raises(TypeError, match="lengths must be a Tensor, got list"):
         cppo.prune_completions(R, 4, 0.5, prune="shortest", lengths=[1] * 8)
     with pytest.raises(TypeError, match="kept must be of integer dtype"):

@@ -26,8 +26,11 @@ from cppo.options.trainer import ADVANTAGES_OF, PRUNES, SCALES, SCOPES
 _NEEDS = {"variance": ("rewards",), "shortest": ("lengths",), "efficiency": ("rewards", "lengths")}
 
 
-def _noise(values: Tensor, prune: str, generator: torch.Generator | None) -> Tensor | None:
+def _noise(op: str, values: Tensor, prune: str, generator: torch.Generator | None) -> Tensor | None:
     """One number per completion for what is left to chance."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        kind = type(generator).__name__
+        raise TypeError(f"cppo.{op}: generator must be a torch.Generator, got {kind}")
     if prune not in ("random", "unbiased"):
         return None
     device = "cpu" if generator is None else generator.device
@@ -152,7 +155,7 @@ def prune_completions(
             index; on a GPU only with CPPO_DEBUG=1); prune_rate outside [0, 1); unknown scope or
             prune; rewards or lengths that the rule needs missing, of another shape or on another
             device than advantages, not finite or below 0.
-        TypeError: advantages, group_size, rewards or lengths of the wrong type.
+        TypeError: advantages, group_size, rewards, lengths or generator of the wrong type.
         RuntimeError: `backend` cannot run here.
     """
     op = "prune_completions"
@@ -167,7 +170,7 @@ def prune_completions(
         scope,
         prune,
         drop_zero,
-        _noise(advantages, prune, generator),
+        _noise(op, advantages, prune, generator),
         rewards=None if rewards is None else rewards.detach(),
         lengths=lengths,
     )
@@ -226,7 +229,7 @@ def advantages_and_prune(
         scope,
         prune,
         drop_zero,
-        _noise(rewards, prune, generator),
+        _noise(op, rewards, prune, generator),
         lengths=lengths,
         advantages_of=advantages_of,
     )

@@ -148,7 +148,7 @@ def check_finite(op: str, name: str, tensor: Tensor) -> None:
     """ValueError with the index and value of the first entry that is NaN or infinite."""
     if not may_read(tensor) or not tensor.dtype.is_floating_point:
         return
-    if math.isfinite(tensor.sum()):
+    if math.isfinite(tensor.detach().sum()):  # torch warns of a number that has a gradient
         return  # as most are; a sum of large numbers may not be
     bad = (~torch.isfinite(tensor)).nonzero()
     if bad.numel():

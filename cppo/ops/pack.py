@@ -82,7 +82,7 @@ def pack_completions(
         ValueError: shapes or devices that disagree; kept not int64, out of range or repeated; a
             response without a token before it, naming the completion; lengths that are not those
             of the masks (kept and lengths on a GPU are checked only with CPPO_DEBUG=1).
-        TypeError: a tensor of the wrong dtype.
+        TypeError: a tensor of the wrong dtype, per_token that is no mapping.
         RuntimeError: `backend` cannot run here.
     """
     op = "pack_completions"
@@ -91,6 +91,9 @@ def pack_completions(
         raise TypeError(f"cppo.{op}: input_ids must be int32 or int64, got {input_ids.dtype}")
     if input_ids.ndim != 2:
         raise ValueError(f"cppo.{op}: input_ids must be (B, L), got {tuple(input_ids.shape)}")
+    if per_token is not None and not isinstance(per_token, Mapping):
+        kind = type(per_token).__name__
+        raise TypeError(f"cppo.{op}: per_token must be a mapping of names to tensors, got {kind}")
     aligned = {"attention_mask": attention_mask, "completion_mask": completion_mask}
     aligned.update({f"per_token[{name!r}]": value for name, value in (per_token or {}).items()})
     for name, tensor in aligned.items():

@@ -1,11 +1,14 @@
 """`cppo train --dry-run`: every recipe, and the arithmetic of its estimates."""
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
 from cli_cases import ARITHMETIC, DIGITS, RECIPES, cppo
 
 from cppo.cli import dry_run, run_config
+from cppo.cli.command import main
 from cppo.demo.run import demo_config
 from cppo.options.trainer import CPPOConfig, LoraConfig, LossConfig
 
@@ -58,6 +61,17 @@ def test_data_that_is_here_and_wrong_ends_a_dry_run(override, words, tmp_path, m
     assert cppo(capsys, *run)[0] == 0
     status, out, err = cppo(capsys, *run, override)
     assert status == 2 and words in err and not out
+
+
+def test_a_question_that_the_terminal_cannot_show_is_escaped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text('{"prompt": "Wie groß?", "answer": 2}\n', encoding="utf-8")
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    own = ["data.train={loader: rows, path: my.jsonl}", "data.eval=null", "trainer.eval_every=0"]
+    assert main(["train", ARITHMETIC, *own, "--dry-run"]) == 0
+    shown.flush()
+    assert rb"Wie gro\xdf?" in shown.buffer.getvalue()
 
 
 def test_recipes_are_listed_and_that_of_the_demo_is_the_same_run():

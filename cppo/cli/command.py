@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else ""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Questions may hold what the terminal cannot show, which must not end a run.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(command, arguments)
     except ConfigError as error:

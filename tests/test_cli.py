@@ -182,6 +182,7 @@ def test_commands_put_adapters_on_the_configured_model(capsys):
     assert status == 0 and "checkpoint-000001 on 2 questions" in out
     status, out, _ = cppo(capsys, "info", "run")
     assert status == 0 and "run/checkpoint-000001 (model_type" in out
+    assert "config says that it was made for 1024" in " ".join(out.split())
     Image.new("RGB", (56, 28)).save("x.png")
     asked = ["--image", "x.png", "--question", "What?", "--output", "found.json"]
     assert cppo(capsys, "inspect", "run/checkpoint-000001", *asked)[0] == 0

@@ -32,7 +32,7 @@ def model_facts(place: str, model: Any, processor: Any) -> dict[str, str]:
     if has_vision(model):
         facts["images"] = _images(processor, shown)
     limit = position_limit(model)
-    facts["longest sequence"] = f"{limit.tokens}: {limit.reason}" if limit else "no limit known"
+    facts["longest sequence"] = f"{limit.tokens}: {limit.reason}" if limit else _trained(model)
     tokens = tokenizer_of(processor).convert_ids_to_tokens
     closing, note = closing_token_ids(model, processor)
     facts["ends of a completion"] = " ".join(tokens(closing)) + (f" ({note})" if note else "")
@@ -41,6 +41,14 @@ def model_facts(place: str, model: Any, processor: Any) -> dict[str, str]:
     if not has_template:
         facts["chat template"] = "none: the trainer needs that of an instruction-tuned model"
     return facts
+
+
+def _trained(model: Any) -> str:
+    """What is said of a model that computes positions of any size."""
+    tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if tokens is None:
+        return "no limit known"
+    return f"not limited; the model's config says that it was made for {tokens}"
 
 
 def _images(processor: Any, shown: Any) -> str:

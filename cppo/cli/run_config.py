@@ -105,7 +105,8 @@ class DatasetConfig(CheckedFields):
     training split, or everything with loader "rows"."""
     skip: int = 0
     """Leave out the first `skip` questions. `data.train: {path: my.jsonl, skip: 100}` and
-    `data.eval: {path: my.jsonl, limit: 100}` hold 100 questions of one file out of training."""
+    `data.eval: {path: my.jsonl, limit: 100}` hold 100 questions of one file out of training. Rows
+    are numbered from the first that is taken."""
     limit: int | None = None
     """Use only the first `limit` of the questions that `skip` leaves. None: all, or 100,000 of a
     demo task."""

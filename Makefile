@@ -32,9 +32,10 @@ $(STAMP): pyproject.toml setup.py $(SOURCES) $(BIN)/pip
 demo: setup
 	$(BIN)/cppo demo $(DEMO_OPTIONS)
 
-# A process per core, as long as there is memory for them: each holds torch.
+# A process per core, as long as there is memory for them: each holds torch. A file is run by one of
+# them, which makes its fixtures once.
 test: setup
-	$(BIN)/pytest $(or $(PYTEST_OPTIONS),-n logical --maxprocesses 8 --dist loadgroup)
+	$(BIN)/pytest $(or $(PYTEST_OPTIONS),-n logical --maxprocesses 8 --dist loadfile)
 
 # With a real vLLM, in an environment of its own, on a CPU: about 3.7 GB.
 test-vllm:

@@ -14,9 +14,6 @@ from two_processes import FAMILIES, dealt, updated
 from cppo.train.checkpoint import checkpoints
 from cppo.train.progress import read_metrics
 
-# Its fixtures take long: one process of pytest-xdist makes them.
-pytestmark = pytest.mark.xdist_group("distributed")
-
 SCRIPT = str(Path(__file__).with_name("two_processes.py"))
 BIN = Path(sys.executable).parent
 # With --cpu accelerate starts one process, whatever --num_processes says; --multi_gpu starts them

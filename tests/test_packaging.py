@@ -19,9 +19,6 @@ import torch
 
 from cppo.cli import info
 
-# Its fixtures take long: one process of pytest-xdist makes them.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
     "setup.py",

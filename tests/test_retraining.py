@@ -25,9 +25,6 @@ from launching import torchrun
 from retraining import Policy, Run, retrain
 from retraining_runs import ONE_PROCESS, TWO_PROCESSES, completed, prepared
 
-# Its fixtures take long: one process of pytest-xdist makes them.
-pytestmark = pytest.mark.xdist_group("retraining")
-
 BOUND = 3e-4
 
 

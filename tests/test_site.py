@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-# Its fixtures take long: one process of pytest-xdist makes them.
-pytestmark = pytest.mark.xdist_group("site")
-
 ROOT = Path(__file__).resolve().parents[1]
 SITE = runpy.run_path(str(ROOT / "docs_site" / "places.py"))
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())

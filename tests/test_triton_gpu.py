@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,14 +31,22 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# Of what needs tens of GiB one test at a time (pytest-xdist, --dist loadgroup).
-needs_memory = pytest.mark.xdist_group("memory")
+needs_memory = pytest.mark.usefixtures("memory")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CONFIGS = {
     "k3": LossConfig(cpl_coef=0.3, entropy_coef=0.01, kl_coef=0.1),
     "k1": LossConfig(divergence="k1", importance="sequence", reduction="dapo", cpl_coef=1.0),
     "full": LossConfig(divergence="full", dual_clip=3.0, cpl_coef=1.0),
 }
+
+
+@pytest.fixture
+def memory():
+    """Of the tests that need tens of GiB one runs at a time, in all workers of pytest-xdist."""
+    name = f"cppo-tests-{os.getuid()}.lock"
+    with (Path(tempfile.gettempdir()) / name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def to_cuda(value):

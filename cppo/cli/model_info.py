@@ -48,7 +48,7 @@ def _trained(model: Any) -> str:
     tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if tokens is None:
         return "no limit known"
-    return f"not limited; the model's config says that it was made for {tokens}"
+    return f"not limited; the model's config says that it was made for {tokens} tokens"
 
 
 def _images(processor: Any, shown: Any) -> str:

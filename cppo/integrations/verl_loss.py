@@ -175,10 +175,10 @@ def loss_with_contrast(
             completions,
             config,
         )
-        # Not by the empty rows that fill up a mini-batch.
-        count = int(mask.any(1).sum())
-        share = 1.0 if config.cpl_reduction == "sequence" else count / completions
-        cpl, num_selected = contrast.loss * share, contrast.selected.sum()
+        cpl, num_selected = contrast.loss, contrast.selected.sum()
+        if config.cpl_reduction == "token":
+            # The empty rows that fill up a mini-batch do not count.
+            cpl = cpl * mask.any(1).sum() / completions
     for name, value in (
         ("cpl_loss", cpl),
         ("perception_tokens", num_selected * dp_size),
